@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.evaluate.answers import Answerer
 from infer.evaluate.folder import IDENTITY_NAME, RESULTS_NAME, EvaluationFolder, read_records
 from infer.evaluate.protocol import Record, TaskContext

@@ -18,7 +18,7 @@ from data.chat.messages import user
 from data.corpus import decode_json
 from data.progress import NoProgress, progress_on
 from data.tokenizer import Tokenizer
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts
 from infer.text import TextStream

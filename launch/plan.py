@@ -13,8 +13,7 @@ from typing import Any
 
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
-from dualpipe.config import ScheduleConfig
-from dualpipe.registry import candidates
+from dualpipe.registry import ScheduleConfig, candidates
 from launch.config.errors import system_errors
 from launch.config.groups import options, read_option
 from launch.config.memory_rules import check_memory

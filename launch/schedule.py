@@ -11,7 +11,6 @@ from typing import Literal
 
 from dualpipe.build import best_of_kind, choose, schedules_folder, survey
 from dualpipe.build import decode as decode_schedule
-from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
@@ -19,7 +18,7 @@ from dualpipe.draw.text import decode_summary, grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, SCHEDULES, candidates, check_size, check_slices
+from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, candidates, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.simulate import simulate

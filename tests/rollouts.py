@@ -6,7 +6,7 @@ from typing import Any
 
 from comm.config import ParallelismConfig
 from data.arithmetic import ArithmeticSource
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.protocol import Group, Sample
 from infer.scoring.reward import RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec

@@ -9,10 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from dualpipe.build import MARGIN, best_of_kind, build, choose, survey
-from dualpipe.config import ModelCosts, StageEntry
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError, from_json, to_json
-from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, candidates
+from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import simulate
 from tests import ROOT

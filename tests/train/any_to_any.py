@@ -17,8 +17,8 @@ from torch import distributed as dist
 from comm.config import AllToAllDispatchConfig, Cut, LocalDispatchConfig, ParallelismConfig
 from data.loader import Batch, Loader
 from data.prepare import prepare
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Schedule
+from dualpipe.registry import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
 from tests.train.job import close_job, open_job, save_checkpoint

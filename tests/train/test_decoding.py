@@ -14,7 +14,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import TrafficSnapshot
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine

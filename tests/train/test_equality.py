@@ -10,11 +10,10 @@ import torch
 
 from comm.config import Cut, ParallelismConfig
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
 from model.config import cut_at
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped

@@ -14,7 +14,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Loader
 from data.pack import count_token_bytes
 from data.tokenizer import Tokenizer
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.evaluate.local import LocalModel
 from infer.evaluate.protocol import TargetScores, TargetSequence
 from model.config import ModelConfig

@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader

@@ -16,7 +16,7 @@ import pytest
 from comm.config import DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from tests import ROOT
 from tests.commands import run_command
 from tests.ports import reserved_port

@@ -11,8 +11,7 @@ from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, 
 from comm.dispatch.process_group import RowFormat, RowPart
 from data.prepare import prepare
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
-from dualpipe.registry import SCHEDULES, candidates
+from dualpipe.registry import SCHEDULES, ScheduleConfig, candidates
 from kernels.quantize.layout import packed_bytes
 from model.config import LAYER
 from tests.dualpipe.random_schedules import bidirectional, offloaded, random_schedule

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from data.loader import Loader, SampleOrder
 from data.prepare import Prepared, prepare
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.linear import GradientStore
 from model.transformer import named_tensors
 from tests.ranks import run_ranks

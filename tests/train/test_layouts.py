@@ -12,8 +12,8 @@ from comm.config import Cut, ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.config import BatchRamp
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError
+from dualpipe.registry import ScheduleConfig
 from model.config import Recomputed
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.transformer import Transformer, initialize_weights

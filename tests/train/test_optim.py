@@ -15,7 +15,7 @@ from comm.dispatch.build import open_lane
 from comm.dispatch.local import LocalDispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.prepare import prepare
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from launch.config.model_rules import check_optim
 from launch.config.run_config import compose_run
 from model.linear import GradientStore

@@ -16,9 +16,9 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.draw.svg import measured_cells
 from dualpipe.ir import Schedule
+from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
 from launch.config.run_config import compose_run
 from launch.ranks.run_folder import read_folder

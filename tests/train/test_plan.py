@@ -12,9 +12,8 @@ from comm.config import Cut, ParallelismConfig
 from comm.layout import Layout
 from data.config import BatchRamp
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Op, Schedule, ScheduleError, from_json, to_json
-from dualpipe.registry import FALLBACK, SCHEDULES
+from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.validate import validate, validate_passes
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config

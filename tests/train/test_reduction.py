@@ -15,8 +15,8 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Schedule
+from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
 from model.transformer import named_tensors
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.dispatch.traffic import TrafficSnapshot
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comm.config import ParallelismConfig
 from comm.protocol import Label
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.objective import LossSums
 from model.router import RecordedRoutes, ReplayedRoutes, RouteError, Routes
 from model.transformer import routers

@@ -14,8 +14,8 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Placement, Schedule, ScheduleError, mirrored_placement, straight_placement, v_placement
+from dualpipe.registry import ScheduleConfig
 from tests import ROOT
 from tests.ports import reserved_port
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
 from tests.tiny import TASK, tiny_config

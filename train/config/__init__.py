@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig
 from infer.scoring.reward import RewardConfig

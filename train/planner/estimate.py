@@ -14,8 +14,7 @@ from math import ceil
 from typing import TypeVar
 
 from comm.config import Cut
-from dualpipe.config import ScheduleConfig
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.size import held_parameters, stage_shapes
 from train.memory import predict_memory

@@ -14,9 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from comm.config import Cut
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import FALLBACK, SCHEDULES
+from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, summary_line

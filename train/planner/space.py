@@ -7,8 +7,7 @@ from math import ceil, gcd
 
 from comm.config import Cut, DispatchConfig, ParallelismConfig
 from data.config import BatchSizes
-from dualpipe.config import ScheduleConfig
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import SCHEDULES, ScheduleConfig
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from train.config import Precision, TrainConfig
 from train.config.errors import ConfigError

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.phases import ComputePhase
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text

@@ -7,8 +7,7 @@ from typing import Literal
 import pytest
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
-from dualpipe.registry import candidates
+from dualpipe.registry import ScheduleConfig, candidates
 from model.config import RECOMPUTED
 from tests.ranks import run_ranks
 from tests.tiny import write_text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.config import Computing
 from model.size import HeldParameters
 from tests.model.live_memory import make_sizes

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from model.attention.mla import LatentAttention
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text

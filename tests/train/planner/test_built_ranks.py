@@ -13,9 +13,8 @@ import pytest
 from torch import distributed
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import FALLBACK, candidates
+from dualpipe.registry import FALLBACK, ScheduleConfig, candidates
 from launch.config.groups import options
 from launch.config.rules import check_rules
 from launch.config.run_config import compose_run

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.config import Sampling
 from infer.evaluate.protocol import TargetSequence
 from infer.protocol import NumberedPrompt, Request

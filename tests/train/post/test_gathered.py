@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.engines.vllm import TensorDigest

@@ -13,7 +13,7 @@ from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
 from data.chat.templates import CHAT_TEMPLATES
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.config import Statistics
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.prepare import prepare
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from infer.reward import score_answers
 from launch.config.rules import check_rules
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors

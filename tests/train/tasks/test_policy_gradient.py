@@ -11,7 +11,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from kernels.attention.documents import Documents
 from launch.config.run_config import check, compose_run
 from model.config import PolicyLossConfig

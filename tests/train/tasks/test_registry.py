@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
 from tests import ROOT

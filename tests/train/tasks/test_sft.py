@@ -12,7 +12,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Batch
-from dualpipe.config import ScheduleConfig
+from dualpipe.registry import ScheduleConfig
 from launch.config.run_config import check
 from model.config import ModelConfig, PlainRope, YarnRope
 from model.hf.writer import load_hf, save_hf

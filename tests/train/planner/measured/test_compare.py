@@ -10,8 +10,8 @@ import pytest
 
 from comm.config import ParallelismConfig
 from dualpipe.build import build
-from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Schedule
+from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.simulate import simulate
