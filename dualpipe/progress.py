@@ -21,8 +21,7 @@ from enum import Enum, auto
 from itertools import pairwise
 from typing import NamedTuple
 
-from dualpipe.ir import Group, Op, Schedule, ScheduleError
-from dualpipe.transfers import Value, ValueKind, value_made, value_needed
+from dualpipe.ir import Group, Op, Schedule, ScheduleError, Value, ValueKind, value_made, value_needed
 
 
 class _Action(Enum):

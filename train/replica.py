@@ -11,7 +11,7 @@ from torch import Tensor
 from comm.context_group import open_context
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher, SequenceParts
-from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.ir import Schedule, ScheduleError, linked_pairs
 from dualpipe.passes import forward_only
 from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.clock import open_clock
@@ -19,7 +19,6 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Action, Program, RunKey, Step, with_reductions
 from dualpipe.runtime.protocols import PipelineStage
-from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate_passes
 from model.linear import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective

@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.ir import Op, Operation, Schedule, Value, message_of, value_made, value_needed
 from dualpipe.runtime.measured import Measured, SpanLane
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation
-from dualpipe.transfers import Value, message_of, value_made, value_needed
 
 _PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE, _TO_HOST, _FROM_HOST = range(7)
 _THREADS = {

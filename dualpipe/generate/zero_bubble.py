@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dualpipe.ir import Op, Operation, Schedule, straight_placement, v_placement
+from dualpipe.ir import Op, Operation, Schedule, Value, made_by, needed_by, straight_placement, v_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
-from dualpipe.transfers import Value, made_by, needed_by
 
 
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
-from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.ir import Group, Message, Op, Operation, Schedule, Value, message_of, value_made, value_needed
 from dualpipe.passes import order_members
 from dualpipe.runtime.pairing import Atom
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import Lane
-from dualpipe.transfers import Message, Value, message_of, value_made, value_needed
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 

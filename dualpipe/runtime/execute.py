@@ -9,10 +9,10 @@ from typing import Any, assert_never
 
 from torch import Tensor
 
+from dualpipe.ir import Message
 from dualpipe.runtime.clock import Clock, HostClock
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import PendingReceive, PipelineStage, Run, Transport
-from dualpipe.transfers import Message
 
 _OFFLOADED = {Action.RELEASE: 1, Action.RELOAD: -1}
 """Change of the number of offloaded runs in a step."""

@@ -8,9 +8,9 @@ of one member, computations of the others run. So a backward's experts hide a fo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dualpipe.ir import Link
 from dualpipe.runtime.program import Action, Step
 from dualpipe.runtime.protocols import Lane
-from dualpipe.transfers import Link
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from dualpipe.ir import Op, Schedule
-from dualpipe.transfers import Message
+from dualpipe.ir import Message, Op, Schedule
 
 
 class Action(Enum):

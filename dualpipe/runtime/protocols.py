@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
-from dualpipe.transfers import Message
+from dualpipe.ir import Message
 
 if TYPE_CHECKING:  # programs are compiled before torch is imported, to predict their memory
     from torch import Tensor

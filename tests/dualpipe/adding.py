@@ -14,13 +14,12 @@ from torch import Tensor
 from dualpipe.build import build
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane, PendingReceive
-from dualpipe.transfers import Message
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 
 BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")

@@ -1,12 +1,11 @@
 """Simulates runs with fixed times of steps, for tests that need measured spans."""
 
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.measured import Measured, rank_spans
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import Lane
-from dualpipe.transfers import Message
 
 LANES: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 SECONDS = {"compute": 0.004, "exchange": 0.003, "start": 0.0002, "send": 0.0003, "link": 0.0005, "post": 0.00001}

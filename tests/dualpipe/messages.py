@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dualpipe.ir import Group, Operation, Schedule
-from dualpipe.transfers import Message, Value, message_of, value_made, value_needed
+from dualpipe.ir import Group, Message, Operation, Schedule, Value, message_of, value_made, value_needed
 
 Messages = tuple[tuple[Message, ...], ...]
 

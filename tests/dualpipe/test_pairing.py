@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from dualpipe.build import build
-from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.ir import Group, Message, Op, Operation, Schedule, message_of
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, RunKey, Step
-from dualpipe.transfers import Message, message_of
 from tests.dualpipe.adding import BLOCK
 from tests.dualpipe.messages import transfers
 

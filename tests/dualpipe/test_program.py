@@ -4,10 +4,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from dualpipe.ir import Op, Schedule
+from dualpipe.ir import Message, Op, Schedule
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.program import Action, RunKey
-from dualpipe.transfers import Message
 from tests.dualpipe.adding import PAIRINGS, SCHEDULES, lanes_of, lower, name_of
 from tests.dualpipe.messages import transfers
 

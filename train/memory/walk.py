@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from dualpipe.ir import Link
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.transfers import Link
 from train.memory.sizes import PhaseBytes
 
 

@@ -11,14 +11,13 @@ from comm.agreement import exchange_reports, gather_present
 from comm.dispatch.process_group import Observers
 from comm.transfers import DECODING_KINDS, PipelineTransport
 from dualpipe.build import decode
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule, linked_pairs
 from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane, PipelineStage
-from dualpipe.transfers import Message, linked_pairs
 from dualpipe.validate import validate
 from infer.engines.pipelined.plan import PipelinePlace, RoundFormat
 from model.transformer import Transformer

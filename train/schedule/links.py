@@ -9,8 +9,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.protocol import Work
 from comm.transfers import MessageKey, PipelineTransport
-from dualpipe.ir import Schedule
-from dualpipe.transfers import Message, linked_pairs
+from dualpipe.ir import Message, Schedule, linked_pairs
 from train.world import World
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, get_args
 
-from dualpipe.ir import Op, Operation, Schedule, from_json, to_json
+from dualpipe.ir import Op, Operation, Schedule, from_json, to_json, value_made, value_needed
 from dualpipe.runtime.measured import LaneSpan, Measured
-from dualpipe.transfers import value_made, value_needed
 from dualpipe.validate import validate_passes
 from kernels.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 from model.config import ModelConfig, cut_at

@@ -12,10 +12,9 @@ from typing import Protocol, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from dualpipe.ir import Placement
+from dualpipe.ir import Placement, ValueKind
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.protocols import PipelineStage
-from dualpipe.transfers import ValueKind
 from infer.config import GenerateError
 from infer.decoder import Decoder, PassKind, Views
 from infer.routes import RouteStore

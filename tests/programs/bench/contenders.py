@@ -14,13 +14,12 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.protocols import Lane
-from dualpipe.transfers import Message
 from tests.programs.bench.blocks import Block, DeferredGradients, SleepBlock, SleepLog, Workload, build_block
 from train.schedule.links import message_key
 

@@ -19,7 +19,7 @@ from comm.protocol import Work
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.build import build
-from dualpipe.ir import Schedule
+from dualpipe.ir import Schedule, linked_pairs
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
@@ -28,7 +28,6 @@ from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.simulate import simulate
-from dualpipe.transfers import linked_pairs
 from tests.programs.bench.blocks import SleepLog
 from tests.programs.bench.contenders import Links, PassingRun
 from tests.programs.bench.measure import timed_step

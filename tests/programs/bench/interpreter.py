@@ -6,11 +6,10 @@ import time
 import torch
 from torch import Tensor
 
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
-from dualpipe.transfers import Message
 from tests.programs.bench.contenders import PassingStage
 
 

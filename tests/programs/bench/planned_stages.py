@@ -15,14 +15,13 @@ from comm.layout import Layout
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.build import build
-from dualpipe.ir import Schedule
+from dualpipe.ir import Schedule, linked_pairs
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.simulate import simulate
-from dualpipe.transfers import linked_pairs
 from tests.programs.bench.blocks import SleepLog
 from tests.programs.bench.contenders import Links, PassingStage, Step
 from tests.programs.bench.measure import timed_step
