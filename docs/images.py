@@ -24,7 +24,7 @@ from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from model.stage import block_lanes
 from tests.programs.bench.grouped_stages import measure_spans
 

@@ -10,7 +10,7 @@ def _picture(schedule: Schedule) -> str | None:
     """Returns the picture for notebooks, with F = I = W = O and no exchange, or None if ranks deadlock."""
     from dualpipe.draw.svg import svg
     from dualpipe.simulate.costs import Costs
-    from dualpipe.simulate.simulate import simulate
+    from dualpipe.simulate.timing import simulate
 
     equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0, offload=1.0)
     try:

@@ -16,7 +16,7 @@ from dualpipe.ir import Group, MemoryCapError, Op, Operation, Placement, Schedul
 from dualpipe.passes import offload
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleSpec, candidates, check_size, check_slices
 from dualpipe.simulate.costs import CostModel, Costs, resampled, uniform
-from dualpipe.simulate.simulate import activation_cap, peak_memory, simulate
+from dualpipe.simulate.timing import activation_cap, peak_memory, simulate
 from dualpipe.validate import validate
 
 _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)

@@ -9,8 +9,7 @@ from itertools import accumulate
 
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import peak_memory, simulate
-from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress
+from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress, peak_memory, simulate
 
 # Forwards start before the group frees any activation, as the count of live activations assumes. Weight gradients are
 # last, because no rank waits for them. Each kind keeps its order, which is the order of its link.

@@ -21,7 +21,7 @@ from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, candidates, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.costs import CostModel, Costs
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose

@@ -154,7 +154,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("model/a.py", "from comm.context_group import GatherContext"),
         ("model/hf/writer.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
-        ("dualpipe/simulate/simulate.py", "from torch import distributed"),
+        ("dualpipe/simulate/timing.py", "from torch import distributed"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),

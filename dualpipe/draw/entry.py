@@ -8,7 +8,7 @@ from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.bounds import Bound, lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.pace import Pace, pace_of
-from dualpipe.simulate.simulate import Simulation, simulate
+from dualpipe.simulate.timing import Simulation, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.measured import LaneSpan, Measured, measured_bubble, measured_exposed
 from dualpipe.simulate.bounds import Bound
-from dualpipe.simulate.simulate import Simulation
+from dualpipe.simulate.timing import Simulation
 
 _LEFT = 68.0
 _RIGHT = 24.0

@@ -10,7 +10,7 @@ from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.pace import pace_of
-from dualpipe.simulate.simulate import Simulation
+from dualpipe.simulate.timing import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12

@@ -14,7 +14,7 @@ from dualpipe.ir import Group, Op, Schedule, mirrored_placement
 from dualpipe.passes import exchanges, fuse, place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import makespan_of, peak_memory
+from dualpipe.simulate.timing import makespan_of, peak_memory
 
 _MOST_CHUNKS = 64
 _PATIENCE = (0.0, 1.0, 0.5)

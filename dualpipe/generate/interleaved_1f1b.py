@@ -15,7 +15,7 @@ from dualpipe.passes import place_weights
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 
 KIND = "interleaved_1f1b"

@@ -13,7 +13,7 @@ from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import Simulation, makespan_of, peak_memory, simulate
+from dualpipe.simulate.timing import Simulation, makespan_of, peak_memory, simulate
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.

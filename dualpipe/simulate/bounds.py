@@ -36,7 +36,7 @@ from itertools import pairwise, product
 
 from dualpipe.ir import Op, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, StageCosts
-from dualpipe.simulate.simulate import activation_cap
+from dualpipe.simulate.timing import activation_cap
 
 _ROUNDING = 1e-9
 _DEPTH = 4

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import Simulation, activation_cap, simulate
+from dualpipe.simulate.timing import Simulation, activation_cap, simulate
 
 _NEAR = 0.01
 _GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)

@@ -12,7 +12,7 @@ from dualpipe.passes import fuse
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.dualpipe.random_schedules import random_costs, random_schedule
 
 COMPUTE = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

@@ -15,7 +15,7 @@ from dualpipe.generate.search import in_sequence
 from dualpipe.ir import MemoryCapError, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import peak_memory, simulate
+from dualpipe.simulate.timing import peak_memory, simulate
 from dualpipe.validate import validate
 from kernels.registry import load_plugins
 from tests.dualpipe.random_schedules import random_costs

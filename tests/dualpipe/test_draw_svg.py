@@ -18,7 +18,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.measured import measured_bubble
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import Simulation, simulate
+from dualpipe.simulate.timing import Simulation, simulate
 from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

@@ -17,7 +17,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.dualpipe.clockwork import measured_run
 from tests.dualpipe.messages import transfers
 

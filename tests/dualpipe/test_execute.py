@@ -13,7 +13,7 @@ from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.simulate.simulate import peak_activations
+from dualpipe.simulate.timing import peak_activations
 from dualpipe.validate import validate
 from tests.dualpipe.adding import PAIRINGS, SCHEDULES, Ran, lanes_of, name_of, run_threads
 from tests.dualpipe.enactment import enact

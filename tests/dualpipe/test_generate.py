@@ -19,7 +19,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import peak_activations, simulate
+from dualpipe.simulate.timing import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped

@@ -16,7 +16,7 @@ from dualpipe.passes import forward_only, place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, check_slices
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
-from dualpipe.simulate.simulate import peak_activations, peak_memory, simulate
+from dualpipe.simulate.timing import peak_activations, peak_memory, simulate
 from dualpipe.validate import validate, validate_passes
 from tests.covering import exhaustive
 

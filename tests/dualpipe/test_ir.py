@@ -13,7 +13,7 @@ from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests import ROOT
 
 

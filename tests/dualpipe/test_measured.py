@@ -21,7 +21,7 @@ from dualpipe.runtime.measured import (
 )
 from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import StageCosts
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, spans_of
 
 SCHEDULES = [build("dualpipe", 4, 8), build("1f1b", 3, 5), build("1f1b", 1, 2)]

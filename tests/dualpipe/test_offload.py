@@ -24,7 +24,7 @@ from dualpipe.passes import offload
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import peak_memory, simulate
+from dualpipe.simulate.timing import peak_memory, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.event_clock import EventClock

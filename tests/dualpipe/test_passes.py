@@ -17,7 +17,7 @@ from dualpipe.passes import exchanges, fuse, order_members, place_weights, split
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, first_use_order, reduction_order, with_reductions
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import peak_memory, simulate
+from dualpipe.simulate.timing import peak_memory, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.adding import PUBLISHED, lower, name_of
 from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES

@@ -12,7 +12,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size, kind_for_size
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.simulate import peak_activations, simulate
+from dualpipe.simulate.timing import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 

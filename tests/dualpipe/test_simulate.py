@@ -18,8 +18,7 @@ from dualpipe.passes import forward_only, fuse
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.simulate.pace import Pace, pace_of
-from dualpipe.simulate.simulate import peak_activations, simulate
-from dualpipe.simulate.timing import Timing
+from dualpipe.simulate.timing import Timing, peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.event_clock import EventClock
 from tests.dualpipe.random_schedules import (

@@ -16,7 +16,7 @@ from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped

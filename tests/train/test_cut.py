@@ -14,7 +14,7 @@ from dualpipe.build import build
 from dualpipe.ir import Placement, mirrored_placement, straight_placement, v_placement
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from launch.config.run_config import compose_run
 from model.config import CutError, cut_layers
 from model.size import count_parameters, count_work, training_flops_per_token

@@ -7,7 +7,7 @@ from dualpipe.build import build, schedules_folder
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import FALLBACK
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import Simulation, simulate
+from dualpipe.simulate.timing import Simulation, simulate
 from model.size import held_parameters, stage_shapes, training_flops_per_token
 from train.config import TrainConfig, sized_config
 from train.planner.config import EfficiencyConfig, MeasuredRates, Rates

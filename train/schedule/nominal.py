@@ -11,7 +11,7 @@ from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from model.config import CutError
 from train.config import TrainConfig
 from train.schedule.cut import run_chunks, run_cut, run_placement

@@ -11,7 +11,7 @@ import sys
 import time
 
 from dualpipe.build import build
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from launch.config.run_config import compose_run
 from train.config import TrainConfig
 from train.schedule.cut import run_cut, run_placement

@@ -27,7 +27,7 @@ from dualpipe.runtime.measured import LaneSpan, Measured, rank_spans
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.programs.bench.blocks import SleepLog
 from tests.programs.bench.contenders import Links, PassingRun
 from tests.programs.bench.measure import timed_step

@@ -17,7 +17,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.protocols import Lane
 from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.simulate import makespan_of, simulate
+from dualpipe.simulate.timing import makespan_of, simulate
 from dualpipe.validate import validate
 from tests.programs.bench.schedules import Case, most_work
 

@@ -21,7 +21,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.programs.bench.blocks import SleepLog
 from tests.programs.bench.contenders import Links, PassingStage, Step
 from tests.programs.bench.measure import timed_step

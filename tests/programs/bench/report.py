@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from tests.programs.bench.contenders import ALONE, OWN_KINDS
 from tests.programs.bench.measure import COSTS, Plan, Sample, make_schedule
 from tests.programs.bench.overlap import Overlap, OverlapPlan

@@ -14,7 +14,7 @@ from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel, StageCosts
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate_passes
 from tests.dualpipe.clockwork import SECONDS, measured_run
 from tests.tiny import MODEL, tiny_config
