@@ -1,14 +1,153 @@
 """Defines the data that is shown of one schedule, and the text that all pictures share."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from dualpipe.ir import Op, Schedule
+from dualpipe.ir import Group, Op, Schedule
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.bounds import Bound, lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.pace import Pace, pace_of
-from dualpipe.simulate.timing import Simulation, simulate
+from dualpipe.simulate.timing import Simulation, activation_cap, simulate
+
+_NEAR = 0.01
+_GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPace:
+    """Use of one rank in the steady state, per micro-batch or as fractions of its middle half.
+
+    `groups` is the shortest sequence that repeats, by kind, direction and stage; `losses` are times without computation
+    in head, steady state and tail.
+    """
+
+    groups: tuple[Group, ...]
+    work: float
+    length: float
+    computing: float
+    exchanging: float
+    waiting: float
+    losses: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Steady state of a schedule. `busiest` is the first of the ranks with most computation."""
+
+    start: float
+    end: float
+    limit: str
+    ranks: tuple[RankPace, ...]
+    busiest: int
+
+
+def pace_of(
+    schedule: Schedule, costs: CostModel, simulation: Simulation, memory_cap: float | None = None
+) -> Pace | None:
+    """Returns the steady state of a valid training schedule, or None with too few micro-batches."""
+    window = _window(schedule, simulation)
+    if window is None:
+        return None
+    ranks = tuple(_rank_state(schedule, costs, simulation, rank, window) for rank in range(schedule.num_ranks))
+    busiest = max(range(len(ranks)), key=lambda rank: (round(ranks[rank].work, 9), -rank))
+    limit = _limit(schedule, costs, ranks, busiest)
+    room = activation_cap(memory_cap, schedule.num_directions, costs)
+    smallest = min(stage.activation for stage in costs.stages)
+    if limit.startswith("dependencies") and room is not None and max(simulation.peaks) + smallest > room + 1e-9:
+        limit = f"the memory cap: {max(simulation.peaks):.4g} of {room:.4g} activations are alive, and "
+        limit += f"rank {busiest} waits {100 * ranks[busiest].waiting:.3g} % of the time"
+    return Pace(start=window[0], end=window[1], limit=limit, ranks=ranks, busiest=busiest)
+
+
+def _window(schedule: Schedule, simulation: Simulation) -> tuple[float, float] | None:
+    start = 0.0
+    end = simulation.makespan
+    for rank, groups in enumerate(schedule.ranks):
+        backwards = [index for index, group in enumerate(groups) if any(op.kind in _GRADIENTS for op in group)]
+        forwards = [index for index, group in enumerate(groups) if any(op.kind is Op.FORWARD for op in group)]
+        if not backwards or not forwards:
+            return None
+        start = max(start, simulation.starts[rank][backwards[0]])
+        end = min(end, simulation.ends[rank][forwards[-1]])
+    return (start, end) if end > start else None
+
+
+def _rank_state(
+    schedule: Schedule, costs: CostModel, simulation: Simulation, rank: int, window: tuple[float, float]
+) -> RankPace:
+    start, end = window
+    groups = schedule.ranks[rank]
+
+    def inside(time: Callable[[Group], float], low: float, high: float) -> float:
+        """Returns the time of the groups' parts between two times, spread evenly over each group."""
+        total = 0.0
+        for group, begin, stop in zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True):
+            shared = min(stop, high) - max(begin, low)
+            if shared > 0:
+                total += time(group) * shared / (stop - begin)
+        return total
+
+    def compute(group: Group) -> float:
+        return sum(map(costs.compute_of, group))
+
+    # Ranks reach their full pace some groups after the begin, so the middle half shows it.
+    first = start + (end - start) / 4
+    last = end - (end - start) / 4
+    span = last - first
+    busy = inside(costs.duration_of, first, last)
+    computing = inside(compute, first, last)
+    work = sum(map(compute, groups)) / schedule.num_micro_batches
+    bounds = (0.0, start, end, simulation.makespan)
+    losses = tuple(high - low - inside(compute, low, high) for low, high in pairwise(bounds))
+    return RankPace(
+        groups=_repeated(schedule, simulation, rank, window),
+        work=work,
+        length=work * span / computing if computing else 0.0,
+        computing=computing / span,
+        exchanging=inside(lambda group: sum(map(costs.exchange_of, group)), first, last) / span,
+        waiting=1 - busy / span,
+        losses=(losses[0], losses[1], losses[2]),
+    )
+
+
+def _repeated(schedule: Schedule, simulation: Simulation, rank: int, window: tuple[float, float]) -> tuple[Group, ...]:
+    spans = zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True)
+    groups = [group for group, begin, stop in spans if begin >= window[0] and stop <= window[1]]
+    # The first groups after the head and the last ones before the tail may still differ.
+    groups = groups[len(groups) // 4 : len(groups) - len(groups) // 4]
+    signatures = [sorted((op.kind, op.direction, op.stage) for op in group) for group in groups]
+    for period in range(1, len(groups) // 2 + 1):
+        if signatures[period:] == signatures[:-period]:
+            return tuple(groups[:period])
+    return ()
+
+
+def _limit(schedule: Schedule, costs: CostModel, ranks: tuple[RankPace, ...], busiest: int) -> str:
+    rank = ranks[busiest]
+    if rank.computing >= 1 - _NEAR:
+        return f"computation: rank {busiest} computes {100 * rank.computing:.3g} % of the time"
+    fullest = max(range(len(ranks)), key=lambda index: ranks[index].exchanging)
+    if ranks[fullest].exchanging >= 1 - _NEAR:
+        return f"exchange: rank {fullest} exchanges {100 * ranks[fullest].exchanging:.3g} % of the time"
+    without = {
+        "latency: without it,": replace(costs, latency=0.0),
+        "exchange that groups do not hide: without it,": replace(
+            costs,
+            stages=tuple(replace(stage, forward_exchange=0.0, backward_exchange=0.0) for stage in costs.stages),
+        ),
+    }
+    lengths = {}
+    for words, changed in without.items():
+        simulation = simulate(schedule, changed)
+        window = _window(schedule, simulation)
+        if window is not None:
+            lengths[words] = _rank_state(schedule, changed, simulation, busiest, window).length
+    words, length = min(lengths.items(), key=lambda item: item[1], default=("", rank.length))
+    if length < rank.length * (1 - _NEAR):
+        return f"{words} this order would take {length:.3g} per micro-batch"
+    return f"dependencies: rank {busiest} waits {100 * rank.waiting:.3g} % of the time for other ranks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-from dualpipe.draw.entry import TimedSchedule, needs_stage_label, number, percent
+from dualpipe.draw.entry import Pace, RankPace, TimedSchedule, needs_stage_label, number, percent
 from dualpipe.ir import Group, Schedule
-from dualpipe.simulate.pace import Pace, RankPace
 
 _PARTS = ("head", "steady state", "tail")
 _NUM_OTHERS = 3

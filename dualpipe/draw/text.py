@@ -3,13 +3,23 @@
 import math
 from collections import Counter
 
-from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread, tick_text
+from dualpipe.draw.entry import (
+    NAMES,
+    needs_stage_label,
+    number,
+    pace_of,
+    percent,
+    plain,
+    round_up,
+    size,
+    spread,
+    tick_text,
+)
 from dualpipe.draw.explain import steady_lines
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.pace import pace_of
 from dualpipe.simulate.timing import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from dualpipe.build import build
+from dualpipe.draw.entry import Pace, pace_of
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, published_idle
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
@@ -17,7 +18,6 @@ from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only, fuse
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
-from dualpipe.simulate.pace import Pace, pace_of
 from dualpipe.simulate.timing import Timing, peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.event_clock import EventClock
