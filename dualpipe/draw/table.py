@@ -7,8 +7,7 @@ from pathlib import Path
 from string import Template
 
 from dualpipe.draw.document import document
-from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, percent, plain
-from dualpipe.draw.explain import explanation
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, explanation, number, percent, plain
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 

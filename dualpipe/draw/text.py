@@ -13,9 +13,9 @@ from dualpipe.draw.entry import (
     round_up,
     size,
     spread,
+    steady_lines,
     tick_text,
 )
-from dualpipe.draw.explain import steady_lines
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dualpipe.build import build
-from dualpipe.draw.entry import TimedSchedule, time_schedule
-from dualpipe.draw.explain import explanation
+from dualpipe.draw.entry import TimedSchedule, explanation, time_schedule
 from dualpipe.draw.table import html
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
