@@ -14,9 +14,8 @@ from comm.protocol import Dispatcher, SequenceParts
 from dualpipe.ir import Schedule, ScheduleError, linked_pairs
 from dualpipe.passes import forward_only
 from dualpipe.runtime import pairing as pairings
-from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.program import Action, Program, RunKey, Step, with_reductions
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.validate import validate_passes

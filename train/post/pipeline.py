@@ -12,9 +12,8 @@ from comm.dispatch.process_group import Observers
 from comm.transfers import DECODING_KINDS, PipelineTransport
 from dualpipe.build import decode
 from dualpipe.ir import Message, Schedule, linked_pairs
-from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane, PipelineStage

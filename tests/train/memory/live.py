@@ -10,8 +10,7 @@ from torch import Tensor
 
 from comm.lane import InlineLane
 from dualpipe.ir import Schedule
-from dualpipe.runtime.clock import HostClock
-from dualpipe.runtime.execute import execute
+from dualpipe.runtime.execute import HostClock, execute
 from dualpipe.runtime.program import Action
 from model.objective import LossSums
 from model.size import stage_shapes
