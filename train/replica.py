@@ -16,8 +16,7 @@ from dualpipe.passes import forward_only
 from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute, open_clock
-from dualpipe.runtime.program import Action, Program, RunKey, Step, with_reductions
-from dualpipe.runtime.protocols import PipelineStage
+from dualpipe.runtime.program import Action, PipelineStage, Program, RunKey, Step, with_reductions
 from dualpipe.validate import validate_passes
 from model.linear import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective

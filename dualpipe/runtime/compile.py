@@ -6,8 +6,7 @@ from typing import assert_never
 from dualpipe.ir import Group, Message, Op, Operation, Schedule, Value, message_of, value_made, value_needed
 from dualpipe.passes import order_members
 from dualpipe.runtime.pairing import Atom
-from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Action, Lane, Program, RunKey, Step
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 

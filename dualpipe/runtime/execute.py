@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.ir import Message
-from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.runtime.protocols import PendingReceive, PipelineStage, Run, Transport
+from dualpipe.runtime.program import Action, PendingReceive, PipelineStage, Program, Run, RunKey, Step, Transport
 
 MarkT = TypeVar("MarkT")
 

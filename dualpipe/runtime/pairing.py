@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualpipe.ir import Link
-from dualpipe.runtime.program import Action, Step
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Action, Lane, Step
 
 
 @dataclass(frozen=True, slots=True)

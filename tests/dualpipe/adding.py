@@ -18,8 +18,7 @@ from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.pairing import overlapped, sequential
-from dualpipe.runtime.program import Program
-from dualpipe.runtime.protocols import Lane, PendingReceive
+from dualpipe.runtime.program import Lane, PendingReceive, Program
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 
 BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")

@@ -4,8 +4,7 @@ from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.measured import Measured, rank_spans
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Action, Lane, Program, RunKey, Step
 
 LANES: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 SECONDS = {"compute": 0.004, "exchange": 0.003, "start": 0.0002, "send": 0.0003, "link": 0.0005, "post": 0.00001}

@@ -15,8 +15,7 @@ from dualpipe.ir import Message, Schedule, linked_pairs
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.pairing import sequential
-from dualpipe.runtime.program import Program
-from dualpipe.runtime.protocols import Lane, PipelineStage
+from dualpipe.runtime.program import Lane, PipelineStage, Program
 from dualpipe.validate import validate
 from infer.engines.pipelined.plan import PipelinePlace, RoundFormat
 from model.transformer import Transformer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.runtime.execute import Execution
-from dualpipe.runtime.protocols import ForwardOnlyRun, Lane, PipelineStage
+from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
 from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder

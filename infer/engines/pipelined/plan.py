@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualpipe.ir import Placement, ValueKind
 from dualpipe.runtime.execute import Execution
-from dualpipe.runtime.protocols import PipelineStage
+from dualpipe.runtime.program import PipelineStage
 from infer.config import GenerateError
 from infer.decoder import Decoder, PassKind, Views
 from infer.routes import RouteStore

@@ -19,7 +19,7 @@ from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Lane
 from tests.programs.bench.blocks import Block, DeferredGradients, SleepBlock, SleepLog, Workload, build_block
 from train.schedule.links import message_key
 

@@ -24,8 +24,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.measured import LaneSpan, Measured, rank_spans
-from dualpipe.runtime.program import Program
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Lane, Program
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.timing import simulate
 from tests.programs.bench.blocks import SleepLog

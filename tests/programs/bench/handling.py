@@ -15,7 +15,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Lane
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.timing import makespan_of, simulate
 from dualpipe.validate import validate

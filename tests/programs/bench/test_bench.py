@@ -9,8 +9,7 @@ from dualpipe.build import build
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import Pairing, compile_rank
-from dualpipe.runtime.program import Action
-from dualpipe.runtime.protocols import Lane
+from dualpipe.runtime.program import Action, Lane
 from tests.programs.bench import report
 from tests.programs.bench.blocks import DeferredGradients, ProductBlock, Workload
 from tests.programs.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
