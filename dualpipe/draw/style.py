@@ -5,7 +5,7 @@ hatched with light numbers.
 """
 
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape as escape_xml
 
 from dualpipe.draw.entry import NAMES
 from dualpipe.ir import Op, Schedule
@@ -143,7 +143,7 @@ def _marks(schedule: Schedule, *, has_measured: bool, has_bound: bool) -> list[_
 
 def _drawn(item: _Item, x: float, y: float) -> list[str]:
     text_x = x + (_SWATCH_WIDTH + 6 if item.styles else 0.0)
-    text = f'<text class="soft" x="{text_x:g}" y="{y + 11:g}">{escape(item.text)}</text>'
+    text = f'<text class="soft" x="{text_x:g}" y="{y + 11:g}">{escape_xml(item.text)}</text>'
     return [*_swatch(item.styles, x, y), text]
 
 

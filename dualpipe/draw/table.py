@@ -82,8 +82,8 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         definitions=DEFINITIONS,
-        header="".join(_head(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
-        rows="\n".join(_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
+        header="".join(_head_cell(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
+        rows="\n".join(_table_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
         explanation=explanation(shown),
         meaning=escape(MEANING + (_MEANING_OF_RUN if is_run else "")),
         comparison=_comparison(shown),
@@ -98,7 +98,7 @@ def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
 
 
-def _head(name: str, *, is_sorted: bool) -> str:
+def _head_cell(name: str, *, is_sorted: bool) -> str:
     order = ' aria-sort="ascending"' if is_sorted else ""
     return f'<th scope="col"{order}><button type="button">{escape(name)}</button></th>'
 
@@ -125,7 +125,7 @@ def _comparison(shown: Sequence[TimedSchedule]) -> str:
     )
 
 
-def _row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_run: bool) -> str:
+def _table_row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_run: bool) -> str:
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
