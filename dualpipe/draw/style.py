@@ -4,7 +4,12 @@ They are distinct for color-blind readers: the hues also differ in lightness, an
 hatched with light numbers.
 """
 
+import base64
+import hashlib
+import re
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from xml.sax.saxutils import escape as escape_xml
 
 from dualpipe.draw.entry import NAMES
@@ -159,3 +164,48 @@ def _swatch(styles: tuple[str, ...], x: float, y: float) -> list[str]:
 
 def _box(style: str, x: float, y: float, width: float, height: float) -> str:
     return f'<rect class="{style}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'
+
+
+_STYLE = Path(__file__).with_name("document.css")
+_STYLE_ATTRIBUTE = re.compile(r'(?<=\s)style="([^"{}<>]*)"')
+
+
+def document(title: str, body: str, style: str, script: str = "", *, has_images: bool = False) -> str:
+    """Returns a whole document with images only as `data:` addresses.
+
+    Args:
+        body: HTML in which every outside string is escaped; its script elements must hold data only.
+        style: style sheet, added to the one that all documents share.
+        script: runs after the body was read; empty for none.
+    """
+    rules: dict[str, str] = {}
+    body = _STYLE_ATTRIBUTE.sub(lambda match: f'data-style="{rules.setdefault(match[1], str(len(rules)))}"', body)
+    style = (
+        _STYLE.read_text(encoding="utf-8")
+        + style
+        + "".join(f'\n:root [data-style="{name}"]{{{rule}}}' for rule, name in rules.items())
+    )
+    policy = ["default-src 'none'", f"style-src '{_digest(style)}'", "base-uri 'none'", "form-action 'none'"]
+    policy += ["require-trusted-types-for 'script'"]
+    policy += [f"script-src '{_digest(script)}'"] if script else []
+    policy += ["img-src data:"] if has_images else []
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{"; ".join(policy)}">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+{f"<script>{script}</script>" if script else ""}
+</body>
+</html>
+"""
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

@@ -6,9 +6,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dualpipe.draw.document import document
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, explanation, number, percent, plain
-from dualpipe.draw.style import DEFINITIONS, STYLE
+from dualpipe.draw.style import DEFINITIONS, STYLE, document
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
 COLUMNS = ("schedule", "chunks", "overhead", "makespan", "bubble %", "exposed", "peak", "weights", "bound", "above")

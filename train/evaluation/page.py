@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dualpipe.draw.document import document
+from dualpipe.draw.style import document
 from infer.evaluate.protocol import ResultGrid
 from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison

@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dualpipe.draw.document import document
 from dualpipe.draw.entry import NAMES, needs_stage_label
-from dualpipe.draw.style import COPIES, DARK, LIGHT, style_of
+from dualpipe.draw.style import COPIES, DARK, LIGHT, document, style_of
 from dualpipe.ir import Op, Operation
 from train.config.decode import flatten
 from train.figures import num_bytes, plain, seconds, short, table

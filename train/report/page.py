@@ -9,8 +9,7 @@ from string import Template
 from typing import Any
 
 from comm.exits import EXIT_PREEMPTED
-from dualpipe.draw.document import document
-from dualpipe.draw.style import STYLE
+from dualpipe.draw.style import STYLE, document
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import num_bytes, plain, short, table
 from train.files.status import read_status

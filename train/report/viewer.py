@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
-from dualpipe.draw.document import document
+from dualpipe.draw.style import document
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.figures import embedded_json
 from train.report.journals import JournalChoice, JournalGroup, choose_evenly, choose_groups, has_journals
