@@ -13,8 +13,7 @@ from dualpipe.build import best_of_kind, choose, schedules_folder, survey
 from dualpipe.build import decode as decode_schedule
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
-from dualpipe.draw.table import html, table
-from dualpipe.draw.text import decode_summary, grid, summary
+from dualpipe.draw.text import decode_summary, grid, html, summary, table
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup

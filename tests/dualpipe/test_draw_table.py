@@ -8,7 +8,7 @@ import pytest
 
 from dualpipe.build import Alternatives, build, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
-from dualpipe.draw.table import COLUMNS, cells, html, table
+from dualpipe.draw.text import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.passes import ungroup
 from dualpipe.registry import candidates

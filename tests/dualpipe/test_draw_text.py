@@ -10,8 +10,7 @@ import pytest
 
 from dualpipe.build import build
 from dualpipe.draw.entry import TimedSchedule, explanation, time_schedule
-from dualpipe.draw.table import html
-from dualpipe.draw.text import grid, summary
+from dualpipe.draw.text import grid, html, summary
 from dualpipe.draw.trace import trace
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime.measured import Measured
