@@ -1,4 +1,10 @@
-"""Builds a schedule from the name of its kind, within a memory cap."""
+"""Builds a schedule from the name of its kind within a memory cap, or the best one of all kinds.
+
+Searched schedules are cached on disk. The key covers all inputs and the source files of the search. The choice times
+every kind under given costs, and is explained. Schedules that decode have forwards only, and their last stage feeds the
+first one with tokens: a cohort of sequences is in one stage at a time, so a pipeline is busy only if several cohorts
+travel through it. With two directions, half of them enter at either end. Any placement works.
+"""
 
 import contextlib
 import hashlib

@@ -1,4 +1,7 @@
-"""Defines schedules as frozen data, and their public JSON form. Uses only the standard library."""
+"""Defines schedules as frozen data, their public JSON form, and the messages that they imply.
+
+Uses only the standard library.
+"""
 
 import json
 from dataclasses import dataclass

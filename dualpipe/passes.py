@@ -1,4 +1,7 @@
-"""Transforms schedules with pure functions."""
+"""Transforms schedules with pure functions: split, order, fuse, move weight gradients, offload.
+
+Offload follows arXiv:2503.01328.
+"""
 
 from bisect import bisect_right
 from collections import deque
@@ -10,6 +13,8 @@ from itertools import accumulate
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress, peak_memory, simulate
+
+_ROUNDING = 1e-9
 
 # Forwards start before the group frees any activation, as the count of live activations assumes. Weight gradients are
 # last, because no rank waits for them. Each kind keeps its order, which is the order of its link.
@@ -56,9 +61,6 @@ def _split(groups: tuple[Group, ...]) -> tuple[Group, ...]:
         made.append(tuple(op.with_kind(Op.BACKWARD_INPUT) if op.kind is Op.BACKWARD else op for op in group))
         made += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backwards]
     return tuple(made)
-
-
-_ROUNDING = 1e-9
 
 
 def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patience: float = 0.0) -> Schedule | None:

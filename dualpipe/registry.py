@@ -1,4 +1,7 @@
-"""Registers kinds of schedules by name, with their size limits, placement and generator."""
+"""Registers kinds of schedules by name, with their size limits, placement and generator.
+
+It also defines the configuration that selects a kind, and that of the costs of `launch.schedule`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace

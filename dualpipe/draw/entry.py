@@ -1,4 +1,8 @@
-"""Defines the data that is shown of one schedule, and the text that all pictures share."""
+"""Defines the data of one schedule that pictures show, its steady state, and where it loses time.
+
+The steady state lasts from the first backward of the last rank to begin one, to the last forward of the first rank to
+end its forwards. The rest are head and tail.
+"""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,9 @@
-"""Defines the colors of schedules: one hue per kind of operation and one shade per direction.
+"""Defines how pages look: colors of schedules, and the HTML document around every page.
 
-They are distinct for color-blind readers: the hues also differ in lightness, and the second direction is dark and
-hatched with light numbers.
+There is one hue per kind of operation and one shade per direction. They are distinct for color-blind readers: the hues
+also differ in lightness, and the second direction is dark and hatched with light numbers. A document's policy allows
+only its own script and style, and no network: pages show names, answers and errors that may be hostile. The policy
+blocks `style` attributes too, so they become rules of the style sheet.
 """
 
 import base64

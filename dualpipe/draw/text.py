@@ -1,4 +1,4 @@
-"""Draws a schedule's timing as plain text: one row per rank, time to the right."""
+"""Draws a schedule's timing as plain text, one row per rank, and compares schedules in text and HTML."""
 
 import math
 import textwrap

@@ -1,7 +1,8 @@
 """Finds the best order for given costs and memory cap, known or made by a list builder, by simulation.
 
 A larger memory cap never gives a longer schedule. Orders are built for a fixed series of caps, and the best one within
-the given cap is kept, so the orders of a smaller cap are a subset of those of a larger one.
+the given cap is kept, so the orders of a smaller cap are a subset of those of a larger one. Orders of few micro-batches
+are extended to many by repeating their steady state.
 """
 
 from collections import Counter

@@ -1,4 +1,7 @@
-"""Executes programs with a plain interpreter, which knows neither the schedule nor the model."""
+"""Executes programs with a plain interpreter, which knows neither the schedule nor the model.
+
+Cheap marks time the steps. They are read when the program has ended.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

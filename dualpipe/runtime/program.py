@@ -1,7 +1,7 @@
-"""Defines programs: one rank's steps over phases, on two lanes, with explicit waits and reductions.
+"""Defines programs, one rank's steps over phases on two lanes, and the stages and links that they call.
 
-The ranks that hold a stage reduce its gradients together, so they must start reductions in the same order. It is a
-function of the schedule, never of time.
+Waits and reductions are explicit. The ranks that hold a stage reduce its gradients together, so they must start
+reductions in the same order. It is a function of the schedule, never of time.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,8 @@
-"""Times orders of groups with one clock per rank, advanced by groups and by values that they need.
+"""Simulates the timing and the live activations of a schedule under given costs.
 
-The simulator runs it once and the optimizations hundreds of times, so operations are numbers here.
+Orders of groups are timed with one clock per rank, advanced by groups and by values that they need. Operations are
+numbers here, because optimizations time the same ones hundreds of times. Live activations depend only on the order: an
+offload waits for its copy, so no copy is too slow for the memory cap.
 """
 
 from collections.abc import Iterable, Sequence
