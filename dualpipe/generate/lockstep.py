@@ -6,7 +6,7 @@ P/2, one in every second slot. A block enters when the chunks of the block befor
 the number of ranks is odd, direction 1 starts one slot later, so that each slot of a rank pairs an F with an I.
 
 With v chunks a rank keeps P + 1/v activations of model/P. With F = I = W, no exchange, and W in idle time
-(`weights.place_weights`), the makespan is floor((P-1)/2) above 3M with one chunk, which is the lower bound for every
+(`passes.place_weights`), the makespan is floor((P-1)/2) above 3M with one chunk, which is the lower bound for every
 M >= P, and (P-1)/(2v) with v chunks and an even P.
 """
 
