@@ -8,9 +8,8 @@ import torch
 
 from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
 from infer.config import Speculative, Statistics, check
-from infer.decoder import Decoder
+from infer.decoder import Decoder, RouteStore, join_routes
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
-from infer.routes import RouteStore, join_routes
 from infer.sample import SequenceRandom
 from model.transformer import Transformer
 

@@ -17,7 +17,7 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
 from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
 from infer.config import GenerateError, Speculative, check, sum_statistics
-from infer.decoder import PartDecoder
+from infer.decoder import PartDecoder, RouteStore, join_routes
 from infer.engines.local import start_sequences, to_rollouts
 from infer.engines.pipelined.plan import (
     NOTHING,
@@ -29,7 +29,6 @@ from infer.engines.pipelined.plan import (
     assign_prompt,
 )
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
-from infer.routes import RouteStore, join_routes
 
 MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""

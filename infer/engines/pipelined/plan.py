@@ -16,8 +16,7 @@ from dualpipe.ir import Placement, ValueKind
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import PipelineStage
 from infer.config import GenerateError
-from infer.decoder import Decoder, PassKind, Views
-from infer.routes import RouteStore
+from infer.decoder import Decoder, PassKind, RouteStore, Views
 from model.transformer import Transformer
 
 ValueT = TypeVar("ValueT")
