@@ -20,8 +20,7 @@ from data.progress import NoProgress, progress_on
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
-from infer.protocol import NumberedPrompt, Request, Rollouts
-from infer.text import TextStream
+from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose
 from launch.config.errors import system_errors

@@ -27,8 +27,7 @@ from infer.evaluate.protocol import (
     TargetSequence,
     Text,
 )
-from infer.protocol import NumberedPrompt, Request, Sample
-from infer.text import TextStream
+from infer.protocol import NumberedPrompt, Request, Sample, TextStream
 
 NumberedRequest = tuple[int, EvaluationRequest]
 """A request after its number among all requests of a task, which decides its random numbers."""

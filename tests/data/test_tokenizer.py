@@ -21,7 +21,7 @@ from data.loader import Loader
 from data.prepare import check_config, prepare
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, FIM_HOLE, PAD, SpecialNames
 from data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, USER, Tokenizer
-from infer.text import TextStream
+from infer.protocol import TextStream
 from tests.data.published_tokenizers import FAMILIES, write_family
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.tiny import data_config, write_text

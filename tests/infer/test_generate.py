@@ -14,8 +14,8 @@ from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling, Speculative
 from infer.decoder import Decoder
 from infer.generate import Stream, generate
+from infer.protocol import REPLACEMENT, TextStream
 from infer.sample import TokenHistory, penalize
-from infer.text import REPLACEMENT, TextStream
 from model.hf.writer import load_hf
 from model.transformer import Transformer
 from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whole_pass

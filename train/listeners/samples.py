@@ -15,7 +15,7 @@ from data.prepare import Prepared
 from data.registry import DATA_SOURCES
 from infer.config import Sampling
 from infer.generate import Continuation, generate
-from infer.text import decode_after
+from infer.protocol import decode_after
 from model.transformer import Transformer
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
