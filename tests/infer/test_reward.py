@@ -16,11 +16,10 @@ from data.chat.encode import encode_conversations
 from data.chat.messages import read_conversation
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import GenerateError, Sampling
-from infer.critique import JudgedAnswer
 from infer.engines.pipelined.engine import CohortSizes
 from infer.engines.pipelined.plan import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
-from infer.reward import VerdictTokens, judge_answers, score_answers
+from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
 from model.attention.form import KvCache
 from model.head import score_states
