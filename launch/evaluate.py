@@ -325,7 +325,7 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
         os.environ["OMP_NUM_THREADS"] = threads
     source = job.source
     model = load_model(source, job.config.dtype, job.config.device)
-    from infer.evaluate.local import LocalModel
+    from infer.engines.local import LocalModel
 
     local = LocalModel(model, job.config.batch_size)
     tokenizer = source.needed_tokenizer("tasks")

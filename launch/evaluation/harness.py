@@ -37,8 +37,8 @@ def open_harness_model(
     if source.model.head != "tokens":
         raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
     model = load_model(source, dtype, device)
+    from infer.engines.local import LocalModel
     from infer.evaluate.harness import HarnessModel
-    from infer.evaluate.local import LocalModel
 
     local = LocalModel(model, batch_size)
     answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)

@@ -15,7 +15,7 @@ from data.loader import IGNORE, Loader
 from data.pack import count_token_bytes
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
-from infer.evaluate.local import LocalModel
+from infer.engines.local import LocalModel
 from infer.evaluate.protocol import TargetScores, TargetSequence
 from model.config import ModelConfig
 from model.objective import MicroBatch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from infer.engines.local import MOST_TOKENS, PADDING, pad
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts
 from kernels.cross_entropy.reference import greedy_scores

@@ -14,8 +14,8 @@ from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
+from infer.engines.local import LocalModel
 from infer.evaluate.answers import document_windows, encode_continuation, target_sequence
-from infer.evaluate.local import LocalModel
 from infer.evaluate.protocol import (
     ContinuationRequest,
     DocumentRequest,
