@@ -390,7 +390,7 @@ def _write_rollouts(job: GenerateJob, request: Request, rollouts: Rollouts, file
 def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Rollouts:
     num_ranks = network.parallelism.world_size
     print(f"{num_ranks} ranks read the weights of {job.source.folder}", file=sys.stderr, flush=True)
-    preloaded = [*PRELOADED, "infer.engines.pipelined.engine"]
+    preloaded = [*PRELOADED, "infer.engines.pipelined"]
     rollouts = run_on_local_ranks(partial(_generate_as_rank, job, network), network.cluster, num_ranks, preloaded)
     assert isinstance(rollouts, Rollouts)
     return rollouts
@@ -398,7 +398,7 @@ def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Roll
 
 def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | None = None) -> Rollouts:
     """Generates as one rank, which sends nothing, and returns all rollouts on every rank."""
-    from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+    from infer.engines.pipelined import CohortSizes, PipelinedEngine
 
     config = job.config
     transcripts = job.transcripts() if config.stop.strings else []

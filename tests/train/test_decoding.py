@@ -17,7 +17,7 @@ from comm.dispatch.traffic import TrafficSnapshot
 from dualpipe.registry import ScheduleConfig
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
-from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import CohortSizes, PipelinedEngine
 from infer.protocol import NumberedPrompt, Request, Rollouts, RouteKey, Sample, SampledRoutes
 from model.config import ModelConfig
 from model.transformer import Transformer, initialize_weights, named_tensors

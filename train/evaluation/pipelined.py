@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from infer.engines.local import MOST_TOKENS, PADDING, pad
-from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import CohortSizes, PipelinedEngine
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts
 from kernels.cross_entropy.reference import greedy_scores

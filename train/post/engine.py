@@ -19,7 +19,7 @@ from comm.protocol import Dispatcher
 from infer.batch import PROMPT_TOKENS
 from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
-from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import CohortSizes, PipelinedEngine
 from infer.engines.vllm import TensorDigest
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
 from model.transformer import named_tensors, whole

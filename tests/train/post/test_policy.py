@@ -15,7 +15,7 @@ from data.loader import Batch, Loader
 from data.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Statistics
-from infer.engines.pipelined.engine import PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from model.transformer import routers
 from tests.answers import VARIANTS as REPLAYED_VARIANTS

@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.protocol import Label
 from data.loader import Batch
 from infer.config import Sampling
-from infer.engines.pipelined.engine import PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.protocol import PROMPT_SAMPLE, Request, RouteKey, Sample, SampledRoutes
 from model.objective import LossSums
 from model.router import ReplayedRoutes, RouteError, Router, Routes, Routing
