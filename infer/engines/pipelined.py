@@ -19,7 +19,7 @@ from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCond
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder, RouteStore, join_routes
 from infer.engines.local import start_sequences, to_rollouts
-from infer.engines.pipelined.plan import (
+from infer.engines.rounds import (
     NOTHING,
     Cohort,
     CohortDecoder,

@@ -17,7 +17,7 @@ from data.chat.messages import read_conversation
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import GenerateError, Sampling
 from infer.engines.pipelined import CohortSizes
-from infer.engines.pipelined.plan import NOTHING, Cohort, RoundFormat, RoundPlan
+from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents

@@ -17,7 +17,7 @@ from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Lane, PipelineStage, Program
 from dualpipe.validate import validate
-from infer.engines.pipelined.plan import PipelinePlace, RoundFormat
+from infer.engines.rounds import PipelinePlace, RoundFormat
 from model.transformer import Transformer
 from train.replica import Replica
 from train.schedule.links import PipelineLinks, message_key

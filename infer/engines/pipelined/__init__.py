@@ -1,1 +1,0 @@
-"""Decodes on the ranks of a pipeline, where training left the weights."""
