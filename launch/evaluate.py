@@ -21,8 +21,7 @@ from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.evaluate.answers import Answerer
 from infer.evaluate.folder import IDENTITY_NAME, RESULTS_NAME, EvaluationFolder, read_records
-from infer.evaluate.protocol import Record, TaskContext
-from infer.evaluate.registry import EVALUATION_TASKS
+from infer.evaluate.protocol import EVALUATION_TASKS, Record, TaskContext
 from infer.evaluate.run import OpenTask, TaskResult, Write, as_json, open_tasks, run_tasks, task_result
 from infer.evaluate.statistics import PairedComparison, compare
 from kernels.ranges import NonNegativeInt, PositiveInt

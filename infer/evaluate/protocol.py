@@ -1,16 +1,18 @@
-"""Defines evaluation tasks, their requests and results, and evaluated models. Imports no torch.
+"""Defines and registers evaluation tasks, their requests and results, and evaluated models. Imports no torch.
 
 A task makes samples with requests. Answers become the sample's record, and results are computed from records alone, so
 that an interrupted evaluation continues after the last record.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from data.tokenizer import Tokenizer
 from infer.config import Finish, RuleError, Sampling
 from infer.protocol import NumberedPrompt, Request, Rollouts
+from kernels.registry import Registry
+from model.config import HeadKind
 
 Text = str | tuple[int, ...]  # a text, or its token ids
 StopToken = Callable[[int, int], bool]
@@ -220,3 +222,37 @@ class EvaluatedModel(Protocol):
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Continues every prompt, as `infer.protocol.Engine`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTaskConfig:
+    """Base class of the configurations of evaluation tasks."""
+
+
+def path_of(config: Any) -> tuple[str, ...]:
+    """Returns the file that the key `path` names, if there is one."""
+    return (config.path,) if config.path else ()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTaskSpec:
+    """A task that `tasks` can name.
+
+    Attributes:
+        version: changes with the meaning of the task's numbers.
+        build: builds the task. It checks all files, and raises `EvaluationError`, `DataError` or `ScoringError`.
+        files: returns the files that decide the results, given the configuration.
+        required: keys of its configuration that must not be null.
+    """
+
+    summary: str
+    config: type[EvaluationTaskConfig]
+    build: Callable[[Any, TaskContext], EvaluationTask]
+    _: KW_ONLY
+    version: int
+    files: Callable[[Any], tuple[str, ...]] = path_of
+    heads: tuple[HeadKind, ...] = ("tokens",)
+    required: tuple[str, ...] = ()
+
+
+EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["infer.evaluate.tasks.table"])

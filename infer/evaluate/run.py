@@ -5,8 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from infer.evaluate.answers import Answerer, NumberedRequest
-from infer.evaluate.protocol import EvaluationSample, EvaluationTask, Record, TaskContext, TaskDetails
-from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig, EvaluationTaskSpec
+from infer.evaluate.protocol import (
+    EVALUATION_TASKS,
+    EvaluationSample,
+    EvaluationTask,
+    EvaluationTaskConfig,
+    EvaluationTaskSpec,
+    Record,
+    TaskContext,
+    TaskDetails,
+)
 from infer.evaluate.statistics import Estimate, estimate
 
 REQUESTS_TOGETHER = 512

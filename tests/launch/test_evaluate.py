@@ -11,8 +11,7 @@ import yaml
 
 from data.corpus import DataError
 from infer.evaluate import run as evaluation_run
-from infer.evaluate.protocol import EvaluationError
-from infer.evaluate.registry import EVALUATION_TASKS
+from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationError
 from launch.evaluate import main
 from tests import ROOT
 from tests.documents import check_policy

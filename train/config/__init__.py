@@ -10,7 +10,7 @@ from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs
-from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig
+from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskConfig
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, ZeroOrAbove

@@ -15,6 +15,7 @@ from infer.evaluate.protocol import (
     EvaluationMetric,
     EvaluationSample,
     EvaluationTask,
+    EvaluationTaskConfig,
     GenerationAnswer,
     GenerationRequest,
     Measure,
@@ -23,7 +24,6 @@ from infer.evaluate.protocol import (
     TaskDetails,
     Text,
 )
-from infer.evaluate.registry import EvaluationTaskConfig
 from infer.scoring.ratings import pass_at_k
 from infer.scoring.score import SCORERS, VERDICTS, Answer, Problem, Score, TextAnswer
 from kernels.ranges import NonNegativeFloat, PositiveInt

@@ -24,6 +24,7 @@ from infer.evaluate.protocol import (
     EvaluationMetric,
     EvaluationSample,
     EvaluationTask,
+    EvaluationTaskConfig,
     LikelihoodAnswer,
     Measure,
     RatingRequest,
@@ -32,7 +33,6 @@ from infer.evaluate.protocol import (
     TaskContext,
     TaskDetails,
 )
-from infer.evaluate.registry import EvaluationTaskConfig
 from infer.evaluate.statistics import estimate, group_by
 from kernels.ranges import PositiveInt
 

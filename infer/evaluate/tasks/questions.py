@@ -35,13 +35,14 @@ from infer.evaluate.protocol import (
     EvaluationMetric,
     EvaluationSample,
     EvaluationTask,
+    EvaluationTaskConfig,
     LikelihoodAnswer,
     Measure,
     Record,
     TaskContext,
     TaskDetails,
+    path_of,
 )
-from infer.evaluate.registry import EvaluationTaskConfig, path_of
 from infer.evaluate.tasks.answering import AnswerTaskConfig, Question, Verifier, build_answers, open_scorer
 from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.find import IsolationChoice

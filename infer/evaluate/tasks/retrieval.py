@@ -21,6 +21,7 @@ from infer.evaluate.protocol import (
     EvaluationMetric,
     EvaluationSample,
     EvaluationTask,
+    EvaluationTaskConfig,
     GenerationAnswer,
     GenerationRequest,
     Measure,
@@ -30,7 +31,6 @@ from infer.evaluate.protocol import (
     TaskContext,
     TaskDetails,
 )
-from infer.evaluate.registry import EvaluationTaskConfig
 from infer.evaluate.statistics import Estimate, estimate, group_by
 from infer.evaluate.tasks.haystack import (
     Draws,

@@ -1,6 +1,6 @@
 """Registers the project's evaluation tasks."""
 
-from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskSpec
 from infer.evaluate.tasks import documents, questions, retrieval
 
 _SPECS = {

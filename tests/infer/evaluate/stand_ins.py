@@ -13,8 +13,7 @@ import yaml
 from data.tokenizer import Tokenizer
 from infer.config import Statistics
 from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import Record, StopToken, TargetScores, TargetSequence, TaskContext
-from infer.evaluate.registry import EVALUATION_TASKS
+from infer.evaluate.protocol import EVALUATION_TASKS, Record, StopToken, TargetScores, TargetSequence, TaskContext
 from infer.evaluate.run import OpenTask, TaskResult, run_tasks, task_result
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from train.config.decode import decode
