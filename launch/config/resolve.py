@@ -12,8 +12,7 @@ from typing import Any
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer import find_tokenizer_file, other_tokenizer
-from infer.evaluate.lines import checked_file
-from infer.evaluate.protocol import EVALUATION_TASKS
+from infer.evaluate.protocol import EVALUATION_TASKS, checked_file
 from infer.scoring.reward import check_problems
 from model.config import ModelConfig, ladder
 from train.checkpoint.initial_weights import check_initial

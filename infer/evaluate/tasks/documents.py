@@ -17,7 +17,6 @@ from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
-from infer.evaluate.lines import SampleLine, checked_file, needed_path, read_samples, read_text, text_field
 from infer.evaluate.protocol import (
     DocumentRequest,
     EvaluationError,
@@ -30,8 +29,14 @@ from infer.evaluate.protocol import (
     RatingRequest,
     Record,
     ResultTable,
+    SampleLine,
     TaskContext,
     TaskDetails,
+    checked_file,
+    needed_path,
+    read_samples,
+    read_text,
+    text_field,
 )
 from infer.evaluate.statistics import estimate, group_by
 from kernels.ranges import PositiveInt

@@ -10,8 +10,7 @@ import numpy as np
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from infer.evaluate.lines import checked_file, read_text
-from infer.evaluate.protocol import EvaluationError
+from infer.evaluate.protocol import EvaluationError, checked_file, read_text
 
 _SENTENCES = re.findall(
     r"[A-Z][^.]+\.",

@@ -28,7 +28,6 @@ from data.corpus import DataError, describe, list_of, text_of
 from data.problems import GymSource
 from data.registry import DATA_SOURCES
 from infer.evaluate.answers import target_sequence
-from infer.evaluate.lines import SampleLine, field_of, needed_path, read_samples, text_field
 from infer.evaluate.protocol import (
     ContinuationRequest,
     EvaluationError,
@@ -39,9 +38,14 @@ from infer.evaluate.protocol import (
     LikelihoodAnswer,
     Measure,
     Record,
+    SampleLine,
     TaskContext,
     TaskDetails,
+    field_of,
+    needed_path,
     path_of,
+    read_samples,
+    text_field,
 )
 from infer.evaluate.tasks.answering import AnswerTaskConfig, Question, Verifier, build_answers, open_scorer
 from infer.scoring.answer_text import final_text, last_boxed
