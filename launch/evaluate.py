@@ -20,9 +20,20 @@ from typing import Any
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.evaluate.answers import Answerer
-from infer.evaluate.folder import IDENTITY_NAME, RESULTS_NAME, EvaluationFolder, read_records
 from infer.evaluate.protocol import EVALUATION_TASKS, Record, TaskContext
-from infer.evaluate.run import OpenTask, TaskResult, Write, as_json, open_tasks, run_tasks, task_result
+from infer.evaluate.run import (
+    IDENTITY_NAME,
+    RESULTS_NAME,
+    EvaluationFolder,
+    OpenTask,
+    TaskResult,
+    Write,
+    as_json,
+    open_tasks,
+    read_records,
+    run_tasks,
+    task_result,
+)
 from infer.evaluate.statistics import PairedComparison, compare
 from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose

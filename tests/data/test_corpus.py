@@ -29,8 +29,8 @@ from data.prepare import check_config, prepare
 from data.problems import ProblemsSource, split_problems
 from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 from data.registry import DataSource
-from infer.evaluate.folder import read_records
 from infer.evaluate.protocol import read_lines
+from infer.evaluate.run import read_records
 from launch.generate import read_prompts
 from launch.sample import FileProblemsConfig, load_problems
 from launch.scored_samples import read_samples

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from infer.evaluate.answers import Answerer
-from infer.evaluate.folder import RESULTS_NAME, samples_name
 from infer.evaluate.protocol import EvaluationError, Record, TaskContext
-from infer.evaluate.run import OpenTask, TaskResult, as_json, open_tasks, run_tasks, task_result
+from infer.evaluate.run import (
+    RESULTS_NAME,
+    OpenTask,
+    TaskResult,
+    as_json,
+    open_tasks,
+    run_tasks,
+    samples_name,
+    task_result,
+)
 from train.config.decode import encode
 from train.evaluation.page import PAGE_NAME, page
 from train.evaluation.pipelined import PipelinedModel
