@@ -1,5 +1,7 @@
-"""Evaluates documents by bits per byte, and a reward model by pairs of answers. Imports no torch.
+"""Evaluates texts that a model reads: choices and documents by likelihood, pairs of answers by a reward model.
 
+choice: `{"id": ..., "context": ..., "choices": [...], "answer": 0}`. The begin-of-sentence token, the context and a
+choice are joined without anything between them, so a choice begins with the space that it needs.
 bits_per_byte: a document is read in windows, and every token is scored once. The number of bytes is that of the text in
 UTF-8, so the tokenizer does not matter.
 reward: how often the chosen answer has the higher score. A line of the file is `{"id": ..., "subset": ..., "prompt":
@@ -16,8 +18,10 @@ from typing import Annotated, Any
 from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
-from data.corpus import DataError
+from data.corpus import DataError, describe, list_of, text_of
+from infer.evaluate.answers import target_sequence
 from infer.evaluate.protocol import (
+    ContinuationRequest,
     DocumentRequest,
     EvaluationError,
     EvaluationMetric,
@@ -33,13 +37,125 @@ from infer.evaluate.protocol import (
     TaskContext,
     TaskDetails,
     checked_file,
+    field_of,
     needed_path,
     read_samples,
     read_text,
     text_field,
 )
 from infer.evaluate.statistics import estimate, group_by
-from kernels.ranges import PositiveInt
+from kernels.ranges import NonNegativeInt, PositiveInt
+
+MOST_CHOICES = 1000
+_CHOICE_EXAMPLE = 'lines {"id": "1", "context": "1+1=", "choices": ["2", "3"], "answer": 0}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceConfig(EvaluationTaskConfig):
+    """Multiple choice. Keys are explained in conf/evaluate.yaml."""
+
+    path: str | None
+    num_shots: NonNegativeInt
+    shots_path: str | None
+    limit: PositiveInt | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceQuestion:
+    """A question: what precedes each choice, the choices, and the number of the right one, from 0."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def choice_files(config: ChoiceConfig) -> tuple[str, ...]:
+    """Returns the files of questions and examples."""
+    return tuple(path for path in (config.path, config.shots_path if config.num_shots else None) if path)
+
+
+def build_choice(config: ChoiceConfig, context: TaskContext) -> EvaluationTask:
+    """Builds the task `choice`: the most likely choice is the answer."""
+    questions = read_samples("choice.path", needed_path("choice.path", config.path, _CHOICE_EXAMPLE), _read_choices)
+    shots = questions[: config.num_shots]
+    if config.num_shots and config.shots_path is not None:
+        shots = read_samples("choice.shots_path", config.shots_path, _read_choices)[: config.num_shots]
+    elif config.num_shots:
+        questions = questions[config.num_shots :]
+    if len(shots) < config.num_shots or not questions:
+        raise EvaluationError(
+            f"choice.num_shots: must leave a question and have as many examples, is {config.num_shots}, there are "
+            f"{len(shots)} examples; nearest valid: {max(0, len(shots) - (config.shots_path is None))}"
+        )
+    solved = [shot.value for shot in shots]
+    prefix = "".join(f"{shot.context}{shot.choices[shot.answer]}\n\n" for shot in solved)
+    samples = [_choice_sample(question, prefix, context) for question in questions[: config.limit]]
+    return EvaluationTask(
+        metrics=(EvaluationMetric(name="accuracy"), EvaluationMetric(name="accuracy_per_byte")),
+        samples=lambda: samples,
+        record=_choice_record,
+        measures=lambda record: {
+            "accuracy": Measure(value=float(record["chosen"] == record["answer"])),
+            "accuracy_per_byte": Measure(value=float(record["chosen_per_byte"] == record["answer"])),
+        },
+        details=_choice_details,
+        num_shots=config.num_shots,
+    )
+
+
+def _choice_sample(question: SampleLine[ChoiceQuestion], prefix: str, context: TaskContext) -> EvaluationSample:
+    requests = tuple(
+        ContinuationRequest(
+            context=prefix + question.value.context,
+            continuation=choice,
+            place=f"{question.place}: choices[{number}]",
+        )
+        for number, choice in enumerate(question.value.choices)
+    )
+    for request in requests:
+        target_sequence(context.tokenizer, request, context.max_tokens)  # rejects choices that are too long
+    return EvaluationSample(key=question.key, requests=requests, source=question.value)
+
+
+def _choice_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswer]) -> Record:
+    question: ChoiceQuestion = sample.source
+    values = [answer.log_likelihood for answer in answers]
+    sizes = [max(1, len(choice.encode())) for choice in question.choices]
+    per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
+    return {
+        "loglikelihoods": values,
+        "is_greedy": [answer.is_greedy for answer in answers],
+        "answer": question.answer,
+        "chosen": values.index(max(values)),
+        "chosen_per_byte": per_byte.index(max(per_byte)),
+        "num_dropped": max(answer.num_dropped for answer in answers),
+    }
+
+
+def _choice_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
+    truncated = sum(record["num_dropped"] > 0 for record in records)
+    guessing = sum(1 / len(record["loglikelihoods"]) for record in records) / max(1, len(records))
+    note = f"{truncated} contexts are longer than the model's positions; their first tokens are dropped"
+    values = {"num_truncated": truncated, "accuracy_of_guessing": guessing}
+    return TaskDetails(values=values, notes=(note,) if truncated else ())
+
+
+def _read_choices(values: Mapping[str, Any], place: str) -> ChoiceQuestion:
+    items = list_of(field_of(values, "choices", place), f"{place}: choices")
+    if len(items) > MOST_CHOICES:
+        raise DataError(f"{place}: choices: must have at most {MOST_CHOICES} items, has {len(items)}")
+    choices = tuple(text_of(item, f"{place}: choices[{number}]") for number, item in enumerate(items))
+    for number, choice in enumerate(choices):
+        if not choice:
+            raise DataError(f'{place}: choices[{number}]: must have text, is ""; nearest: leave the choice out')
+    answer = field_of(values, "answer", place)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{place}: answer: must be the number of a choice, from 0 to {len(choices) - 1}, is {describe(answer)}; "
+            f"nearest: {min(max(answer, 0), len(choices) - 1) if type(answer) is int else 0}"
+        )
+    return ChoiceQuestion(context=text_field(values, "context", place), choices=choices, answer=answer)
+
 
 TEXT_SUFFIXES = (".txt", ".md")
 _DOCUMENT_EXAMPLE = 'lines {"id": "1", "text": "..."}'

@@ -6,10 +6,10 @@ from infer.evaluate.tasks import documents, questions, retrieval
 _SPECS = {
     "choice": EvaluationTaskSpec(
         "multiple choice by log-likelihood",
-        questions.ChoiceConfig,
-        questions.build_choice,
+        documents.ChoiceConfig,
+        documents.build_choice,
         version=1,
-        files=questions.choice_files,
+        files=documents.choice_files,
         required=("path",),
     ),
     "bits_per_byte": EvaluationTaskSpec(
