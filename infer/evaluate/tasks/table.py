@@ -1,21 +1,22 @@
 """Registers the project's evaluation tasks."""
 
+from infer.evaluate import likelihood
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks import documents, questions, retrieval
+from infer.evaluate.tasks import questions, retrieval
 
 _SPECS = {
     "choice": EvaluationTaskSpec(
         "multiple choice by log-likelihood",
-        documents.ChoiceConfig,
-        documents.build_choice,
+        likelihood.ChoiceConfig,
+        likelihood.build_choice,
         version=1,
-        files=documents.choice_files,
+        files=likelihood.choice_files,
         required=("path",),
     ),
     "bits_per_byte": EvaluationTaskSpec(
         "bits per byte of documents, also by source",
-        documents.BitsPerByteConfig,
-        documents.build_bits_per_byte,
+        likelihood.BitsPerByteConfig,
+        likelihood.build_bits_per_byte,
         version=1,
         required=("path",),
     ),
@@ -51,8 +52,8 @@ _SPECS = {
     ),
     "reward": EvaluationTaskSpec(
         "a reward model's preference for chosen answers, by subset",
-        documents.RewardTaskConfig,
-        documents.build_reward,
+        likelihood.RewardTaskConfig,
+        likelihood.build_reward,
         version=1,
         required=("path",),
         heads=("score",),
