@@ -25,6 +25,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.problems import GymSource
 from data.registry import DATA_SOURCES
+from infer.evaluate.answering import AnswerTaskConfig, Question, Verifier, build_answers, open_scorer
 from infer.evaluate.protocol import (
     EvaluationError,
     TaskContext,
@@ -32,7 +33,6 @@ from infer.evaluate.protocol import (
     read_samples,
     text_field,
 )
-from infer.evaluate.tasks.answering import AnswerTaskConfig, Question, Verifier, build_answers, open_scorer
 from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.find import IsolationChoice
 from infer.scoring.score import Answer, Problem, Score, Scorer, ScoringError, TextAnswer, problem_of
