@@ -1,8 +1,8 @@
 """Registers the project's evaluation tasks."""
 
-from infer.evaluate import likelihood
+from infer.evaluate import answering, likelihood
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks import questions, retrieval
+from infer.evaluate.tasks import retrieval
 
 _SPECS = {
     "choice": EvaluationTaskSpec(
@@ -31,21 +31,21 @@ _SPECS = {
     ),
     "maths": EvaluationTaskSpec(
         "questions of mathematics, whose answers must be proven equal",
-        questions.MathsTaskConfig,
-        questions.build_maths,
+        answering.MathsTaskConfig,
+        answering.build_maths,
         version=2,
     ),
     "code": EvaluationTaskSpec(
         "programs that tests in a sandbox judge, with pass@k",
-        questions.CodeTaskConfig,
-        questions.build_code,
+        answering.CodeTaskConfig,
+        answering.build_code,
         version=1,
-        files=questions.code_files,
+        files=answering.code_files,
     ),
     "reasoning": EvaluationTaskSpec(
         "problems that reasoning-gym generates and verifies",
-        questions.ReasoningTaskConfig,
-        questions.build_reasoning,
+        answering.ReasoningTaskConfig,
+        answering.build_reasoning,
         version=1,
         files=lambda config: (),
         required=("dataset",),

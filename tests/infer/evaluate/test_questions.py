@@ -14,8 +14,8 @@ import pytest
 from data.arithmetic import is_held_out
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
+from infer.evaluate.answering import OWN_PROGRAMS
 from infer.evaluate.protocol import EvaluationError
-from infer.evaluate.tasks.questions import OWN_PROGRAMS
 from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.ratings import pass_at_k
