@@ -1,8 +1,7 @@
 """Registers the project's evaluation tasks."""
 
-from infer.evaluate import answering, likelihood
+from infer.evaluate import answering, likelihood, retrieval
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks import retrieval
 
 _SPECS = {
     "choice": EvaluationTaskSpec(
