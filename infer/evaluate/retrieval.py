@@ -15,6 +15,16 @@ from statistics import mean
 from typing import Annotated, Any, Literal, get_args
 
 from data.tokenizer import Tokenizer
+from infer.evaluate.haystack import (
+    Draws,
+    Fact,
+    Filler,
+    HaystackPrompt,
+    check_lengths,
+    hide,
+    num_begin,
+    read_filler,
+)
 from infer.evaluate.protocol import (
     ContinuationRequest,
     EvaluationError,
@@ -32,16 +42,6 @@ from infer.evaluate.protocol import (
     TaskDetails,
 )
 from infer.evaluate.statistics import Estimate, estimate, group_by
-from infer.evaluate.tasks.haystack import (
-    Draws,
-    Fact,
-    Filler,
-    HaystackPrompt,
-    check_lengths,
-    hide,
-    num_begin,
-    read_filler,
-)
 from kernels.ranges import Between, PositiveInt
 
 Subtask = Literal["multi_key", "multi_value", "multi_query", "variable_tracking", "common_words"]

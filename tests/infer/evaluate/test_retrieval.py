@@ -7,10 +7,10 @@ import pytest
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
+from infer.evaluate.haystack import Draws, Fact, hide, read_filler
 from infer.evaluate.protocol import EvaluationError
 from infer.evaluate.retrieval import SUBTASKS
 from infer.evaluate.run import OpenTask
-from infer.evaluate.tasks.haystack import Draws, Fact, hide, read_filler
 from tests.infer.evaluate.stand_ins import CopyModel, RandomModel, evaluate, open_task
 
 MOST = 1024
