@@ -258,7 +258,7 @@ class EvaluationTaskSpec:
     required: tuple[str, ...] = ()
 
 
-EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["infer.evaluate.tasks.table"])
+EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["infer.evaluate.run"])
 
 
 LARGEST_FILE_BYTES = 2**31

@@ -1,1 +1,0 @@
-"""Evaluation tasks. Each module registers one."""
