@@ -46,10 +46,21 @@ from infer.evaluate.protocol import (
     read_samples,
     text_field,
 )
-from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.find import IsolationChoice
 from infer.scoring.ratings import pass_at_k
-from infer.scoring.score import SCORERS, VERDICTS, Answer, Problem, Score, Scorer, ScoringError, TextAnswer, problem_of
+from infer.scoring.score import (
+    SCORERS,
+    VERDICTS,
+    Answer,
+    Problem,
+    Score,
+    Scorer,
+    ScoringError,
+    TextAnswer,
+    final_text,
+    last_boxed,
+    problem_of,
+)
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 

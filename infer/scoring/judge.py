@@ -18,9 +18,8 @@ from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.protocol import NumberedPrompt, Request, Sample
-from infer.scoring.answer_text import final_text
 from infer.scoring.reward import AnswerGroup
-from infer.scoring.score import Score, ScorerConfig, ScoringError, failure
+from infer.scoring.score import Score, ScorerConfig, ScoringError, failure, final_text
 from kernels.ranges import NonNegativeFloat, PositiveInt
 
 JUDGE_SEED = 0x5851F42D4C957F2D

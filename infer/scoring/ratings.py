@@ -10,10 +10,11 @@ from math import comb
 from statistics import mean
 from typing import Literal
 
-from infer.scoring.answer_text import END_THINK, THINK, last_boxed, last_code, normalize_text, shown_answer
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import (
+    END_THINK,
     SKIPPED,
+    THINK,
     Answer,
     Problem,
     RatingScorer,
@@ -21,6 +22,10 @@ from infer.scoring.score import (
     ScorerConfig,
     ScoringError,
     failure,
+    last_boxed,
+    last_code,
+    normalize_text,
+    shown_answer,
     verdict,
 )
 from kernels.ranges import NonNegativeInt, PositiveInt, Share

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from infer.scoring import ratings
-from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.judge import JudgeConfig, RewardModelScorerConfig
 from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
@@ -28,6 +27,8 @@ from infer.scoring.score import (
     ScorerSpec,
     ScoringError,
     failure,
+    final_text,
+    last_boxed,
     verdict,
 )
 from kernels.ranges import PositiveFloat, PositiveInt

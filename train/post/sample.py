@@ -11,8 +11,7 @@ from data.problems import ProblemRecord, split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
-from infer.scoring.answer_text import THINK
-from infer.scoring.score import problem_of
+from infer.scoring.score import THINK, problem_of
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.config.rollout import RolloutConfig

@@ -13,11 +13,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from data.problems import StdinTest
-from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice, find_sandbox
 from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe
 from infer.scoring.code.supervise import Finished, Guest, wait_for_guests
-from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
+from infer.scoring.score import (
+    SKIPPED,
+    Answer,
+    Problem,
+    Score,
+    ScorerConfig,
+    ScoringError,
+    failure,
+    final_text,
+    last_code,
+    verdict,
+)
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_PROGRAM = 2**18
