@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from comm.config import Cut
-from infer.scoring.judge import JudgeConfig, RewardModelScorerConfig, read_constitution
+from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config import TrainConfig

@@ -10,7 +10,7 @@ from data.registry import DATA_SOURCES
 from dualpipe.build import build, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
-from infer.scoring.judge import JudgeConfig
+from infer.scoring.scorers import JudgeConfig
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig

@@ -11,8 +11,8 @@ from data.loader import Batch
 from data.tokenizer import Tokenizer
 from infer.protocol import Group, NumberedPrompt, Sample
 from infer.reward import score_answers
-from infer.scoring.judge import RewardModelScorerConfig
 from infer.scoring.score import Score, failure
+from infer.scoring.scorers import RewardModelScorerConfig
 from model.objective import MicroBatch
 from model.objectives.pairs import KeepScores
 from model.transformer import Transformer, named_tensors

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import distributed as dist
 
 from infer.protocol import Engine, Group, Sample
-from infer.scoring.judge import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
 from infer.scoring.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
 from infer.scoring.score import Score, ScorerConfig, ScoringError
+from infer.scoring.scorers import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.config import TrainConfig
 from train.post.engine import ReplicaEngine, TrainingEngine
 from train.post.reward_model import open_reward_model

@@ -15,9 +15,9 @@ from infer.config import Finish
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
-from infer.scoring.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from infer.scoring.reward import AnswerGroup
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
+from infer.scoring.scorers import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from tests.infer.models import SMALL, make_model
 from tests.infer.scoring.groups import TextGroup
 

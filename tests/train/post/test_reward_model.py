@@ -17,9 +17,9 @@ from dualpipe.registry import ScheduleConfig
 from infer.config import Statistics
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
-from infer.scoring.judge import JUDGE_SEED, JudgeConfig, RewardModelScorerConfig
 from infer.scoring.reward import RewardConfig
 from infer.scoring.score import Problem, ScoringError
+from infer.scoring.scorers import JUDGE_SEED, JudgeConfig, RewardModelScorerConfig
 from model.config import ModelConfig
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
 from tests.launch.checkpoints import write_checkpoint
