@@ -115,7 +115,7 @@ def _check(sandbox: Sandbox) -> None:
     limits = GuestLimits(cpu_seconds=5, memory_bytes=2**29)
     with tempfile.NamedTemporaryFile(prefix="canary-") as canary:
         os.chmod(canary.name, 0o666)
-        probe = GuestProgram(name="probe", limits=limits, arguments=(canary.name,), files={})
+        probe = GuestProgram(name="limits", limits=limits, arguments=(canary.name,), files={})
         result = wait_for_guests([sandbox.start(probe)], [limits.cpu_seconds], _PROBE_SECONDS)
     (guest,) = result.guests
     if result.is_late:

@@ -1,7 +1,10 @@
-"""Sets the limits of a process in the sandbox."""
+"""Sets the limits of a process in the sandbox. Run as a program, it tries to leave the sandbox."""
 
 import io
+import json
+import os
 import resource
+import time
 from typing import Any
 
 
@@ -38,3 +41,66 @@ def read_source(limits: dict[str, Any], name: str) -> str:
 
 def _set(kind: int, limit: int) -> None:
     resource.setrlimit(kind, (limit, limit))
+
+
+_WRITTEN = ("/x", "/usr/x", "/dev/x", "/guest/x", "/python/x")
+_ENVIRONMENT = {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED", "LD_LIBRARY_PATH"}
+
+
+def main(limits: str, canary: str) -> None:
+    """Prints the limits that do not hold, as a list in JSON. It must not find the file `canary`."""
+    values = json.loads(limits)
+    apply_limits(values)
+    allowed = values["processes"]
+    found = [
+        *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", canary) if _is_read(path)),
+        *(f"{path} can be written" for path in _WRITTEN if _is_written(path)),
+        *(["a network"] if _interfaces() - {"lo"} else []),
+        *(["an environment"] if set(os.environ) - _ENVIRONMENT else []),
+        *(["root"] if os.getuid() == 0 else []),
+        *([f"more than {allowed} processes"] if _has_forked(allowed + 1) else []),
+    ]
+    print(json.dumps(found))
+
+
+def _is_read(path: str) -> bool:
+    try:
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            with open(path, "rb") as file:
+                file.read()
+    except OSError:
+        return False
+    return True
+
+
+def _is_written(path: str) -> bool:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("x")
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _has_forked(limit: int) -> bool:
+    """Returns whether so many processes can be started at the same time."""
+    try:
+        for _ in range(limit):
+            if os.fork() == 0:
+                time.sleep(5)  # a namespace ends before
+                os._exit(0)
+    except OSError:
+        return False
+    return True
+
+
+def _interfaces() -> set[str]:
+    import socket  # the programs that only set limits start without it
+
+    try:
+        return {name for _, name in socket.if_nameindex()}
+    except OSError:  # the filter of system calls refuses to open a socket
+        return set()
