@@ -353,9 +353,9 @@ ALLOWED = {
     # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
     ("kernels/registry.py", "exec("),
     # Generated programs and their tests, which run in the sandbox alone (tests/infer/scoring/test_code.py).
-    ("infer/scoring/code/guest/candidate.py", "exec("),
-    ("infer/scoring/code/guest/script.py", "exec("),
-    ("infer/scoring/code/guest/tests.py", "exec("),
+    ("infer/scoring/guest/candidate.py", "exec("),
+    ("infer/scoring/guest/script.py", "exec("),
+    ("infer/scoring/guest/tests.py", "exec("),
 }
 
 

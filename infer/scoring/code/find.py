@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from infer.scoring.code.sandbox import PYTHON_NAME, GuestLimits, GuestProgram, Interpreter, Sandbox
 from infer.scoring.code.supervise import wait_for_guests
+from infer.scoring.sandbox import PYTHON_NAME, GuestLimits, GuestProgram, Interpreter, Sandbox
 from infer.scoring.score import ScoringError
 
 LOGGER = logging.getLogger("infer")

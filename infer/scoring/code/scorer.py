@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from data.problems import StdinTest
 from infer.scoring.code.find import IsolationChoice, find_sandbox
-from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe
 from infer.scoring.code.supervise import Finished, Guest, wait_for_guests
+from infer.scoring.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe
 from infer.scoring.score import (
     SKIPPED,
     Answer,

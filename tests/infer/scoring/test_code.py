@@ -17,9 +17,9 @@ import pytest
 
 from data.problems import StdinTest
 from infer.scoring.code import find, supervise
-from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.code.supervise import wait_for_guests
+from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS

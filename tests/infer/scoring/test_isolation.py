@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from infer.scoring.code import find
-from infer.scoring.code.sandbox import Sandbox, seccomp_filter
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.sandbox import Sandbox, seccomp_filter
 from infer.scoring.score import ScoringError
 from tests import ROOT
 from tests.covering import exhaustive

@@ -19,8 +19,8 @@ from typing import Literal
 
 PYTHON_NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _GUEST = Path(__file__).with_name("guest")
-_PACKAGE = PurePosixPath("infer/scoring/code/guest")
-_START = "import sys; sys.path[0] = {path!r}; from infer.scoring.code.guest.{name} import main; main(*sys.argv[1:])"
+_PACKAGE = PurePosixPath("infer/scoring/guest")
+_START = "import sys; sys.path[0] = {path!r}; from infer.scoring.guest.{name} import main; main(*sys.argv[1:])"
 # If memory runs out, the kernel ends guests first.
 _FIRST_VICTIM = ("/bin/sh", "-c", 'echo 1000 > /proc/self/oom_score_adj; exec "$@"', "sh")
 # Not -I, which would ignore the seed of hashes: the order of a set must not differ between two runs.
