@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.sandbox import PYTHON_NAME, GuestLimits, GuestProgram, Interpreter, Sandbox
 from infer.scoring.score import ScoringError
+from infer.scoring.supervise import wait_for_guests
 
 LOGGER = logging.getLogger("infer")
 IsolationChoice = Literal["bubblewrap", "accept_risk"]

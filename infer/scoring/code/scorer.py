@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from data.problems import StdinTest
 from infer.scoring.code.find import IsolationChoice, find_sandbox
-from infer.scoring.code.supervise import Finished, Guest, wait_for_guests
 from infer.scoring.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe
 from infer.scoring.score import (
     SKIPPED,
@@ -28,6 +27,7 @@ from infer.scoring.score import (
     last_code,
     verdict,
 )
+from infer.scoring.supervise import Finished, Guest, wait_for_guests
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_PROGRAM = 2**18

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from data.problems import StdinTest
-from infer.scoring.code import find, supervise
+from infer.scoring import supervise
+from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
+from infer.scoring.supervise import wait_for_guests
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all, processes_of
