@@ -23,8 +23,8 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.protocol import NumberedPrompt, Request, Sample
 from infer.scoring import ratings
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
+from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.ratings import finished_answer
 from infer.scoring.reward import AnswerGroup, refuse_without_run
 from infer.scoring.score import (

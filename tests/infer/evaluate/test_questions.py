@@ -17,7 +17,7 @@ from data.tokenizer import Tokenizer
 from infer.evaluate.answering import OWN_PROGRAMS
 from infer.evaluate.protocol import EvaluationError
 from infer.scoring.code import find
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.ratings import pass_at_k
 from tests.covering import exhaustive
 from tests.data.chat.conversations import chat_tokenizer

@@ -18,7 +18,7 @@ import pytest
 from data.problems import StdinTest
 from infer.scoring import supervise
 from infer.scoring.code import find
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
 from infer.scoring.supervise import wait_for_guests

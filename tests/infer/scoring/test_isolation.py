@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from infer.scoring.code import find
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import Sandbox, seccomp_filter
 from infer.scoring.score import ScoringError
 from tests import ROOT
@@ -110,7 +110,7 @@ def test_isolation_stops_twelve_attacks(needs_root: None, tmp_path: Path, user: 
 PLACES = ["/home/somebody/.pyenv/versions/3", "/var/lib/python", "/tmp/environment/python"]
 SCORE_ONE = """
 import sys
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.programs import CodeConfig, CodeScorer
 limits = dict(cpu_seconds=5, wall_seconds=60, memory_mib=512, num_sandboxes=1)
 scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, **limits))
 program = "import ssl, ctypes, decimal, sqlite3, os\\ndef f(): return os.path.exists(PLACE)"

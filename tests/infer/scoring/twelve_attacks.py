@@ -11,7 +11,7 @@ import sys
 from unittest import mock
 
 from infer.scoring.code import find
-from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.score import Problem, TextAnswer
 from tests.infer.scoring.hostile_programs import ATTACKS, FORGERIES, TESTS
 
