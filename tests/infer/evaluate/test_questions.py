@@ -16,7 +16,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.evaluate.answering import OWN_PROGRAMS
 from infer.evaluate.protocol import EvaluationError
-from infer.scoring.code import find
+from infer.scoring import programs
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.ratings import pass_at_k
 from tests.covering import exhaustive
@@ -244,9 +244,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
 
 def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     def missing() -> None:
-        raise find._MissingError("not here")
+        raise programs._MissingError("not here")
 
-    monkeypatch.setattr(find, "_build_bubblewrap", missing)
+    monkeypatch.setattr(programs, "_build_bubblewrap", missing)
     with pytest.raises(EvaluationError, match=r"^code\.isolation: .*isolation=accept_risk"):
         open_task("code", tokenizer)
 

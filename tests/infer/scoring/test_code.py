@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from data.problems import StdinTest
-from infer.scoring import supervise
-from infer.scoring.code import find
+from infer.scoring import programs, supervise
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
@@ -42,7 +41,7 @@ def scorer() -> Iterator[CodeScorer]:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(find, "_unused_uid", lambda: UID)
+        patch.setattr(programs, "_unused_uid", lambda: UID)
         try:
             made = build()
         except ScoringError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.scoring.code import find
+from infer.scoring import programs
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import Sandbox, seccomp_filter
 from infer.scoring.score import ScoringError
@@ -155,17 +155,17 @@ def sandboxed() -> None:
 
 
 def missing() -> Sandbox:
-    raise find._MissingError("no bubblewrap here")
+    raise programs._MissingError("no bubblewrap here")
 
 
 def test_isolation_limits_alone_need_consent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(find, "_build_bubblewrap", missing)
+    monkeypatch.setattr(programs, "_build_bubblewrap", missing)
     with pytest.raises(
         ScoringError, match=r"no bubblewrap here.*apt-get install bubblewrap.*accept_risk: gen"
     ) as caught:
-        find.find_sandbox("bubblewrap")
+        programs.find_sandbox("bubblewrap")
     assert "\n" not in str(caught.value)
-    sandbox = find.find_sandbox("accept_risk")
+    sandbox = programs.find_sandbox("accept_risk")
     assert sandbox.isolation == "limits"
     assert [record.message for record in caplog.records] == [
         "programs can read and change what their user can: no bubblewrap here"
@@ -173,7 +173,7 @@ def test_isolation_limits_alone_need_consent(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_isolation_limits_alone_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "_build_bubblewrap", missing)
+    monkeypatch.setattr(programs, "_build_bubblewrap", missing)
     limits = {"cpu_seconds": 1, "wall_seconds": 20, "memory_mib": 512, "num_sandboxes": 1}
     scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, isolation="accept_risk", **limits))
     tests = "assert f(3) == 9"
@@ -204,18 +204,18 @@ def _read(path: Path) -> bytes:
 
 def test_isolation_a_sandbox_that_does_not_hold_is_not_used(monkeypatch: pytest.MonkeyPatch, sandboxed: None) -> None:
     """The probe finds a file of this machine if its folder is visible, wherever the interpreter is."""
-    real = find._check
+    real = programs._check
     if os.geteuid() == 0:
-        monkeypatch.setattr(find, "_as_unused_user", lambda: [])
+        monkeypatch.setattr(programs, "_as_unused_user", lambda: [])
 
     def check(sandbox: Sandbox) -> None:
         build = sandbox._bubblewrap
         sandbox._bubblewrap = lambda *values: [*build(*values), "--bind", "/tmp", "/tmp"]  # type: ignore[method-assign]
         real(sandbox)
 
-    monkeypatch.setattr(find, "_check", check)
+    monkeypatch.setattr(programs, "_check", check)
     with pytest.raises(ScoringError, match=r"does not hold: \S+canary-\S+ can be read"):
-        find.find_sandbox()
+        programs.find_sandbox()
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from infer.scoring.code import find
+from infer.scoring import programs
 from tests.infer.scoring.hostile_programs import SLEEPERS, TESTS
 from tests.infer.scoring.test_code import UID, build, outside, run, scorer
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def test_code_sleeping_programs_earn_nothing() -> None:
     """A program that sleeps is at fault, also on a busy machine: it does not wait for a processor."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(find, "_unused_uid", lambda: UID)
+        patch.setattr(programs, "_unused_uid", lambda: UID)
         impatient = build(wall_seconds=2.0, num_sandboxes=len(SLEEPERS))
     begin = time.monotonic()
     with ThreadPoolExecutor(len(SLEEPERS)) as threads:

@@ -10,7 +10,7 @@ import resource
 import sys
 from unittest import mock
 
-from infer.scoring.code import find
+from infer.scoring import programs
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.score import Problem, TextAnswer
 from tests.infer.scoring.hostile_programs import ATTACKS, FORGERIES, TESTS
@@ -45,7 +45,7 @@ HONEST = "succeeded = True"
 
 
 def main(canary: str, port: str, uid: str = "") -> None:
-    with mock.patch.object(find, "_unused_uid", return_value=int(uid or -1)):
+    with mock.patch.object(programs, "_unused_uid", return_value=int(uid or -1)):
         scorer = CodeScorer(
             CodeConfig(
                 kind="code", weight=1.0, cpu_seconds=CPU_SECONDS, wall_seconds=60.0, memory_mib=512, num_sandboxes=1

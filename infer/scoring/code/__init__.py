@@ -1,1 +1,0 @@
-"""Scores programs by running them with tests in a sandbox."""
