@@ -120,8 +120,8 @@ def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
     """Returns the full names of a package's modules, `first` first, without importing them."""
     spec = importlib.util.find_spec(package)
     assert spec is not None, f"no package {package}"
-    found = sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
-    return [f"{package}.{name}" for name in dict.fromkeys([*first, *found])]
+    names = sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+    return [f"{package}.{name}" for name in dict.fromkeys([*first, *names])]
 
 
 def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
@@ -152,11 +152,11 @@ def _load(path: Path) -> ModuleType:
         raise PluginError(f"plugins: must be python files, {str(path)!r} does not exist{_advice(path.name, siblings)}")
     name = f"plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     text = path.read_bytes()
-    known = sys.modules.get(name)
-    if known is not None:
-        loaded: _Loaded = known.__dict__["__plugin__"]
+    module = sys.modules.get(name)
+    if module is not None:
+        loaded: _Loaded = module.__dict__["__plugin__"]
         if loaded.text == text:
-            return known
+            return module
         for registry, entry in loaded.registered:
             registry.remove([entry])
     return _import(path, name, text)

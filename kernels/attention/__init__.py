@@ -97,7 +97,9 @@ def pads_values(name: str, device: str) -> bool:
 
 def _automatic(device: str, dtype: str, *, is_packed: bool) -> AttentionKernel:
     kernels = [kernel for _, kernel in ATTENTION.items()]
-    return next(each for each in reversed(kernels) if each.suits(device, dtype, is_packed) and each.is_installed)
+    return next(
+        kernel for kernel in reversed(kernels) if kernel.suits(device, dtype, is_packed) and kernel.is_installed
+    )
 
 
 class BlockKernelError(ValueError):
@@ -111,7 +113,7 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
     kernel for float32, and the reference for float64, which fused kernels do not support.
     """
     if device.type != "meta" and not has_blocks(name):
-        nearest = ", ".join(each for each in (AUTO, *ATTENTION.names()) if has_blocks(each))
+        nearest = ", ".join(valid for valid in (AUTO, *ATTENTION.names()) if has_blocks(valid))
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
         )

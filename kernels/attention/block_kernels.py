@@ -58,7 +58,7 @@ def backward(
 ) -> Heads:
     """Returns the gradients of `heads`, given values and logarithms that are merged over all blocks."""
     query, key, value = heads
-    grad_query, grad_key, grad_value = (torch.zeros_like(_wide(each)) for each in heads)
+    grad_query, grad_key, grad_value = (torch.zeros_like(_wide(operand)) for operand in heads)
     for rows in _parts(query, key):
         scores_SHlK = _scores(query, key, scale, rows, is_causal=is_causal)
         shares_SHlK = (scores_SHlK - log_sums_SHL[..., rows, None]).exp()
@@ -110,8 +110,8 @@ def _cpu_backward(grad: Tensor, heads: Heads, mixed: Tensor, log_sums: Tensor, s
 
 
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    found = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
-    return found[0], found[1]
+    results = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+    return results[0], results[1]
 
 
 def _flash_backward(
@@ -128,8 +128,8 @@ def _flash_backward(
 def _efficient_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    found = _aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
-    return found[0], found[1][:, :, : query.shape[2]]
+    results = _aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
+    return results[0], results[1][:, :, : query.shape[2]]
 
 
 def _efficient_backward(
@@ -138,10 +138,10 @@ def _efficient_backward(
     padded = functional.pad(log_sums, (0, -log_sums.shape[-1] % _EFFICIENT_MULTIPLE), value=torch.inf)
     seed = torch.zeros((), dtype=torch.int64, device=grad.device)
     wants = [True, True, True, False]
-    found = _aten._scaled_dot_product_efficient_attention_backward(
+    grads = _aten._scaled_dot_product_efficient_attention_backward(
         grad, *heads, None, mixed, padded, seed, seed, 0.0, wants, is_causal, scale=scale
     )
-    return found[0], found[1], found[2]
+    return grads[0], grads[1], grads[2]
 
 
 CPU_FLASH = BlockKernel(forward=_cpu_forward, backward=_cpu_backward, multiple=1)

@@ -44,7 +44,7 @@ class SegmentCut:
 
     def tokens_of(self, segments: Iterable[int]) -> int:
         """Returns the number of tokens of some segments together."""
-        return sum(self.edges[each + 1] - self.edges[each] for each in segments)
+        return sum(self.edges[segment + 1] - self.edges[segment] for segment in segments)
 
     def places(self, segments: Sequence[int]) -> list[int]:
         """Returns where each of some segments starts, if they are in memory one after the other."""
@@ -68,8 +68,8 @@ def _tiles_of_whole_sequences(cut: SegmentCut, queries: list[int], keys: list[in
     all_sequences = (0, cut.num_sequences)
     if queries == keys:
         # A query sees the keys before it in memory, whichever segments they are in.
-        own = (0, cut.tokens_of(queries))
-        yield VisibleTile(sequences=all_sequences, queries=own, keys=own, is_causal=True)
+        span = (0, cut.tokens_of(queries))
+        yield VisibleTile(sequences=all_sequences, queries=span, keys=span, is_causal=True)
         return
     # Neighbors in memory that see the same keys share a tile.
     start = 0
@@ -166,13 +166,13 @@ class MergedBackward:
         grad_value = torch.zeros_like(value_BTHV)
         for tile in tiles:
             query, grad, mixed = (
-                _rows(each, tile, tile.queries) for each in (self.query_BTHQ, self.grad_mixed_BTHV, self.mixed_BTHV)
+                _rows(tensor, tile, tile.queries) for tensor in (self.query_BTHQ, self.grad_mixed_BTHV, self.mixed_BTHV)
             )
             log_sums_SHL = _rows(self.log_sums_BTH[..., None], tile, tile.queries)[..., 0].contiguous()
             heads = query, _rows(key_BTHQ, tile, tile.keys), _rows(value_BTHV, tile, tile.keys)
-            found = self.kernel.backward(grad, heads, mixed, log_sums_SHL, self.scale, tile.is_causal)
+            grads = self.kernel.backward(grad, heads, mixed, log_sums_SHL, self.scale, tile.is_causal)
             for total, part, rows in zip(
-                (self.grad_query_BTHQ, grad_key, grad_value), found, (tile.queries, tile.keys, tile.keys), strict=True
+                (self.grad_query_BTHQ, grad_key, grad_value), grads, (tile.queries, tile.keys, tile.keys), strict=True
             ):
                 _rows(total, tile, rows).add_(part)
         return grad_key, grad_value

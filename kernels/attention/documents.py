@@ -150,8 +150,8 @@ def attend_by_document(
     # The flash kernel requires one width; zeros change neither scores nor other values.
     width = max(query_BHTQ.shape[-1], value_BHTV.shape[-1])
     query, key, value = (
-        each if each.shape[-1] == width else functional.pad(each, (0, width - each.shape[-1]))
-        for each in (query_BHTQ, key_BHTQ, value_BHTV)
+        operand if operand.shape[-1] == width else functional.pad(operand, (0, width - operand.shape[-1]))
+        for operand in (query_BHTQ, key_BHTQ, value_BHTV)
     )
     mixed: Tensor = _AttendByDocument.apply(query, key, value, scale, documents.runs)  # type: ignore[no-untyped-call]
     return mixed[..., : value_BHTV.shape[-1]]
@@ -175,11 +175,13 @@ class _AttendByDocument(torch.autograd.Function):
         query, key, value, mixed, *log_sums = ctx.saved_tensors
         runs = _by_run(ctx.runs, grads[0], query, key, value, mixed)
         parts = [
-            _flash_backward(*given, sums_SHL, 0.0, True, scale=ctx.scale)
-            for given, sums_SHL in zip(runs, log_sums, strict=True)
+            _flash_backward(*run_operands, sums_SHL, 0.0, True, scale=ctx.scale)
+            for run_operands, sums_SHL in zip(runs, log_sums, strict=True)
         ]
+        grads_by_operand = zip(*parts, strict=True)
         grad_query, grad_key, grad_value = (
-            _merge(list(each), like) for each, like in zip(zip(*parts, strict=True), (query, key, value), strict=True)
+            _merge(list(grads_of_runs), operand)
+            for grads_of_runs, operand in zip(grads_by_operand, (query, key, value), strict=True)
         )
         return grad_query, grad_key, grad_value, None, None
 

@@ -146,29 +146,29 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slop
         shapes = f"{list(rows_ND.shape)} and {list(head_VD.shape)}"
         raise ValueError(f"{subject}: rows and head must be matrices of as many columns, got {shapes}")
     if targets_N.shape != rows_ND.shape[:1] or targets_N.dtype != torch.int64:
-        given = f"{targets_N.dtype} {list(targets_N.shape)}"
-        raise ValueError(f"{subject}: targets must be torch.int64 [{len(rows_ND)}], got {given}")
+        actual = f"{targets_N.dtype} {list(targets_N.shape)}"
+        raise ValueError(f"{subject}: targets must be torch.int64 [{len(rows_ND)}], got {actual}")
     if head_VD.dtype != rows_ND.dtype:
         raise ValueError(f"{subject}: head must be {rows_ND.dtype}, as rows are, got {head_VD.dtype}")
     if not rows_ND.device == head_VD.device == targets_N.device:
-        given = f"{head_VD.device} and {targets_N.device}"
-        raise ValueError(f"{subject}: head and targets must be on {rows_ND.device}, where rows are, got {given}")
+        actual = f"{head_VD.device} and {targets_N.device}"
+        raise ValueError(f"{subject}: head and targets must be on {rows_ND.device}, where rows are, got {actual}")
     if isinstance(row_slopes, Tensor):
         wide = torch.promote_types(rows_ND.dtype, torch.float32)
         if row_slopes.shape != targets_N.shape or row_slopes.dtype != wide or row_slopes.device != rows_ND.device:
-            given = f"{row_slopes.dtype} {list(row_slopes.shape)} on {row_slopes.device}"
-            raise ValueError(f"{subject}: row_slopes must be {wide} [{len(rows_ND)}] on {rows_ND.device}, got {given}")
+            actual = f"{row_slopes.dtype} {list(row_slopes.shape)} on {row_slopes.device}"
+            raise ValueError(f"{subject}: row_slopes must be {wide} [{len(rows_ND)}] on {rows_ND.device}, got {actual}")
 
 
 def check_kept_ids(kept_ids_NK: Tensor | None, rows_ND: Tensor) -> None:
     """Raises ValueError unless shape, type and device of kept tokens match the rows."""
     if kept_ids_NK is None:
         return
-    given = f"{kept_ids_NK.dtype} {list(kept_ids_NK.shape)} on {kept_ids_NK.device}"
+    actual = f"{kept_ids_NK.dtype} {list(kept_ids_NK.shape)} on {kept_ids_NK.device}"
     is_matrix = kept_ids_NK.dim() == 2 and kept_ids_NK.shape[1] > 0 and len(kept_ids_NK) == len(rows_ND)
     if not is_matrix or kept_ids_NK.dtype != torch.int64 or kept_ids_NK.device != rows_ND.device:
         wanted = f"torch.int64 [{len(rows_ND)}, at least 1] on {rows_ND.device}"
-        raise ValueError(f"linear_cross_entropy: kept_ids must be {wanted}, got {given}")
+        raise ValueError(f"linear_cross_entropy: kept_ids must be {wanted}, got {actual}")
 
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
@@ -335,7 +335,7 @@ def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Diverg
     if ids_CK.shape[1] == logs_CV.shape[1]:
         values_C, slopes_CK = divergence_terms(log_p_CK, log_q_CK, form)
         return values_C, torch.empty_like(logs_CV).scatter_(1, ids_CK, slopes_CK)
-    log_p_CB, log_q_CB = (torch.cat((each, _log_rest(each)), -1) for each in (log_p_CK, log_q_CK))
+    log_p_CB, log_q_CB = (torch.cat((logs_CK, _log_rest(logs_CK)), -1) for logs_CK in (log_p_CK, log_q_CK))
     values_C, slopes_CB = divergence_terms(log_p_CB, log_q_CB, form)
     # A token that is left out has its share of the rest's derivative: dD/du_v = q_v / q_rest * dD/du_rest.
     share_C1 = slopes_CB[:, -1:] / log_q_CB[:, -1:].exp()

@@ -51,10 +51,10 @@ def slopes_kernel(
     columns = tl.arange(0, BLOCK_COLUMNS)
     target = tl.load(targets + row * targets_stride)
     is_counted = target != IGNORE
-    place = tl.where(is_counted, target, 0)
-    is_valid = (place >= 0) & (place < num_columns)
+    position = tl.where(is_counted, target, 0)
+    is_valid = (position >= 0) & (position < num_columns)
     tl.device_assert(is_valid, "linear_cross_entropy: a target must be below V or -100")
-    chosen = tl.load(logits + place, mask=is_valid, other=float("nan")).to(WIDE)
+    chosen = tl.load(logits + position, mask=is_valid, other=float("nan")).to(WIDE)
     # The reductions below keep every thread from writing a slope before all have read the target's logit.
     largest = tl.full((), float("-inf"), WIDE)
     total = tl.zeros((), WIDE)

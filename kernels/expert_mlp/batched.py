@@ -80,8 +80,8 @@ def expert_mlp_backward(
     """Implements `reference.expert_mlp_backward`."""
     slots = _fill(counts)
     if slots is None:
-        given = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
-        return reference.expert_mlp_backward(*given, rows_ND=rows_ND)
+        operands = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
+        return reference.expert_mlp_backward(*operands, rows_ND=rows_ND)
     grad_ECD = slots.scatter(grad_ND, tokens_A)
     hidden_ECH = slots.scatter(hidden_AH)
     weights_EC1 = slots.scatter(weights_A[:, None])

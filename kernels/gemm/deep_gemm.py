@@ -175,12 +175,12 @@ def _select(codes: Tensor, sources: Tensor) -> Tensor:
 
 def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
     """Returns the flattened codes of one group after the other, each D rows of the group's columns."""
-    made = torch.empty_like(codes_DP).view(-1)
+    codes = torch.empty_like(codes_DP).view(-1)
     first = 0
     for part in codes_DP.split(list(sizes), 1):
-        made[first : first + part.numel()].view(part.shape).copy_(part)
+        codes[first : first + part.numel()].view(part.shape).copy_(part)
         first += part.numel()
-    return made
+    return codes
 
 
 def _across(scales: Tensor) -> Tensor:

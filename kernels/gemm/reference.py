@@ -151,7 +151,9 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
         if count:
             part = slice(first, first + size)
             tiles = slice(first // TILE, (first + size) // TILE)
-            left, right = (QuantizedColumns(each.codes[:, part], each.scales[:, tiles]) for each in (grad, rows))
+            left, right = (
+                QuantizedColumns(columns.codes[:, part], columns.scales[:, tiles]) for columns in (grad, rows)
+            )
             out_ENK[group] = gemm_fp8_columns(left, right)
         first += size
     return out_ENK

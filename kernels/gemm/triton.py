@@ -72,7 +72,7 @@ def is_stored_at_once(num_columns: int) -> bool:
 def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
     """Returns the tiling for a result; raises ValueError if no kernel supports the type of the operands."""
     if dtype not in DTYPES:
-        valid = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        valid = ", ".join(str(valid_dtype).removeprefix("torch.") for valid_dtype in DTYPES)
         raise ValueError(f"{subject}: the type must be one of {valid}, got {dtype}; nearest: float32")
     if dtype == torch.float32:
         return OF_32_BITS
@@ -85,12 +85,12 @@ def locate_row_tile(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Returns group, first row, end of the group's rows, and column of a tile; a block shares a matrix."""
     # Every tile row of the block stores the start of the block.
-    place = places + tile // num_tile_columns * PLACES
-    first_tile_row = tl.load(place).to(tl.int64)
-    height = tl.load(place + 1).to(tl.int64)
-    first_row = tl.load(place + 2)
-    end = tl.load(place + 3)
-    group = tl.load(place + 4)
+    row_tile = places + tile // num_tile_columns * PLACES
+    first_tile_row = tl.load(row_tile).to(tl.int64)
+    height = tl.load(row_tile + 1).to(tl.int64)
+    first_row = tl.load(row_tile + 2)
+    end = tl.load(row_tile + 3)
+    group = tl.load(row_tile + 4)
     in_block = tile - first_tile_row * num_tile_columns
     row = first_row + (in_block % height).to(tl.int32) * BLOCK_ROWS
     return group, row, end, (in_block // height).to(tl.int32)
@@ -173,8 +173,8 @@ def compute_depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
 
 def copy_to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """Returns host integers as int32 on the device, copied asynchronously."""
-    made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+    host_numbers = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host_numbers.to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]

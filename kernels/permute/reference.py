@@ -96,5 +96,5 @@ def check_unpermute(rows_AD: Tensor, places_TK: Tensor) -> None:
 
 def _check_index(subject: str, index: Tensor, num_dims: int) -> None:
     if index.dim() != num_dims or index.dtype not in INDICES:
-        given = f"{index.dtype} of {index.dim()}"
-        raise ValueError(f"{subject} must be int32 or int64 of {num_dims} dimensions, got {given}")
+        actual = f"{index.dtype} of {index.dim()}"
+        raise ValueError(f"{subject} must be int32 or int64 of {num_dims} dimensions, got {actual}")

@@ -102,10 +102,11 @@ def check_packed(packed: PackedE5M6, num_columns: int) -> None:
     """Raises ValueError unless packed rows hold this number of columns."""
     check_codes("unpack_e5m6: codes", packed.codes, torch.uint8)
     expected = (3 * num_pairs(num_columns), num_tiles(num_columns))
-    found = (packed.codes.shape[1], packed.scales.shape[1])
-    if found != expected:
+    actual = (packed.codes.shape[1], packed.scales.shape[1])
+    if actual != expected:
         raise ValueError(
-            f"unpack_e5m6: a row of {num_columns} columns has {expected[0]} bytes and {expected[1]} scales, got {found}"
+            f"unpack_e5m6: a row of {num_columns} columns has {expected[0]} bytes and {expected[1]} scales, "
+            f"got {actual}"
         )
     shape = (packed.codes.shape[0], expected[1])
     check_scales("unpack_e5m6: scales", packed.scales, shape, packed.codes.device)

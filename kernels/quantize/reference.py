@@ -254,8 +254,8 @@ def requantize_columns(
         chunk = slice(first, first + CHUNK_TILES * TILE)
         tiles = slice(first // TILE, first // TILE + CHUNK_TILES)
         rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
-        made = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
-        codes_DP[chunk], scales_DT[chunk] = made
+        quantized_chunk = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
+        codes_DP[chunk], scales_DT[chunk] = quantized_chunk
     return QuantizedColumns(codes_DP, scales_DT)
 
 

@@ -332,13 +332,13 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
     """Implements `reference.transpose_blocks` for contiguous columns."""
     check_quantized_blocks("transpose_blocks", *quantized)
     codes, scales = quantized
-    made = codes.new_empty(codes.mT.shape)
+    transposed = codes.new_empty(codes.mT.shape)
     if codes.numel():
         check_columns("transpose_blocks: codes", codes)
         codes_END = _matrices(codes)
         transpose_blocks_kernel[_grid(codes_END)](
             codes_END.view(torch.uint8),
-            made.view(torch.uint8),
+            transposed.view(torch.uint8),
             codes.shape[-2],
             codes.shape[-1],
             codes_END.stride(1),
@@ -347,7 +347,7 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
-    return QuantizedBlocks(made, scales.mT.contiguous())
+    return QuantizedBlocks(transposed, scales.mT.contiguous())
 
 
 def _matrices(stacked: Tensor) -> Tensor:

@@ -151,16 +151,16 @@ def quantize_columns(
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     check_counts("quantize_columns", counts, num_rows)
-    made = _empty(rows_ND, counts)
-    if made.codes.numel() == 0:
-        return made
+    quantized = _empty(rows_ND, counts)
+    if quantized.codes.numel() == 0:
+        return quantized
     check_columns("quantize_columns: rows_ND", rows_ND)
-    tiles = made.scales.shape[1]
+    tiles = quantized.scales.shape[1]
     quantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
         rows_ND,
         _bounds(counts, rows_ND.device),
-        made.codes,
-        made.scales,
+        quantized.codes,
+        quantized.scales,
         num_rows,
         num_columns,
         tiles,
@@ -174,7 +174,7 @@ def quantize_columns(
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
-    return made
+    return quantized
 
 
 def requantize_columns(
@@ -193,18 +193,18 @@ def requantize_columns(
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     check_counts("requantize_columns", counts, num_rows)
-    made = _empty(codes_ND, counts)
-    if made.codes.numel() == 0:
-        return made
+    transposed = _empty(codes_ND, counts)
+    if transposed.codes.numel() == 0:
+        return transposed
     check_columns("requantize_columns: codes", codes_ND)
     check_columns("requantize_columns: scales", scales_NT)
-    tiles = made.scales.shape[1]
+    tiles = transposed.scales.shape[1]
     requantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
         codes_ND,
         scales_NT,
         _bounds(counts, codes_ND.device),
-        made.codes,
-        made.scales,
+        transposed.codes,
+        transposed.scales,
         num_rows,
         num_columns,
         tiles,
@@ -219,7 +219,7 @@ def requantize_columns(
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
-    return made
+    return transposed
 
 
 def _empty(rows_ND: Tensor, counts: Sequence[int]) -> QuantizedColumns:

@@ -90,8 +90,8 @@ def rms_norm_kernel(
     out_type = normal.dtype.element_ty
     weights = tl.load(weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last").to(WIDE)
     # The released code rounds before it multiplies by the weight.
-    made = (values * scale[:, None]).to(out_type).to(WIDE) * weights[None, :]
-    tl.store(normal + row[:, None] * num_columns + column[None, :], made.to(out_type), mask=inside)
+    weighted = (values * scale[:, None]).to(out_type).to(WIDE) * weights[None, :]
+    tl.store(normal + row[:, None] * num_columns + column[None, :], weighted.to(out_type), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -127,8 +127,8 @@ def rms_norm_backward_kernel(
         total += grads * hat
         slopes = grads * weights[None, :]
         mean = tl.sum(slopes * hat, axis=1)[:, None] / num_columns
-        made = (slopes - hat * mean) * scale
-        tl.store(grad_x + row[:, None] * num_columns + column[None, :], made.to(grad_x.dtype.element_ty), mask=inside)
+        result = (slopes - hat * mean) * scale
+        tl.store(grad_x + row[:, None] * num_columns + column[None, :], result.to(grad_x.dtype.element_ty), mask=inside)
     places = grad_weights + tl.program_id(0).to(tl.int64) * num_columns + column
     tl.store(places, tl.sum(total, axis=0), mask=in_columns)
 
@@ -313,9 +313,9 @@ def rms_norm_backward_codes_kernel(
         normal = code * scale[:, :, None]
         mean = tl.sum(tl.sum(grads * normal, axis=2), axis=1)[:, None, None] / num_columns
         total += grads * normal
-        made = (grads * weights[None, :, :] - _over(normal, weights[None, :, :]) * mean) * root
+        result = (grads * weights[None, :, :] - _over(normal, weights[None, :, :]) * mean) * root
         out_places = grad_x + row[:, None, None] * num_columns + column[None, :, :]
-        tl.store(out_places, made.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(out_places, result.to(grad_x.dtype.element_ty), mask=inside)
     places = grad_weights + tl.program_id(0).to(tl.int64) * num_columns + column
     tl.store(places, _over(tl.sum(total, axis=0), weights), mask=in_columns)
 

@@ -89,8 +89,8 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two
         gated_RM = functional.silu(gate_RM).mul_(up_RM)
         if weights_A is not None:
             gated_RM.mul_(weights_A[chunk, None].float())
-        for whole, part_RD in ((gated, gated_RM), (cached, hidden_RH)):
-            whole.codes[chunk], whole.scales[chunk] = quantize_1x128(part_RD, power_of_two=power_of_two)
+        for quantized, part_RD in ((gated, gated_RM), (cached, hidden_RH)):
+            quantized.codes[chunk], quantized.scales[chunk] = quantize_1x128(part_RD, power_of_two=power_of_two)
     return gated, cached
 
 
