@@ -51,32 +51,32 @@ class Reports:
 
 def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) -> list[int]:
     """Returns the sum of each number over all ranks; all ranks have equally many."""
-    found = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
-    distributed.all_reduce(found, group=group)
-    return [int(number) for number in found.tolist()]  # host sync
+    sums = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
+    distributed.all_reduce(sums, group=group)
+    return [int(number) for number in sums.tolist()]  # host sync
 
 
-def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Reports:
+def exchange_reports(report: str | None, group: ProcessGroup | None = None) -> Reports:
     """Exchanges reports of ranks, such as errors, cut to 4000 characters; without any, one all-reduce."""
-    (total,) = sum_over_ranks([own is not None], group)
+    (total,) = sum_over_ranks([report is not None], group)
     rank = distributed.get_rank(group)
     size = distributed.get_world_size(group)
-    found: list[RankReport] = []
+    reports: list[RankReport] = []
     for _ in range(min(total, MOST_REPORTS)):
         # The lowest rank with a report that was not exchanged yet.
-        is_left = own is not None and (not found or rank > found[-1].rank)
+        is_left = report is not None and (not reports or rank > reports[-1].rank)
         source = _smallest(rank if is_left else size, group)
-        text = [own[:_MOST_CHARACTERS] if own is not None and rank == source else None]
+        text = [report[:_MOST_CHARACTERS] if report is not None and rank == source else None]
         distributed.broadcast_object_list(text, src=_global_rank(source, group), group=group)
-        found.append(RankReport(source, str(text[0])))
-    return Reports(total, tuple(found))
+        reports.append(RankReport(source, str(text[0])))
+    return Reports(total, tuple(reports))
 
 
-def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
+def compare_with_first_rank(text: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
     """Returns the text of the group's first rank, and the reports of the ranks whose text differs."""
-    expected = [own]
+    expected = [text]
     distributed.broadcast_object_list(expected, src=_global_rank(0, group), group=group)
-    return expected[0], exchange_reports(own if own != expected[0] else None, group)
+    return expected[0], exchange_reports(text if text != expected[0] else None, group)
 
 
 def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> list[ValueT]:
@@ -115,13 +115,13 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
     rows_RB = torch.empty(distributed.get_world_size(group), longest, dtype=torch.uint8, device=device)
     distributed.gather(row.to(device), list(rows_RB.unbind()), dst=_global_rank(0, group), group=group)
     # Zeros after the end of a pickle are ignored.
-    return [pickle.loads(each.tobytes()) for each in rows_RB.cpu().numpy()]  # host sync
+    return [pickle.loads(row_B.tobytes()) for row_B in rows_RB.cpu().numpy()]  # host sync
 
 
 def _smallest(number: int, group: ProcessGroup | None) -> int:
-    found = torch.tensor([number], dtype=torch.int64, device=_device(group))
-    distributed.all_reduce(found, op=distributed.ReduceOp.MIN, group=group)
-    return int(found.item())  # host sync
+    smallest = torch.tensor([number], dtype=torch.int64, device=_device(group))
+    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=group)
+    return int(smallest.item())  # host sync
 
 
 def _global_rank(rank: int, group: ProcessGroup | None) -> int:

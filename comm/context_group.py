@@ -34,12 +34,12 @@ def _aligned(num_bytes: int) -> int:
 
 def to_bytes(rows: Rows) -> Tensor:
     """Returns the bytes of all tensors one after the other, each from a multiple of 16 bytes on, uint8."""
-    flat = [each.contiguous().flatten().view(torch.uint8) for each in rows]
+    flat = [tensor.contiguous().flatten().view(torch.uint8) for tensor in rows]
     if len(flat) == 1:
         return flat[0]
-    message = flat[0].new_zeros(sum(_aligned(each.numel()) for each in flat))
-    for start, each in zip(_starts(rows), flat, strict=True):
-        message[start : start + each.numel()] = each
+    message = flat[0].new_zeros(sum(_aligned(tensor.numel()) for tensor in flat))
+    for start, tensor in zip(_starts(rows), flat, strict=True):
+        message[start : start + tensor.numel()] = tensor
     return message
 
 
@@ -47,13 +47,13 @@ def from_bytes(message: Tensor, like: Rows) -> Rows:
     """Reverses `to_bytes`: returns views of the message, with the shapes and types of `like`."""
     starts = _starts(like)
     return tuple(
-        message[start : start + each.nbytes].view(each.dtype).view(each.shape)
-        for start, each in zip(starts, like, strict=True)
+        message[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=True)
     )
 
 
 def _starts(rows: Rows) -> list[int]:
-    return [0, *accumulate(_aligned(each.nbytes) for each in rows[:-1])]
+    return [0, *accumulate(_aligned(tensor.nbytes) for tensor in rows[:-1])]
 
 
 class LoggedWork:
@@ -213,23 +213,23 @@ class RingContext(LinkedContext):
 
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
         """Implements `ContextGroup.collect`; the sum travels in float32 or wider, own part last."""
-        own: Tensor | None = None
+        own_part: Tensor | None = None
         pending: Shift | None = None
         for index, visited in self.visit(rows):
             part = contribute(index, visited)
             wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
-            if own is None:
-                own = wide
+            if own_part is None:
+                own_part = wide
                 dtype = part.dtype
                 continue
             if pending is not None:
                 pending.work.wait()
                 wide = pending.received + wide
             pending = self._link.start_shift(wide, "context gradients to the next rank")
-        assert own is not None
+        assert own_part is not None
         assert pending is not None
         pending.work.wait()
-        return CompletedWork((pending.received + own).to(dtype))
+        return CompletedWork((pending.received + own_part).to(dtype))
 
 
 ContextExchange = Literal["auto", "gather", "ring"]

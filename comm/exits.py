@@ -33,16 +33,16 @@ class Preemption:
     @classmethod
     def of_process(cls) -> "Preemption":
         """Returns the process' instance and installs it on the main thread; signals no longer end the process."""
-        known = signal.getsignal(signal.SIGTERM)
-        if isinstance(known, cls):
-            return known
-        made = cls()
+        handler = signal.getsignal(signal.SIGTERM)
+        if isinstance(handler, cls):
+            return handler
+        preemption = cls()
         for number in handled_signals():
-            signal.signal(number, made)
+            signal.signal(number, preemption)
             # Resume interrupted system calls: not every library retries them.
             interrupts_calls = False
             signal.siginterrupt(number, interrupts_calls)
-        return made
+        return preemption
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Records a signal."""

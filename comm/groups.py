@@ -89,11 +89,11 @@ class Groups:
 
 def join_one(partition: Iterable[Slices], timeout_seconds: float) -> ProcessGroup:
     """Creates all groups of a partition of the world and returns this rank's group. See `make_group`."""
-    mine = None
+    own_group = None
     for slices in partition:
-        mine = make_group(list(chain(*slices)), timeout_seconds) or mine
-    assert mine is not None, "a partition must contain every rank"
-    return mine
+        own_group = make_group(list(chain(*slices)), timeout_seconds) or own_group
+    assert own_group is not None, "a partition must contain every rank"
+    return own_group
 
 
 def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup | None:
@@ -119,13 +119,13 @@ def make_host_group(timeout: timedelta) -> ProcessGroup:
         group = distributed.new_group(backend="gloo", timeout=timeout)
     else:
         # torch reads the variable when it creates a group, and has no argument for it.
-        given = os.environ.get(_LAZY_VARIABLE)
+        previous = os.environ.get(_LAZY_VARIABLE)
         os.environ[_LAZY_VARIABLE] = "1"
         try:
             group = distributed.new_group(backend="gloo", timeout=timeout)
         finally:
             del os.environ[_LAZY_VARIABLE]
-            os.environ |= {} if given is None else {_LAZY_VARIABLE: given}
+            os.environ |= {} if previous is None else {_LAZY_VARIABLE: previous}
     assert isinstance(group, ProcessGroup)
     return group
 

@@ -105,8 +105,8 @@ class Layout:
 
     def expert_data_group(self, rank: int, *, mirrored: bool) -> tuple[int, ...]:
         """Returns the ranks with the same routed experts: the expert-data axis, times mirror if mirrored."""
-        held = self.ranks_at(self._replica_indices(rank, mirrored=mirrored))
-        return held[self.expert_index(rank) :: self.parallelism.expert]
+        ranks = self.ranks_at(self._replica_indices(rank, mirrored=mirrored))
+        return ranks[self.expert_index(rank) :: self.parallelism.expert]
 
     def _replica_indices(self, rank: int, *, mirrored: bool) -> list[int]:
         index = self.pipeline_index(rank)
@@ -123,7 +123,7 @@ class Relays:
         nodes = sorted(set(member_nodes))
         self.node_of = tuple(nodes.index(node) for node in member_nodes)
         self.members_of = tuple(
-            tuple(place for place, node in enumerate(self.node_of) if node == number) for number in range(len(nodes))
+            tuple(member for member, node in enumerate(self.node_of) if node == number) for number in range(len(nodes))
         )
 
     @property
@@ -136,36 +136,36 @@ class Relays:
         """Number of members of the fullest node."""
         return max(map(len, self.members_of))
 
-    def relay(self, place: int, node: int) -> int:
-        """Returns the member that relays rows of member `place` into a node; on its own node, itself."""
-        own = self.members_of[self.node_of[place]]
-        there = self.members_of[node]
-        return there[own.index(place) % len(there)]
+    def relay(self, member: int, node: int) -> int:
+        """Returns the member that relays rows of `member` into a node; on its own node, itself."""
+        home_members = self.members_of[self.node_of[member]]
+        node_members = self.members_of[node]
+        return node_members[home_members.index(member) % len(node_members)]
 
     def sources(self, relay: int) -> tuple[int, ...]:
         """Returns the members of other nodes whose rows a member relays into its node, ascending."""
         node = self.node_of[relay]
         return tuple(
-            place for place, home in enumerate(self.node_of) if home != node and self.relay(place, node) == relay
+            member for member, home in enumerate(self.node_of) if home != node and self.relay(member, node) == relay
         )
 
     def rails(self) -> tuple[tuple[int, ...], ...]:
         """Splits the members into most sets that hold their members' relays: one per index if nodes are equal."""
         # Connected components of the graph "relays rows of".
         unseen = set(range(len(self.node_of)))
-        found = []
+        rails = []
         while unseen:
             rail = set()
             pending = [min(unseen)]
             while pending:
-                place = pending.pop()
-                if place not in rail:
-                    rail.add(place)
-                    pending += self.sources(place)
-                    pending += [self.relay(place, node) for node in range(self.num_nodes)]
+                member = pending.pop()
+                if member not in rail:
+                    rail.add(member)
+                    pending += self.sources(member)
+                    pending += [self.relay(member, node) for node in range(self.num_nodes)]
             unseen -= rail
-            found.append(tuple(sorted(rail)))
-        return tuple(found)
+            rails.append(tuple(sorted(rail)))
+        return tuple(rails)
 
 
 Slices = tuple[range, ...]
@@ -242,7 +242,7 @@ def _split_expert_groups(layout: Layout, split: Callable[[Relays], Sequence[Sequ
         parts_by_offset[group.start % layout.ranks_per_node] = [_as_slices(part) for part in parts]
     for (group,) in expert_partition(layout):
         for part in parts_by_offset[group.start % layout.ranks_per_node]:
-            yield tuple(group[each.start : each.stop : each.step] for each in part)
+            yield tuple(group[part_slice.start : part_slice.stop : part_slice.step] for part_slice in part)
 
 
 def _as_slices(members: Sequence[int]) -> Slices:

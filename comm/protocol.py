@@ -49,9 +49,9 @@ class MappedWork(Generic[SourceT, ResultT]):
 
     def wait(self) -> ResultT:
         """Waits for the other work and returns the function of its result. Raises the error of either."""
-        given = self._work.wait()
+        result = self._work.wait()
         with torch.no_grad():
-            return self._function(given)
+            return self._function(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,23 +194,23 @@ class SequenceParts:
 
     def slices(self, index: int) -> tuple[slice, ...]:
         """Returns the places of a member's tokens in a whole sequence."""
-        return tuple(slice(self.edges[each], self.edges[each + 1]) for each in self.held[index])
+        return tuple(slice(self.edges[segment], self.edges[segment + 1]) for segment in self.held[index])
 
     def tokens_of(self, index: int) -> int:
         """Returns the number of tokens of a sequence that a member holds."""
-        return sum(each.stop - each.start for each in self.slices(index))
+        return sum(part.stop - part.start for part in self.slices(index))
 
     def take(self, values: Tensor, index: int, dim: int = 1) -> Tensor:
         """Returns what a member holds of whole sequences, in its order; a view if it has one segment."""
-        parts = [values.narrow(dim, each.start, each.stop - each.start) for each in self.slices(index)]
+        parts = [values.narrow(dim, part.start, part.stop - part.start) for part in self.slices(index)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def put(self, part_BT: Tensor, index: int, whole_BT: Tensor) -> None:
         """Writes what a member holds to its places in whole sequences; reverses `take` along dimension 1."""
         start = 0
-        for each in self.slices(index):
-            tokens = each.stop - each.start
-            whole_BT[:, each] = part_BT[:, start : start + tokens]
+        for part in self.slices(index):
+            tokens = part.stop - part.start
+            whole_BT[:, part] = part_BT[:, start : start + tokens]
             start += tokens
 
 
@@ -236,8 +236,8 @@ def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
     if size == 1:
         return SequenceParts(edges=(0, num_tokens), held=((0,),))
     tokens = segment_tokens(num_tokens, size)
-    held = tuple(segments_of(index, size) for index in range(size))
-    return SequenceParts(edges=tuple(range(0, num_tokens + 1, tokens)), held=held)
+    segments = tuple(segments_of(index, size) for index in range(size))
+    return SequenceParts(edges=tuple(range(0, num_tokens + 1, tokens)), held=segments)
 
 
 Rows = tuple[Tensor, ...]  # what attention needs of one rank's tokens

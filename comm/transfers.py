@@ -193,9 +193,9 @@ class PipelineTransport(ClosesOnSuccess):
     def _link(self, key: MessageKey) -> _Link:
         link = self._links.get((key.source, key.destination, key.kind))
         if link is None:
-            known = ", ".join(f"{source}->{destination} {kind}" for source, destination, kind in self._links)
+            links = ", ".join(f"{source}->{destination} {kind}" for source, destination, kind in self._links)
             raise ValueError(
-                f"pipeline rank {self._index}: a message must use one of the links {known}, "
+                f"pipeline rank {self._index}: a message must use one of the links {links}, "
                 f"is {key.source}->{key.destination} {key.kind}"
             )
         return link
@@ -307,8 +307,8 @@ def host_links(
         with _batch_priority_threads():
             group = make_group(members, timeout_seconds)
         if group is not None:
-            mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
-            for (source, destination), kind in itertools.product(mine, kinds):
+            rank_pairs = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
+            for (source, destination), kind in itertools.product(rank_pairs, kinds):
                 peer = destination if index == source else source
                 link_log = LinkLog(log, kind, (members[source], members[destination]))
                 links[source, destination, kind] = HostLink(group, peer, kind, device, link_log)

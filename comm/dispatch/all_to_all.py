@@ -97,7 +97,7 @@ class AllToAllPlanner:
         self._num_experts = num_experts
         self._node_of_expert_E = nodes_of_experts(num_experts, group.nodes)
         self._num_nodes = len(set(group.nodes))
-        self._home = sorted(set(group.nodes)).index(group.nodes[group.place])
+        self._home = sorted(set(group.nodes)).index(group.nodes[group.index])
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
         self._traffic = traffic
 
@@ -195,10 +195,10 @@ class AllToAllDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = own_handle(handle, AllToAllHandle)
+        routing = own_handle(handle, AllToAllHandle)
 
         def run() -> Arrived:
-            route = own.route(self._planner.complete)
+            route = routing.route(self._planner.complete)
             # Pack each copy with its weight, sorted by expert: SB.
             weights_S1 = route.order.copy_weights(weights_TK)[:, None]
             form = RowFormat.of(rows_TD, weights_S1)
@@ -206,7 +206,7 @@ class AllToAllDispatcher:
             route.order.copy_rows(rows_TD, form.part(bytes_SB, 0))
             form.part(bytes_SB, 1).copy_(weights_S1)
             # Arrived rows, AB, then sorted by local expert.
-            bytes_AB = self._send("dispatch", own, form, bytes_SB)
+            bytes_AB = self._send("dispatch", routing, form, bytes_SB)
             rows_AD = _reorder(form.part(bytes_AB, 0), route.sorted_A)
             weights_A1 = _reorder(form.part(bytes_AB, 1), route.sorted_A)
             return Arrived(rows_AD, weights_A1.view(-1), route.counts)
@@ -219,12 +219,12 @@ class AllToAllDispatcher:
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts, in the order of its choices; TD."""
-        own = own_handle(handle, AllToAllHandle)
+        routing = own_handle(handle, AllToAllHandle)
 
         def run() -> Tensor:
-            route = own.route(self._planner.complete)
+            route = routing.route(self._planner.complete)
             form = RowFormat.of(rows_AD)
-            bytes_SB = self._send_back("combine", own, form, bytes_of(_reorder(rows_AD, route.arrival_A)))
+            bytes_SB = self._send_back("combine", routing, form, bytes_of(_reorder(rows_AD, route.arrival_A)))
             return route.order.sum_rows(form.part(bytes_SB, 0))
 
         return self._lane.submit(run)
@@ -233,15 +233,15 @@ class AllToAllDispatcher:
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
-        own = own_handle(handle, AllToAllHandle)
+        routing = own_handle(handle, AllToAllHandle)
 
         def run() -> tuple[Tensor, Tensor]:
-            route = own.route(self._planner.complete)
+            route = routing.route(self._planner.complete)
             form = RowFormat.of(grad_rows_AD, grad_weights_A[:, None])
             bytes_AB = form.allocate(len(grad_rows_AD), grad_rows_AD.device)
             _reorder(grad_rows_AD, route.arrival_A, form.part(bytes_AB, 0))
             _reorder(grad_weights_A[:, None], route.arrival_A, form.part(bytes_AB, 1))
-            bytes_SB = self._send_back("dispatch backward", own, form, bytes_AB)
+            bytes_SB = self._send_back("dispatch backward", routing, form, bytes_AB)
             grad_weights_TK = route.order.restore_weights(form.part(bytes_SB, 1).reshape(-1))
             return route.order.sum_rows(form.part(bytes_SB, 0)), grad_weights_TK
 
@@ -255,40 +255,40 @@ class AllToAllDispatcher:
         """Does nothing: there is nothing to free."""
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        own = own_handle(handle, AllToAllHandle)
+        routing = own_handle(handle, AllToAllHandle)
 
         def run() -> Tensor:
-            route = own.route(self._planner.complete)
+            route = routing.route(self._planner.complete)
             form = RowFormat.of(rows_TD)
-            bytes_AB = self._send(name, own, form, bytes_of(route.order.copy_rows(rows_TD)))
+            bytes_AB = self._send(name, routing, form, bytes_of(route.order.copy_rows(rows_TD)))
             return _reorder(form.part(bytes_AB, 0), route.sorted_A)
 
         return self._lane.submit(run)
 
-    def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
+    def _send(self, name: str, routing: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
         """Sends copies of tokens to their experts' ranks; AB."""
-        route = own.route(self._planner.complete)
-        return self._exchange(name, own, form, bytes_SB, route.sent, route.received)
+        route = routing.route(self._planner.complete)
+        return self._exchange(name, routing, form, bytes_SB, route.sent, route.received)
 
-    def _send_back(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
+    def _send_back(self, name: str, routing: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
         """Sends rows back to their tokens' ranks; SB."""
-        route = own.route(self._planner.complete)
-        return self._exchange(name, own, form, bytes_AB, route.received, route.sent)
+        route = routing.route(self._planner.complete)
+        return self._exchange(name, routing, form, bytes_AB, route.received, route.sent)
 
     def _exchange(
         self,
         name: str,
-        own: AllToAllHandle,
+        routing: AllToAllHandle,
         form: RowFormat,
         bytes_NB: Tensor,
         sent: tuple[int, ...],
         received: tuple[int, ...],
     ) -> Tensor:
         group = self._group
-        least = own.route(self._planner.complete).min_rows_across_nodes
-        layer = None if own.label is None else own.label.layer
-        self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.place), form.bytes_per_row, least)
-        return group.start(bytes_NB, sent, received, name, own.label).wait()
+        least = routing.route(self._planner.complete).min_rows_across_nodes
+        layer = None if routing.label is None else routing.label.layer
+        self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.index), form.bytes_per_row, least)
+        return group.start(bytes_NB, sent, received, name, routing.label).wait()
 
 
 def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:

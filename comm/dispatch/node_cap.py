@@ -40,14 +40,16 @@ def verify_cap(
     """Raises NodeCapError on all ranks if one has a token over the cap; names this rank's tokens first."""
     if not any(num_over_R):
         return
-    rank = group.members[group.place]
-    if num_over_R[group.place]:
+    rank = group.members[group.index]
+    if num_over_R[group.index]:
         raise NodeCapError.of(rank, label, touched_TN.sum(1), max_nodes)
-    found = [(member, num_over) for member, num_over in zip(group.members, num_over_R, strict=True) if num_over]
-    culprit, num_over = found[0]
+    over_by_member = [
+        (member, num_over) for member, num_over in zip(group.members, num_over_R, strict=True) if num_over
+    ]
+    culprit, num_over = over_by_member[0]
     subject = "token that touches" if num_over == 1 else "tokens that touch"
     others = {0: "", 1: ", and 1 more rank has some"}.get(
-        len(found) - 1, f", and {len(found) - 1} more ranks have some"
+        len(over_by_member) - 1, f", and {len(over_by_member) - 1} more ranks have some"
     )
     raise NodeCapError(
         f"rank {rank}: dispatch{f' of {label}' if label else ''}: rank {culprit} has {num_over} {subject} more than "
@@ -174,9 +176,9 @@ class ClippingDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, and the renormalized weight, to each of its kept experts."""
-        own = own_handle(handle, ClippedHandle)
-        own.weights_TK = weights_TK.detach()
-        return self._inner.dispatch(rows_TD, own.renormalization.forward(own.weights_TK), own.inner)
+        routing = own_handle(handle, ClippedHandle)
+        routing.weights_TK = weights_TK.detach()
+        return self._inner.dispatch(rows_TD, routing.renormalization.forward(routing.weights_TK), routing.inner)
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's row to each of its kept experts; AD."""
@@ -190,14 +192,14 @@ class ClippingDispatcher:
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of the last `dispatch`'s weights (TK)."""
-        own = own_handle(handle, ClippedHandle)
-        weights_TK = own.weights_TK
+        routing = own_handle(handle, ClippedHandle)
+        weights_TK = routing.weights_TK
         assert weights_TK is not None, "dispatch_backward needs an earlier dispatch"
 
         def finish(back: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return back[0], own.renormalization.backward(back[1], weights_TK)
+            return back[0], routing.renormalization.backward(back[1], weights_TK)
 
-        return MappedWork(self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, own.inner), finish)
+        return MappedWork(self._inner.dispatch_backward(grad_rows_AD, grad_weights_A, routing.inner), finish)
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its kept experts' rows; AD."""

@@ -117,12 +117,12 @@ class ExchangeGroup:
 
     members: tuple[int, ...]  # global ranks of the group's members
     nodes: tuple[int, ...]  # node of each member
-    place: int  # index of this rank in the group
+    index: int  # index of this rank in the group
 
     def __init__(self, name: str, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
         self.members = tuple(distributed.get_process_group_ranks(group))
         self.nodes = tuple(layout.node_of(rank) for rank in self.members)
-        self.place = distributed.get_rank(group)
+        self.index = distributed.get_rank(group)
         self._name = group_name(name, self.members)
         self._group = group
         self._observers = observers
@@ -173,8 +173,8 @@ class ExchangeGroup:
         return self._observers.log.start(self._name, self.members, name, label)
 
     def _count(self, bytes_per_row: int, sent: Sequence[int], received: Sequence[int], label: Label | None) -> None:
-        rows_sent = Spread.of(sent, self.nodes, self.place)
-        rows_received = Spread.of(received, self.nodes, self.place)
+        rows_sent = Spread.of(sent, self.nodes, self.index)
+        rows_received = Spread.of(received, self.nodes, self.index)
         self._observers.traffic.add_sent(
             None if label is None else label.layer,
             rows_sent,

@@ -108,9 +108,9 @@ def most_nodes(
     most = {group: last - first + 1 for group, (first, last) in enumerate(spans)}
     for _ in range(num_limited_groups - 1):
         most = {
-            group: last - first + 1 + max(most[other] - (spans[other][1] == first) for other in most if other < group)
+            group: last - first + 1 + max(most[prior] - (spans[prior][1] == first) for prior in most if prior < group)
             for group, (first, last) in enumerate(spans)
-            if any(other < group for other in most)
+            if any(prior < group for prior in most)
         }
     return min(max(most.values()), num_experts_per_token)
 

@@ -42,7 +42,7 @@ class LayerTraffic:
         return self.min_rows_across_nodes / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:
-        names = [each.name for each in fields(self)]
+        names = [counter.name for counter in fields(self)]
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
@@ -78,7 +78,7 @@ class TrafficSnapshot:
 class Spread:
     """Sums over the members of a group, split by their distance from one member."""
 
-    kept: int  # number of the member itself
+    on_member: int  # number of the member itself
     within_node: int  # sum over other members on its node
     across_nodes: int  # sum over members on other nodes
 
@@ -90,13 +90,15 @@ class Spread:
         for number, node in zip(per_member, nodes, strict=True):
             if node == home:
                 here += number
-        kept = per_member[place]
-        return cls(kept=kept, within_node=here - kept, across_nodes=sum(per_member) - here)
+        on_member = per_member[place]
+        return cls(on_member=on_member, within_node=here - on_member, across_nodes=sum(per_member) - here)
 
     def times(self, factor: int) -> Self:
         """Multiplies each number, for example rows by bytes per row."""
         return type(self)(
-            kept=self.kept * factor, within_node=self.within_node * factor, across_nodes=self.across_nodes * factor
+            on_member=self.on_member * factor,
+            within_node=self.within_node * factor,
+            across_nodes=self.across_nodes * factor,
         )
 
 
@@ -133,7 +135,7 @@ class Traffic:
         self._add(
             layer,
             {
-                "num_rows_on_rank": rows.kept,
+                "num_rows_on_rank": rows.on_member,
                 "num_rows_within_node": rows.within_node,
                 "num_rows_across_nodes": rows.across_nodes,
                 "num_bytes_within_node": sent_bytes.within_node,

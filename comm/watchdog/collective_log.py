@@ -137,7 +137,7 @@ class CollectiveLog:
         with self._lock:
             self._finish_enqueued()
             waits = [(collective, now - since) for collective, (since, _) in self._awaited.items()]
-            waits += [(each.collective, now - each.since) for each in self._enqueued]
+            waits += [(enqueued.collective, now - enqueued.since) for enqueued in self._enqueued]
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_waiting(self, thread: int) -> bool:

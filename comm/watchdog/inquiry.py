@@ -72,7 +72,7 @@ class Inquiry:
             # A launcher ends the ranks of a machine whose rank died, and their block includes that machine.
             failed = log.failed()[:1] if reason is Reason.ERROR else []
             followed = [Wait.of(*collective) for collective in failed]
-            ranks = RankSet.of([*tree.block(rank), *(other for wait in followed for other in wait.ranks)])
+            ranks = RankSet.of([*tree.block(rank), *(member for wait in followed for member in wait.ranks)])
         return cls(reason, now, rank, book, ranks, followed, short=not tree.is_flat)
 
     def follow(self, wait: Wait, now: float) -> None:
@@ -148,7 +148,7 @@ class Inquiry:
 
     def result(self, rank: int, state: RankState, lost: Mapping[int, str], silent: Collection[int]) -> InquiryResult:
         """Returns the result for `rank`, which includes its own state."""
-        states = {other: reply for other, reply in self.replies.items() if other not in lost}
+        states = {asked_rank: reply for asked_rank, reply in self.replies.items() if asked_rank not in lost}
         return InquiryResult(judge=rank, states=states | {rank: state}, lost=lost, silent=silent)
 
     def outcome(self, result: InquiryResult, deadline_seconds: float) -> Verdict | Wait | None:

@@ -221,8 +221,8 @@ class AddressBook:
     def block(self, index: int) -> Addresses | None:
         """Returns the addresses of a block, or None if one is not known."""
         addresses = [self.address(rank) for rank in self.tree.group(1, index)]
-        known = [address for address in addresses if address is not None]
-        return encode_addresses(known) if len(known) == len(addresses) else None
+        complete = [address for address in addresses if address is not None]
+        return encode_addresses(complete) if len(complete) == len(addresses) else None
 
 
 def encode_addresses(addresses: Sequence[SocketAddress]) -> Addresses:
@@ -258,7 +258,7 @@ class AddressFetch:
             parents.append(parent)
             parent = tree.parent(parent)
         # Another rank of the block has the addresses if all leaders are lost.
-        others = [other for other in tree.block(rank) if other != rank and other not in parents]
+        others = [member for member in tree.block(rank) if member != rank and member not in parents]
         self._sources = cycle([*parents, *others] or [rank])
         self._source = next(self._sources)
         self._book = book

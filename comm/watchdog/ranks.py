@@ -49,7 +49,7 @@ class RankSet:
             if not count or not step or first + (count - 1) * step >= world_size:
                 raise MessageError(f"{key}: a progression is empty or leaves the job's ranks")
             run = range(first, first + (count - 1) * step + 1, step)
-            if any(_overlap(run, other) for other in runs):
+            if any(_overlap(run, earlier) for earlier in runs):
                 raise MessageError(f"{key}: a rank is listed twice")
             runs.append(run)
         return cls(tuple(sorted(runs, key=lambda run: run.start)))

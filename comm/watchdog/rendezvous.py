@@ -190,17 +190,17 @@ class AddressExchange:
     def _announced_key(self, announced: bytes) -> bytes:
         """Returns the announced key; raises MessageError if invalid, JobKeyError if not (yet) on this rank."""
         announcement = wire.decode_fields(_Announcement, wire.parse_object(announced))
-        given = self._member.key
-        if (announcement.source == "given") != (given is not None):
+        member_key = self._member.key
+        if (announcement.source == "given") != (member_key is not None):
             ranks = ("rank 0", f"rank {self._member.rank}")
-            has_key, has_none = ranks if given is None else reversed(ranks)
+            has_key, has_none = ranks if member_key is None else reversed(ranks)
             raise JobKeyError(
                 f"{KEY_VARIABLE}: must be set for all ranks or for none, is set on {has_key} and not "
                 f"on {has_none}; nearest valid: export it in the script that starts all nodes"
             )
-        if given is not None:
-            wire.open_object(given, _ANNOUNCEMENT, announcement.sealed.encode())
-            return wire.derive(given, "start", announcement.sealed.encode())  # it contains rank 0's nonce
+        if member_key is not None:
+            wire.open_object(member_key, _ANNOUNCEMENT, announcement.sealed.encode())
+            return wire.derive(member_key, "start", announcement.sealed.encode())  # it contains rank 0's nonce
         if self._file is not None:
             return self._file.key
         try:
@@ -317,7 +317,7 @@ class StoreGather:
         for member, record in zip(self._tree.group(level, index), records, strict=True):
             members = self._addresses(level - 1, member, record)
             # The leader's, unless others reach the host of another member only.
-            addresses.append(next((each for each in members if not is_loopback(each[0])), members[0]))
+            addresses.append(next((address for address in members if not is_loopback(address[0])), members[0]))
         digests = "".join(record.digest(self._key, level - 1) for record in records)
         return Record(digests, encode_addresses(addresses))
 

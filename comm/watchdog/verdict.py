@@ -193,7 +193,7 @@ class InquiryResult:
 
     def waiters(self, wait: Wait) -> list[int]:
         """Returns the ranks that wait for a collective."""
-        return sorted(rank for rank, state in self.states.items() if any(wait.is_of(other) for other in state.waits))
+        return sorted(rank for rank, state in self.states.items() if any(map(wait.is_of, state.waits)))
 
 
 def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Verdict | None:
@@ -253,7 +253,7 @@ def _judge_late(result: InquiryResult, followed: Sequence[Wait], deadline_second
         )
         return _make_verdict(EXIT_HANG, result, late, f"{name_ranks(late)} {why}", wait)
     onward = next(wait for rank in missing for wait in states[rank].waits[:1] if wait.group)
-    if any(onward.is_of(other) for other in followed):
+    if any(onward.is_of(earlier) for earlier in followed):
         why = f"{_missed(deadline_seconds)}: ranks wait for each other in a cycle, here for {onward.text}"
         return _make_verdict(EXIT_HANG, result, missing, f"{name_ranks(missing)} {why}", wait)
     return onward

@@ -126,7 +126,7 @@ def _spread(setting: Setting, links: Counter[tuple[int, int]], rank: int, back: 
             kept += rows if receiver == rank else 0
             within += rows if receiver != rank and setting.nodes[receiver] == setting.nodes[rank] else 0
             across += rows if setting.nodes[receiver] != setting.nodes[rank] else 0
-    return Spread(kept=kept, within_node=within, across_nodes=across)
+    return Spread(on_member=kept, within_node=within, across_nodes=across)
 
 
 def test_exchanges_send_the_rows_that_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
@@ -138,7 +138,7 @@ def test_exchanges_send_the_rows_that_loops_over_tokens_enumerate(counted: tuple
             for name, got in of.exchanges.items():
                 rows = _spread(setting, links, rank, back=name in ("combine", "dispatch backward"))
                 width = _BYTES[setting.kind + wide][name]
-                assert got.num_rows_on_rank == rows.kept
+                assert got.num_rows_on_rank == rows.on_member
                 assert (got.num_rows_within_node, got.num_rows_across_nodes) == (rows.within_node, rows.across_nodes)
                 assert got.num_bytes_within_node == rows.within_node * width
                 assert got.num_bytes_across_nodes == rows.across_nodes * width
@@ -187,7 +187,7 @@ def test_two_hops_cross_nodes_as_rarely_as_possible(counted: tuple[Setting, list
 
 def test_traffic_sums_by_layer_and_is_empty_after_take() -> None:
     traffic = Traffic()
-    rows = Spread(kept=1, within_node=2, across_nodes=3)
+    rows = Spread(on_member=1, within_node=2, across_nodes=3)
     for layer in (0, 0, None):
         traffic.add_plan(layer, 4, 6)
         traffic.add_predicted(layer, rows, 10, 5)
@@ -264,7 +264,7 @@ def test_forecast_equals_loops_over_tokens(nodes: tuple[int, ...]) -> None:
 def test_sent_rows_give_distance_imbalance_and_seconds() -> None:
     rows = SentRows(torch.tensor([[9, 1, 2, 3], [4, 9, 5, 6], [7, 8, 9, 0], [1, 2, 3, 9]]), (0, 0, 1, 1))
     own = rows.spread(1)
-    assert (own.kept, own.within_node, own.across_nodes) == (9, 4, 11)
+    assert (own.on_member, own.within_node, own.across_nodes) == (9, 4, 11)
     assert rows.num_across_nodes == 2 + 3 + 5 + 6 + 7 + 8 + 1 + 2
     assert rows.receive_imbalance == pytest.approx(10 / (34 / 4))
     assert rows.seconds_across_nodes(100, 1000.0) == pytest.approx(15 * 100 / 1000)  # rank 2 sends 15

@@ -115,14 +115,14 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = own_handle(handle, DeepEPHandle)
+        routing = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_TD, "dispatch", may_be_codes=True)
         self._buffer.check_weights(weights_TK, "dispatch")
 
         def run() -> Arrived:
-            received = self._lay_out(own, rows_TD, weights_TK, "dispatch")
+            received = self._lay_out(routing, rows_TD, weights_TK, "dispatch")
             assert received.weights_RK is not None
-            route = own.routes[rows_TD.dtype]
+            route = routing.routes[rows_TD.dtype]
             return Arrived(route.copy_rows(received.rows), route.order.copy_weights(received.weights_RK), route.counts)
 
         return self._lane.submit(run)
@@ -133,20 +133,20 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts, TD; rounded per rank, node and in all."""
-        own = own_handle(handle, DeepEPHandle)
+        routing = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
-        return self._lane.submit(lambda: self._to_tokens(own, rows_AD, None, "combine")[0])
+        return self._lane.submit(lambda: self._to_tokens(routing, rows_AD, None, "combine")[0])
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK)."""
-        own = own_handle(handle, DeepEPHandle)
+        routing = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
         self._buffer.check_weights(grad_weights_A, "dispatch backward")
 
         def run() -> tuple[Tensor, Tensor]:
-            grad_rows_TD, grad_weights_TK = self._to_tokens(own, grad_rows_AD, grad_weights_A, "dispatch backward")
+            grad_rows_TD, grad_weights_TK = self._to_tokens(routing, grad_rows_AD, grad_weights_A, "dispatch backward")
             assert grad_weights_TK is not None
             return grad_rows_TD, grad_weights_TK
 
@@ -157,15 +157,15 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._send_rows("combine backward", grad_rows_TD, handle)
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        own = own_handle(handle, DeepEPHandle)
+        routing = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_TD, name, may_be_codes=True)
 
         def run() -> Tensor:
-            if rows_TD.dtype not in own.routes:
-                rows = self._lay_out(own, rows_TD, None, name).rows
-                return own.routes[rows_TD.dtype].copy_rows(rows)
-            route = own.routes[rows_TD.dtype]
-            with self._exchanging(own, rows_TD, name):
+            if rows_TD.dtype not in routing.routes:
+                rows = self._lay_out(routing, rows_TD, None, name).rows
+                return routing.routes[rows_TD.dtype].copy_rows(rows)
+            route = routing.routes[rows_TD.dtype]
+            with self._exchanging(routing, rows_TD, name):
                 rows = self._buffer.dispatch_again(rows_TD, route.handle)
             return route.copy_rows(rows)
 
@@ -183,24 +183,24 @@ class DeepEPDispatcher(ClosesOnSuccess):
         sent_TK = ids_TK.to(self._buffer.ids_dtype).contiguous()
         return _Planned(sent_TK, touched_TN, numbers.to("cpu", non_blocking=True))
 
-    def _lay_out(self, own: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> ReceivedRows:
+    def _lay_out(self, routing: DeepEPHandle, rows_TD: Tensor, weights_TK: Tensor | None, name: str) -> ReceivedRows:
         """Runs the first dispatch of rows of this dtype, which makes DeepEP's handle and the route."""
-        planned = own.planned()
+        planned = routing.planned()
         if rows_TD.is_cuda:
             # The plan's numbers must be on the host. DeepEP holds the GIL while it waits for the counts, so this thread
             # waits here for the work queued before them.
             torch.cuda.current_stream().synchronize()  # host sync
-        own.traffic = own.traffic or self._complete(planned, own.label)
-        with self._exchanging(own, rows_TD, name):
+        routing.traffic = routing.traffic or self._complete(planned, routing.label)
+        with self._exchanging(routing, rows_TD, name):
             received = self._buffer.dispatch(rows_TD, planned.ids_TK, weights_TK)
-        own.routes[rows_TD.dtype] = DeepEPRoute.of(received.handle, received.ids_RK, self._num_sources)
+        routing.routes[rows_TD.dtype] = DeepEPRoute.of(received.handle, received.ids_RK, self._num_sources)
         return received
 
     def _complete(self, planned: _Planned, label: Label | None) -> _PlannedTraffic:
         """Verifies the node cap on all ranks, and predicts the rows of an exchange."""
         num_members = len(self._group.members)
         nodes = self._group.nodes
-        home = self._group.nodes[self._group.place]
+        home = self._group.nodes[self._group.index]
         numbers = planned.numbers.tolist()
         per_member = numbers[:num_members]
         per_node = numbers[num_members:-num_members]
@@ -209,33 +209,34 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._observers.traffic.add_plan(layer, len(planned.ids_TK), sum(per_node))
         crossing = sum(per_node) - per_node[sorted(set(nodes)).index(home)]
         if not self._buffer.hops_between_nodes:
-            return _PlannedTraffic(Spread.of(per_member, nodes, self._group.place), crossing)
+            return _PlannedTraffic(Spread.of(per_member, nodes, self._group.index), crossing)
         # A row is sent to the rank with this rank's index on the other node, and forwarded from there.
-        index_M = [nodes[:place].count(node) for place, node in enumerate(nodes)]
+        index_M = [nodes[:member].count(node) for member, node in enumerate(nodes)]
         forwarded = sum(
-            rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._group.place]
+            rows for rows, index in zip(per_member, index_M, strict=True) if index != index_M[self._group.index]
         )
         return _PlannedTraffic(
-            Spread(kept=per_member[self._group.place], within_node=forwarded, across_nodes=crossing), crossing
+            Spread(on_member=per_member[self._group.index], within_node=forwarded, across_nodes=crossing), crossing
         )
 
     def _to_tokens(
-        self, own: DeepEPHandle, rows_AD: Tensor, weights_A: Tensor | None, name: str
+        self, routing: DeepEPHandle, rows_AD: Tensor, weights_A: Tensor | None, name: str
     ) -> tuple[Tensor, Tensor | None]:
-        route = next(iter(own.routes.values()))  # arrived rows have the same order in each
+        route = next(iter(routing.routes.values()))  # arrived rows have the same order in each
         weights_RK = None if weights_A is None else route.order.restore_weights(weights_A)
-        with self._exchanging(own, rows_AD, name):
+        with self._exchanging(routing, rows_AD, name):
             return self._buffer.combine(route.order.sum_rows(rows_AD), weights_RK, route.handle)
 
     @contextmanager
-    def _exchanging(self, own: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:
+    def _exchanging(self, routing: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:
         """Counts the predicted rows of an exchange, and logs it while inside."""
-        assert own.traffic is not None
-        layer = None if own.label is None else own.label.layer
-        num_choices = own.planned().ids_TK.shape[1]
+        assert routing.traffic is not None
+        layer = None if routing.label is None else routing.label.layer
+        num_choices = routing.planned().ids_TK.shape[1]
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices
-        self._observers.traffic.add_predicted(layer, own.traffic.rows, bytes_per_row, own.traffic.min_rows_across_nodes)
+        planned = routing.traffic
+        self._observers.traffic.add_predicted(layer, planned.rows, bytes_per_row, planned.min_rows_across_nodes)
         members = self._group.members
         log = self._observers.log
-        with log.awaiting(log.start(group_name("deepep", members), members, name, own.label)):
+        with log.awaiting(log.start(group_name("deepep", members), members, name, routing.label)):
             yield

@@ -96,11 +96,11 @@ class TwoHopDispatcher:
         self.num_local_experts = num_local_experts(num_experts, len(expert.members))
         relays = Relays(expert.nodes)
         rail = [expert.members.index(rank) for rank in self._rail.members]
-        count_layout = CountLayout(relays, expert.place, rail, self.num_local_experts, config.chunks)
+        count_layout = CountLayout(relays, expert.index, rail, self.num_local_experts, config.chunks)
         max_nodes = config.max_nodes if config.node_cap == "verify" else None
         self._planner = TwoHopPlanner(expert, relays, count_layout, num_experts, max_nodes, observers.traffic)
-        members = relays.members_of[relays.node_of[expert.place]]
-        self._router = RowRouter(num_experts, self.num_local_experts, members, expert.place)
+        members = relays.members_of[relays.node_of[expert.index]]
+        self._router = RowRouter(num_experts, self.num_local_experts, members, expert.index)
         self._groups = groups
         self._lane = lane
         self._traffic = observers.traffic
@@ -113,14 +113,14 @@ class TwoHopDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = own_handle(handle, TwoHopHandle)
+        routing = own_handle(handle, TwoHopHandle)
 
         def run() -> Arrived:
-            route = own.route(self._planner.complete)
+            route = routing.route(self._planner.complete)
             # The ids are sent with the rows: relays and experts' ranks derive their order from them.
             form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
-            arrived_XB = self._send_to_experts("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
-            expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
+            arrived_XB = self._send_to_experts("dispatch", routing, form, (rows_TD, weights_TK, route.shifted_TK))
+            expansion = routing.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
             weights_A = expansion.copy_weights(form.part(arrived_XB, _WEIGHTS))
             return Arrived(expansion.copy_rows(form.part(arrived_XB, _ROWS)), weights_A, route.counts.counts)
 
@@ -132,18 +132,18 @@ class TwoHopDispatcher:
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
-        own = own_handle(handle, TwoHopHandle)
-        return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
+        routing = own_handle(handle, TwoHopHandle)
+        return self._lane.submit(lambda: self._return_to_tokens("combine", routing, rows_AD, None)[0])
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
-        own = own_handle(handle, TwoHopHandle)
+        routing = own_handle(handle, TwoHopHandle)
 
         def run() -> tuple[Tensor, Tensor]:
             grad_rows_TD, grad_weights_TK = self._return_to_tokens(
-                "dispatch backward", own, grad_rows_AD, grad_weights_A
+                "dispatch backward", routing, grad_rows_AD, grad_weights_A
             )
             return grad_rows_TD, grad_weights_TK
 
@@ -158,38 +158,38 @@ class TwoHopDispatcher:
         self._groups.close()
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        own = own_handle(handle, TwoHopHandle)
+        routing = own_handle(handle, TwoHopHandle)
 
         def run() -> Tensor:
             form = RowFormat.of(rows_TD)
-            arrived_XB = self._send_to_experts(name, own, form, (rows_TD,))
-            return own.expansion.copy_rows(form.part(arrived_XB, _ROWS))
+            arrived_XB = self._send_to_experts(name, routing, form, (rows_TD,))
+            return routing.expansion.copy_rows(form.part(arrived_XB, _ROWS))
 
         return self._lane.submit(run)
 
-    def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
+    def _send_to_experts(self, name: str, routing: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
         """Sends rows to their experts' ranks, once to each; bytes_XB. The first exchange must include the ids."""
-        route = own.route(self._planner.complete)
+        route = routing.route(self._planner.complete)
         dense_parts = [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
-            if len(own.relay_orders) == chunk:
+            if len(routing.relay_orders) == chunk:
                 num_sent = sum(route.counts.within[chunk].sent)
-                own.relay_orders.append(self._router.relay(form.part(crossed_MB, _IDS), num_sent))
-            return permute(crossed_MB, own.relay_orders[chunk].rows_S)
+                routing.relay_orders.append(self._router.relay(form.part(crossed_MB, _IDS), num_sent))
+            return permute(crossed_MB, routing.relay_orders[chunk].rows_S)
 
-        exchange = self._chunked(name, own)
+        exchange = self._chunked(name, routing)
         exchange.predict(self._traffic, form.bytes_per_row, route.counts.min_rows_across_nodes, back=False)
         return exchange.send_to_experts(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
 
     def _return_to_tokens(
-        self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
+        self, name: str, routing: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
     ) -> list[Tensor]:
         """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
-        route = own.route(self._planner.complete)
+        route = routing.route(self._planner.complete)
         rows = dense(rows_AD)
         dtype = self._sum_dtype(rows_AD.dtype)
-        places = own.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
+        places = routing.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *extras)
 
@@ -202,16 +202,16 @@ class TwoHopDispatcher:
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
             # Partial sums over the node's ranks.
-            return form.pack(form.sum(crossed_MB, own.relay_orders[chunk].places_MG))
+            return form.pack(form.sum(crossed_MB, routing.relay_orders[chunk].places_MG))
 
-        exchange = self._chunked(name, own)
+        exchange = self._chunked(name, routing)
         exchange.predict(self._traffic, form.bytes_per_row, route.counts.min_rows_across_nodes, back=True)
         returned_YB = exchange.return_to_tokens(form, pack, relay)
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
-    def _chunked(self, name: str, own: TwoHopHandle) -> "ChunkedExchange":
-        counts = own.route(self._planner.complete).counts
-        return ChunkedExchange(self._rail, self._node, counts.across, counts.within, name, own.label)
+    def _chunked(self, name: str, routing: TwoHopHandle) -> "ChunkedExchange":
+        counts = routing.route(self._planner.complete).counts
+        return ChunkedExchange(self._rail, self._node, counts.across, counts.within, name, routing.label)
 
     def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> ExpertOrder:
         return self._router.expand(shifted_XK, route.by_source_X, sum(route.counts.counts))
@@ -288,7 +288,7 @@ class ChunkedExchange:
         layer = None if self._label is None else self._label.layer
         for group, hops, least in ((self._rail, self._across, min_rows_across_nodes), (self._node, self._within, 0)):
             sent = [hop.back.sent if back else hop.sent for hop in hops] or [(0,) * len(group.members)]
-            rows = Spread.of(list(map(sum, zip(*sent, strict=True))), group.nodes, group.place)
+            rows = Spread.of(list(map(sum, zip(*sent, strict=True))), group.nodes, group.index)
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
     def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:

@@ -102,18 +102,18 @@ class CountLayout:
 
     def decode(self, numbers: Sequence[int]) -> PlanCounts:
         """Decodes a member's own counts, followed by the counts that it received from each member."""
-        # own: C (R + N). rows: the counts that each member sent, R lists of `width`.
-        own = numbers[: self._num_counted]
+        # own_counts: C (R + N). rows: the counts that each member sent, R lists of `width`.
+        own_counts = numbers[: self._num_counted]
         begins = range(self._num_own, len(numbers), self.width)
         rows = [numbers[begin : begin + self.width] for begin in begins]
-        touched_N = [sum(own[self._num_ranks + node :: self._stride]) for node in range(self._relays.num_nodes)]
+        touched_N = [sum(own_counts[self._num_ranks + node :: self._stride]) for node in range(self._relays.num_nodes)]
         chunks = range(self.num_chunks if self._relays.num_nodes > 1 else 0)
         runs = self._runs(rows, chunks)
         num_chunks = self.num_chunks
         end = self._relay_begin - 1
         return PlanCounts(
-            across=tuple(self._across(own, rows, chunk) for chunk in chunks),
-            within=(*(self._within(rows, chunk) for chunk in chunks), self._home(own, rows)),
+            across=tuple(self._across(own_counts, rows, chunk) for chunk in chunks),
+            within=(*(self._within(rows, chunk) for chunk in chunks), self._home(own_counts, rows)),
             runs=runs,
             counts=tuple(map(sum, zip(*(row[num_chunks:end] for row in rows), strict=True))),
             num_over_R=tuple(row[end] for row in rows),
@@ -142,7 +142,7 @@ class CountLayout:
         begin = self._relay_begin + chunk * (1 + self._relays.num_most_members)
         return rows[source][begin : begin + 1 + len(self._members)]
 
-    def _across(self, own: Sequence[int], rows: Sequence[Sequence[int]], chunk: int) -> Hop:
+    def _across(self, own_counts: Sequence[int], rows: Sequence[Sequence[int]], chunk: int) -> Hop:
         """Returns the splits of a chunk between nodes: to this member's relays, from its sources."""
         sent = []
         received = []
@@ -150,14 +150,14 @@ class CountLayout:
         for member in self._rail:
             node = self._relays.node_of[member]
             is_relay = node != self._node and self._relays.relay(self._place, node) == member
-            sent.append(own[begin + node] if is_relay else 0)
+            sent.append(own_counts[begin + node] if is_relay else 0)
             is_source = member in self._sources[self._place]
             received.append(self._relayed(rows, member, chunk)[0] if is_source else 0)
         return Hop(tuple(sent), tuple(received))
 
-    def _home(self, own: Sequence[int], rows: Sequence[Sequence[int]]) -> Hop:
+    def _home(self, own_counts: Sequence[int], rows: Sequence[Sequence[int]]) -> Hop:
         """Returns the splits of the rows that stay on the node, of all chunks together."""
-        sent = [sum(own[member :: self._stride]) for member in self._members]
+        sent = [sum(own_counts[member :: self._stride]) for member in self._members]
         return Hop(tuple(sent), tuple(sum(rows[member][: self.num_chunks]) for member in self._members))
 
     def _within(self, rows: Sequence[Sequence[int]], chunk: int) -> Hop:
@@ -263,9 +263,9 @@ class TwoHopPlanner:
         over = touched[:, 1 + num_ranks :].sum(1) > self._max_nodes
         # Tokens of each chunk that touch each rank and each node, C by R + N. Then all counts in one vector.
         by_chunk = touched[:, 1:].unflatten(0, (self._num_chunks, num_padded // self._num_chunks)).sum(1)
-        own = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), shifted_N.new_zeros(1)])
+        counts = torch.cat([by_chunk.flatten(), counts_E, over.sum().view(1), shifted_N.new_zeros(1)])
         # One all-to-all carries every count that both hops need. The order of rows is computed during it.
-        sent_RW = own.index_select(0, tables.send_indices).view(num_ranks, -1)
+        sent_RW = counts.index_select(0, tables.send_indices).view(num_ranks, -1)
         pending = self._group.start_numbers(sent_RW, label)
         tokens, places_PP = self._order(touched.index_select(1, tables.place_columns))
         return TwoHopCounts(
@@ -273,7 +273,7 @@ class TwoHopPlanner:
             touched_TN=touched[:num_tokens, 1 + num_ranks :],
             tokens=tokens,
             places_TP=places_PP[:num_tokens],
-            numbers=torch.cat([own, pending.wait().flatten()]),
+            numbers=torch.cat([counts, pending.wait().flatten()]),
         )
 
     def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
@@ -322,7 +322,7 @@ class TwoHopPlanner:
 
     def _make_tables(self, device: torch.device) -> _Tables:
         num_ranks = len(self._group.members)
-        home = self._relays.node_of[self._group.place]
+        home = self._relays.node_of[self._group.index]
         ranks_E = nodes_of_experts(self._num_experts, range(num_ranks))
         nodes_E = nodes_of_experts(self._num_experts, self._relays.node_of)
         nothing = torch.zeros(1, dtype=torch.int64)
@@ -366,8 +366,8 @@ class RowRouter:
         self._member = _numbered(
             num_experts, [range(member * num_local, (member + 1) * num_local) for member in members]
         )
-        own = range(place * num_local, (place + 1) * num_local)
-        self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
+        local_experts = range(place * num_local, (place + 1) * num_local)
+        self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in local_experts])
 
     def relay(self, shifted_MK: Tensor, num_sent: int) -> RelayOrder:
         """Orders the `num_sent` rows to forward: by rank, then in the order of received rows."""
