@@ -113,6 +113,7 @@ class Fp8Dispatcher:
         self._inner.close()
 
     def _packed(self, rows_TD: Tensor, min_amax: float) -> Tensor:
+        # Codes, then scales, as bytes: the inner dispatcher moves rows of any type.
         return pack(quantize_1x128(dense(rows_TD.detach()), power_of_two=True, min_amax=min_amax))
 
 

@@ -54,6 +54,7 @@ class SortedChoices:
 
     def keep(self, num_dropped: int) -> ExpertOrder:
         """Returns the order of the choices that are sent: all except the first `num_dropped`."""
+        # Dropped choices, -1, come first in the order, and get negative positions.
         order_A = self.order_N[num_dropped:]
         places_N = inverse_permutation(self.order_N) - num_dropped
         return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
@@ -75,6 +76,7 @@ def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
     """Returns the value at each position, 0 for negative positions; TK."""
     if len(values_A) == 0:
         return values_A.new_zeros(places_TK.shape)
+    # A dropped choice reads row 0 and is then set to 0.
     values_TK = values_A.index_select(0, places_TK.flatten().clamp(min=0)).view(places_TK.shape)
     return values_TK.masked_fill(places_TK < 0, 0)
 

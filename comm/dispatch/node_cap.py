@@ -111,6 +111,7 @@ class Renormalization:
     def forward(self, weights_TK: Tensor) -> Tensor:
         """Returns the weights of the kept choices, TK. Values of removed choices are meaningless."""
         sum_T1, kept_T1 = self._sums(weights_TK)
+        # S / S_kept, T1; a token whose kept weights sum to 0 keeps its weights.
         factor_T1 = torch.where(kept_T1 == 0, 1, sum_T1 / kept_T1)
         return torch.where(self.over_T[:, None], weights_TK * factor_T1, weights_TK)
 

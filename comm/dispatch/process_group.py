@@ -57,6 +57,7 @@ class RowFormat:
         """Returns the format of a row and of the extra values that are sent with it."""
         if not extras:
             return cls((row,), (0,), row.num_bytes)
+        # The row begins a message row; extra values follow it, each aligned, and the end is padded.
         widths = (_round_up(extra.num_bytes, _EXTRA_ALIGNMENT) for extra in extras)
         *begins, end = accumulate(widths, initial=_round_up(row.num_bytes, _ROW_ALIGNMENT))
         return cls((row, *extras), (0, *begins), _round_up(end, _ROW_ALIGNMENT))
@@ -161,6 +162,7 @@ class ExchangeGroup:
         if len(self.members) == 1:
             arrived_MB = rows_NB if into_MB is None else into_MB.copy_(rows_NB)
             return PendingExchange(None, rows_NB, arrived_MB, None, self._observers.log)
+        # One all-to-all of unequal parts: M rows arrive, by member.
         received_MB = rows_NB.new_empty(sum(received), rows_NB.shape[1]) if into_MB is None else into_MB
         collective = self._start(name, label)
         work = distributed.all_to_all_single(

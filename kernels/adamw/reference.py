@@ -79,10 +79,12 @@ def _step(
 ) -> None:
     """Applies the rule to one chunk; `scratch` holds three buffers of its size, `root_N` one in float64."""
     new_mean_N, new_square_N, part_N = scratch
+    # Both moments in float32, one rounding for each operation.
     torch.mul(gradient_N, by.add_gradient, out=part_N)
     new_mean_N.copy_(mean_N).mul_(by.keep_mean).add_(part_N)
     torch.mul(gradient_N, gradient_N, out=part_N).mul_(by.add_square)
     new_square_N.copy_(square_N).mul_(by.keep_square).add_(part_N)
+    # The moments are stored in bf16, but the weights use their float32 values.
     mean_N.copy_(new_mean_N)
     square_N.copy_(new_square_N)
     # torch's square root in float32 (MKL) is not the nearest number in about 1 % of cases.

@@ -38,6 +38,7 @@ def adamw_tile(
     mean = tl.load(means, mask=inside).to(tl.float32)
     square = tl.load(squares, mask=inside).to(tl.float32)
     weight = tl.load(weights, mask=inside)
+    # Both moments in float32; the weights use these, not what bf16 stores.
     mean = mean * keep_mean + gradient * add_gradient
     square = square * keep_square + gradient * gradient * add_square
     tl.store(means, mean.to(tl.bfloat16), mask=inside)

@@ -168,6 +168,7 @@ class MergedBackward:
             query, grad, mixed = (
                 _rows(tensor, tile, tile.queries) for tensor in (self.query_BTHQ, self.grad_mixed_BTHV, self.mixed_BTHV)
             )
+            # Merged logarithms and results: so the tile's shares are those among all keys.
             log_sums_SHL = _rows(self.log_sums_BTH[..., None], tile, tile.queries)[..., 0].contiguous()
             heads = query, _rows(key_BTHQ, tile, tile.keys), _rows(value_BTHV, tile, tile.keys)
             grads = self.kernel.backward(grad, heads, mixed, log_sums_SHL, self.scale, tile.is_causal)

@@ -42,6 +42,7 @@ class Documents:
         becomes documents of one token each. Pass positions on the host and move the documents afterwards: this avoids a
         host sync.
         """
+        # A token begins a document if its position does not follow that before it, or is 0 or padding.
         begins_BT = torch.ones_like(positions_BT)
         begins_BT[:, 1:] = (positions_BT[:, 1:] != positions_BT[:, :-1] + 1) | (positions_BT[:, 1:] <= 0)
         ends = torch.tensor([begins_BT.numel()], device=begins_BT.device)
@@ -77,6 +78,7 @@ class Documents:
     def numbers_BT(self) -> Tensor:
         """Number of each token's document among those that are not padding, from 0; `num_real` for padding."""
         is_padding_BT = self.is_padding_BT
+        # Numbers count documents that are not padding, over the flattened batch.
         begins_BT = self.ids_BT.diff(dim=1, prepend=torch.zeros_like(self.ids_BT[:, :1])) > 0
         numbers_N = (begins_BT & ~is_padding_BT).flatten().cumsum(0) - 1
         return numbers_N.view_as(is_padding_BT).masked_fill_(is_padding_BT, self.num_real)

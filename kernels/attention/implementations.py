@@ -66,6 +66,7 @@ def flash_attention(
     if documents is None:
         mixed: Tensor = flash_attn_func(*rows_BTH, softmax_scale=scale, causal=True)
         return mixed.transpose(1, 2)
+    # All documents of the batch in one sequence, with the start of each.
     starts = documents.starts
     longest = documents.longest
     packed: Tensor = flash_attn_varlen_func(

@@ -123,6 +123,7 @@ def add_gradients(
     """Adds a chunk's part to the gradients in `scores`; `slopes_CV`: derivatives of -log p in the logits."""
     rows_CD = rows_ND[chunk]
     is_ignored_C1 = targets_N[chunk, None] == IGNORE
+    # Slope of each row: given as numbers, or a function of the log-probabilities of this chunk.
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
     if callable(row_slopes):
         slopes_C = row_slopes(scores.log_probs_N[chunk], chunk)
@@ -154,6 +155,7 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slop
         actual = f"{head_VD.device} and {targets_N.device}"
         raise ValueError(f"{subject}: head and targets must be on {rows_ND.device}, where rows are, got {actual}")
     if isinstance(row_slopes, Tensor):
+        # Slopes are in float32 or wider, as log-probabilities are.
         wide = torch.promote_types(rows_ND.dtype, torch.float32)
         if row_slopes.shape != targets_N.shape or row_slopes.dtype != wide or row_slopes.device != rows_ND.device:
             actual = f"{row_slopes.dtype} {list(row_slopes.shape)} on {row_slopes.device}"
@@ -173,6 +175,7 @@ def check_kept_ids(kept_ids_NK: Tensor | None, rows_ND: Tensor) -> None:
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
     """Adds left times right to the total in the total's type; overwrites it if `is_first`."""
+    # One call accumulates in place if the types agree; else the product needs memory of its own.
     if total_VD.dtype == left_VC.dtype:
         torch.addmm(total_VD, left_VC, right_CD, beta=0 if is_first else 1, out=total_VD)
     elif is_first:
@@ -192,6 +195,7 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
     for first in range(0, len(rows_ND), size):
         chunk = slice(first, first + size)
         is_ignored_C = targets_N[chunk] == IGNORE
+        # Log-probability of each target, C; an ignored row reads token 0 and is masked below.
         places_C1 = targets_N[chunk].masked_fill(is_ignored_C, 0)[:, None]
         logs_CV = torch.log_softmax((rows_ND[chunk] @ head_VD.t()).to(wide), -1)
         found_C = logs_CV.gather(1, places_C1)[:, 0]
@@ -220,6 +224,7 @@ class Divergence:
 
 def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
     """Returns D(p, q), [C], and dD/du, [C, B], of the log-probabilities, where q = softmax(u)."""
+    # Softmax turns dD/dq into dD/du = q (dD/dq - sum(q dD/dq)).
     q_CB = log_q_CB.exp()
     match form.kind:
         case "forward_kl":
@@ -306,11 +311,13 @@ def linear_distillation(
         is_ignored_C = targets_N[chunk] == IGNORE
         targets_C1 = targets_N[chunk, None]
         places_C1 = targets_C1.masked_fill(targets_C1 == IGNORE, 0)
+        # Logits of a chunk, C V, in float32 or wider; the rest of the loop reads no other chunk.
         logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
         logs_CV = torch.log_softmax(logits_CV, -1)
         scores.log_probs_N[chunk] = logs_CV.gather(1, places_C1)[:, 0].masked_fill_(is_ignored_C, 0)
         scaled_CV = logs_CV if form.temperature == 1.0 else torch.log_softmax(logits_CV / form.temperature, -1)
         del logits_CV
+        # The divergence and its slopes in u = z / tau: C and C V.
         values_C, slopes_CV = _student_terms(teacher, chunk, scaled_CV, form)
         divergences_N[chunk] = (values_C * form.temperature**2).masked_fill_(is_ignored_C, 0)
         if not wants_gradients:
@@ -329,12 +336,14 @@ def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Diverg
     if isinstance(teacher, TeacherStates):
         logits_CV = (teacher.rows_NS[chunk] @ teacher.head_VS.t()).to(logs_CV.dtype)
         return divergence_terms(torch.log_softmax(logits_CV / form.temperature, -1), logs_CV, form)
+    # The student's log-probabilities at the teacher's tokens, C K.
     ids_CK = teacher.ids_NK[chunk]
     log_p_CK = teacher.log_probs_NK[chunk].to(logs_CV.dtype)
     log_q_CK = logs_CV.gather(1, ids_CK)
     if ids_CK.shape[1] == logs_CV.shape[1]:
         values_C, slopes_CK = divergence_terms(log_p_CK, log_q_CK, form)
         return values_C, torch.empty_like(logs_CV).scatter_(1, ids_CK, slopes_CK)
+    # One more bucket has what the listed tokens leave of the probability: B = K + 1.
     log_p_CB, log_q_CB = (torch.cat((logs_CK, _log_rest(logs_CK)), -1) for logs_CK in (log_p_CK, log_q_CK))
     values_C, slopes_CB = divergence_terms(log_p_CB, log_q_CB, form)
     # A token that is left out has its share of the rest's derivative: dD/du_v = q_v / q_rest * dD/du_rest.

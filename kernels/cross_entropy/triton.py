@@ -67,6 +67,7 @@ def slopes_kernel(
         largest = highest
     tl.store(nats + row, tl.where(is_counted, tl.log(total) - (chosen - largest), 0.0))
     if HAS_SLOPES:
+        # Softmax minus 1 at the target overwrites the logits.
         factor = 1 / total
         for first in tl.range(0, num_columns, BLOCK_COLUMNS):
             places = logits + first + columns

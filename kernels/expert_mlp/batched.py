@@ -29,6 +29,7 @@ class _Slots:
 
     def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
         """Returns each slot's value, ECD, or zero; `tokens_A`: the given row of each place."""
+        # Slots without a row read some row and are then set to zero.
         rows_S = self.rows_S if tokens_A is None else tokens_A.index_select(0, self.rows_S)
         values_SD = values_ND.index_select(0, rows_S).index_fill_(0, self.filled, 0)
         return values_SD.view(self.num_experts, -1, values_ND.shape[1])
@@ -51,6 +52,7 @@ def expert_mlp(
     slots = _fill(counts)
     if slots is None:
         return reference.expert_mlp(rows_ND, weights_A, gate_up_EHD, down_EDM, counts, tokens_A, gated_AM)
+    # One product over all experts, E C H, then the gate, E C M.
     hidden_ECH = slots.scatter(rows_ND, tokens_A) @ gate_up_EHD.transpose(1, 2)
     gated_ECM = swiglu(*hidden_ECH.chunk(2, 2)).mul_(slots.scatter(weights_A[:, None]))
     if gated_AM is not None:
@@ -82,12 +84,15 @@ def expert_mlp_backward(
     if slots is None:
         operands = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
         return reference.expert_mlp_backward(*operands, rows_ND=rows_ND)
+    # Rows in slots: gradients E C D, hidden values E C H and weights E C 1.
     grad_ECD = slots.scatter(grad_ND, tokens_A)
     hidden_ECH = slots.scatter(hidden_AH)
     weights_EC1 = slots.scatter(weights_A[:, None])
+    # Back through `down`, and the gradient of each routing weight, A.
     grad_gated_ECM = grad_ECD @ down_EDM
     plain_ECM = swiglu(*hidden_ECH.chunk(2, 2))
     grad_weights_A = slots.gather((plain_ECM * grad_gated_ECM).sum(2, keepdim=True))[:, 0]
+    # Back through the gate. Empty slots are zeros and give zero gradients.
     grad_gated_SM = grad_gated_ECM.mul_(weights_EC1).flatten(0, 1)
     grad_hidden_ECH = swiglu_backward(grad_gated_SM, hidden_ECH.flatten(0, 1)).view_as(hidden_ECH)
     grad_rows_AD = slots.gather(grad_hidden_ECH @ gate_up_EHD)
@@ -124,6 +129,7 @@ def _fill(counts: Sequence[int]) -> _Slots | None:
     size = -(-max(counts, default=0) // STEP_ROWS) * STEP_ROWS
     if not total or size * num_experts > MOST_FILLED * max(total, num_experts * STEP_ROWS):
         return None
+    # Slot c of expert e holds row c of that expert if it has so many, E C.
     counts_E1 = torch.tensor(counts)[:, None]
     places_EC = torch.arange(size).expand(num_experts, size)
     is_row_S = (places_EC < counts_E1).flatten()

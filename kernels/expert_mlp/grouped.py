@@ -27,6 +27,7 @@ def expert_mlp(
     gated_AM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Implements `reference.expert_mlp`."""
+    # Gate and up of all rows, A H, then silu(gate) * up * weight, A M.
     hidden_AH = grouped_rows(_sorted(rows_ND, tokens_A), gate_up_EHD, counts)
     made_AM = torch.mul(swiglu(*hidden_AH.chunk(2, 1)), weights_A[:, None], out=gated_AM)
     return grouped_rows(made_AM, down_EDM, counts), hidden_AH
@@ -50,9 +51,11 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Implements `reference.expert_mlp_backward`."""
     grad_AD = _sorted(grad_ND, tokens_A)
+    # Back through `down`, A M, and the gradient of each routing weight, A.
     grad_gated_AM = grouped_rows(grad_AD, down_EDM.transpose(1, 2), counts)
     plain_AM = swiglu(*hidden_AH.chunk(2, 1))
     grad_weights_A = (plain_AM * grad_gated_AM).sum(1)
+    # Back through the gate, A H, then through gate_up, A D.
     grad_hidden_AH = swiglu_backward(grad_gated_AM * weights_A[:, None], hidden_AH)
     grad_rows_AD = grouped_rows(grad_hidden_AH, gate_up_EHD.transpose(1, 2), counts)
     if rows_ND is None:
@@ -93,6 +96,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
     if num_rows == 0:
         return rows_AK.new_zeros(num_groups, num_outputs, num_inputs)
     out_ENK = functional.grouped_mm(grad_AN.t(), rows_AK, offs=_ends(counts, rows_AK.device))
+    # On some GPUs torch leaves the matrix of an empty group uninitialized.
     for group, count in enumerate(counts):
         if count == 0:
             out_ENK[group].zero_()

@@ -37,6 +37,7 @@ def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     members = list[tuple[int, slice]]()
     size = 0
     for expert, count in (*enumerate(counts), (len(counts), most + 1)):
+        # The entry after the last expert is larger than any block, so it closes the last one.
         if members and size + count > most:
             blocks.append(ExpertBlock(slice(first, first + size), tuple(members)))
             first = first + size
@@ -70,8 +71,10 @@ def expert_mlp(
     out_AD = rows_ND.new_empty(size, rows_ND.shape[1])
     hidden_AH = rows_ND.new_empty(size, 2 * width)
     for block in cut_into_blocks(counts, 2 * width):
+        # Gate and up of the block's rows, R H, written to their place in the result.
         hidden_RH = hidden_AH[block.rows]
         _products(_gather(rows_ND, tokens_A, block), gate_up_EHD.transpose(1, 2), hidden_RH, block)
+        # The routing weight is applied here, where rows are narrower than after `down`.
         gated_RM = swiglu(*hidden_RH.split(width, 1)).mul_(weights_A[block.rows, None])
         if gated_AM is not None:
             gated_AM[block.rows] = gated_RM
@@ -113,11 +116,14 @@ def expert_mlp_backward(
     for block in cut_into_blocks(counts, 2 * width):
         gate_RM, up_RM = hidden_AH[block.rows].split(width, 1)
         factors_R1 = weights_A[block.rows, None]
+        # Back through `down`: the gradient of silu(gate) * up * weight, R M.
         grad_RD = _gather(grad_ND, tokens_A, block)
         grad_gated_RM = _products(grad_RD, down_EDM, grad_RD.new_empty(block.size, width), block)
+        # The product is computed again; its sum with the gradient is that of the routing weight, R.
         silu_RM = functional.silu(gate_RM)
         plain_RM = silu_RM * up_RM
         torch.sum(plain_RM * grad_gated_RM, 1, out=grad_weights_A[block.rows])
+        # Back through the gate, R H, then through gate_up, R D. A deferred gradient is kept instead of dropped.
         grad_hidden_RH = rest[0][block.rows] if rows_ND is None else grad_RD.new_empty(block.size, 2 * width)
         gated_backward(grad_gated_RM.mul_(factors_R1), silu_RM, gate_RM, up_RM, grad_hidden_RH)
         _products(grad_hidden_RH, gate_up_EHD, grad_rows_AD[block.rows], block)
@@ -172,6 +178,7 @@ def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: E
 
 
 def _clear_unused(gradients: Sequence[Tensor], counts: Sequence[int]) -> None:
+    # Products skip experts without rows, and their matrices were not initialized.
     for expert, count in enumerate(counts):
         if not count:
             for gradient in gradients:

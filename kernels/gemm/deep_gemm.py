@@ -156,6 +156,7 @@ def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:
         return _Layout(_copied(groups_A.int(), device), None, None)
     num_rows = sum(counts)
     num_padded = padded_rows(counts)
+    # How far the rows of each group move: by the padding of the groups before it.
     shifts_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
     places_A = torch.arange(num_rows) + shifts_E[groups_A]
     groups_P = torch.full((num_padded,), OF_NO_GROUP).scatter_(0, places_A, groups_A)

@@ -34,6 +34,7 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
     """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty."""
     check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     out_AN = rows_AK.new_empty(rows_AK.shape[0], weight_ENK.shape[1])
+    # A product per group: rows of its part times its transposed matrix.
     first = 0
     for group, count in enumerate(counts):
         if count:
@@ -145,6 +146,7 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
     """Computes `gemm_fp8_columns` of each group, ENK: its matrix's gradient; zeros without rows."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
+    # Codes are padded to whole tiles by group, so a group's columns begin at a multiple of 128.
     first = 0
     for group, count in enumerate(counts):
         size = padded_rows([count])

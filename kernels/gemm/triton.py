@@ -91,6 +91,7 @@ def locate_row_tile(
     first_row = tl.load(row_tile + 2)
     end = tl.load(row_tile + 3)
     group = tl.load(row_tile + 4)
+    # Within a block, tiles go down its rows first, so that they share the columns of the matrix.
     in_block = tile - first_tile_row * num_tile_columns
     row = first_row + (in_block % height).to(tl.int32) * BLOCK_ROWS
     return group, row, end, (in_block // height).to(tl.int32)
@@ -102,6 +103,7 @@ def locate_matrix_tile(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns group, row and column of a tile of matrices; within one, down HEIGHT rows by column."""
     tiles_of_matrix = num_tile_rows * num_tile_columns
+    # Tiles of a matrix in blocks of HEIGHT rows: down a block, then to the next column.
     in_matrix = tile % tiles_of_matrix
     tiles_of_block = HEIGHT * num_tile_columns
     first_row = in_matrix // tiles_of_block * HEIGHT
@@ -137,6 +139,7 @@ def store_tile(
             row_starts + columns[None, :], total.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :]
         )
         return
+    # Left and right half of the columns as the last axis, which `split` takes apart.
     halves = total.reshape(BLOCK_ROWS, 2, BLOCK_COLUMNS // 2).permute(0, 2, 1)
     left, right = tl.split(halves)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS // 2)
@@ -154,6 +157,7 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
     places: list[tuple[int, ...]] = []
     first_row = 0
     for group, count in enumerate(counts):
+        # Tiles that are left of this group, the next row, and the end of its rows.
         left = triton.cdiv(count, block_rows)
         row = first_row
         end = first_row + count
@@ -213,10 +217,12 @@ def grouped_rows_kernel(
             [weight_group_stride, weight_stride, 1],
             [1, BLOCK_OUTPUTS, BLOCK_DEPTH],
         )
+    # Tiles beyond 2**31 need int64 indices.
     num_tile_columns = tl.cast(tl.cdiv(num_outputs, BLOCK_OUTPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, first_row, end, column = locate_row_tile(tile, places, num_tile_columns, BLOCK_ROWS)
         first_output = column * BLOCK_OUTPUTS
+        # Sum over K in float32; rows of the next group are computed too, but not stored.
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
         for step in tl.range(0, tl.cdiv(depth, BLOCK_DEPTH), num_stages=NUM_STAGES):
             first = step * BLOCK_DEPTH
@@ -259,6 +265,7 @@ def grouped_weight_kernel(
         group, tile_row, tile_column = locate_matrix_tile(tile, num_tile_rows, num_tile_columns, HEIGHT)
         first_output = tile_row * BLOCK_OUTPUTS
         first_input = tile_column * BLOCK_INPUTS
+        # The rows of this group, in whole steps and a last partial one.
         begin = tl.load(bounds + group)
         end = tl.load(bounds + group + 1)
         num_steps = (end - begin) // BLOCK_DEPTH
@@ -270,6 +277,8 @@ def grouped_weight_kernel(
             total = tl.dot(left.T, right, total, input_precision="ieee")
         first = begin + num_steps * BLOCK_DEPTH
         if first < end:
+            # The rest of the last step belongs to the next group: a NaN there times 0 would be NaN, so both sides are
+            # 0.
             inside = (first + tl.arange(0, BLOCK_DEPTH) < end)[:, None]
             left = grad_tiles.load([first, first_output])
             right = rows_tiles.load([first, first_input])
@@ -294,6 +303,7 @@ def grouped_rows(
     out_AN = rows_AK.new_empty(num_rows, num_outputs)
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
+    # A transposed matrix, as in a backward, is read as it lies in memory instead of copied.
     across = weight_ENK.stride(2) != 1 and weight_ENK.stride(1) == 1
     rows = make_describable(rows_AK)
     weight = make_describable(weight_ENK.transpose(1, 2) if across else weight_ENK)

@@ -114,6 +114,7 @@ def gemm_kernel(
         first_output = tile_column * BLOCK_OUTPUTS
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+        # Scales of the tile: one for each row on the left, and on the right one for the tile or one for each output.
         left_scale_rows = left_scales + rows.to(tl.int64) * left_scales_stride
         if BY_BLOCKS:
             right_scale_rows = right_scales + (first_output // BLOCK_DEPTH).to(tl.int64) * right_scales_stride
@@ -171,6 +172,7 @@ def _launch(
     left_MK = make_describable(left.codes)
     right_NK = make_describable(right.codes)
     left_scales, right_scales = (make_rows_contiguous(scales) for scales in (left.scales, right.scales))
+    # Results that are unaligned or wider than 4 bytes are stored under a mask, with a smaller tile.
     store_by_descriptor = is_describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     by_blocks = isinstance(right, QuantizedBlocks)
     stored_whole = STORED_BY_DESCRIPTOR if by_blocks else OF_COLUMNS
@@ -245,6 +247,7 @@ def grouped_rows_fp8_kernel(
         group, first_row, end, column = locate_row_tile(tile, places, num_tile_columns, BLOCK_ROWS)
         first_output = column * BLOCK_OUTPUTS
         row = first_row + tl.arange(0, BLOCK_ROWS)
+        # One scale for each row and 128 of K; one for all outputs of the tile, as it is at most 128 wide.
         row_scales = rows_scales + row.to(tl.int64) * rows_scales_stride
         block_scales = weights_scales + (group * scales_rows + first_output // BLOCK_DEPTH) * scales_columns
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
@@ -292,9 +295,11 @@ def grouped_weight_fp8_kernel(
         first_input = tile_column * BLOCK_INPUTS
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
         inputs = first_input + tl.arange(0, BLOCK_INPUTS)
+        # Both operands have a scale for each of their rows and 128 of K.
         output_scales = grad_scales + outputs.to(tl.int64) * grad_scales_stride
         input_scales = rows_scales + inputs.to(tl.int64) * rows_scales_stride
         total = tl.zeros((BLOCK_OUTPUTS, BLOCK_INPUTS), tl.float32)
+        # A group's rows are whole tiles of 128, so the steps are those of its tiles.
         for step in tl.range(tl.load(bounds + group), tl.load(bounds + group + 1), num_stages=NUM_STAGES):
             first = step * BLOCK_DEPTH
             output_scale = tl.load(output_scales + step, mask=outputs < num_outputs, other=0.0)

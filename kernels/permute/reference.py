@@ -27,6 +27,7 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
     word = WORDS[rows_ND.element_size()]  # torch cannot index every dtype
     words_ND = rows_ND.view(word)
     words_AD = out_AD.view(word)
+    # Absent sources read row 0 and are then set to zero.
     absent_A = source_A < 0
     if not absent_A.any():
         torch.index_select(words_ND, 0, source_A, out=words_AD)
@@ -51,11 +52,13 @@ def unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = No
     out_ND = rows_AD.new_zeros(places_TK.shape[0], num_columns, dtype=dtype)
     if rows_AD.numel() == 0:
         return out_ND
+    # Without absent places one call sums all tokens, if rows are in the type of the sum.
     is_ready = rows_AD.dtype == wide and rows_AD.is_contiguous()
     if is_ready and dtype == wide and places_TK.numel() and int(places_TK.min()) >= 0:
         return functional.embedding_bag(places_TK, rows_AD, mode="sum")
     chunk_tokens = max(1, CHUNK_NUMBERS // max(1, num_columns * places_TK.shape[1]))
     for places_CK, out_CD in zip(places_TK.split(chunk_tokens), out_ND.split(chunk_tokens), strict=True):
+        # The places in use, P, of C tokens in order, and where those of each token begin.
         present_CK = places_CK >= 0
         places_P = places_CK[present_CK].long()
         if len(places_P) == 0:

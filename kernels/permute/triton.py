@@ -48,6 +48,7 @@ def permute_kernel(
     columns = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_targets = targets < num_sources
     in_columns = columns < num_columns
+    # A negative source is not read, and its row becomes zeros.
     sources = tl.load(source + targets, mask=in_targets, other=-1).to(tl.int64)
     tl.device_assert(sources < num_rows, "permute: a source must be below the number of rows")
     readable = (sources >= 0)[:, None] & in_columns[None, :]
@@ -108,6 +109,7 @@ def permute(
         return out_AD
     check_columns("permute: rows_ND", rows_ND)
     check_columns("permute: out_AD", out_AD)
+    # The widest words by which all rows can be moved.
     granularity = _granularity(rows_ND, out_AD)
     word = WORDS[granularity]
     # Narrow words are loaded one at a time, so a tile of the same width in bytes would take too many registers.

@@ -51,6 +51,7 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
+        # Tiles of a chunk of rows, R T C, and the largest magnitude of each, R T.
         values_RTC = split_into_tiles(rows_ND[chunk].float())
         amax_RT = values_RTC.abs().amax(dim=2)
         scales_RT = compute_scales(amax_RT, power_of_two=power_of_two, min_amax=min_amax)
@@ -58,6 +59,7 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
         finite_RT = scales_RT.isfinite()
         if not finite_RT.all():
             scaled_RTC.masked_fill_(~finite_RT[:, :, None], torch.nan)  # one NaN code for both signs
+        # Storing codes rounds to e4m3; the padding of the last tile is cut off, R D.
         quantized.scales[chunk] = scales_RT
         quantized.codes[chunk] = scaled_RTC.flatten(1)[:, :num_columns]
     return quantized
@@ -78,6 +80,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
+        # The product is exact in float32 up to one rounding, and is rounded to `dtype` when it is stored.
         scales_RT = quantized.scales[chunk].to(wide)
         codes_RTC = split_into_tiles(decode(quantized.codes[chunk]).to(wide))
         rows_ND[chunk] = (codes_RTC * scales_RT[:, :, None]).flatten(1)[:, :num_columns]
@@ -108,6 +111,7 @@ def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e
     scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
     if values.numel():
         for values_ND, scales_MT in zip(_matrices(values), _matrices(scales), strict=True):
+            # 128 rows at a time: a block's amax is that of R rows and C columns of a tile.
             for rows_RD, scales_T in zip(values_ND.split(TILE), scales_MT, strict=True):
                 amax_T = split_into_tiles(rows_RD.float()).abs().amax(dim=(0, 2))
                 scales_T.copy_(compute_scales(amax_T, power_of_two=power_of_two, min_amax=min_amax))
@@ -125,6 +129,7 @@ def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
         for values_ND, scales_MT, codes_ND in zip(_matrices(values), _matrices(scales), _matrices(codes), strict=True):
             for block, rows_RD in enumerate(values_ND.split(TILE)):
                 scales_T1 = scales_MT[block, :, None]
+                # Each block divides by its own scale; NaN scales mark blocks with a NaN or an infinity.
                 scaled_RTC = split_into_tiles(rows_RD.float()).div(scales_T1).clamp_(-LARGEST_CODE, LARGEST_CODE)
                 scaled_RTC.masked_fill_(~scales_T1.isfinite(), torch.nan)
                 codes_ND[block * TILE : (block + 1) * TILE] = scaled_RTC.flatten(1)[:, :num_columns]
@@ -174,12 +179,14 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
+        # Scales, R T 1, are powers of two, so dividing by them is exact.
         values_RTC = split_into_tiles(rows_ND[chunk].float())
         scales_RT1 = _scales(values_RTC.abs().amax(dim=2, keepdim=True))
         halves_RTC = _rounded(values_RTC / scales_RT1).half().view(torch.int16)
         finite_RT1 = scales_RT1.isfinite()
         if not finite_RT1.all():
             halves_RTC.masked_fill_(~finite_RT1, NAN_HALF)
+        # Half precision without its last 4 bits: 8 lower bits, and 4 upper bits of which two share a byte.
         halves_RD = halves_RTC.flatten(1)[:, :num_columns]
         halves_RV = functional.pad(halves_RD, (0, 2 * pairs - num_columns))
         upper_RV = halves_RV >> 12 & 0xF
@@ -200,6 +207,7 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
+        # The lower 8 bits of all numbers come first, then the upper 4, two numbers to a byte.
         lower_RV = codes_NB[chunk, :num_lower].short()
         pairs_RV = codes_NB[chunk, num_lower:].short()
         upper_RV = torch.stack([pairs_RV & 0xF, pairs_RV >> 4], dim=2).flatten(1)
@@ -253,6 +261,7 @@ def requantize_columns(
     for first in range(0, max(1, num_columns), CHUNK_TILES * TILE):
         chunk = slice(first, first + CHUNK_TILES * TILE)
         tiles = slice(first // TILE, first // TILE + CHUNK_TILES)
+        # A few columns of all rows at a time: whole rows in float32 would take four times the codes' memory.
         rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
         quantized_chunk = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
         codes_DP[chunk], scales_DT[chunk] = quantized_chunk
@@ -263,6 +272,7 @@ def _pad_groups(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
     if all(count % TILE == 0 for count in counts):
         return rows_ND
     rows_PD = rows_ND.new_zeros(padded_rows(counts), rows_ND.shape[1])
+    # Every group begins at a multiple of 128 rows, so that no tile spans two groups.
     first = 0
     for rows_GD in rows_ND.split(list(counts)):
         rows_PD[first : first + len(rows_GD)] = rows_GD

@@ -54,6 +54,7 @@ def largest_bits(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
 @triton.jit  # type: ignore[untyped-decorator]
 def compute_scales(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """Computes float32 scales from the bits of largest magnitudes; NaN if a magnitude is not finite."""
+    # The bits of magnitudes are ordered as the magnitudes are, with infinity and NaN above all numbers.
     finite = amax_bits < INFINITY_BITS
     amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
     scale_bits = tl.div_rn(tl.maximum(amax, min_amax), LARGEST).to(tl.int32, bitcast=True)
@@ -72,6 +73,7 @@ def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constex
     again. For every scale in [1, 2) this gives the bits of the division near all numbers at which codes change, as a
     test of all 2**23 scales shows; powers of two extend this to all scales, from 2**-126 to 2**120.
     """
+    # 2**-e of a scale 2**e m by its exponent bits: exact, and without a division.
     scale_bits = scales.to(tl.int32, bitcast=True)
     inverse_power = (-(scale_bits & INFINITY_BITS) + RECIPROCAL_BITS).to(tl.float32, bitcast=True)
     if POWER_OF_TWO:
@@ -83,6 +85,7 @@ def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constex
         negated = values * (inverse_power * -1.0)
         quotient = negated * inverse_mantissa
         scaled = tl.fma(tl.fma(quotient, mantissa, negated), inverse_mantissa, quotient)
+    # A scale that is NaN makes all codes of its tile NaN.
     return tl.where(scales == scales, scaled, scales).to(tl.float8e4nv)
 
 
@@ -100,6 +103,7 @@ def quantize_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Quantizes one tile of each of BLOCK_ROWS rows."""
+    # A program owns one tile of 128 columns in BLOCK_ROWS rows.
     num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
     tile = tl.program_id(0) - row_block * num_tiles
@@ -135,6 +139,7 @@ def dequantize_kernel(
     columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows = row < num_rows
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
+    # One scale for each row of the tile.
     code = tl.load(codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
     scale = tl.load(scales + row * scales_stride + tile, mask=in_rows, other=0.0)
     product = code.to(tl.float32).to(WIDE) * scale.to(WIDE)[:, None]
@@ -228,8 +233,10 @@ def quantize_blocks_kernel(
     """Quantizes one block."""
     source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
     numbers = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
+    # One magnitude for the block, 1 x 1: first along rows, then along columns.
     largest = tl.max(largest_bits(numbers, 1), axis=0, keep_dims=True)
     scale = compute_scales(largest, min_amax, POWER_OF_TWO)
+    # Codes are contiguous, while the values may be strided.
     target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
     tl.store(codes + target, compute_codes(numbers, scale, POWER_OF_TWO), mask=inside)
     tl.store(scales + _scale_place(), tl.sum(scale))
@@ -267,6 +274,7 @@ def transpose_blocks_kernel(
     """Transposes one block of bytes."""
     source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
     block = tl.trans(tl.load(source_bytes + source, mask=inside, other=0))
+    # The block at row m and column t becomes that at row t and column m.
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
     first = tl.program_id(2).to(tl.int64) * num_rows * num_columns

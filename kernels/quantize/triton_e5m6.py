@@ -104,6 +104,7 @@ def unpack_kernel(
     in_rows = row < num_rows
     inside = in_rows & (columns < num_columns)
     packed = codes + row * codes_stride
+    # The lower 8 bits of a number, and the byte that holds its upper 4 bits and those of its neighbor.
     lower = tl.load(packed + columns, mask=inside, other=0)
     two = tl.load(packed + 2 * num_pairs + pairs, mask=in_rows & (pairs < num_pairs), other=0)
     upper = tl.join(two & 0xF, two >> 4).reshape(BLOCK_ROWS, TILE)

@@ -108,6 +108,7 @@ def rms_norm_backward_from_codes(
         chunk = slice(first, first + chunk_rows)
         grad_RD = grad_AD[chunk].float()
         normal_RD = dequantize_1x128(Quantized(normal.codes[chunk], normal.scales[chunk]), torch.float32)
+        # grad * result, R D: its sum over rows gives the weight's gradient, its mean over columns enters dx.
         product_RD = grad_RD * normal_RD
         grad_weight_D += product_RD.sum(0)
         hat_RD = normal_RD.div_(divisor_D).mul_(product_RD.mean(1, keepdim=True))

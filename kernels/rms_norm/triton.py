@@ -84,6 +84,7 @@ def rms_norm_kernel(
     in_rows = row < num_rows
     in_columns = column < num_columns
     inside = in_rows[:, None] & in_columns[None, :]
+    # Whole rows, so that the mean needs no second pass; columns beyond the last are zeros, which add nothing.
     values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
     scale = inverse_root(tl.sum(values * values, axis=1) / num_columns + eps)
     tl.store(inverse + row, scale, mask=in_rows)
@@ -114,6 +115,7 @@ def rms_norm_backward_kernel(
     """Computes gradients of every num_programs-th block of rows, and their share of the weight's gradient."""
     column = tl.arange(0, BLOCK_COLUMNS)
     in_columns = column < num_columns
+    # The weight and its gradient stay in registers for all blocks of this program.
     weights = tl.load(weight + column, mask=in_columns, other=0.0).to(WIDE)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), WIDE)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=NUM_STAGES):
@@ -123,12 +125,15 @@ def rms_norm_backward_kernel(
         grads = tl.load(grad + row[:, None] * grad_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
         values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
         scale = tl.load(inverse + row, mask=in_rows, other=0.0).to(WIDE)[:, None]
+        # x-hat, and this block's part of the weight's gradient, rows x columns.
         hat = values * scale
         total += grads * hat
+        # dx = (g w - x-hat mean(g w x-hat)) / rms, with the mean over a row.
         slopes = grads * weights[None, :]
         mean = tl.sum(slopes * hat, axis=1)[:, None] / num_columns
         result = (slopes - hat * mean) * scale
         tl.store(grad_x + row[:, None] * num_columns + column[None, :], result.to(grad_x.dtype.element_ty), mask=inside)
+    # One row of sums per program, P D; the launcher adds the programs.
     places = grad_weights + tl.program_id(0).to(tl.int64) * num_columns + column
     tl.store(places, tl.sum(total, axis=0), mask=in_columns)
 
@@ -218,8 +223,10 @@ def tiling(
         raise ValueError(
             f"{subject} must have at most {LARGEST_COLUMNS} columns, got {num_columns}; nearest: {LARGEST_COLUMNS}"
         )
+    # A program covers whole rows by a power of two of columns, and takes more rows if they are short.
     block_columns = max(SMALLEST_COLUMNS, 1 << (num_columns - 1).bit_length())
     rows = block_rows or max(1, PROGRAM_NUMBERS // block_columns)
+    # A thread holds 32 numbers, or 16 if it also holds sums per column.
     thread_numbers = 16 if has_sums else 32
     warps = num_warps or min(16, max(1, rows * block_columns // (thread_numbers * WARP_THREADS)))
     return RowTiling(
@@ -252,16 +259,19 @@ def rms_norm_quantize_kernel(
     in_columns = column < num_columns
     inside = in_rows[:, None, None] & in_columns[None, :, :]
     places = row[:, None, None] * x_stride + column[None, :, :]
+    # Rows as tiles of codes, rows x T x 128, so that a tile's largest magnitude is a reduction of one axis.
     values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
     squares = tl.sum(tl.sum(values * values, axis=2), axis=1)
     root = inverse_root(squares / num_columns + eps)
     tl.store(inverse + row, root, mask=in_rows)
+    # All programs read the same weight: it stays in the cache.
     weights = tl.load(weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last").to(tl.float32)
     normal = values * root[:, None, None] * weights[None, :, :]
     scale = compute_scales(largest_bits(normal, 2), MIN_AMAX, POWER_OF_TWO)
     code_places = codes + row[:, None, None] * num_columns + column[None, :, :]
     tl.store(code_places, compute_codes(normal, scale, POWER_OF_TWO), mask=inside)
     tiles = tl.cdiv(num_columns, TILE)
+    # The block covers a power of two of tiles; those beyond the row have no scale.
     scale_places = scales + row[:, None, None] * tiles + tile[None, :, None]
     tl.store(scale_places, scale, mask=in_rows[:, None, None] & (tile < tiles)[None, :, None])
 
@@ -303,6 +313,7 @@ def rms_norm_backward_codes_kernel(
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = row < num_rows
         inside = in_rows[:, None, None] & in_columns[None, :, :]
+        # Gradients and codes as rows x T x 128, and a scale for each row and tile.
         grad_places = grad + row[:, None, None] * grad_stride + column[None, :, :]
         grads = tl.load(grad_places, mask=inside, other=0.0).to(tl.float32)
         code_places = codes + row[:, None, None] * codes_stride + column[None, :, :]
@@ -310,9 +321,11 @@ def rms_norm_backward_codes_kernel(
         scale_places = scales + row[:, None] * scales_stride + tile[None, :]
         scale = tl.load(scale_places, mask=in_rows[:, None] & in_tiles[None, :], other=0.0)
         root = tl.load(inverse + row, mask=in_rows, other=0.0)[:, None, None]
+        # The codes hold x-hat times the weight, so the weight's gradient is divided by the weight at the end.
         normal = code * scale[:, :, None]
         mean = tl.sum(tl.sum(grads * normal, axis=2), axis=1)[:, None, None] / num_columns
         total += grads * normal
+        # dx = (g w - x-hat mean(g x-hat w)) / rms, where x-hat is the normal value over the weight.
         result = (grads * weights[None, :, :] - _over(normal, weights[None, :, :]) * mean) * root
         out_places = grad_x + row[:, None, None] * num_columns + column[None, :, :]
         tl.store(out_places, result.to(grad_x.dtype.element_ty), mask=inside)

@@ -84,6 +84,7 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, hidden))
     for first in range(0, size if width else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
+        # A chunk of rows in float32, R H; the operand is rounded once, from here to codes.
         hidden_RH = hidden_AH[chunk].float()
         gate_RM, up_RM = hidden_RH.split(width, 1)
         gated_RM = functional.silu(gate_RM).mul_(up_RM)
@@ -114,6 +115,7 @@ def swiglu_backward_from_codes(
         out_RH = grad_hidden_AH[chunk]
         hidden_RH = dequantize_1x128(Quantized(hidden.codes[chunk], hidden.scales[chunk]), torch.float32)
         gate_RM, up_RM = hidden_RH.split(width, 1)
+        # The product again, R M, from the codes of gate and up.
         silu_RM = functional.silu(gate_RM)
         gated_RM = silu_RM * up_RM
         if weights_A is not None and grad_weights_A is not None:
@@ -122,6 +124,7 @@ def swiglu_backward_from_codes(
             gated_RM.mul_(weights_R1)
             grad_RM = grad_RM * weights_R1
         gated_AM[chunk] = gated_RM
+        # Gradients of up, then of gate, side by side as H.
         out_RH[:, width:] = silu_RM.mul_(grad_RM)
         out_RH[:, :width] = torch.ops.aten.silu_backward(grad_RM * up_RM, gate_RM)
     return grad_hidden_AH, gated_AM, grad_weights_A

@@ -58,6 +58,7 @@ def swiglu_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Computes a tile of `out`."""
+    # A program owns one tile: rows x columns of M.
     tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -65,6 +66,7 @@ def swiglu_kernel(
     inside = (row < num_rows) & (column < num_columns)
     gates = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(WIDE)
     ups = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(WIDE)
+    # silu(gate) * up, rounded once when it is stored.
     product = gates * sigmoid(gates) * ups
     tl.store(out + row * num_columns + column, product.to(out.dtype.element_ty), mask=inside)
 
@@ -83,15 +85,18 @@ def swiglu_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Computes the same tile of the gate half and of the up half of `out`; columns are those of `grad`."""
+    # A program owns the same rows x columns in both halves of H.
     tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = ((tl.program_id(0) - row_block * tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     inside = (row < num_rows) & (column < num_columns)
     grads = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(WIDE)
+    # Gates are in columns 0 to M - 1 of a row of H, ups in the M columns after them.
     gate_places = hidden + row * hidden_stride + column
     gates = tl.load(gate_places, mask=inside, other=0.0).to(WIDE)
     ups = tl.load(gate_places + num_columns, mask=inside, other=0.0).to(WIDE)
+    # d silu(g) / dg = s (1 + g (1 - s)), where s = sigmoid(g).
     share = sigmoid(gates)
     grad_gates = grads * ups * share * (1 + gates * (1 - share))
     out_places = out + row * num_columns * 2 + column
@@ -176,6 +181,7 @@ def _store_tile(
     scale = compute_scales(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
     inside = (row < num_rows) & (column < num_columns)
     tl.store(codes + row * num_columns + column, compute_codes(values, scale, POWER_OF_TWO), mask=inside)
+    # The second tile of H may lie beyond the last one, which has no scale to store.
     tiles = tl.cdiv(num_columns, TILE)
     tl.store(scales + row * tiles + tile, scale, mask=row < tl.where(tile < tiles, num_rows, 0))
 
@@ -204,6 +210,7 @@ def swiglu_quantize_kernel(
     row_block = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) - row_block * tiles
     row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    # Tile t of M reads tiles t and t + T of H, so that every tile of H is read and quantized once.
     further = tile + tiles
     in_rows = row < num_rows
     column = tile * TILE + tl.arange(0, TILE)[None, :]
@@ -212,11 +219,13 @@ def swiglu_quantize_kernel(
     first = tl.load(places + column, mask=in_rows & (column < 2 * width), other=0.0).to(tl.float32)
     second = tl.load(places + further_column, mask=in_rows & (further_column < 2 * width), other=0.0).to(tl.float32)
     inside = in_rows & (column < width)
+    # If 128 divides M, the second tile holds exactly the ups of the gates in the first one.
     ups = second if ALIGNED else tl.load(places + width + column, mask=inside, other=0.0).to(tl.float32)
     product = first * sigmoid(first) * ups
     if HAS_WEIGHTS:
         factors = tl.load(weights + row * weights_stride, mask=in_rows, other=0.0).to(tl.float32)
         product = product * factors
+    # Without this, values of the next half would raise the largest magnitude of the last tile.
     product = tl.where(inside, product, 0.0)
     _store_tile(gated_codes, gated_scales, product, row, tile, num_rows, width, POWER_OF_TWO, MIN_AMAX, TILE)
     _store_tile(hidden_codes, hidden_scales, first, row, tile, num_rows, 2 * width, POWER_OF_TWO, MIN_AMAX, TILE)
@@ -254,6 +263,7 @@ def swiglu_backward_codes_kernel(
     grads = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     code_places = codes + row * codes_stride + column
     row_scales = scales + row * scales_stride
+    # One scale covers the tile of gates. That of an up value depends on its column unless 128 divides M.
     gate_scales = tl.load(row_scales + tile, mask=in_rows, other=0.0)
     if ALIGNED:
         up_scales = tl.load(row_scales + tile + tiles, mask=in_rows, other=0.0)
@@ -261,15 +271,18 @@ def swiglu_backward_codes_kernel(
         up_scales = tl.load(row_scales + (width + column) // TILE, mask=inside, other=0.0)
     gates = tl.load(code_places, mask=inside, other=0.0).to(tl.float32) * gate_scales
     ups = tl.load(code_places + width, mask=inside, other=0.0).to(tl.float32) * up_scales
+    # The product is computed again from the codes, as only gate and up were kept.
     share = sigmoid(gates)
     silu = gates * share
     product = silu * ups
     if HAS_WEIGHTS:
+        # The gradient of a weight: this tile's part, A T. The launcher adds the tiles of a row in a fixed order.
         sums = tl.sum(tl.where(inside, product * grads, 0.0), axis=1, keep_dims=True)
         tl.store(grad_weights + row * tiles + tile, sums, mask=in_rows)
         factors = tl.load(weights + row * weights_stride, mask=in_rows, other=0.0).to(tl.float32)
         product = product * factors
         grads = grads * factors
+    # As in `swiglu_backward_kernel`, in float32.
     grad_gates = grads * ups * share * (1 + gates * (1 - share))
     out_type = gated.dtype.element_ty
     tl.store(gated + row * width + column, product.to(out_type), mask=inside)

@@ -189,6 +189,7 @@ class TwoHopDispatcher:
         route = routing.route(self._planner.complete)
         rows = dense(rows_AD)
         dtype = self._sum_dtype(rows_AD.dtype)
+        # Positions of each arriving row's copies among the experts' rows, by message.
         places = routing.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *extras)
