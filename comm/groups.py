@@ -176,7 +176,7 @@ def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
     return device
 
 
-BACKEND = "private"
+PRIVATE_RENDEZVOUS = "private"
 
 
 class PrivateRendezvous(RendezvousHandler):
@@ -190,7 +190,7 @@ class PrivateRendezvous(RendezvousHandler):
 
     def get_backend(self) -> str:
         """Returns the name under which this rendezvous is registered."""
-        return BACKEND
+        return PRIVATE_RENDEZVOUS
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Returns node rank 0 of 1. The address that ranks receive has no listener."""
@@ -218,8 +218,8 @@ class PrivateRendezvous(RendezvousHandler):
 
 
 def register_private_rendezvous() -> None:
-    """Registers the rendezvous with torch's launcher as `BACKEND`; `rdzv_configs` must hold `check_ranks`."""
-    rendezvous_handler_registry.register(BACKEND, _create)
+    """Registers `PRIVATE_RENDEZVOUS` with torch's launcher; `rdzv_configs` must hold `check_ranks`."""
+    rendezvous_handler_registry.register(PRIVATE_RENDEZVOUS, _create)
 
 
 def _create(parameters: RendezvousParameters) -> RendezvousHandler:

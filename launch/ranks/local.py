@@ -184,7 +184,7 @@ def _run_elastic(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from comm.groups import BACKEND, register_private_rendezvous
+    from comm.groups import PRIVATE_RENDEZVOUS, register_private_rendezvous
 
     register_private_rendezvous()
     for name in _SILENCED_LOGGERS:
@@ -194,7 +194,7 @@ def _run_elastic(
         max_nodes=1,
         nproc_per_node=world_size,
         run_id=uuid.uuid4().hex,
-        rdzv_backend=BACKEND,
+        rdzv_backend=PRIVATE_RENDEZVOUS,
         rdzv_configs={"check_ranks": RankCheck(world_size, supervisor)},
         local_addr="localhost",
         max_restarts=0,
