@@ -26,18 +26,19 @@ from train.memory.fitted_cut import fitted_cut
 from train.memory.predict import predict_memory
 from train.schedule.balanced_cut import CutLimits, balanced_cut
 from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.layer_times import nominal_times, stage_costs
-from train.schedule.nominal import nominal_costs, with_chunks
-from train.schedule.stage_work import (
+from train.schedule.layer_times import (
     LaneWork,
     ModelWork,
     lockstep_loads,
+    nominal_times,
     pace,
     rank_groups,
     runs_in_lockstep,
+    stage_costs,
     stage_works,
     times_of_ranks,
 )
+from train.schedule.nominal import nominal_costs, with_chunks
 
 V3 = (
     "model=v3_671b",

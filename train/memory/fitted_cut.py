@@ -11,9 +11,8 @@ from train.config import TrainConfig
 from train.memory.predict import predict_memory
 from train.schedule.balanced_cut import CutLimits, balanced_cut
 from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.layer_times import LayerTimes, model_work, nominal_times
+from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
 from train.schedule.nominal import nominal_costs
-from train.schedule.stage_work import rank_groups
 
 
 def fitted_config(config: TrainConfig) -> TrainConfig:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, product
 
 from dualpipe.ir import Placement
-from train.schedule.stage_work import (
+from train.schedule.layer_times import (
     LaneWork,
     ModelWork,
     lockstep_loads,
