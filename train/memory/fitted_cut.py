@@ -9,8 +9,7 @@ from dualpipe.registry import FALLBACK
 from model.config import cut_at, cut_layers
 from train.config import TrainConfig
 from train.memory.predict import predict_memory
-from train.schedule.balanced_cut import CutLimits, balanced_cut
-from train.schedule.cut import run_cut, run_placement, with_cut
+from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
 from train.schedule.nominal import nominal_costs
 
