@@ -36,8 +36,7 @@ from train.network import (
     weight_dtype,
 )
 from train.optim.staged import WeightUpdates
-from train.schedule.links import PipelineLinks, open_links
-from train.world import World
+from train.world import PipelineLinks, World, open_links
 
 Batches = Callable[[int, int], MicroBatch | None]
 """Returns the micro-batch of a direction and number, or None if this rank does not need it."""

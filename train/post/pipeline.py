@@ -20,8 +20,7 @@ from dualpipe.validate import validate
 from infer.engines.rounds import PipelinePlace, RoundFormat
 from model.transformer import Transformer
 from train.replica import Replica
-from train.schedule.links import PipelineLinks, message_key
-from train.world import World
+from train.world import PipelineLinks, World, message_key
 
 ValueT = TypeVar("ValueT")
 

@@ -21,7 +21,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.program import Lane
 from tests.programs.bench.blocks import Block, DeferredGradients, SleepBlock, SleepLog, Workload, build_block
-from train.schedule.links import message_key
+from train.world import message_key
 
 Step = Callable[[], None]
 OWN_KINDS = SCHEDULES.names()
