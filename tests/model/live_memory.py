@@ -18,7 +18,7 @@ from model.phases import ComputePhase
 from model.size import StageShape
 from model.stage import Stage
 from model.transformer import Transformer
-from train.memory.phases import stage_phases
+from train.memory.predict import stage_phases
 from train.memory.sizes import Sizes
 
 

@@ -27,7 +27,7 @@ from tests.model.test_activations import WIDE as SMALL
 from tests.model.test_activations import make_batch
 from tests.model.test_phases import phases_of
 from tests.model.test_stage import phased
-from train.memory.phases import stage_phases
+from train.memory.predict import stage_phases
 
 ALL = frozenset(RECOMPUTED)
 TYPES: tuple[Products, ...] = ("fp8", "own")

@@ -20,8 +20,7 @@ from tests.tiny import write_text
 from tests.train.memory.live import Compared, compare_rank
 from tests.train.memory.test_live import BASE, PRECISIONS, check_alone, make_config
 from train.config import TrainConfig
-from train.memory.phases import hidden_bytes
-from train.memory.predict import planning_sizes
+from train.memory.predict import hidden_bytes, planning_sizes
 
 
 def first(stream: Tensor) -> Tensor:
