@@ -19,7 +19,7 @@ from model.size import StageShape
 from model.stage import Stage
 from model.transformer import Transformer
 from train.memory.predict import stage_phases
-from train.memory.sizes import Sizes
+from train.memory.rank_bytes import Sizes
 
 
 class LiveMemory(TorchDispatchMode):

@@ -22,7 +22,7 @@ from kernels.tiles import CHUNK_NUMBERS
 from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
-from train.memory.sizes import PartName, PhaseBytes, Sizes
+from train.memory.rank_bytes import PartName, PhaseBytes, Sizes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
 from train.memory.walk import PipelineBytes, RunSizes, find_peaks
 from train.schedule.cut import run_cut, sized_run

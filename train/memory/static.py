@@ -8,7 +8,7 @@ from dualpipe.ir import Schedule
 from kernels.attention import makes_dense_masks
 from model.size import HeldParameters
 from train.config import TrainConfig
-from train.memory.sizes import Sizes
+from train.memory.rank_bytes import Sizes
 from train.schedule.cut import embedding_ranks, is_mirrored
 
 _MASTER_BYTES = 4

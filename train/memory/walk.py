@@ -6,7 +6,7 @@ from typing import assert_never
 
 from dualpipe.ir import Link
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from train.memory.sizes import PhaseBytes
+from train.memory.rank_bytes import PhaseBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
