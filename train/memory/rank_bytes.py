@@ -1,8 +1,11 @@
 """Sizes of a micro-batch on one rank, and what its phases keep. Imports no torch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
+from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.transfers import Link
 from model.config import Computing, ModelConfig
 
 PartName = Literal["embedding", "dense", "moe", "head"]
@@ -97,3 +100,210 @@ class PhaseBytes:
     def lane(self) -> Literal["compute", "comm"]:
         """Lane on which the phase runs."""
         return "compute" if self.kind == "compute" else "comm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineBytes:
+    """The bytes that a step's passes hold on a rank at their peak.
+
+    Attributes:
+        activations: tensors kept from F to I.
+        pending: tensors kept from I to W.
+        exchange: index tensors of dispatch and combine.
+        transfers: hidden states and gradients between stages and between phases.
+        inside: temporary tensors of the running operation.
+    """
+
+    activations: int = 0
+    pending: int = 0
+    exchange: int = 0
+    transfers: int = 0
+    inside: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.activations + self.pending + self.exchange + self.transfers + self.inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSizes:
+    """Sizes of the runs of one rank for each slice of a sequence; micro-batch m is slice m % slices.
+
+    Attributes:
+        stages: sizes of the phases of each stage on the rank, by slice.
+        messages: bytes of a hidden state or its gradient between two stages, by slice.
+    """
+
+    stages: Sequence[Mapping[int, Sequence[PhaseBytes]]]
+    messages: Sequence[int]
+
+
+def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[PipelineBytes, PipelineBytes]:
+    """Returns the peak of a program, and the peak from its first reduction on.
+
+    Args:
+        keeps_sent: whether a message stays on the device until the next one is sent over the same link.
+    """
+    before = PipelineBytes()
+    largest = 0
+    is_reducing = False
+    rank = RankBytes(sizes, keeps_sent=keeps_sent)
+    for step in program.steps:
+        rank.perform(step)
+        if step.action is Action.REDUCE and not is_reducing:
+            is_reducing = True
+            before = rank.peak
+            largest = rank.peak_total
+            rank.forget_peak()
+            rank.observe()
+    if not is_reducing:
+        return rank.peak, PipelineBytes()
+    return before if largest >= rank.peak_total else rank.peak, rank.peak
+
+
+@dataclass(slots=True)
+class _Run:
+    """One micro-batch in one stage.
+
+    Attributes:
+        phases: sizes of the stage's phases.
+        between: bytes of values or gradients between its phases that nothing else holds.
+        shared: bytes of gradients between its phases for which a W waits too.
+        waiting: bytes that wait for its W.
+        routing: bytes of index tensors.
+        exchange: step of the exchange that is running, if any.
+    """
+
+    phases: Sequence[PhaseBytes]
+    between: int = 0
+    shared: int = 0
+    waiting: int = 0
+    routing: int = 0
+    exchange: Step | None = None
+
+
+class RankBytes:
+    """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed."""
+
+    def __init__(self, sizes: RunSizes, *, keeps_sent: bool) -> None:
+        self._sizes = sizes
+        self._keeps_sent = keeps_sent
+        self._runs: dict[RunKey, _Run] = {}
+        self._sent: dict[Link, int] = {}  # the last message of each link, which is sent while the rank continues
+        self._activations = self._pending = self._routing = self._transfers = self._exchanging = 0
+        self.peak = PipelineBytes()
+        self.peak_total = -1
+
+    def alive(self, inside: int = 0) -> PipelineBytes:
+        """Returns what is alive now, with the bytes inside a step."""
+        return PipelineBytes(
+            activations=self._activations,
+            pending=self._pending,
+            exchange=self._routing,
+            transfers=self._transfers,
+            inside=inside + self._exchanging,
+        )
+
+    def observe(self, inside: int = 0) -> None:
+        """Counts the bytes that are alive, with those inside a step, towards the peak."""
+        total = self._activations + self._pending + self._routing + self._transfers + self._exchanging + inside
+        # Most steps are no peak, and an object for each of them would take most of a prediction's time.
+        if total > self.peak_total:
+            self.peak_total, self.peak = total, self.alive(inside)
+
+    def forget_peak(self) -> None:
+        """Starts a new peak with the next observation."""
+        self.peak_total = -1
+
+    def perform(self, step: Step) -> None:
+        """Applies a step, and observes what is alive inside it and after it.
+
+        The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
+        """
+        part = step.run.micro_batch % len(self._sizes.messages)
+        message = self._sizes.messages[part]
+        if step.action is Action.RECEIVE:
+            self._transfers += message
+        elif step.action is not Action.REDUCE:
+            if step.run not in self._runs:
+                self._runs[step.run] = _Run(self._sizes.stages[part][step.run.stage])
+            self._perform(step, self._runs[step.run], message)
+        self.observe()
+
+    def _perform(self, step: Step, run: _Run, message: int) -> None:
+        match step.action:
+            case Action.ACCEPT:
+                # The message is now the run's. One from the rank to itself is counted like one that has arrived.
+                self._transfers -= run.between
+                run.between = message
+            case Action.SEND:
+                self._send(step, run, message)
+            case Action.FORWARD | Action.BACKWARD:
+                phase = run.phases[step.phase]
+                inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
+                self.observe(inside)
+                if phase.kind != "compute":
+                    run.exchange = step
+                    self._exchanging += inside
+                else:
+                    self._finish_phase(step, run)
+            case Action.WAIT:
+                exchange = run.exchange
+                assert exchange is not None
+                run.exchange = None
+                phase = run.phases[exchange.phase]
+                self._exchanging -= phase.forward_peak if exchange.action is Action.FORWARD else phase.backward_peak
+                self._finish_phase(exchange, run)
+            case Action.WEIGHT:
+                self.observe(run.phases[step.phase].weight_peak)
+                self._finish_weight(run, run.phases[step.phase].waiting)
+            case Action.RELEASE:
+                self._activations -= sum(phase.kept for phase in run.phases)
+            case Action.RELOAD:
+                self._activations += sum(phase.kept for phase in run.phases)
+            case Action.FINISH:
+                del self._runs[step.run]
+                self._routing -= run.routing
+                self._transfers -= run.between
+            case Action.OFFLOAD | Action.RESTORE | Action.REDUCE | Action.RECEIVE:
+                pass
+            case _ as other:
+                assert_never(other)
+
+    def _finish_phase(self, step: Step, run: _Run) -> None:
+        """Applies the change of live bytes at the end of a phase."""
+        phase = run.phases[step.phase]
+        if step.action is Action.FORWARD:
+            made = phase.values
+            self._activations += phase.kept
+            self._routing += phase.routing
+            run.routing += phase.routing
+        else:
+            self._activations -= phase.released
+            self._pending += phase.waiting + phase.carried
+            run.waiting += phase.waiting
+            run.shared = phase.shared if run.waiting else 0
+            made = phase.gradients - run.shared
+        self._transfers += made - run.between
+        run.between = made
+
+    def _finish_weight(self, run: _Run, waiting: int) -> None:
+        """Applies the end of a W; gradients between two phases stay."""
+        self._pending -= waiting
+        run.waiting -= waiting
+        if not run.waiting:
+            self._transfers += run.shared
+            run.between += run.shared
+            run.shared = 0
+
+    def _send(self, step: Step, run: _Run, message_bytes: int) -> None:
+        message = step.message
+        assert message is not None
+        self._transfers -= run.between
+        run.between = run.shared = 0
+        if message.source == message.destination:
+            self._transfers += message_bytes
+        elif self._keeps_sent:
+            self._transfers += message_bytes - self._sent.get(message.link, 0)
+            self._sent[message.link] = message_bytes

@@ -19,7 +19,7 @@ from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
 from train.memory.predict import rank_memory, run_sizes
-from train.memory.walk import PipelineBytes, RankBytes
+from train.memory.rank_bytes import PipelineBytes, RankBytes
 from train.step import rates_of
 from train.tasks.batch_reader import BatchReader
 
