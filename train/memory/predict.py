@@ -22,8 +22,19 @@ from kernels.tiles import CHUNK_NUMBERS
 from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
-from train.memory.rank_bytes import PartName, PhaseBytes, PipelineBytes, RunSizes, Sizes, find_peaks
-from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
+from train.memory.rank_bytes import (
+    PartName,
+    PhaseBytes,
+    PipelineBytes,
+    RunSizes,
+    Sizes,
+    batch_bytes,
+    count_replicas,
+    find_peaks,
+    static_bytes,
+    update_bytes,
+    weight_bytes,
+)
 from train.schedule.cut import run_cut, sized_run
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.second_network import reward_model_runs

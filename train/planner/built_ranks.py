@@ -17,7 +17,7 @@ from kernels.registry import load_plugins, loaded_plugins
 from model.size import held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.memory.predict import planning_sizes
-from train.memory.static import count_replicas, static_bytes
+from train.memory.rank_bytes import count_replicas, static_bytes
 from train.schedule.cut import run_cut
 from train.schedule.nominal import planning_schedule
 
