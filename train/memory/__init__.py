@@ -3,9 +3,8 @@
 Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
-from train.memory.fitted_cut import fitted_config
+from train.memory.fitted_cut import fitted_config, memory_lines, memory_table, parts, summary_line
 from train.memory.predict import JobMemory, RankMemory, predict_memory
-from train.memory.report import memory_lines, memory_table, parts, summary_line
 
 __all__ = [
     "JobMemory",

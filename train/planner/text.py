@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from train.memory import RankMemory
-from train.memory.report import gigabytes, parts
+from train.memory.fitted_cut import gigabytes, parts
 from train.planner.job_plan import JobPlan
 
 COLUMNS = 100
