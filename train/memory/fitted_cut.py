@@ -1,4 +1,4 @@
-"""Chooses a run's cut so that it fits the memory, if a limit is known. No torch here."""
+"""Chooses a cut that fits the memory, if a limit is known, and formats the prediction in GB. No torch here."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +12,9 @@ from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
 from train.schedule.nominal import nominal_costs
+
+_GB = 1e9
+_COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")
 
 
 def fitted_config(config: TrainConfig) -> TrainConfig:
@@ -97,10 +100,6 @@ def _ranks_over(config: TrainConfig, cut: tuple[range, ...]) -> frozenset[int] |
         return frozenset(rank.pipeline_rank for rank in predict_memory(config).ranks if rank.total > room)
     except ScheduleError:
         return None
-
-
-_GB = 1e9
-_COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")
 
 
 def memory_lines(config: TrainConfig) -> list[str]:

@@ -1,4 +1,8 @@
-"""Predicts each pipeline rank's static memory, and the peak that the passes of a step add."""
+"""Predicts each pipeline rank's static memory, and the peak that the passes of a step add.
+
+Imports torch only to measure sizes that are not in the cache, whose key covers the sizes, torch's version and the
+source files of the model.
+"""
 
 import hashlib
 import json

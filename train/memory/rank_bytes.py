@@ -1,4 +1,4 @@
-"""Sizes of a micro-batch on one rank, and what its phases keep. Imports no torch."""
+"""Counts the bytes of one rank: sizes of a micro-batch, the peak of a step's passes, static bytes. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from train.schedule.cut import embedding_ranks, is_mirrored
 PartName = Literal["embedding", "dense", "moe", "head"]
 """A part of a stage; a head includes all MTP modules behind it."""
 PhaseKind = Literal["compute", "dispatch", "combine"]
+_MASTER_BYTES = 4
+_ID_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,10 +316,6 @@ class RankBytes:
         elif self._keeps_sent:
             self._transfers += message_bytes - self._sent.get(message.link, 0)
             self._sent[message.link] = message_bytes
-
-
-_MASTER_BYTES = 4
-_ID_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,13 @@
-"""Places stages: their layers and ranks, and ramp sizes that keep the placement. No torch here."""
+"""Places stages: their layers and ranks, and ramp sizes that keep the placement. No torch here.
+
+A balanced cut makes the steady state of a step fast: what counts is the work of the heaviest rank. With several chunks
+for each of two directions, ranks run the chunks of a block of micro-batches one after the other, so each of these parts
+must be even (`layer_times.pace`).
+
+A model is an embedding, dense layers, MoE layers, and heads with MTP modules, in this order. Layers of one kind cost
+the same, so only their number in each stage matters. For each way to place the dense layers on the first stages, MoE
+layers are added one by one to the rank with the least work, which is optimal because they are identical.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +36,20 @@ from train.schedule.layer_times import (
 )
 
 _KEY = "parallelism.cut"
+_MOST_TRIED = 128
+"""Maximum number of ways to place dense layers that are tried, the most even ones first. DeepSeek-V3 has 4."""
+_MOST_STARTS = 6
+"""Maximum number of these that moves of single layers improve, if chunks make ranks depend on each other."""
+_DIGITS = 9
+_TOLERANCE = 0.02
+"""How much longer a micro-batch may take, if this makes stages more even."""
+_NEARLY = 1e-6
+_FEW_STAGES = 24
+"""Number of stages up to which all moves of a layer are tried."""
+_LARGEST_STAGE = 0.1
+"""Weight of the largest stage against the pace. Ranks wait for a neighbor with a large stage."""
+_UNEVENNESS = 0.001
+"""Weight of how much all ranks and stages differ, which decides between cuts that are otherwise equal."""
 
 
 def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None) -> int:
@@ -80,9 +103,6 @@ def with_cut(config: TrainConfig, cut: Sequence[range]) -> TrainConfig:
     """Returns the configuration with a listed cut."""
     listed = Cut("listed", tuple(map(len, cut)))
     return replace(config, parallelism=replace(config.parallelism, cut=listed))
-
-
-_cached_cut = lru_cache(maxsize=256)(balanced_cut)
 
 
 def _check_listed(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> None:
@@ -179,22 +199,6 @@ def ramp_notices(config: TrainConfig) -> Iterator[str]:
             )
 
 
-_MOST_TRIED = 128
-"""Maximum number of ways to place dense layers that are tried, the most even ones first. DeepSeek-V3 has 4."""
-_MOST_STARTS = 6
-"""Maximum number of these that moves of single layers improve, if chunks make ranks depend on each other."""
-_DIGITS = 9
-_TOLERANCE = 0.02
-"""How much longer a micro-batch may take, if this makes stages more even."""
-_NEARLY = 1e-6
-_FEW_STAGES = 24
-"""Number of stages up to which all moves of a layer are tried."""
-_LARGEST_STAGE = 0.1
-"""Weight of the largest stage against the pace. Ranks wait for a neighbor with a large stage."""
-_UNEVENNESS = 0.001
-"""Weight of how much all ranks and stages differ, which decides between cuts that are otherwise equal."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutLimits:
     """Maximum numbers of layers that groups of ranks with the same stages hold, as memory allows.
@@ -240,6 +244,9 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
     tried = starts[: _MOST_STARTS if runs_in_lockstep(placement) else 1]
     cuts = (_climb(start, model, placement, limits, most) for start in tried)
     return min(cuts, key=lambda sizes: _score(sizes, model, placement, most))
+
+
+_cached_cut = lru_cache(maxsize=256)(balanced_cut)
 
 
 def _climb(
