@@ -7,7 +7,7 @@ from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError, broken
 from train.memory import JobMemory, fitted_config, parts, predict_memory
-from train.planner.space import context_sizes
+from train.planner.layouts import context_sizes
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]  # overrides as a user writes them, and the resulting configuration

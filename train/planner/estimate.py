@@ -20,8 +20,8 @@ from model.size import held_parameters, stage_shapes
 from train.memory import predict_memory
 from train.planner.config import KernelRates
 from train.planner.job_plan import PlannerConfig
+from train.planner.layouts import RankSetting, SearchSpace
 from train.planner.scaling import alone_factor, part_seconds
-from train.planner.space import RankSetting, SearchSpace
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
 
 _ROUNDING = 1 - 1e-9
