@@ -20,9 +20,8 @@ from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
-from train.planner.estimate import Estimates, RankedLayout
 from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
-from train.planner.layouts import RankSetting, SearchSpace
+from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
 from train.planner.timing import StepTime, time_plan
 from train.schedule.cut import run_cut, run_placement, with_cut
 

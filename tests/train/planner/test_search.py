@@ -12,9 +12,8 @@ from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.plan import search_space
 from launch.planning.request import PlanRequest, read_request
-from train.planner.estimate import RankedLayout
 from train.planner.job_plan import plan_job, require_time
-from train.planner.layouts import SearchSpace, adapted_run
+from train.planner.layouts import RankedLayout, SearchSpace, adapted_run
 from train.planner.search import Search, search_layouts
 from train.planner.text import search_text
 from train.planner.values import search_values
