@@ -14,9 +14,9 @@ from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
 from train.planner.config import EfficiencyConfig, KernelRates, Rates
 from train.planner.scaling import part_seconds, rows_per_token
-from train.planner.timing import StepTime, TimedPlan, time_plan
 from train.schedule.cut import with_cut
 from train.schedule.measured import layer_parameters
+from train.schedule.timing import StepTime, TimedPlan, time_plan
 
 _HOUR = 3600.0
 _DAY_HOURS = 24.0

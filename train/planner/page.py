@@ -12,7 +12,7 @@ from dualpipe.draw.style import COPIES, DARK, LIGHT, document, style_of
 from dualpipe.ir import Op, Operation
 from train.config.decode import flatten
 from train.figures import num_bytes, plain, seconds, short, table
-from train.planner.timing import TimedPlan
+from train.schedule.timing import TimedPlan
 
 _STYLE = Path(__file__).with_name("page.css")
 _PAIR = "pair"

@@ -22,8 +22,8 @@ from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
 from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
 from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
-from train.planner.timing import StepTime, time_plan
 from train.schedule.cut import run_cut, run_placement, with_cut
+from train.schedule.timing import StepTime, time_plan
 
 NUM_FASTEST = 6
 """Number of the fastest layouts that are returned."""

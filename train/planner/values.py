@@ -9,7 +9,7 @@ from train.memory import RankMemory
 from train.planner.advice import AdviceRow, LinkBalance, WhatIf, Wish
 from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
 from train.planner.search import FoundLayout, SearchResult
-from train.planner.timing import TimedPlan
+from train.schedule.timing import TimedPlan
 
 
 def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
