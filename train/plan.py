@@ -30,8 +30,8 @@ from train.memory.fitted_cut import fitted_cut
 from train.memory.predict import ramp_memory_cap
 from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
 from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.nominal import nominal_costs
 from train.schedule.probe import measure
+from train.schedule.timing import nominal_costs
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 

@@ -18,7 +18,7 @@ from train.config.errors import ConfigError, broken, divisors, multiples
 from train.memory.fitted_cut import fitted_cut
 from train.planner.scaling import communication_share
 from train.schedule.cut import run_cut, run_placement, sized_run, with_cut
-from train.schedule.nominal import nominal_costs
+from train.schedule.timing import nominal_costs
 from train.tasks.registry import TASKS
 
 _BATCH = "batch.global_sequences"

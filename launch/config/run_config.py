@@ -16,7 +16,7 @@ from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
-from train.schedule.nominal import with_chunks
+from train.schedule.timing import with_chunks
 
 _ENDLESS_STEPS = 2**40
 _MOMENTS = Literal["auto", "float32", "bf16"]

@@ -22,7 +22,7 @@ from train.config.errors import ConfigError, broken, nearest
 from train.planner.compare import run_rates
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
-from train.schedule.nominal import with_chunks
+from train.schedule.timing import with_chunks
 
 _WHAT_IF = "what_if"
 _RATES = "rates"

@@ -37,7 +37,7 @@ from train.schedule.layer_times import (
     stage_works,
     times_of_ranks,
 )
-from train.schedule.nominal import nominal_costs, with_chunks
+from train.schedule.timing import nominal_costs, with_chunks
 
 V3 = (
     "model=v3_671b",

@@ -23,7 +23,7 @@ from train.config import TrainConfig
 from train.network import ReplicaConfig
 from train.plan import Plan, plan
 from train.replica import open_replica
-from train.schedule.nominal import few_micro_batches, nominal_costs, planning_schedule
+from train.schedule.timing import few_micro_batches, nominal_costs, planning_schedule
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:

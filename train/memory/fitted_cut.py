@@ -11,7 +11,7 @@ from train.config import TrainConfig
 from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict_memory
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
-from train.schedule.nominal import nominal_costs
+from train.schedule.timing import nominal_costs
 
 _GB = 1e9
 _COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")

@@ -40,7 +40,7 @@ from train.memory.rank_bytes import (
     weight_bytes,
 )
 from train.schedule.cut import run_cut, sized_run
-from train.schedule.nominal import few_micro_batches, planning_schedule
+from train.schedule.timing import few_micro_batches, planning_schedule
 from train.second_network import reward_model_runs
 from train.tasks.registry import TASKS
 

@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.memory.predict import planning_sizes
 from train.memory.rank_bytes import count_replicas, static_bytes
 from train.schedule.cut import run_cut
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 
 _MOST_PADDING = 12 * 12
 """ZeRO-1 rounds the shard of a parameter group up to a whole element, of 12 bytes; a rank has at most 12 groups."""

@@ -25,7 +25,7 @@ from train.optim.adamw import MOMENTS, build_adamw, moments_of
 from train.optim.config import OptimConfig
 from train.optim.parameters import Unit, units_of
 from train.schedule.cut import run_cut
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 from train.world import build_groups
 
 

@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.memory import fitted_config
 from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 from train.step import accumulate, rates_of
 from train.tasks.batch_reader import StepBatch
 

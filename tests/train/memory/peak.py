@@ -16,7 +16,7 @@ from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.memory.live import NUMBER_BYTES
 from train.config import TrainConfig
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 from train.step import accumulate, rates_of
 from train.tasks.batch_reader import StepBatch
 

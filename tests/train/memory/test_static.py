@@ -21,7 +21,7 @@ from train.memory import predict_memory
 from train.network import weight_dtype
 from train.optim.adamw import MOMENTS, moments_of
 from train.planner.built_ranks import build_ranks
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 
 LAYOUTS = (
     (ParallelismConfig(pipeline=1, data=8, expert=1), "1f1b"),

@@ -35,7 +35,7 @@ from train.planner.text import built_text
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import layer_parameters
-from train.schedule.nominal import planning_schedule
+from train.schedule.timing import planning_schedule
 
 NO_FILES = ["data.paths=[corpus]", "data.tokenizer=null"]
 

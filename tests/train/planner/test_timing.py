@@ -14,8 +14,7 @@ from train.planner.config import KernelRates
 from train.planner.job_plan import JobCost, StageCost, plan_job, require_time
 from train.planner.scaling import RowsPerToken, rows_per_token, scaled_times
 from train.schedule.layer_times import LayerTimes
-from train.schedule.nominal import nominal_costs
-from train.schedule.timing import TimedPlan, time_plan
+from train.schedule.timing import TimedPlan, nominal_costs, time_plan
 
 KINDS = ("1f1b", "dualpipe", "dualpipe_split", "dualpipe_v", "zb_h1", "zb_v")
 
