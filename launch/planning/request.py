@@ -20,8 +20,8 @@ from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken, nearest
 from train.planner.compare import run_rates
-from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
+from train.planner.scaling import EfficiencyConfig, Rates
 from train.schedule.timing import with_chunks
 
 _WHAT_IF = "what_if"

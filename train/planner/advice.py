@@ -11,9 +11,8 @@ import yaml
 
 from model.config import RECOMPUTED
 from train.config import TrainConfig
-from train.planner.config import KernelRates, Rates
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
-from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, part_seconds, rows_per_token
+from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, part_seconds, rows_per_token
 
 _WISHES = Path(__file__).with_name("advice.yaml")
 _FP8_SHARE = 0.75

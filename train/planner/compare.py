@@ -12,8 +12,8 @@ from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.files.json_lines import LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
 from train.memory import JobMemory, predict_memory
-from train.planner.config import EfficiencyConfig, MeasuredRates, RateSource
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
+from train.planner.scaling import EfficiencyConfig, MeasuredRates, RateSource
 from train.schedule.cut import with_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured

@@ -12,8 +12,7 @@ from train.config.decode import encode, flatten
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
-from train.planner.config import EfficiencyConfig, KernelRates, Rates
-from train.planner.scaling import part_seconds, rows_per_token
+from train.planner.scaling import EfficiencyConfig, KernelRates, Rates, part_seconds, rows_per_token
 from train.schedule.cut import with_cut
 from train.schedule.measured import layer_parameters
 from train.schedule.timing import StepTime, TimedPlan, time_plan

@@ -16,9 +16,8 @@ from model.size import held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import predict_memory
-from train.planner.config import KernelRates
 from train.planner.job_plan import PlannerConfig
-from train.planner.scaling import alone_factor, part_seconds
+from train.planner.scaling import KernelRates, alone_factor, part_seconds
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
 from train.tasks.registry import TASKS
 

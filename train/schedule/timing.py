@@ -13,8 +13,7 @@ from dualpipe.simulate.timing import Simulation, simulate
 from model.config import CutError
 from model.size import held_parameters, stage_shapes, training_flops_per_token
 from train.config import TrainConfig, sized_config
-from train.planner.config import EfficiencyConfig, MeasuredRates, Rates
-from train.planner.scaling import alone_factor, part_seconds
+from train.planner.scaling import EfficiencyConfig, MeasuredRates, Rates, alone_factor, part_seconds
 from train.schedule.cut import run_chunks, run_cut, run_placement, with_cut
 from train.schedule.layer_times import nominal_times, stage_costs
 

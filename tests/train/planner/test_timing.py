@@ -10,9 +10,8 @@ from launch import plan
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
-from train.planner.config import KernelRates
 from train.planner.job_plan import JobCost, StageCost, plan_job, require_time
-from train.planner.scaling import RowsPerToken, rows_per_token, scaled_times
+from train.planner.scaling import KernelRates, RowsPerToken, rows_per_token, scaled_times
 from train.schedule.layer_times import LayerTimes
 from train.schedule.timing import TimedPlan, nominal_costs, time_plan
 
