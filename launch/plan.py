@@ -31,10 +31,10 @@ from train.planner.compare import compared_plan
 from train.planner.job_plan import JobPlan, plan_job, untimed_reason
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
-from train.planner.scaling import MeasuredRates
 from train.planner.search import SearchResult, search_layouts
 from train.planner.text import advice_text, built_text, comparison_text, plan_text, search_text, what_if_text
 from train.planner.values import plan_values, search_values, what_if_values
+from train.schedule.timing import MeasuredRates
 
 
 def main(overrides: Sequence[str]) -> int:

@@ -21,8 +21,8 @@ from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken, nearest
 from train.planner.compare import run_rates
 from train.planner.job_plan import PlannerConfig
-from train.planner.scaling import EfficiencyConfig, Rates
-from train.schedule.timing import with_chunks
+from train.planner.scaling import Rates
+from train.schedule.timing import EfficiencyConfig, with_chunks
 
 _WHAT_IF = "what_if"
 _RATES = "rates"

@@ -26,7 +26,7 @@ from tests.train.planner.planned import PUBLISHED, SMALL
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.memory import fitted_config, predict_memory
-from train.planner.scaling import MeasuredRates
+from train.schedule.timing import MeasuredRates
 
 COMMAND = [sys.executable, "-m", "launch.plan"]
 

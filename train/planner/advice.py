@@ -12,7 +12,7 @@ import yaml
 from model.config import RECOMPUTED
 from train.config import TrainConfig
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
-from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, part_seconds, rows_per_token
+from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, rows_per_token
 
 _WISHES = Path(__file__).with_name("advice.yaml")
 _FP8_SHARE = 0.75
@@ -197,7 +197,7 @@ class LinkBalance:
 
 def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
     """Returns the balance of a run's MoE layers."""
-    moe = part_seconds(rates, config).moe.work
+    moe = rates.part_seconds(config).moe.work
     link = config.cluster.inter_node_bytes_per_second
     if link is None and isinstance(rates, KernelRates):
         link = rates.reference.inter_node_bytes_per_second
@@ -231,4 +231,4 @@ def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
 
 def _moe_exchange(config: TrainConfig, rates: Rates, link: float) -> float:
     cluster = replace(config.cluster, inter_node_bytes_per_second=link)
-    return part_seconds(rates, replace(config, cluster=cluster)).moe.work.exchange
+    return rates.part_seconds(replace(config, cluster=cluster)).moe.work.exchange

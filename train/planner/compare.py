@@ -13,11 +13,10 @@ from train.config.errors import ConfigError
 from train.files.json_lines import LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
 from train.memory import JobMemory, predict_memory
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
-from train.planner.scaling import EfficiencyConfig, MeasuredRates, RateSource
 from train.schedule.cut import with_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
-from train.schedule.timing import TimedPlan, time_plan
+from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, TimedPlan, time_plan
 
 _MOST_BYTES = 2**26
 _LAST = 20

@@ -12,10 +12,10 @@ from train.config.decode import encode, flatten
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
-from train.planner.scaling import EfficiencyConfig, KernelRates, Rates, part_seconds, rows_per_token
+from train.planner.scaling import KernelRates, Rates, rows_per_token
 from train.schedule.cut import with_cut
 from train.schedule.measured import layer_parameters
-from train.schedule.timing import StepTime, TimedPlan, time_plan
+from train.schedule.timing import EfficiencyConfig, StepTime, TimedPlan, time_plan
 
 _HOUR = 3600.0
 _DAY_HOURS = 24.0
@@ -139,7 +139,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     untimed = untimed_reason(config, planner.rates)
     # A run with schedule=auto measures before it cuts the model; any other uses the configured costs.
     measures = config.schedule.kind == "auto" and not untimed
-    times = part_seconds(planner.rates, config) if measures else None
+    times = planner.rates.part_seconds(config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
     room = config.cluster.memory_bytes
@@ -306,7 +306,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
 def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[Assumption]:
     """Yields what a plan rests on: times of layers, rates, devices, links, and the declared factor."""
     rates = planner.rates
-    times = part_seconds(rates, config)
+    times = rates.part_seconds(config)
     unit = f"s per layer and {config.batch.micro_sequences * config.mean_part_tokens:,.0f} tokens"
     for name in ("dense", "moe", "head", "mtp"):
         kernels = "head_flops_per_second" if name == "head" else "attention"

@@ -17,7 +17,7 @@ from train.config import Precision, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import predict_memory
 from train.planner.job_plan import PlannerConfig
-from train.planner.scaling import KernelRates, alone_factor, part_seconds
+from train.planner.scaling import KernelRates
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
 from train.tasks.registry import TASKS
 
@@ -276,7 +276,7 @@ class Estimates:
         """Returns the times of the model's parts for one sequence; micro-batches take multiples of them."""
         unit = _unit(setting)
         config = self.space.layout_config(unit, self.space.schedules[0])
-        return self._once(("times", unit), lambda: part_seconds(self.planner.rates, config))
+        return self._once(("times", unit), lambda: self.planner.rates.part_seconds(config))
 
     def _work(self, unit: RankSetting, schedule: ScheduleConfig) -> _Work:
         """Returns the work of a layout whose micro-batches have one sequence."""
@@ -285,7 +285,7 @@ class Estimates:
         model = config.model
         pipeline = unit.pipeline
         shares = _num_directions(schedule.kind)
-        alone = alone_factor(self.planner.rates, config)
+        alone = self.planner.rates.alone_factor(config)
         dense = as_paired(times.dense, config)
         moe = as_paired(times.moe, config)
         ends = [as_paired(part, config) for part in (times.embedding, times.head, times.mtp)]

@@ -1,4 +1,4 @@
-"""Scales measured times to a run's model, precision and devices. No torch here.
+"""Rates of kernels, measured on a reference, and how they scale to a run's model and devices. No torch here.
 
 Matrix products scale with the weights of a token, scores with the heads and the length, casts and other kernels with
 the values that they read, and exchange with the rows that balanced experts receive. All scale with tokens.
@@ -12,13 +12,25 @@ import numpy
 from numpy.typing import NDArray
 
 from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
+from dualpipe.ir import Schedule
 from kernels.ranges import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from model.config import LAYER
-from model.size import attention_parameters
+from model.size import attention_parameters, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
-from train.schedule.measured import PositiveShare
+from train.schedule.timing import MeasuredRates, RateSource
+
+_VALUE_BYTES = 2
+_WIDE_BYTES = 4
+_SCALE_BYTES = 4
+_TILE = 128
+REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
+"""Memory of an H800, on which casts were measured."""
+_TOKENS = 8192
+"""Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
+_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +63,9 @@ class KernelTimes:
     other: NonNegativeFloat
 
 
+_NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassTimes:
     """Kernel times of F, I and W."""
@@ -80,14 +95,6 @@ class RecomputedTimes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RateSource:
-    """The source of the rates under some keys."""
-
-    keys: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class KernelRates:
     """Times of kernels on a reference, which are scaled by work to other models and devices.
 
@@ -108,88 +115,43 @@ class KernelRates:
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
 
+    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+        """Returns the seconds of the parts of a run's model for one micro-batch; see `LayerRates`."""
+        scale = _Scale(self, config, attended_tokens or config.batch.sequence_length_tokens)
+        again = LAYER in config.computing.recomputed
+        moe = replace(
+            scale.attention + scale.experts,
+            forward_exchange=scale.exchange.dispatch + scale.exchange.combine,
+            # A recomputed layer sends its rows once more.
+            backward_exchange=scale.exchange.dispatch_backward
+            + scale.exchange.combine_backward
+            + again * scale.exchange.dispatch,
+        )
+        return LayerTimes(
+            dense=scale.attention + scale.dense,
+            moe=moe,
+            embedding=PartTimes(),
+            head=scale.head,
+            mtp=(moe + scale.projection + scale.head) * config.model.mtp_depth,
+            latency=self.latency_seconds * scale.tokens * scale.width if config.parallelism.pipeline > 1 else 0.0,
+        )
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredRates:
-    """Times of a model's parts that a run measured on its own ranks.
+    def alone_factor(self, config: TrainConfig) -> float:
+        """Returns the factor on the computation of an operation that runs alone; see `CostModel`."""
+        return DeviceScale.of_run(config, self.reference).alone
 
-    They hold for that model and device, and scale with the tokens of a micro-batch on a rank.
-
-    `alone` is computation of a lone operation over computation next to another one, which the times are.
-    `latency_seconds` is from one pipeline rank to the next; `optimizer_seconds` is a step's time outside the passes.
-    """
-
-    kind: Literal["measured"]
-    precision: str
-    layer_parameters: PositiveInt
-    expert: PositiveInt
-    tokens: PositiveInt
-    dense: PartTimes
-    moe: PartTimes
-    embedding: PartTimes
-    head: PartTimes
-    mtp: PartTimes
-    alone: PositiveShare
-    latency_seconds: NonNegativeFloat
-    optimizer_seconds: NonNegativeFloat
-    sources: tuple[RateSource, ...]
-    context: PositiveInt = 1
+    def update_seconds(self, config: TrainConfig, schedule: Schedule) -> float:
+        """Returns the time of the update of the rank with the most weights."""
+        shapes = stage_shapes(run_cut(config, schedule.placement))
+        local = config.model.num_routed_experts // config.parallelism.expert
+        most = 0
+        for rank in range(schedule.num_ranks):
+            stages = sorted({stage for _, stage in schedule.stages_of(rank)})
+            most = max(most, held_parameters(config.model, [shapes[stage] for stage in stages], local).total)
+        return self.optimizer_seconds * most / self.reference.parameters_per_rank
 
 
 Rates = KernelRates | MeasuredRates
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EfficiencyConfig:
-    """The factor on the time of a step for what no rate explains."""
-
-    unexplained: PositiveFloat
-
-
-_VALUE_BYTES = 2
-_WIDE_BYTES = 4
-
-
-_NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
-_SCALE_BYTES = 4
-_TILE = 128
-REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
-"""Memory of an H800, on which casts were measured."""
-_TOKENS = 8192
-"""Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
-_SEED = 0
-
-
-def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
-    """Returns the seconds of the parts of a run's model for one micro-batch.
-
-    Args:
-        attended_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has as many
-            tokens on each rank as the run's.
-    """
-    if isinstance(rates, KernelRates):
-        return scaled_times(rates, config, attended_tokens)
-    scale = config.batch.micro_sequences * config.mean_part_tokens / rates.tokens
-    # Experts on one rank still permute rows, but between ranks they take longer.
-    exchanges = config.parallelism.expert > 1 or rates.expert == 1
-
-    def scaled(part: PartTimes) -> PartTimes:
-        part *= scale
-        return part if exchanges else replace(part, forward_exchange=0.0, backward_exchange=0.0)
-
-    return LayerTimes(
-        dense=scaled(rates.dense),
-        moe=scaled(rates.moe),
-        embedding=scaled(rates.embedding),
-        head=scaled(rates.head),
-        mtp=scaled(rates.mtp),
-        latency=rates.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
-    )
-
-
-def alone_factor(rates: Rates, config: TrainConfig) -> float:
-    """Returns the factor on the computation of an operation that runs alone; see `CostModel`."""
-    return DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else rates.alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,28 +198,6 @@ def communication_share(key: str, communication_sms: int, num_sms: int) -> float
             f"is {communication_sms}; nearest valid: {num_sms - 1}"
         )
     return communication_sms / num_sms
-
-
-def scaled_times(rates: KernelRates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
-    """Returns `part_seconds` from times of kernels."""
-    scale = _Scale(rates, config, attended_tokens or config.batch.sequence_length_tokens)
-    again = LAYER in config.computing.recomputed
-    moe = replace(
-        scale.attention + scale.experts,
-        forward_exchange=scale.exchange.dispatch + scale.exchange.combine,
-        # A recomputed layer sends its rows once more.
-        backward_exchange=scale.exchange.dispatch_backward
-        + scale.exchange.combine_backward
-        + again * scale.exchange.dispatch,
-    )
-    return LayerTimes(
-        dense=scale.attention + scale.dense,
-        moe=moe,
-        embedding=PartTimes(),
-        head=scale.head,
-        mtp=(moe + scale.projection + scale.head) * config.model.mtp_depth,
-        latency=rates.latency_seconds * scale.tokens * scale.width if config.parallelism.pipeline > 1 else 0.0,
-    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Predicts the time of a run's step from rates and its schedule. No torch here."""
+"""Predicts the time of a run's step from rates and its schedule, and plans without rates. No torch here.
+
+Memory reaches its peak once the pipeline is full, so a few micro-batches for each rank show the peak of thousands.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from dualpipe.build import build, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
@@ -10,12 +14,103 @@ from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
+from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from model.config import CutError
-from model.size import held_parameters, stage_shapes, training_flops_per_token
+from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
-from train.planner.scaling import EfficiencyConfig, MeasuredRates, Rates, alone_factor, part_seconds
 from train.schedule.cut import run_chunks, run_cut, run_placement, with_cut
-from train.schedule.layer_times import nominal_times, stage_costs
+from train.schedule.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
+from train.schedule.measured import PositiveShare
+
+
+class LayerRates(Protocol):
+    """Rates from which the time of a run's step is predicted."""
+
+    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+        """Returns the seconds of the parts of a run's model for one micro-batch.
+
+        Args:
+            attended_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has as
+                many tokens on each rank as the run's.
+        """
+        ...
+
+    def alone_factor(self, config: TrainConfig) -> float:
+        """Returns the factor on the computation of an operation that runs alone; see `CostModel`."""
+        ...
+
+    def update_seconds(self, config: TrainConfig, schedule: Schedule) -> float:
+        """Returns the time of a step outside the passes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateSource:
+    """The source of the rates under some keys."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRates:
+    """Times of a model's parts that a run measured on its own ranks.
+
+    They hold for that model and device, and scale with the tokens of a micro-batch on a rank.
+
+    `alone` is computation of a lone operation over computation next to another one, which the times are.
+    `latency_seconds` is from one pipeline rank to the next; `optimizer_seconds` is a step's time outside the passes.
+    """
+
+    kind: Literal["measured"]
+    precision: str
+    layer_parameters: PositiveInt
+    expert: PositiveInt
+    tokens: PositiveInt
+    dense: PartTimes
+    moe: PartTimes
+    embedding: PartTimes
+    head: PartTimes
+    mtp: PartTimes
+    alone: PositiveShare
+    latency_seconds: NonNegativeFloat
+    optimizer_seconds: NonNegativeFloat
+    sources: tuple[RateSource, ...]
+    context: PositiveInt = 1
+
+    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+        """Returns the seconds of the parts of a run's model for one micro-batch, which scale with its tokens."""
+        scale = config.batch.micro_sequences * config.mean_part_tokens / self.tokens
+        # Experts on one rank still permute rows, but between ranks they take longer.
+        exchanges = config.parallelism.expert > 1 or self.expert == 1
+
+        def scaled(part: PartTimes) -> PartTimes:
+            part *= scale
+            return part if exchanges else replace(part, forward_exchange=0.0, backward_exchange=0.0)
+
+        return LayerTimes(
+            dense=scaled(self.dense),
+            moe=scaled(self.moe),
+            embedding=scaled(self.embedding),
+            head=scaled(self.head),
+            mtp=scaled(self.mtp),
+            latency=self.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
+        )
+
+    def alone_factor(self, config: TrainConfig) -> float:
+        """Returns the measured factor on the computation of an operation that runs alone."""
+        return self.alone
+
+    def update_seconds(self, config: TrainConfig, schedule: Schedule) -> float:
+        """Returns the measured time of a step outside the passes."""
+        return self.optimizer_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EfficiencyConfig:
+    """The factor on the time of a step for what no rate explains."""
+
+    unexplained: PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +154,7 @@ class TimedPlan:
 
 
 def time_plan(
-    rates: Rates,
+    rates: LayerRates,
     efficiency: EfficiencyConfig,
     config: TrainConfig,
     attended_tokens: int | None = None,
@@ -71,7 +166,7 @@ def time_plan(
     as such a run measures first.
 
     Args:
-        attended_tokens: another length of sequences, which as many more ranks share; see `part_seconds`.
+        attended_tokens: another length of sequences, which as many more ranks share; see `LayerRates.part_seconds`.
 
     Raises:
         ScheduleError, CutError: the schedule or the cut is not defined.
@@ -82,9 +177,9 @@ def time_plan(
     config = replace(config, schedule=replace(config.schedule, kind=kind))
     if not measures:
         config = with_cut(config, run_cut(config, run_placement(config, kind)))
-    times = part_seconds(rates, config, attended_tokens)
+    times = rates.part_seconds(config, attended_tokens)
     cut = run_cut(config, run_placement(config, kind), times)
-    costs = replace(stage_costs(times, config, cut), alone=alone_factor(rates, config))
+    costs = replace(stage_costs(times, config, cut), alone=rates.alone_factor(config))
     if schedule is None:
         order = costs if measures else nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
@@ -95,9 +190,9 @@ def time_plan(
 
 
 def _step_time(
-    rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
+    rates: LayerRates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
 ) -> StepTime:
-    optimizer = _optimizer_seconds(rates, config, schedule)
+    optimizer = rates.update_seconds(config, schedule)
     without = simulation.makespan + optimizer
     step = without * efficiency.unexplained
     tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
@@ -120,19 +215,6 @@ def _step_time(
             for rank, groups in enumerate(schedule.ranks)
         ),
     )
-
-
-def _optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
-    """Returns the time of the update of the rank with the most weights."""
-    if isinstance(rates, MeasuredRates):
-        return rates.optimizer_seconds
-    shapes = stage_shapes(run_cut(config, schedule.placement))
-    local = config.model.num_routed_experts // config.parallelism.expert
-    most = 0
-    for rank in range(schedule.num_ranks):
-        stages = sorted({stage for _, stage in schedule.stages_of(rank)})
-        most = max(most, held_parameters(config.model, [shapes[stage] for stage in stages], local).total)
-    return rates.optimizer_seconds * most / rates.reference.parameters_per_rank
 
 
 def _rank_parts(groups: Sequence[Group], starts: Sequence[float], ends: Sequence[float], idle: float) -> RankParts:

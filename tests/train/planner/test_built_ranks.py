@@ -29,12 +29,12 @@ from train.planner.built_ranks import BuiltRank, build_ranks, compared_kind
 from train.planner.fake_world import build_distinct_ranks
 from train.planner.job_plan import plan_job, require_time, untimed_reason
 from train.planner.layouts import context_sizes
-from train.planner.scaling import KernelRates, MeasuredRates, context_seconds, part_seconds, scaled_times
+from train.planner.scaling import KernelRates, context_seconds
 from train.planner.text import built_text
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import layer_parameters
-from train.schedule.timing import planning_schedule
+from train.schedule.timing import MeasuredRates, planning_schedule
 
 NO_FILES = ["data.paths=[corpus]", "data.tokenizer=null"]
 
@@ -230,7 +230,7 @@ def shared(context: int, length: int = 4096) -> TrainConfig:
 
 def test_shared_sequence_costs_its_scores_its_products_and_its_exchange() -> None:
     """With as many tokens on a rank, eight times the length adds eight times the scores and expanded latents."""
-    own, alone, eight = rates(), scaled_times(rates(), shared(1)), scaled_times(rates(), shared(8, 8 * 4096))
+    own, alone, eight = rates(), rates().part_seconds(shared(1)), rates().part_seconds(shared(8, 8 * 4096))
     reference = own.reference
     expanded = 512 * 128 * (128 + 128)
     products = own.attention.forward.products * 7 * expanded / reference.attention_parameters
@@ -306,5 +306,5 @@ def test_measured_rates_hold_for_their_own_context_group() -> None:
     reason = "rates: must be of a run with parallelism.context=2, are of 1; nearest: parallelism.context=1"
     assert untimed_reason(halved, measured) == reason
     assert untimed_reason(halved, replace(measured, context=2)) == ""
-    moe = part_seconds(replace(measured, context=2), halved).moe
+    moe = replace(measured, context=2).part_seconds(halved).moe
     assert moe.forward == pytest.approx(config.batch.micro_sequences * 2048 / 2 / 2048)

@@ -11,7 +11,7 @@ from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.planner.job_plan import JobCost, StageCost, plan_job, require_time
-from train.planner.scaling import KernelRates, RowsPerToken, rows_per_token, scaled_times
+from train.planner.scaling import KernelRates, RowsPerToken, rows_per_token
 from train.schedule.layer_times import LayerTimes
 from train.schedule.timing import TimedPlan, nominal_costs, time_plan
 
@@ -116,12 +116,12 @@ def published() -> TrainConfig:
 
 def with_cluster(**values: float) -> LayerTimes:
     config = published()
-    return scaled_times(rates(), replace(config, cluster=replace(config.cluster, **values)))  # type: ignore[arg-type]
+    return rates().part_seconds(replace(config, cluster=replace(config.cluster, **values)))  # type: ignore[arg-type]
 
 
 def test_reference_layer_has_the_times_of_the_trace() -> None:
     """profile-data, train.json: F 8.97 ms, I 14.65, W 7.46; exchange 10.34 and 9.77."""
-    moe = scaled_times(rates(), published()).moe
+    moe = rates().part_seconds(published()).moe
     assert moe.forward == pytest.approx(8.97e-3, rel=0.002)
     assert moe.backward_input == pytest.approx(14.65e-3, rel=0.002)
     assert moe.backward_weight == pytest.approx(7.46e-3, rel=0.002)
@@ -131,17 +131,17 @@ def test_reference_layer_has_the_times_of_the_trace() -> None:
 
 def test_twice_the_sequences_take_twice_the_time() -> None:
     config = published()
-    one = scaled_times(rates(), config)
-    two = scaled_times(rates(), replace(config, batch=replace(config.batch, micro_sequences=2)))
+    one = rates().part_seconds(config)
+    two = rates().part_seconds(replace(config, batch=replace(config.batch, micro_sequences=2)))
     for single, double in zip((one.moe, one.dense, one.head), (two.moe, two.dense, two.head), strict=True):
         assert astuple(double) == pytest.approx([2 * seconds for seconds in astuple(single)])
 
 
 def test_longer_sequences_add_scores_alone() -> None:
     config = published()
-    one = scaled_times(rates(), config)
-    longer = scaled_times(
-        rates(), replace(config, batch=replace(config.batch, sequence_length_tokens=8192, micro_sequences=1))
+    one = rates().part_seconds(config)
+    longer = rates().part_seconds(
+        replace(config, batch=replace(config.batch, sequence_length_tokens=8192, micro_sequences=1))
     )
     scores = rates().attention.forward.scores
     assert longer.moe.forward == pytest.approx(2 * one.moe.forward + 2 * scores)
@@ -179,17 +179,17 @@ def test_sms_for_communication_must_leave_some_for_computation() -> None:
 
 def test_bf16_has_no_casts_and_slower_products() -> None:
     config = published()
-    bf16 = scaled_times(rates(), replace(config, precision=PrecisionConfig(kind="bf16"))).moe
+    bf16 = rates().part_seconds(replace(config, precision=PrecisionConfig(kind="bf16"))).moe
     kernels = (rates().attention.forward, rates().experts.forward)
     expected = sum(1.75 * each.products + each.scores + each.other for each in kernels)
     assert bf16.forward == pytest.approx(expected, rel=0.002)
-    assert bf16.forward_exchange == scaled_times(rates(), config).moe.forward_exchange, "dispatch.payload is fp8"
+    assert bf16.forward_exchange == rates().part_seconds(config).moe.forward_exchange, "dispatch.payload is fp8"
 
 
 @pytest.mark.parametrize("model", ["v2_lite_16b", "moonlight_16b", "v2_236b"])
 def test_smaller_models_take_less_time(model: str) -> None:
     config = request_of(f"model={model}", "cluster=h800", "precision=bf16", "batch.sequence_length_tokens=4096").config
-    own, large = scaled_times(rates(), config), scaled_times(rates(), published())
+    own, large = rates().part_seconds(config), rates().part_seconds(published())
     tokens = config.batch.micro_sequences
     assert 0 < own.moe.forward / tokens < large.moe.forward
     assert own.moe.forward_exchange == 0
@@ -201,8 +201,8 @@ def test_recomputed_layers_add_to_the_backward_for_inputs_alone(precision: str) 
     config = published()
     if precision == "bf16":
         config = replace(config, precision=PrecisionConfig(kind="bf16"))
-    kept = scaled_times(rates(), config).moe
-    again = scaled_times(rates(), replace(config, recompute=("layer",))).moe
+    kept = rates().part_seconds(config).moe
+    again = rates().part_seconds(replace(config, recompute=("layer",))).moe
     assert (again.forward, again.backward_weight) == (kept.forward, kept.backward_weight)
     assert again.forward_exchange == kept.forward_exchange
     sent = again.backward_exchange - kept.backward_exchange
@@ -214,7 +214,7 @@ def test_rows_in_bf16_take_the_time_of_their_bytes() -> None:
     """A row in FP8 has a byte for each value and 4 for each 128. Rows from experts are in bf16 in both cases."""
     config = replace(published(), precision=PrecisionConfig(kind="bf16"))
     fp8, full = (
-        scaled_times(rates(), replace(config, dispatch=replace(config.dispatch, payload=payload))).moe
+        rates().part_seconds(replace(config, dispatch=replace(config.dispatch, payload=payload))).moe
         for payload in ("fp8", "full")
     )
     exchange, more = rates().exchange, 2 / (1 + 4 / 128) - 1

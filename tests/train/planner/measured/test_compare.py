@@ -24,7 +24,6 @@ from train.config.errors import ConfigError
 from train.planner import compare
 from train.planner.compare import compared_plan, compared_run, run_rates, typical_steps
 from train.planner.job_plan import PlannerConfig, untimed_reason
-from train.planner.scaling import EfficiencyConfig
 from train.planner.text import comparison_text
 from train.report.page import predicted_tables
 from train.report.write import comparison_of
@@ -39,6 +38,7 @@ from train.schedule.measured import (
     stage_phases,
     step_times,
 )
+from train.schedule.timing import EfficiencyConfig
 
 
 def config_of(folder: Path) -> TrainConfig:
