@@ -19,9 +19,9 @@ from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken, nearest
-from train.planner.compare import run_rates
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import Rates
+from train.report.plan_comparison import run_rates
 from train.schedule.timing import EfficiencyConfig, with_chunks
 
 _WHAT_IF = "what_if"

@@ -8,8 +8,8 @@ from train.config import TrainConfig
 from train.config.decode import encode, flatten
 from train.files.rank_files import replace_text
 from train.files.secrets import redact, redact_values
-from train.planner.compare import Comparison, compared_run
 from train.report.page import REPORT_NAME, DrawnRun, html
+from train.report.plan_comparison import Comparison, compared_run
 from train.report.source import RunSource
 from train.report.viewer import VIEWER_NAME, RolloutViewer
 from train.schedule.measured import MEASURED_NAME, PROBE_NAME
