@@ -27,13 +27,12 @@ from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainCo
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
 from train.planner.built_ranks import compare_built_ranks
-from train.planner.job_plan import JobPlan, plan_job, untimed_reason
+from train.planner.job_plan import JobPlan, compared_plan, plan_job, untimed_reason
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
 from train.planner.search import SearchResult, search_layouts
 from train.planner.text import advice_text, built_text, comparison_text, plan_text, search_text, what_if_text
 from train.planner.values import plan_values, search_values, what_if_values
-from train.report.plan_comparison import compared_plan
 from train.schedule.timing import MeasuredRates
 
 

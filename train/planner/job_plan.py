@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dualpipe.ir import Schedule
@@ -13,6 +14,7 @@ from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
 from train.planner.scaling import KernelRates, Rates, rows_per_token
+from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.schedule.cut import with_cut
 from train.schedule.measured import layer_parameters
 from train.schedule.timing import EfficiencyConfig, StepTime, TimedPlan, time_plan
@@ -160,6 +162,17 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         cost=cost,
         assumptions=() if untimed else tuple(_assumptions(config, planner)),
     )
+
+
+def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> tuple[JobPlan, Comparison]:
+    """Plans a run with the schedule and the cut that it follows, and compares.
+
+    Raises:
+        ConfigError: the run has measured nothing yet, a file is not what a run writes, or the rates do not apply.
+    """
+    config, schedule, device = with_measured_schedule(config, folder)
+    plan = plan_job(config, planner, schedule)
+    return plan, compare(plan.config, require_time(plan), None if device == "cpu" else plan.memory, folder)
 
 
 def _without_speed(config: TrainConfig) -> TrainConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from train.memory import RankMemory
 from train.memory.fitted_cut import gigabytes, parts
 from train.planner.job_plan import JobPlan
+from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 
 COLUMNS = 100
 _INDENT = 11
@@ -31,14 +32,6 @@ _MEMORY_COLUMNS = (
     "used",
 )
 _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
-_COMPARED = {
-    "step_seconds": "step",
-    "bubble_seconds": "bubble",
-    "exposed_exchange_seconds": "exposed exchange",
-    "outside_seconds": "outside the passes",
-    "memory_bytes": "largest peak memory",
-}
-COMPARED_HEADER = ("", "predicted", "measured", "measured / predicted")
 
 
 def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
@@ -256,29 +249,6 @@ def comparison_text(compared: Mapping[str, Any]) -> list[str]:
         ),
         *comparison_notes(compared),
     ]
-
-
-def comparison_rows(compared: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the cells of a table with the columns `COMPARED_HEADER`."""
-    short = compared["step_seconds"]["measured"] < 1
-    for key, name in _COMPARED.items():
-        if (values := compared.get(key)) is None:
-            continue
-        unit, digits, suffix = (_GB, 3, "GB") if key == "memory_bytes" else (1e-3, 1, "ms") if short else (1.0, 3, "s")
-        predicted, measured = (f"{values[side] / unit:,.{digits}f} {suffix}" for side in ("predicted", "measured"))
-        yield name, predicted, measured, "-" if values["factor"] is None else f"{values['factor']:.3f}"
-
-
-def comparison_notes(compared: Mapping[str, Any]) -> Iterator[str]:
-    """Yields lines about the factor, the last steps and the memory."""
-    if compared["memory_note"]:
-        yield f"peak memory: {compared['memory_note']}"
-    yield f"factor that closes the gap of the step: efficiency.unexplained={compared['factor']:.4g}"
-    if (last := compared["last_steps"]) is not None:
-        yield (
-            f"last {last['count']} steps: {100 * last['difference']:+.1f} % against the prediction with the factor of "
-            f"the steps before them"
-        )
 
 
 def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:

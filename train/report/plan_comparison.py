@@ -10,83 +10,26 @@ from dualpipe.ir import Schedule
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
-from train.files.json_lines import LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
+from train.files.json_lines import METRICS_NAME
 from train.memory import JobMemory, predict_memory
-from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
+from train.report.source import RecordedStep, typical_steps
 from train.schedule.cut import with_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
 from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, TimedPlan, time_plan
 
-_MOST_BYTES = 2**26
 _LAST = 20
 """Steps at the end of a run on which the factor of the steps before them is checked."""
+_COMPARED = {
+    "step_seconds": "step",
+    "bubble_seconds": "bubble",
+    "exposed_exchange_seconds": "exposed exchange",
+    "outside_seconds": "outside the passes",
+    "memory_bytes": "largest peak memory",
+}
+COMPARED_HEADER = ("", "predicted", "measured", "measured / predicted")
+_GB = 1e9
 _NOT_ON_CPU = "not compared: on a CPU, the resident set also holds Python and torch, so it is no check"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecordedStep:
-    """The time of one step in seconds, as means over all ranks, and the largest peak memory so far.
-
-    `outside` is the time outside the passes: optimizer, data, agreement of the ranks, rollouts.
-    """
-
-    number: int
-    sequences: int
-    step: float
-    exposed_exchange: float
-    bubble: float
-    outside: float
-    peak_memory_bytes: int
-
-
-def typical_steps(folder: Path) -> tuple[RecordedStep, ...]:
-    """Returns the recorded steps of the largest batch, the oldest first.
-
-    The run's first step, which takes longer, is left out if there are others. Of a long run only the last steps are
-    read.
-    """
-    steps = [step for line in _last_lines(folder / METRICS_NAME) if (step := _step_of(line)) is not None]
-    largest = max((step.sequences for step in steps), default=0)
-    steps = [step for step in steps if step.sequences == largest]
-    return tuple(step for step in steps if step.number > 1) or tuple(steps)
-
-
-def _last_lines(path: Path) -> Iterator[bytes]:
-    """Yields the whole lines of the end of a regular file."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        skipped = max(0, path.stat().st_size - _MOST_BYTES)
-        if skipped:
-            file.seek(skipped)
-            file.readline(LONGEST_LINE_BYTES)
-        while line := file.readline(LONGEST_LINE_BYTES):
-            if line.endswith(b"\n"):
-                yield line
-
-
-def _step_of(line: bytes) -> RecordedStep | None:
-    """Returns the step of a line; None if it is not a step with the parts of its time."""
-    record = read_line(line)
-    parts: Any = None if record is None else record.get("step_time")
-    if record is None or not isinstance(parts, Mapping):
-        return None
-    numbers = [number_of(record, name) for name in ("step_seconds", "global_batch_sequences", "peak_memory_bytes")]
-    numbers += [number_of(parts, f"{name}_seconds") for name in ("compute", "exposed_exchange", "bubble")]
-    valid = [number for number in numbers if number is not None and 0 <= number < float("inf")]
-    if len(valid) < len(numbers) or valid[0] <= 0:
-        return None
-    step, sequences, memory, compute, exposed, bubble = valid
-    return RecordedStep(
-        number=record["step"],
-        sequences=int(sequences),
-        step=step,
-        exposed_exchange=exposed,
-        bubble=bubble,
-        outside=max(0.0, step - compute - exposed - bubble),
-        peak_memory_bytes=int(memory),
-    )
 
 
 def _median(steps: Sequence[RecordedStep], name: str) -> float:
@@ -246,17 +189,6 @@ def _last_steps(steps: Sequence[RecordedStep]) -> LastSteps | None:
     return LastSteps(count=len(last), predicted=predicted, measured=measured, difference=measured / predicted - 1)
 
 
-def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> tuple[JobPlan, Comparison]:
-    """Plans a run with the schedule and the cut that it follows, and compares.
-
-    Raises:
-        ConfigError: the run has measured nothing yet, a file is not what a run writes, or the rates do not apply.
-    """
-    config, schedule, device = _followed(config, folder)
-    plan = plan_job(config, planner, schedule)
-    return plan, compare(plan.config, require_time(plan), None if device == "cpu" else plan.memory, folder)
-
-
 def compared_run(config: TrainConfig, folder: Path) -> Comparison:
     """Predicts a run from its own measurements, and compares.
 
@@ -264,12 +196,12 @@ def compared_run(config: TrainConfig, folder: Path) -> Comparison:
         ConfigError: the run has measured nothing yet, or a file is not what a run writes.
     """
     rates = run_rates(folder)
-    config, schedule, device = _followed(config, folder)
+    config, schedule, device = with_measured_schedule(config, folder)
     timed = time_plan(rates, EfficiencyConfig(unexplained=1.0), config, schedule=schedule)
     return compare(config, timed, None if device == "cpu" else predict_memory(config), folder)
 
 
-def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule | None, str]:
+def with_measured_schedule(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule | None, str]:
     """Returns a run with the schedule and the cut of its newest record, that schedule, and the device.
 
     The schedule is None if the record is of another batch size of a ramp.
@@ -286,3 +218,26 @@ def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule 
     config = with_cut(replace(config, schedule=named), run.measured.cut_ranges)
     is_whole = schedule.num_micro_batches == config.num_micro_batches
     return config, schedule if is_whole else None, run.measured.device
+
+
+def comparison_rows(compared: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the cells of a table with the columns `COMPARED_HEADER`."""
+    short = compared["step_seconds"]["measured"] < 1
+    for key, name in _COMPARED.items():
+        if (values := compared.get(key)) is None:
+            continue
+        unit, digits, suffix = (_GB, 3, "GB") if key == "memory_bytes" else (1e-3, 1, "ms") if short else (1.0, 3, "s")
+        predicted, measured = (f"{values[side] / unit:,.{digits}f} {suffix}" for side in ("predicted", "measured"))
+        yield name, predicted, measured, "-" if values["factor"] is None else f"{values['factor']:.3f}"
+
+
+def comparison_notes(compared: Mapping[str, Any]) -> Iterator[str]:
+    """Yields lines about the factor, the last steps and the memory."""
+    if compared["memory_note"]:
+        yield f"peak memory: {compared['memory_note']}"
+    yield f"factor that closes the gap of the step: efficiency.unexplained={compared['factor']:.4g}"
+    if (last := compared["last_steps"]) is not None:
+        yield (
+            f"last {last['count']} steps: {100 * last['difference']:+.1f} % against the prediction with the factor of "
+            f"the steps before them"
+        )

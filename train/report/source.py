@@ -11,12 +11,14 @@ import numpy as np
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.config.decode import flatten
-from train.files.json_lines import EVENTS_NAME, LOADS_NAME, LONGEST_LINE_BYTES, METRICS_NAME, read_line
+from train.files.json_lines import EVENTS_NAME, LOADS_NAME, LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
 from train.report.history import MOST_BUCKETS, History, Loads
 
 PICTURE_NAME = "schedule.svg"
 _LARGEST_PICTURE_BYTES = 2**26
 _LOADS_PER_BUCKET = 4
+_MOST_STEP_BYTES = 2**26
+"""Size of the end of `metrics.jsonl` from which typical steps are read."""
 _LARGEST_NUMBER = 2**53
 _TABLE_KEY = "exchange"
 """Table of a metrics line by layer, most of its bytes; a report shows only that of the last step."""
@@ -109,6 +111,15 @@ class _Tail:
     def rewind(self) -> None:
         self.offset = self.num_lines = 0
 
+    def last_lines(self, most_bytes: int) -> Iterator[bytes]:
+        """Yields the lines of the end of the file."""
+        if self.path.is_file() and (skipped := self.path.stat().st_size - most_bytes) > 0:
+            with self.path.open("rb") as file:
+                file.seek(skipped)
+                file.readline(LONGEST_LINE_BYTES)
+                self.offset = file.tell()
+        yield from self.lines()
+
     def lines(self) -> Iterator[bytes]:
         if not self.path.is_file():
             return
@@ -156,4 +167,56 @@ def _is_only_drawn(text: str) -> bool:
     elements = {found.lower() for found in re.findall(r"<\s*/?\s*([^\s/>]*)", text)}
     return elements <= _DRAWN_ELEMENTS and not re.search(
         r"\bon\w+\s*=|href|url\(\s*[^#\s]|@import", text, re.IGNORECASE
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedStep:
+    """The time of one step in seconds, as means over all ranks, and the largest peak memory so far.
+
+    `outside` is the time outside the passes: optimizer, data, agreement of the ranks, rollouts.
+    """
+
+    number: int
+    sequences: int
+    step: float
+    exposed_exchange: float
+    bubble: float
+    outside: float
+    peak_memory_bytes: int
+
+
+def typical_steps(folder: Path) -> tuple[RecordedStep, ...]:
+    """Returns the recorded steps of the largest batch, the oldest first.
+
+    The run's first step, which takes longer, is left out if there are others. Of a long run only the last steps are
+    read.
+    """
+    lines = _Tail(folder / METRICS_NAME).last_lines(_MOST_STEP_BYTES)
+    steps = [step for line in lines if (step := _step_of(line)) is not None]
+    largest = max((step.sequences for step in steps), default=0)
+    steps = [step for step in steps if step.sequences == largest]
+    return tuple(step for step in steps if step.number > 1) or tuple(steps)
+
+
+def _step_of(line: bytes) -> RecordedStep | None:
+    """Returns the step of a line; None if it is not a step with the parts of its time."""
+    record = read_line(line)
+    parts: Any = None if record is None else record.get("step_time")
+    if record is None or not isinstance(parts, Mapping):
+        return None
+    numbers = [number_of(record, name) for name in ("step_seconds", "global_batch_sequences", "peak_memory_bytes")]
+    numbers += [number_of(parts, f"{name}_seconds") for name in ("compute", "exposed_exchange", "bubble")]
+    valid = [number for number in numbers if number is not None and 0 <= number < float("inf")]
+    if len(valid) < len(numbers) or valid[0] <= 0:
+        return None
+    step, sequences, memory, compute, exposed, bubble = valid
+    return RecordedStep(
+        number=record["step"],
+        sequences=int(sequences),
+        step=step,
+        exposed_exchange=exposed,
+        bubble=bubble,
+        outside=max(0.0, step - compute - exposed - bubble),
+        peak_memory_bytes=int(memory),
     )

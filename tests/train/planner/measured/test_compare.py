@@ -21,11 +21,12 @@ from tests.tiny import MODEL, tiny_config
 from tests.train.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.planner.job_plan import PlannerConfig, untimed_reason
+from train.planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from train.planner.text import comparison_text
-from train.report import plan_comparison
+from train.report import source
 from train.report.page import predicted_tables
-from train.report.plan_comparison import compared_plan, compared_run, run_rates, typical_steps
+from train.report.plan_comparison import compared_run, run_rates
+from train.report.source import typical_steps
 from train.report.write import comparison_of
 from train.schedule import measured as phases
 from train.schedule.measured import (
@@ -162,7 +163,7 @@ def test_steps_skip_the_first_smaller_batches_and_broken_lines(tmp_path: Path, m
     lines = [first, json.dumps(small), json.dumps(nan), "{", "[]", '{"step": 5}', "\xff", *others]
     path.write_text("\n".join(lines) + '\n{"step": 9')
     assert [step.step for step in typical_steps(tmp_path)] == [2.0, 3.0]
-    monkeypatch.setattr(plan_comparison, "_MOST_BYTES", len(others[-1]) + 20)
+    monkeypatch.setattr(source, "_MOST_STEP_BYTES", len(others[-1]) + 20)
     assert [step.step for step in typical_steps(tmp_path)] == [3.0]
     path.unlink()
     assert typical_steps(tmp_path) == ()
