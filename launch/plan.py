@@ -31,8 +31,17 @@ from train.planner.job_plan import JobPlan, compared_plan, plan_job, untimed_rea
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
 from train.planner.search import SearchResult, search_layouts
-from train.planner.text import advice_text, built_text, comparison_text, plan_text, search_text, what_if_text
-from train.planner.values import plan_values, search_values, what_if_values
+from train.planner.text import (
+    advice_text,
+    built_text,
+    comparison_text,
+    plan_text,
+    plan_values,
+    search_text,
+    search_values,
+    what_if_text,
+    what_if_values,
+)
 from train.schedule.timing import MeasuredRates
 
 
