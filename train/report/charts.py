@@ -12,8 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from train.figures import embedded_json
-from train.report.history import History
-from train.report.source import Mark
+from train.report.source import History, Mark
 
 _SECTIONS = Path(__file__).with_name("charts.yaml")
 _DIGITS = 6

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from train.figures import plain
 from train.report.charts import Chart, ChartWriter
-from train.report.history import History
+from train.report.source import History
 
 _ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
 _LEAST_ROW = 8.0

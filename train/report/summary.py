@@ -8,7 +8,7 @@ import numpy as np
 
 from train.figures import count, num_bytes, percent, plain, seconds, short, table
 from train.report.charts import Chart, ChartedRun, ChartWriter, block
-from train.report.history import History
+from train.report.source import History
 
 
 @dataclass(frozen=True, slots=True)
