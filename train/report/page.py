@@ -13,9 +13,8 @@ from dualpipe.draw.style import STYLE, document
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import num_bytes, plain, short, table
 from train.files.status import read_status
-from train.report.charts import ChartedRun, ChartWriter, block
+from train.report.charts import ChartedRun, ChartWriter, block, card, legend_gradient, overview
 from train.report.journals import has_journals, read_answers
-from train.report.layers import card, legend_gradient, overview
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, comparison_notes, comparison_rows
 from train.report.source import RunSource
 from train.report.summary import step_time, summary

@@ -22,7 +22,7 @@ from train.errors import ExitReason, write_error
 from train.figures import num_bytes, plain, seconds, short
 from train.files.rank_files import RankFiles
 from train.files.status import State, Status, write_status
-from train.report.layers import palette, png, relative_shades
+from train.report.charts import palette, png, relative_shades
 from train.report.page import REPORT_NAME
 from train.report.source import History, RunSource, read_loads
 from train.report.write import COMPARISON_NAME, Report, compare, differing_settings
