@@ -35,7 +35,7 @@ def main(overrides: Sequence[str]) -> int:
     chosen = _decode(overrides)
     with system_errors():
         configs = [_read_run(run) for run in chosen.run]
-        from train.report.write import Report, compare
+        from train.report.page import Report, compare
 
         print(Report(configs[0]).write() if len(configs) == 1 else compare(configs))
     return 0

@@ -52,7 +52,7 @@ from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
 from train.records.terminal import report_breaks
 from train.replica import open_replica
-from train.report.write import Report
+from train.report.page import Report
 from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write
 from train.startup import (
     broadcast_config,

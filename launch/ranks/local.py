@@ -133,7 +133,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
                 break
     _write_status(folder, code, reason)
     if code in (1, *VERDICT_CODES) and folder.is_dir():
-        from train.report.write import Report
+        from train.report.page import Report
 
         Report(config).try_to_write()  # it says at its top that the run has failed
     return code

@@ -17,7 +17,7 @@ from train.files.json_lines import METRICS_NAME, JsonLines
 from train.files.rank_files import RankFiles
 from train.files.secrets import redact, redact_values
 from train.records.display import Display, open_console
-from train.report.write import Report
+from train.report.page import Report
 
 LOGGER = logging.getLogger("train")
 Record = Mapping[str, Any]

@@ -23,9 +23,8 @@ from train.figures import num_bytes, plain, seconds, short
 from train.files.rank_files import RankFiles
 from train.files.status import State, Status, write_status
 from train.report.charts import palette, png, relative_shades
-from train.report.page import REPORT_NAME
+from train.report.page import COMPARISON_NAME, REPORT_NAME, Report, compare, differing_settings
 from train.report.source import History, RunSource, read_loads
-from train.report.write import COMPARISON_NAME, Report, compare, differing_settings
 
 VOID = {"meta", "img", "input"}
 LOSS = "Loss"

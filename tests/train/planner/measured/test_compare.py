@@ -24,10 +24,9 @@ from train.config.errors import ConfigError
 from train.planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from train.planner.text import comparison_text
 from train.report import source
-from train.report.page import predicted_tables
+from train.report.page import comparison_of, predicted_tables
 from train.report.plan_comparison import compared_run, run_rates
 from train.report.source import typical_steps
-from train.report.write import comparison_of
 from train.schedule import measured as phases
 from train.schedule.measured import (
     MEASURED_NAME,
