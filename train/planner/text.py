@@ -1,6 +1,6 @@
-"""Formats plans and what was asked for with them as text of at most 100 columns. No torch here.
+"""Converts plans to their public JSON form, and formats it as text of at most 100 columns. No torch here.
 
-All but the memory of a plan is formatted from the public JSON form.
+Keys of the JSON form are spelled `optimiser_*`. All but the memory of a plan is formatted from it.
 """
 
 import re
@@ -18,6 +18,25 @@ from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
 from train.planner.search import FoundLayout, SearchResult
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.schedule.timing import TimedPlan
+
+COLUMNS = 100
+_INDENT = 11
+_NAME = 57
+_GB = 1e9
+_MB = 1e6
+_MEMORY_COLUMNS = (
+    "ranks",
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "pending W",
+    "buffers",
+    "reserve",
+    "total",
+    "used",
+)
+_UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
 
 def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
@@ -181,26 +200,6 @@ def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     if config.dispatch != run.dispatch:
         yield f"dispatch={config.dispatch.kind}"
         yield f"dispatch.payload={config.dispatch.payload}"
-
-
-COLUMNS = 100
-_INDENT = 11
-_NAME = 57
-_GB = 1e9
-_MB = 1e6
-_MEMORY_COLUMNS = (
-    "ranks",
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "pending W",
-    "buffers",
-    "reserve",
-    "total",
-    "used",
-)
-_UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
 
 def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:

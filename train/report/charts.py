@@ -1,4 +1,7 @@
-"""Charts of a report: `charts.yaml` says which numbers each shows, and the page's script draws them."""
+"""Draws the charts of a report, and the loads of experts as heat maps with the router's bias below.
+
+`charts.yaml` says which numbers each chart shows, and the page's script draws them.
+"""
 
 import base64
 import re
@@ -22,6 +25,17 @@ _DIGITS = 6
 _SECONDS_PER_HOUR = 3600.0
 _NUM_COLORS = 9
 _MOST_EXPANDED = 24
+_ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
+_LEAST_ROW = 8.0
+_MOST_ROW = 22.0
+_OVERVIEW = 160.0
+_MOST_NAMES = 12
+# Load over the mean, from a quarter (or less) to four times (or more), by its logarithm.
+_COLD = (33, 99, 201)
+_EVEN = (240, 240, 236)
+_HOT = (178, 34, 0)
+_SHADES = 65
+_OCTAVES = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,19 +193,6 @@ def _hours(history: History) -> list[float | None] | None:
 
 def _rounded(values_N: NDArray[np.float64]) -> list[float | None]:
     return [None if np.isnan(value) else float(f"{value:.{_DIGITS}g}") for value in values_N.tolist()]
-
-
-_ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
-_LEAST_ROW = 8.0
-_MOST_ROW = 22.0
-_OVERVIEW = 160.0
-_MOST_NAMES = 12
-# Load over the mean, from a quarter (or less) to four times (or more), by its logarithm.
-_COLD = (33, 99, 201)
-_EVEN = (240, 240, 236)
-_HOT = (178, 34, 0)
-_SHADES = 65
-_OCTAVES = 2.0
 
 
 def overview(history: History, name: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Draws a run on one offline page: curves, pipeline, experts, exchange, checkpoints and events."""
+"""Draws a run on one offline page: summary, curves, pipeline, experts, exchange, checkpoints and events."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,33 @@ from train.schedule.measured import MEASURED_NAME, PROBE_NAME
 
 COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")
+REPORT_NAME = "report.html"
+_TEMPLATE = Path(__file__).with_name("page.html")
+_SCRIPT = Path(__file__).with_name("page.js")
+_LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
+_STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("page.css"))
+_MOST_EVENTS = 1000
+_MOST_ERRORS = 3
+_LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("rows_within_nodes", "rows within nodes", short),
+    ("rows_across_nodes", "rows across nodes", short),
+    ("bytes_within_nodes", "bytes within nodes", num_bytes),
+    ("bytes_across_nodes", "bytes across nodes", num_bytes),
+    ("nodes_per_token", "nodes per token", plain),
+    ("lower_bound_share", "lower bound's share", plain),
+    ("nic_imbalance", "NIC imbalance", plain),
+    ("clipped_tokens", "clipped tokens", plain),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnRun:
+    """A run on the page, with its name and description as plain text and the comparison with its plan."""
+
+    source: RunSource
+    name: str
+    about: str
+    comparison: Comparison | None = None
 
 
 class Report:
@@ -116,35 +143,6 @@ def about(config: TrainConfig) -> str:
         f"schedule {config.schedule.kind}, {config.precision.kind}, {batch.global_sequences} sequences of "
         f"{batch.sequence_length_tokens} tokens a step, {config.task.steps:,} steps asked for; folder {config.out_dir}"
     )
-
-
-REPORT_NAME = "report.html"
-_TEMPLATE = Path(__file__).with_name("page.html")
-_SCRIPT = Path(__file__).with_name("page.js")
-_LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
-_STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("page.css"))
-_MOST_EVENTS = 1000
-_MOST_ERRORS = 3
-_LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("rows_within_nodes", "rows within nodes", short),
-    ("rows_across_nodes", "rows across nodes", short),
-    ("bytes_within_nodes", "bytes within nodes", num_bytes),
-    ("bytes_across_nodes", "bytes across nodes", num_bytes),
-    ("nodes_per_token", "nodes per token", plain),
-    ("lower_bound_share", "lower bound's share", plain),
-    ("nic_imbalance", "NIC imbalance", plain),
-    ("clipped_tokens", "clipped tokens", plain),
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DrawnRun:
-    """A run on the page, with its name and description as plain text and the comparison with its plan."""
-
-    source: RunSource
-    name: str
-    about: str
-    comparison: Comparison | None = None
 
 
 def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[str]] = ()) -> str:

@@ -1,4 +1,9 @@
-"""Reads a run's folder for its report, incrementally: only what was added since the last time."""
+"""Reads a run's folder for its report, incrementally: only what was added since the last time.
+
+The history of a run of any length has a limited number of buckets of consecutive steps.
+
+Shape legend: N buckets, S statistics of a number, K numbers.
+"""
 
 import re
 from bisect import bisect_right
@@ -26,6 +31,10 @@ _TABLE_KEY = "exchange"
 _DRAWN_ELEMENTS = frozenset(
     ("svg", "g", "rect", "line", "path", "text", "tspan", "title", "style", "defs", "pattern", "circle", "polyline")
 )
+MOST_BUCKETS = 400
+_COUNT, _TOTAL, _LEAST, _MOST, _LATEST = range(5)
+_EMPTY_S1 = np.array([[0.0], [0.0], [np.inf], [-np.inf], [np.nan]])
+Loads = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,12 +230,6 @@ def _step_of(line: bytes) -> RecordedStep | None:
         outside=max(0.0, step - compute - exposed - bubble),
         peak_memory_bytes=int(memory),
     )
-
-
-MOST_BUCKETS = 400
-_COUNT, _TOTAL, _LEAST, _MOST, _LATEST = range(5)
-_EMPTY_S1 = np.array([[0.0], [0.0], [np.inf], [-np.inf], [np.nan]])
-Loads = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
