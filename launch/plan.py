@@ -27,11 +27,7 @@ from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainCo
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
 from train.planner.built_ranks import compare_built_ranks
-from train.planner.job_plan import JobPlan, compared_plan, plan_job, untimed_reason
-from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
-from train.planner.page import plan_page
-from train.planner.search import SearchResult, search_layouts
-from train.planner.text import (
+from train.planner.forms import (
     advice_text,
     built_text,
     comparison_text,
@@ -42,6 +38,10 @@ from train.planner.text import (
     what_if_text,
     what_if_values,
 )
+from train.planner.job_plan import JobPlan, compared_plan, plan_job, untimed_reason
+from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
+from train.planner.page import plan_page
+from train.planner.search import SearchResult, search_layouts
 from train.schedule.timing import MeasuredRates
 
 

@@ -19,8 +19,8 @@ from train.config import TrainConfig, named_weights
 from train.config.decode import encode
 from train.config.errors import ConfigError, UnknownKeyError, nearest
 from train.planner.advice import AdviceRow, WhatIf, Wish, compare, link_balance, plan_with_order, wishes
+from train.planner.forms import advice_values
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
-from train.planner.text import advice_values
 
 _PLANNER = ("rates", "efficiency")
 

@@ -17,9 +17,9 @@ from launch.planning.what_if import advise_hardware, changed_run, plan_what_if, 
 from tests.train.planner.measured.runs import write_run
 from train.config.errors import ConfigError
 from train.planner.advice import fp8_share, link_balance
+from train.planner.forms import advice_text, what_if_text
 from train.planner.job_plan import JobPlan, plan_job
 from train.planner.scaling import KernelRates
-from train.planner.text import advice_text, what_if_text
 
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
 SMALL = ["experiment=v2_lite_16b"]

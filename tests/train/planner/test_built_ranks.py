@@ -27,10 +27,10 @@ from train.memory import fitted_config, predict_memory
 from train.memory.predict import rank_memory
 from train.planner.built_ranks import BuiltRank, build_ranks, compared_kind
 from train.planner.fake_world import build_distinct_ranks
+from train.planner.forms import built_text
 from train.planner.job_plan import plan_job, require_time, untimed_reason
 from train.planner.layouts import context_sizes
 from train.planner.scaling import KernelRates, context_seconds
-from train.planner.text import built_text
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import layer_parameters

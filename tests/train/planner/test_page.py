@@ -11,9 +11,9 @@ import pytest
 from launch.planning.request import read_request
 from tests.documents import check_policy, with_style_attributes
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
+from train.planner.forms import COLUMNS, labeled, plan_text, plan_values
 from train.planner.job_plan import JobPlan, plan_job
 from train.planner.page import any_value, column_name, plan_page, records_table, shown, stacked_bars
-from train.planner.text import COLUMNS, labeled, plan_text, plan_values
 
 ATTACK = "</style></td><script>alert(1)</script><img src=x onerror=alert(1)>"
 

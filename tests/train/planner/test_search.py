@@ -12,10 +12,10 @@ from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.plan import search_space
 from launch.planning.request import PlanRequest, read_request
+from train.planner.forms import search_text, search_values
 from train.planner.job_plan import plan_job, require_time
 from train.planner.layouts import RankedLayout, SearchSpace, adapted_run
 from train.planner.search import Search, search_layouts
-from train.planner.text import search_text, search_values
 from train.schedule.cut import run_cut, run_placement, with_cut
 
 MODEL = ("experiment=v2_lite_16b", "search=true")

@@ -21,8 +21,8 @@ from tests.tiny import MODEL, tiny_config
 from tests.train.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.planner.forms import comparison_text
 from train.planner.job_plan import PlannerConfig, compared_plan, untimed_reason
-from train.planner.text import comparison_text
 from train.report import source
 from train.report.page import comparison_of, predicted_tables
 from train.report.plan_comparison import compared_run, run_rates
