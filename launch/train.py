@@ -31,7 +31,7 @@ from train.files.json_lines import try_append_event
 from train.files.status import read_status
 from train.memory.fitted_cut import memory_lines
 from train.optim.learning_rate import schedule_warnings
-from train.records.terminal import guard_terminal, report_breaks
+from train.records.display import guard_terminal, report_breaks
 from train.schedule.cut import ramp_notices
 from train.tasks.registry import TASKS
 

@@ -47,7 +47,7 @@ from train.errors import VERDICT_CODES, ExitReason, find_errors, write_error
 from train.files.json_lines import append_event
 from train.files.rank_files import RankFiles
 from train.files.status import read_status, write_end
-from train.records.terminal import guard_terminal
+from train.records.display import guard_terminal
 
 Entry = Callable[[TrainConfig], int]
 """Main function of a rank; returns its exit code. A module-level function, because ranks import it by name."""

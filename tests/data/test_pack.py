@@ -29,8 +29,7 @@ from tests import ROOT
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
 from train.config.errors import ConfigError
-from train.records.display import Display, open_console
-from train.records.terminal import guard_terminal
+from train.records.display import Display, guard_terminal, open_console
 
 PAD = 2
 

@@ -215,7 +215,7 @@ def test_phase_of_a_second_gets_one_line_and_a_short_or_failed_one_none() -> Non
 
 TERMINAL_PROGRAM = """
 import os, sys, warnings, logging
-from train.records.terminal import guard_terminal, report_breaks
+from train.records.display import guard_terminal, report_breaks
 guard_terminal()
 said = []
 report_breaks(said.append)
@@ -251,7 +251,7 @@ def test_broken_output_does_not_end_a_run(tmp_path: Path, redirection: str) -> N
 
 
 def test_character_that_a_terminal_cannot_show_is_replaced() -> None:
-    code = "from train.records.terminal import guard_terminal; guard_terminal(); print('\\u00e9\\u4e2d')"
+    code = "from train.records.display import guard_terminal; guard_terminal(); print('\\u00e9\\u4e2d')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}
     )
