@@ -23,10 +23,9 @@ from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.samples import Samples
 from train.listeners.validation import Validator
-from train.records.pictures import PipelineTimeline
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
-from train.records.step_record import record_of
+from train.records.step_record import PipelineTimeline, record_of
 from train.step import train_step
 
 LOGGER = logging.getLogger("train")

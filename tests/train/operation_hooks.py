@@ -28,7 +28,7 @@ def watch_operations(on_operation: OnOperation) -> None:
 
 def watch_drawing(on_operation: OnOperation) -> None:
     """Calls the function before every picture of a step."""
-    from train.records.pictures import PipelineTimeline
+    from train.records.step_record import PipelineTimeline
 
     plain = PipelineTimeline.draw
 

@@ -29,18 +29,18 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import ProfileConfig, TrainConfig
 from train.learner import Learner
-from train.records.pictures import (
+from train.records.profile import StepProfiler, profile_notice
+from train.records.reporter import Wandb
+from train.records.step_record import (
     PAGE_NAME,
     SVG_NAME,
     TRACE_NAME,
     PipelineTimeline,
     bubble_of,
+    mfu,
     window_slots,
     write_pictures,
 )
-from train.records.profile import StepProfiler, profile_notice
-from train.records.reporter import Wandb
-from train.records.step_record import mfu
 from train.report.plan_comparison import compared_run
 from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
 from train.step import StepResult, train_step

@@ -13,8 +13,8 @@ from train.files.json_lines import try_append_event
 from train.files.status import StatusFile
 from train.guard.recovery import Skipped
 from train.learner import Learner
-from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.records.reporter import Reporter
+from train.records.step_record import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.replica import Replica
 from train.step import StepResult
 
