@@ -321,7 +321,7 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
         elif is_torchrun(os.environ):
             _evaluate_as_rank(job, network, done, write)
         else:
-            preloaded = [*PRELOADED, "train.evaluation.pipelined"]
+            preloaded = [*PRELOADED, "train.listeners.evaluation"]
             function = partial(_evaluate_as_rank, job, network, done)
             num_ranks = network.parallelism.world_size
             run_on_local_ranks(function, network.cluster, num_ranks, preloaded, write)
@@ -345,7 +345,7 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
 
 def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:
     """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
-    from train.evaluation.pipelined import PipelinedModel, share_done
+    from train.listeners.evaluation import PipelinedModel, share_done
 
     source = job.source
     tasks = job.open_tasks()

@@ -25,8 +25,8 @@ from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, configured_schedule, make_world, open_job
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
-from train.evaluation.pipelined import PipelinedModel
 from train.files.json_lines import JsonLines
+from train.listeners.evaluation import PipelinedModel
 from train.listeners.validation import LossByPosition, Validation, validate
 from train.network import ReplicaConfig
 from train.records.run_summary import corpus_lines

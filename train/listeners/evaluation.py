@@ -2,13 +2,20 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from infer.engines.local import MOST_TOKENS, PADDING, pad
+from infer.engines.pipelined import CohortSizes, PipelinedEngine
 from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EvaluationError, Record, TaskContext
+from infer.evaluate.protocol import EvaluationError, Record, StopToken, TargetScores, TargetSequence, TaskContext
 from infer.evaluate.run import (
     RESULTS_NAME,
     OpenTask,
@@ -19,11 +26,19 @@ from infer.evaluate.run import (
     samples_name,
     task_result,
 )
+from infer.protocol import NumberedPrompt, Request, Rollouts
+from kernels.cross_entropy.reference import greedy_scores
+from model.linear import WeightSink
+from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
+from model.objectives.pairs import KeepScores
 from train.config.decode import encode
 from train.evaluation.page import PAGE_NAME, page
-from train.evaluation.pipelined import PipelinedModel
 from train.listeners.listener import Listener, Moment, RunParts
+from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
+from train.replica import Replica
+from train.tasks.batch_reader import held_part
+from train.world import World
 
 FOLDER_NAME = "evaluations"
 _BATCH_SIZE = 32
@@ -125,3 +140,146 @@ class Evaluator(Listener):
         )
         text = json.dumps(as_json(self._tasks, results, settings, facts), indent=2) + "\n"
         (folder / RESULTS_NAME).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GreedyTargets:
+    """Objective of a forward-only pass that records the scores of the main targets."""
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes log-probabilities, and 1 for each target that is the most probable token, [B, T, 2]."""
+        targets_BT = batch.targets_BT[0]
+        if head.depth:
+            return TaskLoss(hidden_BTD.new_zeros(()), {})
+        found = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
+        both_BT2 = torch.stack([each.double() for each in found], -1).view(*targets_BT.shape, 2)
+        return TaskLoss(hidden_BTD.new_zeros(()), {}, both_BT2)
+
+
+class PipelinedModel:
+    """A network on several ranks that is evaluated. Every rank has one, and all call the same methods."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        batch_size: int,
+        pipeline: Callable[[], ReplicaPipeline],
+        most_tokens: int = MOST_TOKENS,
+    ) -> None:
+        self._most_tokens = most_tokens
+        self._replica = replica
+        self._batch_size = batch_size
+        self._pipeline = pipeline
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        """Implements `EvaluatedModel.score`."""
+        found: list[TargetScores | None] = [None] * len(sequences)
+        for numbers, num_rows in self._passes(sequences):
+            together = [sequences[number] for number in numbers]
+            for number, scores in zip(numbers, self._score(together, num_rows), strict=True):
+                found[number] = scores
+        return [scores for scores in found if scores is not None]
+
+    def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Implements `EvaluatedModel.rate`."""
+        # The token after an answer is never read; its place is where the score is.
+        targets = [TargetSequence(tokens=(*sequence, PADDING), num_targets=1) for sequence in sequences]
+        found = [0.0] * len(sequences)
+        for numbers, num_rows in self._passes(targets):
+            scores_ST = self._run([targets[number] for number in numbers], num_rows, KeepScores(), ())
+            for row, number in enumerate(numbers):
+                found[number] = float(scores_ST[row, len(sequences[number]) - 1])
+        return found
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        """Implements `EvaluatedModel.generate`."""
+        engine = PipelinedEngine(
+            self._pipeline(),
+            speculative=False,
+            sizes=CohortSizes(cohorts=None, max_rows=self._batch_size),
+            stop_condition=stop_condition,
+        )
+        return engine.generate(prompts, request)
+
+    def _passes(self, sequences: Sequence[TargetSequence]) -> Iterator[tuple[list[int], int]]:
+        """Yields the numbers of the sequences of each pass, the longest first, and B."""
+        schedule = self._replica.schedule
+        slots = schedule.num_micro_batches // schedule.slices * self._replica.world.layout.parallelism.data
+        order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
+        first = 0
+        while first < len(order):
+            longest = len(sequences[order[first]].tokens) - 1
+            most = max(1, min(self._batch_size, self._most_tokens // longest))
+            num_rows = min(most, -(-(len(order) - first) // slots))
+            yield order[first : first + slots * num_rows], num_rows
+            first += slots * num_rows
+
+    def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
+        found_ST2 = self._run(sequences, num_rows, GreedyTargets(), (2,))
+        scores = []
+        for row, each in enumerate(sequences):
+            end = len(each.tokens) - 1
+            values_R2 = found_ST2[row, end - each.num_targets : end]
+            flags = (values_R2[:, 1] > 0).tolist()
+            scores.append(TargetScores(log_probs=tuple(values_R2[:, 0].tolist()), are_greedy=tuple(flags)))
+        return scores
+
+    @torch.no_grad()
+    def _run(
+        self, sequences: Sequence[TargetSequence], num_rows: int, objective: Objective, width: tuple[int, ...]
+    ) -> Tensor:
+        """Runs one pass, and returns what the objective records on every rank, [S, T, *width], on the host."""
+        replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
+        return replica.gather(replica.record(_Batches(replica, sequences), objective), width)
+
+    def _sized(self, length: int, num_rows: int) -> Replica:
+        """Returns the replica for micro-batches of another size, with the same weights and links."""
+        replica = self._replica
+        context = replica.world.layout.parallelism.context
+        slices = replica.schedule.slices
+        multiple = 2 * context if context > 1 else 1
+        length = max(-(-length // multiple) * multiple, slices)
+        batch = replace(replica.config.batch, sequence_length_tokens=length, micro_sequences=num_rows)
+        config = replace(replica.config, batch=batch)
+        shapes = link_shapes(config, sequence_parts(config, context, slices), slices)
+        return replace(replica, config=config, links=replica.links.with_shapes(shapes))
+
+
+class _Batches:
+    """The micro-batches of one pass. Each is made once."""
+
+    def __init__(self, replica: Replica, sequences: Sequence[TargetSequence]) -> None:
+        self._replica = replica
+        self._sequences = sequences
+        self._known: dict[tuple[int, int], MicroBatch] = {}
+
+    def __call__(self, direction: int, micro_batch: int) -> MicroBatch:
+        """Returns a micro-batch. Rows without a sequence hold padding."""
+        key = (direction, micro_batch)
+        if key not in self._known:
+            self._known[key] = self._make(*key)
+        return self._known[key]
+
+    def _make(self, direction: int, micro_batch: int) -> MicroBatch:
+        replica = self._replica
+        batch = self._replica.config.batch
+        first = replica.first_sequence(direction, micro_batch)
+        own = self._sequences[first : first + batch.micro_sequences]
+        padded = pad(own, (batch.micro_sequences, batch.sequence_length_tokens))
+        # MTP modules run in a network that trains; what they read does not matter.
+        depths = replica.config.model.mtp_depth + 1
+        whole = MicroBatch(inputs_BT=(padded.inputs_BT,) * depths, targets_BT=(padded.targets_BT,) * depths)
+        parts = replica.parts
+        part = whole if len(parts.held) == 1 else held_part(whole, parts, replica.part_of(micro_batch))
+        return part.to(replica.world.device)
+
+
+def share_done(world: World, done: Mapping[str, Collection[str | int]] | None) -> Mapping[str, Collection[str | int]]:
+    """Returns on every rank the ids that rank 0 has records of, by task. All ranks call it."""
+    shared = [done if world.rank == 0 else None]
+    with world.phase("samples that have a record"):
+        dist.broadcast_object_list(shared, src=0, group=world.groups.world)
+    return shared[0] or {}

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
 from tests.train.job import configured_schedule, make_world
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
-from train.evaluation.pipelined import PipelinedModel
+from train.listeners.evaluation import PipelinedModel
 from train.network import ReplicaConfig
 from train.post.engine import GatheredEngine, ReplicaEngine
 from train.post.pipeline import ReplicaPipeline
