@@ -57,7 +57,7 @@ from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.evaluation.page import PAGE_NAME, page
+from train.report.evaluation import PAGE_NAME, page
 
 FORMAT = 1
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model")

@@ -32,11 +32,11 @@ from model.linear import WeightSink
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
 from model.objectives.pairs import KeepScores
 from train.config.decode import encode
-from train.evaluation.page import PAGE_NAME, page
 from train.listeners.listener import Listener, Moment, RunParts
 from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
+from train.report.evaluation import PAGE_NAME, page
 from train.tasks.batch_reader import held_part
 from train.world import World
 
