@@ -1,1 +1,0 @@
-"""Evaluation on the ranks of a pipeline, and during training."""
