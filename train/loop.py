@@ -21,8 +21,7 @@ from train.learner import LearnersByBatchSize
 from train.listeners.checkpoints import Checkpoints
 from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
-from train.listeners.samples import Samples
-from train.listeners.validation import Validator
+from train.listeners.validation import Samples, Validator
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, record_of
