@@ -18,9 +18,8 @@ from train.errors import RefusedStepError
 from train.files.status import StatusFile
 from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
-from train.listeners.checkpoints import Checkpoints
 from train.listeners.evaluation import Evaluator
-from train.listeners.listener import Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
+from train.listeners.listener import Checkpoints, Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.validation import Samples, Validator
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
