@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comm.exits import EXIT_HANG, EXIT_LOST
 from train.files.rank_files import RankFiles, find_rank_files, replace_text
-from train.files.secrets import redact
+from train.files.status import redact
 
 LOG_FOLDER = "log"
 """Folder of a run with the logs of ranks."""

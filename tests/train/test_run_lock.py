@@ -28,8 +28,7 @@ from train.files.run_lock import (
     refuse_if_in_use,
     renew,
 )
-from train.files.secrets import is_secret_name, redact, redact_values
-from train.files.status import StatusFile, read_status, write_end
+from train.files.status import StatusFile, is_secret_name, read_status, redact, redact_values, write_end
 from train.guard.guard import to_json_values
 
 RACER = """

@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from train.files.secrets import redact
+from train.files.status import redact
 
 LOGGER = logging.getLogger("train")
 METRICS_NAME = "metrics.jsonl"
