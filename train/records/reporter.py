@@ -14,8 +14,7 @@ from train.balance import Balance, LoadLines
 from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
 from train.files.json_lines import METRICS_NAME, JsonLines
-from train.files.rank_files import RankFiles
-from train.files.status import redact, redact_values
+from train.files.status import RankFiles, redact, redact_values
 from train.records.display import Display, open_console
 from train.report.page import Report
 

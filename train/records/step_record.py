@@ -37,8 +37,7 @@ from dualpipe.runtime.measured import (
 from model.config import ModelConfig
 from model.objective import BALANCE
 from model.size import training_flops_per_token
-from train.files.rank_files import replace_text
-from train.files.status import redact
+from train.files.status import redact, replace_text
 from train.plan import excluded_schedules
 from train.replica import Replica
 from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
