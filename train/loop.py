@@ -21,9 +21,8 @@ from train.learner import LearnersByBatchSize
 from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Checkpoints, Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.validation import Samples, Validator
-from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
-from train.records.step_record import PipelineTimeline, record_of
+from train.records.step_record import PipelineTimeline, StepProfiler, record_of
 from train.step import train_step
 
 LOGGER = logging.getLogger("train")

@@ -343,7 +343,7 @@ PATTERNS = (
 
 ALLOWED = {
     # A name in a path: torch writes this file, nothing here reads it.
-    ("train/records/profile.py", "pickle"),
+    ("train/records/step_record.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
     ("launch/ranks/run_folder.py", "yaml.load"),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.

@@ -29,15 +29,16 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import ProfileConfig, TrainConfig
 from train.learner import Learner
-from train.records.profile import StepProfiler, profile_notice
 from train.records.reporter import Wandb
 from train.records.step_record import (
     PAGE_NAME,
     SVG_NAME,
     TRACE_NAME,
     PipelineTimeline,
+    StepProfiler,
     bubble_of,
     mfu,
+    profile_notice,
     window_slots,
     write_pictures,
 )
@@ -276,7 +277,7 @@ def test_profile_prints_what_is_recorded_and_what_a_cpu_cannot(tmp_path: Path) -
 def test_profile_that_is_off_imports_nothing() -> None:
     """Checks for the module of event tables, because torch itself imports `torch.profiler`."""
     code = (
-        "import sys, torch; before = set(sys.modules); import train.records.profile; "
+        "import sys, torch; before = set(sys.modules); import train.records.step_record; "
         "print([name for name in set(sys.modules) - before if 'profiler' in name])"
     )
     done = subprocess.run(

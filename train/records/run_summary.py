@@ -11,8 +11,8 @@ from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan
-from train.records.profile import profile_notice
 from train.records.reporter import Reporter
+from train.records.step_record import profile_notice
 from train.replica import Replica
 from train.schedule.cut import ramp_notices, with_cut
 
