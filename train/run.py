@@ -47,8 +47,7 @@ from train.plan import Plan, plan
 from train.post.frozen import open_comparison
 from train.post.sampler import open_hook
 from train.records.display import PhaseLines, report_breaks
-from train.records.reporter import open_reporter
-from train.records.run_summary import print_run_summary
+from train.records.reporter import open_reporter, print_run_summary
 from train.replica import open_replica
 from train.report.page import Report
 from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write

@@ -18,7 +18,7 @@ from tests import ROOT
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
 from train.corpus import prepare_corpus
 from train.records.display import Display, PhaseLines, folded, open_console, step_line
-from train.records.run_summary import corpus_lines
+from train.records.reporter import corpus_lines
 
 PROGRAM = """
 import sys, time
