@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comm.exits import EXIT_HANG, EXIT_LOST
-from train.files.status import RankFiles, find_rank_files, redact, replace_text
+from train.files.run_files import RankFiles, find_rank_files, redact, replace_text
 
 LOG_FOLDER = "log"
 """Folder of a run with the logs of ranks."""

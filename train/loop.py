@@ -15,7 +15,7 @@ from data.progress import progress_on
 from train.callbacks import Callbacks, call_on_first_rank
 from train.config import TrainConfig
 from train.errors import RefusedStepError
-from train.files.status import StatusFile
+from train.files.run_files import StatusFile
 from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.listeners.evaluation import Evaluator

@@ -39,7 +39,7 @@ from train.errors import (
     write_error,
 )
 from train.files.json_lines import try_append_event
-from train.files.status import RankFiles, State, StatusFile, write_end
+from train.files.run_files import RankFiles, State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig

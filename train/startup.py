@@ -30,7 +30,7 @@ from train.config.decode import encode, flatten
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError
-from train.files.status import HIDDEN, is_secret_name, read_status, redact
+from train.files.run_files import HIDDEN, is_secret_name, read_status, redact
 from train.learner import Learner
 
 _ROOT = Path(__file__).resolve().parents[1]

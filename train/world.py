@@ -22,7 +22,7 @@ from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Schedule
 from dualpipe.transfers import Message, linked_pairs
-from train.files.status import RankFiles
+from train.files.run_files import RankFiles
 from train.schedule.cut import embedding_ranks, is_mirrored
 
 

@@ -16,7 +16,7 @@ from launch.config.errors import system_errors, user_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError
-from train.files.status import redact
+from train.files.run_files import redact
 
 _HELP = ("-h", "--help", "help")
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE

@@ -45,7 +45,7 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import VERDICT_CODES, ExitReason, find_errors, write_error
 from train.files.json_lines import append_event
-from train.files.status import RankFiles, read_status, write_end
+from train.files.run_files import RankFiles, read_status, write_end
 from train.records.display import guard_terminal
 
 Entry = Callable[[TrainConfig], int]

@@ -18,8 +18,8 @@ from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.files.json_lines import append_event
+from train.files.run_files import is_node_folder
 from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
-from train.files.status import is_node_folder
 
 CONFIG_NAME = "config.yaml"
 _LARGEST_BYTES = 2**20

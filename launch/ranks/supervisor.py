@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, Preemption
 from launch.ranks.interrupt import EXIT_INTERRUPTED
 from train.errors import find_errors, find_verdict, read_error
+from train.files.run_files import redact
 from train.files.run_lock import LockedError, Owner, read_lock
-from train.files.status import redact
 
 PID_PREFIX = "pid_"
 _SCRATCH_PREFIX = "launch-"

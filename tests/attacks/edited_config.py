@@ -11,7 +11,7 @@ from launch.ranks.run_folder import write_run_folder
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.errors import ExitReason, write_error
-from train.files.status import RankFiles
+from train.files.run_files import RankFiles
 
 
 def edit_then_read(config: TrainConfig) -> int:

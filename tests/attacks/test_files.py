@@ -29,7 +29,7 @@ from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.files.json_lines import JsonLines, read_events
-from train.files.status import Status, read_status, write_status
+from train.files.run_files import Status, read_status, write_status
 from train.guard.guard import read_loss_and_norm
 from train.plan import read_schedule
 

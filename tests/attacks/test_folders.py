@@ -27,8 +27,8 @@ from train.checkpoint.locate import newest_whole, step_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.files.json_lines import read_events
+from train.files.run_files import read_status
 from train.files.run_lock import LOCK_NAME, Owner
-from train.files.status import read_status
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789wandbsecret",

@@ -21,7 +21,7 @@ from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, write_error
-from train.files.status import RankFiles
+from train.files.run_files import RankFiles
 
 WORLD_SIZE = 4
 GRACE_SECONDS = 3

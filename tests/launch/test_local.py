@@ -12,7 +12,7 @@ import pytest
 from tests.commands import StartedCommand
 from tests.launch.rank_entries import GRACE_SECONDS
 from train.files.json_lines import read_events
-from train.files.status import read_status
+from train.files.run_files import read_status
 
 Start = Callable[[str, Path], StartedCommand]
 

@@ -41,7 +41,7 @@ FAILING_CALLBACK = """
 import os, signal
 from pathlib import Path
 from train.errors import CallbackError
-from train.files.status import read_status
+from train.files.run_files import read_status
 handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 try:
     train(config, Callbacks(on_step=lambda record: [][1]))

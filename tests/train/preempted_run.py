@@ -24,7 +24,7 @@ from tests.train.operation_hooks import DRAWING, watch_drawing, watch_operations
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.config import TrainConfig
 from train.files.json_lines import read_events
-from train.files.status import read_status
+from train.files.run_files import read_status
 
 NUM_STEPS = 7
 RECORD = "the step's record"

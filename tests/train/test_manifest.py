@@ -37,7 +37,7 @@ from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, find_errors, find_verdict, write_error
-from train.files.status import RankFiles, find_rank_files
+from train.files.run_files import RankFiles, find_rank_files
 
 
 def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:
@@ -264,7 +264,7 @@ def _save_and_load(rank: int, world_size: int, config: TrainConfig, most_flat: i
     for tensor in named_tensors(learner.replica.model).values():
         tensor.mul_(1.5)  # other weights than those of the seed
     saved = copied(state_of(learner, {}))
-    with mock.patch("train.files.status.MOST_FLAT_RANKS", most_flat):
+    with mock.patch("train.files.run_files.MOST_FLAT_RANKS", most_flat):
         place = save_checkpoint(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
     verify_together(place)
     other = open_job(config)

@@ -19,7 +19,7 @@ from tests.train.preempted_run import CHAINS, NUM_STEPS, SignalCase, run_choices
 from tests.train.test_command import read_metrics
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import step_folder
-from train.files.status import read_status
+from train.files.run_files import read_status
 
 pytestmark = pytest.mark.long
 

@@ -18,6 +18,7 @@ from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config.errors import ConfigError
 from train.files.json_lines import append_event, read_events
+from train.files.run_files import StatusFile, is_secret_name, read_status, redact, redact_values, write_end
 from train.files.run_lock import (
     LOCK_NAME,
     LockedError,
@@ -28,7 +29,6 @@ from train.files.run_lock import (
     refuse_if_in_use,
     renew,
 )
-from train.files.status import StatusFile, is_secret_name, read_status, redact, redact_values, write_end
 from train.guard.guard import to_json_values
 
 RACER = """

@@ -26,7 +26,7 @@ from train.callbacks import Callbacks
 from train.config import TrainConfig
 from train.errors import CallbackError
 from train.files.json_lines import JsonLines
-from train.files.status import StatusFile
+from train.files.run_files import StatusFile
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.records.reporter import Reporter

@@ -17,7 +17,7 @@ from model.hf.files import HfError, read_json, write_synced
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.files.status import is_node_folder
+from train.files.run_files import is_node_folder
 
 FORMAT_VERSION = 4
 _LARGEST_STEP = 2**53

@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from train.files.status import redact
+from train.files.run_files import redact
 
 LOGGER = logging.getLogger("train")
 METRICS_NAME = "metrics.jsonl"

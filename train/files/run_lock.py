@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from train.files.status import redact
+from train.files.run_files import redact
 
 LOCK_NAME = "lock.json"
 RENEW_SECONDS = 5.0

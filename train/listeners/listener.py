@@ -17,8 +17,8 @@ from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
 from train.files.json_lines import try_append_event
+from train.files.run_files import StatusFile
 from train.files.run_lock import OwnershipCheck
-from train.files.status import StatusFile
 from train.guard.recovery import Skipped
 from train.learner import Learner
 from train.records.reporter import Reporter

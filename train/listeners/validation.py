@@ -29,7 +29,7 @@ from train.callbacks import call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
-from train.files.status import redact
+from train.files.run_files import redact
 from train.listeners.listener import Listener, Moment
 from train.network import weight_dtype
 from train.post.frozen import NetworkComparison

@@ -30,7 +30,7 @@ from infer.protocol import PROMPT_SAMPLE, RouteKey, SampledRoutes
 from model.config import ModelConfig
 from model.router import FREE_CHOICE, ReplayedRoutes, RouteError, Router, Routing, expert_id_dtype
 from train.errors import UnsavedError
-from train.files.status import RankFiles, find_rank_files
+from train.files.run_files import RankFiles, find_rank_files
 from train.post.journal import FOLDER_NAME
 from train.post.sample import AnswerPlace, RolloutRoutes, ScoredRollout
 from train.replica import Replica

@@ -17,7 +17,7 @@ from train.checkpoint.verify import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
 from train.files.json_lines import METRICS_NAME, JsonLines
-from train.files.status import RankFiles, redact, redact_values
+from train.files.run_files import RankFiles, redact, redact_values
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan

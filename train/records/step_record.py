@@ -39,7 +39,7 @@ from model.config import ModelConfig
 from model.objective import BALANCE
 from model.size import training_flops_per_token
 from train.config import ProfileConfig, TrainConfig
-from train.files.status import redact, replace_text
+from train.files.run_files import redact, replace_text
 from train.plan import excluded_schedules
 from train.replica import Replica
 from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from train.files.status import replace_text
+from train.files.run_files import replace_text
 from train.post.journal import FOLDER_NAME, LENGTHS, LOG_PROBS, read_header
 
 ANSWERS_NAME = "answers.json"

@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import count, num_bytes, percent, plain, seconds, short, table
-from train.files.status import read_status, redact, redact_values, replace_text
+from train.files.run_files import read_status, redact, redact_values, replace_text
 from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, legend_gradient, overview
 from train.report.journals import has_journals, read_answers
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, compared_run, comparison_notes, comparison_rows

@@ -16,7 +16,7 @@ from model.config import ModelConfig, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.files.status import replace_text
+from train.files.run_files import replace_text
 from train.schedule.layer_times import LayerTimes, PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comm.exits import EXIT_PREEMPTED
-from train.files.status import read_status
+from train.files.run_files import read_status
 
 LIMIT = 0.02
 _EVERY_SECONDS = 5.0

@@ -24,7 +24,7 @@ from train.checkpoint.parts import PartReader
 from train.checkpoint.state import State, as_slice
 from train.checkpoint.verify import is_whole
 from train.files.json_lines import read_events
-from train.files.status import read_status
+from train.files.run_files import read_status
 
 Samples = dict[int, dict[int, str]]
 """Hashes of the samples by step, from 1, and by index in the batch."""

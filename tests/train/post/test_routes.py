@@ -23,7 +23,7 @@ from tests.tiny import MODEL
 from tests.train.job import task_of
 from tests.train.test_decoding import PROMPTS, Layout, config_of, held_keys, local, opened, sorted_ids
 from train.config import TrainConfig
-from train.files.status import RankFiles
+from train.files.run_files import RankFiles
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.routes import BatchRoutes, TrainedRoutes, assign_homes, exchange_routes, read_routes, write_routes
 from train.post.sample import AnswerPlace

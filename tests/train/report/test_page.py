@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, write_error
 from train.figures import num_bytes, plain, seconds, short
-from train.files.status import RankFiles, State, Status, write_status
+from train.files.run_files import RankFiles, State, Status, write_status
 from train.report.charts import palette, png, relative_shades
 from train.report.page import COMPARISON_NAME, REPORT_NAME, Report, compare, differing_settings
 from train.report.source import History, RunSource, read_loads
