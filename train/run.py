@@ -79,7 +79,11 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     preemption = Preemption.of_process()
     member = Membership.from_environment()
     log = CollectiveLog()
-    crash_reporter = CrashReporter(RankFiles.of_run(config, member.rank), log, reports_on_stderr=reports_on_stderr)
+    crash_reporter = CrashReporter(
+        RankFiles(member.rank, config.parallelism.world_size, config.cluster.ranks_per_node),
+        log,
+        reports_on_stderr=reports_on_stderr,
+    )
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
     lines = PhaseLines(partial(print, flush=True) if member.rank == 0 else None)
     with lines.timed("start of the ranks"):

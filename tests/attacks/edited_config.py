@@ -21,7 +21,12 @@ def edit_then_read(config: TrainConfig) -> int:
         (folder / "first").touch()
         with (folder / "config.yaml").open("a") as file:
             file.write(f"out_dir: elsewhere\nx: !!python/object/apply:os.system ['touch {folder / 'proof'}']\n")
-        write_error(folder, RankFiles.of_run(config, 0), ExitReason("rank 0 is lost", EXIT_LOST), "")
+        write_error(
+            folder,
+            RankFiles(0, config.parallelism.world_size, config.cluster.ranks_per_node),
+            ExitReason("rank 0 is lost", EXIT_LOST),
+            "",
+        )
         return sys.exit(EXIT_LOST)
     (folder / "second").write_text(config.out_dir)
     return 0

@@ -126,7 +126,8 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 3 and number == 1:
         reason = ExitReason("rank 1 is lost: gone", EXIT_LOST)
-        write_error(Path(config.out_dir), RankFiles.of_run(config, 3), reason, "details")
+        files = RankFiles(3, config.parallelism.world_size, config.cluster.ranks_per_node)
+        write_error(Path(config.out_dir), files, reason, "details")
         os._exit(EXIT_LOST)
     if number < 2:
         sleep_on()
@@ -173,7 +174,8 @@ def one_is_stopped(config: TrainConfig) -> int:
     if rank() == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
     word = ExitReason("rank 2 did not reach a collective within 4 s", EXIT_HANG)
-    write_error(Path(config.out_dir), RankFiles.of_run(config, rank()), word, "details")
+    files = RankFiles(rank(), config.parallelism.world_size, config.cluster.ranks_per_node)
+    write_error(Path(config.out_dir), files, word, "details")
     os._exit(EXIT_HANG)
 
 

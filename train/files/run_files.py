@@ -1,4 +1,7 @@
-"""Writes and reads `status.json`: the state of a run, or how it ended. No torch here."""
+"""Writes files of a run's folder: places of ranks' files, text without secrets, and `status.json`. No torch here.
+
+Secrets are found by their names and values.
+"""
 
 import json
 import logging
@@ -8,14 +11,43 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
-
-from train.config import TrainConfig
+from typing import Any, Literal, get_args
 
 STATUS_NAME = "status.json"
 _LARGEST_BYTES = 2**20
 LOGGER = logging.getLogger("train")
 State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
+HIDDEN = "***"
+_WORDS = frozenset(
+    [
+        "key",
+        "keys",
+        "apikey",
+        "token",
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "auth",
+        "bearer",
+    ]
+)
+_FOLDERS = ("PWD", "OLDPWD")
+"""Variables that look like passwords by their names, but in which a shell stores folders."""
+# Shorter values of environment variables may be common words.
+_SHORTEST_VALUE = 8
+# A name, = or :, and a word in the syntax of a shell: quoted parts, and other parts up to a space or an operator.
+_ASSIGNMENT = re.compile(
+    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>(?>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s;&|])+)"""
+)
+_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
+MOST_FLAT_RANKS = 1024
+"""Largest number of ranks whose files share a folder."""
+_NODE_FOLDER = re.compile(r"node_[0-9]{6}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,36 +147,6 @@ class StatusFile:
             self._has_failed = True
 
 
-HIDDEN = "***"
-_WORDS = frozenset(
-    [
-        "key",
-        "keys",
-        "apikey",
-        "token",
-        "password",
-        "passwd",
-        "passphrase",
-        "pwd",
-        "secret",
-        "secrets",
-        "credential",
-        "credentials",
-        "auth",
-        "bearer",
-    ]
-)
-_FOLDERS = ("PWD", "OLDPWD")
-"""Variables that look like passwords by their names, but in which a shell stores folders."""
-# Shorter values of environment variables may be common words.
-_SHORTEST_VALUE = 8
-# A name, = or :, and a word in the syntax of a shell: quoted parts, and other parts up to a space or an operator.
-_ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<sign>\s*[=:]\s*)(?P<value>(?>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s;&|])+)"""
-)
-_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
-
-
 def is_secret_name(name: str) -> bool:
     """Returns whether a key or variable is named like a secret, such as `WANDB_API_KEY` or `hubToken`."""
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
@@ -205,12 +207,6 @@ def _values(environment: Mapping[str, str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-MOST_FLAT_RANKS = 1024
-"""Largest number of ranks whose files share a folder."""
-
-_NODE_FOLDER = re.compile(r"node_[0-9]{6}")
-
-
 @dataclass(frozen=True, slots=True)
 class RankFiles:
     """Places and names of the files of one rank of a job; a node has `ranks_per_node` consecutive ranks."""
@@ -218,11 +214,6 @@ class RankFiles:
     rank: int
     num_ranks: int
     ranks_per_node: int
-
-    @classmethod
-    def of_run(cls, config: TrainConfig, rank: int) -> Self:
-        """Returns the files of a rank of a run."""
-        return cls(rank, config.parallelism.world_size, config.cluster.ranks_per_node)
 
     @property
     def subfolder(self) -> str:

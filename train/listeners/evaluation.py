@@ -1,4 +1,7 @@
-"""Evaluates tasks during training, on the ranks of the run, with the weights where training left them."""
+"""Evaluates tasks during training, on the ranks of the run, with the weights where training left them.
+
+Shape legend: B sequences of a micro-batch, T tokens, C recorded values, D hidden size, S sequences of a pass.
+"""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Defines what listens to a training loop, and the pictures of steps."""
+"""Defines what listens to a training loop, with the listeners that draw steps and save checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
-"""Measures losses of held-out sequences, also by position, or answers to held-out problems.
+"""Measures losses of held-out sequences, also by position, or answers to held-out problems, and shows samples.
 
-Shape legend: B sequences, T tokens, R ranges of positions.
+Shape legend: B sequences, T tokens, R ranges of positions, N sequences, L tokens per sequence.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Progress of a run for people: a bar on a terminal, whole plain lines elsewhere. No torch here."""
+"""Progress of a run for people: a bar on a terminal, whole plain lines elsewhere. No torch here.
+
+Standard output and error may break without an end of the run.
+"""
 
 import os
 import re
@@ -23,6 +26,7 @@ LOG_COLUMNS = 99
 """Longest line of a run, except for a single word such as a path."""
 _FIELD_ENDS = re.compile(r"(?<=\S)  (?=[A-Za-z(])")
 """A number in a column follows its name after any number of spaces, so a field begins with a letter."""
+Report = Callable[[str], None]
 
 
 def open_console(stream: TextIO) -> Console:
@@ -196,9 +200,6 @@ def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
         f"equal groups {100 * rollouts['equal_share']:3.0f} %  {without}tokens {rollouts['mean_tokens']:7.1f}  "
         f"cut {100 * rollouts['cut_share']:3.0f} %  {policy}{_update(values)}  {values['step_seconds']:.3g} s"
     )
-
-
-Report = Callable[[str], None]
 
 
 class GuardedStream:

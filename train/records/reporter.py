@@ -1,4 +1,4 @@
-"""Sends the lines, records and reports of a run to the terminal, files and wandb."""
+"""Sends the summary, lines, records and reports of a run to the terminal, files and wandb."""
 
 import dataclasses
 import logging
@@ -181,7 +181,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     """Opens this rank's log and, on rank 0, all outputs of the run."""
     rank = dist.get_rank()
     out_dir = Path(config.out_dir)
-    files = RankFiles.of_run(config, rank)
+    files = RankFiles(rank, config.parallelism.world_size, config.cluster.ranks_per_node)
     log = _RankLog(files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(log)

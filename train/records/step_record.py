@@ -1,4 +1,8 @@
-"""Builds the record of a step over all ranks, which becomes its line in `metrics.jsonl`.
+"""Builds the record of a step over all ranks, and the pictures and profiles of chosen steps.
+
+Ranks share the wall clock: each reports when its program began, and the steps' times count from then on. Between hosts
+that is as good as their clocks agree. A device's first mark stands for the host's time at its launch, because the
+device is idle then.
 
 Shape legend: L layers, MTP modules among them, F fields of `LayerTraffic`.
 """
@@ -48,10 +52,15 @@ from train.world import World
 
 _FIELDS = tuple(each.name for each in fields(LayerTraffic))
 _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
+LOGGER = logging.getLogger("train")
+SVG_NAME = "schedule.svg"
+TRACE_NAME = "trace.json"
+PAGE_NAME = "schedule.html"
+FOLDER_NAME = "profile"
 
 
 def record_of(
-    replica: Replica, watch: PipelineTimeline, done: int, result: StepResult, peak_flops: float | None
+    replica: Replica, watch: "PipelineTimeline", done: int, result: StepResult, peak_flops: float | None
 ) -> dict[str, Any]:
     """Returns the record of step `done`, from 1. All ranks call it. `peak_flops` is that of each rank."""
     world = replica.world
@@ -254,12 +263,6 @@ def _imbalance(most: float, total: float, num_ranks: float) -> float:
     return most * num_ranks / total if total else 1.0
 
 
-LOGGER = logging.getLogger("train")
-SVG_NAME = "schedule.svg"
-TRACE_NAME = "trace.json"
-PAGE_NAME = "schedule.html"
-
-
 class PipelineTimeline:
     """The measured times of this rank, and the gathering of those of the whole pipeline with data index 0."""
 
@@ -369,9 +372,6 @@ def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: i
 def pipeline_seconds(slots: Sequence[float]) -> float:
     """Returns the sum of all pipelines' times from the maximum of all `window_slots`."""
     return sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
-
-
-FOLDER_NAME = "profile"
 
 
 class StepProfiler:

@@ -221,7 +221,7 @@ def test_report_of_a_failed_run_says_so_at_the_top(tmp_path: Path, state: State,
     before = Report(configs[0]).write().read_text()
     assert 'class="failed"' not in before
     write_status(folder, Status(state=state, step=3, checkpoint="checkpoints/step-3", exit_code=code, reason="<b>why"))
-    files = RankFiles.of_run(configs[0], 0)
+    files = RankFiles(0, configs[0].parallelism.world_size, configs[0].cluster.ranks_per_node)
     write_error(folder, files, ExitReason("why", code), "details")
     pages = {"This run": Report(configs[0]).write(), "tried run (1)": compare(configs)}
     for name, page in ((name, path.read_text()) for name, path in pages.items()):
