@@ -311,7 +311,7 @@ class EvenDispatcher(Dispatcher):
 
 
 class _Link:
-    """Replaces `comm.context.group.ContextLink`."""
+    """Replaces `comm.context_group.ContextLink`."""
 
     index = 0
 

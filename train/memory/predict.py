@@ -442,7 +442,9 @@ def _program_digest() -> str:
     """Returns a digest of torch's version and of every file that says what a phase keeps."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256(version("torch").encode())
-    for folder in ("kernels", "comm/context", "model", "train/memory"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+    paths = [root / "comm/context_group.py"]
+    for folder in ("kernels", "model", "train/memory"):
+        paths += sorted((root / folder).rglob("*.py"))
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
