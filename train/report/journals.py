@@ -25,7 +25,7 @@ _MOST_STEPS = 100
 _MOST_GROUPS = 1000
 _LEAST_GROUPS = 8
 _MOST_READ_BYTES = 2**28
-_MOST_ANSWERS = 2**24
+_MOST_JOURNAL_ANSWERS = 2**24
 """Largest number of answers of a journal whose log-probabilities are read."""
 
 
@@ -165,7 +165,7 @@ class _LogProbs:
                 return
             with safe_open(self._path, framework="numpy") as file:
                 (count,) = file.get_slice(LENGTHS).get_shape()
-                if count <= _MOST_ANSWERS and count % self._num_groups == 0:
+                if count <= _MOST_JOURNAL_ANSWERS and count % self._num_groups == 0:
                     lengths = file.get_tensor(LENGTHS)
                     self._lengths = lengths.tolist()
                     self._ends = np.cumsum(lengths)

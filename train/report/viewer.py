@@ -25,7 +25,7 @@ _STYLE = Path(__file__).with_name("viewer.css")
 _MOST_DATA_BYTES = 4_500_000
 """Size of the data of a page, which has at most 5 MB."""
 Values = Mapping[str, Any]
-_MOST_ANSWERS = 64
+_MOST_GROUP_ANSWERS = 64
 _MOST_PARTS = 16
 _LEAST_TOKEN_BYTES = 6
 _LOG_PROB_BYTES = 8
@@ -141,7 +141,7 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
     samples = values.get("samples")
     expected = values.get("answer")
     answers = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
-    shown = choose_evenly(len(answers), _MOST_ANSWERS)
+    shown = choose_evenly(len(answers), _MOST_GROUP_ANSWERS)
     known = group.log_probs if group.log_probs is not None else [None] * len(answers)
     share = most_bytes * 3 // 4 // max(len(shown), 1)
     return {
