@@ -35,7 +35,7 @@ from train.network import weight_dtype
 from train.post.frozen import NetworkComparison
 from train.post.statistics import PASS_AT_1
 from train.replica import Replica
-from train.report.journals import HeldOutAnswer, write_answers
+from train.report.viewer import HeldOutAnswer, write_answers
 from train.step import Losses, is_reported, reduce_losses
 from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.pretrain import base_length

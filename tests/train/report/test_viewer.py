@@ -18,9 +18,18 @@ from tests.train.report.journal_run import place_rollouts
 from tests.train.report.test_page import Page, place_run
 from train.figures import embedded_json
 from train.post.journal import journal_path, read_journal
-from train.report.journals import JournalGroup, choose_evenly, choose_groups
 from train.report.page import Report
-from train.report.viewer import RolloutViewer, TokenPieces, answer_data, find_tokenizer, group_data, shorten
+from train.report.viewer import (
+    JournalGroup,
+    RolloutViewer,
+    TokenPieces,
+    answer_data,
+    choose_evenly,
+    choose_groups,
+    find_tokenizer,
+    group_data,
+    shorten,
+)
 
 
 def test_pieces_are_the_text_of_the_answer_token_by_token() -> None:
