@@ -26,7 +26,6 @@ from launch.planning.what_if import advise_hardware, plan_what_if, read_what_ifs
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
-from train.planner.built_ranks import compare_built_ranks
 from train.planner.forms import (
     advice_text,
     built_text,
@@ -38,7 +37,7 @@ from train.planner.forms import (
     what_if_text,
     what_if_values,
 )
-from train.planner.job_plan import JobPlan, compared_plan, plan_job, untimed_reason
+from train.planner.job_plan import JobPlan, compare_built_ranks, compared_plan, plan_job, untimed_reason
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
 from train.planner.search import SearchResult, search_layouts

@@ -349,7 +349,7 @@ ALLOWED = {
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),
     # From this process to its child.
-    ("train/planner/built_ranks.py", "pickle"),
+    ("train/planner/job_plan.py", "pickle"),
     # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
     ("kernels/registry.py", "exec("),
     # Generated programs and their tests, which run in the sandbox alone (tests/infer/scoring/test_code.py).

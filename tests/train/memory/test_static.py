@@ -20,7 +20,7 @@ from train.learner import Learner
 from train.memory import predict_memory
 from train.network import weight_dtype
 from train.optim.adamw import MOMENTS, moments_of
-from train.planner.built_ranks import build_ranks
+from train.planner.job_plan import build_ranks
 from train.schedule.timing import planning_schedule
 
 LAYOUTS = (

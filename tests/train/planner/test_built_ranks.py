@@ -25,10 +25,9 @@ from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
 from train.memory.predict import rank_memory
-from train.planner.built_ranks import BuiltRank, build_ranks, compared_kind
 from train.planner.fake_world import build_distinct_ranks
 from train.planner.forms import built_text
-from train.planner.job_plan import plan_job, require_time, untimed_reason
+from train.planner.job_plan import BuiltRank, build_ranks, compared_kind, plan_job, require_time, untimed_reason
 from train.planner.layouts import context_sizes
 from train.planner.scaling import KernelRates, context_seconds
 from train.schedule.cut import run_cut
@@ -142,7 +141,7 @@ def test_building_of_distinct_ranks_of_2048_takes_seconds_and_less_than_a_gigaby
     code = (
         "import resource\n"
         "from launch.config.run_config import compose_run\n"
-        "from train.planner.built_ranks import build_ranks\n"
+        "from train.planner.job_plan import build_ranks\n"
         "if __name__ == '__main__':\n"
         f"    build_ranks(compose_run({arguments!r}))\n"
         "    used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
