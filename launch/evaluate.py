@@ -57,7 +57,7 @@ from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.report.evaluation import PAGE_NAME, page
+from train.report.evaluation import EVALUATION_PAGE_NAME, evaluation_page
 
 FORMAT = 1
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model")
@@ -235,7 +235,7 @@ def write_outcome(
     settings = {each.name: encode(each.config) for each in tasks}
     shown = {**checkpoint, "dtype": dtype, "seed": job.config.seed, "compared with": other}
     title = f"Evaluation of {job.source.folder.name}"
-    folder.write(PAGE_NAME, page(title, shown, results, compared))
+    folder.write(EVALUATION_PAGE_NAME, evaluation_page(title, shown, results, compared))
     folder.write(RESULTS_NAME, json.dumps(as_json(tasks, results, settings, facts), indent=2) + "\n")
     return summary(results, compared)
 

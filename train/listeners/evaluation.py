@@ -39,7 +39,7 @@ from train.listeners.listener import Listener, Moment, RunParts
 from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
-from train.report.evaluation import PAGE_NAME, page
+from train.report.evaluation import EVALUATION_PAGE_NAME, evaluation_page
 from train.tasks.batch_reader import held_part
 from train.world import World
 
@@ -138,8 +138,8 @@ class Evaluator(Listener):
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
             (folder / samples_name(name)).write_bytes(lines.encode("utf-8", "replace"))
         facts_of_page = {"run": self._config.name, "step": num_steps, "dtype": self._config.precision.kind}
-        (folder / PAGE_NAME).write_text(
-            page(f"Evaluation of step {num_steps}", facts_of_page, results), encoding="utf-8"
+        (folder / EVALUATION_PAGE_NAME).write_text(
+            evaluation_page(f"Evaluation of step {num_steps}", facts_of_page, results), encoding="utf-8"
         )
         text = json.dumps(as_json(self._tasks, results, settings, facts), indent=2) + "\n"
         (folder / RESULTS_NAME).write_text(text, encoding="utf-8")

@@ -43,6 +43,14 @@ _UNITS = {
     "gpu": "W",
 }
 _TIMED = ("attention", "experts", "exchange", "recomputed", "dense", "moe", "embedding", "head", "mtp")
+_MOST_PADDING = 12 * 12
+"""ZeRO-1 rounds the shard of a parameter group up to a whole element, of 12 bytes; a rank has at most 12 groups."""
+_COUNTED = {
+    "parameters": "parameters",
+    "weights_bytes": "bytes of weights",
+    "gradients_bytes": "bytes of gradients",
+    "optimiser_bytes": "bytes of optimizer",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,16 +377,6 @@ def _source_of(rates: Rates, name: str) -> str:
         if name == key or name.startswith(f"{key}.") or key == "all"
     ]
     return max(sources)[1] if sources else "not given"
-
-
-_MOST_PADDING = 12 * 12
-"""ZeRO-1 rounds the shard of a parameter group up to a whole element, of 12 bytes; a rank has at most 12 groups."""
-_COUNTED = {
-    "parameters": "parameters",
-    "weights_bytes": "bytes of weights",
-    "gradients_bytes": "bytes of gradients",
-    "optimiser_bytes": "bytes of optimizer",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

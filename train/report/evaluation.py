@@ -10,16 +10,16 @@ from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison
 from train.figures import plain, table
 
-PAGE_NAME = "report.html"
+EVALUATION_PAGE_NAME = "report.html"
 _WIDTH = 720
-_ROW = 30
+_BAR_HEIGHT = 30
 _LABEL = 190
 _VALUE = 150
 _CELL = 44
 _MARGIN = 110
 
 
-def page(
+def evaluation_page(
     title: str,
     facts: Mapping[str, object],
     results: Mapping[str, TaskResult],
@@ -50,7 +50,7 @@ def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison
         parts.append(_comparison(compared))
     parts += [_grid(grid) for grid in result.details.grids]
     for found in result.details.tables:
-        rows = [[_cell(value) for value in row] for row in found.rows]
+        rows = [[_result_cell(value) for value in row] for row in found.rows]
         parts.append(f"<h3>{escape(found.title)}</h3>{table(found.columns, rows)}")
     return "".join(parts)
 
@@ -68,7 +68,7 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
     zero = _LABEL - low * scale
     shapes = list[str]()
     for row, (name, (value, error)) in enumerate(known.items()):
-        y = row * _ROW
+        y = row * _BAR_HEIGHT
         left, right = sorted((zero, zero + value * scale))
         shapes.append(f'<text x="{_LABEL - 10}" y="{y + 20}" text-anchor="end">{escape(name)}</text>')
         shapes.append(f'<rect class="bar" x="{left:.1f}" y="{y + 7}" width="{right - left:.1f}" height="16" rx="2"/>')
@@ -80,7 +80,7 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
             )
         text = plain(value) + (f" ± {plain(error)}" if error else "")
         shapes.append(f'<text class="soft" x="{_WIDTH - _VALUE + 12}" y="{y + 20}">{escape(text)}</text>')
-    height = len(known) * _ROW
+    height = len(known) * _BAR_HEIGHT
     shapes.append(f'<path class="zero" d="M{zero:.1f} 0V{height}"/>')
     return _figure(title, _WIDTH, height, shapes)
 
@@ -122,9 +122,9 @@ def _comparison(compared: Mapping[str, PairedComparison]) -> str:
     rows = [
         [
             metric,
-            *(_cell(value) for value in (each.difference, each.standard_error)),
+            *(_result_cell(value) for value in (each.difference, each.standard_error)),
             "" if each.interval is None else f"{plain(each.interval[0])} to {plain(each.interval[1])}",
-            _cell(each.p_value),
+            _result_cell(each.p_value),
             each.test.replace("_", " "),
             str(each.num_samples),
         ]
@@ -133,7 +133,7 @@ def _comparison(compared: Mapping[str, PairedComparison]) -> str:
     return table(columns, rows)
 
 
-def _cell(value: Any) -> str:
+def _result_cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if type(value) is int else plain(value) if isinstance(value, float) else str(value)

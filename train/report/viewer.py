@@ -1,8 +1,9 @@
-"""Draws a page with sampled answers: tokens by log-probability or advantage, rewards, and filters.
+"""Reads journals and draws a page with sampled answers: tokens by log-probability or advantage, rewards, and filters.
 
 Answers are hostile: they may hold HTML, scripts and control characters. They are checked, rounded and cut to a size,
 reach the page as JSON, and its script writes them as text. The page's policy allows this script and style alone, by
-their digests, and no network.
+their digests, and no network. What is read of the journals is limited however many and large they are, and nothing in
+them is trusted.
 """
 
 import json
@@ -41,6 +42,34 @@ _LEFT_OUT = " [...] "
 _DIGITS = 4
 _NOT_UTF8 = "\ufffd"
 _MOST_BYTES_OF_CHARACTER = 4
+ANSWERS_NAME = "answers.json"
+_LARGEST_FILE_BYTES = 2**22
+_MOST_STEPS = 100
+_MOST_GROUPS = 1000
+_LEAST_GROUPS = 8
+_MOST_READ_BYTES = 2**28
+_MOST_JOURNAL_ANSWERS = 2**24
+"""Largest number of answers of a journal whose log-probabilities are read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalGroup:
+    """A group as the journal has it, unchecked. `step` is the first one that learns from it, from 1."""
+
+    step: int
+    rollout: int
+    values: Mapping[str, Any]
+    log_probs: Sequence[Sequence[float]] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalChoice:
+    """Evenly chosen groups of a run, by step, and the numbers of rollouts and groups that they are from."""
+
+    groups: tuple[JournalGroup, ...]
+    num_rollouts: int
+    num_rollouts_of_run: int
+    num_groups: int
 
 
 class TokenPieces:
@@ -281,38 +310,6 @@ def find_tokenizer(folder: Path, given: str | None) -> Path | None:
 def _num_bytes(text: str) -> int:
     """Returns the number of bytes that a string takes in a page."""
     return len(embedded_json(text).encode("utf-8"))
-
-
-ANSWERS_NAME = "answers.json"
-_LARGEST_FILE_BYTES = 2**22
-
-
-_MOST_STEPS = 100
-_MOST_GROUPS = 1000
-_LEAST_GROUPS = 8
-_MOST_READ_BYTES = 2**28
-_MOST_JOURNAL_ANSWERS = 2**24
-"""Largest number of answers of a journal whose log-probabilities are read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JournalGroup:
-    """A group as the journal has it, unchecked. `step` is the first one that learns from it, from 1."""
-
-    step: int
-    rollout: int
-    values: Mapping[str, Any]
-    log_probs: Sequence[Sequence[float]] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JournalChoice:
-    """Evenly chosen groups of a run, by step, and the numbers of rollouts and groups that they are from."""
-
-    groups: tuple[JournalGroup, ...]
-    num_rollouts: int
-    num_rollouts_of_run: int
-    num_groups: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
