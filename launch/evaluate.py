@@ -57,7 +57,7 @@ from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.report.evaluation import EVALUATION_PAGE_NAME, evaluation_page
+from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
 FORMAT = 1
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model")

@@ -39,7 +39,7 @@ from train.listeners.listener import Listener, Moment, RunParts
 from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
-from train.report.evaluation import EVALUATION_PAGE_NAME, evaluation_page
+from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 from train.tasks.batch_reader import held_part
 from train.world import World
 
