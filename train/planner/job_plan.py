@@ -1,4 +1,8 @@
-"""Plans a run: memory of every rank, time of a step, cost, and what they rest on. No torch here."""
+"""Plans a run: memory of every rank, time of a step, cost, and what they rest on. No torch here.
+
+A plan counts parameters and optimizer state by arithmetic (`train.memory`). Ranks that another process builds, with
+torch's fake process group and tensors without memory, check that against the real model and optimizer.
+"""
 
 import math
 import multiprocessing

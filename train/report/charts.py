@@ -1,6 +1,7 @@
-"""Draws the charts of a report, and the loads of experts as heat maps with the router's bias below.
+"""Draws the charts of a report, and the loads of experts as heat maps with the router's bias below. No torch here.
 
-`charts.yaml` says which numbers each chart shows, and the page's script draws them.
+`charts.yaml` says which numbers each chart shows, and the page's script draws them. An evaluation has a page
+of its own, without a script.
 """
 
 import base64
@@ -40,6 +41,18 @@ _EVEN = (240, 240, 236)
 _HOT = (178, 34, 0)
 _SHADES = 65
 _OCTAVES = 2.0
+EVALUATION_PAGE_NAME = "report.html"
+_WIDTH = 720
+_BAR_HEIGHT = 30
+_LABEL = 190
+_VALUE = 150
+_CELL = 44
+_MARGIN = 110
+_STYLE = """
+.bar{fill:var(--c1)}.whisker{stroke:var(--ink);stroke-width:1.5}.zero{stroke:var(--line)}
+svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-width:100%;height:auto}
+.table{border:0}.table table{width:auto}figure{margin:8px 0 18px;border:0}figcaption{font-weight:600;margin-bottom:6px}
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,15 +333,6 @@ def _mixed(start: tuple[int, int, int], end: tuple[int, int, int], share: float)
     return red, green, blue
 
 
-EVALUATION_PAGE_NAME = "report.html"
-_WIDTH = 720
-_BAR_HEIGHT = 30
-_LABEL = 190
-_VALUE = 150
-_CELL = 44
-_MARGIN = 110
-
-
 def evaluation_page(
     title: str,
     facts: Mapping[str, object],
@@ -340,13 +344,6 @@ def evaluation_page(
     parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, text=[1])]
     parts += [_task(name, result, (compared or {}).get(name)) for name, result in results.items()]
     return document(title, f"<main>{''.join(parts)}</main>", _STYLE)
-
-
-_STYLE = """
-.bar{fill:var(--c1)}.whisker{stroke:var(--ink);stroke-width:1.5}.zero{stroke:var(--line)}
-svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-width:100%;height:auto}
-.table{border:0}.table table{width:auto}figure{margin:8px 0 18px;border:0}figcaption{font-weight:600;margin-bottom:6px}
-"""
 
 
 def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison] | None) -> str:
