@@ -13,7 +13,7 @@ from model.size import HeldParameters
 from tests.model.live_memory import make_sizes
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.memory import predict_memory
-from train.memory.static import ReplicaCounts, update_bytes
+from train.memory.rank_bytes import ReplicaCounts, update_bytes
 
 
 @pytest.mark.parametrize("kind", ["dualpipe", "dualpipe_split", "1f1b"])
