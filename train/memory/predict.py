@@ -22,7 +22,6 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import with_reductions
 from kernels.attention import pads_values
 from kernels.operation import CHUNK_NUMBERS, num_tiles
-from kernels.tiles import CHUNK_NUMBERS
 from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
