@@ -20,8 +20,7 @@ from comm.layout import Layout
 from comm.protocol import Dispatcher, Work
 from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.ir import Schedule
-from dualpipe.transfers import Message, linked_pairs
+from dualpipe.ir import Message, Schedule, linked_pairs
 from train.files.run_files import RankFiles
 from train.schedule.cut import embedding_ranks, is_mirrored
 

@@ -22,7 +22,7 @@ from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.generate import Continuation, generate
-from infer.text import decode_after
+from infer.protocol import decode_after
 from model.objective import MAIN, LossSums, MicroBatch
 from model.transformer import Transformer
 from train.callbacks import call_on_first_rank

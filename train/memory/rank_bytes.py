@@ -6,9 +6,8 @@ from math import ceil
 from typing import Literal, assert_never
 
 from comm.layout import Layout
-from dualpipe.ir import Schedule
+from dualpipe.ir import Link, Schedule
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.transfers import Link
 from kernels.attention import makes_dense_masks
 from model.config import Computing, ModelConfig
 from model.size import HeldParameters

@@ -21,10 +21,10 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from comm.groups import make_group
-from dualpipe.choose import Alternatives, by_makespan
+from dualpipe.build import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
-from dualpipe.draw.table import html
+from dualpipe.draw.text import html
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule
 from dualpipe.passes import ungroup

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from dualpipe.draw.document import document
+from dualpipe.draw.style import document
 from infer.evaluate.protocol import ResultGrid
 from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison
