@@ -129,7 +129,7 @@ class Block(nn.Module):
         weights_A = received.weights_A
         counts = received.counts
         routed_AD = self.mlp.experts(rows, weights_A, counts, sink, for_backward=for_backward)
-        base_BTD = self.add_shared(received.residual_BTD, received.own, sink, for_backward=for_backward)
+        base_BTD = self.add_shared(received.residual_BTD, received.local, sink, for_backward=for_backward)
         return ExpertOutput(routed_AD, base_BTD)
 
     def add_shared(

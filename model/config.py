@@ -155,7 +155,7 @@ def ladder(size: int) -> ModelConfig:
     assert size >= 1
     hidden = _WIDTH * size
     num_layers = size + 2
-    experts, per_token, groups, limited = next((each for limit, each in _EXPERTS if size < limit), _MANY_EXPERTS)
+    experts, per_token, groups, limited = next((row for limit, row in _EXPERTS if size < limit), _MANY_EXPERTS)
     width = 2 * hidden // per_token
     return ModelConfig(
         vocab_size=min(4096 << size // 4, _LARGEST_VOCABULARY),

@@ -63,8 +63,8 @@ class _NormedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_AD = x.flatten(0, -2)
         normal_AD, scale_A1 = rms_norm(x_AD, norm_weight_D, options.eps)
-        kept = (normal_AD,) if options.keeps_normal else ()
-        ctx.save_for_backward(x_AD, scale_A1, norm_weight_D, *weights_ND, *kept)
+        saved_normal = (normal_AD,) if options.keeps_normal else ()
+        ctx.save_for_backward(x_AD, scale_A1, norm_weight_D, *weights_ND, *saved_normal)
         ctx.options = options
         ctx.shape = x.shape
         ctx.num_weights = len(weights_ND)
@@ -80,15 +80,15 @@ class _NormedLinear(torch.autograd.Function):
         x_AD, scale_A1, norm_weight_D, *rest = ctx.saved_tensors
         options: _Options = ctx.options
         weights_ND = rest[: ctx.num_weights]
-        kept = rest[ctx.num_weights :]
-        given = [grad.flatten(0, -2) for grad in grads]
-        grad_AD = given[0]
+        saved_normal = rest[ctx.num_weights :]
+        grads_AX = [grad.flatten(0, -2) for grad in grads]
+        grad_AD = grads_AX[0]
         grad_weights = list[Tensor | None]()
         if weights_ND:
-            grad_AN = given[-1]
+            grad_AN = grads_AX[-1]
             part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
-            normal = _normal(x_AD, scale_A1, norm_weight_D, kept)
+            normal = _normal(x_AD, scale_A1, norm_weight_D, saved_normal)
             grad_weights = deliver_parts(weights_ND, lambda: grad_AN.t() @ normal().to(grad_AN.dtype), options.sink)
         grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights

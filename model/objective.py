@@ -64,11 +64,11 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """Returns the micro-batch on a device."""
         return MicroBatch(
-            inputs_BT=tuple(each.to(device) for each in self.inputs_BT),
-            targets_BT=tuple(each.to(device) for each in self.targets_BT),
+            inputs_BT=tuple(tensor.to(device) for tensor in self.inputs_BT),
+            targets_BT=tuple(tensor.to(device) for tensor in self.targets_BT),
             documents=None if self.documents is None else self.documents.to(device),
             extras={name: extra.to(device) for name, extra in self.extras.items()},
-            target_rows=tuple(None if each is None else each.to(device) for each in self.target_rows),
+            target_rows=tuple(None if tensor is None else tensor.to(device) for tensor in self.target_rows),
         )
 
     def rows(self, depth: int) -> Tensor | None:
@@ -155,8 +155,8 @@ class CrossEntropy:
 
 def depth_weights(weights_BT: Tensor, depth: int) -> Tensor:
     """Returns the weights of a depth's targets, BT, from those of the same tokens among the main targets."""
-    kept = weights_BT[:, depth:]
-    return functional.pad(kept, (0, weights_BT.shape[1] - kept.shape[1]))
+    later_BT = weights_BT[:, depth:]
+    return functional.pad(later_BT, (0, weights_BT.shape[1] - later_BT.shape[1]))
 
 
 def weights_of_depths(weights_BT: Tensor, num_depths: int) -> Tensor:

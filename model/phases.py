@@ -109,10 +109,10 @@ def record(
         if tensors:
             values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
         computed = function(values, sink)
-    made = computed.values.tensors()
-    ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made)
+    outputs = computed.values.tensors()
+    ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
     recording = Recording(entry, ends, computed.loss, values.gradients)
-    return computed.values.with_tensors(tensor.detach() for tensor in made), recording
+    return computed.values.with_tensors(tensor.detach() for tensor in outputs), recording
 
 
 class ComputePhase(Generic[In, Out]):
@@ -129,8 +129,8 @@ class ComputePhase(Generic[In, Out]):
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
-        made, self._recorded = record(self._function, values, self._queue)
-        return made
+        outputs, self._recorded = record(self._function, values, self._queue)
+        return outputs
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
@@ -197,12 +197,12 @@ class DispatchPhase:
     def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
         """Starts the return of the gradients of rows and weights to their tokens."""
         residual_BTD = gradients.residual_BTD
-        own_BTD = gradients.own_BTD
+        local_BTD = gradients.local_BTD
 
         def finish(back: tuple[Tensor, Tensor]) -> RoutedGradients:
             rows_BTD = back[0].view_as(residual_BTD)
             weights_TK = back[1]
-            return RoutedGradients(residual_BTD, rows_BTD if own_BTD is None else own_BTD + rows_BTD, weights_TK)
+            return RoutedGradients(residual_BTD, rows_BTD if local_BTD is None else local_BTD + rows_BTD, weights_TK)
 
         handle = self._exchange.planned()
         work = self._exchange.dispatcher.dispatch_backward(gradients.received_AD, gradients.weights_A, handle)
@@ -279,7 +279,7 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        yield from (each for each in value if isinstance(each, Tensor))
+        yield from (item for item in value if isinstance(item, Tensor))
 
 
 class ActivationOffload:
@@ -327,12 +327,12 @@ class ActivationOffload:
 def movable_storages(kept: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Returns the memory of kept tensors, each once, that torch allocated and that is not shared or small."""
     fixed = {tensor.untyped_storage().data_ptr() for tensor in shared}
-    found: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for tensor in kept:
         storage = tensor.untyped_storage()
         if storage.nbytes() >= _LEAST_BYTES and storage.data_ptr() not in fixed and storage.resizable():
-            found.setdefault(storage.data_ptr(), storage)
-    return list(found.values())
+            storages.setdefault(storage.data_ptr(), storage)
+    return list(storages.values())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

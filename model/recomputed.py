@@ -72,8 +72,8 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         assert self._source is not None
         source = self._source
         self._source = None
-        made, self._recorded = record(self._rest_again(), Hidden(source.residual()), self._queue)
-        return made
+        values, self._recorded = record(self._rest_again(), Hidden(source.residual()), self._queue)
+        return values
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the input, through the rest of the phase, then through attention."""

@@ -165,8 +165,8 @@ class Router(nn.Module):
         config = self._config
         shape = (len(scores_TE), config.num_experts_per_token)
         if ids_TK.shape != shape or ids_TK.dtype != torch.int64:
-            given = f"{ids_TK.dtype} {list(ids_TK.shape)}"
-            raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {given}")
+            description = f"{ids_TK.dtype} {list(ids_TK.shape)}"
+            raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {description}")
         is_free_T = (ids_TK == FREE_CHOICE).all(-1)
         ordered_TK = ids_TK.sort(-1).values
         is_outside_T = (ordered_TK[:, 0] < 0) | (ordered_TK[:, -1] >= config.num_routed_experts)

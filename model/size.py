@@ -161,10 +161,10 @@ class ParameterAccount:
 
 def count_parameters(config: ModelConfig) -> ParameterAccount:
     """Counts the weights of an architecture."""
-    whole = [StageShape(layers=range(config.num_layers), is_first=True, is_last=True)]
-    with_mtp = held_parameters(config, whole, config.num_routed_experts)
-    main = held_parameters(replace(config, mtp_depth=0), whole, config.num_routed_experts)
-    active = held_parameters(replace(config, mtp_depth=0), whole, config.num_experts_per_token).total
+    one_stage = [StageShape(layers=range(config.num_layers), is_first=True, is_last=True)]
+    with_mtp = held_parameters(config, one_stage, config.num_routed_experts)
+    main = held_parameters(replace(config, mtp_depth=0), one_stage, config.num_routed_experts)
+    active = held_parameters(replace(config, mtp_depth=0), one_stage, config.num_experts_per_token).total
     return ParameterAccount(
         total=main.total,
         active=active,
@@ -271,11 +271,11 @@ def slice_lengths(config: ModelConfig, sequence_length_tokens: int, slices: int,
     fixed = count_work(config, 0, is_fp8=is_fp8).total(config)
     # The first x tokens cost fixed * x + growth * x^2 / 2.
     growth = 2 * (count_work(config, length, is_fp8=is_fp8).total(config) - fixed) / length
-    whole = fixed * length + growth * length**2 / 2
+    total_work = fixed * length + growth * length**2 / 2
     unit = TILE if length >= slices * _TILES_PER_SLICE * TILE else 1
     ends = [0]
     for index in range(1, slices):
-        work = whole * index / slices
+        work = total_work * index / slices
         end = (sqrt(fixed**2 + 2 * growth * work) - fixed) / growth if growth else work / fixed
         # Every slice keeps at least one unit.
         ends.append(min(max(round(end / unit) * unit, ends[-1] + unit), length - (slices - index) * unit))

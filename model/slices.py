@@ -74,9 +74,9 @@ class SliceContext:
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
         """Returns the gradient of this slice's rows, and adds to those of earlier slices."""
         gradients = self._layer.gradients
-        own = contribute(self.index, rows)
+        own_part = contribute(self.index, rows)
         later = gradients.pop(self.index, None)
-        total = own if later is None else (later + own).to(own.dtype)
+        total = own_part if later is None else (later + own_part).to(own_part.dtype)
         for index in range(self.index):
             part = contribute(index, kept[index])
             if index in gradients:
@@ -95,8 +95,8 @@ class SliceContext:
 
         Every slice has its part of the gradient, from the counts of all slices, which are known in the backwards.
         """
-        found: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
-        return found
+        loss: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
+        return loss
 
     def record_balance(self, counts_SE: Tensor, shares_SE: Tensor) -> bool:
         """Records a slice's part, again if it is recomputed, and returns whether the slice is the last."""

@@ -280,7 +280,7 @@ class Stage:
         depth = self._model.config.mtp_depth
         modules: list[nn.Module | None] = [model.block(layer) for layer in self._layers]
         if self._last:
-            modules += [model.model.norm, model.output_head, *(model.mtp_block(each + 1) for each in range(depth))]
+            modules += [model.model.norm, model.output_head, *(model.mtp_block(index + 1) for index in range(depth))]
         if self._first or (self._last and depth):
             modules.append(model.model.embed_tokens)
         for module in modules:

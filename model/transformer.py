@@ -186,13 +186,13 @@ class Transformer(nn.Module):
         """
         normal = self.final_norm(depth)(hidden_BTD)
         head = OutputHead(depth, self.head_weight)
-        found = objective.loss(normal, head, batch, sink)
-        sums.add_task(found, head, place)
+        task_loss = objective.loss(normal, head, batch, sink)
+        sums.add_task(task_loss, head, place)
         if depth == self.config.mtp_depth:
-            return found.loss, None
+            return task_loss.loss, None
         state = normal if self.config.mtp_hidden == "post_norm" else hidden_BTD
         embedded = self.embed(batch.inputs_BT[depth + 1], sink)
-        return found.loss, self.mtp_block(depth + 1).merge(embedded, state, sink)
+        return task_loss.loss, self.mtp_block(depth + 1).merge(embedded, state, sink)
 
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """Computes the micro-batch's part of the step's loss through plain autograd; needs the whole model."""

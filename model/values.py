@@ -102,10 +102,10 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedGradients(Gradients):
-    """Gradients of `Received`. `own_BTD` is None without shared experts."""
+    """Gradients of `Received`. `local_BTD` is None without shared experts."""
 
     residual_BTD: Tensor
-    own_BTD: Tensor | None
+    local_BTD: Tensor | None
     received_AD: Tensor
     weights_A: Tensor
 
@@ -115,7 +115,7 @@ class Received:
     """Input of a rank's experts: own rows, and received ones in the order of its experts, AD."""
 
     residual_BTD: Tensor
-    own: Rows
+    local: Rows
     received: Rows
     weights_A: Tensor
     counts: tuple[int, ...]
@@ -123,13 +123,13 @@ class Received:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns residual, own rows, received rows and their weights."""
-        return self.residual_BTD, self.own.values, self.received.values, self.weights_A
+        return self.residual_BTD, self.local.values, self.received.values, self.weights_A
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> "Received":
         """Returns the same counts with other tensors."""
-        residual_BTD, own, received, weights_A = tensors
+        residual_BTD, local, received, weights_A = tensors
         return Received(
-            residual_BTD, self.own.with_values(own), self.received.with_values(received), weights_A, self.counts
+            residual_BTD, self.local.with_values(local), self.received.with_values(received), weights_A, self.counts
         )
 
 

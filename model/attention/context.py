@@ -40,14 +40,16 @@ class _Saved:
     others: dict[int, Rows]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        others = [each for rows in self.others.values() for each in rows]
+        others = [tensor for rows in self.others.values() for tensor in rows]
         return (*self.weights, *self.ends, *self.log_sums, *others)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "_Saved":
         left = iter(tensors)
         weights = LatentWeights(*(next(left) for _ in self.weights))
-        ends, log_sums = (tuple(next(left) for _ in each) for each in (self.ends, self.log_sums))
-        return _Saved(weights, ends, log_sums, {i: tuple(next(left) for _ in each) for i, each in self.others.items()})
+        ends = tuple(next(left) for _ in self.ends)
+        log_sums = tuple(next(left) for _ in self.log_sums)
+        others = {index: tuple(next(left) for _ in rows) for index, rows in self.others.items()}
+        return _Saved(weights, ends, log_sums, others)
 
     def without_tensors(self) -> "_Saved":
         """Returns the structure alone, which holds no memory."""
@@ -143,7 +145,7 @@ class _Blocks:
 
     def rotation(self, index: int) -> Rotated:
         """Returns cos and sin of the positions of a rank's tokens."""
-        cos, sin = (self.parts.take(each, index, 0) for each in self._options.rotation)
+        cos, sin = (self.parts.take(table, index, 0) for table in self._options.rotation)
         return cos, sin
 
     def tiles(self, index: int) -> list[VisibleTile]:
@@ -227,9 +229,9 @@ class _LatentBackward:
         shape = self._options.shape
         grad_BTC = key.new_empty(*key.shape[:2], shape.latent + shape.rope)
         grad_TE = layout.key_gradient(grad_key, grad_value, rotation, grad_BTC[..., shape.latent :])
-        found = keys.keys_and_values_backward(grad_TE, grad_BTC[..., : shape.latent])
-        if found.norm is not None:
-            self._norm = found.norm if self._norm is None else self._norm + found.norm
+        gradients = keys.keys_and_values_backward(grad_TE, grad_BTC[..., : shape.latent])
+        if gradients.norm is not None:
+            self._norm = gradients.norm if self._norm is None else self._norm + gradients.norm
         return grad_BTC
 
     def gradients(self) -> NormAndUpGradients:

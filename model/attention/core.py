@@ -91,9 +91,9 @@ class _MixHeads(torch.autograd.Function):
             ctx.shape = compressed.shape
             # Rounded heads would not give the same result again.
             ctx.keeps_mixed = not ends.frees_mixed
-            kept = ends.saved(mixed_BHTW.detach())
-            ctx.num_ends = len(kept)
-            ctx.save_for_backward(*latent_weights, *kept)
+            saved = ends.saved(mixed_BHTW.detach())
+            ctx.num_ends = len(saved)
+            ctx.save_for_backward(*latent_weights, *saved)
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
             ctx.inner_tensors = (*heads, mixed_BHTW)
@@ -219,8 +219,8 @@ class HeadLayout:
         return self._new(tokens, self._widths[1])
 
     def _new(self, tokens: int | None, width: int) -> Tensor:
-        batch, own = self._like.shape[:2]
-        return self._like.new_empty(batch, own if tokens is None else tokens, self._shape.num_heads, width)
+        batch, num_tokens = self._like.shape[:2]
+        return self._like.new_empty(batch, num_tokens if tokens is None else tokens, self._shape.num_heads, width)
 
     def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
         """Computes queries into the given memory."""

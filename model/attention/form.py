@@ -78,8 +78,8 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
             low = max(math.floor(pair_with(yarn.beta_fast)), 0)
             high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
             pairs = torch.arange(size // 2, dtype=dtype)
-            kept = 1 - ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
-            return 1 / (yarn.factor * powers) * (1 - kept) + 1 / powers * kept
+            kept_share = 1 - ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
+            return 1 / (yarn.factor * powers) * (1 - kept_share) + 1 / powers * kept_share
         case _ as other:
             assert_never(other)
 
@@ -139,7 +139,7 @@ class Rotation:
 
 def _holds_pairs(x: Tensor) -> bool:
     """Whether every pair begins at an even offset of the storage, as complex numbers do."""
-    return all(place % 2 == 0 for place in (x.storage_offset(), *x.stride()[:-1]))
+    return all(stride % 2 == 0 for stride in (x.storage_offset(), *x.stride()[:-1]))
 
 
 class KvCache:

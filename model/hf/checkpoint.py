@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME, DTYPE_NAMES, carried_keys, parse_config, unknown_keys
-from model.hf.files import HfError, check_kind, nearest, parse_json, read_json, shown
+from model.hf.files import HfError, check_kind, format_value, nearest, parse_json, read_json
 from model.hf.names import (
     BLOCK,
     Stored,
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     values.pop("__metadata__", None)
     for name, value in values.items():
         if not isinstance(value, dict):  # the library accepts a list too
-            raise HfError(path, name, f"must have dtype, shape and data_offsets, is {shown(value)}")
+            raise HfError(path, name, f"must have dtype, shape and data_offsets, is {format_value(value)}")
     start = LENGTH_BYTES + len(header)
     try:
         with safe_open(path, framework="numpy"):  # which imports numpy only when data is read
@@ -118,7 +118,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEn
     dtype = value["dtype"]
     begin, end = value["data_offsets"]
     if dtype not in get_args(StoredDtype):
-        raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")
+        raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {format_value(dtype)}")
     return TensorEntry(path, tuple(value["shape"]), dtype, start + begin, end - begin)
 
 
@@ -209,12 +209,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = keys.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HfError(
-            index, "weight_map", f"must be an object that names a file for every tensor, is {shown(weight_map)}"
+            index, "weight_map", f"must be an object that names a file for every tensor, is {format_value(weight_map)}"
         )
     for name, file in weight_map.items():
         # A downloaded index must not point outside its folder.
         if not isinstance(file, str) or not _is_plain(file):
-            raise HfError(index, name, f"must be the plain name of a .safetensors file next to it, is {shown(file)}")
+            raise HfError(
+                index, name, f"must be the plain name of a .safetensors file next to it, is {format_value(file)}"
+            )
     return weight_map
 
 
@@ -227,32 +229,32 @@ def _is_plain(file: str) -> bool:
 
 def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
     """Raises an error for the first missing or superfluous tensor, for any size that `config` claims."""
-    known = set()
+    known_names = set()
     for name, shape in weights(config):
-        known.add(name)
+        known_names.add(name)
         if name in entries:
             if entries[name].dtype == "F8_E4M3":
-                known.add(scale_name(name))
+                known_names.add(scale_name(name))
         elif 0 not in shape:
-            own = {own for own, _ in islice(weights(config), 2 * len(entries))}
-            renamed = _nearest_in_layer(name, entries.keys() - own)
+            config_names = {config_name for config_name, _ in islice(weights(config), 2 * len(entries))}
+            renamed = _nearest_in_layer(name, entries.keys() - config_names)
             raise HfError(folder, name, f"must be in the checkpoint, is missing{renamed}")
     layers = config.num_layers + config.mtp_depth
     for name, entry in entries.items():
         if is_rotary(name) and (layer_of(name) or 0) < layers:
             size = config.qk_rope_head_dim // 2
             if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
-                found = f"{entry.dtype} {list(entry.shape)}"
-                raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {found}")
-        elif name not in known:
-            near = _nearest_in_layer(name, known)
+                stored = f"{entry.dtype} {list(entry.shape)}"
+                raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {stored}")
+        elif name not in known_names:
+            near = _nearest_in_layer(name, known_names)
             if _is_mtp_tensor(name, config):
                 near += "; to load the checkpoint without MTP modules: init_mtp=drop, in launch.convert mtp=drop"
             raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
 
 
 def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
-    return nearest(name, sorted(other for other in others if layer_of(other) == layer_of(name)))
+    return nearest(name, sorted(candidate for candidate in others if layer_of(candidate) == layer_of(name)))
 
 
 def _check_tensor(
@@ -281,18 +283,18 @@ def _check_tensor(
         raise HfError(entry.file, scale_name(name), f"must be in the checkpoint, as {name} is F8_E4M3; is missing")
     if scales.dtype not in ("F32", "F8_E8M0") or scales.shape != scale_shape(shape):
         wanted = f"F32 or F8_E8M0 {list(scale_shape(shape))}"
-        found = f"{scales.dtype} {list(scales.shape)}"
-        raise HfError(scales.file, scale_name(name), f"must be {wanted}, is {found}")
+        stored = f"{scales.dtype} {list(scales.shape)}"
+        raise HfError(scales.file, scale_name(name), f"must be {wanted}, is {stored}")
 
 
 def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, ...]:
     """Returns the types of plain weights: the two usual ones, and a rarer one if `config.json` names it."""
     names: list[Any] = [keys[key] for key in ("dtype", "torch_dtype") if keys.get(key) is not None]
     if len(names) > 1 and names[0] != names[1]:
-        raise HfError(path, "torch_dtype", f"must equal dtype {shown(names[0])}, is {shown(names[1])}")
+        raise HfError(path, "torch_dtype", f"must equal dtype {format_value(names[0])}, is {format_value(names[1])}")
     words: dict[Any, StoredDtype] = {name: word for word, name in DTYPE_NAMES.items()}
     if names and (not isinstance(names[0], str) or names[0] not in words):
-        raise HfError(path, "dtype", f"must be one of {', '.join(words)}, is {shown(names[0])}")
+        raise HfError(path, "dtype", f"must be one of {', '.join(words)}, is {format_value(names[0])}")
     return tuple(dict.fromkeys(("BF16", "F32", *(words[name] for name in names))))
 
 
@@ -301,10 +303,14 @@ def _check_quantization(keys: Mapping[str, Any], path: Path) -> bool:
     if quantization is None:
         return False
     if not isinstance(quantization, dict):
-        raise HfError(path, "quantization_config", f"must be an object of keys and values, is {shown(quantization)}")
+        raise HfError(
+            path, "quantization_config", f"must be an object of keys and values, is {format_value(quantization)}"
+        )
     rules = (("quant_method", ("fp8",)), ("fmt", ("e4m3", None)), ("weight_block_size", ([BLOCK, BLOCK],)))
     for key, valid in rules:
         if quantization.get(key) not in valid:
-            place = f"quantization_config.{key}"
-            raise HfError(path, place, f"must be {valid[0]}, is {shown(quantization.get(key))}; nearest: {valid[0]}")
+            subject = f"quantization_config.{key}"
+            raise HfError(
+                path, subject, f"must be {valid[0]}, is {format_value(quantization.get(key))}; nearest: {valid[0]}"
+            )
     return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from model.config import HeadKind, ModelConfig, PlainRope, RopeScaling, YarnRope, yarn_temperature
-from model.hf.files import ConfigValues, read_json, shown
+from model.hf.files import ConfigValues, format_value, read_json
 from model.hf.names import BLOCK, StoredDtype
 
 CONFIG_NAME = "config.json"
@@ -194,7 +194,7 @@ def _check_token_ids(values: ConfigValues) -> None:
         value = values.get(key)
         ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
         if value is not None and not all(type(item) is int for item in ids):
-            raise values.error(key, f"must be a token id or null, is {shown(value)}")
+            raise values.error(key, f"must be a token id or null, is {format_value(value)}")
 
 
 def _check(values: ConfigValues, config: ModelConfig) -> None:
@@ -244,10 +244,12 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
     else:
         theta = inner.number("rope_theta")
         if outer_theta is not None and outer_theta != theta:
-            raise values.error("rope_theta", f"must equal {spellings[0]}.rope_theta {theta}, is {shown(outer_theta)}")
-    for place in (values, *([inner] if inner else [])):
-        if place.get("partial_rotary_factor") is not None and place.number("partial_rotary_factor") != 1:
-            raise place.error("partial_rotary_factor", f"must be 1, is {place.get('partial_rotary_factor')}")
+            raise values.error(
+                "rope_theta", f"must equal {spellings[0]}.rope_theta {theta}, is {format_value(outer_theta)}"
+            )
+    for section in (values, *([inner] if inner else [])):
+        if section.get("partial_rotary_factor") is not None and section.number("partial_rotary_factor") != 1:
+            raise section.error("partial_rotary_factor", f"must be 1, is {section.get('partial_rotary_factor')}")
     if inner is None or _kind(inner) == "default":
         _check_plain_length(values, max_position)
         return theta, PlainRope(kind="plain")
@@ -282,14 +284,14 @@ def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
 def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
     kinds = [inner.get(key) for key in ("rope_type", "type") if inner.get(key) is not None]
     if len(kinds) > 1 and kinds[0] != kinds[1]:
-        raise inner.error("type", f"must equal rope_type {shown(kinds[0])}, is {shown(kinds[1])}")
+        raise inner.error("type", f"must equal rope_type {format_value(kinds[0])}, is {format_value(kinds[1])}")
     match kinds[0] if kinds else "default":
         case "default":
             return "default"
         case "yarn":
             return "yarn"
         case other:
-            raise inner.error("rope_type", f"must be default or yarn, is {shown(other)}")
+            raise inner.error("rope_type", f"must be default or yarn, is {format_value(other)}")
 
 
 def _check_plain_length(values: ConfigValues, max_position: int) -> None:
@@ -304,7 +306,7 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
     key = "original_max_position_embeddings"
-    lengths = [place.whole(key, 1) for place in (inner, values) if place.get(key) is not None]
+    lengths = [section.whole(key, 1) for section in (inner, values) if section.get(key) is not None]
     if len(set(lengths)) > 1:
         raise values.error(key, f"must equal the one of rope_scaling, {lengths[0]}, is {lengths[1]}")
     return lengths[0] if lengths else max_position
@@ -315,7 +317,7 @@ def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
     if factor < 1:
         raise inner.error("factor", f"must be at least 1, is {factor}; nearest: 1")
     if inner.get("truncate") not in (None, True):
-        raise inner.error("truncate", f"must be true, is {shown(inner.get('truncate'))}")
+        raise inner.error("truncate", f"must be true, is {format_value(inner.get('truncate'))}")
     fast = inner.number("beta_fast") if inner.get("beta_fast") else 32.0
     slow = inner.number("beta_slow") if inner.get("beta_slow") else 1.0
     if fast < slow:
@@ -341,8 +343,8 @@ def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
         wanted = _default_factor(factor, mscale, all_dim)
     else:
         wanted = inner.number("attention_factor")
-        own = yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
-        if math.isclose(wanted, own, rel_tol=_PRECISION):
+        computed = yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
+        if math.isclose(wanted, computed, rel_tol=_PRECISION):
             return mscale, all_dim
     if not all_dim and wanted == yarn_temperature(factor, 1.0):
         return 1.0, 0.0
@@ -418,15 +420,15 @@ def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
         if words & _WORDS and not _is_neutral(key, words, keys[key]):
             raise values.error(
                 key,
-                f"must be absent or null, as it may change the network and is not supported, is {shown(keys[key])}; "
-                f"nearest: remove the key if the weights do not depend on it",
+                f"must be absent or null, as it may change the network and is not supported, is "
+                f"{format_value(keys[key])}; nearest: remove the key if the weights do not depend on it",
             )
 
 
 def unknown_keys(keys: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys that are neither read nor known to be harmless, sorted."""
-    known = READ_KEYS | HARMLESS_KEYS
-    return tuple(sorted(key for key in keys if key not in known and not key.startswith("_")))
+    known_keys = READ_KEYS | HARMLESS_KEYS
+    return tuple(sorted(key for key in keys if key not in known_keys and not key.startswith("_")))
 
 
 def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,13 +26,13 @@ class HfError(ValueError):
     """
 
     def __init__(self, path: Path | str, subject: str, problem: str) -> None:
-        place = f"{path}: {_printable(subject)}: " if subject else f"{path}: "
-        super().__init__(_printable(f"{place}{problem}"))
+        prefix = f"{path}: {_printable(subject)}: " if subject else f"{path}: "
+        super().__init__(_printable(f"{prefix}{problem}"))
         self.path = str(path)
         self.subject = subject
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Formats a value for an error: its literal, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
@@ -69,7 +69,7 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
         if len(values) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in values if keys.count(key) > 1)
-            raise HfError(path, subject, f"must have every key once, has {shown(twice)} twice")
+            raise HfError(path, subject, f"must have every key once, has {format_value(twice)} twice")
         return values
 
     try:
@@ -79,7 +79,7 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise HfError(path, subject, f"must be JSON in UTF-8, is not ({error})") from error
     if not isinstance(read, dict):
-        raise HfError(path, subject, f"must be an object of keys and values, is {shown(read)}")
+        raise HfError(path, subject, f"must be an object of keys and values, is {format_value(read)}")
     return read
 
 
@@ -151,13 +151,13 @@ class ConfigValues:
     """An object of a JSON file whose keys are read one by one; each rule raises an `HfError`.
 
     Args:
-        place: dotted keys that lead to the object; empty for the whole file.
+        prefix: dotted keys that lead to the object; empty for the whole file.
     """
 
-    def __init__(self, path: Path, values: Mapping[str, Any], place: str = "") -> None:
+    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self._path = path
         self._values = values
-        self._place = place
+        self._prefix = prefix
 
     def get(self, key: str) -> Any:
         """Returns the value of a key, or None if the key is missing."""
@@ -173,9 +173,9 @@ class ConfigValues:
         """Returns a whole number of at least `least`, and not larger than any size."""
         value = self.need(key)
         if type(value) is not int:
-            raise self.error(key, f"must be a whole number, is {shown(value)}")
+            raise self.error(key, f"must be a whole number, is {format_value(value)}")
         if value > LARGEST_WHOLE:
-            raise self.error(key, f"must be at most {LARGEST_WHOLE}, is {shown(value)}")
+            raise self.error(key, f"must be at most {LARGEST_WHOLE}, is {format_value(value)}")
         if value < least:
             raise self.error(key, f"must be at least {least}, is {value}; nearest: {least}")
         return value
@@ -188,7 +188,7 @@ class ConfigValues:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self.error(key, f"must be a finite number, is {shown(value)}")
+            raise self.error(key, f"must be a finite number, is {format_value(value)}")
         if number <= above:
             raise self.error(key, f"must be above {above:g}, is {value}")
         return number
@@ -197,13 +197,13 @@ class ConfigValues:
         """Checks that a key is missing or has the value `allowed`."""
         value = self._values.get(key, allowed)
         if type(value) is not type(allowed) or value != allowed:
-            raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {shown(value)}")
+            raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {format_value(value)}")
 
     def inside(self, key: str) -> "ConfigValues":
         """Returns the object under a key."""
         value = self.need(key)
         if not isinstance(value, dict):
-            raise self.error(key, f"must be an object of keys and values, is {shown(value)}")
+            raise self.error(key, f"must be an object of keys and values, is {format_value(value)}")
         return ConfigValues(self._path, value, self._dotted(key))
 
     def error(self, key: str, problem: str) -> HfError:
@@ -211,7 +211,7 @@ class ConfigValues:
         return HfError(self._path, self._dotted(key), problem)
 
     def _dotted(self, key: str) -> str:
-        return f"{self._place}.{key}" if self._place else key
+        return f"{self._prefix}.{key}" if self._prefix else key
 
 
 def _json(value: Any) -> str:

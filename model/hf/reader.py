@@ -17,7 +17,7 @@ from kernels.quantize.reference import dequantize_128x128
 from model.attention.form import inverse_frequencies
 from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from model.hf.files import HfError, nearest, shown
+from model.hf.files import HfError, format_value, nearest
 from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
 
 CHUNK_BYTES = 2**24
@@ -112,12 +112,12 @@ class HfReader:
         for expected in (plain, inverse_frequencies(config)):
             if torch.allclose(stored.double(), expected, rtol=tolerance, atol=0):
                 return stored
-        place = int((stored.double() / plain - 1).abs().nan_to_num(torch.inf).argmax())
+        index = int((stored.double() / plain - 1).abs().nan_to_num(torch.inf).argmax())
         raise HfError(
             entry.file,
             name,
-            f"must be the frequencies of rope_theta {config.rope_theta:g}, {plain[place]:g} at [{place}], "
-            f"is {stored[place].item():g}",
+            f"must be the frequencies of rope_theta {config.rope_theta:g}, {plain[index]:g} at [{index}], "
+            f"is {stored[index].item():g}",
         )
 
     def _entry(self, name: str) -> TensorEntry:
@@ -158,7 +158,9 @@ class HfReader:
         if not good.all():
             where = (~good).nonzero()[0].tolist()
             value = scales_MT[tuple(where)].item()
-            raise HfError(entry.file, scaled, f"must hold finite numbers above 0, holds {shown(value)} at {where}")
+            raise HfError(
+                entry.file, scaled, f"must hold finite numbers above 0, holds {format_value(value)} at {where}"
+            )
         return scales_MT
 
     def _check_copies(self, named: Collection[str]) -> None:
@@ -168,8 +170,10 @@ class HfReader:
                 continue
             first = self._entry(original)
             second = self._entry(copy)
-            with _open(first.file) as one, _open(second.file) as other:
-                pairs = zip(_read_bytes(one, first, original), _read_bytes(other, second, copy), strict=True)
+            with _open(first.file) as original_file, _open(second.file) as copy_file:
+                pairs = zip(
+                    _read_bytes(original_file, first, original), _read_bytes(copy_file, second, copy), strict=True
+                )
                 if any(ours != theirs for ours, theirs in pairs):
                     raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
 

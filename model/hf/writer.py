@@ -44,7 +44,7 @@ CHUNK_BYTES = 2**24
 class Fp8Scales:
     """Known scales of FP8 weights by name, and whether other blocks' are rounded up to a power of two."""
 
-    known: Mapping[str, Tensor]
+    by_name: Mapping[str, Tensor]
     power_of_two: bool
 
 
@@ -57,7 +57,7 @@ class Extras:
 
 
 NO_EXTRAS = Extras(config={}, files={})
-NEW_SCALES = Fp8Scales(known={}, power_of_two=False)
+NEW_SCALES = Fp8Scales(by_name={}, power_of_two=False)
 
 
 def write_hf(
@@ -148,7 +148,7 @@ def _write_shard(
         if stored.dtype == "F8_E4M3":
             # Before rounding, because infinity becomes a finite code under a known scale.
             _check_finite(values, place, name, stored.dtype)
-            encoded = _quantize(values, scales.known.get(name), power_of_two=scales.power_of_two)
+            encoded = _quantize(values, scales.by_name.get(name), power_of_two=scales.power_of_two)
             parts = {name: encoded.codes, scale_name(name): encoded.scales}
         for part, content in parts.items():
             file.seek(offsets[part])
@@ -240,7 +240,7 @@ def save_hf(
         plan = stored_tensors(config, dtype=stored_dtype(dtype or named[EMBEDDING].dtype), fp8=False)
     scales = {name: scale for name, scale in source.scales.items() if _is_exact(named[name], scale)}
     if dtype is None:
-        plan = _as_found(plan, named, source, fp8=len(scales) == len(source.scales))
+        plan = _as_stored(plan, named, source, fp8=len(scales) == len(source.scales))
     quantization = source.config.get("quantization_config") or {}
     plan |= rotary_plan(source.rotary)
     write_hf(
@@ -248,7 +248,7 @@ def save_hf(
         config,
         plan,
         lambda name: source.rotary[name] if name in source.rotary else named[name],
-        scales=Fp8Scales(known=scales, power_of_two=quantization.get("scale_fmt") == "ue8m0"),
+        scales=Fp8Scales(by_name=scales, power_of_two=quantization.get("scale_fmt") == "ue8m0"),
         extras=Extras(config=source.config, files={}),
         max_shard_bytes=max_shard_bytes,
     )
@@ -259,23 +259,23 @@ def rotary_plan(rotary: Mapping[str, Tensor]) -> dict[str, Stored]:
     return {name: Stored(tuple(values.shape), stored_dtype(values.dtype)) for name, values in rotary.items()}
 
 
-def _as_found(
+def _as_stored(
     plan: Mapping[str, Stored], named: Mapping[str, Tensor], source: HfSource, *, fp8: bool
 ) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    stored_plan: dict[str, Stored] = {}
     for name, stored in plan.items():
         dtype = source.dtypes.get(name)
         if dtype is None:
             # Weights without elements are optional: they are written only if the checkpoint had them.
             if stored.num_elements or not source.dtypes:
-                found[name] = stored
+                stored_plan[name] = stored
         elif dtype == "F8_E4M3":
             scales = source.dtypes[scale_name(name)]
-            found |= with_scales(name, stored.shape, scales) if fp8 else {name: stored}
+            stored_plan |= with_scales(name, stored.shape, scales) if fp8 else {name: stored}
         else:
-            kept = not stored.num_elements or _holds(dtype, named[copied_from(name) or name])
-            found[name] = Stored(stored.shape, dtype) if kept else stored
-    return found
+            keeps_dtype = not stored.num_elements or _holds(dtype, named[copied_from(name) or name])
+            stored_plan[name] = Stored(stored.shape, dtype) if keeps_dtype else stored
+    return stored_plan
 
 
 def _holds(dtype: StoredDtype, values: Tensor) -> bool:

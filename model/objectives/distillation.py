@@ -64,15 +64,15 @@ class Distillation:
 
         def score(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, records: bool) -> RowScores:  # noqa: FBT001
             weights_R = weights_N if weights_N is None or rows is None else weights_N[rows]
-            found = linear_distillation(
+            distilled = linear_distillation(
                 *(rows_RD, weight_VD, targets_R, teacher, self.form),
                 mix=mix,
                 row_weights_N=weights_R,
                 wants_gradients=records,
             )
-            weighted_R = found.divergences_N if weights_R is None else weights_R * found.divergences_N
+            weighted_R = distilled.divergences_N if weights_R is None else weights_R * distilled.divergences_N
             divergences.append(weighted_R.sum())
-            return found.scores
+            return distilled.scores
 
         def nats_of(log_probs_N: Tensor) -> Tensor:
             return -(log_probs_N if weights_N is None else weights_N * log_probs_N).sum()

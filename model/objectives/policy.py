@@ -294,8 +294,8 @@ class PolicyGradient:
         sums: dict[str, Tensor] = {}
 
         def score(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, records: bool) -> RowScores:  # noqa: FBT001
-            scores, found = self._score(rows_RD, weight_VD, targets_R, batch, records=records)
-            sums.update(found)
+            scores, part_sums = self._score(rows_RD, weight_VD, targets_R, batch, records=records)
+            sums.update(part_sums)
             return scores
 
         def value(log_probs_N: Tensor) -> Tensor:
@@ -310,8 +310,8 @@ class PolicyGradient:
         self, rows_RD: Tensor, head_VD: Tensor, targets_R: Tensor, batch: MicroBatch, *, records: bool
     ) -> tuple[RowScores, dict[str, Tensor]]:
         rows_R = batch.rows(0)
-        kept = batch.extras.get(KEPT)
-        kept_ids_RK = None if kept is None else flat_rows(kept, rows_R)
+        kept_ids_BTK = batch.extras.get(KEPT)
+        kept_ids_RK = None if kept_ids_BTK is None else flat_rows(kept_ids_BTK, rows_R)
         answers = AnswerIndex(batch, rows_R)
         tokens = self._tokens(batch, answers, targets_R != IGNORE)
         sums: list[dict[str, Tensor]] = []

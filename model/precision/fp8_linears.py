@@ -69,13 +69,13 @@ class _LatentLinears:
 
     def __init__(
         self,
-        kept: _SavedLatents,
+        latents: _SavedLatents,
         mixed: PackedE5M6 | None,
         weights: LatentWeights,
         options: LatentOptions,
         maps: Fp8Maps,
     ) -> None:
-        self._kept = kept
+        self._latents = latents
         self._mixed = mixed
         self._weights = weights
         self._options = options
@@ -92,11 +92,11 @@ class _LatentLinears:
             return _Normal(*operand, inverse)
 
         if weights.query_norm is None:
-            kept = _SavedLatents(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
+            saved = _SavedLatents(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
         else:
             plain = key.clone(memory_format=torch.contiguous_format)
-            kept = _SavedLatents(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
-        return cls(kept, None, weights, options, maps)
+            saved = _SavedLatents(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
+        return cls(saved, None, weights, options, maps)
 
     @classmethod
     def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
@@ -107,12 +107,12 @@ class _LatentLinears:
         return cls(_SavedLatents(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        kept = self._kept
+        latents = self._latents
         assert self._mixed is not None
-        return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
+        return (latents.plain_BTF, *self._mixed, *latents.latent, *(() if latents.query is None else latents.query))
 
     def saved_keys(self) -> tuple[Tensor, ...]:
-        return (self.shared_key(), *self._kept.latent)
+        return (self.shared_key(), *self._latents.latent)
 
     @classmethod
     def restore_keys(
@@ -122,18 +122,18 @@ class _LatentLinears:
         return cls(_SavedLatents(key, _Normal(*latent), None), None, weights, options, maps)
 
     def queries(self, out: Tensor) -> None:
-        kept = self._kept
+        latents = self._latents
         query_up = self._weights.query_up
-        if kept.query is None or query_up is None:
-            out.copy_(kept.plain_BTF[..., : -self._options.shape.rope].flatten(0, 1))
+        if latents.query is None or query_up is None:
+            out.copy_(latents.plain_BTF[..., : -self._options.shape.rope].flatten(0, 1))
         else:
-            out.copy_(self._maps.forward(kept.query.operand, (query_up,)))
+            out.copy_(self._maps.forward(latents.query.operand, (query_up,)))
 
     def keys_and_values(self) -> Tensor:
-        return self._maps.forward(self._kept.latent.operand, (self._weights.latent_up,))
+        return self._maps.forward(self._latents.latent.operand, (self._weights.latent_up,))
 
     def shared_key(self) -> Tensor:
-        return self._kept.plain_BTF[..., -self._options.shape.rope :]
+        return self._latents.plain_BTF[..., -self._options.shape.rope :]
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
         if self._options.records:
@@ -143,7 +143,7 @@ class _LatentLinears:
     def mixed(self) -> Tensor:
         assert self._mixed is not None
         width = self._options.shape.num_heads * self._options.shape.value
-        plain = self._kept.plain_BTF
+        plain = self._latents.plain_BTF
         return unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +154,7 @@ class _LatentLinears:
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
         weights = self._weights
-        query = self._kept.query
+        query = self._latents.query
         if query is None or weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
             return NormAndUpGradients(None, None)
@@ -162,7 +162,7 @@ class _LatentLinears:
 
     def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         weights = self._weights
-        return self._backward(grad_TE, self._kept.latent, weights.latent_norm, weights.latent_up, out_BTL)
+        return self._backward(grad_TE, self._latents.latent, weights.latent_norm, weights.latent_up, out_BTL)
 
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps
@@ -341,8 +341,8 @@ class GatedDown(torch.autograd.Function):
         for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
         """Keeps gate and up in FP8. `for_backward`: only the backward is needed; the result has no numbers."""
-        gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
-        ctx.save_for_backward(*kept, down_DM)
+        gated, codes = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
+        ctx.save_for_backward(*codes, down_DM)
         ctx.sink = sink
         ctx.maps = maps
         ctx.shape = hidden.shape
@@ -410,9 +410,9 @@ class ExpertMlp(torch.autograd.Function):
         # Gate and up, AH; gated and weighted in codes, AM; the result, AD.
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
         hidden_AH = grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
-        gated, kept = swiglu_quantize(hidden_AH, weights_A, power_of_two=maps.power_of_two)
+        gated, codes = swiglu_quantize(hidden_AH, weights_A, power_of_two=maps.power_of_two)
         source = (packed,) if x is None else (x, norm_weight_D)
-        ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
+        ctx.save_for_backward(weights_A, *codes, gate_up_EHD, down_EDM, *source)
         ctx.options = options
         ctx.weights_dtype = weights.dtype
         if options.for_backward:

@@ -106,12 +106,17 @@ class Fp8Maps:
 
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
         """Returns one piece if every map but the last ends with a block of 128 outputs, else one for each map."""
-        found = [quantize_128x128(weight.detach(), power_of_two=self.power_of_two) for weight in weights]
-        if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
-            found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
+        quantized = [quantize_128x128(weight.detach(), power_of_two=self.power_of_two) for weight in weights]
+        if len(quantized) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
+            quantized = [
+                QuantizedBlocks(
+                    _join([blocks_of_weight.codes for blocks_of_weight in quantized]),
+                    _join([blocks_of_weight.scales for blocks_of_weight in quantized]),
+                )
+            ]
         pieces = list[_Piece]()
         first = 0
-        for blocks in found:
+        for blocks in quantized:
             outputs = slice(first, first + blocks.codes.shape[-2])
             pieces.append(_Piece(outputs, WeightCodes(blocks, transpose_blocks(blocks))))
             first = outputs.stop

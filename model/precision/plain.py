@@ -274,11 +274,11 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        hidden_AH, down_DM, *kept = ctx.saved_tensors
+        hidden_AH, down_DM, *saved_gated = ctx.saved_tensors
         grad_AD = grad.flatten(0, -2)
 
         def gradient() -> Tensor:
-            return grad_AD.t() @ (kept[0] if kept else swiglu(*hidden_AH.chunk(2, 1)))
+            return grad_AD.t() @ (saved_gated[0] if saved_gated else swiglu(*hidden_AH.chunk(2, 1)))
 
         grad_down = deliver_gradient(down_DM, gradient, ctx.sink)
         grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
@@ -317,13 +317,13 @@ class _ExpertMlp(torch.autograd.Function):
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
         operands = (rows_ND, weights_A, gate_up_EHD, down_EDM)
         out_AD, hidden_AH = expert_mlp(*operands, options.counts, options.tokens_A, gated_AM)
-        kept = () if gated_AM is None else (gated_AM,)
-        ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
+        saved_gated = () if gated_AM is None else (gated_AM,)
+        ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *saved_gated)
         return out_AD if order is None else order.sum_rows(out_AD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept = ctx.saved_tensors
+        rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *saved_gated = ctx.saved_tensors
         options: _Options = ctx.options
         counts = options.counts
         sink = options.sink
@@ -346,7 +346,7 @@ class _ExpertMlp(torch.autograd.Function):
         def in_order(values_ND: Tensor) -> Tensor:
             return values_ND if order is None else order.copy_rows(values_ND)
 
-        gated_AM = kept[0] if kept else None
+        gated_AM = saved_gated[0] if saved_gated else None
 
         grad_gate_up = deliver_gradient(gate_up_EHD, lambda: gate_up_gradient(rest[0], in_order(rows_ND), counts), sink)
         grad_down = deliver_gradient(

@@ -232,7 +232,7 @@ def test_known_scales_are_kept_and_the_others_are_made(tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1, 2)]
     known = {names[0]: torch.tensor([[0.125]]), names[1]: torch.tensor([[3.0]])}
     plan = stored_tensors(MODEL, dtype="BF16", fp8=True)
-    scales = Fp8Scales(known=known, power_of_two=False)
+    scales = Fp8Scales(by_name=known, power_of_two=False)
     write_hf(tmp_path / "out", MODEL, plan, lambda name: named[name], scales=scales)
     written = read_tensors(tmp_path / "out")
     for name in names:
@@ -340,7 +340,7 @@ def test_infinity_under_a_known_scale_is_named_although_its_code_is_finite(tmp_p
     named, name = named_tensors(random_model()), "model.layers.0.self_attn.o_proj.weight"
     named[name][3, 2] = -torch.inf
     plan = stored_tensors(MODEL, dtype="BF16", fp8=True)
-    scales = Fp8Scales(known={name: torch.ones(1, 1)}, power_of_two=False)
+    scales = Fp8Scales(by_name={name: torch.ones(1, 1)}, power_of_two=False)
     with pytest.raises(HfError, match=f"{name}: must hold finite numbers in F8_E4M3"):
         write_hf(tmp_path / "out", MODEL, plan, lambda asked: named[asked], scales=scales)
     assert list(tmp_path.iterdir()) == []

@@ -187,7 +187,7 @@ def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Ten
 def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored], Fp8Scales]:
     config = source.config
     quantization = source.preserved.config.get("quantization_config") or {}
-    scales = Fp8Scales(known=source.scales, power_of_two=quantization.get("scale_fmt") == "ue8m0")
+    scales = Fp8Scales(by_name=source.scales, power_of_two=quantization.get("scale_fmt") == "ue8m0")
     if conversion.dtype is not None:
         return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales
     plan = stored_tensors(config, dtype="BF16", fp8=bool(source.scales))

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES
-from model.hf.files import HfError, read_json, shown
+from model.hf.files import HfError, format_value, read_json
 from model.hf.names import Stored, StoredDtype, weights
 from train.checkpoint.manifest import CheckpointError, is_file_name
 
@@ -121,7 +121,7 @@ def read_index(folder: Path, config: ModelConfig) -> Index:
         raise _error("", "must hold a list of files and an object of tensors, does not")
     for file in files:
         if not isinstance(file, str) or not is_file_name(file) or not file.endswith(PART_SUFFIX):
-            raise _error("", f"must name {PART_SUFFIX} files in its folder, names {shown(file)}")
+            raise _error("", f"must name {PART_SUFFIX} files in its folder, names {format_value(file)}")
     return {name: _entry(name, value, files) for name, value in tensors.items()}
 
 
@@ -129,14 +129,16 @@ def _entry(name: str, value: Any, files: list[str]) -> IndexEntry:
     fields: Any = value if isinstance(value, dict) else {}
     dtype, shape, parts = (fields.get(key) for key in ("dtype", "shape", "parts"))
     if dtype not in get_args(StoredDtype):
-        raise _error(name, f"must have one of the types {', '.join(get_args(StoredDtype))}, has {shown(dtype)}")
+        raise _error(name, f"must have one of the types {', '.join(get_args(StoredDtype))}, has {format_value(dtype)}")
     if not _are_whole_numbers(shape) or len(shape) > _MOST_DIMENSIONS:
-        raise _error(name, f"must have a shape of at most {_MOST_DIMENSIONS} whole numbers, has {shown(shape)}")
+        raise _error(name, f"must have a shape of at most {_MOST_DIMENSIONS} whole numbers, has {format_value(shape)}")
     if not isinstance(parts, list):
         raise _error(name, "must have a list of parts, has none")
     for part in parts:
         if not _are_whole_numbers(part) or len(part) != 4 or part[0] >= len(files):
-            raise _error(name, f"a part must be a file's number, first element, count and CRC-32, is {shown(part)}")
+            raise _error(
+                name, f"a part must be a file's number, first element, count and CRC-32, is {format_value(part)}"
+            )
     listed = [TensorPart(files[number], *numbers) for number, *numbers in parts]
     return _checked(name, Stored(tuple(shape), dtype), listed)
 
@@ -160,5 +162,5 @@ def _are_whole_numbers(value: Any) -> bool:
 
 
 def _error(name: str, problem: str) -> CheckpointError:
-    subject = f"{shown(name)[1:-1]}: " if name else ""
+    subject = f"{format_value(name)[1:-1]}: " if name else ""
     return CheckpointError(f"{INDEX_NAME}: {subject}{problem}")

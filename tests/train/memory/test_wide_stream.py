@@ -78,7 +78,7 @@ def widened() -> Iterator[None]:
         return MappedWork(work, lambda received: ExpertGradients(unpack(received, rows), base))
 
     def dispatch_backward(self: DispatchPhase, gradients: ReceivedGradients) -> Work[RoutedGradients]:
-        own = gradients.own_BTD
+        own = gradients.local_BTD
         assert own is not None
         work = self._exchange.dispatcher.dispatch_backward(
             gradients.received_AD, gradients.weights_A, self._exchange.planned()
