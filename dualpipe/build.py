@@ -81,9 +81,11 @@ def _fit(generate: Callable[[float | None], Schedule], costs: CostModel, memory_
     except MemoryCapError:
         staying = None
     moving = offload(generate(None), costs, memory_cap)
-    found = [schedule for schedule in (staying, moving) if schedule is not None]
+    candidates = [schedule for schedule in (staying, moving) if schedule is not None]
     # If neither keeps the cap, the generator's error says which one it could keep without offload.
-    return min(found, key=lambda schedule: simulate(schedule, costs).makespan) if found else generate(memory_cap)
+    return (
+        min(candidates, key=lambda schedule: simulate(schedule, costs).makespan) if candidates else generate(memory_cap)
+    )
 
 
 def _generate(
@@ -149,8 +151,8 @@ def load_or_make(
 def _program_digest(make: Make) -> str:
     """Returns a digest of every file of the search, its presets and a plugin's file included."""
     package = Path(__file__).parent
-    own = sys.modules[make.__module__].__file__
-    files = {*package.rglob("*.py"), *package.rglob("*.json"), *([Path(own)] if own else [])}
+    source = sys.modules[make.__module__].__file__
+    files = {*package.rglob("*.py"), *package.rglob("*.json"), *([Path(source)] if source else [])}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())
@@ -199,14 +201,14 @@ def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
             heappush(ready[row[0]], (0, 0, direction, cohort))
     time = 0
     while any(ready):
-        made: list[tuple[int, tuple[int, int, int, int]]] = []
+        arrivals: list[tuple[int, tuple[int, int, int, int]]] = []
         for rank, waiting in enumerate(ready):
             if waiting:
                 _, stage, direction, micro_batch = heappop(waiting)
                 op = Operation(Op.FORWARD, direction, -stage, micro_batch)
                 ranks[rank].append((op,))
-                made += _next(placement, op, cohorts, rounds, time + 1)
-        for rank, arrived in made:
+                arrivals += _next(placement, op, cohorts, rounds, time + 1)
+        for rank, arrived in arrivals:
             heappush(ready[rank], arrived)
         time += 1
     return Schedule(
@@ -373,13 +375,13 @@ def _reason(best: TimedSchedule, ranked: Sequence[TimedSchedule], memory_cap: fl
 
 
 def _compared(best: TimedSchedule, other: TimedSchedule) -> str:
-    mine = best.simulation.makespan
-    its = other.simulation.makespan
-    if its < mine - 1e-9:
-        less = f"{100 * (1 - its / mine):.2f} % shorter"
+    best_makespan = best.simulation.makespan
+    makespan = other.simulation.makespan
+    if makespan < best_makespan - 1e-9:
+        less = f"{100 * (1 - makespan / best_makespan):.2f} % shorter"
         return f"{_name(other)} is {less} but needs {number(other.memory)} of memory, weights included"
-    more = its / mine - 1 if mine else 0.0
-    words = f"then {_name(other)} with {number(its)} ({100 * more:.1f} % more"
+    more = makespan / best_makespan - 1 if best_makespan else 0.0
+    words = f"then {_name(other)} with {number(makespan)} ({100 * more:.1f} % more"
     return words + (f", peak {number(other.peak)})" if more < 1e-9 else ")")
 
 
@@ -411,13 +413,13 @@ class Alternatives:
         for kind in candidates():
             if kind == schedule.kind:
                 continue
-            made = self._made.get(kind)
-            if made is None:
-                made = self._made[kind] = self._make(kind, schedule, costs)
-            if isinstance(made, Schedule):
-                rows.append(time_schedule(made, resampled(costs, made.num_stages)))
+            built = self._made.get(kind)
+            if built is None:
+                built = self._made[kind] = self._make(kind, schedule, costs)
+            if isinstance(built, Schedule):
+                rows.append(time_schedule(built, resampled(costs, built.num_stages)))
             else:
-                rows.append(made)
+                rows.append(built)
         return rows
 
     def _make(self, kind: str, schedule: Schedule, costs: CostModel) -> Schedule | UnavailableSchedule:
@@ -438,14 +440,14 @@ class Alternatives:
                 break
             try:
                 own_costs = resampled(costs, num_stages)
-                made = build(kind, num_ranks, num_micro_batches, own_costs)
+                alternative = build(kind, num_ranks, num_micro_batches, own_costs)
             except ScheduleError as error:
                 reason = str(error)
                 continue
-            made = made if self._change is None else self._change(made)
-            makespan = simulate(made, own_costs).makespan
+            alternative = alternative if self._change is None else self._change(alternative)
+            makespan = simulate(alternative, own_costs).makespan
             if makespan < shortest * (1 - _ROUNDING):
-                best = made
+                best = alternative
                 shortest = makespan
         return best or UnavailableSchedule(kind=kind, reason=reason)
 

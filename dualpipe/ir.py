@@ -200,13 +200,13 @@ def from_json(text: str) -> Schedule:
 def _read_object(record: Any) -> dict[str, Any]:
     keys = {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
     if not isinstance(record, dict):
-        raise ScheduleError(f"schedule: must be an object, is {_shown(record)}")
+        raise ScheduleError(f"schedule: must be an object, is {_format_value(record)}")
     if wrong := keys.symmetric_difference(record) - {"cohorts", "slices"}:
         verb = "is missing" if wrong <= keys else "is unknown"
         name = min(wrong & keys if wrong <= keys else wrong - keys)
         raise ScheduleError(f"schedule: the key {name!r} {verb}; nearest valid: {', '.join(sorted(keys))}")
     if not isinstance(record["kind"], str):
-        raise ScheduleError(f"kind: must be a string, is {_shown(record['kind'])}")
+        raise ScheduleError(f"kind: must be a string, is {_format_value(record['kind'])}")
     return record
 
 
@@ -218,20 +218,20 @@ def _rows(value: Any, place: str) -> list[list[Any]]:
 
 def _list(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ScheduleError(f"{place}: must be a list, is {_shown(value)}")
+        raise ScheduleError(f"{place}: must be a list, is {_format_value(value)}")
     return value
 
 
 def _integer(value: Any, place: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ScheduleError(f"{place}: must be an integer of at least 0, is {_shown(value)}")
+        raise ScheduleError(f"{place}: must be an integer of at least 0, is {_format_value(value)}")
     return value
 
 
 def _read_group(value: Any, rank: int, index: int) -> Group:
     # The names of places are made only for errors, because a large schedule has hundreds of thousands of operations.
     if not isinstance(value, list):
-        raise ScheduleError(f"ranks[{rank}][{index}]: must be a list, is {_shown(value)}")
+        raise ScheduleError(f"ranks[{rank}][{index}]: must be a list, is {_format_value(value)}")
     return tuple([_read_operation(fields, rank, index, member) for member, fields in enumerate(value)])
 
 
@@ -250,13 +250,13 @@ def _read_operation(value: Any, *place: int) -> Operation:
 
 def _problem_of(value: Any, place: str) -> str:
     if not isinstance(value, list):
-        return f"{place}: must be a list, is {_shown(value)}"
+        return f"{place}: must be a list, is {_format_value(value)}"
     if len(value) != 4:
-        return f"{place}: must be [kind, direction, stage, micro_batch], is {_shown(value)}"
+        return f"{place}: must be [kind, direction, stage, micro_batch], is {_format_value(value)}"
     if not isinstance(value[0], str) or value[0] not in _OPS:
-        return f"{place}: the kind must be one of {' '.join(_OPS)}, is {_shown(value[0])}"
+        return f"{place}: the kind must be one of {' '.join(_OPS)}, is {_format_value(value[0])}"
     wrong = next(field for field in value[1:] if type(field) is not int or field < 0)
-    return f"{place}: must be an integer of at least 0, is {_shown(wrong)}"
+    return f"{place}: must be an integer of at least 0, is {_format_value(wrong)}"
 
 
 def _check_sizes(schedule: Schedule, num_stages: int) -> None:
@@ -271,7 +271,7 @@ def _check_sizes(schedule: Schedule, num_stages: int) -> None:
         raise ScheduleError("slices: must be at least 1, is 0; nearest valid: 1")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

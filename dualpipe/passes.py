@@ -50,17 +50,17 @@ def split_backwards(schedule: Schedule) -> Schedule:
 
 
 def _forwards(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    kept = (tuple(op for op in group if op.kind is Op.FORWARD) for group in groups)
-    return tuple(group for group in kept if group)
+    forwards = (tuple(op for op in group if op.kind is Op.FORWARD) for group in groups)
+    return tuple(group for group in forwards if group)
 
 
 def _split(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    made: list[Group] = []
+    split: list[Group] = []
     for group in groups:
         backwards = [op for op in group if op.kind is Op.BACKWARD]
-        made.append(tuple(op.with_kind(Op.BACKWARD_INPUT) if op.kind is Op.BACKWARD else op for op in group))
-        made += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backwards]
-    return tuple(made)
+        split.append(tuple(op.with_kind(Op.BACKWARD_INPUT) if op.kind is Op.BACKWARD else op for op in group))
+        split += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backwards]
+    return tuple(split)
 
 
 def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patience: float = 0.0) -> Schedule | None:
@@ -155,8 +155,8 @@ class _WeightPlacement:
 
 
 def _without_weights(groups: Sequence[Group]) -> list[Group]:
-    kept = (tuple(op for op in group if op.kind is not Op.BACKWARD_WEIGHT) for group in groups)
-    return [group for group in kept if group]
+    others = (tuple(op for op in group if op.kind is not Op.BACKWARD_WEIGHT) for group in groups)
+    return [group for group in others if group]
 
 
 _MAX_SWEEPS = 6
@@ -210,15 +210,15 @@ class _HillClimb:
         return replace(self._schedule, ranks=ranks)
 
     def _sweep(self) -> bool:
-        has_kept = False
+        has_improved = False
         before = self._timing.begin(self._ranks)
         for index in range(max(map(len, self._ranks))):
             self._timing.advance(self._ranks, before, until=index)
             for ranks in self._moved:
                 groups = self._ranks[ranks[0]]
                 if index + 1 < len(groups) and self._is_faster(groups[index], groups[index + 1]):
-                    has_kept = self._try(ranks, index, before) or has_kept
-        return has_kept
+                    has_improved = self._try(ranks, index, before) or has_improved
+        return has_improved
 
     def _is_faster(self, first: NumberedGroup, second: NumberedGroup) -> bool:
         if len(first) + len(second) > self._most_members:
@@ -235,17 +235,20 @@ class _HillClimb:
         pair = old[ranks[0]][index], old[ranks[0]][index + 1]
         if pair in self._rejected:
             return False
-        new = {rank: [*own[:index], own[index] + own[index + 1], *own[index + 2 :]] for rank, own in old.items()}
+        new = {
+            rank: [*rank_groups[:index], rank_groups[index] + rank_groups[index + 1], *rank_groups[index + 2 :]]
+            for rank, rank_groups in old.items()
+        }
         if any(self._peak(groups) > self._caps[rank] + 1e-9 for rank, groups in new.items()):
             return False
         duration = self._timing.duration
         left = {rank: before.left[rank] for rank in ranks}
-        for rank, (first, second) in ((rank, own[index : index + 2]) for rank, own in old.items()):
+        for rank, (first, second) in ((rank, rank_groups[index : index + 2]) for rank, rank_groups in old.items()):
             self._ranks[rank] = new[rank]
             before.left[rank] -= duration(first) + duration(second) - duration(first + second)
-        found = self._measure(before.copy(), self._best[0])
-        if found <= self._best:
-            self._best = found
+        timing = self._measure(before.copy(), self._best[0])
+        if timing <= self._best:
+            self._best = timing
             return True
         for rank in ranks:
             self._ranks[rank] = old[rank]
@@ -264,12 +267,12 @@ class _HillClimb:
         return round(max(progress.clock), 9), round(sum(progress.clock), 9)
 
     def _peak(self, groups: list[NumberedGroup]) -> float:
-        made = self._made
+        allocated = self._made
         freed = self._freed
         alive = peak = 0.0
         for group in groups:
             for number in group:
-                alive += made[number]
+                alive += allocated[number]
             if alive > peak:
                 peak = alive
             for number in group:
@@ -281,15 +284,17 @@ def _mirror_pairs(schedule: Schedule) -> list[tuple[int, ...]]:
     """Returns the pairs of mirror ranks, or each rank if their groups differ in more than the direction."""
     last = schedule.num_ranks - 1
 
-    def is_mirror(group: Group, other: Group) -> bool:
-        return sorted(group) == sorted(Operation(op.kind, 1 - op.direction, op.stage, op.micro_batch) for op in other)
+    def is_mirror(group: Group, mirrored: Group) -> bool:
+        return sorted(group) == sorted(
+            Operation(op.kind, 1 - op.direction, op.stage, op.micro_batch) for op in mirrored
+        )
 
     pairs = [(rank, last - rank) for rank in range(schedule.num_ranks // 2)]
     has_mirrors = schedule.num_directions == 2 and schedule.num_ranks % 2 == 0
     for rank, mirror in pairs if has_mirrors else ():
-        own = schedule.ranks[rank]
-        other = schedule.ranks[mirror]
-        has_mirrors = has_mirrors and len(own) == len(other) and all(map(is_mirror, own, other))
+        groups = schedule.ranks[rank]
+        mirrored = schedule.ranks[mirror]
+        has_mirrors = has_mirrors and len(groups) == len(mirrored) and all(map(is_mirror, groups, mirrored))
     return [*pairs] if has_mirrors else [(rank,) for rank in range(schedule.num_ranks)]
 
 
@@ -304,9 +309,11 @@ def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule
     backward. If no activation is in time, the rank waits for a copy.
     """
     early = replace(schedule, ranks=tuple(tuple(_early_weights(groups)) for groups in schedule.ranks))
-    found = [_in_order(each, costs, memory_cap) for each in (schedule, early)]
+    candidates = [_in_order(candidate, costs, memory_cap) for candidate in (schedule, early)]
     return min(
-        (each for each in found if each is not None), key=lambda each: simulate(each, costs).makespan, default=None
+        (candidate for candidate in candidates if candidate is not None),
+        key=lambda candidate: simulate(candidate, costs).makespan,
+        default=None,
     )
 
 
@@ -333,12 +340,15 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
             if moved is None:
                 return best
             ranks.append(moved)
-        found = replace(schedule, ranks=tuple(ranks))
-        simulation = simulate(found, costs)
-        if max(peak_memory(found, costs)) > memory_cap + _ROUNDING or simulation.makespan >= best_makespan - _ROUNDING:
+        planned_schedule = replace(schedule, ranks=tuple(ranks))
+        simulation = simulate(planned_schedule, costs)
+        if (
+            max(peak_memory(planned_schedule, costs)) > memory_cap + _ROUNDING
+            or simulation.makespan >= best_makespan - _ROUNDING
+        ):
             return best
         # Waits for copies change the times of groups. Another round plans with these times.
-        best = found
+        best = planned_schedule
         best_makespan = simulation.makespan
     return best
 
@@ -348,7 +358,7 @@ class _Activation:
     """Activation on one rank, with the numbers of its groups; `copy` is None if it must stay."""
 
     forward: Operation
-    made: int
+    created: int
     used: int
     freed: int
     weight: float
@@ -385,23 +395,29 @@ class _RankPlan:
 
     def _choose(self, full: int) -> bool:
         """Chooses one more activation to be away during a group: the one needed last that is in time."""
-        live = [each for each in self._activations if each.copy is not None and each.made < full < each.used]
-        live.sort(key=lambda each: -each.used)
+        live = [
+            activation
+            for activation in self._activations
+            if activation.copy is not None and activation.created < full < activation.used
+        ]
+        live.sort(key=lambda activation: -activation.used)
         moves = self._moves()
         before = self._excess(moves, full)
-        for each in live:
-            if each not in self._chosen:
-                self._chosen[each] = _Move(each.used, each.made)
+        for activation in live:
+            if activation not in self._chosen:
+                self._chosen[activation] = _Move(activation.used, activation.created)
                 if self._excess(self._moves(), full) < before - _ROUNDING:
                     return True
-                del self._chosen[each]
-        for each in live:
-            if each in moves and moves[each].back <= full:
-                self._chosen[each] = replace(self._chosen[each], back=full + 1)
+                del self._chosen[activation]
+        for activation in live:
+            if activation in moves and moves[activation].back <= full:
+                self._chosen[activation] = replace(self._chosen[activation], back=full + 1)
                 return True
-        for each in live:
-            if each not in moves or moves[each].out > full:
-                self._chosen[each] = _Move(full, self._chosen[each].back if each in self._chosen else full + 1)
+        for activation in live:
+            if activation not in moves or moves[activation].out > full:
+                self._chosen[activation] = _Move(
+                    full, self._chosen[activation].back if activation in self._chosen else full + 1
+                )
                 return True
         return False
 
@@ -409,44 +425,55 @@ class _RankPlan:
         """Returns the copies of the chosen activations: each out as early and back as late as the link allows."""
         outs: dict[_Activation, int] = {}
         free = 0.0
-        for each in sorted(self._chosen, key=lambda each: (each.made, self._groups[each.made].index(each.forward))):
-            assert each.copy is not None
-            free = max(free, self._ends[each.made]) + each.copy
+        for activation in sorted(
+            self._chosen,
+            key=lambda activation: (activation.created, self._groups[activation.created].index(activation.forward)),
+        ):
+            assert activation.copy is not None
+            free = max(free, self._ends[activation.created]) + activation.copy
             # The first group that starts when the copy has ended, or the one that waits for it.
             in_time = bisect_right(self._ends, free - _ROUNDING) + 1
-            outs[each] = min(max(in_time, each.made + 1), self._chosen[each].out)
+            outs[activation] = min(max(in_time, activation.created + 1), self._chosen[activation].out)
         moves: dict[_Activation, _Move] = {}
         limit = float("inf")
-        for each in sorted(self._chosen, key=lambda each: -each.used):
-            assert each.copy is not None
-            limit = min(limit, self._starts[each.used]) - each.copy
+        for activation in sorted(self._chosen, key=lambda activation: -activation.used):
+            assert activation.copy is not None
+            limit = min(limit, self._starts[activation.used]) - activation.copy
             # The last group before which the copy can start in time.
             in_time = bisect_right(self._ends, limit + _ROUNDING)
-            moves[each] = _Move(outs[each], min(max(in_time, outs[each] + 1, self._chosen[each].back), each.used))
-        return {each: move for each, move in moves.items() if move.out < move.back}
+            moves[activation] = _Move(
+                outs[activation],
+                min(max(in_time, outs[activation] + 1, self._chosen[activation].back), activation.used),
+            )
+        return {activation: move for activation, move in moves.items() if move.out < move.back}
 
     def _alive(self, moves: dict[_Activation, _Move]) -> list[float]:
         changes = [0.0] * (len(self._groups) + 1)
-        for each in self._activations:
-            changes[each.made] += each.weight
-            changes[each.freed + 1] -= each.weight
-            if each in moves:
-                changes[moves[each].out] -= each.weight
-                changes[moves[each].back] += each.weight
+        for activation in self._activations:
+            changes[activation.created] += activation.weight
+            changes[activation.freed + 1] -= activation.weight
+            if activation in moves:
+                changes[moves[activation].out] -= activation.weight
+                changes[moves[activation].back] += activation.weight
         return list(accumulate(changes[:-1]))
 
     def _excess(self, moves: dict[_Activation, _Move], until: int) -> float:
         return sum(max(0.0, alive - self._cap) for alive in self._alive(moves)[: until + 1])
 
     def _with_copies(self, moves: dict[_Activation, _Move]) -> tuple[Group, ...]:
-        made: list[Group] = []
+        all_groups: list[Group] = []
         for index, group in enumerate(self._groups):
             # Offloads first, so that the reloads do not raise the peak.
-            made += _copies(Op.OFFLOAD, (each.forward for each, move in moves.items() if move.out == index))
-            ordered = sorted((each for each, move in moves.items() if move.back == index), key=lambda each: each.used)
-            made += _copies(Op.RELOAD, (each.forward for each in ordered))
-            made.append(group)
-        return tuple(made)
+            all_groups += _copies(
+                Op.OFFLOAD, (activation.forward for activation, move in moves.items() if move.out == index)
+            )
+            ordered = sorted(
+                (activation for activation, move in moves.items() if move.back == index),
+                key=lambda activation: activation.used,
+            )
+            all_groups += _copies(Op.RELOAD, (activation.forward for activation in ordered))
+            all_groups.append(group)
+        return tuple(all_groups)
 
 
 def _copies(kind: Op, forwards: Iterable[Operation]) -> list[Group]:
@@ -455,7 +482,7 @@ def _copies(kind: Op, forwards: Iterable[Operation]) -> list[Group]:
 
 def _activations(groups: Sequence[Group], costs: CostModel) -> list[_Activation]:
     at = {op: index for index, group in enumerate(groups) for op in group}
-    found = []
+    activations = []
     for op, index in at.items():
         if op.kind is not Op.FORWARD:
             continue
@@ -465,5 +492,5 @@ def _activations(groups: Sequence[Group], costs: CostModel) -> list[_Activation]
             used = at[op.with_kind(Op.BACKWARD_INPUT)]
             freed = at[op.with_kind(Op.BACKWARD_WEIGHT)]
         stage = costs.stages[op.stage]
-        found.append(_Activation(op, index, used, freed, stage.activation, stage.offload))
-    return found
+        activations.append(_Activation(op, index, used, freed, stage.activation, stage.offload))
+    return activations

@@ -96,7 +96,7 @@ def check_progress(schedule: Schedule) -> None:
 
 def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
     links: dict[tuple[int, int, ValueKind], _Link] = {}
-    held = (schedule.cohorts or 0) * schedule.num_directions
+    num_cohorts = (schedule.cohorts or 0) * schedule.num_directions
     receivers: _Ends = {}
     senders: _Ends = {}
 
@@ -105,7 +105,7 @@ def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
         row = schedule.placement[direction]
         count = len(schedule.micro_batches_of(direction))
         key = row[stage], row[user], kind
-        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=held))
+        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=num_cohorts))
         first = (direction * schedule.num_stages + stage) * schedule.num_micro_batches
         sends = _End((_Step(_Action.SEND, link),), link.sent, first, range(count - delay))
         waits = (_Step(_Action.POST, link), _Step(_Action.WAIT, link))
@@ -157,8 +157,8 @@ def _check_order(schedule: Schedule, link: _Link) -> None:
 
 
 def _value(schedule: Schedule, link: _Link, number: int) -> Value:
-    place, micro_batch = divmod(number, schedule.num_micro_batches)
-    direction, stage = divmod(place, schedule.num_stages)
+    column, micro_batch = divmod(number, schedule.num_micro_batches)
+    direction, stage = divmod(column, schedule.num_stages)
     return Value(link.kind, direction, stage, micro_batch)
 
 
@@ -209,5 +209,7 @@ def _describe_wait(schedule: Schedule, rank: int, step: _Step) -> str:
 
 def _group_of(schedule: Schedule, rank: int, value: Value, *, is_maker: bool) -> str:
     function = value_made if is_maker else value_needed
-    found = next(group for group in schedule.ranks[rank] if any(function(schedule, op) == value for op in group))
-    return "+".join(map(str, found))
+    sending_group = next(
+        group for group in schedule.ranks[rank] if any(function(schedule, op) == value for op in group)
+    )
+    return "+".join(map(str, sending_group))

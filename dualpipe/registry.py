@@ -133,7 +133,7 @@ def check_size(
 def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
     """Checks that a kind, or `auto`, can run slices of sequences, of which each counts as a micro-batch."""
     if slices > 1 and (kind == "auto" or not SCHEDULES.get(kind).takes_slices):
-        sliced = " or ".join(other for other, spec in SCHEDULES.items() if spec.takes_slices)
+        sliced = " or ".join(name for name, spec in SCHEDULES.items() if spec.takes_slices)
         raise ScheduleError(
             f"schedule.slices: schedule '{kind}' runs whole sequences, is {slices}; nearest: 1, or schedule={sliced}"
         )
@@ -150,13 +150,13 @@ def kind_for_size(
     kind: str, num_ranks: int, num_micro_batches: int, chunks: int, *, micro_batches_key: str = "num_micro_batches"
 ) -> str:
     """Returns the kind or, where it is not defined, one with the same placement: `FALLBACK` if possible."""
-    own = SCHEDULES.get(kind)
-    if own.limit(num_ranks, num_micro_batches) is not None:
-        placement = own.placement(num_ranks, chunks)
-        for other, spec in sorted(candidates().items(), key=lambda item: item[0] != FALLBACK):
+    wanted = SCHEDULES.get(kind)
+    if wanted.limit(num_ranks, num_micro_batches) is not None:
+        placement = wanted.placement(num_ranks, chunks)
+        for name, spec in sorted(candidates().items(), key=lambda item: item[0] != FALLBACK):
             is_defined = chunks in spec.chunks and spec.limit(num_ranks, num_micro_batches) is None
             if is_defined and spec.placement(num_ranks, chunks) == placement:
-                return other
+                return name
     check_size(kind, num_ranks, num_micro_batches, micro_batches_key=micro_batches_key)
     return kind
 
@@ -198,8 +198,8 @@ class StageEntry:
 
     def costs(self, equal: StageCosts) -> StageCosts:
         """Returns the stage's costs, given those of an equal share of the model."""
-        given = {name: getattr(equal, name) for name in _STAGE_KEYS}
-        scaled = {name: self.factor * value for name, value in given.items() if value is not None}
+        equal_costs = {name: getattr(equal, name) for name in _STAGE_KEYS}
+        scaled = {name: self.factor * value for name, value in equal_costs.items() if value is not None}
         return StageCosts(**(scaled | dict(self.values)))
 
 

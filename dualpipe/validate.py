@@ -87,8 +87,10 @@ def _locate_operations(schedule: Schedule) -> _Located:
             if not group:
                 raise ScheduleError(f"rank {rank}: group {index} is empty")
             if len(group) > 1 and any(op.kind.is_copy for op in group):
-                shown = " ".join(map(str, group))
-                raise ScheduleError(f"rank {rank}: group {index} has {shown}: an O or R must be in a separate group")
+                group_text = " ".join(map(str, group))
+                raise ScheduleError(
+                    f"rank {rank}: group {index} has {group_text}: an O or R must be in a separate group"
+                )
             for op in group:
                 holder, count = holders.get(op[1:3], nowhere)
                 if holder != rank or not 0 <= op.micro_batch < count or op in located:
@@ -115,8 +117,8 @@ def _check_complete(schedule: Schedule, located: _Located, *, forward_only: bool
     for direction, row in enumerate(schedule.placement):
         for stage, rank in enumerate(row):
             for micro_batch in schedule.micro_batches_of(direction):
-                place = direction, stage, micro_batch
-                kinds = tuple([kind for kind in every if (kind, *place) in located])
+                key = direction, stage, micro_batch
+                kinds = tuple([kind for kind in every if (kind, *key) in located])
                 if kinds in complete:
                     continue
                 problem = _problem(kinds, forward_only=forward_only)
@@ -167,11 +169,11 @@ def _check_order(schedule: Schedule, located: _Located) -> None:
         for index, group in enumerate(groups):
             for op in group:
                 for maker in makers.get(op[:3], ()):
-                    made = located.get((*maker, op.micro_batch), -1)
-                    if made >= index:
-                        other = Operation(*maker, op.micro_batch)
-                        when = "together with" if made == index else "before"
-                        raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {other}, which it needs")
+                    made_at = located.get((*maker, op.micro_batch), -1)
+                    if made_at >= index:
+                        maker_op = Operation(*maker, op.micro_batch)
+                        when = "together with" if made_at == index else "before"
+                        raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {maker_op}, which it needs")
 
 
 def _check_tokens(schedule: Schedule, located: _Located) -> None:
@@ -196,11 +198,11 @@ def _check_slices(schedule: Schedule, located: _Located) -> None:
         if op.kind.is_copy:
             raise ScheduleError(f"rank {rank}: group {index} has {op}; slices of sequences cannot be offloaded")
         is_forward = op.kind is Op.FORWARD
-        other = op.micro_batch - 1 if is_forward else op.micro_batch + 1
-        if op.kind is Op.BACKWARD_WEIGHT or other // schedule.slices != op.micro_batch // schedule.slices:
+        neighbor = op.micro_batch - 1 if is_forward else op.micro_batch + 1
+        if op.kind is Op.BACKWARD_WEIGHT or neighbor // schedule.slices != op.micro_batch // schedule.slices:
             continue
         for kind in (Op.FORWARD,) if is_forward else backwards:
-            earlier = op._replace(kind=kind, micro_batch=other)
+            earlier = op._replace(kind=kind, micro_batch=neighbor)
             if located.get(earlier, -1) >= index:
                 raise ScheduleError(
                     f"rank {rank}: group {index} has {op} before or together with {earlier}, of the "
@@ -211,15 +213,15 @@ def _check_slices(schedule: Schedule, located: _Located) -> None:
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:
     """Returns what (kind, direction, stage) operations of a key may need, if one rank runs both."""
     kind, direction, stage = key
-    found = [(needed, direction, stage) for needed in _NEEDS[kind]]
+    makers = [(needed, direction, stage) for needed in _NEEDS[kind]]
     forward = kind is Op.FORWARD
     row = schedule.placement[direction]
     neighbor = stage - 1 if forward else stage + 1
     needs_neighbor = kind in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT)
     if needs_neighbor and neighbor in range(len(row)) and row[neighbor] == row[stage]:
         kinds = (Op.FORWARD,) if forward else (Op.BACKWARD, Op.BACKWARD_INPUT)
-        found += [(other, direction, neighbor) for other in kinds]
-    return found
+        makers += [(needed_kind, direction, neighbor) for needed_kind in kinds]
+    return makers
 
 
 def _check_memory(schedule: Schedule, memory_cap: float) -> None:

@@ -265,8 +265,8 @@ def tick_text(value: float) -> str:
 
 def spread(values: tuple[float, ...]) -> str:
     """Formats the value if all are equal, else the minimum and the maximum."""
-    shown = list(dict.fromkeys(number(value) for value in sorted(values)))
-    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+    numbers = list(dict.fromkeys(number(value) for value in sorted(values)))
+    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def percent(fraction: float) -> str:
@@ -287,7 +287,7 @@ def plain(text: str) -> str:
 
 def needs_stage_label(schedule: Schedule, rank: int, direction: int) -> bool:
     """Returns whether a label needs the stage because the rank holds several for the direction."""
-    return [held for held, _ in schedule.stages_of(rank)].count(direction) > 1
+    return [stage_direction for stage_direction, _ in schedule.stages_of(rank)].count(direction) > 1
 
 
 def size(schedule: Schedule) -> str:
@@ -316,9 +316,12 @@ def explanation(shown: Sequence[TimedSchedule]) -> str:
     """Returns the section of the page on the schedule that was run, or on the first one."""
     if not shown:
         return ""
-    entry = next((each for each in shown if each.measured is not None), shown[0])
+    entry = next((candidate for candidate in shown if candidate.measured is not None), shown[0])
     heading = f"<h2>Where {escape(entry.schedule.kind)} loses time</h2>"
-    others = sorted((each for each in shown if each is not entry), key=lambda each: each.simulation.makespan)
+    others = sorted(
+        (candidate for candidate in shown if candidate is not entry),
+        key=lambda candidate: candidate.simulation.makespan,
+    )
     return "\n".join([heading, _steady(entry), _next_best(entry, others[:_NUM_OTHERS])])
 
 
@@ -361,15 +364,15 @@ def _label(schedule: Schedule, rank: int, group: Group) -> str:
 def _next_best(entry: TimedSchedule, others: Sequence[TimedSchedule]) -> str:
     if not others:
         return ""
-    items = "\n".join(f"<li>{escape(_difference(entry, other))}</li>" for other in others)
+    items = "\n".join(f"<li>{escape(_difference(entry, alternative))}</li>" for alternative in others)
     return f"<p>The next best schedules under the same costs:</p>\n<ol>\n{items}\n</ol>"
 
 
 def _difference(entry: TimedSchedule, other: TimedSchedule) -> str:
     """Returns how much longer another schedule is, and in which part most of the difference arises."""
-    mine = entry.simulation.makespan
-    its = other.simulation.makespan
-    change = its / mine - 1 if mine else 0.0
+    makespan = entry.simulation.makespan
+    other_makespan = other.simulation.makespan
+    change = other_makespan / makespan - 1 if makespan else 0.0
     words = "as long" if abs(change) < 5e-4 else f"{percent(abs(change))} {'longer' if change > 0 else 'shorter'}"
     text = f"{other.schedule.kind} with {other.chunks} chunk{'s' * (other.chunks != 1)}: {words}"
     text += f", peak {number(other.peak)}, weights {other.copies}x"
@@ -378,7 +381,7 @@ def _difference(entry: TimedSchedule, other: TimedSchedule) -> str:
     if before is None or after is None or abs(change) < 5e-4:
         return text
     pairs = zip(before.ranks[before.busiest].losses, after.ranks[after.busiest].losses, strict=True)
-    differences = dict(zip(_PARTS, (one - other for other, one in pairs), strict=True))
+    differences = dict(zip(_PARTS, (loss_after - loss_before for loss_before, loss_after in pairs), strict=True))
     part = max(differences, key=lambda name: differences[name] * (1 if change > 0 else -1))
     verb = "more" if differences[part] > 0 else "less"
     return f"{text}; it loses {number(abs(differences[part]))} {verb} in its {part}, limited by {after.limit}"

@@ -137,9 +137,7 @@ def _marks(schedule: Schedule, *, has_measured: bool, has_bound: bool) -> list[_
         items.append(_Item((), shades))
     pair = next((group[:2] for groups in schedule.ranks for group in groups if len(group) > 1), None)
     if pair is not None:
-        items.append(
-            _Item(("half", *(style_of(op.kind, place) for place, op in enumerate(pair))), "halves: overlapped")
-        )
+        items.append(_Item(("half", *(style_of(op.kind, half) for half, op in enumerate(pair))), "halves: overlapped"))
     items.append(_Item(("track",), "idle"))
     if has_measured:
         items.append(_Item(("exposed",), "exposed exchange"))
@@ -159,7 +157,7 @@ def _swatch(styles: tuple[str, ...], x: float, y: float) -> list[str]:
         return [f'<line class="bound" x1="{x:g}" x2="{x + _SWATCH_WIDTH:g}" y1="{y + 7:g}" y2="{y + 7:g}"/>']
     if styles[:1] == ("half",):
         height = _SWATCH_HEIGHT / 2
-        return [_box(style, x, y + place * height, _SWATCH_WIDTH, height) for place, style in enumerate(styles[1:])]
+        return [_box(style, x, y + row * height, _SWATCH_WIDTH, height) for row, style in enumerate(styles[1:])]
     width = _SWATCH_WIDTH / max(len(styles), 1)
     return [_box(style, x + index * width, y, width, _SWATCH_HEIGHT) for index, style in enumerate(styles)]
 

@@ -288,10 +288,10 @@ class _Picture:
         pixels = self.scale.pixels / self.unit.factor
         step = round_up(_TICK / pixels) if pixels else 0.0
         count = int(self.scale.span * self.unit.factor / step * (1 + 1e-9)) if step else 0
-        for place in range(count + 1):
-            x = self.scale.x(place * step / self.unit.factor)
+        for index in range(count + 1):
+            x = self.scale.x(index * step / self.unit.factor)
             self.parts.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="{top:g}" y2="{bottom + 4:g}"/>')
-            text = tick_text(place * step)
+            text = tick_text(index * step)
             labels.append(f'<text class="soft" x="{x:.2f}" y="{bottom + 17:g}" text-anchor="middle">{text}</text>')
         name = f"time in {self.unit.name}" if self.unit.name else "time in units of the costs"
         return [*labels, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
@@ -350,7 +350,7 @@ class _Picture:
         return int(op.stage > first)
 
     def _tooltip(self, cell: Cell, op: Operation) -> str:
-        others = " ".join(str(other) for other in cell.members if other != op)
+        others = " ".join(str(member) for member in cell.members if member != op)
         start = f" from {self.unit.shown(cell.start)} on"
         overlap = f", overlapped with {others}" if others else ""
         where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"

@@ -79,9 +79,9 @@ def summary(
         lines += list(zip(("steady state", "lost time"), steady_lines(steady), strict=True))
     # The cap includes the copies of the weights, the peaks of the simulation do not.
     own_cap = max(simulation.peaks, default=0.0) + schedule.num_directions * model.weights
-    own = lower_bound(schedule, model, own_cap)
-    if own.value > bound.value:
-        lines.append(("bound at its peak", f"{number(own.value)}; {own.reason}"))
+    bound_at_peak = lower_bound(schedule, model, own_cap)
+    if bound_at_peak.value > bound.value:
+        lines.append(("bound at its peak", f"{number(bound_at_peak.value)}; {bound_at_peak.reason}"))
     idle = SCHEDULES.get(schedule.kind).idle if schedule.kind in SCHEDULES else None
     if idle is not None and isinstance(costs, Costs):
         formula = number(idle.value(schedule.num_ranks, costs))
@@ -153,9 +153,9 @@ def _ruler(scale: float, start: int, stop: int) -> str:
         return "0"
     step = round_up(_TICK_COLUMNS / scale)
     ruler = ""
-    for place in range(math.ceil(start / scale / step), math.floor(stop / scale / step) + 1):
-        column = round(place * step * scale) - start
-        text = tick_text(place * step)
+    for index in range(math.ceil(start / scale / step), math.floor(stop / scale / step) + 1):
+        column = round(index * step * scale) - start
+        text = tick_text(index * step)
         if 0 <= column <= stop - start - len(text):
             ruler = ruler.ljust(column) + text
     return ruler
@@ -194,8 +194,8 @@ _GAP = "  "
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """Returns the text of a schedule for each of `COLUMNS`."""
-    shown = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
-    return (entry.schedule.kind, *(shown | {"weights": f"{entry.copies}x"}).values())
+    texts = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
+    return (entry.schedule.kind, *(texts | {"weights": f"{entry.copies}x"}).values())
 
 
 def _values(entry: TimedSchedule) -> tuple[float, ...]:
@@ -214,16 +214,16 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one ASCII line per schedule, with numbers or a reason, and the meaning of the columns."""
-    shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
+    texts = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
     kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *shown.values(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *texts.values(), strict=True)]
     widths[0] = max(map(len, (COLUMNS[0], *kinds)))
     lines = [_line(COLUMNS, widths)]
     for index, row in enumerate(rows):
         if isinstance(row, UnavailableSchedule):
             lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _GAP, width)
         else:
-            lines.append(_line(shown[index], widths))
+            lines.append(_line(texts[index], widths))
     return plain("\n".join([*lines, "", *textwrap.wrap(MEANING, width)]))
 
 
@@ -243,17 +243,17 @@ _TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind 
 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
     """Returns the page, which works offline. If a schedule was run, the others are compared with it."""
-    shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
-    scale = _common_scale(shown)
-    is_run = any(entry.measured for entry in shown)
+    timed = [entry for entry in entries if isinstance(entry, TimedSchedule)]
+    scale = _common_scale(timed)
+    is_run = any(entry.measured for entry in timed)
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         definitions=DEFINITIONS,
         header="".join(_head_cell(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
         rows="\n".join(_table_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
-        explanation=explanation(shown),
+        explanation=explanation(timed),
         meaning=escape(MEANING + (_MEANING_OF_RUN if is_run else "")),
-        comparison=_comparison(shown),
+        comparison=_comparison(timed),
         figures="\n".join(_figure(index, entry, scale, has_run=is_run) for index, entry in _run_first(entries)),
     )
     return document(title, body, STYLE + _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
@@ -296,12 +296,12 @@ def _table_row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_ru
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
-    name, *shown = cells(entry)
+    name, *texts = cells(entry)
     is_run = entry.measured is not None
     checked = "" if has_run and not is_run else " checked"
     label = f"{escape(name)}{' (this run)' if is_run else ''}"
     box = f'<label><input type="checkbox"{checked} data-figure="{_identity(index)}"> {label}</label>'
-    numbers = zip(shown, _values(entry), strict=True)
+    numbers = zip(texts, _values(entry), strict=True)
     values = "".join(f'<td data-value="{value:.17g}">{text}</td>' for text, value in numbers)
     return f'<tr class="shown{" run" if is_run else ""}"><td>{box}</td>{values}</tr>'
 

@@ -32,7 +32,7 @@ _SPANS: dict[SpanLane, str] = {
 }
 """Words before an operation in the name of a measured span."""
 _Event = dict[str, Any]
-_Place = tuple[int, int, float, float]
+_Box = tuple[int, int, float, float]
 """Process, thread, start and length of an event; times in microseconds."""
 
 
@@ -50,12 +50,12 @@ def trace(
     """
     scale = seconds_per_unit * 1e6
     events = [*_metadata(schedule, has_measured=measured is not None)]
-    places: dict[Operation, _Place] = {}
-    for event, place in _planned(schedule, simulation, costs, scale):
+    boxes: dict[Operation, _Box] = {}
+    for event, box in _planned(schedule, simulation, costs, scale):
         events.append(event)
-        if place is not None:
-            places[place[0]] = place[1]
-    events += _flows(schedule, "planned", places, places)
+        if box is not None:
+            boxes[box[0]] = box[1]
+    events += _flows(schedule, "planned", boxes, boxes)
     if measured is not None:
         events += _measured(schedule, measured)
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
@@ -79,15 +79,15 @@ def _named(what: str, process: int, thread: int, values: dict[str, Any]) -> _Eve
 
 def _planned(
     schedule: Schedule, simulation: Simulation, costs: CostModel, scale: float
-) -> Iterator[tuple[_Event, tuple[Operation, _Place] | None]]:
+) -> Iterator[tuple[_Event, tuple[Operation, _Box] | None]]:
     """Yields events and, for the main event of an operation, its position."""
     for rank, groups in enumerate(schedule.ranks):
         numbers = {group[0]: index for index, group in enumerate(groups) if group[0].kind.is_copy}
         for copy in simulation.copies[rank]:
             thread = _TO_HOST if copy.operation.kind is Op.OFFLOAD else _FROM_HOST
-            place = (rank, thread, copy.start * scale, (copy.end - copy.start) * scale)
+            box = (rank, thread, copy.start * scale, (copy.end - copy.start) * scale)
             arguments = _arguments(copy.operation, numbers[copy.operation])
-            yield _complete(f"copy {copy.operation}", "planned", place, arguments), None
+            yield _complete(f"copy {copy.operation}", "planned", box, arguments), None
         for index, group in enumerate(groups):
             start = simulation.starts[rank][index]
             length = simulation.ends[rank][index] - start
@@ -95,17 +95,17 @@ def _planned(
                 continue
             exchange_at = start
             for member, op in enumerate(group):
-                place = (rank, _OVERLAPPED if member else _PLANNED, start * scale, length * scale)
-                yield _complete(str(op), "planned", place, _arguments(op, index)), (op, place)
+                box = (rank, _OVERLAPPED if member else _PLANNED, start * scale, length * scale)
+                yield _complete(str(op), "planned", box, _arguments(op, index)), (op, box)
                 exchange = costs.exchange_of(op)
                 if exchange > 0:
-                    place = (rank, _EXCHANGE, exchange_at * scale, exchange * scale)
-                    yield _complete(f"exchange {op}", "planned", place, _arguments(op, index)), None
+                    box = (rank, _EXCHANGE, exchange_at * scale, exchange * scale)
+                    yield _complete(f"exchange {op}", "planned", box, _arguments(op, index)), None
                     exchange_at += exchange
 
 
-def _complete(name: str, category: str, place: _Place, arguments: dict[str, Any]) -> _Event:
-    process, thread, start, length = place
+def _complete(name: str, category: str, box: _Box, arguments: dict[str, Any]) -> _Event:
+    process, thread, start, length = box
     return {
         "ph": "X",
         "name": name,
@@ -123,15 +123,15 @@ def _arguments(op: Operation, group: int) -> dict[str, Any]:
 
 
 def _flows(
-    schedule: Schedule, category: str, makers: dict[Operation, _Place], needers: dict[Operation, _Place]
+    schedule: Schedule, category: str, makers: dict[Operation, _Box], needers: dict[Operation, _Box]
 ) -> Iterator[_Event]:
     """Yields an arrow per message, from the end of its maker to the start of the operation that needs it."""
-    waiting = {value: place for op, place in needers.items() if (value := _needed(schedule, op)) is not None}
-    for op, place in makers.items():
+    waiting = {value: box for op, box in needers.items() if (value := _needed(schedule, op)) is not None}
+    for op, box in makers.items():
         value = value_made(schedule, op)
         if value is None or value not in waiting:
             continue
-        process, thread, start, length = place
+        process, thread, start, length = box
         # The arrow must start within the event, or the viewer attaches it to the next one.
         yield _arrow(value, category, "s", process, thread, start + 0.999 * length)
         process, thread, start, length = waiting[value]
@@ -157,17 +157,17 @@ def _arrow(value: Value, category: str, end: str, process: int, thread: int, tim
 
 
 def _measured(schedule: Schedule, measured: Measured) -> Iterator[_Event]:
-    makers: dict[Operation, _Place] = {}
-    needers: dict[Operation, _Place] = {}
+    makers: dict[Operation, _Box] = {}
+    needers: dict[Operation, _Box] = {}
     for rank, spans in enumerate(measured.ranks):
         for span in spans:
             thread = _RUN_EXCHANGE if span.lane == "comm" else _RUN
             start = (span.start_seconds - measured.start_seconds) * 1e6
-            place = (rank, thread, start, span.seconds * 1e6)
+            box = (rank, thread, start, span.seconds * 1e6)
             arguments = _arguments(span.operation, span.group) | ({"phase": span.phase} if span.phase >= 0 else {})
-            yield _complete(f"{_SPANS[span.lane]}{span.operation}", "measured", place, arguments)
+            yield _complete(f"{_SPANS[span.lane]}{span.operation}", "measured", box, arguments)
             if span.lane == "send":
-                makers[span.operation] = place
+                makers[span.operation] = box
             if span.lane == "wait":
-                needers[span.operation] = place
+                needers[span.operation] = box
     yield from _flows(schedule, "measured", makers, needers)

@@ -107,8 +107,8 @@ def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iter
         yield from filter(None, filled)
         return
     shifts = _SHIFTS if shape.num_stages == ranks else (max(1, ranks // 2),)
-    for found in sorted(filter(None, filled), key=lambda each: makespan_of(each, costs)):
-        longer = lengthen(found, costs, count, shifts)
+    for fastest_order in sorted(filter(None, filled), key=lambda filled_order: makespan_of(filled_order, costs)):
+        longer = lengthen(fastest_order, costs, count, shifts)
         if longer is not None:
             yield longer
             return
@@ -132,7 +132,7 @@ def _with_whole_backwards(schedule: Schedule) -> Schedule:
     """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
 
     def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        whole = {
+        pairs = {
             op.with_kind(Op.BACKWARD_WEIGHT)
             for group in groups
             for op in group
@@ -141,7 +141,7 @@ def _with_whole_backwards(schedule: Schedule) -> Schedule:
         return tuple(
             tuple(op.with_kind(Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group)
             for group in groups
-            if group[0] not in whole
+            if group[0] not in pairs
         )
 
     return replace(schedule, ranks=tuple(map(joined, schedule.ranks)))

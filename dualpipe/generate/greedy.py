@@ -175,8 +175,8 @@ class InterleavedPipeline:
         self.unit = compute / 3 / len(costs.stages) or 1.0
         self.lone = self.unit + exchange / 2 / len(costs.stages)
         self.work = [
-            shape.num_micro_batches * sum(lane[0] for number in held for lane in self.lanes[number])
-            for held in self.classes
+            shape.num_micro_batches * sum(lane[0] for number in chunk_classes for lane in self.lanes[number])
+            for chunk_classes in self.classes
         ]
 
     @property
@@ -214,7 +214,7 @@ class GreedyRun:
         self._pipeline = pipeline
         self._order = order
         self._policy = policy
-        self._known: dict[_Situation, list[_Choice]] = {}
+        self._ranked_choices: dict[_Situation, list[_Choice]] = {}
         ranks = range(pipeline.shape.num_ranks)
         total = len(order.forwards)
         # Arrival of each position's input at each rank. Inputs of the first stage are there from the start.
@@ -280,9 +280,9 @@ class GreedyRun:
 
     def _step(self, rank: int, now: float) -> None:
         situation = self._situation(rank, now)
-        choices = self._known.get(situation)
+        choices = self._ranked_choices.get(situation)
         if choices is None:
-            choices = self._known[situation] = self._ranked(situation)
+            choices = self._ranked_choices[situation] = self._ranked(situation)
         if not choices:
             return
         best = choices[0]
@@ -296,8 +296,8 @@ class GreedyRun:
         for choice in choices:
             unblocked = self._transfer(rank, choice)
             if unblocked is not None:
-                for other in unblocked:
-                    heappush(self._events, (now, other))
+                for unblocked_rank in unblocked:
+                    heappush(self._events, (now, unblocked_rank))
                 self._start(rank, now + choice.time, choice)
                 return
 
@@ -367,9 +367,9 @@ class GreedyRun:
     def _ranked(self, situation: _Situation) -> list[_Choice]:
         members = (situation.forwards, situation.backwards, situation.weights)
         numbers = product(*(range(len(kind) + 1) for kind in members))
-        found = [self._measured(situation, each) for each in numbers if 0 < sum(each) <= _MOST_MEMBERS]
+        measured = [self._measured(situation, counts) for counts in numbers if 0 < sum(counts) <= _MOST_MEMBERS]
         choices = sorted(
-            (choice for choice in found if choice is not None),
+            (choice for choice in measured if choice is not None),
             key=lambda choice: -self._value(choice, is_scarce=situation.is_scarce),
         )
         # A pair posts the receives of both members at once. If either alone would deadlock, the pair may not.
@@ -384,8 +384,8 @@ class GreedyRun:
         kinds = (situation.forwards, situation.backwards, situation.weights)
         lanes = [
             self._pipeline.lanes[number][kind]
-            for kind, (held, count) in enumerate(zip(kinds, numbers, strict=True))
-            for number in held[:count]
+            for kind, (classes, count) in enumerate(zip(kinds, numbers, strict=True))
+            for number in classes[:count]
         ]
         time = overlapped_time(lanes)
         alone = sum(map(sum, lanes))

@@ -65,7 +65,7 @@ class _PolicySearch:
         self._few = self._full if is_few else InterleavedPipeline(replace(shape, num_micro_batches=few), costs, cap)
         self._bound = lower_bound(self._few.shape, costs, cap).value
         self._orders: dict[tuple[int, int], ChunkOrder] = {}
-        self._found: dict[Policy, float] = {}
+        self._makespans: dict[Policy, float] = {}
         self._makespan = float("inf")
         self._effort = 0
         self._attempts = 0
@@ -80,10 +80,12 @@ class _PolicySearch:
                 break
             self._try(policy)
         random = Random(0)
-        while not self._is_done or not (self._found or fixed or self._attempts >= _MOST_ATTEMPTS):
-            known = min(self._found, key=self._found.__getitem__) if self._found else random.choice(POLICIES)
-            self._try(change(known, random))
-        for policy in sorted(self._found, key=self._found.__getitem__):
+        while not self._is_done or not (self._makespans or fixed or self._attempts >= _MOST_ATTEMPTS):
+            best_policy = (
+                min(self._makespans, key=self._makespans.__getitem__) if self._makespans else random.choice(POLICIES)
+            )
+            self._try(change(best_policy, random))
+        for policy in sorted(self._makespans, key=self._makespans.__getitem__):
             extended = self._extended(policy)
             if extended is not None:
                 return extended
@@ -104,7 +106,7 @@ class _PolicySearch:
         self._effort += attempt.effort + _LEAST_EFFORT
         if makespan is not None:
             self._makespan = min(self._makespan, makespan)
-            self._found = {policy: makespan, **self._found}
+            self._makespans = {policy: makespan, **self._makespans}
 
     def _order(self, pipeline: InterleavedPipeline, policy: Policy) -> ChunkOrder:
         """Returns the order with the policy's rounds, or with smaller ones that fit the memory cap."""
@@ -113,10 +115,10 @@ class _PolicySearch:
         num_rounds = max(1, round(count / max(1, pipeline.shape.num_ranks + policy.round_change)))
         while num_rounds < count and -(-count // num_rounds) > _round_size(pipeline) + max(policy.round_change, 1):
             num_rounds += 1
-        known = self._orders.get((count, num_rounds))
-        if known is None:
-            known = self._orders[count, num_rounds] = ChunkOrder(count, chunks, num_rounds)
-        return known
+        order = self._orders.get((count, num_rounds))
+        if order is None:
+            order = self._orders[count, num_rounds] = ChunkOrder(count, chunks, num_rounds)
+        return order
 
     def _extended(self, policy: Policy) -> Schedule | None:
         attempt = GreedyRun(self._full, self._order(self._full, policy), policy)
@@ -142,7 +144,7 @@ def _round_size(pipeline: InterleavedPipeline) -> int:
 
 def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Schedule]:
     """Returns the valid orders with Megatron-LM's warm-up and then F and I in pairs or alternating."""
-    found: list[Schedule] = []
+    schedules: list[Schedule] = []
     shape = pipeline.shape
     most = min(float(shape.num_ranks), pipeline.room // (pipeline.chunks + 1) + 1)
     for size in range(int(most), 0, -1):
@@ -150,10 +152,10 @@ def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Sched
             ranks = (tuple(_fixed_rank(pipeline, rank, size, ahead)) for rank in range(shape.num_ranks))
             placed = place_weights(replace(shape, ranks=tuple(ranks)), costs, pipeline.cap)
             if placed is not None and _is_valid(placed):
-                found.append(placed)
-        if found:
+                schedules.append(placed)
+        if schedules:
             break
-    return found
+    return schedules
 
 
 def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int) -> Iterator[Group]:
@@ -168,9 +170,9 @@ def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int)
 
     def group(kind: Op, step: tuple[int, int]) -> Group:
         """Returns the operation of a step, or nothing if the step is empty."""
-        index, place = divmod(step[1], ranks)
-        micro_batch = index * size + place
-        exists = place < size and micro_batch < count
+        index, position = divmod(step[1], ranks)
+        micro_batch = index * size + position
+        exists = position < size and micro_batch < count
         return (Operation(kind, 0, step[0] * ranks + rank, micro_batch),) if exists else ()
 
     forwards = [group(Op.FORWARD, step) for step in order.forwards]

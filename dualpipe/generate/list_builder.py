@@ -71,11 +71,11 @@ class GroupChooser:
         self._largest = max(pipeline.activations)
 
     def _operation_values(self) -> tuple[list[float], list[float]]:
-        wish = self._preferences
+        preferences = self._preferences
         num_stages = self._pipeline.shape.num_stages
         depths = [stage / num_stages for stage in range(num_stages)]
-        forwards = [wish.forward + wish.deep_forward * depth for depth in depths]
-        return forwards, [3.0 + wish.deep_backward * (1.0 - depth) for depth in depths]
+        forwards = [preferences.forward + preferences.deep_forward * depth for depth in depths]
+        return forwards, [3.0 + preferences.deep_backward * (1.0 - depth) for depth in depths]
 
     def choose(self, state: BuilderRank, now: float) -> GroupChoice | None:
         """Returns the group with the highest value, or None if the rank should wait."""
@@ -95,7 +95,7 @@ class GroupChooser:
 
     def _candidates(self, state: BuilderRank) -> list[Candidate]:
         """Returns the next operations of the rank's queues whose inputs are on the way or there."""
-        found: list[Candidate] = []
+        candidates: list[Candidate] = []
         values = self._values
         leader = self._preferences.leader
         activations = self._pipeline.activations
@@ -121,15 +121,15 @@ class GroupChooser:
             if queue.kind == FORWARD and queue.micro_batches[index] == 0:
                 value += leader
             target = queue.targets[index]
-            found.append(
+            candidates.append(
                 Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, source, link, target)
             )
             if queue.kind == FORWARD and activations[stage] > self._room(state, queue.direction):
-                found.pop()
+                candidates.pop()
                 continue
             if link == NONE == source and self._preferences.same_stage and index + 1 < len(queue.stages):
-                self._add_second(found, number, index + 1, value - 0.01)
-        return found
+                self._add_second(candidates, number, index + 1, value - 0.01)
+        return candidates
 
     def _add_second(self, found: list[Candidate], number: int, index: int, value: float) -> None:
         """Adds the second operation of a queue whose first one neither receives nor sends."""
@@ -145,27 +145,27 @@ class GroupChooser:
         following = self._order.following
         better = self._better
         best = better(None, state, now, (), 0) if state.weights else None
-        for number, one in enumerate(candidates):
-            if one.position != following[one.queue]:
+        for number, first in enumerate(candidates):
+            if first.position != following[first.queue]:
                 continue
-            is_forward = one.kind == FORWARD
-            best = better(best, state, now, (one,), is_forward)
-            for other in candidates[number + 1 :]:
-                if other.queue != one.queue:
-                    if other.position != following[other.queue]:
+            is_forward = first.kind == FORWARD
+            best = better(best, state, now, (first,), is_forward)
+            for second in candidates[number + 1 :]:
+                if second.queue != first.queue:
+                    if second.position != following[second.queue]:
                         continue
-                    if one.link == other.link != NONE or one.source == other.source != NONE:
+                    if first.link == second.link != NONE or first.source == second.source != NONE:
                         continue
-                forwards = is_forward + (other.kind == FORWARD)
-                if forwards < 2 or self._fit_together(state, one, other):
-                    best = better(best, state, now, (one, other), forwards)
+                forwards = is_forward + (second.kind == FORWARD)
+                if forwards < 2 or self._fit_together(state, first, second):
+                    best = better(best, state, now, (first, second), forwards)
         return best
 
     def _better(
         self, best: GroupChoice | None, state: BuilderRank, now: float, members: tuple[Candidate, ...], forwards: int
     ) -> GroupChoice | None:
         """Returns the group of these members, without or with a W, if it is possible and has a higher value."""
-        wish = self._preferences
+        preferences = self._preferences
         start = now
         value = 0.0
         key = 0
@@ -175,33 +175,33 @@ class GroupChooser:
             if member.arrival > start:
                 start = member.arrival
         if len(members) == 2:
-            value += (wish.two_backwards, wish.mixed, wish.two_forwards)[forwards]
+            value += (preferences.two_backwards, preferences.mixed, preferences.two_forwards)[forwards]
         if start > now:
-            value -= wish.delay * (start - now) / self._pipeline.unit
+            value -= preferences.delay * (start - now) / self._pipeline.unit
         weight = state.weights[0][1] if state.weights else NONE
-        for held in (NONE, weight) if members and weight != NONE else (NONE if members else weight,):
-            known = self._durations.get((key, held))
-            time, penalty = known or self._duration(key, held, members)
+        for member_weight in (NONE, weight) if members and weight != NONE else (NONE if members else weight,):
+            duration = self._durations.get((key, member_weight))
+            time, penalty = duration or self._duration(key, member_weight, members)
             total = value - penalty
             if best is not None and total <= best.value + 1e-12:
                 continue
             end = start + time
             if self._can_send(members, end) and (not state.has_deadline or self._keeps_deadlines(state, members, end)):
-                best = GroupChoice(members, held != NONE, start, end, total)
+                best = GroupChoice(members, member_weight != NONE, start, end, total)
         return best
 
     def _duration(self, key: int, weight: int, members: tuple[Candidate, ...]) -> tuple[float, float]:
         """Returns the time of a group, and the penalty for its exposed exchange less the value of its W."""
-        wish = self._preferences
+        preferences = self._preferences
         computes = self._pipeline.computes
         exchanges = self._pipeline.exchanges
         lanes = [(computes[member.kind][member.stage], exchanges[member.kind][member.stage]) for member in members]
         penalty = 0.0
         if weight != NONE:
             lanes.append((computes[WEIGHT][weight], 0.0))
-            penalty -= wish.weight + (wish.filler if members else 0.0)
+            penalty -= preferences.weight + (preferences.filler if members else 0.0)
         time = overlapped_time(lanes)
-        penalty += wish.alone * (time - sum(compute for compute, _ in lanes)) / self._pipeline.unit
+        penalty += preferences.alone * (time - sum(compute for compute, _ in lanes)) / self._pipeline.unit
         self._durations[key, weight] = time, penalty
         return time, penalty
 
@@ -218,12 +218,12 @@ class GroupChooser:
         free = self._pipeline.cap - sum(state.alive) + EPSILON
         if len(state.alive) == 1:
             return free
-        other = 1 - direction
-        number = state.queues[2 + other]
+        opposite = 1 - direction
+        number = state.queues[2 + opposite]
         left = len(self._order.queues[number].stages) - self._order.following[number]
         if not left:
             return free
-        return free - max(0.0, min(self._order.reserve - state.alive[other], left * self._largest))
+        return free - max(0.0, min(self._order.reserve - state.alive[opposite], left * self._largest))
 
     def _can_send(self, members: tuple[Candidate, ...], end: float) -> bool:
         """Returns whether the receivers can take the previous message of each link before `end`."""
@@ -263,8 +263,8 @@ class _Run:
         self._order = PartialOrder(pipeline, preset.steady)
         # Parts with equal preferences share a chooser, which caches the times of groups.
         parts = (preset.warm_up, preset.steady, preset.cool_down)
-        choosers = {each: GroupChooser(pipeline, self._order, each, self._wake) for each in parts}
-        self._warm_up, self._steady, self._cool_down = (choosers[each] for each in parts)
+        choosers = {part: GroupChooser(pipeline, self._order, part, self._wake) for part in parts}
+        self._warm_up, self._steady, self._cool_down = (choosers[part] for part in parts)
         shape = pipeline.shape
         self._last = preset.cool_down_forwards(shape.num_ranks, shape.num_directions, pipeline.chunks)
         self._events = [(0.0, rank) for rank in range(pipeline.shape.num_ranks)]

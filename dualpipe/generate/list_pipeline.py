@@ -156,10 +156,12 @@ class Pipeline:
         self.exchanges = [[stage.exchange_of(op) for stage in costs.stages] for op in OPS]
         self.activations = [stage.activation for stage in costs.stages]
         self.unit = sum(map(sum, self.computes)) / (3 * shape.num_stages) or 1.0
-        held = [shape.stages_of(rank) for rank in range(shape.num_ranks)]
+        stages_of_rank = [shape.stages_of(rank) for rank in range(shape.num_ranks)]
         sizes = [len(shape.micro_batches_of(direction)) for direction in range(shape.num_directions)]
-        self.work = [sum(sizes[d] * sum(kind[stage] for kind in self.computes) for d, stage in row) for row in held]
-        self.counts = [3 * sum(sizes[d] for d, _ in row) for row in held]
+        self.work = [
+            sum(sizes[d] * sum(kind[stage] for kind in self.computes) for d, stage in row) for row in stages_of_rank
+        ]
+        self.counts = [3 * sum(sizes[d] for d, _ in row) for row in stages_of_rank]
         self._queues: dict[Blocks, list[OperationQueue]] = {}
 
     def queues(self, blocks: Blocks) -> list[OperationQueue]:
@@ -186,8 +188,8 @@ class Pipeline:
                     numbers[kind, direction, rank] = len(queues)
                     order = orders[kind, direction]
                     queue = OperationQueue(kind=kind, direction=direction, rank=rank)
-                    held = [stage for way, stage in shape.stages_of(rank) if way == direction]
-                    queue.stages = [held[chunk] for chunk, _ in order]
+                    stages = [stage for way, stage in shape.stages_of(rank) if way == direction]
+                    queue.stages = [stages[chunk] for chunk, _ in order]
                     queue.micro_batches = [micro_batch for _, micro_batch in order]
                     queues.append(queue)
         for queue in queues:

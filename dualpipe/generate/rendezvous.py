@@ -72,9 +72,13 @@ class Rendezvous:
 
     def _is_cautious(self, rank: int, sends: Iterable[int], pending: list[int]) -> bool:
         for link in sends:
-            other = self._destination(link)
-            opposite = (each for each in (2 * other, 2 * other + 1) if self._destination(each) == rank)
-            is_crossed = pending[link] > 1 and any(pending[each] > 1 for each in opposite)
+            destination = self._destination(link)
+            opposite = (
+                opposite_link
+                for opposite_link in (2 * destination, 2 * destination + 1)
+                if self._destination(opposite_link) == rank
+            )
+            is_crossed = pending[link] > 1 and any(pending[opposite_link] > 1 for opposite_link in opposite)
             if is_crossed or pending[link] > self._most_pending:
                 return False
         return True

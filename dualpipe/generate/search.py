@@ -58,9 +58,9 @@ def lengthen(schedule: Schedule, costs: CostModel, num_micro_batches: int, shift
 
 def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) -> SteadyState | None:
     """Returns each rank's last period that repeats, or None. The extended schedule must be validated."""
-    found = [_last_period(schedule, simulation, rank, shift) for rank in range(schedule.num_ranks)]
-    periods = [period for period in found if period is not None]
-    if len(periods) < len(found):
+    last_periods = [_last_period(schedule, simulation, rank, shift) for rank in range(schedule.num_ranks)]
+    periods = [period for period in last_periods if period is not None]
+    if len(periods) < len(last_periods):
         return None
     times = [time for _, _, time in periods]
     if max(times) - min(times) > _PERIOD_TOLERANCE * max(times):
@@ -74,7 +74,7 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
     groups = schedule.ranks[rank]
     starts = simulation.starts[rank]
     stage = schedule.placement[0].index(rank)
-    held = len(schedule.stages_of(rank))
+    num_stages = len(schedule.stages_of(rank))
     at = {
         op.micro_batch: index
         for index, group in enumerate(groups)
@@ -85,7 +85,7 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
         start = at[first]
         end = at[first + shift]
         block = groups[start:end]
-        if _is_whole(block, shift * held) and _repeats(groups, start, end - start, shift):
+        if _is_whole(block, shift * num_stages) and _repeats(groups, start, end - start, shift):
             return start, end - start, starts[end] - starts[start]
     return None
 
@@ -271,7 +271,7 @@ class _Level:
         self._pipeline = Pipeline(self._few, best.costs, cap)
 
     def run(self) -> None:
-        found: list[_Found] = []
+        orders: list[_Found] = []
         unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
         left = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT
         limit = self._limit()
@@ -289,16 +289,16 @@ class _Level:
                 continue
             order = replace(self._few, ranks=attempt.ranks)
             if not self._added():
-                found.append(_Found(order, None, makespan_of(order, self._best.costs)))
+                orders.append(_Found(order, None, makespan_of(order, self._best.costs)))
                 continue
             simulation = simulate(order, self._best.costs)
             steady = find_steady_state(order, simulation, shift)
             if steady is None:
                 unsteady[preset] = simulation.makespan
             else:
-                found.append(self._extended(order, simulation, steady))
-        self._consider(found)
-        if self._added() and not found:
+                orders.append(self._extended(order, simulation, steady))
+        self._consider(orders)
+        if self._added() and not orders:
             self._run_whole(sorted(unsteady, key=unsteady.__getitem__))
 
     def _added(self) -> int:

@@ -186,9 +186,9 @@ class _RankClock:
                 self.alive += 1
             else:
                 self.waiting.append(op)
-            made = made_by(op, num_stages)
-            if made is not None:
-                made_at[made] = tick + 1
+            value = made_by(op, num_stages)
+            if value is not None:
+                made_at[value] = tick + 1
         elif self.waiting:
             oldest = self.waiting.popleft()
             self.run.append(Operation(Op.BACKWARD_WEIGHT, oldest.direction, oldest.stage, oldest.micro_batch))

@@ -43,12 +43,12 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
         if shape not in orders:
             orders[shape] = _order(members, pairing)
         atoms = [atom for member in members for atom in member]
-        steps += [step for place in orders[shape] for step in atoms[place].steps]
+        steps += [step for position in orders[shape] for step in atoms[position].steps]
     return Program(rank, tuple(steps))
 
 
 def _order(members: Sequence[Sequence[Atom]], pairing: Pairing) -> list[int]:
-    places = {id(atom): place for place, atom in enumerate(atom for member in members for atom in member)}
+    places = {id(atom): index for index, atom in enumerate(atom for member in members for atom in member)}
     return [places[id(atom)] for atom in pairing(members)]
 
 
@@ -66,8 +66,8 @@ def run_key(op: Operation) -> RunKey:
 
 
 def _receives(schedule: Schedule, group: Group) -> list[tuple[Operation, Message]]:
-    found = ((op, _incoming(schedule, op)) for op in group)
-    return [(op, message) for op, message in found if message is not None and message.source != message.destination]
+    incoming = ((op, _incoming(schedule, op)) for op in group)
+    return [(op, message) for op, message in incoming if message is not None and message.source != message.destination]
 
 
 def _incoming(schedule: Schedule, op: Operation) -> Message | None:

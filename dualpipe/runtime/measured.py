@@ -150,7 +150,7 @@ def rank_spans(
     }
     way: dict[RunKey, Action] = {}
     exchange: dict[RunKey, tuple[Step, float]] = {}
-    found: list[LaneSpan] = []
+    all_spans: list[LaneSpan] = []
     for step, lane, (start, end) in zip(program.steps, step_lanes(program), spans, strict=True):
         if step.action in (Action.FORWARD, Action.BACKWARD):
             way[step.run] = step.action
@@ -163,9 +163,9 @@ def rank_spans(
         if step.action is Action.WAIT:
             begun, since = exchange.pop(step.run)
             phase = begun.phase
-            found.append(_span(since, end, origin_seconds, "comm", op, group, phase))
-        found.append(_span(start, end, origin_seconds, lane, op, group, phase))
-    return tuple(sorted(found, key=lambda span: (span.start_seconds, span.end_seconds)))
+            all_spans.append(_span(since, end, origin_seconds, "comm", op, group, phase))
+        all_spans.append(_span(start, end, origin_seconds, lane, op, group, phase))
+    return tuple(sorted(all_spans, key=lambda span: (span.start_seconds, span.end_seconds)))
 
 
 def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
@@ -200,11 +200,11 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
 
 
 def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
-    found: dict[Operation, list[LaneSpan]] = defaultdict(list)
+    spans_of: dict[Operation, list[LaneSpan]] = defaultdict(list)
     for spans in measured.ranks:
         for span in spans:
-            found[span.operation].append(span)
-    return found
+            spans_of[span.operation].append(span)
+    return spans_of
 
 
 def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
@@ -222,14 +222,14 @@ def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
 
 def _exchange_steps(program: Program) -> set[int]:
     """Returns the steps that only start an exchange: the run's next step in that direction waits for it."""
-    found = set()
+    indices = set()
     before: dict[RunKey, int] = {}
     for index, step in enumerate(program.steps):
         if step.action in (Action.FORWARD, Action.BACKWARD):
             before[step.run] = index
         elif step.action is Action.WAIT:
-            found.add(before[step.run])
-    return found
+            indices.add(before[step.run])
+    return indices
 
 
 def _passage(step: Step, way: dict[RunKey, Action]) -> Action:

@@ -172,7 +172,9 @@ def reduction_order(schedule: Schedule) -> tuple[int, ...]:
         for op in group
         if op.kind in kinds
     }
-    return _sorted_stages(schedule, lambda stage: -min(n for (_, held), n in num_after.items() if held == stage))
+    return _sorted_stages(
+        schedule, lambda stage: -min(n for (_, key_stage), n in num_after.items() if key_stage == stage)
+    )
 
 
 def first_use_order(schedule: Schedule) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def stage_waves(schedule: Schedule, costs: CostModel, direction: int) -> list[St
     depth = min(_DEPTH, len(schedule.micro_batches_of(direction)))
     row = schedule.placement[direction]
     stages = costs.stages
-    hops = [costs.latency if one != other else 0.0 for one, other in pairwise(row)]
+    hops = [costs.latency if source != destination else 0.0 for source, destination in pairwise(row)]
     # The latency before each stage, for waves in the order of the stages and for those against it.
     ordered = list(zip(stages, [0.0, *hops], strict=True))
     reverse = list(zip(stages, [*hops, 0.0], strict=True))[::-1]
@@ -356,7 +356,7 @@ def _lost_at_end(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -
 def _horizon(shares: Sequence[_HeldStage], wave: str) -> float:
     """Returns a time before which no operation of a wave can start that is not among its spans."""
     spans = [(share.count, getattr(share.waves, wave)) for share in shares]
-    return min((each[-1].start for count, each in spans if count > len(each)), default=math.inf)
+    return min((waves[-1].start for count, waves in spans if count > len(waves)), default=math.inf)
 
 
 def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:

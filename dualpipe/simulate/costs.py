@@ -115,9 +115,9 @@ class CostModel:
         """Returns the costs of whole sequences, if these are the costs of slices."""
         stages = []
         for stage in self.stages:
-            given = {field.name: getattr(stage, field.name) for field in fields(StageCosts)}
+            costs = {field.name: getattr(stage, field.name) for field in fields(StageCosts)}
             stages.append(
-                replace(stage, **{name: cost * self.slices for name, cost in given.items() if cost is not None})
+                replace(stage, **{name: cost * self.slices for name, cost in costs.items() if cost is not None})
             )
         return replace(self, stages=tuple(stages), slices=1)
 

@@ -80,8 +80,8 @@ class Timing:
         self.operations = tuple([op for groups in schedule.ranks for group in groups for op in group])
         self._numbers: dict[tuple[Op, int, int, int], int] = {op: number for number, op in enumerate(self.operations)}
         lanes = {
-            (kind, stage): (each.compute_of(kind), each.exchange_of(kind))
-            for stage, each in enumerate(costs.stages)
+            (kind, stage): (stage_costs.compute_of(kind), stage_costs.exchange_of(kind))
+            for stage, stage_costs in enumerate(costs.stages)
             for kind in Op
         }
         self._lanes = [lanes[op[0], op[2]] for op in self.operations]
@@ -101,11 +101,11 @@ class Timing:
 
     def duration(self, group: NumberedGroup) -> float:
         """Returns the time of a group; see `CostModel.duration_of`."""
-        known = self._durations.get(group)
-        if known is None:
+        duration = self._durations.get(group)
+        if duration is None:
             lanes = [self._lanes[number] for number in group]
-            known = self._durations[group] = overlapped_time(lanes, self._alone)
-        return known
+            duration = self._durations[group] = overlapped_time(lanes, self._alone)
+        return duration
 
     def compute(self, group: NumberedGroup) -> float:
         """Returns the computation time of a group's operations; a lone one may be faster (`CostModel.alone`)."""
@@ -137,7 +137,7 @@ class Timing:
         left = progress.left
         clock = progress.clock
         position = progress.position
-        known = self._durations
+        durations = self._durations
         duration_of = self.duration
         copies = self._copies
         known_inputs = self._known_inputs
@@ -165,7 +165,7 @@ class Timing:
                     break
                 if start + left[rank] > limit:
                     return False
-                duration = known[group] if group in known else duration_of(group)
+                duration = durations[group] if group in durations else duration_of(group)
                 time = start + duration
                 left[rank] -= duration
                 position[rank] = index + 1
@@ -233,8 +233,8 @@ class Timing:
                 inputs.append((self._before[number], 0.0))
             if self._needed[number] >= 0:
                 inputs.append((self._needed[number], self._lags[number]))
-        found = self._known_inputs[group] = tuple(inputs)
-        return found
+        edges = self._known_inputs[group] = tuple(inputs)
+        return edges
 
     def _edges(self, schedule: Schedule, latency: float) -> tuple[list[int], list[float]]:
         """Returns the operation of a neighboring stage that each operation needs, and the latency from it."""
@@ -243,20 +243,22 @@ class Timing:
         lags_of = [[latency if rank != after else 0.0 for rank, after in pairwise(row)] for row in schedule.placement]
         needed = []
         lags = []
-        for own, (kind, direction, stage, micro_batch) in enumerate(self.operations):
+        for number, (kind, direction, stage, micro_batch) in enumerate(self.operations):
             # If no operation makes the value, the operation waits for itself and never runs.
-            source = None if schedule.cohorts is None else schedule.token_source(self.operations[own])
+            source = None if schedule.cohorts is None else schedule.token_source(self.operations[number])
             if source is not None:
                 row = schedule.placement[direction]
-                needed.append(numbers.get(source, own))
+                needed.append(numbers.get(source, number))
                 lags.append(latency if row[-1] != row[0] else 0.0)
             elif kind is Op.FORWARD and stage > 0:
-                needed.append(numbers.get((kind, direction, stage - 1, micro_batch), own))
+                needed.append(numbers.get((kind, direction, stage - 1, micro_batch), number))
                 lags.append(lags_of[direction][stage - 1])
             elif kind in _BACKWARDS and stage < last:
-                found = numbers.get((Op.BACKWARD_INPUT, direction, stage + 1, micro_batch))
+                backward = numbers.get((Op.BACKWARD_INPUT, direction, stage + 1, micro_batch))
                 needed.append(
-                    numbers.get((Op.BACKWARD, direction, stage + 1, micro_batch), own) if found is None else found
+                    numbers.get((Op.BACKWARD, direction, stage + 1, micro_batch), number)
+                    if backward is None
+                    else backward
                 )
                 lags.append(lags_of[direction][stage])
             else:
@@ -269,8 +271,8 @@ class Timing:
         get = self._numbers.get
         if not self._copies:  # most schedules, which are timed hundreds of times
             return [get((_BEFORE[op[0]][-1], *op[1:]), -1) if op[0] in _BEFORE else -1 for op in self.operations]
-        found = ([get((kind, *op[1:]), -1) for kind in _BEFORE.get(op[0], ())] for op in self.operations)
-        return [next((number for number in before if number >= 0), -1) for before in found]
+        candidates = ([get((kind, *op[1:]), -1) for kind in _BEFORE.get(op[0], ())] for op in self.operations)
+        return [next((number for number in before if number >= 0), -1) for before in candidates]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,8 +367,8 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
     for rank, groups in enumerate(ranks):
         for index, group in enumerate(groups):
             if ended[group[0]] < 0:
-                shown = " ".join(map(str, schedule.ranks[rank][index]))
-                raise ScheduleError(f"rank {rank}: {shown} never starts: deadlock; validate the schedule first")
+                group_text = " ".join(map(str, schedule.ranks[rank][index]))
+                raise ScheduleError(f"rank {rank}: {group_text} never starts: deadlock; validate the schedule first")
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
@@ -407,15 +409,15 @@ def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
     has_backwards = any(op.kind is not forward for group in groups for op in group)
     alive = peak = 0.0
     for group in groups:
-        made = freed = 0.0
+        allocated = freed = 0.0
         for kind, _, stage, _ in group:
             if kind is forward or kind is reload:
-                made += weights[stage]
+                allocated += weights[stage]
             elif kind in frees:
                 freed += weights[stage]
-        alive += made
+        alive += allocated
         peak = max(peak, alive)
-        alive -= freed if has_backwards else made
+        alive -= freed if has_backwards else allocated
     return peak
 
 
