@@ -66,6 +66,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", SHAPES, ids=lambda empty: f"{empty.placement}x{empty.num_micro_batches}")
 def test_bound_holds_for_random_schedules(empty: Schedule) -> None:
     for seed in range(30):
@@ -174,6 +175,7 @@ def test_bound_is_at_most_the_shortest_makespan_for_unequal_costs(empty: Schedul
         assert lower_bound(empty, costs, memory_cap=cap).value <= Exhaustive(empty, costs, cap).shortest + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costs", [COMPUTE, EXCHANGE, replace(EXCHANGE, exchange=1.5, latency=0.1)], ids=str)
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 def test_bound_holds_for_generated_schedules(kind: str, costs: Costs) -> None:

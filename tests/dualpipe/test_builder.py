@@ -163,6 +163,7 @@ def test_cache_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> 
 SEARCH_COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.9, latency=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
     costs = uniform(SEARCH_COSTS, 4, 4 * chunks)

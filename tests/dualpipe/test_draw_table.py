@@ -246,10 +246,19 @@ def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path,
     assert title[1] == "fits true|full size fits false|B0.0|hidden true|ascending"
 
 
-def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
+@pytest.fixture(scope="module")
+def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
+    """Returns the other schedules of a run with 4 ranks and 8 micro-batches; the search for them takes seconds."""
     schedule = build("dualpipe", 4, 8)
     costs = measured_costs(schedule, measured_run(schedule))
-    rows = Alternatives({"1f1b": "not this one"}).timed(schedule, costs)
+    return list(Alternatives({"1f1b": "not this one"}).timed(schedule, costs))
+
+
+def test_alternatives_are_all_other_kinds_under_the_runs_costs(
+    alternatives: list[TimedSchedule | UnavailableSchedule],
+) -> None:
+    schedule, rows = build("dualpipe", 4, 8), alternatives
+    costs = measured_costs(schedule, measured_run(schedule))
     kinds = {row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows}
     assert kinds == candidates().keys() - {"dualpipe"}
     assert [row.reason for row in rows if isinstance(row, UnavailableSchedule)] == ["not this one"]
@@ -259,6 +268,7 @@ def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
             assert row.simulation.makespan == expected.simulation.makespan
 
 
+@pytest.mark.slow
 def test_alternatives_are_made_once_and_changed_as_the_run_is() -> None:
     schedule = ungroup(build("dualpipe", 4, 8))
     costs = measured_costs(schedule, measured_run(schedule))
@@ -278,12 +288,14 @@ def test_alternative_that_needs_a_long_search_is_left_out() -> None:
     assert "search takes too long" in reasons["dualpipe_split"]
 
 
-def test_page_of_a_run_compares_it_and_shows_its_own_picture_only() -> None:
+def test_page_of_a_run_compares_it_and_shows_its_own_picture_only(
+    alternatives: list[TimedSchedule | UnavailableSchedule],
+) -> None:
     schedule = build("dualpipe", 4, 8)
     run = measured_run(schedule)
     costs = measured_costs(schedule, run)
     shown = time_schedule(schedule, costs, measured=run)
-    rows = by_makespan([shown, *Alternatives({"1f1b": "not this one"}).timed(schedule, costs)])
+    rows = by_makespan([shown, *alternatives])
     makespans = [row.simulation.makespan for row in rows if isinstance(row, TimedSchedule)]
     assert makespans == sorted(makespans)
     assert isinstance(rows[-1], UnavailableSchedule)

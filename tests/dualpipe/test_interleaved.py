@@ -49,6 +49,7 @@ def test_interleaved_1f1b_without_exchange_idles_only_until_the_first_forward_ar
     assert overhead(num_ranks, num_micro_batches, model) == pytest.approx((num_ranks - 1) / chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunks", "costs", "most"),
     [
@@ -68,12 +69,14 @@ def test_interleaved_1f1b_8_ranks_32_micro_batches_is_at_most_that_long(chunks: 
     assert overhead(8, 32, uniform(costs, 8, 8 * chunks)) <= most + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [1.0, 1.5, 3.0, 5.0])
 def test_interleaved_1f1b_keeps_any_cap_of_one_micro_batch_or_more(cap: float) -> None:
     for exchange in (0.0, 1.0):
         overhead(4, 10, uniform(costs_of(exchange), 4, 8), cap)
 
 
+@pytest.mark.slow
 def test_interleaved_1f1b_orders_stages_of_unequal_costs() -> None:
     stages = tuple(
         StageCosts(
@@ -93,6 +96,7 @@ def test_interleaved_1f1b_orders_stages_of_unequal_costs() -> None:
         assert cap is None or max(simulate(schedule, model).peaks) <= cap + 1e-9
 
 
+@pytest.mark.slow
 def test_interleaved_1f1b_of_large_sizes_is_made_within_seconds() -> None:
     # A bound on the order of growth: it takes about one second, quadratic work would take minutes.
     start = time.process_time()

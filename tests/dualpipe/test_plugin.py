@@ -45,6 +45,7 @@ def test_schedule_of_a_plugin_passes_the_suites_of_registered_schedules(gpipe: P
     assert "failed" not in output, output
 
 
+@pytest.mark.slow
 def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_path: Path) -> None:
     """Uses backwards before forwards, and a peak that is declared not to grow."""
     text = gpipe.read_text("utf-8")
@@ -64,6 +65,7 @@ def run_command(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_schedule_of_a_plugin_is_drawn_by_the_command(gpipe: Path) -> None:
     drawn = run_command("launch.schedule", f"plugins=[{gpipe}]", "schedule=gpipe", "num_ranks=3", "num_micro_batches=4")
     assert "gpipe, 3 ranks, 4 micro-batches" in drawn

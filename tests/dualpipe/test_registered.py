@@ -48,6 +48,7 @@ def name_of(schedule: Schedule) -> str:
     return f"{schedule.kind} of {sizes}"
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_registered_kind_is_valid_for_all_small_sizes(kind: str) -> None:
     assert schedules_of(kind), f"{kind} accepts no small size"
@@ -109,6 +110,7 @@ def test_registered_kind_is_not_below_the_lower_bound(kind: str) -> None:
         assert simulation.makespan >= lower_bound(schedule, costs, cap).value - 1e-9, name_of(schedule)
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_registered_kind_keeps_the_memory_cap_or_rejects_it(kind: str) -> None:
     for schedule in schedules_of(kind)[-3:]:

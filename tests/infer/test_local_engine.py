@@ -45,6 +45,7 @@ def trained_log_probs(model: Transformer, rollout: Sample, temperature: float) -
 
 
 # Float32 cannot hold a log-probability near -9 better than to 1e-6, so its bound also grows with the value.
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (2**-22, 1e-6)), (torch.float64, (0, 1e-12))])
 @pytest.mark.parametrize(("temperature", "speculative"), [(0.6, False), (1.0, True), (1.5, False)])
@@ -175,6 +176,7 @@ def test_log_probs_among_kept_tokens_are_those_of_a_training_pass(speculative: b
             assert rollout.log_probs[at] == pytest.approx(float(expected), rel=0, abs=1e-12), (rollout, at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculative", [False, True])
 def test_rollouts_depend_on_numbers_not_on_batch_or_other_prompts(speculative: bool) -> None:
     model = make_foresighted()
@@ -220,6 +222,7 @@ def test_request_without_samples_is_rejected() -> None:
         replace(REQUEST, samples=0)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("shape", ["plain", "wide_values"])

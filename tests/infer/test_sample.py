@@ -172,6 +172,7 @@ def test_speculative_greedy_is_greedy_on_fifty_prompts(dtype: torch.dtype) -> No
     assert statistics.tokens - statistics.passes > 0.1 * statistics.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_speculative_greedy_is_greedy_for_every_shape_and_a_bad_drafter(shape: str) -> None:
     for model in (make_foresighted(SHAPES[shape]), make_model(SHAPES[shape], seed=9)):

@@ -212,6 +212,7 @@ def test_unknown_kernel_is_rejected_with_the_nearest_name() -> None:
         choose_attention("flash", torch.device("cpu"), torch.float32, is_packed=False)
 
 
+@pytest.mark.slow
 def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extend.md").read_text("utf-8").partition("## An attention kernel")[2]
     (tmp_path / "plain.py").write_text(page.partition("```python\n")[2].partition("```")[0])

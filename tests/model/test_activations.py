@@ -75,6 +75,7 @@ def test_phases_of_other_shapes_keep_what_is_counted(config: ModelConfig, recomp
     check(config, torch.float32, Computing(recomputed=recomputed), 17)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("recomputed", [ALL, LAYERS], ids=["all", "layer"])
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def make_model(config: ModelConfig, products: Products) -> Transformer:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_in_bf16(name: str) -> None:
     """Each rank's experts get as many rows as it sends."""

@@ -328,6 +328,7 @@ def peak_bytes(loss: Loss, hidden: int) -> int:
     return memory.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "share"), [(64, 0.07), *exhaustive((256, 0.13))])
 def test_cross_entropy_of_v3s_vocabulary_takes_a_small_share_of_whole_logits_memory(hidden: int, share: float) -> None:
     chunked, whole = (peak_bytes(LOSSES[name], hidden) for name in ("in chunks", "whole logits"))

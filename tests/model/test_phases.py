@@ -145,6 +145,7 @@ def test_each_kind_of_recomputation_saves_memory(measured: Callable[[frozenset[R
                 assert found[recomputed | {name}] <= size - least[name], (name, recomputed)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.usefixtures("_garbage_collection_disabled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,6 +173,7 @@ def test_nothing_stays_after_backward_and_weights(recomputed: frozenset[Recomput
     assert [storage.nbytes() for storage in memory.live()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_garbage_collection_disabled")
 @pytest.mark.parametrize("recomputed", SUBSETS)
 def test_a_pass_given_up_after_its_forward_leaves_nothing(recomputed: frozenset[Recomputed]) -> None:
