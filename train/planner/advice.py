@@ -149,9 +149,9 @@ def _with_defaults(change: str, config: TrainConfig, rates: Rates) -> str:
         if multiple is None or getattr(config.cluster, multiple[1]) is not None:
             parts.append(part)
         elif isinstance(rates, KernelRates) and multiple[1] != "memory_bytes":
-            known = {"memory_bytes_per_second": REFERENCE_MEMORY_BYTES_PER_SECOND}.get(multiple[1])
-            known = known or getattr(rates.reference, multiple[1])
-            parts.append(f"cluster.{multiple[1]}={known * float(multiple[2]):.6g}")
+            default = {"memory_bytes_per_second": REFERENCE_MEMORY_BYTES_PER_SECOND}.get(multiple[1])
+            default = default or getattr(rates.reference, multiple[1])
+            parts.append(f"cluster.{multiple[1]}={default * float(multiple[2]):.6g}")
     return " + ".join(parts)
 
 

@@ -73,25 +73,25 @@ def _build_network(
 ) -> tuple[Transformer, list[Unit]]:
     """Builds this rank's part of the model, and splits its parameters as the optimizer does."""
     cut = run_cut(config, schedule.placement)
-    held = {stage for _, stage in schedule.stages_of(layout.pipeline_index(groups.rank))}
+    stages = {stage for _, stage in schedule.stages_of(layout.pipeline_index(groups.rank))}
     experts = held_experts(config.model, config.parallelism.expert, layout.expert_index(groups.rank))
     meta = torch.device("meta")
     with meta:
         model = build_model(
             replace(ReplicaConfig.of_run(config), seed=None),
             LocalDispatcher(config.model.num_routed_experts),
-            stage_part(config.model, held, cut, experts),
+            stage_part(config.model, stages, cut, experts),
             meta,
         )
-    return model, units_of(model, build_stages(model, held, cut), schedule, groups)
+    return model, units_of(model, build_stages(model, stages, cut), schedule, groups)
 
 
 def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
     """Returns the bytes of weights, buffers, and the rotation tables that attention makes once."""
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     wide = torch.promote_types(weight_dtype(config.precision), torch.float32)
-    table = sum(each.nbytes for each in rotation_table(config.model, config.batch.sequence_length_tokens, wide))
-    return held + table * sum(isinstance(module, LatentAttention) for module in model.modules())
+    table = sum(entry.nbytes for entry in rotation_table(config.model, config.batch.sequence_length_tokens, wide))
+    return stored + table * sum(isinstance(module, LatentAttention) for module in model.modules())
 
 
 def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:

@@ -133,15 +133,15 @@ def advice_values(rows: Sequence[AdviceRow], unknown: Sequence[Wish], balance: L
     values = [
         {
             "wish": row.wish.name,
-            **(known := what_if_values(row.what_if)),
-            "fits": known["fits"] if row.wish.has_memory and known["capacity_bytes"] is not None else None,
+            **(changes := what_if_values(row.what_if)),
+            "fits": changes["fits"] if row.wish.has_memory and changes["capacity_bytes"] is not None else None,
             "note": row.wish.note or None,
         }
         for row in rows
     ]
     return {
         "rows": sorted(values, key=lambda row: (row["gain"] is None, -(row["gain"] or 0.0))),
-        "unknown": [{"wish": wish.name, "needs": wish.needs} for wish in unknown],
+        "unknown": [{"wish": need.name, "needs": need.needs} for need in unknown],
         **encode(balance),
     }
 
@@ -328,9 +328,9 @@ def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
     stages = cost["stages"]
     yield f"{'stage':<18}{'billion tokens':>16}{'GPU-hours':>14}{'dollars':>14}{'days':>10}{'kWh':>14}"
-    whole = {**cost, "name": "all", "days": sum(stage["days"] for stage in stages)}
-    for stage in [*stages, whole] if len(stages) > 1 else stages:
-        tokens = "" if stage is whole else _number(stage["tokens"], 1e9, 1)
+    all_stages = {**cost, "name": "all", "days": sum(stage["days"] for stage in stages)}
+    for stage in [*stages, all_stages] if len(stages) > 1 else stages:
+        tokens = "" if stage is all_stages else _number(stage["tokens"], 1e9, 1)
         yield (
             f"{stage['name']:<18}{tokens:>16}{_hours(stage['gpu_hours']):>14}{_number(stage['dollars']):>14}"
             f"{stage['days']:>10,.1f}{_number(stage['kilowatt_hours']):>14}"
@@ -370,8 +370,8 @@ def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrapped(f"{row['change']}{note}", first="  ", others="    ")
     yield ""
     yield "not computed, with what would have to be known:"
-    for wish in advice["unknown"]:
-        yield from _wrapped(f"{wish['wish']}: {wish['needs']}", first="  ", others="    ")
+    for unknown in advice["unknown"]:
+        yield from _wrapped(f"{unknown['wish']}: {unknown['needs']}", first="  ", others="    ")
 
 
 def _balance_lines(advice: Mapping[str, Any]) -> Iterator[str]:
@@ -424,8 +424,8 @@ def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [["built ranks", "parameters", "weights (B)", "gradients (B)", "optimizer (B)", "arithmetic"]]
     for kind in kinds:
         ranks = kind["pipeline_ranks"]
-        shown = ",".join(map(str, ranks))
-        name = shown if len(shown) <= 24 else f"{ranks[0]}..{ranks[-1]} ({len(ranks)})"
+        rank_list = ",".join(map(str, ranks))
+        name = rank_list if len(rank_list) <= 24 else f"{ranks[0]}..{ranks[-1]} ({len(ranks)})"
         sizes = (kind[key] for key in ("parameters", "weights_bytes", "gradients_bytes", "optimiser_bytes"))
         rows.append([name, *(f"{size:,}" for size in sizes), "equal" if kind["equal"] else "differs"])
     return aligned(rows)
@@ -434,8 +434,8 @@ def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
 def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int) -> list[str]:
     """Returns the result of a search as lines of at most 100 columns, except those of overrides."""
     counts = values["counts"]
-    found = values["candidates"]
-    lines = [_search_line(found, counts)]
+    layouts = values["candidates"]
+    lines = [_search_line(layouts, counts)]
     if given_sequences != sequences:
         lines.append(f"batch: {given_sequences:,} sequences cannot be divided; all layouts have {sequences:,}")
     lines.append(
@@ -447,9 +447,9 @@ def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int)
             "step; compare one with launch.plan"
         )
     lines.append("")
-    if found:
-        lines += [*_found_lines(found), "", "* on the front: no layout is as fast with less memory", ""]
-        for number, layout in enumerate(found, start=1):
+    if layouts:
+        lines += [*_found_lines(layouts), "", "* on the front: no layout is as fast with less memory", ""]
+        for number, layout in enumerate(layouts, start=1):
             quoted = (f"'{text}'" if "[" in text else text for text in layout["overrides"])
             lines.append(f"{number}: {' '.join(quoted)}")
         lines.append("")
@@ -475,16 +475,16 @@ def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) 
 
 
 def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    has_context = any(each["layout"]["context"] > 1 for each in found)
+    has_context = any(layout["layout"]["context"] > 1 for layout in found)
     names = {"pipeline": "pipeline", "data": "data", **({"context": "context"} if has_context else {})}
     names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks", "micro_batch_sequences": "micro"}
     names |= {"precision": "precision", "dispatch": "dispatch"}
     rows = [["", *names.values(), "GB", "step s", "GPU-hours"]]
-    for number, each in enumerate(found, start=1):
-        cells = [str(each["layout"][name]).replace("interleaved", "inter.") for name in names]
-        cost = each["cost"]
+    for number, layout in enumerate(found, start=1):
+        cells = [str(layout["layout"][name]).replace("interleaved", "inter.") for name in names]
+        cost = layout["cost"]
         hours = "-" if cost is None else f"{cost['gpu_hours']:,.0f}"
-        size = each["memory"]["peak_bytes"] / _GB
-        step = each["time"]["step_seconds"]
-        rows.append([f"{number}{'*' if each['pareto'] else ' '}", *cells, f"{size:.1f}", f"{step:.3f}", hours])
+        size = layout["memory"]["peak_bytes"] / _GB
+        step = layout["time"]["step_seconds"]
+        rows.append([f"{number}{'*' if layout['pareto'] else ' '}", *cells, f"{size:.1f}", f"{step:.3f}", hours])
     return aligned(rows, gap=" ")

@@ -126,8 +126,8 @@ class JobCost:
 
 
 def _sum_if_known(values: Iterable[float | None]) -> float | None:
-    known = list(values)
-    return None if None in known else sum(filter(None, known))
+    terms = list(values)
+    return None if None in terms else sum(filter(None, terms))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,8 +273,10 @@ def job_cost(
         note = f"sequences of {lengths} tokens, each shared by ranks; the layout of the published run is unknown"
         stages.append(_stage(config, "context_extension", longer, hours, note))
     if config.cost.post_training_gpu_hours:
-        given = config.cost.post_training_gpu_hours
-        stages.append(_stage(config, "post_training", None, given, "cost.post_training_gpu_hours, an input"))
+        hours_of_post_training = config.cost.post_training_gpu_hours
+        stages.append(
+            _stage(config, "post_training", None, hours_of_post_training, "cost.post_training_gpu_hours, an input")
+        )
     return JobCost(gpu_hours_per_trillion_tokens=per_token * _TRILLION / share, stages=tuple(stages), goodput=goodput)
 
 
@@ -416,8 +418,8 @@ def compared_kind(built: BuiltRank, counted: Mapping[int, Mapping[str, int]]) ->
         for key, name in _COUNTED.items()
         if abs(values[key] - counted[rank][key]) > (_MOST_PADDING if key == "optimiser_bytes" else 0)
     )
-    shown = {"equal": not differences, "differences": list(differences)}
-    return {"pipeline_ranks": list(built.pipeline_ranks), **values, **shown}
+    verdict = {"equal": not differences, "differences": list(differences)}
+    return {"pipeline_ranks": list(built.pipeline_ranks), **values, **verdict}
 
 
 def _count_by_arithmetic(config: TrainConfig) -> dict[int, dict[str, int]]:
@@ -428,9 +430,9 @@ def _count_by_arithmetic(config: TrainConfig) -> dict[int, dict[str, int]]:
     counts = {}
     for rank in range(schedule.num_ranks):
         stages = sorted({stage for _, stage in schedule.stages_of(rank)})
-        held = held_parameters(config.model, [shapes[stage] for stage in stages], sizes.num_local_experts)
-        static = static_bytes(config, held, sizes, count_replicas(config, schedule, rank))
-        counts[rank] = dict(zip(_COUNTED, (held.total, *static), strict=True))
+        parameters = held_parameters(config.model, [shapes[stage] for stage in stages], sizes.num_local_experts)
+        static = static_bytes(config, parameters, sizes, count_replicas(config, schedule, rank))
+        counts[rank] = dict(zip(_COUNTED, (parameters.total, *static), strict=True))
     return counts
 
 

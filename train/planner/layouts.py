@@ -120,8 +120,8 @@ class SearchSpace:
         """
         share, rest = divmod(self.config.batch.global_sequences, mesh.data)
         sizes = (1,) if rest else divisors(share)
-        own = self.config.batch.micro_sequences
-        return sizes if mesh.context == 1 else tuple(size for size in sizes if size in (1, own))
+        configured = self.config.batch.micro_sequences
+        return sizes if mesh.context == 1 else tuple(size for size in sizes if size in (1, configured))
 
     def _check_size(self) -> None:
         choices = len(self.dispatches) * sum(len(self._recomputes_of(precision)) for precision in self.precisions)
@@ -155,7 +155,9 @@ class SearchSpace:
         """Returns the sets of recomputed parts for a precision. FP8 recomputes all but `layer` in any case."""
         if precision.kind != "fp8":
             return self.recomputes
-        return tuple(each for each in self.recomputes if all_recomputed(each).issuperset(RECOMPUTED)) or (RECOMPUTED,)
+        return tuple(
+            recompute for recompute in self.recomputes if all_recomputed(recompute).issuperset(RECOMPUTED)
+        ) or (RECOMPUTED,)
 
 
 def context_sizes(config: TrainConfig) -> tuple[int, ...]:
@@ -245,7 +247,7 @@ class Estimates:
 
     space: SearchSpace
     planner: PlannerConfig
-    known: dict[object, object] = field(default_factory=dict)
+    cache: dict[object, object] = field(default_factory=dict)
 
     def ranked(self, setting: RankSetting, schedule: ScheduleConfig) -> RankedLayout:
         """Returns a layout with its estimates."""
@@ -256,20 +258,20 @@ class Estimates:
         sequences = self.space.config.batch.global_sequences / setting.data
         unit = _unit(setting)
         work = self._once((unit, schedule.pairing, shares), lambda: self._work(unit, schedule))
-        parameters = self._held(setting.expert) * copies / pipeline
+        parameters = self._num_parameters(setting.expert) * copies / pipeline
         update = self._update_seconds(parameters)
         factor = self.planner.efficiency.unexplained
         busy = work.busy * sequences
         idle = micro * _idle_seconds(schedule, pipeline, work.mean)
         static = self._static_bytes(setting, parameters)
-        kept = micro * self._kept_bytes(setting) / pipeline
+        activations = micro * self._activation_bytes(setting) / pipeline
         return RankedLayout(
             setting=setting,
             schedule=schedule,
             least_seconds=factor * _ROUNDING * (max(busy, micro * work.path) + update),
             seconds=factor * (max(busy + idle, micro * work.path) + update),
-            least_memory=static + kept,
-            memory=static + kept * min(sequences / micro, pipeline + 1),
+            least_memory=static + activations,
+            memory=static + activations * min(sequences / micro, pipeline + 1),
         )
 
     def unit_times(self, setting: RankSetting) -> LayerTimes:
@@ -295,9 +297,9 @@ class Estimates:
         most_layers = ceil(model.num_layers * shares / pipeline) if pipeline % shares == 0 else 0
         busy = 0.0
         for lane in (lambda part: _least_compute(part, alone), lambda part: part.work.exchange):
-            whole = sum(count * lane(part) for count, part in parts)
+            total = sum(count * lane(part) for count, part in parts)
             smallest = min(lane(part) for _, part in parts[:-3])
-            busy = max(busy, whole / pipeline, smallest * most_layers / shares, sum(map(lane, ends[1:])) / shares)
+            busy = max(busy, total / pipeline, smallest * most_layers / shares, sum(map(lane, ends[1:])) / shares)
         sums = sum((part * count for count, part in parts), PartTimes())
         path = alone * (sums.forward + sums.backward_input) + sums.forward_exchange + sums.backward_exchange
         mean = Costs(
@@ -309,12 +311,12 @@ class Estimates:
         )
         return _Work(busy=busy, path=path + 2 * (pipeline - 1) * times.latency, mean=mean)
 
-    def _held(self, expert: int) -> int:
+    def _num_parameters(self, expert: int) -> int:
         """Returns the parameters of a whole model whose experts are divided among ranks."""
         model = self.space.config.model
-        whole = stage_shapes([range(model.num_layers)])
+        shapes = stage_shapes([range(model.num_layers)])
         local = model.num_routed_experts // expert
-        return self._once(("held", expert), lambda: held_parameters(model, whole, local).total)
+        return self._once(("held", expert), lambda: held_parameters(model, shapes, local).total)
 
     def _update_seconds(self, parameters: float) -> float:
         rates = self.planner.rates
@@ -329,15 +331,15 @@ class Estimates:
         if config.optim.sharding == "replicated":
             state = parameters * moments
         else:
-            state = self._held(1) * (_MASTER_BYTES + moments) / self.space.ranks
+            state = self._num_parameters(1) * (_MASTER_BYTES + moments) / self.space.ranks
         return parameters * (value + max(4, value)) + state + config.cluster.memory_reserve_bytes
 
-    def _kept_bytes(self, setting: RankSetting) -> int:
+    def _activation_bytes(self, setting: RankSetting) -> int:
         """Returns the bytes that one sequence keeps in the whole model from forward to backward."""
 
         def predicted() -> int:
-            whole = replace(setting, pipeline=1, micro_sequences=1)
-            config = self.space.layout_config(whole, _FULL_BACKWARDS)
+            undivided = replace(setting, pipeline=1, micro_sequences=1)
+            config = self.space.layout_config(undivided, _FULL_BACKWARDS)
             batch = replace(config.batch, global_sequences=setting.data, ramp=None)
             mesh = replace(config.parallelism, cut=Cut("even"))
             return predict_memory(
@@ -348,9 +350,9 @@ class Estimates:
 
     def _once(self, key: object, compute: Callable[[], T]) -> T:
         """Returns a value that is computed at its first use."""
-        if key not in self.known:
-            self.known[key] = compute()
-        return self.known[key]  # type: ignore[return-value]
+        if key not in self.cache:
+            self.cache[key] = compute()
+        return self.cache[key]  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=64)

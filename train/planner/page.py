@@ -72,9 +72,9 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
         **{title: any_value(values.get(key)) for key, title in _OTHERS.items()},
         "Assumptions": _assumptions(values["assumptions"]),
     }
-    shown = (f"<section><h2>{escape(key)}</h2>{text}</section>" for key, text in sections.items() if text)
+    parts = (f"<section><h2>{escape(key)}</h2>{text}</section>" for key, text in sections.items() if text)
     title = f"Plan of {name}"
-    body = f"<main><h1>{escape(title)}</h1>{_verdict(values)}{_tiles(values)}{''.join(shown)}</main>"
+    body = f"<main><h1>{escape(title)}</h1>{_verdict(values)}{_tiles(values)}{''.join(parts)}</main>"
     return document(title, body, _operation_styles() + _STYLE.read_text(encoding="utf-8"))
 
 
@@ -82,14 +82,14 @@ def _verdict(values: Mapping[str, Any]) -> str:
     memory = values["memory"]
     layout = values["layout"]
     room = memory["capacity_bytes"]
-    peak = shown("_bytes", memory["peak_bytes"])
+    peak = cell_text("_bytes", memory["peak_bytes"])
     largest = max(memory["ranks"], key=lambda rank: rank["total_bytes"])["pipeline_rank"]
     style = ""
     text = f"The largest rank, {largest}, needs {peak}. The memory of a device is not given."
     if room is not None:
         style = ' class="good"' if values["fits"] else ' class="bad"'
         verdict = "It fits" if values["fits"] else "It does not fit"
-        text = f"{verdict}: the largest rank, {largest}, needs {peak} of {shown('_bytes', room)}."
+        text = f"{verdict}: the largest rank, {largest}, needs {peak} of {cell_text('_bytes', room)}."
     reasons = "".join(f"<p>{escape(reason)}</p>" for reason in values["reasons"])
     words = (
         f"{layout['ranks']:,} ranks: pipeline {layout['pipeline']} x data {layout['data']}, experts over "
@@ -110,7 +110,7 @@ def _tiles(values: Mapping[str, Any]) -> str:
         "tokens/s per GPU": f"{time['tokens_per_second_per_gpu']:,.0f}" if time else None,
     }
     others = ((time, "mfu"), (cost, "gpu_hours"), (cost, "dollars"))
-    facts |= {column_name(key): shown(key, part[key]) for part, key in others if part.get(key) is not None}
+    facts |= {column_name(key): cell_text(key, part[key]) for part, key in others if part.get(key) is not None}
     return _facts({key: text for key, text in facts.items() if text is not None})
 
 
@@ -156,7 +156,10 @@ def _cost(cost: Mapping[str, Any] | None) -> str:
 
 
 def _assumptions(assumptions: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[str(each["name"]), f"{each['value']:.6g}", str(each["unit"]), str(each["source"])] for each in assumptions]
+    rows = [
+        [str(assumption["name"]), f"{assumption['value']:.6g}", str(assumption["unit"]), str(assumption["source"])]
+        for assumption in assumptions
+    ]
     return _table(["name", "value", "unit", "source"], rows) if rows else ""
 
 
@@ -213,7 +216,7 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> str:
     keys = [key for key in columns if any(row.get(key) not in (None, "", []) for row in flat)]
     if not keys:
         return ""
-    rows = [[shown(key, each.get(key)) for key in keys] for each in flat]
+    rows = [[cell_text(key, record.get(key)) for key in keys] for record in flat]
     left_out = len(records) - len(flat)
     note = f"<p>{left_out:,} more are left out.</p>" if left_out else ""
     return _table([column_name(key) for key in keys], rows) + note
@@ -230,22 +233,24 @@ def any_value(value: object) -> str:
     match value:
         case None:
             return ""
-        case list() if all(isinstance(each, Mapping) for each in value):
+        case list() if all(isinstance(entry, Mapping) for entry in value):
             return records_table(value)
         case list():
-            items = (escape(shown("", each)) for each in value[:_MOST_RECORDS])
+            items = (escape(cell_text("", entry)) for entry in value[:_MOST_RECORDS])
             return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
         case Mapping():
-            plain_values = {key: each for key, each in value.items() if not isinstance(each, list | Mapping)}
-            facts = {column_name(key): shown(key, each) for key, each in plain_values.items() if each is not None}
+            plain_values = {key: entry for key, entry in value.items() if not isinstance(entry, list | Mapping)}
+            facts = {
+                column_name(key): cell_text(key, entry) for key, entry in plain_values.items() if entry is not None
+            }
             parts = "".join(
                 f"<h3>{escape(column_name(key))}</h3>{content}"
-                for key, each in value.items()
-                if key not in plain_values and (content := any_value(each))
+                for key, entry in value.items()
+                if key not in plain_values and (content := any_value(entry))
             )
             return _facts(facts) + parts
         case _:
-            return f"<p>{escape(shown('', value))}</p>"
+            return f"<p>{escape(cell_text('', value))}</p>"
 
 
 def column_name(key: str) -> str:
@@ -258,7 +263,7 @@ def column_name(key: str) -> str:
     return last.replace("_", " ").replace("gpu", "GPU")
 
 
-def shown(key: str, value: object) -> str:
+def cell_text(key: str, value: object) -> str:
     """Returns a value as plain text with the unit that its key names."""
     match value:
         case None:
@@ -268,7 +273,7 @@ def shown(key: str, value: object) -> str:
         case str():
             return value
         case list():
-            return " ".join(shown("", each) for each in value)
+            return " ".join(cell_text("", item) for item in value)
         case int() | float():
             return _number(key, value)
         case _:
@@ -298,14 +303,14 @@ def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
     layout = record.get("layout")
     if not isinstance(layout, Mapping):
         return record
-    known = {
+    texts = {
         **{axis: f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "expert") if axis in layout},
         "chunks": f"{layout.get('chunks')} chunks" if layout.get("chunks") not in (None, 1) else "",
         "batches": f"{layout.get('num_micro_batches')} x {layout.get('micro_batch_sequences')} sequences",
-        "recompute": f"recompute {shown('', layout['recompute']) or 'nothing'}" if "recompute" in layout else "",
+        "recompute": f"recompute {cell_text('', layout['recompute']) or 'nothing'}" if "recompute" in layout else "",
         **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
     }
-    return {**record, "layout": ", ".join(text for text in known.values() if text)}
+    return {**record, "layout": ", ".join(text for text in texts.values() if text)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,7 +331,7 @@ def _timeline(timed: TimedPlan) -> str:
     if span <= 0:
         return ""
     number = min(math.ceil(len(cells) / _GROUPS_OF_ROW), 10 * _MOST_ROWS)
-    rows = [_row(cells, place, span / number) for place in range(number)]
+    rows = [_row(cells, index, span / number) for index in range(number)]
     left_out = number - _MOST_ROWS
     if left_out > 0:
         half = _MOST_ROWS // 2
@@ -358,13 +363,13 @@ def _cells(timed: TimedPlan) -> Iterator[_GroupBox]:
     rank = timed.time.busiest
     schedule = timed.schedule
     simulation = timed.simulation
-    held = schedule.stages_of(rank)
+    stages = schedule.stages_of(rank)
     names_stage = [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
     for group, start, end in zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True):
         if end <= start:  # a reload only starts its copy
             continue
         is_two_way = schedule.num_directions > 1
-        variants = [op.direction if is_two_way else int((op.direction, op.stage) != held[0]) for op in group]
+        variants = [op.direction if is_two_way else int((op.direction, op.stage) != stages[0]) for op in group]
         yield _GroupBox(
             start=start,
             end=end,

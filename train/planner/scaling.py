@@ -340,8 +340,8 @@ class _Scale:
         if self.config.precision.kind == "fp8":
             return part
         recomputed = self.config.computing.recomputed
-        kept = sum(getattr(self.rates.recomputed, name) for name in names if name not in recomputed)
-        saved = kept * self.tokens * self.width * self.device.memory
+        unneeded = sum(getattr(self.rates.recomputed, name) for name in names if name not in recomputed)
+        saved = unneeded * self.tokens * self.width * self.device.memory
         return replace(part, backward_input=max(0.0, part.backward_input - saved))
 
 

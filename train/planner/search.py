@@ -117,19 +117,19 @@ def search_layouts(
     """
     search = Search(space, planner, rules)
     search.allow(most_seconds)
-    found = search.fastest(NUM_FASTEST, None)
-    counts = search.counts(len(found))
+    layouts = search.fastest(NUM_FASTEST, None)
+    counts = search.counts(len(layouts))
     search.allow(most_seconds / 2)
-    while found and not counts.open and len(found) < NUM_FASTEST + NUM_SMALLER:
-        limit = int(_SMALLER * min(each.peak_bytes for each in found))
+    while layouts and not counts.open and len(layouts) < NUM_FASTEST + NUM_SMALLER:
+        limit = int(_SMALLER * min(layout.peak_bytes for layout in layouts))
         smaller = search.fastest(1, limit)
         if not smaller or search.open:
             break
-        found += smaller
+        layouts += smaller
     return SearchResult(
         run=run,
         config=space.config,
-        found=_with_front([replace(each, cost=_own_cost(each, planner)) for each in found]),
+        found=_with_front([replace(layout, cost=_own_cost(layout, planner)) for layout in layouts]),
         rejected=tuple(sorted(search.rejected.values(), key=lambda group: -group.count)[:_MOST_GROUPS]),
         counts=counts,
     )
@@ -173,7 +173,7 @@ class Search:
         self._seconds_left = 0.0
         self._too_large: dict[object, list[_TooLarge]] = {}
         self._compared: list[FoundLayout] = []
-        self.waiting = sorted(self._ranked(), key=self._order)
+        self.waiting = sorted(self._rank_layouts(), key=self._order)
 
     def counts(self, num_found: int) -> SearchCounts:
         """Returns the numbers of layouts."""
@@ -230,19 +230,19 @@ class Search:
         is_large = self._room is not None and layout.memory > self._room
         return is_costly, not is_own, is_large, layout.seconds, layout.memory
 
-    def _ranked(self) -> Iterator[RankedLayout]:
+    def _rank_layouts(self) -> Iterator[RankedLayout]:
         """Yields the layouts that no rule rejects and that may fit."""
-        for setting, schedule in self._accepted():
+        for setting, schedule in self._accepted_settings():
             layout = self._estimates.ranked(setting, schedule)
             if self._room is None or layout.least_memory <= self._room:
                 yield layout
                 continue
             sizes = f"{layout.least_memory / _GB:.1f} GB of {self._room / _GB:.1f}"
-            shown = partial(self._undecided, setting, schedule)
+            undecided = partial(self._undecided, setting, schedule)
             excess = layout.least_memory / self._room
-            self._reject(f"memory: the mean rank needs at least {sizes}", shown, excess=excess)
+            self._reject(f"memory: the mean rank needs at least {sizes}", undecided, excess=excess)
 
-    def _accepted(self) -> Iterator[tuple[RankSetting, ScheduleConfig]]:
+    def _accepted_settings(self) -> Iterator[tuple[RankSetting, ScheduleConfig]]:
         """Yields the layouts that no rule rejects. What layouts share is checked once.
 
         Rules about ranks, precision and dispatch are checked with `FALLBACK`, which accepts all sizes, and with
@@ -250,7 +250,7 @@ class Search:
         checked as a whole before it is predicted.
         """
         kinds = self._space.schedules
-        fallback = replace(next((each for each in kinds if each.kind == FALLBACK), kinds[0]), chunks=None)
+        fallback = replace(next((kind for kind in kinds if kind.kind == FALLBACK), kinds[0]), chunks=None)
         schedules_of = cache(self._space.schedules_of)
         reasons: dict[object, str | None] = {}
 
@@ -286,9 +286,9 @@ class Search:
 
     def _compare(self, layout: RankedLayout, worst: float) -> None:
         """Predicts a layout that may be faster than `worst`, with its balanced cut, then with one that fits."""
-        shown = partial(self._undecided, layout.setting, layout.schedule)
+        undecided = partial(self._undecided, layout.setting, layout.schedule)
         if (smaller := self._smaller_that_does_not_fit(layout)) is not None:
-            self._reject(smaller.reason, shown, excess=smaller.excess)
+            self._reject(smaller.reason, undecided, excess=smaller.excess)
             return
         free = self._space.layout_config(layout.setting, layout.schedule)
         timing_seconds = _build_seconds(free) + _TIMING_SECONDS * layout.setting.pipeline
@@ -327,10 +327,10 @@ class Search:
 
     def _smaller_that_does_not_fit(self, layout: RankedLayout) -> "_TooLarge | None":
         """Returns a layout that is too large with at most as large micro-batches and as much recomputation."""
-        for other in self._too_large.get(_kind_of(layout), ()):
-            recomputes_more = all_recomputed(other.setting.recompute) >= all_recomputed(layout.setting.recompute)
-            if recomputes_more and other.setting.micro_sequences <= layout.setting.micro_sequences:
-                return other
+        for too_large in self._too_large.get(_kind_of(layout), ()):
+            recomputes_more = all_recomputed(too_large.setting.recompute) >= all_recomputed(layout.setting.recompute)
+            if recomputes_more and too_large.setting.micro_sequences <= layout.setting.micro_sequences:
+                return too_large
         return None
 
     def _spend(self, seconds: float) -> None:

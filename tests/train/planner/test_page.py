@@ -13,7 +13,7 @@ from tests.documents import check_policy, with_style_attributes
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.forms import COLUMNS, labeled, plan_text, plan_values
 from train.planner.job_plan import JobPlan, plan_job
-from train.planner.page import any_value, column_name, plan_page, records_table, shown, stacked_bars
+from train.planner.page import any_value, cell_text, column_name, plan_page, records_table, stacked_bars
 
 ATTACK = "</style></td><script>alert(1)</script><img src=x onerror=alert(1)>"
 
@@ -151,7 +151,7 @@ def test_hostile_text_stays_text(published: tuple[JobPlan, dict[str, Any]]) -> N
     ],
 )
 def test_values_have_the_unit_of_their_key(key: str, value: object, text: str) -> None:
-    assert shown(key, value) == text
+    assert cell_text(key, value) == text
 
 
 def test_columns_have_words_and_empty_ones_are_left_out() -> None:
