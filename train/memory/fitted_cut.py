@@ -50,13 +50,13 @@ def fitted_cut(config: TrainConfig, kind: str, times: LayerTimes | None = None) 
         return best
     config = replace(config, schedule=replace(config.schedule, kind=kind))
     even = cut_layers(config.model.num_layers, len(best), config.model.mtp_depth)
-    for cut in (_tightened(config, placement, best, times), even):
+    for cut in (_tighten(config, placement, best, times), even):
         if cut is not None and _ranks_over(config, cut) == frozenset():
             return cut
     return best
 
 
-def _tightened(
+def _tighten(
     config: TrainConfig, placement: Placement, best: tuple[range, ...], times: LayerTimes | None
 ) -> tuple[range, ...] | None:
     """Moves layers away from ranks that need too much memory, until the cut fits or there is none.
@@ -73,8 +73,8 @@ def _tightened(
         if not over:
             return None if over is None else cut
         layers = Counter[int]()
-        for group, own in zip(groups, cut, strict=True):
-            layers[group] += len(own)
+        for group, stage_layers in zip(groups, cut, strict=True):
+            layers[group] += len(stage_layers)
         for group in {groups[stage] for row in placement for stage, rank in enumerate(row) if rank in over}:
             if group in late:
                 most[group] = layers[group] - 1
@@ -118,7 +118,7 @@ def memory_table(job: JobMemory) -> list[str]:
     """Returns a header and a line for each pipeline rank, with the parts of its memory in GB."""
     header = [*_COLUMNS, "update", "reserve", "total"]
     rows = [header, *([str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
@@ -147,8 +147,8 @@ def parts(rank: RankMemory) -> str:
         "reserve": rank.reserve,
         "update": rank.update if is_reducing else 0,
     }
-    shown = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
-    return ", ".join(f"{name} {_part(size)}" for size, name in shown)
+    largest = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
+    return ", ".join(f"{name} {_part(size)}" for size, name in largest)
 
 
 def gigabytes(size: int) -> str:

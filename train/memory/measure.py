@@ -56,7 +56,7 @@ class _LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._created: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._peak = 0
 
     @classmethod
@@ -74,20 +74,20 @@ class _LiveStorages(TorchDispatchMode):
                     inputs = {x.untyped_storage()._cdata for x in operands if isinstance(x, Tensor)}
                 storage = leaf.untyped_storage()
                 if storage._cdata not in inputs:
-                    self._made[storage._cdata] = weakref.ref(storage)
+                    self._created[storage._cdata] = weakref.ref(storage)
         self._peak = max(self._peak, self.live_bytes())
         return results
 
     def live_bytes(self) -> int:
         """Returns the bytes of live storages."""
-        live = {key: storage for key, reference in self._made.items() if (storage := reference()) is not None}
-        self._made = {key: self._made[key] for key in live}
+        live = {key: storage for key, reference in self._created.items() if (storage := reference()) is not None}
+        self._created = {key: self._created[key] for key in live}
         return sum(map(_size, live.values()))
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """Returns the bytes of those storages of some tensors that are counted, each once."""
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-        return sum(_size(storage) for key, storage in storages.items() if key in self._made)
+        return sum(_size(storage) for key, storage in storages.items() if key in self._created)
 
     def peak_of(self, action: Callable[[], None]) -> int:
         """Runs an action, and returns the largest number of live bytes inside it, above those before it."""
@@ -120,8 +120,8 @@ class _Account:
 
     def gradient_bytes(self, run: StageRun) -> int:
         """Returns the bytes of a run's gradients between two phases that it does not keep for its backward."""
-        kept = list(run.kept())
-        return self.storages.bytes_of([*run.gradient_tensors(), *kept]) - self.storages.bytes_of(kept)
+        kept_tensors = list(run.kept())
+        return self.storages.bytes_of([*run.gradient_tensors(), *kept_tensors]) - self.storages.bytes_of(kept_tensors)
 
 
 class _PartRuns:
@@ -136,10 +136,13 @@ class _PartRuns:
         modules = range(config.num_layers, config.num_layers + config.mtp_depth) if is_last else ()
         attention = SIZED_CUDA_PADDED if sizes.pads_heads else SIZED_CUDA
         self._part = part
-        self._batches = [_batch(each) for each in by_slice]
+        self._batches = [_batch(sizes_of_slice) for sizes_of_slice in by_slice]
         self.model = Transformer(
             config,
-            EvenDispatcher(sizes.num_local_experts, {each.num_tokens: each.expert_rows for each in by_slice}),
+            EvenDispatcher(
+                sizes.num_local_experts,
+                {sizes_of_slice.num_tokens: sizes_of_slice.expert_rows for sizes_of_slice in by_slice},
+            ),
             _TYPES[sizes.value_bytes],
             Part(layers=(*layers, *modules), experts=range(sizes.num_local_experts), embedding=True, head=is_last),
             replace(sizes.computing, attention=SIZED_CPU if sizes.device == "cpu" else attention),
@@ -151,7 +154,7 @@ class _PartRuns:
         self._kinds = ["compute" if lane == "compute" else next(exchanges) for lane in self._stage.lanes]
         self._store = GradientStore(self.model.parameters())
         self._slices = SequenceParts(
-            edges=slice_starts(tuple(each.tokens for each in by_slice)),
+            edges=slice_starts(tuple(sizes_of_slice.tokens for sizes_of_slice in by_slice)),
             held=tuple((index,) for index in range(len(by_slice))),
         )
         self._objective, names = head_objective(config, 1.0)
@@ -184,25 +187,25 @@ class _PartRuns:
     def _measure_forward(self, run: StageRun, phase: int, account: "_Account") -> PhaseBytes:
         before = account.kept_bytes()
         peak = account.storages.peak_of(partial(self._forward, run, phase))
-        kept = account.kept_bytes()
-        values = account.storages.live_bytes() - kept
-        return PhaseBytes(kind=self._kinds[phase], values=values, kept=kept - before, forward_peak=peak)
+        kept_after = account.kept_bytes()
+        values = account.storages.live_bytes() - kept_after
+        return PhaseBytes(kind=self._kinds[phase], values=values, kept=kept_after - before, forward_peak=peak)
 
     def _measure_backward(self, run: StageRun, sizes: list[PhaseBytes], account: "_Account") -> list[PhaseBytes]:
         """Adds the sizes of a run's backward and W."""
-        held = [0] * len(sizes)
+        live_bytes = [0] * len(sizes)
         sizes = list(sizes)
         for phase in reversed(range(len(sizes))):
             kept_before = account.kept_bytes()
             carried_before = account.carried_bytes()
             peak = account.storages.peak_of(partial(self._backward, run, phase))
-            kept = account.kept_bytes()
+            kept_after = account.kept_bytes()
             carried = account.carried_bytes()
-            held[phase] = account.storages.live_bytes() - kept - carried
+            live_bytes[phase] = account.storages.live_bytes() - kept_after - carried
             sizes[phase] = replace(
                 sizes[phase],
                 gradients=account.gradient_bytes(run),
-                released=kept_before - kept,
+                released=kept_before - kept_after,
                 carried=carried - carried_before,
                 backward_peak=peak,
             )
@@ -217,7 +220,7 @@ class _PartRuns:
                 freed = before - account.storages.live_bytes()
                 sizes[phase] = replace(sizes[phase], waiting=freed, weight_peak=peak)
             waiting += sizes[phase].waiting
-            sizes[phase] = replace(sizes[phase], shared=sizes[phase].gradients + waiting - held[phase])
+            sizes[phase] = replace(sizes[phase], shared=sizes[phase].gradients + waiting - live_bytes[phase])
         return sizes
 
     def _start(self, store: GradientStore | None) -> tuple[list[StageRun], SlicedSequences]:
@@ -226,8 +229,8 @@ class _PartRuns:
         is_sliced = len(self._batches) > 1
         runs = []
         for index, batch in enumerate(self._batches):
-            place = RunPlace(sequences=sequences, index=index) if is_sliced else RunPlace()
-            runs.append(self._stage.start(batch, self._objective, self._sums, store, place=place))
+            run_place = RunPlace(sequences=sequences, index=index) if is_sliced else RunPlace()
+            runs.append(self._stage.start(batch, self._objective, self._sums, store, place=run_place))
         return runs, sequences
 
     def _set_input(self, run: StageRun, index: int) -> None:

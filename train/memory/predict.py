@@ -125,14 +125,14 @@ def predict_memory(config: TrainConfig) -> JobMemory:
         ScheduleError: the schedule cannot be built.
         CutError: the model has fewer layers than stages.
     """
-    shown: dict[int, TrainConfig] = {}
+    sized_configs: dict[int, TrainConfig] = {}
     *smaller, last = config.batch_sizes.sizes
     for sequences in (last, *reversed(smaller)):
         sized = sized_run(config, sequences)
         length = few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches, config.schedule.slices)
-        shown.setdefault(length, sized)
-    whole, *others = shown.values()
-    jobs = [_predict(whole)]
+        sized_configs.setdefault(length, sized)
+    full, *others = sized_configs.values()
+    jobs = [_predict(full)]
     room = config.cluster.memory_bytes
     if room is None or jobs[0].worst.total <= room:
         jobs += [_predict(replace(sized, memory_cap=ramp_memory_cap(sized))) for sized in others]
@@ -251,21 +251,21 @@ def rank_memory(
     """
     sizes = planning_sizes(config)
     replicas = count_replicas(config, schedule, rank)
-    held = _held(config, schedule, rank, shapes)
-    weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)
+    parameters = _held_parameters(config, schedule, rank, shapes)
+    weights, gradients, optimizer = static_bytes(config, parameters, sizes, replicas)
     ends = {0, schedule.num_stages - 1}
     has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
     return RankMemory(
         pipeline_rank=rank,
-        parameters=held.total,
+        parameters=parameters.total,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        weight_codes=held.code_bytes if sizes.is_fp8 else 0,
+        weight_codes=parameters.code_bytes if sizes.is_fp8 else 0,
         batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
         pipeline=peaks[0],
         cool_down=peaks[1],
-        update=update_bytes(config, held, sizes, replicas),
+        update=update_bytes(config, parameters, sizes, replicas),
         reserve=config.cluster.memory_reserve_bytes,
     )
 
@@ -296,10 +296,10 @@ def _with_frozen_networks(
         )
     weights = memory.weights
     for run, stages in networks:
-        weights += weight_bytes(run, _held(run, schedule, rank, stages), planning_sizes(run))
+        weights += weight_bytes(run, _held_parameters(run, schedule, rank, stages), planning_sizes(run))
     if config.rollout is not None and config.rollout.engine == "local":
-        whole = held_parameters(config.model, shapes, config.model.num_routed_experts)
-        weights += weight_bytes(config, whole, planning_sizes(config))
+        all_parameters = held_parameters(config.model, shapes, config.model.num_routed_experts)
+        weights += weight_bytes(config, all_parameters, planning_sizes(config))
     return replace(memory, weights=weights, batch=batch)
 
 
@@ -351,7 +351,9 @@ def pipeline_peaks(
     return find_peaks(program, runs, keeps_sent=config.cluster.backend == "nccl")
 
 
-def _held(config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape]) -> HeldParameters:
+def _held_parameters(
+    config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape]
+) -> HeldParameters:
     stages = sorted({stage for _, stage in schedule.stages_of(rank)})
     experts = config.model.num_routed_experts // config.parallelism.expert
     return held_parameters(config.model, [shapes[stage] for stage in stages], experts)

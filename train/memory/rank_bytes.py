@@ -283,7 +283,7 @@ class RankBytes:
         """Applies the change of live bytes at the end of a phase."""
         phase = run.phases[step.phase]
         if step.action is Action.FORWARD:
-            made = phase.values
+            between = phase.values
             self._activations += phase.kept
             self._routing += phase.routing
             run.routing += phase.routing
@@ -292,9 +292,9 @@ class RankBytes:
             self._pending += phase.waiting + phase.carried
             run.waiting += phase.waiting
             run.shared = phase.shared if run.waiting else 0
-            made = phase.gradients - run.shared
-        self._transfers += made - run.between
-        run.between = made
+            between = phase.gradients - run.shared
+        self._transfers += between - run.between
+        run.between = between
 
     def _finish_weight(self, run: _Run, waiting: int) -> None:
         """Applies the end of a W; gradients between two phases stay."""
@@ -402,16 +402,16 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     """
     masks = config.batch.document_mask
     num_parts = max(config.parallelism.context, config.schedule.slices)
-    each = 0
+    micro_batch_bytes = 0
     if has_end or masks:
-        each = 2 * (config.model.mtp_depth + 1) * sizes.num_tokens * _ID_BYTES
+        micro_batch_bytes = 2 * (config.model.mtp_depth + 1) * sizes.num_tokens * _ID_BYTES
     if masks:
         # Documents are those of whole sequences, also if ranks share them.
-        each += sizes.num_tokens * num_parts * _ID_BYTES
+        micro_batch_bytes += sizes.num_tokens * num_parts * _ID_BYTES
         if num_parts == 1 and makes_dense_masks(config.attention, config.cluster.device):
             # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
-            each += sizes.sequences * sizes.tokens**2 * (1 + sizes.value_bytes)
-    return each * num_micro_batches
+            micro_batch_bytes += sizes.sequences * sizes.tokens**2 * (1 + sizes.value_bytes)
+    return micro_batch_bytes * num_micro_batches
 
 
 def _shard_elements(held: HeldParameters, replicas: ReplicaCounts) -> int:
