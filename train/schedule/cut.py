@@ -109,20 +109,22 @@ def _check_listed(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) 
     """Rejects a list that does not fit the model and the number of stages."""
     layers = config.model.num_layers
     last = len(sizes) - 1
-    shown = f"is {_text(sizes)}; nearest valid: {_text(_nearest(sizes, config, num_stages))}"
+    correction = f"is {_text(sizes)}; nearest valid: {_text(_nearest(sizes, config, num_stages))}"
     if len(sizes) != num_stages:
         raise CutError(
             f"{_KEY}: must list the layers of {num_stages} stages, because schedule={config.schedule.kind} has so many "
-            f"with parallelism.pipeline={config.parallelism.pipeline}, lists {len(sizes)}, {shown}, or auto"
+            f"with parallelism.pipeline={config.parallelism.pipeline}, lists {len(sizes)}, {correction}, or auto"
         )
     empty = [stage for stage, size in enumerate(sizes) if size == 0 and stage not in (0, last)]
     if empty:
         raise CutError(
             f"{_KEY}: every stage except the first and the last must have at least one layer, stage {empty[0]} has "
-            f"none, {shown}, or auto"
+            f"none, {correction}, or auto"
         )
     if sum(sizes) != layers:
-        raise CutError(f"{_KEY}: must add up to model.num_layers={layers}, adds up to {sum(sizes)}, {shown}, or auto")
+        raise CutError(
+            f"{_KEY}: must add up to model.num_layers={layers}, adds up to {sum(sizes)}, {correction}, or auto"
+        )
 
 
 def _nearest(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> tuple[int, ...]:
@@ -180,10 +182,10 @@ def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:
     if kind == "auto":
         return sized
     chunks = run_stages(config, kind) // pipeline
-    other = kind_for_size(kind, pipeline, sized.num_micro_batches, chunks, micro_batches_key="batch.ramp")
-    if other == kind:
+    sized_kind = kind_for_size(kind, pipeline, sized.num_micro_batches, chunks, micro_batches_key="batch.ramp")
+    if sized_kind == kind:
         return sized
-    return replace(sized, schedule=replace(config.schedule, kind=other, chunks=chunks))
+    return replace(sized, schedule=replace(config.schedule, kind=sized_kind, chunks=chunks))
 
 
 def ramp_notices(config: TrainConfig) -> Iterator[str]:
@@ -212,7 +214,7 @@ class CutLimits:
     def allow(self, sizes: Sequence[int], groups: Sequence[int]) -> bool:
         """Returns whether no group has more layers than it may have."""
         return all(
-            sum(size for size, own in zip(sizes, groups, strict=True) if own == group) <= most
+            sum(size for size, stage_group in zip(sizes, groups, strict=True) if stage_group == group) <= most
             for group, most in self.layers.items()
         )
 
@@ -232,15 +234,15 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
         model = replace(model, num_dense=0, num_moe=model.num_dense, moe=model.dense)
     limits = limits or CutLimits()
     num_stages = len(placement[0])
-    found = list[tuple[int, ...]]()
+    fillings = list[tuple[int, ...]]()
     for dense in islice(_dense_sizes(model.num_dense, num_stages, model.num_layers / num_stages), _MOST_TRIED):
         filling = _Filling(model, placement, limits, dense)
         if filling.run():
-            found.append(tuple(filling.sizes))
-    if not found:
+            fillings.append(tuple(filling.sizes))
+    if not fillings:
         return None
-    most = (1 + _TOLERANCE) * min(pace(stage_works(sizes, model), placement) for sizes in found)
-    starts = sorted(found, key=lambda sizes: _score(sizes, model, placement, most))
+    most = (1 + _TOLERANCE) * min(pace(stage_works(sizes, model), placement) for sizes in fillings)
+    starts = sorted(fillings, key=lambda sizes: _score(sizes, model, placement, most))
     tried = starts[: _MOST_STARTS if runs_in_lockstep(placement) else 1]
     cuts = (_climb(start, model, placement, limits, most) for start in tried)
     return min(cuts, key=lambda sizes: _score(sizes, model, placement, most))
@@ -303,7 +305,7 @@ def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: f
     times = times_of_ranks(works, placement)
     ranks = _relative(times)
     stages = _relative([work.time for work in works])
-    squares = sum((time - 1) ** 2 for each in (ranks, stages) for time in each) / len(stages)
+    squares = sum((time - 1) ** 2 for ratios in (ranks, stages) for time in ratios) / len(stages)
     time = pace(works, placement)
     even = sum(times) / len(times) or 1.0
     value = time / even + _LARGEST_STAGE * max(stages) + _UNEVENNESS * squares
@@ -338,13 +340,13 @@ class _Filling:
         self._limits = limits
         self._groups = rank_groups(placement)
         # A rank in the middle of an odd number of ranks holds a stage for both directions.
-        self._held = [max(map(ranks.count, ranks)) for ranks in zip(*placement, strict=True)]
+        self._num_copies = [max(map(ranks.count, ranks)) for ranks in zip(*placement, strict=True)]
         # MoE layers can join the last dense layers, or come later.
         self._open = range(max(0, len(dense) - 1), last + 1)
         self._stages = stage_works(self.sizes, model)
         self._totals: dict[int, LaneWork] = defaultdict(LaneWork)
-        for group, work, held in zip(self._groups, self._stages, self._held, strict=True):
-            self._totals[group] += work * held
+        for group, work, copies in zip(self._groups, self._stages, self._num_copies, strict=True):
+            self._totals[group] += work * copies
 
     def run(self) -> bool:
         """Adds all layers. Returns whether there are enough layers, and whether the limits are kept."""
@@ -355,17 +357,17 @@ class _Filling:
                 return False
             self.sizes[stage] += 1
             self._stages[stage] += self._model.moe
-            self._totals[self._groups[stage]] += self._model.moe * self._held[stage]
+            self._totals[self._groups[stage]] += self._model.moe * self._num_copies[stage]
         return left >= 0 and self._limits.allow(self.sizes, self._groups)
 
     def _has_room(self, stage: int) -> bool:
-        grown = [size + (place == stage) for place, size in enumerate(self.sizes)]
+        grown = [size + (index == stage) for index, size in enumerate(self.sizes)]
         return not self._limits.layers or self._limits.allow(grown, self._groups)
 
     def _cost_with_another(self, stage: int) -> tuple[float, ...]:
         """Returns the time of the stage's rank, then of the stage, with one more MoE layer."""
         group = self._groups[stage]
         moe = self._model.moe
-        total = self._totals[group] + moe * self._held[stage]
-        own = 0.0 if group in self._limits.late else (self._stages[stage] + moe).time
-        return round(total.time, _DIGITS), group, round(own, _DIGITS), -stage
+        total = self._totals[group] + moe * self._num_copies[stage]
+        stage_time = 0.0 if group in self._limits.late else (self._stages[stage] + moe).time
+        return round(total.time, _DIGITS), group, round(stage_time, _DIGITS), -stage

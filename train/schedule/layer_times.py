@@ -198,16 +198,16 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
         context=config.parallelism.context,
     )
     exchanging = model.num_layers - model.num_dense_layers + model.mtp_depth
-    whole = config.parallelism.pipeline / work.total(model)
+    per_work = config.parallelism.pipeline / work.total(model)
     exchange = 0.0
     if exchanging and config.parallelism.expert > 1:
         exchange = costs.exchange * config.parallelism.pipeline / exchanging
 
     def times(part: float, exchanges: int = 0) -> PartTimes:
         return PartTimes(
-            forward=costs.forward * part * whole,
-            backward_input=costs.backward_input * part * whole,
-            backward_weight=costs.backward_weight * part * whole,
+            forward=costs.forward * part * per_work,
+            backward_input=costs.backward_input * part * per_work,
+            backward_weight=costs.backward_weight * part * per_work,
             forward_exchange=exchange * exchanges,
             backward_exchange=exchange * exchanges,
         )
@@ -237,14 +237,14 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
         parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
         parts += [times.embedding] * (stage == 0) + [times.head, times.mtp] * is_last
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
-        whole = as_paired(sum(parts, PartTimes()), config)
+        total = as_paired(sum(parts, PartTimes()), config)
         stages.append(
             StageCosts(
-                forward=whole.forward,
-                backward_input=whole.backward_input,
-                backward_weight=whole.backward_weight,
-                forward_exchange=whole.forward_exchange,
-                backward_exchange=whole.backward_exchange,
+                forward=total.forward,
+                backward_input=total.backward_input,
+                backward_weight=total.backward_weight,
+                forward_exchange=total.forward_exchange,
+                backward_exchange=total.backward_exchange,
                 activation=share,
             )
         )

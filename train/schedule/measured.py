@@ -125,10 +125,10 @@ def _alone(phases: Sequence[PhaseTimes]) -> float:
     It is below 1 on a device whose exchange takes part of it. Only phases that were measured both ways count.
     """
     alone = overlapped = 0.0
-    for each in phases:
-        if not each.is_exchange and each.alone_seconds is not None and each.overlapped_seconds is not None:
-            alone += each.alone_seconds
-            overlapped += each.overlapped_seconds
+    for phase in phases:
+        if not phase.is_exchange and phase.alone_seconds is not None and phase.overlapped_seconds is not None:
+            alone += phase.alone_seconds
+            overlapped += phase.overlapped_seconds
     return min(1.0, alone / overlapped) if alone > 0 and overlapped > 0 else 1.0
 
 
@@ -162,8 +162,8 @@ def _latency(schedule: Schedule, measured: Measured) -> float:
     waits: list[tuple[object, LaneSpan]] = []
     for spans in measured.ranks:
         for span in spans:
-            if span.lane == "send" and (made := value_made(schedule, span.operation)) is not None:
-                sent[made] = span.start_seconds
+            if span.lane == "send" and (sent_value := value_made(schedule, span.operation)) is not None:
+                sent[sent_value] = span.start_seconds
             if span.lane == "wait" and (needed := value_needed(schedule, span.operation)) is not None:
                 waits.append((needed, span))
     # There is no send between stages of one rank, and a message that waits for the rank says nothing.
@@ -284,9 +284,9 @@ def read_measured(path: Path) -> MeasuredRun | None:
     """
     if not path.is_file():
         return None
-    shown = f"rates: {str(path)!r}"
+    subject = f"rates: {str(path)!r}"
     if path.stat().st_size > _MOST_BYTES:
-        raise ConfigError(f"{shown} must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}")
+        raise ConfigError(f"{subject} must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or _SCHEDULE_KEY not in values:
@@ -298,7 +298,7 @@ def read_measured(path: Path) -> MeasuredRun | None:
             raise ValueError(f"cut: must list {schedule.num_stages} stages, lists {len(measured.cut)}")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{shown} must be what a run measured, is not: {reason}") from error
+        raise ConfigError(f"{subject} must be what a run measured, is not: {reason}") from error
     return MeasuredRun(measured=measured, schedule=schedule)
 
 

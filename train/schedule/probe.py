@@ -62,8 +62,8 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     with parts.model.weights_unchanged():
         for _ in range(_RUNS):
             parts.run()
-    mine = parts.times(latency)
-    agreed = _average_over_ranks(mine, device)
+    measured = parts.times(latency)
+    agreed = _average_over_ranks(measured, device)
     lane.close()
     dispatcher.close()
     for group in (experts, pipeline, shared):
@@ -191,12 +191,12 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
     members = layout.pipeline_group(dist.get_rank())
     shape = (config.batch.micro_sequences, config.rank_sequence_tokens, config.model.hidden_size)
     # gloo sends only from host memory.
-    place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)
-    found = []
-    for other, sends_first in _partners(index, len(members)):
-        found.append(_ping_pong(ball, members[other], group, sends_first=sends_first))
-    return mean(found) if found else 0.0
+    link_device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=link_device)
+    latencies = []
+    for partner, sends_first in _partners(index, len(members)):
+        latencies.append(_ping_pong(ball, members[partner], group, sends_first=sends_first))
+    return mean(latencies) if latencies else 0.0
 
 
 def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
@@ -206,9 +206,9 @@ def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
     """
     for parity in (0, 1):
         sends_first = index % 2 == parity
-        other = index + 1 if sends_first else index - 1
-        if other in range(num_ranks):
-            yield other, sends_first
+        partner = index + 1 if sends_first else index - 1
+        if partner in range(num_ranks):
+            yield partner, sends_first
     if num_ranks > 2 and index in (0, num_ranks - 1):
         yield num_ranks - 1 - index, index > 0
 

@@ -272,7 +272,7 @@ def _are_near(some: CostModel, others: CostModel) -> bool:
         [stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages]
         for costs in (some, others)
     ]
-    return all(abs(one - other) <= _NEAR * other for one, other in zip(*works, strict=True))
+    return all(abs(estimated - equal) <= _NEAR * equal for estimated, equal in zip(*works, strict=True))
 
 
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
