@@ -108,13 +108,17 @@ class ChartWriter:
     def plot(self, chart: Chart) -> str:
         """Returns a chart without a figure around it; empty text if no run has its numbers."""
         chosen = chart.compared if chart.compared and len(self.runs) > 1 else list(chart.lines)
-        known = [key for key in chosen if key in self._keys]
-        if not known or (chart.is_range and len(known) < 2) or (chart.hides_zeros and not self._has_nonzero(known)):
+        drawn_keys = [key for key in chosen if key in self._keys]
+        if (
+            not drawn_keys
+            or (chart.is_range and len(drawn_keys) < 2)
+            or (chart.hides_zeros and not self._has_nonzero(drawn_keys))
+        ):
             return ""
         if chart.is_range:
-            self._shown_keys |= {known[0]: ("least",), known[1]: ("most",)}
+            self._shown_keys |= {drawn_keys[0]: ("least",), drawn_keys[1]: ("most",)}
         else:
-            self._shown_keys |= dict.fromkeys(known, ("mean", "least", "most"))
+            self._shown_keys |= dict.fromkeys(drawn_keys, ("mean", "least", "most"))
         colors = chart.colors or [number % _NUM_COLORS + 1 for number in range(len(chart.lines))]
         is_held_out = [key.startswith(("validation_", "evaluation_")) for key in chart.lines]
         named = zip(chart.lines.items(), colors, is_held_out, strict=True)
@@ -129,8 +133,10 @@ class ChartWriter:
         return f'<div class="plot"><script type="application/json">{embedded_json(values)}</script></div>'
 
     def _has_nonzero(self, keys: Sequence[str]) -> bool:
-        found = (run.history.statistics(key) for run in self.runs for key in keys)
-        return any(np.nan_to_num([numbers.least_N, numbers.most_N]).any() for numbers in found if numbers is not None)
+        statistics = (run.history.statistics(key) for run in self.runs for key in keys)
+        return any(
+            np.nan_to_num([numbers.least_N, numbers.most_N]).any() for numbers in statistics if numbers is not None
+        )
 
     def _expanded(self, chart: Chart) -> Iterator[Chart]:
         """Yields a chart with a line for each key of its pattern, or one for each key if the title has a `*`."""
@@ -266,8 +272,8 @@ def relative_shades(share_RC: NDArray[np.float64]) -> NDArray[np.uint8]:
 def palette() -> list[tuple[int, int, int]]:
     """Blue for little, nearly white for the mean, red for much."""
     middle = (_SHADES - 1) // 2
-    below = [_mixed(_COLD, _EVEN, place / middle) for place in range(middle)]
-    return [*below, *(_mixed(_EVEN, _HOT, place / middle) for place in range(middle + 1))]
+    below = [_mixed(_COLD, _EVEN, index / middle) for index in range(middle)]
+    return [*below, *(_mixed(_EVEN, _HOT, index / middle) for index in range(middle + 1))]
 
 
 def legend_gradient() -> str:
@@ -329,7 +335,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def _mixed(start: tuple[int, int, int], end: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    red, green, blue = (round(one + (other - one) * share) for one, other in zip(start, end, strict=True))
+    red, green, blue = (round(first + (last - first) * share) for first, last in zip(start, end, strict=True))
     return red, green, blue
 
 
@@ -349,32 +355,32 @@ def evaluation_page(
 def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison] | None) -> str:
     parts = [f"<h2>{escape(name)}<small>{result.num_samples:,} samples</small></h2>"]
     parts += [f"<p>{escape(note)}</p>" for note in result.details.notes]
-    values = {metric: (each.value, each.standard_error) for metric, each in result.estimates.items()}
+    values = {metric: (estimate.value, estimate.standard_error) for metric, estimate in result.estimates.items()}
     parts.append(_bars("Metrics with standard errors", values))
     if compared:
-        differences = {metric: (each.difference, each.standard_error) for metric, each in compared.items()}
+        differences = {metric: (estimate.difference, estimate.standard_error) for metric, estimate in compared.items()}
         parts.append(_bars("Difference to the other evaluation, with standard errors", differences))
         parts.append(_comparison(compared))
     parts += [_grid(grid) for grid in result.details.grids]
-    for found in result.details.tables:
-        rows = [[_result_cell(value) for value in row] for row in found.rows]
-        parts.append(f"<h3>{escape(found.title)}</h3>{table(found.columns, rows)}")
+    for result_table in result.details.tables:
+        rows = [[_result_cell(value) for value in row] for row in result_table.rows]
+        parts.append(f"<h3>{escape(result_table.title)}</h3>{table(result_table.columns, rows)}")
     return "".join(parts)
 
 
 def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -> str:
     """Returns horizontal bars with whiskers of one standard error to both sides."""
-    known = {name: (value, error or 0.0) for name, (value, error) in values.items() if value is not None}
-    if not known:
+    intervals = {name: (value, error or 0.0) for name, (value, error) in values.items() if value is not None}
+    if not intervals:
         return ""
-    low = min(0.0, *(value - error for value, error in known.values()))
-    high = max(0.0, *(value + error for value, error in known.values()))
+    low = min(0.0, *(value - error for value, error in intervals.values()))
+    high = max(0.0, *(value + error for value, error in intervals.values()))
     # Shares are drawn from 0 to 1.
     high = 1.0 if low == 0 and 0.2 < high <= 1 else high
     scale = (_WIDTH - _LABEL - _VALUE) / ((high - low) or 1.0)
     zero = _LABEL - low * scale
     shapes = list[str]()
-    for row, (name, (value, error)) in enumerate(known.items()):
+    for row, (name, (value, error)) in enumerate(intervals.items()):
         y = row * _BAR_HEIGHT
         left, right = sorted((zero, zero + value * scale))
         shapes.append(f'<text x="{_LABEL - 10}" y="{y + 20}" text-anchor="end">{escape(name)}</text>')
@@ -387,7 +393,7 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
             )
         text = plain(value) + (f" ± {plain(error)}" if error else "")
         shapes.append(f'<text class="soft" x="{_WIDTH - _VALUE + 12}" y="{y + 20}">{escape(text)}</text>')
-    height = len(known) * _BAR_HEIGHT
+    height = len(intervals) * _BAR_HEIGHT
     shapes.append(f'<path class="zero" d="M{zero:.1f} 0V{height}"/>')
     return _figure(title, _WIDTH, height, shapes)
 
@@ -429,13 +435,15 @@ def _comparison(compared: Mapping[str, PairedComparison]) -> str:
     rows = [
         [
             metric,
-            *(_result_cell(value) for value in (each.difference, each.standard_error)),
-            "" if each.interval is None else f"{plain(each.interval[0])} to {plain(each.interval[1])}",
-            _result_cell(each.p_value),
-            each.test.replace("_", " "),
-            str(each.num_samples),
+            *(_result_cell(value) for value in (difference.difference, difference.standard_error)),
+            ""
+            if difference.interval is None
+            else f"{plain(difference.interval[0])} to {plain(difference.interval[1])}",
+            _result_cell(difference.p_value),
+            difference.test.replace("_", " "),
+            str(difference.num_samples),
         ]
-        for metric, each in compared.items()
+        for metric, difference in compared.items()
     ]
     return table(columns, rows)
 

@@ -69,7 +69,7 @@ class Report:
         A new page replaces an earlier one when it is complete.
         """
         self._source.follow()
-        run = _drawn(self._config, self._source, self._config.name)
+        run = _describe_run(self._config, self._source, self._config.name)
         path = self._source.folder / REPORT_NAME
         replace_text(path, html([run], run.name))
         if self._viewer.has_rollouts:
@@ -90,14 +90,14 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
     for name, config in zip(_names(configs), configs, strict=True):
         source = RunSource(Path(config.out_dir))
         source.follow()
-        drawn.append(_drawn(config, source, name))
+        drawn.append(_describe_run(config, source, name))
     title = " and ".join(run.name for run in drawn)
     path = drawn[0].source.folder / COMPARISON_NAME
     replace_text(path, html(drawn, title, differing_settings(configs)))
     return path
 
 
-def _drawn(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
+def _describe_run(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
     return DrawnRun(source=source, name=redact(name), about=redact(about(config)), comparison=comparison_of(config))
 
 
@@ -329,20 +329,20 @@ def step_time(charts: ChartWriter) -> str:
 
 
 def _bar(run: ChartedRun, *, is_named: bool) -> str:
-    known = []
+    means = []
     for part in _PARTS:
         numbers = run.history.statistics(f"step_time.{part.key}")
         if numbers is not None and (mean := float(np.nansum(numbers.total_N) / np.nansum(numbers.count_N))) > 0:
-            known.append((part, mean))
-    if not known:
+            means.append((part, mean))
+    if not means:
         return ""
-    total = sum(mean for _, mean in known)
+    total = sum(mean for _, mean in means)
     heading = f"<h3>{escape(run.name)}</h3>" if is_named else ""
-    stretches = "".join(f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known)
+    stretches = "".join(f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in means)
     rows = "".join(
         f'<tr><th scope="row"><i class="swatch p{part.color}"></i>{part.name}<small>{part.meaning}</small></th>'
         f"<td>{seconds(mean)}</td><td>{percent(mean / total)}</td></tr>"
-        for part, mean in known
+        for part, mean in means
     )
     return (
         f'{heading}<div class="parts" aria-hidden="true">{stretches}</div><table class="parts-table">'

@@ -45,14 +45,14 @@ def run_rates(folder: Path) -> MeasuredRates:
     """
     probe = read_measured(folder / PROBE_NAME)
     drawn = read_measured(folder / MEASURED_NAME)
-    measured = _required(probe or drawn, folder).measured
+    measured = _require_measured(probe or drawn, folder).measured
     # The probe measures computation without exchange next to it.
     alone = 1.0 if drawn is None else drawn.measured.alone
     parts: dict[str, PartTimes] = {name: getattr(measured, name) for name in PARTS}
-    place = f"{folder}/{MEASURED_NAME}, step {measured.step}"
+    origin = f"{folder}/{MEASURED_NAME}, step {measured.step}"
     if measured.kind == "probe":
-        place = f"{folder}/{PROBE_NAME}"
-        parts = {name: _overlapped(part, alone) for name, part in parts.items()}
+        origin = f"{folder}/{PROBE_NAME}"
+        parts = {name: _overlapped_times(part, alone) for name, part in parts.items()}
     steps = typical_steps(folder)
     overlap = "not measured: no step was drawn"
     outside = "not measured: no step is recorded"
@@ -72,14 +72,14 @@ def run_rates(folder: Path) -> MeasuredRates:
         latency_seconds=measured.latency_seconds,
         optimizer_seconds=_median(steps, "outside") if steps else 0.0,
         sources=(
-            RateSource(keys=("tokens", *PARTS, "latency_seconds"), text=f"{place}, on {measured.device}"),
+            RateSource(keys=("tokens", *PARTS, "latency_seconds"), text=f"{origin}, on {measured.device}"),
             RateSource(keys=("alone",), text=overlap),
             RateSource(keys=("optimizer_seconds",), text=outside),
         ),
     )
 
 
-def _required(run: MeasuredRun | None, folder: Path) -> MeasuredRun:
+def _require_measured(run: MeasuredRun | None, folder: Path) -> MeasuredRun:
     if run is None:
         raise ConfigError(
             f"rates: a run's folder must hold {PROBE_NAME} or {MEASURED_NAME}, {str(folder)!r} holds neither; nearest "
@@ -89,7 +89,7 @@ def _required(run: MeasuredRun | None, folder: Path) -> MeasuredRun:
     return run
 
 
-def _overlapped(part: PartTimes, alone: float) -> PartTimes:
+def _overlapped_times(part: PartTimes, alone: float) -> PartTimes:
     """Returns the times next to another operation of a part that was measured alone."""
     exchanges = {"forward_exchange": part.forward_exchange, "backward_exchange": part.backward_exchange}
     return replace(part * (1 / alone), **exchanges)
@@ -164,7 +164,7 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
     peak = None
     if memory is not None:
         predicted = max(rank.total - rank.reserve for rank in memory.ranks)
-        peak = Compared.of(predicted, max(each.peak_memory_bytes for each in steps))
+        peak = Compared.of(predicted, max(recorded.peak_memory_bytes for recorded in steps))
     return Comparison(
         run=str(folder),
         num_steps=len(steps),
@@ -206,7 +206,7 @@ def with_measured_schedule(config: TrainConfig, folder: Path) -> tuple[TrainConf
 
     The schedule is None if the record is of another batch size of a ramp.
     """
-    run = _required(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
+    run = _require_measured(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
     schedule = run.schedule
     mesh = config.parallelism
     if schedule.num_ranks != mesh.pipeline or sum(run.measured.cut) != config.model.num_layers:

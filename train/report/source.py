@@ -115,8 +115,8 @@ class _Tail:
         """Whether another file has taken its place, or it has lost lines."""
         if not self.path.is_file():
             return self.offset > 0
-        found = self.path.stat()
-        return self.offset > 0 and (found.st_ino != self.identity or found.st_size < self.offset)
+        status = self.path.stat()
+        return self.offset > 0 and (status.st_ino != self.identity or status.st_size < self.offset)
 
     def rewind(self) -> None:
         self.offset = self.num_lines = 0
@@ -174,7 +174,7 @@ def _is_sampled(number: int) -> bool:
 
 def _is_only_drawn(text: str) -> bool:
     """Whether a picture has shapes and text alone: the page would run a script that somebody put into it."""
-    elements = {found.lower() for found in re.findall(r"<\s*/?\s*([^\s/>]*)", text)}
+    elements = {name.lower() for name in re.findall(r"<\s*/?\s*([^\s/>]*)", text)}
     return elements <= _DRAWN_ELEMENTS and not re.search(
         r"\bon\w+\s*=|href|url\(\s*[^#\s]|@import", text, re.IGNORECASE
     )

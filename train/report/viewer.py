@@ -77,14 +77,14 @@ class TokenPieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
+        self._texts: dict[int, str] = {}
 
     def of(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each token; of several that form a character, only the last has one."""
         pieces = [self._piece(number) for number in ids]
-        place = 0
-        while place < len(pieces):
-            place += 1 if _NOT_UTF8 not in pieces[place] else self._join(ids, pieces, place)
+        index = 0
+        while index < len(pieces):
+            index += 1 if _NOT_UTF8 not in pieces[index] else self._join(ids, pieces, index)
         return pieces
 
     def _join(self, ids: Sequence[int], pieces: list[str], place: int) -> int:
@@ -98,11 +98,11 @@ class TokenPieces:
         return 1
 
     def _piece(self, number: int) -> str:
-        if number not in self._known:
+        if number not in self._texts:
             # Many tokenizers drop the space before the first token, so the second of two shows the whole text.
-            one, two = (self._tokenizer.decode([number] * count) for count in (1, 2))
-            self._known[number] = two[len(one) :] if two.startswith(one) else one
-        return self._known[number]
+            single, double = (self._tokenizer.decode([number] * count) for count in (1, 2))
+            self._texts[number] = double[len(single) :] if double.startswith(single) else single
+        return self._texts[number]
 
 
 class RolloutViewer:
@@ -111,7 +111,7 @@ class RolloutViewer:
     def __init__(self, folder: Path, tokenizer: str | None) -> None:
         """Reads nothing yet. `tokenizer` is the configured one, used until there is a checkpoint."""
         self._folder = folder
-        self._given = tokenizer
+        self._tokenizer_name = tokenizer
         self._path: Path | None = None
         self._pieces: TokenPieces | None = None
 
@@ -129,14 +129,14 @@ class RolloutViewer:
         body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
             title=escape(title),
             about=escape(about),
-            shown=escape(_shown(choice, num_shown, has_pieces=pieces is not None)),
+            shown=escape(_summary_line(choice, num_shown, has_pieces=pieces is not None)),
             data=data,
         )
         return document(title, body, _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
 
     def _open_pieces(self) -> TokenPieces | None:
         """Returns what decodes tokens; None if the run's tokenizer is not known or cannot be read."""
-        path = find_tokenizer(self._folder, self._given)
+        path = find_tokenizer(self._folder, self._tokenizer_name)
         if self._pieces is None and path != self._path and path is not None:
             self._path = path
             try:
@@ -149,18 +149,18 @@ class RolloutViewer:
 def _group_list(choice: JournalChoice, pieces: TokenPieces | None) -> tuple[str, int]:
     """Returns the groups as a JSON list of at most `_MOST_DATA_BYTES`, and their number."""
     most_bytes = _MOST_DATA_BYTES // max(len(choice.groups), 1)
-    found = []
+    texts = []
     num_bytes = 2
     for group in choice.groups:
         text = embedded_json(group_data(group, pieces, most_bytes))
         num_bytes += len(text.encode("utf-8")) + 1
         if num_bytes > _MOST_DATA_BYTES:
             break
-        found.append(text)
-    return f"[{','.join(found)}]", len(found)
+        texts.append(text)
+    return f"[{','.join(texts)}]", len(texts)
 
 
-def _shown(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
+def _summary_line(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
     """Returns a line that says what the page shows and what it leaves out."""
     rollouts = f"{choice.num_rollouts_of_run:,} rollouts"
     if choice.num_rollouts < choice.num_rollouts_of_run:
@@ -178,9 +178,9 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
     samples = values.get("samples")
     expected = values.get("answer")
     answers = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
-    shown = choose_evenly(len(answers), _MOST_GROUP_ANSWERS)
-    known = group.log_probs if group.log_probs is not None else [None] * len(answers)
-    share = most_bytes * 3 // 4 // max(len(shown), 1)
+    chosen = choose_evenly(len(answers), _MOST_GROUP_ANSWERS)
+    log_probs = group.log_probs if group.log_probs is not None else [None] * len(answers)
+    share = most_bytes * 3 // 4 // max(len(chosen), 1)
     return {
         "step": group.step,
         "rollout": group.rollout,
@@ -190,7 +190,7 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
         "expected": shorten(expected, most_bytes // 16) if isinstance(expected, str) else None,
         "dropped": shorten(_string(values.get("dropped")), most_bytes // 32),
         "stats": _statistics(answers),
-        "answers": [answer_data(answers[place], known[place], pieces, share) for place in shown],
+        "answers": [answer_data(answers[index], log_probs[index], pieces, share) for index in chosen],
     }
 
 
@@ -199,7 +199,7 @@ def answer_data(
 ) -> dict[str, Any]:
     """Returns an answer for the page's script in about `most_bytes`, with tokens if there are pieces."""
     ids = sample.get("tokens")
-    ids = ids if isinstance(ids, list) and all(type(each) is int and 0 <= each < 2**31 for each in ids) else []
+    ids = ids if isinstance(ids, list) and all(type(token) is int and 0 <= token < 2**31 for token in ids) else []
     of_tokens = most_bytes * 3 // 4
     if pieces is None or not ids:
         content: dict[str, Any] = {"text": shorten(_string(sample.get("text")), of_tokens)}
@@ -241,24 +241,24 @@ def _tokens(
     """Returns the tokens of an answer, without its middle if they take more than `most_bytes`."""
     most = max(most_bytes // _LEAST_TOKEN_BYTES, 8)
     head, tail = (len(ids), 0) if len(ids) <= most else (most - most // 4, most // 4)
-    shown = [*pieces.of(ids[:head]), *pieces.of(ids[len(ids) - tail :])]
-    costs = [_num_bytes(piece) + _LOG_PROB_BYTES for piece in shown]
+    texts = [*pieces.of(ids[:head]), *pieces.of(ids[len(ids) - tail :])]
+    costs = [_num_bytes(piece) + _LOG_PROB_BYTES for piece in texts]
     if sum(costs) > most_bytes:
         head = min(head, _num_fitting(costs, most_bytes * 3 // 4))
         tail = min(tail or len(ids) - head, _num_fitting(costs[::-1], most_bytes // 4))
     places = [*range(head), *range(len(ids) - tail, len(ids))]
-    found: dict[str, Any] = {"pieces": [*shown[:head], *shown[len(shown) - tail :]]}
+    content: dict[str, Any] = {"pieces": [*texts[:head], *texts[len(texts) - tail :]]}
     if log_probs is not None:
-        found["logs"] = [_number(log_probs[place]) for place in places]
-    return found if len(places) == len(ids) else {**found, "cut": [head, len(ids) - len(places)]}
+        content["logs"] = [_number(log_probs[position]) for position in places]
+    return content if len(places) == len(ids) else {**content, "cut": [head, len(ids) - len(places)]}
 
 
 def _num_fitting(costs: Sequence[int], most: int) -> int:
     total = 0
-    for place, cost in enumerate(costs):
+    for index, cost in enumerate(costs):
         total += cost
         if total > most:
-            return place
+            return index
     return len(costs)
 
 
@@ -324,7 +324,7 @@ def choose_evenly(count: int, most: int) -> list[int]:
     """Returns at most `most` numbers below `count`, with the first and the last; the last if only one."""
     if count <= most:
         return list(range(count))
-    return [count - 1] if most == 1 else [round(place * (count - 1) / (most - 1)) for place in range(most)]
+    return [count - 1] if most == 1 else [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
 def has_journals(folder: Path) -> bool:
@@ -335,7 +335,7 @@ def has_journals(folder: Path) -> bool:
 def choose_groups(folder: Path, most_bytes: int) -> JournalChoice:
     """Returns groups of a run's journals that have together about `most_bytes` in a page."""
     paths = sorted(path for path in (folder / FOLDER_NAME).glob("step-*.jsonl") if path.is_file())
-    chosen = [paths[place] for place in choose_evenly(len(paths), _MOST_STEPS)]
+    chosen = [paths[index] for index in choose_evenly(len(paths), _MOST_STEPS)]
     journals = [journal for path in chosen if (journal := _open(path)) is not None]
     num_groups = sum(journal.num_groups for journal in journals)
     num_bytes = sum(journal.path.stat().st_size for journal in journals)
@@ -343,7 +343,7 @@ def choose_groups(folder: Path, most_bytes: int) -> JournalChoice:
         return JournalChoice(groups=(), num_rollouts=0, num_rollouts_of_run=len(paths), num_groups=0)
     # A group takes about half as much again in the page as in its journal.
     most_groups = min(max(int(most_bytes * num_groups / (1.5 * num_bytes)), _LEAST_GROUPS), _MOST_GROUPS)
-    journals = [journals[place] for place in choose_evenly(len(journals), most_groups)]
+    journals = [journals[index] for index in choose_evenly(len(journals), most_groups)]
     most_of_each = max(most_groups // len(journals), 1)
     longest = _MOST_READ_BYTES // (most_of_each * len(journals))
     groups = [group for journal in journals for group in _read_groups(journal, most_of_each, longest)]
@@ -392,10 +392,10 @@ def _lines(journal: _Journal, most: int, longest: int) -> Iterator[bytes]:
                     return
             return
         size = journal.path.stat().st_size
-        for place in range(most):
-            file.seek(first + (size - first) * place // most)
+        for index in range(most):
+            file.seek(first + (size - first) * index // most)
             # The line at this place began before it, except for the first.
-            if (place == 0 or _skip_line(file)) and (line := file.readline(longest + 1)).endswith(b"\n"):
+            if (index == 0 or _skip_line(file)) and (line := file.readline(longest + 1)).endswith(b"\n"):
                 yield line
 
 
@@ -440,19 +440,19 @@ class _LogProbs:
         samples = values.get("samples")
         if self._ends is None or not isinstance(samples, list) or not 0 <= number < self._num_groups:
             return None
-        each = len(self._ends) // self._num_groups
+        group_size = len(self._ends) // self._num_groups
         tokens = [sample.get("tokens") if isinstance(sample, dict) else None for sample in samples]
         counts = [len(ids) if isinstance(ids, list) else -1 for ids in tokens]
-        if counts != self._lengths[number * each : (number + 1) * each]:
+        if counts != self._lengths[number * group_size : (number + 1) * group_size]:
             return None
-        start = int(self._ends[number * each - 1]) if number else 0
+        start = int(self._ends[number * group_size - 1]) if number else 0
         try:
             with safe_open(self._path, framework="numpy") as file:
-                found = file.get_slice(LOG_PROBS)[start : start + sum(counts)].tolist()
+                log_probs = file.get_slice(LOG_PROBS)[start : start + sum(counts)].tolist()
         except Exception:  # safetensors raises its own kinds of errors
             return None
         ends = np.cumsum([0, *counts]).tolist()
-        return [found[first:last] for first, last in pairwise(ends)] if len(found) == ends[-1] else None
+        return [log_probs[first:last] for first, last in pairwise(ends)] if len(log_probs) == ends[-1] else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
