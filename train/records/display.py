@@ -116,8 +116,8 @@ class Display:
 
     def show(self, text: str) -> None:
         """Prints a text as it is, with control characters as escapes on a terminal."""
-        shown = printable(text) if self._console.is_terminal else text
-        self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
+        text_to_print = printable(text) if self._console.is_terminal else text
+        self._console.print(text_to_print, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -248,8 +248,8 @@ class GuardedStream:
     def _break(self, error: Exception) -> None:
         if self._problem or isinstance(error, BlockingIOError):  # a pipe that is full may have room again
             return
-        said = getattr(error, "strerror", None) or str(error)
-        self._problem = f"{self._name} cannot be written ({said}); the run continues without it"
+        reason = getattr(error, "strerror", None) or str(error)
+        self._problem = f"{self._name} cannot be written ({reason}); the run continues without it"
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

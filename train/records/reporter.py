@@ -139,7 +139,7 @@ class Reporter:
 
     def last(self) -> dict[str, Any] | None:
         """Returns the record of the last step, possibly of an earlier attempt; None on other ranks than 0."""
-        return next((each.last() for each in self._recorders if isinstance(each, JsonLines)), None)
+        return next((recorder.last() for recorder in self._recorders if isinstance(recorder, JsonLines)), None)
 
     def amend(self, values: dict[str, Any]) -> None:
         """Replaces the record of the last step by one with further values."""
@@ -262,21 +262,21 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
             size = len(prepared.train_tokens_NL)
             step_size = float(sizes.sequences(steps - 1))
             read = float(sizes.sequences_before(steps))
-            found = (
+            line = (
                 f"samples: {counts.kept:,} for training ({counts.cut:,} cut at their end, {counts.dropped:,} dropped) "
             )
-            found += f"in {size:,} sequences"
+            line += f"in {size:,} sequences"
         else:
             # Such a run reads problems, and its batches are made of sampled answers, not of the data's samples.
             size = counts.kept + counts.dropped
             step_size = rollout.prompts / rollout.updates
             read = steps * step_size
-            found = f"problems: {size:,} for training"
-        yield f"{found}; an epoch is {size / step_size:.1f} steps, {steps:,} steps are {read / size:.2f} epochs"
-    given = config.data.tokenizer
+            line = f"problems: {size:,} for training"
+        yield f"{line}; an epoch is {size / step_size:.1f} steps, {steps:,} steps are {read / size:.2f} epochs"
+    tokenizer_name = config.data.tokenizer
     size = prepared.tokenizer.vocab_size
-    made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
-    origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
+    trained = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
+    origin = trained if tokenizer_name is None else f"from {tokenizer_name}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
     num_held_out = len(prepared.validation_tokens_NL)
     wanted = config.validation.sequences

@@ -50,7 +50,7 @@ from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, tr
 from train.step import StepResult
 from train.world import World
 
-_FIELDS = tuple(each.name for each in fields(LayerTraffic))
+_FIELDS = tuple(field.name for field in fields(LayerTraffic))
 _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 LOGGER = logging.getLogger("train")
 SVG_NAME = "schedule.svg"
@@ -112,10 +112,10 @@ def mfu(
 def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[str, object]:
     """Returns peak memory, the bubble and the parts of the step's time, over all ranks."""
     mesh = world.layout.parallelism
-    mine = _peak_memory_bytes(world.device)
-    sums = [use.busy_seconds, use.exposed_seconds, mine]
+    peak_bytes = _peak_memory_bytes(world.device)
+    sums = [use.busy_seconds, use.exposed_seconds, peak_bytes]
     used_seconds, exposed, memory = _reduce(world, sums, dist.ReduceOp.SUM)
-    largest = [mine, *window_slots(use, world.layout.member_index(world.rank), mesh.stage_ranks)]
+    largest = [peak_bytes, *window_slots(use, world.layout.member_index(world.rank), mesh.stage_ranks)]
     peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
     return {
         "peak_memory_bytes": int(peak),
@@ -134,14 +134,14 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
     all ranks.
     """
     bubble = max(pipelines - used, 0.0)
-    known = result.update_seconds + (used + bubble) / world_size + sum(result.part_seconds.values())
+    counted = result.update_seconds + (used + bubble) / world_size + sum(result.part_seconds.values())
     return {
         "compute_seconds": (used - exposed) / world_size,
         "exposed_exchange_seconds": exposed / world_size,
         "bubble_seconds": bubble / world_size,
         "optimizer_seconds": result.update_seconds,
         **{f"{part}_seconds": seconds for part, seconds in result.part_seconds.items()},
-        "other_seconds": max(result.seconds - known, 0.0),
+        "other_seconds": max(result.seconds - counted, 0.0),
     }
 
 
@@ -169,13 +169,13 @@ def exchange_metrics(
     NIC imbalance is the most bytes that a rank received from other nodes over the mean of the ranks that took part.
     """
     job = _gather_traffic(traffic, clipped, num_layers, world, device)
-    whole = job.traffic
+    all_layers = job.traffic
     received = job.traffic.total.num_bytes_from_nodes
     return {
-        "nodes_per_token": whole.total.nodes_per_token or 1.0,
-        "inter_node_bytes": whole.num_bytes_across_nodes,
-        "intra_node_bytes": whole.num_bytes_within_node,
-        "lower_bound_share": whole.total.lower_bound_share,
+        "nodes_per_token": all_layers.total.nodes_per_token or 1.0,
+        "inter_node_bytes": all_layers.num_bytes_across_nodes,
+        "intra_node_bytes": all_layers.num_bytes_within_node,
+        "lower_bound_share": all_layers.total.lower_bound_share,
         "nic_imbalance": _imbalance(job.most_received[-1], received, dist.get_world_size(world)),
         "clipped_tokens": sum(job.clipped),
         "exchange": {
@@ -184,7 +184,7 @@ def exchange_metrics(
                 "nic_imbalance": _imbalance(job.most_received[layer], counts.num_bytes_from_nodes, job.holders[layer]),
                 "clipped_tokens": job.clipped[layer],
             }
-            for layer, counts in whole.layers.items()
+            for layer, counts in all_layers.layers.items()
             if layer is not None
         },
     }
@@ -229,19 +229,21 @@ def _gather_traffic(
     dist.all_reduce(summed, group=world)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world)
     flat, *parts = summed.cpu().to(torch.int64).split([counts_LF.numel(), num_layers, num_layers, len(messages)])
-    holders, clipped_of_all, (within, across, *context) = (each.tolist() for each in parts)
+    holders, clipped_of_all, (within, across, *context) = (part.tolist() for part in parts)
     rows = zip(flat.view(num_layers, len(_FIELDS)).tolist(), holders, strict=True)
     layers: dict[int | None, LayerTraffic] = {
-        layer: LayerTraffic(**dict(zip(_FIELDS, row, strict=True))) for layer, (row, held) in enumerate(rows) if held
+        layer: LayerTraffic(**dict(zip(_FIELDS, row, strict=True)))
+        for layer, (row, num_holders) in enumerate(rows)
+        if num_holders
     }
-    whole = TrafficSnapshot(
+    job_traffic = TrafficSnapshot(
         layers=layers,
         num_message_bytes_within_node=within,
         num_message_bytes_across_nodes=across,
         num_context_bytes_within_node=context[0],
         num_context_bytes_across_nodes=context[1],
     )
-    return _JobTraffic(traffic=whole, holders=holders, clipped=clipped_of_all, most_received=largest.tolist())
+    return _JobTraffic(traffic=job_traffic, holders=holders, clipped=clipped_of_all, most_received=largest.tolist())
 
 
 def _layer_metrics(counted: LayerTraffic) -> dict[str, object]:
@@ -290,10 +292,10 @@ class PipelineTimeline:
             schedule = ungroup(schedule)
         rank = replica.world.pipeline_index
         groups = schedule.ranks[rank]
-        mine = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
+        rank_lanes = rank_spans(groups, replica.train_program, execution.spans, execution.origin_seconds)
         gathered: list[tuple[LaneSpan, ...]] | None = [()] * schedule.num_ranks if rank == 0 else None
         with replica.world.log.collective("pipeline", self._group, "gather of times"):
-            dist.gather_object(mine, gathered, dst=0, group=self._group)
+            dist.gather_object(rank_lanes, gathered, dst=0, group=self._group)
         if gathered is None:
             return False
         title = f"{redact(self._name)}, step {step}: {schedule.kind}, {size(schedule)}"
@@ -344,12 +346,12 @@ def write_pictures(
     `alternatives` with it under the same costs.
     """
     costs = measured_costs(schedule, measured)
-    shown = time_schedule(schedule, costs, measured=measured)
-    replace_text(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound) + "\n")
-    replace_text(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0) + "\n")
+    timed = time_schedule(schedule, costs, measured=measured)
+    replace_text(folder / SVG_NAME, svg(schedule, timed.simulation, measured, title, bound=timed.bound) + "\n")
+    replace_text(folder / TRACE_NAME, trace(schedule, timed.simulation, costs, measured, seconds_per_unit=1.0) + "\n")
     others = [] if alternatives is None else alternatives.timed(schedule, costs)
-    replace_text(folder / PAGE_NAME, html(by_makespan([shown, *others]), title) + "\n")
-    return shown
+    replace_text(folder / PAGE_NAME, html(by_makespan([timed, *others]), title) + "\n")
+    return timed
 
 
 def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[float]:
