@@ -92,21 +92,21 @@ class Evaluator(Listener):
     def _evaluate(self, num_steps: int) -> dict[str, TaskResult]:
         """Evaluates all tasks; rank 0 writes and returns the results by task."""
         began = time.perf_counter()
-        records = {each.name: list[Record]() for each in self._tasks}
+        records = {task.name: list[Record]() for task in self._tasks}
         is_writer = self._replica.world.rank == 0
         run_tasks(
             self._tasks, self._answerer, {}, (lambda name, fresh: records[name].extend(fresh)) if is_writer else None
         )
         if not is_writer:
             return {}
-        results = {each.name: task_result(each, records[each.name]) for each in self._tasks}
+        results = {task.name: task_result(task, records[task.name]) for task in self._tasks}
         self._write(num_steps, records, results, time.perf_counter() - began)
         return results
 
     def close(self) -> None:
         """Ends the tasks' processes, and closes links. All ranks call it at the same point."""
-        for each in self._tasks:
-            each.task.close()
+        for open_task in self._tasks:
+            open_task.task.close()
         if self._pipeline is not None:
             self._pipeline.close()
 
@@ -133,9 +133,9 @@ class Evaluator(Listener):
             "seed": self._config.seed,
             "seconds": seconds,
         }
-        settings = {each.name: encode(each.config) for each in self._tasks}
-        for name, found in records.items():
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+        settings = {task.name: encode(task.config) for task in self._tasks}
+        for name, task_records in records.items():
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in task_records)
             (folder / samples_name(name)).write_bytes(lines.encode("utf-8", "replace"))
         facts_of_page = {"run": self._config.name, "step": num_steps, "dtype": self._config.precision.kind}
         (folder / EVALUATION_PAGE_NAME).write_text(
@@ -156,8 +156,8 @@ class GreedyTargets:
         targets_BT = batch.targets_BT[0]
         if head.depth:
             return TaskLoss(hidden_BTD.new_zeros(()), {})
-        found = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
-        both_BT2 = torch.stack([each.double() for each in found], -1).view(*targets_BT.shape, 2)
+        scores = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
+        both_BT2 = torch.stack([score.double() for score in scores], -1).view(*targets_BT.shape, 2)
         return TaskLoss(hidden_BTD.new_zeros(()), {}, both_BT2)
 
 
@@ -179,23 +179,23 @@ class PipelinedModel:
     @torch.no_grad()
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Implements `EvaluatedModel.score`."""
-        found: list[TargetScores | None] = [None] * len(sequences)
+        ordered: list[TargetScores | None] = [None] * len(sequences)
         for numbers, num_rows in self._passes(sequences):
             together = [sequences[number] for number in numbers]
             for number, scores in zip(numbers, self._score(together, num_rows), strict=True):
-                found[number] = scores
-        return [scores for scores in found if scores is not None]
+                ordered[number] = scores
+        return [scores for scores in ordered if scores is not None]
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Implements `EvaluatedModel.rate`."""
         # The token after an answer is never read; its place is where the score is.
         targets = [TargetSequence(tokens=(*sequence, PADDING), num_targets=1) for sequence in sequences]
-        found = [0.0] * len(sequences)
+        rewards = [0.0] * len(sequences)
         for numbers, num_rows in self._passes(targets):
             scores_ST = self._run([targets[number] for number in numbers], num_rows, KeepScores(), ())
             for row, number in enumerate(numbers):
-                found[number] = float(scores_ST[row, len(sequences[number]) - 1])
-        return found
+                rewards[number] = float(scores_ST[row, len(sequences[number]) - 1])
+        return rewards
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Implements `EvaluatedModel.generate`."""
@@ -223,9 +223,9 @@ class PipelinedModel:
     def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
         found_ST2 = self._run(sequences, num_rows, GreedyTargets(), (2,))
         scores = []
-        for row, each in enumerate(sequences):
-            end = len(each.tokens) - 1
-            values_R2 = found_ST2[row, end - each.num_targets : end]
+        for row, sequence in enumerate(sequences):
+            end = len(sequence.tokens) - 1
+            values_R2 = found_ST2[row, end - sequence.num_targets : end]
             flags = (values_R2[:, 1] > 0).tolist()
             scores.append(TargetScores(log_probs=tuple(values_R2[:, 0].tolist()), are_greedy=tuple(flags)))
         return scores
@@ -257,26 +257,26 @@ class _Batches:
     def __init__(self, replica: Replica, sequences: Sequence[TargetSequence]) -> None:
         self._replica = replica
         self._sequences = sequences
-        self._known: dict[tuple[int, int], MicroBatch] = {}
+        self._cache: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch:
         """Returns a micro-batch. Rows without a sequence hold padding."""
         key = (direction, micro_batch)
-        if key not in self._known:
-            self._known[key] = self._make(*key)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = self._make(*key)
+        return self._cache[key]
 
     def _make(self, direction: int, micro_batch: int) -> MicroBatch:
         replica = self._replica
         batch = self._replica.config.batch
         first = replica.first_sequence(direction, micro_batch)
-        own = self._sequences[first : first + batch.micro_sequences]
-        padded = pad(own, (batch.micro_sequences, batch.sequence_length_tokens))
+        sequences = self._sequences[first : first + batch.micro_sequences]
+        padded = pad(sequences, (batch.micro_sequences, batch.sequence_length_tokens))
         # MTP modules run in a network that trains; what they read does not matter.
         depths = replica.config.model.mtp_depth + 1
-        whole = MicroBatch(inputs_BT=(padded.inputs_BT,) * depths, targets_BT=(padded.targets_BT,) * depths)
+        full = MicroBatch(inputs_BT=(padded.inputs_BT,) * depths, targets_BT=(padded.targets_BT,) * depths)
         parts = replica.parts
-        part = whole if len(parts.held) == 1 else held_part(whole, parts, replica.part_of(micro_batch))
+        part = full if len(parts.held) == 1 else held_part(full, parts, replica.part_of(micro_batch))
         return part.to(replica.world.device)
 
 

@@ -216,7 +216,7 @@ class Checkpoints(Listener):
         if on_checkpoint := self._parts.callbacks.on_checkpoint:
             # All ranks take part in every step, because each of them may see a checkpoint completed at another step.
             call_on_first_rank(
-                self._world, "on_checkpoint", lambda: [on_checkpoint(*each) for each in finished.items()]
+                self._world, "on_checkpoint", lambda: [on_checkpoint(*checkpoint) for checkpoint in finished.items()]
             )
 
     def _lost_folder(self) -> str:

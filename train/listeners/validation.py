@@ -156,8 +156,8 @@ def validate_pass(
     counts = batches.count()
     replica.forward(batches, comparison.add(batches, task.objective(counts, _NO_RATES)), sums)
     if by_position is not None:
-        for place, log_probs_BT in (sums.log_probs or {}).items():
-            batch = batches(*place)
+        for position, log_probs_BT in (sums.log_probs or {}).items():
+            batch = batches(*position)
             assert batch is not None
             by_position.add(batch, log_probs_BT)
     losses = reduce_losses(replica, task, sums, counts, _NO_RATES)
@@ -184,8 +184,8 @@ class PositionMeans:
 
     def record(self) -> dict[str, object]:
         """Returns what a step's record holds; a run whose sequences have a single range records no ranges."""
-        found: dict[str, object] = {LOSS_BY_POSITION: dict(self.losses)} if len(self.losses) > 1 else {}
-        return found if self.bits_per_byte is None else {**found, BITS_PER_BYTE: self.bits_per_byte}
+        values: dict[str, object] = {LOSS_BY_POSITION: dict(self.losses)} if len(self.losses) > 1 else {}
+        return values if self.bits_per_byte is None else {**values, BITS_PER_BYTE: self.bits_per_byte}
 
 
 class LossByPosition:
@@ -210,16 +210,18 @@ class LossByPosition:
     def add(self, batch: MicroBatch, log_probs_BT: Tensor) -> None:
         """Adds a marked micro-batch, given the log-probabilities of its main targets."""
         targets = batch.targets_BT[0].cpu().flatten()  # host sync
-        kept = targets != IGNORE
+        is_counted = targets != IGNORE
         # The position is that of the target, not of the token that predicts it.
-        positions = batch.extras[_POSITIONS].cpu().flatten()[kept] + 1
-        nats = -log_probs_BT.detach().cpu().double().flatten()[kept]
+        positions = batch.extras[_POSITIONS].cpu().flatten()[is_counted] + 1
+        nats = -log_probs_BT.detach().cpu().double().flatten()[is_counted]
         # The exponent of a power of two is exact: 127 is in range 0, 128 in range 1, 256 in range 2.
         ranges = torch.frexp(positions / self._first_range).exponent.clamp(min=0).long()
         self._sums_2R[0].index_add_(0, ranges, nats)
         self._sums_2R[1].index_add_(0, ranges, torch.ones_like(nats))
         is_near = positions < self._base
-        self._base_sums += torch.stack([nats[is_near].sum(), self._bytes_V[targets[kept][is_near]].sum().double()])
+        self._base_sums += torch.stack(
+            [nats[is_near].sum(), self._bytes_V[targets[is_counted][is_near]].sum().double()]
+        )
 
     def means(self, world: World) -> PositionMeans:
         """Returns the means over all ranks. All ranks call it."""
@@ -308,21 +310,21 @@ def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer)
     samples = config.samples
     tokenizer = prepared.tokenizer
     limit = config.model.max_position_tokens
-    exchanges = [each for each in _held_out(prepared, samples.held_out) if len(each.prompt) < limit]
+    exchanges = [exchange for exchange in _held_out(prepared, samples.held_out) if len(exchange.prompt) < limit]
     generation = generate(
         model,
-        [each.prompt for each in exchanges],
+        [exchange.prompt for exchange in exchanges],
         max_new_tokens=samples.tokens,
         sampling=Sampling(temperature=samples.temperature, seed=config.seed),
         stop=[tokenizer.end_of_sentence_id],
     )
     return [
         HeldOutAnswer(
-            prompt=redact(tokenizer.decode(each.prompt)),
-            reference=redact(tokenizer.decode(each.reference)),
+            prompt=redact(tokenizer.decode(exchange.prompt)),
+            reference=redact(tokenizer.decode(exchange.reference)),
             answer=redact(tokenizer.decode(_with_end(continued, tokenizer.end_of_sentence_id))),
         )
-        for each, continued in zip(exchanges, generation.continuations, strict=True)
+        for exchange, continued in zip(exchanges, generation.continuations, strict=True)
     ]
 
 
