@@ -96,8 +96,8 @@ def _has_types(status: Status) -> bool:
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
     """Writes how a run ended, and keeps the step and checkpoint of the present status."""
-    known = read_status(out_dir) or Status(state=state)
-    write_status(out_dir, replace(known, state=state, exit_code=exit_code, reason=reason))
+    status = read_status(out_dir) or Status(state=state)
+    write_status(out_dir, replace(status, state=state, exit_code=exit_code, reason=reason))
 
 
 class StatusFile:
@@ -199,12 +199,12 @@ def _unquoted(match: re.Match[str]) -> str:
 
 def _values(environment: Mapping[str, str]) -> list[str]:
     """Returns the secret values of the environment, the longest first."""
-    found = {
+    values = {
         value
         for name, value in environment.items()
         if is_secret_name(name) and name not in _FOLDERS and len(value) >= _SHORTEST_VALUE
     }
-    return sorted(found, key=len, reverse=True)
+    return sorted(values, key=len, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)

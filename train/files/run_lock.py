@@ -144,12 +144,12 @@ class RunLock:
         self._owner = Owner.of_this_process()
         self._say = say
         self._lease_seconds = lease_seconds
-        self._own = folder / f"{LOCK_NAME}.{self._owner.id}.partial"
+        self._own_path = folder / f"{LOCK_NAME}.{self._owner.id}.partial"
         try:
-            _write_new(self._own, self._owner.to_text())
+            _write_new(self._own_path, self._owner.to_text())
             self._take(self._path)
         finally:
-            self._own.unlink(missing_ok=True)
+            self._own_path.unlink(missing_ok=True)
         if self.taken_from:
             say(f"out_dir: the lock of {self.taken_from} is stale and is taken over")
         self._is_over = threading.Event()
@@ -198,7 +198,7 @@ class RunLock:
             now = read_lock(path)
             if now != stale:
                 raise _in_use_error(self._path.parent, now)
-            copy = path.with_name(f"{self._own.name}-{depth}")
+            copy = path.with_name(f"{self._own_path.name}-{depth}")
             _write_new(copy, self._owner.to_text())
             os.replace(copy, path)
             self.taken_from = stale.name
@@ -208,10 +208,10 @@ class RunLock:
     def _put(self, path: Path) -> bool:
         """Creates this process's lock, and returns whether the path was free."""
         try:
-            os.link(self._own, path)
+            os.link(self._own_path, path)
         except FileExistsError:
             # NFS may create the link and lose the response.
-            return os.path.lexists(path) and os.path.samestat(os.lstat(self._own), os.lstat(path))
+            return os.path.lexists(path) and os.path.samestat(os.lstat(self._own_path), os.lstat(path))
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -226,24 +226,24 @@ class RunLock:
 
         It waits only if the owner runs on another machine, because its process cannot be checked there.
         """
-        first = found = read_lock(path)
+        first = lock = read_lock(path)
         until = time.monotonic() + self._lease_seconds
         has_said = False
-        while found is not None:
-            if found.owner is not None and found.owner.is_gone:
-                return found
-            if found.is_alive_here or found != first:
-                raise _in_use_error(self._path.parent, found)
+        while lock is not None:
+            if lock.owner is not None and lock.owner.is_gone:
+                return lock
+            if lock.is_alive_here or lock != first:
+                raise _in_use_error(self._path.parent, lock)
             # A modification time in the future has no age, so its lock is stale if no one renews it during the wait.
-            os.utime(self._own)
-            now = self._own.stat().st_mtime
-            if now - found.renewed >= self._lease_seconds or time.monotonic() >= until:
-                return found
+            os.utime(self._own_path)
+            now = self._own_path.stat().st_mtime
+            if now - lock.renewed >= self._lease_seconds or time.monotonic() >= until:
+                return lock
             if not has_said:
-                self._say(f"out_dir: waits up to {self._lease_seconds:g} s to see if {found.name} renews its lock")
+                self._say(f"out_dir: waits up to {self._lease_seconds:g} s to see if {lock.name} renews its lock")
             has_said = True
             time.sleep(min(_LOOK_SECONDS, self._lease_seconds / 10))
-            found = read_lock(path)
+            lock = read_lock(path)
         return None
 
 
@@ -387,6 +387,6 @@ def _start_time(pid: int) -> str | None:
         except OSError:
             return None
         return None if fields[0] in "ZX" else fields[19]
-    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    state, _, started = shown.stdout.strip().partition(" ")
+    listing = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, started = listing.stdout.strip().partition(" ")
     return None if not state or state[0] in "ZX" else started.strip()
