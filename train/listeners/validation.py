@@ -48,7 +48,6 @@ BITS_PER_BYTE = "bits_per_byte"
 _POSITIONS = "positions"
 
 
-VALIDATION_LOSS = "validation_loss"
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _NO_NETWORK = NetworkComparison()
 
