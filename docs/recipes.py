@@ -38,7 +38,7 @@ def table(page: str) -> str:
 def _with_figures(row: str, name: str, folder: Path) -> str:
     from launch.planning.request import read_request
     from train.memory import fitted_config, predict_memory
-    from train.memory.fitted_cut import gigabytes
+    from train.memory.fit import gigabytes
 
     overrides = [f"experiment={name}", *_STAND_INS.get(name, [])]
     if name == "arithmetic_distill":

@@ -25,7 +25,7 @@ from launch.slurm.script import SlurmConfig, check_slurm, render
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.memory.fitted_cut import gigabytes, memory_lines
+from train.memory.fit import gigabytes, memory_lines
 from train.planner.job_plan import JobPlan, plan_job
 
 SCRIPT_NAME = "job.sbatch"

@@ -29,7 +29,7 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError, broken
 from train.files.json_lines import try_append_event
 from train.files.run_files import read_status
-from train.memory.fitted_cut import memory_lines
+from train.memory.fit import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.display import guard_terminal, report_breaks
 from train.schedule.cut import ramp_notices

@@ -26,7 +26,7 @@ from train.checkpoint.manifest import (
     read_manifest,
 )
 from train.config import TrainConfig, sized_config
-from train.memory.fitted_cut import fitted_cut
+from train.memory.fit import fitted_cut
 from train.memory.predict import ramp_memory_cap
 from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
 from train.schedule.layer_times import LayerTimes, stage_costs

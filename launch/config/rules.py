@@ -15,7 +15,7 @@ from launch.config.model_rules import check_attention, check_expert_ranks, check
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.config.errors import ConfigError, broken, divisors, multiples
-from train.memory.fitted_cut import fitted_cut
+from train.memory.fit import fitted_cut
 from train.planner.scaling import communication_share
 from train.schedule.cut import run_cut, run_placement, sized_run, with_cut
 from train.schedule.timing import nominal_costs

@@ -22,7 +22,7 @@ from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.memory.fitted_cut import fitted_cut
+from train.memory.fit import fitted_cut
 from train.memory.predict import predict_memory
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import (

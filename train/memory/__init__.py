@@ -3,7 +3,7 @@
 Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
-from train.memory.fitted_cut import fitted_config, memory_lines, memory_table, parts, summary_line
+from train.memory.fit import fitted_config, memory_lines, memory_table, parts, summary_line
 from train.memory.predict import JobMemory, RankMemory, predict_memory
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.memory import RankMemory
-from train.memory.fitted_cut import gigabytes, parts
+from train.memory.fit import gigabytes, parts
 from train.planner.advice import AdviceRow, LinkBalance, WhatIf, Wish
 from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
 from train.planner.search import FoundLayout, SearchResult

@@ -20,7 +20,7 @@ from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
-from train.memory.fitted_cut import fitted_cut
+from train.memory.fit import fitted_cut
 from train.memory.predict import planning_sizes
 from train.memory.rank_bytes import count_replicas, static_bytes
 from train.planner.scaling import KernelRates, Rates, rows_per_token

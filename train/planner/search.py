@@ -19,7 +19,7 @@ from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, summary_line
-from train.memory.fitted_cut import fitted_cut
+from train.memory.fit import fitted_cut
 from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
 from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
 from train.schedule.cut import run_cut, run_placement, with_cut
