@@ -27,13 +27,13 @@ from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import verify
 from train.config import TrainConfig
 from train.config.errors import ConfigError, broken
+from train.config.tasks import TASKS
 from train.files.json_lines import try_append_event
 from train.files.run_files import read_status
 from train.memory.fit import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.display import guard_terminal, report_breaks
 from train.schedule.cut import ramp_notices
-from train.tasks.registry import TASKS
 
 
 def main(overrides: Sequence[str]) -> int:

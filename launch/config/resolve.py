@@ -22,9 +22,9 @@ from train.checkpoint.sources import source_config, source_folder
 from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.errors import ConfigError, broken, nearest, nearest_key
+from train.config.tasks import TASKS
 from train.corpus import MOST_REPEATS, check_repeats
 from train.second_network import check_model_parts
-from train.tasks.registry import TASKS
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 _LEAST_TOKENIZER_SHARE = 0.9

@@ -13,15 +13,14 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-import launch.config.model_rules
+import launch.config.rules
 from data.corpus import DataError
 from infer.scoring.score import ScoringError
 from kernels.ranges import Range
 from kernels.registry import Registry
 from launch.config.errors import user_errors
 from launch.config.groups import default_groups, options
-from launch.config.model_rules import check_optim
-from launch.config.rules import check_rules
+from launch.config.rules import check_optim, check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
@@ -454,7 +453,7 @@ def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
 def test_zero1_without_deepspeed_is_rejected_before_any_rank_starts(
     precision: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.config.model_rules, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.rules, "find_spec", find_all_but_deepspeed)
     with pytest.raises(ConfigError) as refused:
         check_optim(build(f"precision={precision}"))
     assert str(refused.value) == (
@@ -464,5 +463,5 @@ def test_zero1_without_deepspeed_is_rejected_before_any_rank_starts(
 
 
 def test_replicated_optimizer_needs_no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.config.model_rules, "find_spec", find_all_but_deepspeed)
+    monkeypatch.setattr(launch.config.rules, "find_spec", find_all_but_deepspeed)
     check_optim(build("precision=float32", "optim.sharding=replicated"))

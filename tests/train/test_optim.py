@@ -16,7 +16,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
-from launch.config.model_rules import check_optim
+from launch.config.rules import check_optim
 from launch.config.run_config import compose_run
 from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors

@@ -21,7 +21,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     Arithmetic is in float32. Moments are rounded to nearest even (arXiv:2412.19437, section 3.3.3). With beta2 near 1
     the second moment would be biased, because its changes are smaller than bf16's resolution, so
-    `launch.config.model_rules` refuses such a beta2.
+    `launch.config.rules` refuses such a beta2.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], config: OptimConfig) -> None:
