@@ -7,8 +7,7 @@ from typing import Any, Literal, get_type_hints
 from data.config import DataConfig
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
-from launch.config.compose import MissingValueError, compose
-from launch.config.groups import own_keys
+from launch.config.compose import MissingValueError, compose, own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.resolve import check_files, check_weights, resolve
 from launch.config.rules import check_all, check_name, check_rules

@@ -12,8 +12,19 @@ from typing import Any
 
 import yaml
 
-from launch.config.compose import chosen_options, compose_defaults, dotted_keys, switches
-from launch.config.groups import config_dir, config_dirs, included_roots, option_file, options, own_keys, read_option
+from launch.config.compose import (
+    chosen_options,
+    compose_defaults,
+    config_dir,
+    config_dirs,
+    dotted_keys,
+    included_roots,
+    option_file,
+    options,
+    own_keys,
+    read_option,
+    switches,
+)
 from launch.help.advice import alias_overrides
 from train.config.decode import GROUP_OF_KEYS, describe_key
 from train.config.errors import ConfigError

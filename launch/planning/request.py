@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kernels.ranges import PositiveInt
-from launch.config.compose import compose, dotted_keys, key_of
-from launch.config.groups import options, own_keys
+from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
 from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules
 from launch.config.run_config import read_config, read_run, write_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.ranges import NonNegativeInt, PositiveInt
-from launch.config.groups import config_dir
+from launch.config.compose import config_dir
 from train.config import TrainConfig
 from train.config.errors import ConfigError, broken, nearest
 

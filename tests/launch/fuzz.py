@@ -17,8 +17,7 @@ from random import Random
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from launch.config.compose import compose_defaults, known_keys
-from launch.config.groups import default_groups
+from launch.config.compose import compose_defaults, default_groups, known_keys
 from tests import ROOT
 from train.config import TrainConfig
 

@@ -13,9 +13,18 @@ import pytest
 
 from data.corpus import DataError
 from launch import train
-from launch.config.compose import chosen_options, compose, compose_defaults, key_of
+from launch.config.compose import (
+    chosen_options,
+    compose,
+    compose_defaults,
+    config_dir,
+    default_groups,
+    included_roots,
+    key_of,
+    options,
+    own_keys,
+)
 from launch.config.errors import user_errors
-from launch.config.groups import config_dir, default_groups, included_roots, options, own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config

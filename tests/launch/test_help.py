@@ -12,8 +12,15 @@ import yaml
 
 import launch.config.compose
 from launch import submit, train
-from launch.config.compose import chosen_options, compose, compose_defaults, dotted_keys, switches
-from launch.config.groups import default_groups, options
+from launch.config.compose import (
+    chosen_options,
+    compose,
+    compose_defaults,
+    default_groups,
+    dotted_keys,
+    options,
+    switches,
+)
 from launch.config.run_config import compose_run
 from launch.help.command import command
 from launch.help.page import (
@@ -193,7 +200,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Puts a printed configuration among the experiments of a copy of `conf/`. Returns the override for it."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf", dirs_exist_ok=True)
     (tmp_path / "conf" / "experiment" / "saved.yaml").write_text(text)
-    monkeypatch.setattr(launch.config.groups, "config_dir", lambda: tmp_path / "conf")
+    monkeypatch.setattr(launch.config.compose, "config_dir", lambda: tmp_path / "conf")
     return "experiment=saved"
 
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from launch import train
-from launch.config.compose import compose, compose_defaults, dotted_keys
-from launch.config.groups import default_groups
+from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
 from launch.help.advice import alias_overrides, aliases
 from launch.help.command import command
 from launch.ranks import machine

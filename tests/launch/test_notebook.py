@@ -26,6 +26,7 @@ import model.size, infer.config, launch.config.compose, dualpipe.ir, data.tokeni
 import comm.protocol, comm.exits
 from comm.layout import Layout
 print(comm.exits.EXIT_LOST, launch.config.groups.options("model")[:1])
+print(comm.exit_codes.EXIT_LOST, launch.config.compose.options("model")[:1])
 """
 WIDGET = """
 import comm

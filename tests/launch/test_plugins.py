@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import groups
 from launch.config.compose import compose
 from launch.config.run_config import compose_run
 from tests import ROOT
@@ -153,7 +152,7 @@ def test_plugins_of_an_experiment_are_loaded(tmp_path: Path, monkeypatch: pytest
     lines = ["# @package _global_", "defaults:", "  - override /optim/schedule: halved", ""]
     lines.append(f"plugins: ['{tmp_path}/mine/rates.py']")
     (tmp_path / "conf/experiment/halved.yaml").write_text("\n".join(lines))
-    monkeypatch.setattr(groups, "config_dir", lambda: tmp_path / "conf")
+    monkeypatch.setattr("launch.config.compose.config_dir", lambda: tmp_path / "conf")
     before = set(sys.modules)
     try:
         assert compose_run(["experiment=halved"]).optim.schedule.kind == "halved"

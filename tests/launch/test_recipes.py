@@ -12,8 +12,7 @@ import yaml
 from data.config import BatchRamp
 from data.corpus import DataError
 from launch import plan, submit
-from launch.config.compose import compose, dotted_keys
-from launch.config.groups import options
+from launch.config.compose import compose, dotted_keys, options
 from launch.config.memory_rules import check_memory
 from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules

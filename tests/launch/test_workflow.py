@@ -9,8 +9,7 @@ import pytest
 
 import launch.workflow
 from infer.scoring.reward import ScoreSheet
-from launch.config.compose import compose
-from launch.config.groups import options
+from launch.config.compose import compose, options
 from launch.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
 from tests.commands import run_command

@@ -15,7 +15,7 @@ from torch import distributed
 from comm.config import ParallelismConfig
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import FALLBACK, ScheduleConfig, candidates
-from launch.config.groups import options
+from launch.config.compose import options
 from launch.config.rules import check_rules
 from launch.config.run_config import compose_run
 from launch.plan import search_space
