@@ -13,7 +13,7 @@ from pathlib import Path
 from comm.config import ClusterConfig
 from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
-from launch.config.errors import system_errors
+from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.machine import check_driver, check_packages

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.config.compose import compose
-from launch.config.errors import system_errors
+from launch.config.compose import compose, system_errors
 from launch.help.command import command, plain_text
 from launch.ranks.interrupt import signals_handled
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config

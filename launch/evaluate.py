@@ -36,8 +36,7 @@ from infer.evaluate.run import (
 )
 from infer.evaluate.statistics import PairedComparison, compare
 from kernels.ranges import NonNegativeInt, PositiveInt
-from launch.config.compose import compose
-from launch.config.errors import system_errors
+from launch.config.compose import compose, system_errors
 from launch.help.command import command, plain_text
 from launch.job import (
     PRELOADED,

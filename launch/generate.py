@@ -22,8 +22,7 @@ from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from kernels.ranges import PositiveInt
-from launch.config.compose import compose
-from launch.config.errors import system_errors
+from launch.config.compose import compose, system_errors
 from launch.config.output import open_output
 from launch.help.command import command, plain_text
 from launch.job import (

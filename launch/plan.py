@@ -14,8 +14,7 @@ from typing import Any
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.registry import ScheduleConfig, candidates
-from launch.config.compose import options, read_option
-from launch.config.errors import system_errors
+from launch.config.compose import options, read_option, system_errors
 from launch.config.memory_rules import check_memory
 from launch.config.output import write_output
 from launch.config.rules import check_rules

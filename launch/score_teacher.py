@@ -13,8 +13,7 @@ from typing import Any, Literal
 from data.prepare import Prepared, prepare
 from data.progress import progress_on
 from kernels.ranges import PositiveFloat, PositiveInt
-from launch.config.compose import compose, own_keys
-from launch.config.errors import system_errors
+from launch.config.compose import compose, own_keys, system_errors
 from launch.config.resolve import check_data, resolve
 from launch.config.run_config import read_config, write_config
 from launch.help.command import command, experiment_text

@@ -14,8 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import chosen_options, compose, compose_defaults, default_groups, key_of, own_keys
-from launch.config.errors import system_errors
+from launch.config.compose import (
+    chosen_options,
+    compose,
+    compose_defaults,
+    default_groups,
+    key_of,
+    own_keys,
+    system_errors,
+)
 from launch.config.run_config import check, read_run, write_config
 from launch.help.command import command, experiment_text
 from launch.planning.request import planner_config

@@ -14,7 +14,7 @@ from types import FrameType
 
 from comm.exits import EXIT_PREEMPTED, Preemption, handled_signals
 from data.progress import progress_on
-from launch.config.errors import system_errors
+from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run, write_config
 from launch.help.command import command, experiment_text
 from launch.ranks.environment import apply_rank_environment, check_world_size, is_other_rank, is_torchrun

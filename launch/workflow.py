@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infer.scoring.ratings import PassRates
-from launch.config.compose import compose
-from launch.config.errors import system_errors
+from launch.config.compose import compose, system_errors
 from launch.help.command import command, plain_text
 from launch.ranks.interrupt import signals_handled
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples

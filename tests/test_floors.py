@@ -191,7 +191,7 @@ def test_commands_import_no_torch_before_their_input_is_checked() -> None:
         import sys
         import launch.convert, launch.generate, launch.sample, launch.train, launch.schedule, launch.submit
         from launch.config.run_config import check, compose_run
-        from launch.config.errors import user_errors
+        from launch.config.compose import user_errors
         check(compose_run(["experiment=quickstart"]))
         user_errors()
         print([name for name in ("torch", "deepspeed", "wandb", "matplotlib") if name in sys.modules])

@@ -5,7 +5,8 @@ YAML files of groups are in `conf/`, and next to plugin files.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from dualpipe.ir import ScheduleError
 from kernels.registry import PluginError, load_plugins, loaded_plugins
-from launch.config.errors import SyntaxOverrideError
+from model.config import CutError
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 # OmegaConf raises the last two for a key into a list that is no number.
@@ -47,6 +49,14 @@ class MissingValueError(ConfigError):
         examples = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
         super().__init__(f"{' and '.join(keys)}: a value is needed; write {examples}")
         self.keys = keys
+
+
+class SyntaxOverrideError(ConfigError):
+    """An argument that is not an override. It cannot be recovered from the text at the first colon."""
+
+    def __init__(self, argument: str, text: str) -> None:
+        super().__init__(text)
+        self.argument = argument
 
 
 def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -406,3 +416,30 @@ def _defaults(command: str) -> list[str | dict[str, str]]:
 def _root(command: str) -> dict[str, Any]:
     values = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
     return {str(key): value for key, value in values.items()}
+
+
+def user_errors() -> tuple[type[ValueError], ...]:
+    """Returns the error types that a user can fix; they are printed as one line without a traceback."""
+    from comm.watchdog.membership import JobKeyError
+    from data.corpus import DataError
+    from infer.config import GenerateError
+    from infer.evaluate.protocol import EvaluationError
+    from infer.scoring.score import ScoringError
+    from model.hf.files import HfError
+    from train.checkpoint.manifest import CheckpointError
+    from train.files.run_lock import LockedError
+
+    of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
+    return (*of_commands, ScoringError, EvaluationError, LockedError, JobKeyError)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turns an OSError other than a broken pipe into a user error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = "output" if error.filename is None else error.filename
+        raise ConfigError(f"{place}: must be readable or writable, is not ({error.strerror or error})") from error

@@ -4,7 +4,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from infer.evaluate.answers import Answerer
-from launch.config.errors import system_errors
+from launch.config.compose import system_errors
 from launch.job import Device, Dtype, find_weights, load_model
 from train.checkpoint.index import WeightsKind
 from train.config.errors import ConfigError

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from launch.config.compose import default_groups, known_keys, options, switches
-from launch.config.errors import SyntaxOverrideError
+from launch.config.compose import SyntaxOverrideError, default_groups, known_keys, options, switches
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 
 _HUB_KEYS = ("model", "init_from", "ckpt", "path", "teacher", "data.tokenizer")

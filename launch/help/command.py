@@ -11,8 +11,7 @@ import yaml
 
 from comm.exits import EXIT_CONFIGURATION
 from data.progress import escape_terminals
-from launch.config.compose import CONFIG_ONLY, DRY_RUN, chosen_options
-from launch.config.errors import system_errors, user_errors
+from launch.config.compose import CONFIG_ONLY, DRY_RUN, chosen_options, system_errors, user_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config.compose import default_groups, dotted_keys, key_of, options, own_keys, read_option
-from launch.config.errors import user_errors
+from launch.config.compose import default_groups, dotted_keys, key_of, options, own_keys, read_option, user_errors
 from launch.config.resolve import expand_model
 from launch.config.run_config import write_config
 from launch.planning.changes import EXAMPLE, Change, changed_values, parse_changes

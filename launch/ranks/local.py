@@ -25,8 +25,7 @@ from comm.config import ClusterConfig
 from comm.exits import EXIT_CONFIGURATION, EXIT_LOST, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
-from launch.config.compose import load_plugin_files
-from launch.config.errors import user_errors
+from launch.config.compose import load_plugin_files, user_errors
 from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.interrupt import signals_handled
 from launch.ranks.run_folder import read_folder, write_run_folder

@@ -15,8 +15,7 @@ from typing import Any
 from comm.config import ClusterConfig
 from data.progress import escape_terminals
 from kernels.registry import loaded_plugins
-from launch.config.compose import load_plugin_files
-from launch.config.errors import user_errors
+from launch.config.compose import load_plugin_files, user_errors
 from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.local import die_with_parent
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.errors import user_errors
+from launch.config.compose import user_errors
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from tests import ROOT
 from tests.attacks.folder_runs import OTHER_HOST, choices
