@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
-from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules
-from launch.config.run_config import read_config, read_run, write_config
+from launch.config.run_config import check_data, check_text, read_config, read_run, write_config
 from launch.planning.changes import split_changes
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config.compose import default_groups, dotted_keys, key_of, options, own_keys, read_option, user_errors
-from launch.config.resolve import expand_model
-from launch.config.run_config import write_config
+from launch.config.run_config import expand_model, write_config
 from launch.planning.changes import EXAMPLE, Change, changed_values, parse_changes
 from launch.planning.request import PlanRequest, plan_values, planner_config, run_config
 from train.config import TrainConfig, named_weights
