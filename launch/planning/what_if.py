@@ -10,8 +10,16 @@ from typing import Any
 
 from launch.config.compose import default_groups, dotted_keys, key_of, options, own_keys, read_option, user_errors
 from launch.config.run_config import expand_model, write_config
-from launch.planning.changes import EXAMPLE, Change, changed_values, parse_changes
-from launch.planning.request import PlanRequest, plan_values, planner_config, run_config
+from launch.planning.request import (
+    EXAMPLE,
+    Change,
+    PlanRequest,
+    changed_values,
+    parse_changes,
+    plan_values,
+    planner_config,
+    run_config,
+)
 from train.config import TrainConfig, named_weights
 from train.config.decode import encode
 from train.config.errors import ConfigError, UnknownKeyError, nearest
