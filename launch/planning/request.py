@@ -79,7 +79,7 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
     overrides = [_with_quotes(text) for text in overrides]
-    values = plan_values(overrides)
+    values = compose_plan(overrides)
     own = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in own})
     run = {key: value for key, value in values.items() if key not in (*own, *_PLANNER)}
@@ -116,7 +116,7 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
     return config
 
 
-def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
+def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one."""
     chosen = [text.partition("=")[2].strip("'\"") for text in overrides if key_of(text) == _RATES]
     path = chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None

@@ -15,8 +15,8 @@ from launch.planning.request import (
     Change,
     PlanRequest,
     changed_values,
+    compose_plan,
     parse_changes,
-    plan_values,
     planner_config,
     run_config,
 )
@@ -154,11 +154,11 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
     output = _output_keys()
     kept = [text for text in request.overrides if key_of(text) not in groups]
     try:
-        values = plan_values([*kept, *overrides])
+        values = compose_plan([*kept, *overrides])
     except UnknownKeyError:
         prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
         others = [text for text in kept if not key_of(text).lstrip("+").startswith(prefixes)]
-        values = plan_values([*others, *overrides])
+        values = compose_plan([*others, *overrides])
     for text in overrides:
         _drop_other_keys(values, *text.split("=", 1))
     return {key: value for key, value in values.items() if key not in output}
