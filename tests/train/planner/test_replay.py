@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.plan import changed_run, plan_what_if
 from launch.planning.request import PlanRequest, read_request
-from launch.planning.what_if import changed_run, plan_what_if
 from tests.train.planner.replay import (
     Machine,
     Orders,
