@@ -36,7 +36,7 @@ def table(page: str) -> str:
 
 
 def _with_figures(row: str, name: str, folder: Path) -> str:
-    from launch.planning.request import read_request
+    from launch.plan_request import read_request
     from train.memory import fitted_config, predict_memory
     from train.memory.fit import gigabytes
 

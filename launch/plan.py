@@ -30,7 +30,7 @@ from launch.config.output import write_output
 from launch.config.rules import check_rules
 from launch.config.run_config import expand_model, write_config
 from launch.help.command import command, plain_text
-from launch.planning.request import (
+from launch.plan_request import (
     EXAMPLE,
     Change,
     PlanRequest,

@@ -25,7 +25,7 @@ from launch.config.compose import (
 )
 from launch.config.run_config import check, read_run, write_config
 from launch.help.command import command, experiment_text
-from launch.planning.request import planner_config
+from launch.plan_request import planner_config
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.slurm.script import SlurmConfig, check_slurm, render
 from train.config import TrainConfig

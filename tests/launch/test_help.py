@@ -31,7 +31,7 @@ from launch.help.page import (
     read_options,
     unknown_command,
 )
-from launch.planning.request import UNREAD
+from launch.plan_request import UNREAD
 from tests import ROOT
 from train.config.errors import ConfigError
 

@@ -17,7 +17,7 @@ from launch.config.run_config import check, compose_run
 from launch.help.command import command as search_command
 from launch.help.page import help_text
 from launch.plan import main, preview
-from launch.planning.request import read_request
+from launch.plan_request import read_request
 from launch.ranks import machine
 from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
 from tests import ROOT

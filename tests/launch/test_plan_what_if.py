@@ -12,7 +12,7 @@ import pytest
 from launch.config.run_config import compose_run
 from launch.help.command import command
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
-from launch.planning.request import PlanRequest, read_request
+from launch.plan_request import PlanRequest, read_request
 from tests.train.planner.measured.runs import write_run
 from train.config.errors import ConfigError
 from train.planner.advice import fp8_share, link_balance

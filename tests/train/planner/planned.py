@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from launch.planning.request import PlanRequest, read_request
+from launch.plan_request import PlanRequest, read_request
 from train.planner.job_plan import JobPlan, plan_job
 
 PUBLISHED = ("experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.planning.request import read_request
+from launch.plan_request import read_request
 from tests.documents import check_policy, with_style_attributes
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.forms import COLUMNS, labeled, plan_text, plan_values

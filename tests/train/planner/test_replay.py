@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.plan import changed_run, plan_what_if
-from launch.planning.request import PlanRequest, read_request
+from launch.plan_request import PlanRequest, read_request
 from tests.train.planner.replay import (
     Machine,
     Orders,

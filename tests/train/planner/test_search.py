@@ -11,7 +11,7 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.plan import search_space
-from launch.planning.request import PlanRequest, read_request
+from launch.plan_request import PlanRequest, read_request
 from train.planner.forms import search_text, search_values
 from train.planner.job_plan import plan_job, require_time
 from train.planner.layouts import RankedLayout, SearchSpace, adapted_run
