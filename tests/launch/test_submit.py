@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from launch.config.compose import compose, own_keys, user_errors
-from launch.slurm.script import seconds_of
-from launch.submit import job_overrides, main, with_cluster
+from launch.submit import job_overrides, main, seconds_of, with_cluster
 from launch.train import export_exit_code
 from tests import ROOT
 from train.config.errors import ConfigError
