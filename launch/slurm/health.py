@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launch.ranks.machine import device_memory_bytes
+from launch.ranks.machine import _GB, device_memory_bytes
 
-_GB = 1e9
 _PYTHON_BYTES = 500_000_000
 _REACH_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
 
 
-def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+def check_node(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
     """Prints what is wrong with this node on stderr, one line for each problem.
 
     Arguments are `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
@@ -100,4 +99,4 @@ def reach_problems(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(check_node(sys.argv[1:]))

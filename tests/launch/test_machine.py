@@ -22,7 +22,7 @@ from launch.help.command import command
 from launch.ranks import machine
 from launch.ranks.machine import MachineError, check_driver, check_gpus, check_packages, has_driver, torch_has_cuda
 from launch.slurm import health
-from launch.slurm.health import gpu_problems, host_problems, main, reach_problems
+from launch.slurm.health import check_node, gpu_problems, host_problems, reach_problems
 from tests import ROOT
 from tests.launch.test_config import build
 from tests.ports import reserved_port
@@ -183,9 +183,9 @@ def test_node_that_fails_prints_one_line_for_each_problem(
     environment = {"SLURMD_NODENAME": "n7", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}
     with reserved_port() as port:
         given = ["ranks=2", "rank_bytes=1000", f"master=127.0.0.1:{port}"]
-        assert main([*given, "gpus=1", f"folder={tmp_path}"], environment) == 0
+        assert check_node([*given, "gpus=1", f"folder={tmp_path}"], environment) == 0
         assert list(tmp_path.iterdir()) == []
-        assert main([*given, "gpus=2", f"folder={tmp_path / 'absent'}"], environment) == 1
+        assert check_node([*given, "gpus=2", f"folder={tmp_path / 'absent'}"], environment) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: node n7: GPUs: 2 must be visible, 1 are"
     assert second.startswith(f"error: node n7: out_dir: '{tmp_path / 'absent'}' must be writable, is not: ")
