@@ -20,9 +20,18 @@ from launch.config.compose import compose, compose_defaults, default_groups, dot
 from launch.help.advice import alias_overrides, aliases
 from launch.help.command import command
 from launch.ranks import machine
-from launch.ranks.machine import MachineError, check_driver, check_gpus, check_packages, has_driver, torch_has_cuda
-from launch.slurm import health
-from launch.slurm.health import check_node, gpu_problems, host_problems, reach_problems
+from launch.ranks.machine import (
+    MachineError,
+    check_driver,
+    check_gpus,
+    check_node,
+    check_packages,
+    gpu_problems,
+    has_driver,
+    host_problems,
+    reach_problems,
+    torch_has_cuda,
+)
 from tests import ROOT
 from tests.launch.test_config import build
 from tests.ports import reserved_port
@@ -121,7 +130,7 @@ GB = 10**9
 
 
 def test_gpus_must_be_visible_and_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "device_memory_bytes", lambda kind: (80 * GB, 80 * GB, 3 * GB))
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda kind: (80 * GB, 80 * GB, 3 * GB))
     assert list(gpu_problems(3, 2 * GB, {})) == []
     assert list(gpu_problems(0, 2 * GB, {})) == []
     assert list(gpu_problems(4, 2 * GB, {})) == ["GPUs: 4 must be visible, 3 are"]
@@ -179,7 +188,7 @@ def test_nodes_must_reach_the_first_one() -> None:
 def test_node_that_fails_prints_one_line_for_each_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(health, "device_memory_bytes", lambda kind: (80 * GB,))
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda kind: (80 * GB,))
     environment = {"SLURMD_NODENAME": "n7", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}
     with reserved_port() as port:
         given = ["ranks=2", "rank_bytes=1000", f"master=127.0.0.1:{port}"]
