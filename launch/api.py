@@ -15,8 +15,7 @@ from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run
-from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
-from launch.ranks.machine import check_driver, check_packages
+from launch.ranks.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from train.callbacks import Callbacks
 from train.config import TrainConfig

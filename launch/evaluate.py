@@ -49,7 +49,7 @@ from launch.job import (
     open_ranks,
     spread_over_ranks,
 )
-from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
+from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.workers import run_on_local_ranks
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest

@@ -18,7 +18,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.ranks.environment import check_world_size, is_torchrun
+from launch.ranks.machine import check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.files import read_json

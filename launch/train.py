@@ -17,9 +17,18 @@ from data.progress import progress_on
 from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run, write_config
 from launch.help.command import command, experiment_text
-from launch.ranks.environment import apply_rank_environment, check_world_size, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.ranks.machine import check_device_memory, check_driver, check_gpus, check_packages, check_scorers
+from launch.ranks.machine import (
+    apply_rank_environment,
+    check_device_memory,
+    check_driver,
+    check_gpus,
+    check_packages,
+    check_scorers,
+    check_world_size,
+    is_other_rank,
+    is_torchrun,
+)
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from train.checkpoint.locate import AUTO, locate
 from train.checkpoint.manifest import MANIFEST_NAME

@@ -26,8 +26,8 @@ from comm.exits import EXIT_CONFIGURATION, EXIT_LOST, SIGNALS, Preemption, handl
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.config.compose import load_plugin_files, user_errors
-from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.interrupt import signals_handled
+from launch.ranks.machine import apply_rank_environment, local_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (
     RankCheck,

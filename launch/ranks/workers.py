@@ -16,8 +16,8 @@ from comm.config import ClusterConfig
 from data.progress import escape_terminals
 from kernels.registry import loaded_plugins
 from launch.config.compose import load_plugin_files, user_errors
-from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.local import die_with_parent
+from launch.ranks.machine import apply_rank_environment, local_rank_environment
 
 Send = Callable[..., None]  # sends a message to the parent; on all ranks except rank 0 it does nothing
 RankFunction = Callable[[Send], Any]  # what every rank runs. Its module is imported on the ranks; pickle sends it.

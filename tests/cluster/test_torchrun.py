@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks.environment import rank_environment
+from launch.ranks.machine import rank_environment
 from launch.ranks.run_folder import read_folder
 from tests import ROOT
 from tests.cluster.namespaces import Cluster, Namespace, open_cluster
