@@ -47,10 +47,10 @@ from launch.job import (
     load_model,
     local_cluster,
     open_ranks,
+    run_on_local_ranks,
     spread_over_ranks,
 )
 from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
-from launch.ranks.workers import run_on_local_ranks
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig

@@ -28,15 +28,16 @@ from launch.help.command import command, plain_text
 from launch.job import (
     PRELOADED,
     Device,
+    Send,
     WeightsSource,
     find_template,
     find_weights,
     load_model,
     open_ranks,
+    run_on_local_ranks,
     spread_over_ranks,
 )
 from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
-from launch.ranks.workers import Send, run_on_local_ranks
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode

@@ -1,4 +1,4 @@
-"""Finds weights, loads them, and spreads them over ranks, for commands that generate or evaluate.
+"""Finds weights, loads them, and runs ranks over which they are spread, for commands that generate or evaluate.
 
 Imports torch only to load weights, and on ranks, so that all checks run before.
 """
@@ -31,6 +31,21 @@ from train.config.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from model.transformer import Transformer
     from train.post.pipeline import ReplicaPipeline
+import multiprocessing
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import connection
+from typing import Any
+
+from data.progress import escape_terminals
+from kernels.registry import loaded_plugins
+from launch.config.compose import load_plugin_files, user_errors
+from launch.ranks.local import die_with_parent
+from launch.ranks.machine import apply_rank_environment, local_rank_environment
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
@@ -239,3 +254,90 @@ def open_ranks(network: InferenceConfig) -> "Iterator[ReplicaPipeline]":
             yield pipeline
     except ClusterError as error:
         raise ConfigError(f"device: {error}") from error
+
+
+Send = Callable[..., None]  # sends a message to the parent; on all ranks except rank 0 it does nothing
+RankFunction = Callable[[Send], Any]  # what every rank runs. Its module is imported on the ranks; pickle sends it.
+
+
+class RankError(RuntimeError):
+    """Raised if a rank failed with an error that is not the user's, or died."""
+
+
+def run_on_local_ranks(
+    function: RankFunction,
+    cluster: ClusterConfig,
+    num_ranks: int,
+    preloaded: Sequence[str],
+    receive: Callable[..., None] = lambda *message: None,
+) -> Any:
+    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call."""
+    apply_rank_environment(cluster)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", *preloaded])
+    processes = []
+    ends = dict[connection.Connection, int]()
+    with tempfile.TemporaryDirectory(prefix="ranks") as scratch:
+        try:
+            for rank in range(num_ranks):
+                ours, theirs = context.Pipe(duplex=False)
+                place = (rank, num_ranks, str(Path(scratch) / "store"))
+                process = context.Process(
+                    target=_run_rank, args=(function, place, theirs, loaded_plugins()), daemon=True
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                ends[ours] = rank
+            return _await_results(ends, receive)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[..., None]) -> Any:
+    """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
+    result: Any = None
+    while ends:
+        for end in connection.wait(list(ends)):
+            assert isinstance(end, connection.Connection)
+            try:
+                kind, found = end.recv()
+            except (EOFError, ConnectionResetError) as error:
+                raise RankError(f"rank {ends[end]} died before it returned") from error
+            if kind == "message":
+                receive(*found)
+                continue
+            rank = ends.pop(end)
+            if isinstance(found, ValueError) and kind == "user error":
+                raise found
+            if kind == "error":
+                raise RankError(f"rank {rank} failed\n{found}")
+            result = found if rank == 0 else result
+    return result
+
+
+def _run_rank(
+    function: RankFunction, place: tuple[int, int, str], end: "connection.Connection", plugins: Sequence[Path]
+) -> None:
+    rank, num_ranks, store_file = place
+    escape_terminals()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= local_rank_environment(Path(store_file))
+
+    def send(*message: Any) -> None:
+        if rank == 0:
+            end.send(("message", message))
+
+    try:
+        load_plugin_files([str(path) for path in plugins])
+        result = function(send)
+        end.send(("result", result if rank == 0 else None))
+    except Exception as error:
+        is_users = isinstance(error, user_errors())
+        found = ("user error", type(error)(str(error))) if is_users else ("error", traceback.format_exc())
+        with suppress(OSError):
+            end.send(found)

@@ -23,12 +23,11 @@ from data.tokenizer import Tokenizer
 from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
 from infer.generate import generate as infer_generate
-from launch import convert, generate
+from launch import convert, generate, job
 from launch.convert import main as run_convert
 from launch.generate import main
 from launch.generate import main as run_generate
-from launch.ranks import workers
-from launch.ranks.workers import RankError
+from launch.job import RankError
 from model.config import CutError
 from model.hf.writer import save_hf
 from model.transformer import named_tensors
@@ -145,7 +144,7 @@ def test_error_of_the_ranks_is_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_that_dies_ends_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_run_rank", _die_as_rank_one)
+    monkeypatch.setattr(job, "_run_rank", _die_as_rank_one)
     with pytest.raises(RankError, match="rank 1 died before it returned"):
         main([f"ckpt={run}", "prompt=a", "parallelism=two_ranks"])
 
@@ -154,6 +153,7 @@ def _die_as_rank_one(function: object, place: tuple[int, int, str], *rest: objec
     if place[0] == 1:
         os._exit(7)
     workers.threading.Event().wait(60)  # type: ignore[attr-defined]
+    job.threading.Event().wait(60)
 
 
 def source_of(template: str) -> ArithmeticSource:
