@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from comm.exits import SIGNALS, handled_signals
+from launch.ranks.local import remove_leftovers, scratch_folder
 from launch.ranks.machine import rank_environment
 from launch.ranks.run_folder import check_folder, read_folder, write_run_folder
-from launch.ranks.supervisor import remove_leftovers, scratch_folder
 from tests import ROOT
 from tests.launch.test_config import build
 from tests.launch.test_local import members, wait_for
