@@ -11,8 +11,8 @@ import yaml
 
 from comm.exits import EXIT_CONFIGURATION
 from data.progress import escape_terminals
+from launch import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.config.compose import CONFIG_ONLY, DRY_RUN, chosen_options, system_errors, user_errors
-from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError
 from train.files.run_files import redact

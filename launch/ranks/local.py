@@ -29,8 +29,8 @@ from comm.config import ClusterConfig
 from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
+from launch import EXIT_INTERRUPTED, signals_handled
 from launch.config.compose import load_plugin_files, user_errors
-from launch.ranks.interrupt import EXIT_INTERRUPTED, signals_handled
 from launch.ranks.machine import apply_rank_environment, local_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from train.checkpoint.locate import AUTO
