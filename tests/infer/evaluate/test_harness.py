@@ -10,7 +10,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from infer.evaluate.protocol import EvaluationError
-from launch.evaluation.harness import open_harness_model
+from launch.api import open_harness_model
 from model.hf.writer import save_hf
 from model.transformer import Transformer, initialize_weights
 from tests.tiny import MODEL
