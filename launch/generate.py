@@ -23,8 +23,7 @@ from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose, system_errors
-from launch.config.output import open_output
-from launch.help.command import command, plain_text
+from launch.help.command import command, open_output, plain_text
 from launch.job import (
     PRELOADED,
     Device,

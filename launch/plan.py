@@ -26,10 +26,9 @@ from launch.config.compose import (
     user_errors,
 )
 from launch.config.memory_rules import check_memory
-from launch.config.output import write_output
 from launch.config.rules import check_rules
 from launch.config.run_config import expand_model, write_config
-from launch.help.command import command, plain_text
+from launch.help.command import command, plain_text, write_output
 from launch.plan_request import (
     EXAMPLE,
     Change,

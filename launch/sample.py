@@ -26,8 +26,7 @@ from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_
 from infer.scoring.score import SCORERS, problem_of
 from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose, system_errors
-from launch.config.output import open_output
-from launch.help.command import command, plain_text
+from launch.help.command import command, open_output, plain_text
 from launch.job import Device, WeightsSource, find_template, find_weights, load_model
 from launch.scored_samples import (
     JOURNAL_SUFFIX,

@@ -24,8 +24,7 @@ from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose
-from launch.config.output import write_output
-from launch.help.command import command, plain_text
+from launch.help.command import command, plain_text, write_output
 from train.config.decode import decode, encode
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
