@@ -2,14 +2,12 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from launch.config.compose import SyntaxOverrideError, default_groups, known_keys, options, switches
+from launch.config.compose import SyntaxOverrideError, default_groups, options
+from launch.help.page import alias_overrides, fill_advice, settable_keys
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 
 _HUB_KEYS = ("model", "init_from", "ckpt", "path", "teacher", "data.tokenizer")
@@ -25,24 +23,6 @@ _PATHS = {
     "redraw": "if it is the run's folder; run={value}",
 }
 """For each command, the advice for a path without a key, written as in `advice.yaml`."""
-
-
-@cache
-def aliases() -> Mapping[str, str]:
-    """Returns the advice for each key of other trainers."""
-    table: dict[str, str] = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
-    return table
-
-
-def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
-    """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
-    name = key.lower().replace("-", "_")
-    advice = aliases().get(name) or aliases().get(name.rpartition(".")[2])
-    if advice is None:
-        return None
-    why, overrides = _filled(advice, value)
-    known = _known_keys(command)
-    return (why, overrides) if all(text.partition("=")[0] in known for text in overrides[:1]) else None
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
@@ -93,7 +73,7 @@ def repeated_notes(arguments: Sequence[str]) -> list[str]:
 
 def _meant(command: str, key: str, value: str) -> str:
     """Returns the end of an error about an argument that names a key but is not written as key=value."""
-    known = _known_keys(command)
+    known = settable_keys(command)
     if key in known:
         return f"nearest valid: {_shell_word(f'{key}={value or _default(known[key])}')}"
     if (advice := alias_overrides(command, key, value or "...")) is not None:
@@ -115,7 +95,7 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
         return f"{text} = {value}: no spaces around =; nearest valid: {text}={value}"
     if before.endswith("="):
         return f"{before} {text}: no spaces around =; nearest valid: {before}{text}"
-    known = _known_keys(command)
+    known = settable_keys(command)
     key, colon, rest = text.partition(":")
     if colon and rest and key in known:
         return f"{text}: a value follows =; {_meant(command, key, rest.strip())}"
@@ -131,7 +111,7 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
         return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(joined)}"
     is_path = re.search(r"[./\\]", text) or command in ("convert", "redraw")
     if is_path and command in _PATHS:
-        return f"{text}: has no key; {_sentence(*_filled(_PATHS[command], text))}"
+        return f"{text}: has no key; {_sentence(*fill_advice(_PATHS[command], text))}"
     return None
 
 
@@ -144,23 +124,11 @@ def _hub_advice(key: str, value: str) -> str:
     )
 
 
-def _known_keys(command: str) -> Mapping[str, Any]:
-    return {**known_keys(command), **default_groups(command), **dict.fromkeys(switches(command), True)}
-
-
 def _default(value: Any) -> str:
     """Returns a default value in command-line syntax, or three dots if there is none."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return "..." if value in ("", "???") else str(value).replace(" ", "")
-
-
-def _filled(advice: str, value: str) -> tuple[str, list[str]]:
-    """Returns the reason and the overrides of advice. A list in `[{value}]` is not nested."""
-    why, _, overrides = advice.rpartition("; ")
-    items = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    text = overrides.replace("[{value}]", f"[{items}]").replace("{value}", value)
-    return why or "unknown key", re.split(r" (?=[\w./]+=)", text)
 
 
 def _sentence(why: str, overrides: Sequence[str]) -> str:

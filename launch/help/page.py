@@ -1,12 +1,14 @@
 """Formats the output of `--help`: each key with its value and its comment in the YAML file."""
 
 import importlib
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,16 @@ from launch.config.compose import (
     compose_defaults,
     config_dir,
     config_dirs,
+    default_groups,
     dotted_keys,
     included_roots,
+    known_keys,
     option_file,
     options,
     own_keys,
     read_option,
     switches,
 )
-from launch.help.advice import alias_overrides
 from train.config.decode import GROUP_OF_KEYS, describe_key
 from train.config.errors import ConfigError
 
@@ -420,3 +423,35 @@ def _example_lines(text: str, columns: int) -> list[str]:
     )
     *lines, last = wrapper.wrap(text)
     return [*(f"  {line} \\" for line in lines), f"  {last}"]
+
+
+@cache
+def aliases() -> Mapping[str, str]:
+    """Returns the advice for each key of other trainers."""
+    path = Path(__file__).parents[1] / "advice.yaml"
+    table: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return table
+
+
+def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
+    """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
+    name = key.lower().replace("-", "_")
+    advice = aliases().get(name) or aliases().get(name.rpartition(".")[2])
+    if advice is None:
+        return None
+    why, overrides = fill_advice(advice, value)
+    known = settable_keys(command)
+    return (why, overrides) if all(text.partition("=")[0] in known for text in overrides[:1]) else None
+
+
+def settable_keys(command: str) -> Mapping[str, Any]:
+    """Returns everything that can be set on a command line: keys, groups and switches, with their defaults."""
+    return {**known_keys(command), **default_groups(command), **dict.fromkeys(switches(command), True)}
+
+
+def fill_advice(advice: str, value: str) -> tuple[str, list[str]]:
+    """Returns the reason and the overrides of advice. A list in `[{value}]` is not nested."""
+    why, _, overrides = advice.rpartition("; ")
+    items = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    text = overrides.replace("[{value}]", f"[{items}]").replace("{value}", value)
+    return why or "unknown key", re.split(r" (?=[\w./]+=)", text)
