@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from launch import signals_handled
+from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.help.command import command, plain_text
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken

@@ -36,8 +36,8 @@ from infer.evaluate.run import (
 )
 from infer.evaluate.statistics import PairedComparison, compare
 from kernels.ranges import NonNegativeInt, PositiveInt
+from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.help.command import command, plain_text
 from launch.job import (
     PRELOADED,
     Device,

@@ -22,8 +22,8 @@ from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from kernels.ranges import PositiveInt
+from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
-from launch.help.command import command, open_output, plain_text
 from launch.job import (
     PRELOADED,
     Device,

@@ -15,6 +15,7 @@ from typing import Any
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.registry import ScheduleConfig, candidates
+from launch.command import command, plain_text, write_output
 from launch.config.compose import (
     default_groups,
     dotted_keys,
@@ -28,7 +29,6 @@ from launch.config.compose import (
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import expand_model, write_config
-from launch.help.command import command, plain_text, write_output
 from launch.plan_request import (
     EXAMPLE,
     Change,

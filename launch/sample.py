@@ -25,8 +25,8 @@ from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, problem_of
 from kernels.ranges import NonNegativeInt, PositiveInt
+from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
-from launch.help.command import command, open_output, plain_text
 from launch.job import Device, WeightsSource, find_template, find_weights, load_model
 from launch.scored_samples import (
     JOURNAL_SUFFIX,

@@ -23,8 +23,8 @@ from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
+from launch.command import command, plain_text, write_output
 from launch.config.compose import compose
-from launch.help.command import command, plain_text, write_output
 from train.config.decode import decode, encode
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from data.prepare import Prepared, prepare
 from data.progress import progress_on
 from kernels.ranges import PositiveFloat, PositiveInt
+from launch.command import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
 from launch.config.run_config import check_data, read_config, resolve, write_config
-from launch.help.command import command, experiment_text
 from launch.job import Device, check_device
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.ranges import NonNegativeInt, PositiveInt
+from launch.command import command, experiment_text
 from launch.config.compose import (
     chosen_options,
     compose,
@@ -28,7 +29,6 @@ from launch.config.compose import (
     system_errors,
 )
 from launch.config.run_config import check, read_run, write_config
-from launch.help.command import command, experiment_text
 from launch.plan_request import planner_config
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from train.config import TrainConfig

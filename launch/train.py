@@ -14,9 +14,9 @@ from types import FrameType
 
 from comm.exits import EXIT_PREEMPTED, Preemption, handled_signals
 from data.progress import progress_on
+from launch.command import command, experiment_text
 from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run, write_config
-from launch.help.command import command, experiment_text
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import (
     apply_rank_environment,

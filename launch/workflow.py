@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from infer.scoring.ratings import PassRates
 from launch import signals_handled
+from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.help.command import command, plain_text
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken

@@ -14,8 +14,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from launch.command import command
 from launch.config.run_config import check, compose_run
-from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.train import train_rank

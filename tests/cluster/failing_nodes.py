@@ -15,8 +15,8 @@ from datetime import datetime
 from multiprocessing import connection
 from pathlib import Path
 
+from launch.command import command
 from launch.config.run_config import compose_run
-from launch.help.command import command
 from launch.ranks.local import preload_modules, start_fork_server
 from launch.ranks.run_folder import read_folder, write_run_folder
 from tests.cluster.namespaces import Cluster, enter, open_cluster

@@ -24,7 +24,7 @@ from data.progress import EscapedStream, escape_terminals, printable, progress_o
 from data.sample_lines import sample_lines
 from data.tokenizer import Tokenizer
 from launch import train
-from launch.help.command import command
+from launch.command import command
 from tests import ROOT
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
@@ -286,7 +286,7 @@ def test_rank_escapes_on_a_terminal_with_a_guard_and_bars(monkeypatch: pytest.Mo
 
 def test_pipes_and_files_get_the_text_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys; from launch.help.command import command\n"
+        "import sys; from launch.command import command\n"
         f"sys.exit(command('generate', lambda overrides: print({HOSTILE!r}) or 0))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, timeout=60)

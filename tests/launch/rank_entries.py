@@ -14,8 +14,8 @@ from pathlib import Path
 
 from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED, SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
+from launch.command import command
 from launch.config.run_config import compose_run
-from launch.help.command import command
 from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig

@@ -13,6 +13,7 @@ import pytest
 
 from data.corpus import DataError
 from launch import train
+from launch.command import user_errors
 from launch.config.compose import (
     chosen_options,
     compose,

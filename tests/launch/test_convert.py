@@ -463,7 +463,7 @@ def test_convert_that_is_ended_leaves_nothing(number: signal.Signals, sources: P
 import os
 import sys
 from launch.convert import main
-from launch.help.command import command
+from launch.command import command
 import train.checkpoint.convert as conversion
 say = conversion._Counter.read
 def read(counter, name):

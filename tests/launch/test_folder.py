@@ -139,7 +139,7 @@ def test_interrupt_while_a_command_is_imported_is_one_line(
 
 
 def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> None:
-    script = "import os, signal, time\nfrom launch.help.command import command\nimport sys\n"
+    script = "import os, signal, time\nfrom launch.command import command\nimport sys\n"
     script += "def main(arguments):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n"
     script += "    except KeyboardInterrupt as error:\n        raise ImportError('half a module') from error\n"
     script += "sys.exit(command('train', main))"
@@ -150,7 +150,7 @@ def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> No
 
 
 def test_second_interrupt_at_once_leaves_the_cleaning_up_alone() -> None:
-    script = "import os, signal, sys, time\nfrom launch.help.command import command\ndef main(arguments):\n    try:\n"
+    script = "import os, signal, sys, time\nfrom launch.command import command\ndef main(arguments):\n    try:\n"
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n    finally:\n"
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        print('cleaned up')\n"
     script += "sys.exit(command('train', main))"
@@ -161,7 +161,7 @@ def test_second_interrupt_at_once_leaves_the_cleaning_up_alone() -> None:
 
 
 def test_import_of_the_package_changes_no_handler() -> None:
-    code = "import signal, launch, launch.help.command; print(signal.getsignal(signal.SIGINT).__name__)"
+    code = "import signal, launch, launch.command; print(signal.getsignal(signal.SIGINT).__name__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
     )

@@ -12,6 +12,7 @@ import yaml
 
 import launch.config.compose
 from launch import submit, train
+from launch.command import command
 from launch.config.compose import (
     chosen_options,
     compose,
@@ -22,8 +23,7 @@ from launch.config.compose import (
     switches,
 )
 from launch.config.run_config import compose_run
-from launch.help.command import command
-from launch.help.page import (
+from launch.help import (
     find_commands,
     help_text,
     listing,

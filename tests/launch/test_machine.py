@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from launch import train
+from launch.command import command
 from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
-from launch.help.command import command
-from launch.help.page import alias_overrides, aliases
+from launch.help import alias_overrides, aliases
 from launch.ranks import machine
 from launch.ranks.machine import (
     MachineError,

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from launch import plan
+from launch.command import command as search_command
 from launch.config.run_config import check, compose_run
-from launch.help.command import command as search_command
-from launch.help.page import help_text
+from launch.help import help_text
 from launch.plan import main, preview
 from launch.plan_request import read_request
 from launch.ranks import machine
@@ -55,7 +55,7 @@ def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_a_wrong_value_is_one_line(
     override: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.help.command import command
+    from launch.command import command
 
     monkeypatch.setattr(sys, "argv", ["plan", "experiment=quickstart", override])
     assert command("plan", plan.main, plan.preview) == 2
@@ -153,7 +153,7 @@ def test_ctrl_c_is_one_line() -> None:
 def test_dry_run_that_differs_prints_the_plan_and_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.help.command import command
+    from launch.command import command
 
     text = "bytes of weights: built 40, by arithmetic 44"
     sizes = {"parameters": 10, "weights_bytes": 40, "gradients_bytes": 40, "optimiser_bytes": 120}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from launch.command import command
 from launch.config.run_config import compose_run
-from launch.help.command import command
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
 from launch.plan_request import PlanRequest, read_request
 from tests.train.planner.measured.runs import write_run

@@ -14,8 +14,8 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
+from launch.command import command
 from launch.config.run_config import compose_run
-from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from tests.train.faults import CASES, Case, Outcome, arm, choices, failure_time, write_case

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import train
-from launch.help.command import command
+from launch.command import command
 from tests.train.preempted_run import arm
 
 

@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launch.command import command
 from launch.config.run_config import check, compose_run
-from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, write_run_folder
 from tests.train.faults import choices

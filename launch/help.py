@@ -218,7 +218,7 @@ class Command:
 
 def find_commands() -> tuple[Command, ...]:
     """Returns every command, sorted by name."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent
     roots = sorted(path for path in config_dir().glob("*.yaml") if (package / f"{path.stem}.py").is_file())
     return tuple(_read(path) for path in roots)
 
@@ -428,7 +428,7 @@ def _example_lines(text: str, columns: int) -> list[str]:
 @cache
 def aliases() -> Mapping[str, str]:
     """Returns the advice for each key of other trainers."""
-    path = Path(__file__).parents[1] / "advice.yaml"
+    path = Path(__file__).with_name("advice.yaml")
     table: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return table
 

@@ -25,7 +25,7 @@ from launch.config.compose import (
     system_errors,
     user_errors,
 )
-from launch.help.page import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
+from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
