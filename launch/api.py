@@ -19,8 +19,8 @@ from infer.evaluate.answers import Answerer
 from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run
 from launch.job import Device, Dtype, find_weights, load_model
-from launch.ranks.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
-from launch.ranks.run_folder import check_folder, locked_run_folder
+from launch.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
+from launch.run_folder import check_folder, locked_run_folder
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig

@@ -26,7 +26,7 @@ from launch.config.compose import (
     user_errors,
 )
 from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
-from launch.ranks.machine import MachineError
+from launch.machine import MachineError
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
 

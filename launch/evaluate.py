@@ -50,7 +50,7 @@ from launch.job import (
     run_on_local_ranks,
     spread_over_ranks,
 )
-from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig

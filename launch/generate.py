@@ -36,7 +36,7 @@ from launch.job import (
     run_on_local_ranks,
     spread_over_ranks,
 )
-from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode

@@ -18,7 +18,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.ranks.machine import check_world_size, is_torchrun
+from launch.machine import check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.files import read_json
@@ -44,8 +44,8 @@ from typing import Any
 from data.progress import escape_terminals
 from kernels.registry import loaded_plugins
 from launch.config.compose import load_plugin_files, user_errors
-from launch.ranks.local import die_with_parent
-from launch.ranks.machine import apply_rank_environment, local_rank_environment
+from launch.local_ranks import die_with_parent
+from launch.machine import apply_rank_environment, local_rank_environment
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]

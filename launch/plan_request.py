@@ -20,7 +20,7 @@ from kernels.ranges import PositiveInt
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
 from launch.config.rules import check_rules
 from launch.config.run_config import check_data, check_text, read_config, read_run, write_config
-from launch.ranks.run_folder import CONFIG_NAME, read_folder
+from launch.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken, nearest, nearest_key

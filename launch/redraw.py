@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.ranks.run_folder import CONFIG_NAME, read_folder
+from launch.run_folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

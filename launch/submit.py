@@ -30,7 +30,7 @@ from launch.config.compose import (
 )
 from launch.config.run_config import check, read_run, write_config
 from launch.plan_request import planner_config
-from launch.ranks.run_folder import check_folder, locked_run_folder
+from launch.run_folder import check_folder, locked_run_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken, nearest

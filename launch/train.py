@@ -17,8 +17,8 @@ from data.progress import progress_on
 from launch.command import command, experiment_text
 from launch.config.compose import system_errors
 from launch.config.run_config import check, compose_run, write_config
-from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.ranks.machine import (
+from launch.local_ranks import preload_modules, run_ranks, start_fork_server, stop_fork_server
+from launch.machine import (
     apply_rank_environment,
     check_device_memory,
     check_driver,
@@ -29,7 +29,7 @@ from launch.ranks.machine import (
     is_other_rank,
     is_torchrun,
 )
-from launch.ranks.run_folder import check_folder, locked_run_folder
+from launch.run_folder import check_folder, locked_run_folder
 from train.checkpoint.locate import AUTO, locate
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder

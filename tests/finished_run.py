@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from launch.ranks.run_folder import read_folder
+from launch.run_folder import read_folder
 from tests.commands import run_command
 from train.checkpoint.load import load_whole
 from train.network import weight_dtype

@@ -31,7 +31,7 @@ _PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "train.run",
     "launch.config.compose",
-    "launch.ranks.local",
+    "launch.local_ranks",
     "tests.train.job",
     "tests.comm.laws",
 ]

@@ -74,8 +74,8 @@ def may_know(path: str, module: str) -> bool:
 
 
 def may_communicate(path: str) -> bool:
-    # launch/ranks/local.py uses torch's launcher, which is in this package; it opens no process group.
-    return path.startswith(("comm/", "train/")) or path in ("dualpipe/runtime/execute.py", "launch/ranks/local.py")
+    # launch/local_ranks.py uses torch's launcher, which is in this package; it opens no process group.
+    return path.startswith(("comm/", "train/")) or path in ("dualpipe/runtime/execute.py", "launch/local_ranks.py")
 
 
 def may_be_heavy(path: str, module: str) -> bool:

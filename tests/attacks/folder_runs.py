@@ -16,8 +16,8 @@ from pathlib import Path
 
 from launch.command import command
 from launch.config.run_config import check, compose_run
-from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import check_folder, locked_run_folder
+from launch.local_ranks import preload_modules, run_ranks, start_fork_server
+from launch.run_folder import check_folder, locked_run_folder
 from launch.train import train_rank
 from train.files.run_lock import LOCK_NAME, Owner
 

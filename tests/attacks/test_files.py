@@ -17,8 +17,8 @@ from data.tokenizer import Tokenizer
 from dualpipe.build import build
 from dualpipe.ir import to_json
 from launch.convert import main as convert
-from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.redraw import main as redraw
+from launch.run_folder import read_folder, write_run_folder
 from model.hf.files import HfError
 from tests import ROOT
 from tests.attacks import hostile
@@ -345,7 +345,7 @@ ALLOWED = {
     # A name in a path: torch writes this file, nothing here reads it.
     ("train/records/step_record.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
-    ("launch/ranks/run_folder.py", "yaml.load"),
+    ("launch/run_folder.py", "yaml.load"),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),
     # From this process to its child.

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from comm.exits import SIGNALS, handled_signals
-from launch.ranks.local import remove_leftovers, scratch_folder
-from launch.ranks.machine import rank_environment
-from launch.ranks.run_folder import check_folder, read_folder, write_run_folder
+from launch.local_ranks import remove_leftovers, scratch_folder
+from launch.machine import rank_environment
+from launch.run_folder import check_folder, read_folder, write_run_folder
 from tests import ROOT
 from tests.launch.test_config import build
 from tests.launch.test_local import members, wait_for
@@ -226,7 +226,7 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
 # Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
 _HEAPS = """
 import ctypes, threading
-from launch.ranks.machine import apply_rank_environment
+from launch.machine import apply_rank_environment
 from tests.launch.test_config import build
 
 apply_rank_environment(build().cluster)
@@ -267,7 +267,7 @@ def test_environment_leaves_torchs_own_record_to_nccl() -> None:
 # Allocates and frees 24 MiB in parts twice; prints the page faults of the second time.
 _FAULTS = """
 import resource, sys
-from launch.ranks.machine import apply_rank_environment
+from launch.machine import apply_rank_environment
 from tests.launch.test_config import build
 
 if sys.argv[1] == "set":

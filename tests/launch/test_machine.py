@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from launch import train
+from launch import machine, train
 from launch.command import command
 from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
 from launch.help import alias_overrides, aliases
-from launch.ranks import machine
-from launch.ranks.machine import (
+from launch.machine import (
     MachineError,
     check_driver,
     check_gpus,

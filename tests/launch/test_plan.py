@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import plan
+from launch import machine, plan
 from launch.command import command as search_command
 from launch.config.run_config import check, compose_run
 from launch.help import help_text
+from launch.machine import check_device_memory, device_memory_bytes, has_driver
 from launch.plan import main, preview
 from launch.plan_request import read_request
-from launch.ranks import machine
-from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
 from tests import ROOT
 from tests.train.planner.measured.runs import write_run, write_times
 from tests.train.planner.planned import PUBLISHED, SMALL

@@ -17,7 +17,7 @@ from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import check, check_data, check_text, compose_run, write_config
 from launch.plan_request import read_request
-from launch.ranks.run_folder import write_run_folder
+from launch.run_folder import write_run_folder
 from launch.train import preview
 from model.config import YarnRope
 from tests.data.released_tokenizer import write_released

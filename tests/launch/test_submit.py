@@ -75,7 +75,7 @@ def test_script_asks_for_what_the_layout_needs(
     assert "    resume=auto" in lines
     assert "--nproc-per-node 8 " in script
     assert "--max-restarts 5 " in script
-    assert "-m launch.ranks.machine gpus=8 ranks=8 rank_bytes=" in script
+    assert "-m launch.machine gpus=8 ranks=8 rank_bytes=" in script
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_script_without_gpus_and_requeue(capsys: pytest.CaptureFixture[str]) -> 
     assert "--no-requeue" in options
     assert not [option for option in options if "gpus" in option]
     assert "may_requeue=0" in script.splitlines()
-    assert "-m launch.ranks.machine gpus=0 ranks=1 rank_bytes=" in script
+    assert "-m launch.machine gpus=0 ranks=1 rank_bytes=" in script
 
 
 @pytest.mark.parametrize(

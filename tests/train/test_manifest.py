@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_HANG
 from data.prepare import prepare
-from launch.ranks.run_folder import check_content
+from launch.run_folder import check_content
 from model.transformer import named_tensors
 from tests.launch.test_config import build
 from tests.ranks import run_ranks

@@ -21,7 +21,7 @@ from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
 from launch.config.run_config import compose_run
-from launch.ranks.run_folder import read_folder
+from launch.run_folder import read_folder
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text

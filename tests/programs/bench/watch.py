@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.run_config import check, compose_run
-from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import write_run_folder
+from launch.local_ranks import preload_modules, run_ranks, start_fork_server
+from launch.run_folder import write_run_folder
 from train.config import TrainConfig
 
 LIMIT = 0.02

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.config.run_config import compose_run
-from launch.ranks.local import preload_modules, start_fork_server
+from launch.local_ranks import preload_modules, start_fork_server
 from tests.programs.chaos.attempt import LAYOUTS
 from tests.programs.chaos.faults import KINDS, Begin, draw
 from tests.programs.chaos.run import Outcome

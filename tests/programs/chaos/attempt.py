@@ -17,8 +17,8 @@ from io import StringIO
 from pathlib import Path
 
 from launch.config.run_config import check, compose_run
-from launch.ranks.local import preload_modules, run_ranks, start_fork_server
-from launch.ranks.run_folder import check_folder, write_run_folder
+from launch.local_ranks import preload_modules, run_ranks, start_fork_server
+from launch.run_folder import check_folder, write_run_folder
 from tests import ROOT
 from tests.programs.chaos.rank import notes_of, started_at
 from tests.train.faults import choices

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dualpipe.build import build
-from launch.ranks.run_folder import write_run_folder
+from launch.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes

@@ -31,8 +31,8 @@ from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
 from launch import EXIT_INTERRUPTED, signals_handled
 from launch.config.compose import load_plugin_files, user_errors
-from launch.ranks.machine import apply_rank_environment, local_rank_environment
-from launch.ranks.run_folder import read_folder, write_run_folder
+from launch.machine import apply_rank_environment, local_rank_environment
+from launch.run_folder import read_folder, write_run_folder
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -63,7 +63,7 @@ _SILENCED_LOGGERS = (
 def preload_modules(cluster: ClusterConfig) -> list[str]:
     """Returns the modules that every rank needs and that are slow to import, in import order."""
     # Without launch.train: ranks import it under another name to find their main function.
-    modules = ["torch", "train.run", "launch.config.compose", "launch.ranks.local"]
+    modules = ["torch", "train.run", "launch.config.compose", "launch.local_ranks"]
     # With CUDA, the ranks import DeepSpeed themselves, because its import must not initialize CUDA before the fork.
     # DeepSpeed imports the last module in its first step. With 8 ranks on two cores, this took 7 s.
     deepspeed = ["deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
