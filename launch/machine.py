@@ -4,6 +4,10 @@ The cheap checks come first and do not initialize CUDA. Before the ranks of a Sl
 `python -m launch.machine`.
 """
 
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+
 import ctypes
 import os
 import re

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def _die_as_rank_one(function: object, place: tuple[int, int, str], *rest: objec
     if place[0] == 1:
         os._exit(7)
     workers.threading.Event().wait(60)  # type: ignore[attr-defined]
-    job.threading.Event().wait(60)
+    threading.Event().wait(60)
 
 
 def source_of(template: str) -> ArithmeticSource:
