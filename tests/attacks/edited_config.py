@@ -36,6 +36,6 @@ if __name__ == "__main__":
     config = tiny_config(Path(sys.argv[1]))
     config = write_run_folder(replace(config, cluster=replace(config.cluster, max_restarts=1)), datetime.now())
     start_fork_server(config.cluster, [])
-    pass
+    from tests.attacks.edited_config import edit_then_read as entry
 
     sys.exit(run_ranks(Path(config.out_dir), 1, entry))

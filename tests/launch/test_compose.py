@@ -13,7 +13,6 @@ import pytest
 
 from data.corpus import DataError
 from launch import train
-from launch.command import user_errors
 from launch.config.compose import (
     chosen_options,
     compose,
@@ -24,8 +23,8 @@ from launch.config.compose import (
     key_of,
     options,
     own_keys,
+    user_errors,
 )
-from launch.config.errors import user_errors
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config

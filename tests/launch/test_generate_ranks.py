@@ -153,7 +153,6 @@ def test_rank_that_dies_ends_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _die_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
     if place[0] == 1:
         os._exit(7)
-    workers.threading.Event().wait(60)  # type: ignore[attr-defined]
     threading.Event().wait(60)
 
 

@@ -25,8 +25,7 @@ assert "comm" in sys.modules, "the kernel has imported its own before"
 import model.size, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
 import comm.protocol, comm.exits
 from comm.layout import Layout
-print(comm.exits.EXIT_LOST, launch.config.groups.options("model")[:1])
-print(comm.exit_codes.EXIT_LOST, launch.config.compose.options("model")[:1])
+print(comm.exits.EXIT_LOST, launch.config.compose.options("model")[:1])
 """
 WIDGET = """
 import comm
