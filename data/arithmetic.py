@@ -82,20 +82,20 @@ def problems(
     limit = int(10**num_digits * share / 2)
     if not 0 <= count <= limit:
         raise DataError(f"problems: must be from 0 to {limit} with {num_digits} digits, is {count}; nearest: {limit}")
-    found: dict[str, ArithmeticProblem] = {}
+    by_prompt: dict[str, ArithmeticProblem] = {}
     stream = problem_stream(seed, num_digits, part, domains)
-    while len(found) < count:
+    while len(by_prompt) < count:
         problem = next(stream)
-        found.setdefault(problem.prompt, problem)
-    return tuple(found.values())
+        by_prompt.setdefault(problem.prompt, problem)
+    return tuple(by_prompt.values())
 
 
 def wrong_answer(answer: str, draw: int) -> str:
     """Returns an answer with one wrong digit; the random number `draw` chooses the place and the digit."""
-    place = draw % len(answer)
+    position = draw % len(answer)
     digit = draw // len(answer) % 9
-    wrong = digit + (digit >= int(answer[place]))
-    return f"{answer[:place]}{wrong}{answer[place + 1 :]}"
+    wrong = digit + (digit >= int(answer[position]))
+    return f"{answer[:position]}{wrong}{answer[position + 1 :]}"
 
 
 def draws(seed: int) -> Iterator[int]:

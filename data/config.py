@@ -131,7 +131,7 @@ class BatchSizes:
 def ramp_sizes(sequences: int, ramp: BatchRamp) -> tuple[int, ...]:
     """Returns the sizes of a ramp to `sequences`, in equal increments except for rounding."""
     growth = sequences - ramp.start_sequences
-    return tuple(ramp.start_sequences + growth * place // (ramp.num_sizes - 1) for place in range(ramp.num_sizes))
+    return tuple(ramp.start_sequences + growth * index // (ramp.num_sizes - 1) for index in range(ramp.num_sizes))
 
 
 def _spans(sequences: int, length: int, ramp: BatchRamp | None) -> tuple[_Span, ...]:
@@ -141,8 +141,8 @@ def _spans(sequences: int, length: int, ramp: BatchRamp | None) -> tuple[_Span, 
     spans = []
     step = 0
     read = 0
-    for place, size in enumerate(growing, 1):
-        until = -(-ramp.end_tokens * place // len(growing))
+    for number, size in enumerate(growing, 1):
+        until = -(-ramp.end_tokens * number // len(growing))
         num_steps = max(0, -(-(until - read * length) // (size * length)))
         if num_steps:
             spans.append(_Span(step, read, size))

@@ -57,14 +57,14 @@ def check_source(source: DataSource) -> None:
     entry = DATA_SOURCES.get(source.kind)
     files = entry.files(source)
     budget_bytes = CHECKED_BYTES
-    found = False
+    has_document = False
     for file in files:
-        if found and budget_bytes <= 0:
+        if has_document and budget_bytes <= 0:
             return
         for _ in entry.read(source, file, max(budget_bytes, 1)):
-            found = True
+            has_document = True
         budget_bytes -= size_bytes(file)
-    if not found:
+    if not has_document:
         raise DataError(
             f"{entry.place(source)} must contain at least one non-empty document; {len(files)} files were found"
         )
@@ -97,15 +97,15 @@ def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
     if not paths:
         raise DataError("data.paths: at least one file or folder is needed, got none")
     files: dict[Path, CorpusFile] = {}
-    for given in paths:
+    for path in paths:
         try:
-            found = _list_path(given)
+            listed = _list_path(path)
         except DataError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, unknown ~user, a NUL
-            raise DataError(f"data.paths: {given!r} cannot be looked up: {error}") from error
+            raise DataError(f"data.paths: {path!r} cannot be looked up: {error}") from error
         # A file that is listed twice would count twice. With two keys, it could be both trained on and held out.
-        for file in found:
+        for file in listed:
             files.setdefault(file.path.resolve(), file)
     return tuple(files.values())
 
@@ -116,12 +116,12 @@ def _list_path(given: str) -> list[CorpusFile]:
     if not given.strip():
         raise DataError(f"data.paths: a path must name a file or folder, got {given!r}; nearest: '.'")
     if path.is_dir():
-        found = _search(path, TEXT_SUFFIXES, frozenset())
-        if not found:
+        readable = _search(path, TEXT_SUFFIXES, frozenset())
+        if not readable:
             raise DataError(
                 f"data.paths: {given!r} contains no readable document; a folder must have files ending in {suffixes}"
             )
-        return found
+        return readable
     if not path.exists():
         raise DataError(f"data.paths: {given!r} does not exist; a path must name a file or folder{_nearest(path)}")
     if path.suffix.lower() not in TEXT_SUFFIXES:
@@ -235,8 +235,8 @@ def _nearest(path: Path) -> str:
     close = difflib.get_close_matches(missing.name, siblings, n=1)
     if close:
         candidate = missing.with_name(close[0])
-        whole = candidate / path.relative_to(missing)
-        return f"; nearest: {str(whole if whole.exists() else candidate)!r}"
+        corrected = candidate / path.relative_to(missing)
+        return f"; nearest: {str(corrected if corrected.exists() else candidate)!r}"
     return f"; the nearest folder that exists is {str(missing.parent)!r}"
 
 
@@ -280,8 +280,8 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
             f"{place}: must be UTF-8, is not at byte {error.start + 1}; nearest: save it as UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:
-        shown = shorten(line.decode("utf-8", errors="replace").strip())
-        raise DataError(f"{place}: must be a JSON object, is {shown}: {error}; {ONE_EACH}") from error
+        beginning = shorten(line.decode("utf-8", errors="replace").strip())
+        raise DataError(f"{place}: must be a JSON object, is {beginning}: {error}; {ONE_EACH}") from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: must be a JSON object, is {describe(value)}; {ONE_EACH}")
     return value
@@ -310,17 +310,17 @@ def object_of(value: object, place: str, allowed: Sequence[str], required: Seque
         names = ", ".join(required or allowed)
         raise DataError(f"{place}: must be an object, is {describe(value)}; nearest: an object with {names}")
     missing = [name for name in required if name not in value]
-    unknown = [name for name, each in value.items() if name not in allowed and each is not None]
+    unknown = [name for name, field in value.items() if name not in allowed and field is not None]
     if unknown:
-        shown = missing or allowed
+        candidates = missing or allowed
         raise DataError(
             f"{place}.{unknown[0]}: must be one of the fields {', '.join(allowed)}, is unknown; "
-            f"nearest: {nearest_name(unknown[0], shown)}"
+            f"nearest: {nearest_name(unknown[0], candidates)}"
         )
     if missing:
-        found = [name for name in value if name not in required]
+        present = [name for name in value if name not in required]
         raise DataError(
-            f"{place}.{missing[0]}: must be given, is missing; nearest: {nearest_name(missing[0], found, missing[0])}"
+            f"{place}.{missing[0]}: must be given, is missing; nearest: {nearest_name(missing[0], present, missing[0])}"
         )
     return value
 
@@ -383,10 +383,10 @@ def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusF
     """Returns the `.jsonl` files in paths and folders, at least one; `what` they hold is for errors."""
     named = {Path(path).expanduser().resolve() for path in paths}
     listed = list_paths(paths)
-    kept = [file for file in listed if file.path.suffix.lower() == ".jsonl" or file.path.resolve() in named]
-    if not kept:
+    json_files = [file for file in listed if file.path.suffix.lower() == ".jsonl" or file.path.resolve() in named]
+    if not json_files:
         raise DataError(
             f"data.paths: {list(paths)!r} contains no .jsonl file; {what} are read from .jsonl files, one in a line; "
             f"nearest: a file with lines {example}"
         )
-    return tuple(kept)
+    return tuple(json_files)

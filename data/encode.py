@@ -119,7 +119,7 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
 
 def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
     """Returns an iterator over the documents of one part, in the source's order."""
-    return (document for place, document in with_parts(config, read_documents) if place == part)
+    return (document for document_part, document in with_parts(config, read_documents) if document_part == part)
 
 
 def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = NO_PROGRESS) -> Tokenizer:

@@ -72,8 +72,8 @@ class SampleOrder:
 
     def range(self, first: int, count: int) -> NDArray[np.int64]:
         """Returns the numbers of `count` consecutive sequences from position `first` of the training order."""
-        places = np.arange(first, first + count, dtype=np.int64)
-        epochs, within = np.divmod(places, self.num_sequences)
+        positions = np.arange(first, first + count, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.num_sequences)
         needed = {epoch: self._permutation(epoch) for epoch in np.unique(epochs).tolist()}
         self._epochs = needed or self._epochs
         indices = np.empty(count, dtype=np.int64)
@@ -83,8 +83,8 @@ class SampleOrder:
         return indices
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        kept = self._epochs.get(epoch)
-        return permutation(self.num_sequences, self._seed, epoch) if kept is None else kept
+        cached = self._epochs.get(epoch)
+        return permutation(self.num_sequences, self._seed, epoch) if cached is None else cached
 
 
 class LongDocumentOrder:
@@ -98,15 +98,17 @@ class LongDocumentOrder:
 
     def range(self, first: int, count: int) -> NDArray[np.int64]:
         """Returns the numbers of `count` consecutive sequences from position `first` of the training order."""
-        before = np.array([self._long.count_before(place) for place in range(first, first + count + 1)], dtype=np.int64)
+        before = np.array(
+            [self._long.count_before(position) for position in range(first, first + count + 1)], dtype=np.int64
+        )
         is_long = np.diff(before) > 0
         indices = np.empty(count, dtype=np.int64)
-        for order, start, places, begin in zip(
+        for order, start, mask, begin in zip(
             self._orders, self._firsts, (is_long, ~is_long), (before[0], first - before[0]), strict=True
         ):
-            if places.any():
+            if mask.any():
                 assert order is not None
-                indices[places] = start + order.range(int(begin), int(places.sum()))
+                indices[mask] = start + order.range(int(begin), int(mask.sum()))
         return indices
 
 
@@ -160,13 +162,13 @@ class Loader:
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]
         prepared = self._prepared
-        found = len(indices)
+        num_real = len(indices)
         arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
-        batch = self._gather(*arrays, np.pad(indices, (0, count - found)))
-        batch.tokens_BT[found:] = batch.pad_id
-        batch.positions_BT[found:] = -1
+        batch = self._gather(*arrays, np.pad(indices, (0, count - num_real)))
+        batch.tokens_BT[num_real:] = batch.pad_id
+        batch.positions_BT[num_real:] = -1
         for values in batch.extras.values():
-            values[found:] = 0
+            values[num_real:] = 0
         return batch
 
     def _gather(

@@ -43,9 +43,9 @@ def pack_documents(
     length = sequence_length_tokens
     starts, piece_lengths = cut_pieces(lengths_tokens, length)
     if is_chosen is not None:
-        kept = np.repeat(is_chosen, -(-lengths_tokens // length))
-        starts = starts[kept]
-        piece_lengths = piece_lengths[kept]
+        is_packed = np.repeat(is_chosen, -(-lengths_tokens // length))
+        starts = starts[is_packed]
+        piece_lengths = piece_lengths[is_packed]
     bins, num_bins = best_fit_decreasing(piece_lengths.tolist(), length)
     tokens_NL = np.full((num_bins, length), pad_id, dtype=tokens.dtype)
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
@@ -265,12 +265,12 @@ def pack_samples(
     numbers = [0] * num_bins
     for row, sample in zip(bins, part.samples, strict=True):
         for piece in sample.pieces:
-            place = slice(filled[row], filled[row] + len(piece.tokens))
-            tokens_NL[row, place] = piece.tokens
-            positions_NL[row, place] = np.arange(len(piece.tokens))
+            span = slice(filled[row], filled[row] + len(piece.tokens))
+            tokens_NL[row, span] = piece.tokens
+            positions_NL[row, span] = np.arange(len(piece.tokens))
             for name, value in piece.values.items():
-                values[name][row, place] = _renumber(value, numbers[row]) if name in NUMBERED else value
-            filled[row] = place.stop
+                values[name][row, span] = _renumber(value, numbers[row]) if name in NUMBERED else value
+            filled[row] = span.stop
         numbers[row] += _count_numbers(sample)
     return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=part.counts)
 

@@ -92,21 +92,21 @@ def check_config(config: DataConfig) -> int:
             f"data.long_documents: must be null with data.kind={config.source.kind}, which has samples instead of "
             f"documents; nearest: null"
         )
-    known = known_tokenizer(config)
-    _check_source(config.source, known)
-    _check_validation_paths(config, known)
-    return config.tokenizer_vocab_size if known is None else known.vocab_size
+    tokenizer = known_tokenizer(config)
+    _check_source(config.source, tokenizer)
+    _check_validation_paths(config, tokenizer)
+    return config.tokenizer_vocab_size if tokenizer is None else tokenizer.vocab_size
 
 
-def _check_source(source: DataSource, known: Tokenizer | None) -> None:
+def _check_source(source: DataSource, tokenizer: Tokenizer | None) -> None:
     check = DATA_SOURCES.get(source.kind).check
     if check is None:
         check_source(source)
     else:
-        check(source, known)
+        check(source, tokenizer)
 
 
-def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None:
+def _check_validation_paths(config: DataConfig, tokenizer: Tokenizer | None) -> None:
     """Rejects held-out files that cannot be read, or that are also trained on."""
     if config.validation_paths is None:
         return
@@ -116,7 +116,7 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
         raise DataError(f"{key}: must be null with data.kind={kind}, which has no paths; nearest: null")
     assert config.validation_source is not None
     try:
-        _check_source(config.validation_source, known)
+        _check_source(config.validation_source, tokenizer)
     except DataError as error:
         raise DataError(str(error).replace("data.paths", key)) from error
     trained = {file.path.resolve() for file in list_files(config.source)}
@@ -189,14 +189,16 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
             f"got {sequence_length_tokens}; nearest: 2"
         )
     cache_dir = Path(config.cache_dir).expanduser()
-    known = known_tokenizer(config)
-    encoded_name = f"encoded-{_encoded_key(config, known)}"
+    tokenizer = known_tokenizer(config)
+    encoded_name = f"encoded-{_encoded_key(config, tokenizer)}"
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
         check_config(config)
         if has_samples(config):
-            return build_samples(config, known, sequence_length_tokens, folder, progress)
-        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, known, inner, progress))
+            return build_samples(config, tokenizer, sequence_length_tokens, folder, progress)
+        encoded = open_or_build(
+            cache_dir, encoded_name, lambda inner: build_encoded(config, tokenizer, inner, progress)
+        )
         return _build_packed(encoded, sequence_length_tokens, config.long_documents, folder)
 
     long = "" if config.long_documents is None else f"long-{config.long_documents.min_document_tokens}-"
@@ -204,19 +206,19 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
     return _open_prepared(entry, config.long_documents)
 
 
-def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
+def _encoded_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
     files = []
     held_out = () if config.validation_source is None else list_files(config.validation_source)
     for file in (*list_files(config.source), *held_out):
         status = file.path.stat()
         files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
-    special = None if known is None else [*known.special.all_ids, known.token_names]
+    special = None if tokenizer is None else [*tokenizer.special.all_ids, tokenizer.token_names]
     settings = [
         FORMAT_VERSION,
         config.source.kind,
         DATA_SOURCES.get(config.source.kind).settings(config.source),
         special,
-        config.tokenizer_vocab_size if known is None else known.fingerprint,
+        config.tokenizer_vocab_size if tokenizer is None else tokenizer.fingerprint,
         config.validation_fraction,
         config.fim_rate,
         config.seed,
@@ -338,8 +340,8 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
 def _open(folder: Path) -> CacheEntry | None:
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
-        return CacheEntry(folder=folder, values=meta["values"]) if whole else None
+        is_complete = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
+        return CacheEntry(folder=folder, values=meta["values"]) if is_complete else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

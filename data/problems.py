@@ -118,7 +118,7 @@ def _read_test(value: object, place: str) -> StdinTest:
 
 
 def _missing(values: Mapping[str, Any], place: str, name: str) -> DataError:
-    others = [other for other in values if other not in _NAMES]
+    others = [field for field in values if field not in _NAMES]
     needed = name if name == "prompt" else "answer or tests"
     hint = f"{name} instead of {nearest_name(name, others)}" if others else name
     return DataError(
@@ -237,10 +237,10 @@ def _open_dataset(source: GymSource) -> Any:
 
 
 def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
-    made = _open_dataset(source)
+    dataset = _open_dataset(source)
     seen = set()
     for index in range(source.count):
-        entry = made[index]
+        entry = dataset[index]
         question = str(entry["question"])
         if question in seen:
             continue
@@ -305,7 +305,7 @@ def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[Proble
     """Returns the problems to train on and those that are held out, split as the source's samples are."""
     entry = DATA_SOURCES.get(config.source.kind)
     if entry.problems is None:
-        valid = [name for name, each in DATA_SOURCES.items() if each.problems is not None]
+        valid = [name for name, candidate in DATA_SOURCES.items() if candidate.problems is not None]
         raise DataError(
             f"data.kind: must be a source with problems, is {config.source.kind}; nearest valid: {', '.join(valid)}"
         )

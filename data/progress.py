@@ -134,8 +134,8 @@ def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -
     """Formats the progress with percentage and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
     share = min(done / max(total, 1), 1.0)
     left = seconds * (1.0 - share) / share if share else 0.0
-    whole = amount_text(max(total, done), unit)
-    counted = f"{amount_text(done, unit) if unit == 'bytes' else f'{done:,}'} of {whole}"
+    total_text = amount_text(max(total, done), unit)
+    counted = f"{amount_text(done, unit) if unit == 'bytes' else f'{done:,}'} of {total_text}"
     return f"{counted}, {share:.0%}".replace("%", " %") + (f", {seconds_text(left)} left" if share else "")
 
 
@@ -165,7 +165,7 @@ def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as shown:
+    with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as bars:
         escape_terminals()  # the bar has replaced both streams
-        task = shown.add_task(printable(what), total=total)
-        yield lambda count: shown.advance(task, count)
+        task = bars.add_task(printable(what), total=total)
+        yield lambda count: bars.advance(task, count)

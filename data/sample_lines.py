@@ -31,9 +31,9 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
     yield from _count_lines(prepared)
     pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
     has_pairs = PAIR in prepared.train_values
-    shown = pieces[:2] if has_pairs else pieces[:1]
-    yield f"sequence {sequence} has {len(pieces)} {'answers' if has_pairs else 'pieces'}; the first {len(shown)}:"
-    for piece in shown:
+    listed = pieces[:2] if has_pairs else pieces[:1]
+    yield f"sequence {sequence} has {len(pieces)} {'answers' if has_pairs else 'pieces'}; the first {len(listed)}:"
+    for piece in listed:
         yield f"{piece.title}: {len(piece.tokens)} tokens, {int(piece.is_target.sum())} targets"
         yield from piece_lines(piece, prepared.tokenizer)
 

@@ -140,7 +140,7 @@ def find_special_ids(
             f"{_choices(backend)}"
         )
     bos, pad = (_find(kind, backend, names, sidecars, place) for kind in ("bos", "pad"))
-    fim = next((found for family in _FIM_FAMILIES if (found := _family(backend, family)) is not None), None)
+    fim = next((family_ids for family in _FIM_FAMILIES if (family_ids := _family(backend, family)) is not None), None)
     return SpecialIds(bos=None if bos == eos else bos, eos=eos, pad=eos if pad is None else pad, fim=fim)
 
 
@@ -170,8 +170,8 @@ def _find(
     number = number[0] if isinstance(number, list) and number else number
     if type(number) is int and backend.id_to_token(number) is not None:
         return number
-    found = (backend.token_to_id(token) for token in _KNOWN[kind])
-    return next((number for number in found if number is not None), None)
+    usual_ids = (backend.token_to_id(token) for token in _KNOWN[kind])
+    return next((number for number in usual_ids if number is not None), None)
 
 
 def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
@@ -215,5 +215,5 @@ def _choices(backend: tokenizers.Tokenizer, *, near: str = "") -> str:
     added = backend.get_added_tokens_decoder()
     names = [added[number].content for number in sorted(added)]
     close = difflib.get_close_matches(near, names, n=1, cutoff=0.5)
-    shown = [*close, *(name for name in names if name not in close)][:6]
-    return f"nearest valid: {', '.join(shown)}" if shown else "it has no special token"
+    first_names = [*close, *(name for name in names if name not in close)][:6]
+    return f"nearest valid: {', '.join(first_names)}" if first_names else "it has no special token"

@@ -80,8 +80,8 @@ class Tokenizer:
         # Files may declare some of these as ordinary tokens. Then a document that contains the text
         # "<｜end▁of▁sentence｜>" would produce the special token. Both calls below prevent this.
         placed = [backend.id_to_token(number) for number in self._special.all_ids]
-        own = [token for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if backend.token_to_id(token) is not None]
-        backend.add_special_tokens(list(dict.fromkeys([*own, *placed])))
+        added = [token for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if backend.token_to_id(token) is not None]
+        backend.add_special_tokens(list(dict.fromkeys([*added, *placed])))
         backend.encode_special_tokens = True
         self._backend = backend
 
@@ -206,9 +206,9 @@ class Tokenizer:
     ) -> bytes | None:
         """Returns a `tokenizer_config.json` that names the special tokens; None if none is needed."""
         only_config = {name: values for name, values in sidecars.values.items() if name == TOKENIZER_CONFIG_NAME}
-        kept = SidecarFiles(values=only_config, config_content=sidecars.config_content)
+        config_alone = SidecarFiles(values=only_config, config_content=sidecars.config_content)
         try:
-            if find_special_ids(backend, NAMES_FROM_FILES, kept, self._place) == self._special:
+            if find_special_ids(backend, NAMES_FROM_FILES, config_alone, self._place) == self._special:
                 return sidecars.config_content
         except DataError:
             pass  # the configuration or another file names a token that this file does not name
@@ -354,14 +354,14 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Returns every pair of tokens whose concatenation is a token, ordered by the rank of that token."""
-    found: list[tuple[int, int, int, bytes, bytes]] = []
+    ranked_merges: list[tuple[int, int, int, bytes, bytes]] = []
     for token, rank in ranks.items():
-        for place in range(1, len(token)):
-            left = token[:place]
-            right = token[place:]
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            right = token[cut:]
             if left in ranks and right in ranks:
-                found.append((rank, ranks[left], ranks[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
+                ranked_merges.append((rank, ranks[left], ranks[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked_merges)]
 
 
 def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
@@ -375,4 +375,4 @@ def _byte_letters() -> dict[int, str]:
     """Returns the character of each byte in byte-level tokenizers (GPT-2): printable, or from 256 on."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in prints]
-    return {byte: chr(byte) for byte in prints} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in prints} | {byte: chr(256 + index) for index, byte in enumerate(others)}

@@ -143,9 +143,9 @@ class GenerationBatch:
                 self._decoder.copy_prompt(sources[sequence.index], row, len(sequence.prompt))
             sequence.states_TD = self._prompt_ends[sequence.index].state_1D
         logits_BV = torch.stack([self._prompt_ends[sequence.index].logits_V for sequence in sequences])
-        made = self._take(sequences, self._choose(sequences, logits_BV))
+        new_tokens = self._take(sequences, self._choose(sequences, logits_BV))
         self._drop_finished()
-        return made
+        return new_tokens
 
     def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
         short = [(row, sequence) for row, sequence in unread if len(sequence.prompt) <= self._prefill_tokens]
@@ -187,9 +187,9 @@ class GenerationBatch:
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
         # would depend on the other sequences in its batch.
         chosen = self._advance_with_drafts(active) if self._speculative else self._advance_by_one(active)
-        made = self._take(active, chosen)
+        new_tokens = self._take(active, chosen)
         self._drop_finished()
-        return made
+        return new_tokens
 
     def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         _, logits_B1V = self._decoder.step(self._last_tokens(active))
@@ -201,8 +201,8 @@ class GenerationBatch:
         adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
         target_BV = distribution(adjusted_BV, self._sampling)
         tokens_B = draw(target_BV, self._uniform(sequences, 1)[:, 0])
-        found = zip(sequences, self._with_log_probs(logits_BV, target_BV, tokens_B), strict=True)
-        return [[_checked(sequence, chosen)] for sequence, chosen in found]
+        chosen_tokens = zip(sequences, self._with_log_probs(logits_BV, target_BV, tokens_B), strict=True)
+        return [[_checked(sequence, chosen)] for sequence, chosen in chosen_tokens]
 
     def _with_log_probs(self, logits_BV: Tensor, target_BV: Tensor, tokens_B: Tensor) -> list[ChosenToken]:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""
@@ -214,8 +214,8 @@ class GenerationBatch:
             rows_and_ids = kept_BV.nonzero().cpu()  # host sync
             counts = torch.bincount(rows_and_ids[:, 0], minlength=len(tokens_B)).tolist()
             sets = [tuple(ids.tolist()) for ids in rows_and_ids[:, 1].split(counts)]
-        found = zip(tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
-        return [ChosenToken(token, log_prob, kept) for token, log_prob, kept in found]
+        rows = zip(tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
+        return [ChosenToken(token, log_prob, kept_ids) for token, log_prob, kept_ids in rows]
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         # Draft one token for each sequence.
@@ -230,22 +230,22 @@ class GenerationBatch:
         target_BV = distribution(penalize(logits_B2V[:, 0], history, sampling), sampling)
         after = None if history is None else history.after(drafts_B)
         after_BV = distribution(penalize(logits_B2V[:, 1], after, sampling), sampling)
-        kept_B, tokens_B = verify(target_BV, draft_BV, drafts_B, after_BV, uniform_B3[:, 1:])
+        accepted_B, tokens_B = verify(target_BV, draft_BV, drafts_B, after_BV, uniform_B3[:, 1:])
         # The chosen token follows the draft if that is kept, and else the last token.
-        final_BV = torch.where(kept_B[:, None], logits_B2V[:, 1], logits_B2V[:, 0])
-        final_target_BV = torch.where(kept_B[:, None], after_BV, target_BV)
+        final_BV = torch.where(accepted_B[:, None], logits_B2V[:, 1], logits_B2V[:, 0])
+        final_target_BV = torch.where(accepted_B[:, None], after_BV, target_BV)
         drafts = self._with_log_probs(logits_B2V[:, 0], target_BV, drafts_B)
         tokens = self._with_log_probs(final_BV, final_target_BV, tokens_B)
         chosen = []
-        for row, (sequence, kept) in enumerate(zip(active, kept_B.tolist(), strict=True)):
-            sequence.states_TD = state_B2D[row, : 1 + kept]
+        for row, (sequence, is_accepted) in enumerate(zip(active, accepted_B.tolist(), strict=True)):
+            sequence.states_TD = state_B2D[row, : 1 + is_accepted]
             # A rejected draft is removed from the cache by not counting it in the length.
-            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + kept)
+            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + is_accepted)
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
-                self._counts["drafts_accepted"] += kept
-            made = [drafts[row], tokens[row]] if kept else [tokens[row]]
-            chosen.append([_checked(sequence, each) for each in made])
+                self._counts["drafts_accepted"] += is_accepted
+            new_tokens = [drafts[row], tokens[row]] if is_accepted else [tokens[row]]
+            chosen.append([_checked(sequence, token) for token in new_tokens])
         return chosen
 
     def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
@@ -275,11 +275,13 @@ class GenerationBatch:
         counts = [len(states_TD) for states_TD in states]
         widest = max(counts)
         # A sequence with fewer pairs repeats its last pair. The repetition is written past its length and never read.
-        places = [[min(at, count - 1) for at in range(widest)] for count in counts]
-        state_BSD = torch.stack([states_TD[place] for states_TD, place in zip(states, places, strict=True)])
+        positions = [[min(at, count - 1) for at in range(widest)] for count in counts]
+        state_BSD = torch.stack(
+            [states_TD[row_positions] for states_TD, row_positions in zip(states, positions, strict=True)]
+        )
         tokens = [
-            [sequence.chosen[at - count].token for at in place]
-            for sequence, place, count in zip(active, places, counts, strict=True)
+            [sequence.chosen[at - count].token for at in row_positions]
+            for sequence, row_positions, count in zip(active, positions, counts, strict=True)
         ]
         chosen_B = torch.tensor(counts, device=self._decoder.device) - 1
         logits_BV = self._decoder.step_mtp(torch.tensor(tokens, device=self._decoder.device), state_BSD, chosen_B)
@@ -297,17 +299,17 @@ class GenerationBatch:
         self, sequences: Sequence[ActiveSequence], chosen: Sequence[Sequence[ChosenToken]]
     ) -> list[tuple[ActiveSequence, list[int]]]:
         """Adds tokens to each sequence until it ends. Returns the tokens of each that are text."""
-        made = []
+        text_tokens = []
         for sequence, tokens in zip(sequences, chosen, strict=True):
-            kept = []
-            for each in tokens:
+            ids = []
+            for token in tokens:
                 self._counts["tokens"] += 1
-                if sequence.take(each, self._request.stop, self._stop_condition):
-                    kept.append(each.token)
+                if sequence.take(token, self._request.stop, self._stop_condition):
+                    ids.append(token.token)
                 if sequence.finish is not None:
                     break
-            made.append((sequence, kept))
-        return made
+            text_tokens.append((sequence, ids))
+        return text_tokens
 
     def _drop_finished(self) -> None:
         for row in reversed(range(len(self._active))):

@@ -126,7 +126,7 @@ def _numbers(number: int, prompt: Any) -> list[int]:
 
 def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
     """Returns the joint statistics of parts that ran at the same time, `seconds` in all."""
-    names = [each.name for each in fields(Statistics) if each.name != "seconds"]
+    names = [entry.name for entry in fields(Statistics) if entry.name != "seconds"]
     return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)
 
 

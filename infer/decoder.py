@@ -43,9 +43,9 @@ class RouteStore:
             return
         host_LTK = ids_LTK.cpu().numpy()  # host sync
         for layer, ids_TK in zip(layers, host_LTK, strict=True):
-            whole = RouteKey(prompt.number, PROMPT_SAMPLE, layer)
-            if whole not in self._ids:
-                self._ids[whole] = ids_TK[:length].copy()
+            prompt_key = RouteKey(prompt.number, PROMPT_SAMPLE, layer)
+            if prompt_key not in self._ids:
+                self._ids[prompt_key] = ids_TK[:length].copy()
             self._ids[RouteKey(prompt.number, sample, layer)] = ids_TK[length:].copy()
 
     def cut(self, rollouts: Mapping[tuple[int, int], Sample]) -> dict[RouteKey, NDArray[np.generic]]:
@@ -110,8 +110,8 @@ class RouteRecorder:
     ) -> None:
         """Replaces the sequences before a pass, as `PartDecoder.arrange` does, and stores those that leave."""
         staying = set(places)
-        for row, (place, num_read) in enumerate(zip(self._places, self._read, strict=True)):
-            if place not in staying:
+        for row, (sequence, num_read) in enumerate(zip(self._places, self._read, strict=True)):
+            if sequence not in staying:
                 self._keep(row, num_read)
         self._rows.arrange(sources, lengths)
         self._places = list(places)
@@ -129,8 +129,8 @@ class RouteRecorder:
 
 def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Sample]) -> SampledRoutes:
     """Returns the records of several stores, given the rollouts of all of their sequences."""
-    found = {(each.prompt, each.sample): each for each in rollouts}
-    return SampledRoutes(ids={key: ids_TK for store in stores for key, ids_TK in store.cut(found).items()})
+    samples = {(rollout.prompt, rollout.sample): rollout for rollout in rollouts}
+    return SampledRoutes(ids={key: ids_TK for store in stores for key, ids_TK in store.cut(samples).items()})
 
 
 Views = Callable[[int], CacheView]  # maps a layer's index within its cache to its view of the cache in one pass

@@ -117,5 +117,5 @@ def generate(
     for piece in stream:
         tokens[piece.index] += piece.tokens
         finish[piece.index] = piece.finish or finish[piece.index]
-    made = (Continuation(tuple(ids), why) for ids, why in zip(tokens, finish, strict=True))
-    return Generation(tuple(made), stream.statistics)
+    continuations = (Continuation(tuple(ids), why) for ids, why in zip(tokens, finish, strict=True))
+    return Generation(tuple(continuations), stream.statistics)

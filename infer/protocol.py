@@ -220,11 +220,11 @@ class TextStream:
         if self.is_stopped:
             return ""
         text = self._held + fresh
-        found = [place for place in (text.find(stop) for stop in self._stop_strings) if place >= 0]
-        if found:
+        ends = [position for position in (text.find(stop) for stop in self._stop_strings) if position >= 0]
+        if ends:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(ends)]
         begun = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]

@@ -74,11 +74,11 @@ def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_siz
         GenerateError: the model has no output head, a sequence is too long or holds no such token, or a prompt or a
             verdict is empty.
     """
-    for number, each in enumerate(judged, 1):
-        for name, tokens in (("prompt", each.prompt), ("yes", each.yes), ("no", each.no)):
+    for number, answer in enumerate(judged, 1):
+        for name, tokens in (("prompt", answer.prompt), ("yes", answer.yes), ("no", answer.no)):
             if not tokens:
                 raise GenerateError(f"answer {number}: {name} must have at least one token, has none")
-    sequences = [(*each.prompt, *verdict) for each in judged for verdict in (each.yes, each.no)]
+    sequences = [(*answer.prompt, *verdict) for answer in judged for verdict in (answer.yes, answer.no)]
     _check(model.config, "tokens", sequences)
 
     def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -89,8 +89,8 @@ def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_siz
             targets_BT[row, first - 1 : length - 1] = tokens_BT[row, first:length]
         return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
 
-    found = _in_batches(model, sequences, batch_size, score)
-    return [JudgeVerdict(*both) for both in zip(found[::2], found[1::2], strict=True)]
+    probabilities = _in_batches(model, sequences, batch_size, score)
+    return [JudgeVerdict(*both) for both in zip(probabilities[::2], probabilities[1::2], strict=True)]
 
 
 def _in_batches(
@@ -103,7 +103,7 @@ def _in_batches(
     device = model.head_weight.device
     # The last sequence of each batch is its longest one.
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
-    found = [0.0] * len(sequences)
+    scores = [0.0] * len(sequences)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         tokens_BT = torch.full((len(numbers), len(sequences[numbers[-1]])), _PADDING)
@@ -111,8 +111,8 @@ def _in_batches(
             tokens_BT[row, : len(sequences[number])] = torch.tensor(sequences[number])
         scores_B = score(tokens_BT.to(device), numbers)
         for number, value in zip(numbers, scores_B.tolist(), strict=True):  # host sync
-            found[number] = value
-    return found
+            scores[number] = value
+    return scores
 
 
 def _check(config: ModelConfig, head: str, sequences: Sequence[Sequence[int]]) -> None:
@@ -172,7 +172,9 @@ class JudgedAnswer:
             for approves in (True, False)
         ]
         yes, no = (chat.ids[:-1] for chat in encode_conversations(conversations, template, tokenizer))
-        shared = next((place for place, both in enumerate(zip(yes, no, strict=False)) if both[0] != both[1]), None)
+        shared = next(
+            (position for position, both in enumerate(zip(yes, no, strict=False)) if both[0] != both[1]), None
+        )
         shared = min(len(yes), len(no)) if shared is None else shared
         return VerdictTokens(prompt=tuple(yes[:shared]), yes=tuple(yes[shared:]), no=tuple(no[shared:]))
 

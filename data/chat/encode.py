@@ -91,7 +91,7 @@ def encode_conversations(
     conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
 ) -> list[EncodedChat]:
     """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`."""
-    return _encode([_conversation_parts(each, template) for each in conversations], tokenizer)
+    return _encode([_conversation_parts(conversation, template) for conversation in conversations], tokenizer)
 
 
 def encode_prompt(
@@ -224,13 +224,13 @@ def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[Encod
         BEGIN_OF_SENTENCE: [] if begin is None else [begin],
         END_OF_SENTENCE: [tokenizer.end_of_sentence_id],
     }
-    strings = [part.text for each in conversations for part in each.parts if not part.is_special]
+    strings = [part.text for conversation in conversations for part in conversation.parts if not part.is_special]
     encoded = iter(tokenizer.encode_batch(strings))
     chats = []
-    for each in conversations:
+    for conversation in conversations:
         ids: list[int] = []
         is_target: list[bool] = []
-        for part in each.parts:
+        for part in conversation.parts:
             if part.is_special and part.text not in placed:
                 placed[part.text] = [tokenizer.special_id(part.text)]
             tokens = placed[part.text] if part.is_special else next(encoded)

@@ -152,7 +152,7 @@ def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
 
 def _no_form(values: Mapping[str, Any], place: str, form: str, missing: str, names: tuple[str, ...]) -> DataError:
     others = [name for name in values if name not in names]
-    found = ", ".join(list(values)[:8]) or "none"
+    field_names = ", ".join(list(values)[:8]) or "none"
     hint = f"; nearest: {missing} instead of {nearest_name(missing, others)}" if others else f"; nearest: {missing}"
     if {"chosen", "rejected"} <= set(values) and "answer" in names:
         hint = "; nearest: data=preferences, which reads pairs"
@@ -160,7 +160,7 @@ def _no_form(values: Mapping[str, Any], place: str, form: str, missing: str, nam
         hint = "; nearest: data=chat, which reads conversations"
     elif "conversations" in values and "messages" in names:
         hint = '; nearest: "messages" instead of "conversations", with "role" and "content"'
-    return DataError(f"{place}: {missing}: must be given in {form}, has the fields {found}{hint}")
+    return DataError(f"{place}: {missing}: must be given in {form}, has the fields {field_names}{hint}")
 
 
 def _check(conversation: Conversation, place: str) -> None:
@@ -218,8 +218,8 @@ def _read_message(value: object, place: str) -> ChatMessage:
     role = _read_role(values["role"], f"{place}.role")
     calls = _read_calls(values.get("tool_calls"), f"{place}.tool_calls")
     thoughts = _read_thoughts(values, f"{place}.")
-    for name, given in (("tool_calls", bool(calls)), ("thoughts", thoughts is not None)):
-        if given and role != "assistant":
+    for name, is_present in (("tool_calls", bool(calls)), ("thoughts", thoughts is not None)):
+        if is_present and role != "assistant":
             raise DataError(f"{place}.{name}: must be absent for the role {role}, is given; nearest: role assistant")
     content = values.get("content")
     if content is None and calls:
@@ -235,8 +235,8 @@ def _read_message(value: object, place: str) -> ChatMessage:
 def _read_role(value: object, place: str) -> Role:
     for role in get_args(Role):
         if value == role:
-            found: Role = role
-            return found
+            valid_role: Role = role
+            return valid_role
     common = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
     name = value if isinstance(value, str) else ""
     hint = common.get(name) or nearest_name(name, ROLES, "user")
@@ -254,10 +254,10 @@ def _checked_content(text: str, place: str) -> str:
 
 
 def _read_thoughts(values: Mapping[str, Any], prefix: str) -> str | None:
-    given = [name for name in THOUGHTS_FIELDS if values.get(name) is not None]
-    if len(given) > 1:
-        raise DataError(f"{prefix}{given[1]}: must be absent if {given[0]} is given; nearest: {given[0]} alone")
-    return text_of(values[given[0]], f"{prefix}{given[0]}") if given else None
+    names = [name for name in THOUGHTS_FIELDS if values.get(name) is not None]
+    if len(names) > 1:
+        raise DataError(f"{prefix}{names[1]}: must be absent if {names[0]} is given; nearest: {names[0]} alone")
+    return text_of(values[names[0]], f"{prefix}{names[0]}") if names else None
 
 
 def _read_calls(value: object, place: str) -> tuple[ToolCall, ...]:
@@ -266,18 +266,20 @@ def _read_calls(value: object, place: str) -> tuple[ToolCall, ...]:
     return tuple(_read_call(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
 
 
-def _read_call(value: object, place: str) -> ToolCall:
+def _read_call(value: object, location: str) -> ToolCall:
     names = ("id", "index", "type", "function", "name", "arguments")
-    values = object_of(value, place, names)
+    values = object_of(value, location, names)
     if "function" in values:
-        place = f"{place}.function"
-        values = object_of(values["function"], place, ("name", "arguments"), required=("name", "arguments"))
+        location = f"{location}.function"
+        values = object_of(values["function"], location, ("name", "arguments"), required=("name", "arguments"))
     else:
-        object_of(values, place, names, required=("name", "arguments"))
+        object_of(values, location, names, required=("name", "arguments"))
     arguments = values["arguments"]
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(name=text_of(values["name"], f"{place}.name"), arguments=text_of(arguments, f"{place}.arguments"))
+    return ToolCall(
+        name=text_of(values["name"], f"{location}.name"), arguments=text_of(arguments, f"{location}.arguments")
+    )
 
 
 def _read_tools(value: object, place: str) -> tuple[ToolDefinition, ...]:
@@ -286,20 +288,20 @@ def _read_tools(value: object, place: str) -> tuple[ToolDefinition, ...]:
     return tuple(_read_tool(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
 
 
-def _read_tool(value: object, place: str) -> ToolDefinition:
+def _read_tool(value: object, location: str) -> ToolDefinition:
     names = ("name", "description", "parameters")
-    values = object_of(value, place, ("type", "function", *names))
+    values = object_of(value, location, ("type", "function", *names))
     if "function" in values:
-        place = f"{place}.function"
-        values = object_of(values["function"], place, (*names, "strict"), required=("name",))
+        location = f"{location}.function"
+        values = object_of(values["function"], location, (*names, "strict"), required=("name",))
     else:
-        object_of(values, place, ("type", *names), required=("name",))
+        object_of(values, location, ("type", *names), required=("name",))
     parameters = values.get("parameters") or {}
     if not isinstance(parameters, dict):
-        raise DataError(f"{place}.parameters: must be an object, is {describe(parameters)}; nearest: {{}}")
+        raise DataError(f"{location}.parameters: must be an object, is {describe(parameters)}; nearest: {{}}")
     return ToolDefinition(
-        name=text_of(values["name"], f"{place}.name"),
-        description=text_of(values.get("description") or "", f"{place}.description"),
+        name=text_of(values["name"], f"{location}.name"),
+        description=text_of(values.get("description") or "", f"{location}.description"),
         parameters=json.dumps(parameters, ensure_ascii=False),
     )
 

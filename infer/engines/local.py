@@ -83,9 +83,9 @@ class LocalEngine:
         )
         began = time.perf_counter()
         with self._model.weights_unchanged():
-            for made in batch.run(waiting, size):
+            for results in batch.run(waiting, size):
                 self.statistics = batch.statistics(time.perf_counter() - began)
-                yield from made
+                yield from results
 
 
 def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:

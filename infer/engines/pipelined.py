@@ -88,9 +88,9 @@ class LastStage:
         calls = decoder.mtp_calls
         if plan.num_tokens:
             hidden_ND = decoder.embed(form.token_ids(payload)) if self._is_first else form.hidden(payload)
-            found = self._cohorts[cohort].resume(hidden_ND)
+            next_round = self._cohorts[cohort].resume(hidden_ND)
         else:
-            found = NOTHING
+            next_round = NOTHING
             if self._shares_experts:
                 decoder.run_idle_layers()
         if self._shares_experts and self._with_mtp:
@@ -99,7 +99,7 @@ class LastStage:
             assert num_calls <= MTP_CALLS_PER_ROUND, f"the MTP module ran {num_calls} times in a round"
             for _ in range(MTP_CALLS_PER_ROUND - num_calls):
                 decoder.run_idle_mtp()
-        self.next_rounds[cohort] = self._pack(found, value.device)
+        self.next_rounds[cohort] = self._pack(next_round, value.device)
         return self.next_rounds[cohort]
 
     def _pack(self, found: Round, device: torch.device) -> Tensor:
@@ -255,28 +255,32 @@ class PipelinedEngine:
         work = _RankWork(form)
         if request.record_routes:
             directions = range(len(pipeline.place.placement))
-            work.stores = {each: RouteStore(self._share(prompts, each), request.samples) for each in directions}
-        held: dict[int, dict[int, CohortStage]] = {}
+            work.stores = {number: RouteStore(self._share(prompts, number), request.samples) for number in directions}
+        stages_by_number: dict[int, dict[int, CohortStage]] = {}
         for direction, row in enumerate(pipeline.place.placement):
             for stage, rank in enumerate(row):
                 if rank != pipeline.place.rank:
                     continue
                 if stage == len(row) - 1:
-                    own = self._share(prompts, direction)
-                    work.sequences[direction] = start_sequences(own, request, config.max_position_tokens)
-                    made: CohortStage = self._last_stage(direction, request, work, capacity)
+                    share = self._share(prompts, direction)
+                    work.sequences[direction] = start_sequences(share, request, config.max_position_tokens)
+                    cohort_stage: CohortStage = self._last_stage(direction, request, work, capacity)
                 else:
-                    made = self._inner_stage(stage, work, capacity, work.stores.get(direction))
-                held.setdefault(stage, {})[direction] = made
-        for stage, by_direction in held.items():
+                    cohort_stage = self._inner_stage(stage, work, capacity, work.stores.get(direction))
+                stages_by_number.setdefault(stage, {})[direction] = cohort_stage
+        for stage, by_direction in stages_by_number.items():
             first = (lambda direction, cohort: work.first_rounds[direction, cohort]) if stage == 0 else None
             work.stages[stage] = DirectedStages(by_direction, self.num_cohorts, first, self._min_seconds)
         return work
 
     def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
-        place = self._pipeline.place
-        shares = (assign_prompt(number, place.num_data, len(place.placement)) for number in range(len(prompts)))
-        return [prompt for prompt, share in zip(prompts, shares, strict=True) if share == (place.data_index, direction)]
+        rank_place = self._pipeline.place
+        shares = (
+            assign_prompt(number, rank_place.num_data, len(rank_place.placement)) for number in range(len(prompts))
+        )
+        return [
+            prompt for prompt, share in zip(prompts, shares, strict=True) if share == (rank_place.data_index, direction)
+        ]
 
     def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
         pipeline = self._pipeline
@@ -343,15 +347,17 @@ class PipelinedEngine:
     def _collect(
         self, prompts: Sequence[NumberedPrompt], request: Request, work: "_RankWork", seconds: float
     ) -> Rollouts:
-        own = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
+        samples = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
         counts = sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
         # Only the last stages continue sequences; the other ranks have nothing to send.
-        gathered = self._pipeline.gather((own, counts) if any(own) else None)
-        found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
+        gathered = self._pipeline.gather((samples, counts) if any(samples) else None)
+        samples_by_key = {
+            (rollout.prompt, rollout.sample): rollout for parts, _ in gathered for part in parts for rollout in part
+        }
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
-        longest = max((each.seconds for _, each in gathered), default=seconds)
-        statistics = sum_statistics([each for _, each in gathered], longest)
-        rollouts = tuple(found[key] for key in order)
+        longest = max((rank_counts.seconds for _, rank_counts in gathered), default=seconds)
+        statistics = sum_statistics([rank_counts for _, rank_counts in gathered], longest)
+        rollouts = tuple(samples_by_key[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
 
@@ -373,7 +379,7 @@ class _RankWork:
         """Returns a number of rounds that the unfinished sequences need, a power of two, or `_FAILED`."""
         if self.error():
             return _FAILED
-        lefts = [each.num_left for part in self.sequences.values() for each in part if each.finish is None]
+        lefts = [sequence.num_left for part in self.sequences.values() for sequence in part if sequence.finish is None]
         longest = max((left for left in lefts if left > 0), default=0)
         # Few different numbers, because each has its own program.
         return min(MAX_ROUNDS, 1 << (longest.bit_length() - 1)) if longest else 0

@@ -228,12 +228,12 @@ class Cohort:
             self.is_running = False
 
     def _await(self) -> Round:
-        found = self._rounds.get()
-        if isinstance(found, BaseException):
+        next_round = self._rounds.get()
+        if isinstance(next_round, BaseException):
             self.is_running = False
-            raise found
-        self.is_running = found is not NOTHING
-        return found
+            raise next_round
+        self.is_running = next_round is not NOTHING
+        return next_round
 
     def _run(self) -> None:
         try:

@@ -70,9 +70,9 @@ class VllmEngine:
         inputs = [{"prompt_token_ids": list(prompt.tokens)} for prompt in prompts]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         rollouts = [
-            _rollout(prompt, sample, each)
+            _rollout(prompt, sample, completion)
             for prompt, output in zip(prompts, outputs, strict=True)
-            for sample, each in enumerate(sorted(output.outputs, key=lambda each: each.index))
+            for sample, completion in enumerate(sorted(output.outputs, key=lambda output: output.index))
         ]
         count = sum(len(rollout.tokens) for rollout in rollouts)
         return Rollouts(rollouts=tuple(rollouts), statistics=Statistics(passes=count, tokens=count))
@@ -167,15 +167,15 @@ class ServedDigests:
 
 def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[str, TensorDigest]]) -> None:
     """Raises `GenerateError` for the first tensor that a worker lacks or holds with another content."""
-    held = list(workers)
+    by_worker = list(workers)
     for name, tensor in ours:
         expected = TensorDigest.of(tensor)
-        for number, digests in enumerate(held):
-            found = digests.get(name)
-            if found != expected:
+        for number, digests in enumerate(by_worker):
+            digest = digests.get(name)
+            if digest != expected:
                 raise GenerateError(
                     f"weights: worker {number} must hold {name} as {_shown(expected)}, holds "
-                    f"{'no such tensor' if found is None else _shown(found)}"
+                    f"{'no such tensor' if digest is None else _shown(digest)}"
                 )
 
 

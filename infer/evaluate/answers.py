@@ -177,10 +177,10 @@ def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> t
     before: Sequence[int]
     if isinstance(context, str) and isinstance(continuation, str):
         stripped = tokenizer.encode(context.rstrip())
-        whole = tokenizer.encode(context + continuation)
-        size = min(len(stripped), max(len(whole) - 1, 0))
-        before = stripped if size == len(stripped) else whole[:size]
-        after = whole[size:]
+        joined = tokenizer.encode(context + continuation)
+        size = min(len(stripped), max(len(joined) - 1, 0))
+        before = stripped if size == len(stripped) else joined[:size]
+        after = joined[size:]
     else:
         assert not isinstance(context, str)
         assert not isinstance(continuation, str)
@@ -211,10 +211,10 @@ def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens:
     tokens = tokenizer.encode(request.text) if isinstance(request.text, str) else list(request.text)
     window = min(request.window or max_tokens, max_tokens)
     stride = min(request.stride or window, window)
-    whole = [*context_tokens(tokenizer, ()), *tokens]
-    first = len(whole) - len(tokens)
-    end = min(len(whole), window + 1)  # the last token of a window is only a target
-    while first < len(whole):
-        yield TargetSequence(tokens=tuple(whole[max(0, end - window - 1) : end]), num_targets=end - first)
+    all_tokens = [*context_tokens(tokenizer, ()), *tokens]
+    first = len(all_tokens) - len(tokens)
+    end = min(len(all_tokens), window + 1)  # the last token of a window is only a target
+    while first < len(all_tokens):
+        yield TargetSequence(tokens=tuple(all_tokens[max(0, end - window - 1) : end]), num_targets=end - first)
         first = end
-        end = min(len(whole), end + stride)
+        end = min(len(all_tokens), end + stride)

@@ -156,13 +156,13 @@ def hide(
     if count < 0:
         return None
     around, ends = filler.take(count, start)
-    places = [min(ends, key=lambda cut: abs(cut - fact.depth * count)) for fact in facts]
+    positions = [min(ends, key=lambda cut: abs(cut - fact.depth * count)) for fact in facts]
     ids: list[int] = []
     last = 0
-    for at in sorted(range(len(facts)), key=lambda at: places[at]):
-        ids += [*around[last : places[at]], *hidden[at]]
-        last = places[at]
-    depths = tuple(place / max(1, count) for place in places)
+    for at in sorted(range(len(facts)), key=lambda at: positions[at]):
+        ids += [*around[last : positions[at]], *hidden[at]]
+        last = positions[at]
+    depths = tuple(position / max(1, count) for position in positions)
     return HaystackPrompt(ids=(*ids, *around[last:], *end), depths=depths)
 
 

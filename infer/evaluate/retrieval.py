@@ -272,8 +272,8 @@ def _hidden_numbers(subtask: Subtask, draws: Draws, config: RulerConfig) -> _Pro
 def _variable_tracking(draws: Draws, config: RulerConfig) -> _Problem:
     """Draws two chains of assignments, and asks for the variables of one."""
     count = config.num_hops + 1
-    places = draws.different(26**5, 2 * count)
-    names = ["".join(_LETTERS[place // 26**digit % 26] for digit in range(5)) for place in places]
+    codes = draws.different(26**5, 2 * count)
+    names = ["".join(_LETTERS[code // 26**digit % 26] for digit in range(5)) for code in codes]
     values = _values(draws, config, 2)
     facts = []
     for chain, value in enumerate(values):

@@ -77,8 +77,8 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
         difference = ours - theirs
         error = _paired_error(first, second, ours, theirs)
         if is_binary:
-            gained = sum(mine.value > other.value for mine, other in zip(first, second, strict=True))
-            lost = sum(mine.value < other.value for mine, other in zip(first, second, strict=True))
+            gained = sum(left.value > right.value for left, right in zip(first, second, strict=True))
+            lost = sum(left.value < right.value for left, right in zip(first, second, strict=True))
             p_value = mcnemar(gained, lost)
             interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
         elif len(first) > 1:
@@ -109,8 +109,8 @@ def _paired_error(
     weight = math.fsum(measure.weight for measure in first)
     other_weight = math.fsum(measure.weight for measure in second)
     squares = math.fsum(
-        ((mine.value - ratio * mine.weight) / weight - (other.value - other_ratio * other.weight) / other_weight) ** 2
-        for mine, other in zip(first, second, strict=True)
+        ((left.value - ratio * left.weight) / weight - (right.value - other_ratio * right.weight) / other_weight) ** 2
+        for left, right in zip(first, second, strict=True)
     )
     return math.sqrt(squares * number / (number - 1))
 
@@ -118,7 +118,7 @@ def _paired_error(
 def _bootstrap(first: Sequence[Measure], second: Sequence[Measure], seed: int) -> tuple[float, tuple[float, float]]:
     random = np.random.default_rng(seed)
     values = np.array(
-        [(mine.value, mine.weight, other.value, other.weight) for mine, other in zip(first, second, strict=True)]
+        [(left.value, left.weight, right.value, right.weight) for left, right in zip(first, second, strict=True)]
     )
     sampled = []
     for _ in range(NUM_RESAMPLES):

@@ -107,7 +107,7 @@ def _find(module: ModuleType, name: str) -> Callable[..., object]:
         except ValueError:
             pass  # a builtin without a signature
         return function  # type: ignore[no-any-return]
-    names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     raise FunctionError(f"has no function {name}; nearest valid: {', '.join(names[:5]) or 'a file with one'}")
 
 

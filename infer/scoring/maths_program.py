@@ -167,7 +167,7 @@ def _list(items: Sequence[MathsValue]) -> MathsValue:
     members = [member for item in items for member in (item.items if item.label == "±" else (item,))]
     # The members of `x = 1 or x = 2` are 1 and 2.
     has_one_name = len({member.name for member in members}) == 1
-    return MathsValue(kind="list", items=tuple(replace(each, name="") if has_one_name else each for each in members))
+    return MathsValue(kind="list", items=tuple(replace(value, name="") if has_one_name else value for value in members))
 
 
 def _relate(parts: Sequence[str], marks: list[str]) -> MathsValue:
@@ -218,7 +218,7 @@ def _name(value: MathsValue) -> str:
 
 def _union(values: Sequence[MathsValue]) -> MathsValue:
     sets = [_as_set(value) for value in values]
-    if any(each is None for each in sets) or len({value.name for value in values}) > 1:
+    if any(subset is None for subset in sets) or len({value.name for value in values}) > 1:
         raise UnreadableError(values)
     return MathsValue(kind="set", expression=sympy.Union(*sets), name=values[0].name)
 
@@ -323,13 +323,13 @@ def _mixed(whole: str, upper: str, lower: str) -> str:
 
 def _exact(number: str) -> str:
     """Returns a decimal as a fraction. Digits under a line repeat."""
-    whole, decimals, period = re.findall(r"(\d*)\.?(\d*)(?:\D+(\d+)\})?$", number)[0]
-    upper = int(f"0{whole}{decimals}{period}")
+    integer, decimals, period = re.findall(r"(\d*)\.?(\d*)(?:\D+(\d+)\})?$", number)[0]
+    upper = int(f"0{integer}{decimals}{period}")
     lower = 10 ** len(decimals)
     if period:
-        upper -= int(f"0{whole}{decimals}")
+        upper -= int(f"0{integer}{decimals}")
         lower *= 10 ** len(period) - 1
-    return rf"(\frac{{{upper}}}{{{lower}}})" if decimals or period else whole
+    return rf"(\frac{{{upper}}}{{{lower}}})" if decimals or period else integer
 
 
 def _canonical(text: str) -> str:
@@ -427,8 +427,8 @@ def _are_equal_lists(left: Sequence[MathsValue], right: Sequence[MathsValue]) ->
     needs_names = len({item.name for item in (*left, *right)}) > 1
     remaining = list(right)
     for item in left:
-        candidates = [other for other in remaining if item.name == other.name or not needs_names]
-        match = next((other for other in candidates if are_equal(item, other)), None)
+        candidates = [candidate for candidate in remaining if item.name == candidate.name or not needs_names]
+        match = next((candidate for candidate in candidates if are_equal(item, candidate)), None)
         if match is None:
             return False
         remaining.remove(match)

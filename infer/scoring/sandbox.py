@@ -108,7 +108,7 @@ class Sandbox:
             if is_confined:
                 mounted = dict(zip(paths.values(), files.values(), strict=True))
                 command += [*self._bubblewrap(mounted, program.limits, info_writer), f"/python/bin/{PYTHON_NAME}"]
-                command[-1:-1] = [*(part for each in filter_fds for part in ("--seccomp", str(each))), "--"]
+                command[-1:-1] = [*(part for descriptor in filter_fds for part in ("--seccomp", str(descriptor))), "--"]
             else:
                 command.append(self._interpreter.program)
                 limits["processes"] = program.limits.processes + _count_own_tasks()
@@ -156,8 +156,8 @@ class Sandbox:
                 command += ["--ro-bind", str(path), str(path)]
         command += ["--ro-bind", self._interpreter.program, f"/python/bin/{PYTHON_NAME}"]
         command += ["--ro-bind", self._interpreter.library, f"/python/{sys.platlibdir}"]
-        for place, descriptor in mounted.items():
-            command += ["--perms", "0444", "--ro-bind-data", str(descriptor), place]
+        for mount_point, descriptor in mounted.items():
+            command += ["--perms", "0444", "--ro-bind-data", str(descriptor), mount_point]
         # Only /tmp can be written. Without these remounts, the root and /dev would be file systems without a limit.
         command += ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp", "--dev", "/dev"]
         return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]

@@ -213,9 +213,9 @@ class Judge:
 def parse_verdict(text: str, config: JudgeConfig) -> bool | None:
     """Returns whether a critique ends with a verdict for the answer; None if there is no clear verdict."""
     _, mark, after = final_text(text).rpartition(config.mark) if config.mark else ("", "mark", final_text(text))
-    said = after.strip().strip("*.!\"' ").casefold()
+    verdict_text = after.strip().strip("*.!\"' ").casefold()
     votes = {config.accept.strip().casefold(): True, config.reject.strip().casefold(): False}
-    return votes.get(said) if mark else None
+    return votes.get(verdict_text) if mark else None
 
 
 def score_votes(votes: Sequence[bool | None]) -> Score:

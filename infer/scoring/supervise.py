@@ -26,7 +26,7 @@ _COUNTS_DELAYS = os.path.exists("/proc/self/schedstat")
 class _Times:
     """Seconds of a process on a processor, of children that it waited for, and waiting for one."""
 
-    own: float
+    process: float
     children: float
     delay: float
 
@@ -80,10 +80,10 @@ class Guest:
         """Updates the processor time. Returns how long threads waited for a processor since then."""
         old = self.times
         self.times = _read_times(self.process.pid)
-        gone = sum(times.own + times.children for pid, times in old.items() if pid not in self.times)
+        gone = sum(times.process + times.children for pid, times in old.items() if pid not in self.times)
         reported = sum(times.children - old[pid].children for pid, times in self.times.items() if pid in old)
         self.lost_seconds += max(0.0, gone - max(0.0, reported))
-        alive = sum(times.own + times.children for times in self.times.values())
+        alive = sum(times.process + times.children for times in self.times.values())
         self.cpu_seconds = max(self.cpu_seconds, alive + self.lost_seconds)
         return sum(max(0.0, new.delay - old[pid].delay if pid in old else new.delay) for pid, new in self.times.items())
 

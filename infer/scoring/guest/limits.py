@@ -52,7 +52,7 @@ def main(limits: str, canary: str) -> None:
     values = json.loads(limits)
     apply_limits(values)
     allowed = values["processes"]
-    found = [
+    leaks = [
         *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", canary) if _is_read(path)),
         *(f"{path} can be written" for path in _WRITTEN if _is_written(path)),
         *(["a network"] if _interfaces() - {"lo"} else []),
@@ -60,7 +60,7 @@ def main(limits: str, canary: str) -> None:
         *(["root"] if os.getuid() == 0 else []),
         *([f"more than {allowed} processes"] if _has_forked(allowed + 1) else []),
     ]
-    print(json.dumps(found))
+    print(json.dumps(leaks))
 
 
 def _is_read(path: str) -> bool:

@@ -16,8 +16,14 @@ _NAMES = (
 ARITHMETIC = tuple(f"__{prefix}{name}__" for prefix in ("", "r", "i") for name in _NAMES)
 # Operations that Python performs in more ways than by the method of the name.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"__{each.__name__}__": each for each in (bool, len, iter, next, str, repr, format, hash, int, float, complex)},
-    **{f"__{each.__name__}__": each for each in (bytes, abs, round, reversed, dir, math.trunc, math.floor, math.ceil)},
+    **{
+        f"__{builtin.__name__}__": builtin
+        for builtin in (bool, len, iter, next, str, repr, format, hash, int, float, complex)
+    },
+    **{
+        f"__{builtin.__name__}__": builtin
+        for builtin in (bytes, abs, round, reversed, dir, math.trunc, math.floor, math.ceil)
+    },
     **{f"__{name}__": getattr(operator, name) for name in ("getitem", "setitem", "delitem", "contains", "index")},
     **{f"__{name}__": getattr(operator, name) for name in ("call", "neg", "pos", "invert")},
     "__copy__": copy.copy,
@@ -105,11 +111,11 @@ def make_class(peer: Any, number: int, name: str, bases: Sequence[type], overrid
         members["__str__"] = lambda error: vars(error).get("_text", "")
     elif any(issubclass(base, CONTENT) for base in values):
         names = set(overridden) & set(SPECIAL) - {"__hash__", *COMPARISONS}
-        members |= {each: _forward(each) for each in names}
-    made = type.__call__(ProxyClass, name.rpartition(".")[2], errors or values or (Proxy,), members)
-    type.__setattr__(made, "_peer", peer)
-    type.__setattr__(made, "_number", number)
-    return made
+        members |= {special: _forward(special) for special in names}
+    mirror = type.__call__(ProxyClass, name.rpartition(".")[2], errors or values or (Proxy,), members)
+    type.__setattr__(mirror, "_peer", peer)
+    type.__setattr__(mirror, "_number", number)
+    return mirror
 
 
 def make_error(peer: Any, number: int, kind: Any, arguments: tuple[Any, ...], text: str) -> Any:

@@ -86,8 +86,8 @@ def _run(source: str, peer: "_TestPeer") -> tuple[str, str]:
         if isinstance(error, SystemExit | ImportError) and error is not peer.last_error:
             return "error", f"the tests raise {type(error).__name__} {error}"
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
-        place = f"line {lines[-1]} of the tests: " if lines else ""
-        return "wrong", f"{place}{type(error).__name__} {error}".strip()
+        location = f"line {lines[-1]} of the tests: " if lines else ""
+        return "wrong", f"{location}{type(error).__name__} {error}".strip()
     return "correct", ""
 
 
@@ -95,7 +95,7 @@ def _impure(tree: ast.AST) -> str:
     """Returns why tests may need the process of the program; empty if they only use pure modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
                 if name not in _PURE:
                     return f"the tests import {name}"
@@ -218,14 +218,14 @@ class _TestPeer(Peer):
         operands = [operand, *_decoys(operand, name)]
         secrets.SystemRandom().shuffle(operands)
         results = self.ask("try", target._number, name, operands)
-        result = next(each for number, each in enumerate(results) if operands[number] is operand)
-        others = [each for number, each in enumerate(results) if operands[number] is not operand]
+        result = next(value for number, value in enumerate(results) if operands[number] is operand)
+        others = [value for number, value in enumerate(results) if operands[number] is not operand]
         if isinstance(result, Exception):
             raise result
         accepted = name != "__ne__"  # what an object says to a value that it accepts
-        numbers = [each for each in others if {type(each), type(result)} <= {int, float}]
-        has_no_value = name.endswith("sub__") and any(abs(each - result) < 0.5 for each in numbers)
-        if has_no_value or (name in (*COMPARISONS, "__contains__") and any(each is accepted for each in others)):
+        numbers = [value for value in others if {type(value), type(result)} <= {int, float}]
+        has_no_value = name.endswith("sub__") and any(abs(value - result) < 0.5 for value in numbers)
+        if has_no_value or (name in (*COMPARISONS, "__contains__") and any(value is accepted for value in others)):
             self.problem = self.problem or "an object of the program that is equal to everything"
             raise BrokenLinkError(self.problem)
         if not is_named and result is not (not accepted) and result is not NotImplemented:

@@ -179,7 +179,7 @@ class Peer:
             return ["coroutine", number]
         if hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
             return ["iterator", number]
-        base: Any = next((each for each in kind.__mro__ if each in CONTENT), None)
+        base: Any = next((ancestor for ancestor in kind.__mro__ if ancestor in CONTENT), None)
         if base is not None:
             arguments = [base.__iter__(value)] if base is frozenset else base.__getnewargs__(value)
             return ["content", number, self._encode_class(kind), self.encode(base(*arguments), depth)]
@@ -270,11 +270,11 @@ class Peer:
     def _decode_container(self, kind: Any, number: int, extra: Any, *items: Any) -> Any:
         if number not in self._shared:
             extra = self.decode(extra)
-            made: Any = collections.deque(maxlen=extra) if kind is collections.deque else kind()
+            empty: Any = collections.deque(maxlen=extra) if kind is collections.deque else kind()
             if kind is collections.defaultdict:
-                made.default_factory = extra
-            self._shared[number] = _Shared(made)
-            self._numbers[id(made)] = number
+                empty.default_factory = extra
+            self._shared[number] = _Shared(empty)
+            self._numbers[id(empty)] = number
         container = self._shared[number].begin()
         if type(container) is not kind:
             raise TypeError("another type of container")
@@ -292,23 +292,25 @@ class Peer:
     def _decode_object(self, kind: str, number: int, *parts: Any) -> Any:
         if kind == "class":
             module, name, bases, overridden = parts
-            known = getattr(sys.modules.get(module), name, None) if module not in ("tests", "solution") else None
-            is_error = isinstance(known, type) and issubclass(known, BaseException)
-            made: Any = known if is_error else make_class(self, number, name, [*map(self.decode, bases)], overridden)
+            error_class = getattr(sys.modules.get(module), name, None) if module not in ("tests", "solution") else None
+            is_error = isinstance(error_class, type) and issubclass(error_class, BaseException)
+            decoded: Any = (
+                error_class if is_error else make_class(self, number, name, [*map(self.decode, bases)], overridden)
+            )
         elif kind == "iterator":
-            made = self._iterate(number)
+            decoded = self._iterate(number)
         elif kind == "object":
-            made = make_proxy(self, number, self.decode(parts[0]))
+            decoded = make_proxy(self, number, self.decode(parts[0]))
         elif kind == "error":
-            made = make_error(self, number, self.decode(parts[0]), self.decode(parts[1]), str(parts[2]))
-            made.__cause__ = self.decode(parts[3])
+            decoded = make_error(self, number, self.decode(parts[0]), self.decode(parts[1]), str(parts[2]))
+            decoded.__cause__ = self.decode(parts[3])
         else:
             mirror, content = map(self.decode, parts)
-            made = next(each for each in mirror.__mro__ if each in CONTENT).__new__(mirror, content)
-            made.__dict__.update(_peer=self, _number=number)
-        self._remote[number] = made
-        self._remote_numbers[id(made)] = number
-        return made
+            decoded = next(base for base in mirror.__mro__ if base in CONTENT).__new__(mirror, content)
+            decoded.__dict__.update(_peer=self, _number=number)
+        self._remote[number] = decoded
+        self._remote_numbers[id(decoded)] = number
+        return decoded
 
     async def _await(self, number: int) -> Any:
         return self.ask("await", number)
