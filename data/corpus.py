@@ -110,24 +110,24 @@ def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
     return tuple(files.values())
 
 
-def _list_path(given: str) -> list[CorpusFile]:
-    path = Path(given).expanduser()
+def _list_path(name: str) -> list[CorpusFile]:
+    path = Path(name).expanduser()
     suffixes = ", ".join(TEXT_SUFFIXES)
-    if not given.strip():
-        raise DataError(f"data.paths: a path must name a file or folder, got {given!r}; nearest: '.'")
+    if not name.strip():
+        raise DataError(f"data.paths: a path must name a file or folder, got {name!r}; nearest: '.'")
     if path.is_dir():
         readable = _search(path, TEXT_SUFFIXES, frozenset())
         if not readable:
             raise DataError(
-                f"data.paths: {given!r} contains no readable document; a folder must have files ending in {suffixes}"
+                f"data.paths: {name!r} contains no readable document; a folder must have files ending in {suffixes}"
             )
         return readable
     if not path.exists():
-        raise DataError(f"data.paths: {given!r} does not exist; a path must name a file or folder{_nearest(path)}")
+        raise DataError(f"data.paths: {name!r} does not exist; a path must name a file or folder{_nearest(path)}")
     if path.suffix.lower() not in TEXT_SUFFIXES:
         close = difflib.get_close_matches(path.suffix.lower(), TEXT_SUFFIXES, n=1)
         hint = f"; nearest: {close[0]!r}" if close else ""
-        raise DataError(f"data.paths: {given!r} ends in {path.suffix!r}; a file must end in one of {suffixes}{hint}")
+        raise DataError(f"data.paths: {name!r} ends in {path.suffix!r}; a file must end in one of {suffixes}{hint}")
     return [CorpusFile(key=path.name, path=path)]
 
 

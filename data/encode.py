@@ -64,7 +64,7 @@ class PartSize:
 
 
 def build_encoded(
-    config: DataConfig, given: Tokenizer | None, folder: Path, progress: Progress = NO_PROGRESS
+    config: DataConfig, loaded: Tokenizer | None, folder: Path, progress: Progress = NO_PROGRESS
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
@@ -76,7 +76,7 @@ def build_encoded(
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
         config = replace(config, validation_fraction=0.0)
-    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes, progress)
+    tokenizer = loaded or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
     for part, size in sizes.items():
@@ -89,7 +89,7 @@ def build_encoded(
     return values
 
 
-def own_tokenizer(config: DataConfig) -> Tokenizer | None:
+def source_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Returns the own tokenizer of the source; None if it has none."""
     build = DATA_SOURCES.get(config.source.kind).tokenizer
     return None if build is None else build(config.source)
@@ -217,10 +217,10 @@ def has_samples(config: DataConfig) -> bool:
 
 
 def build_samples(
-    config: DataConfig, known: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
+    config: DataConfig, loaded: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json`, trained if none is known, and each part's packed samples into a folder."""
-    tokenizer = known or train_tokenizer(config, 0, progress)
+    tokenizer = loaded or train_tokenizer(config, 0, progress)
     tokenizer.save(folder / "tokenizer.json")
     digest = hashlib.sha256()
     values: dict[str, int | float | str] = {}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files, size_bytes
-from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, own_tokenizer, read_values
+from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, read_values, source_tokenizer
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
@@ -92,7 +92,7 @@ def check_config(config: DataConfig) -> int:
             f"data.long_documents: must be null with data.kind={config.source.kind}, which has samples instead of "
             f"documents; nearest: null"
         )
-    tokenizer = known_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     _check_source(config.source, tokenizer)
     _check_validation_paths(config, tokenizer)
     return config.tokenizer_vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -152,9 +152,9 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     return size * tokens / max(1, sum(len(text.encode()) for text in documents))
 
 
-def known_tokenizer(config: DataConfig) -> Tokenizer | None:
+def find_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Returns the given tokenizer or the source's own one, or None if a tokenizer must be trained."""
-    return read_tokenizer(config) or own_tokenizer(config)
+    return read_tokenizer(config) or source_tokenizer(config)
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
@@ -189,7 +189,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
             f"got {sequence_length_tokens}; nearest: 2"
         )
     cache_dir = Path(config.cache_dir).expanduser()
-    tokenizer = known_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     encoded_name = f"encoded-{_encoded_key(config, tokenizer)}"
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
@@ -315,7 +315,7 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
     written.
     """
     folder = cache_dir / name
-    entry = _open(folder)
+    entry = _open_entry(folder)
     if entry is not None:
         return entry
     building = cache_dir / f".building-{name}-{uuid.uuid4().hex}"
@@ -324,7 +324,7 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
         _write_meta(building, build(building))
         for _ in range(INSTALL_ATTEMPTS):
             _install(building, folder)
-            entry = _open(folder)
+            entry = _open_entry(folder)
             if entry is not None:
                 return entry
     except OSError as error:
@@ -337,7 +337,7 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
     raise DataError(f"data.cache_dir: {folder} was built but cannot be read back; something else writes there")
 
 
-def _open(folder: Path) -> CacheEntry | None:
+def _open_entry(folder: Path) -> CacheEntry | None:
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
         is_complete = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())
@@ -356,18 +356,18 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 def _install(building: Path, folder: Path) -> None:
     """Renames a finished folder to its final name. Replaces a broken entry, keeps a complete one."""
-    with _exclusive(folder.parent):
-        if _open(folder) is not None:
+    with _lock_entries(folder.parent):
+        if _open_entry(folder) is not None:
             return
         # Try the rename first, so that an entry that another process has just installed is never moved away.
-        if not _renamed(building, folder) and _open(folder) is None:
-            _remove(folder)
-            _renamed(building, folder)
+        if not _try_rename(building, folder) and _open_entry(folder) is None:
+            _remove_entry(folder)
+            _try_rename(building, folder)
         _flush(folder.parent)
 
 
 @contextlib.contextmanager
-def _exclusive(cache_dir: Path) -> Iterator[None]:
+def _lock_entries(cache_dir: Path) -> Iterator[None]:
     """Lets one process at a time replace entries: another could move away an entry that is now complete."""
     descriptor = os.open(cache_dir, os.O_RDONLY)
     try:
@@ -379,7 +379,7 @@ def _exclusive(cache_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _renamed(building: Path, folder: Path) -> bool:
+def _try_rename(building: Path, folder: Path) -> bool:
     try:
         building.rename(folder)
     except OSError as error:
@@ -390,7 +390,7 @@ def _renamed(building: Path, folder: Path) -> bool:
     return True
 
 
-def _remove(folder: Path) -> None:
+def _remove_entry(folder: Path) -> None:
     # Renamed before it is deleted, so that no process sees a partly deleted entry.
     broken = folder.with_name(f".broken-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):

@@ -18,7 +18,7 @@ TARGET = "target | "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ShownPiece:
+class TitledPiece:
     """A piece of a sequence."""
 
     title: str
@@ -38,12 +38,12 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
         yield from piece_lines(piece, prepared.tokenizer)
 
 
-def piece_lines(piece: ShownPiece, tokenizer: Tokenizer) -> Iterator[str]:
+def piece_lines(piece: TitledPiece, tokenizer: Tokenizer) -> Iterator[str]:
     """Yields a piece's lines, a run of targets or others each; text that spells a token has a backslash."""
     start = 0
     for is_target, run in groupby(piece.is_target.tolist()):
         end = start + len(list(run))
-        text = _shown_text(piece.tokens[start:end].tolist(), tokenizer)
+        text = _printable_text(piece.tokens[start:end].tolist(), tokenizer)
         if len(text) > MAX_CHARACTERS:
             text = f"{text[:MAX_CHARACTERS]}... ({len(text) - MAX_CHARACTERS} more characters)"
         for line in text.split("\n"):
@@ -62,7 +62,7 @@ def _count_lines(prepared: Prepared) -> Iterator[str]:
         )
 
 
-def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[ShownPiece]:
+def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[TitledPiece]:
     tokens = prepared.train_tokens_NL[sequence]
     positions = prepared.train_positions_NL[sequence]
     is_target = positions >= 1
@@ -74,7 +74,7 @@ def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[S
     counts = prepared.counts.get("train")
     single = "prompt" if counts is not None and not counts.targets else "piece"
     return [
-        ShownPiece(title=_title(pair[start:end], single), tokens=tokens[start:end], is_target=is_target[start:end])
+        TitledPiece(title=_title(pair[start:end], single), tokens=tokens[start:end], is_target=is_target[start:end])
         for start, end in zip(starts, [*starts[1:], used], strict=True)
     ]
 
@@ -84,7 +84,7 @@ def _title(pair: NDArray[np.generic], single: str) -> str:
     return "chosen" if (number > 0).any() else "rejected" if (number < 0).any() else single
 
 
-def _shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+def _printable_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """Returns tokens as text in which special tokens differ from text that spells them."""
     names = tokenizer.placed_names
     parts: list[str] = []

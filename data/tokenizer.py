@@ -38,7 +38,6 @@ SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, AS
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Applied in this order, as in DeepSeek-V3: up to three digits; CJK runs; then words, punctuation with the line breaks
 # after it, and white space.
@@ -279,13 +278,13 @@ TOKENIZER_NAME = "tokenizer.json"
 TIKTOKEN_NAME = "tiktoken.model"
 # Kimi's special tokens: this many ids follow the other tokens, named or not.
 NUM_SPECIAL = 256
-_LARGEST_BYTES = 2**26
-_CLASS = "TikTokenTokenizer"
+_LARGEST_TIKTOKEN_BYTES = 2**26
+_TIKTOKEN_CLASS = "TikTokenTokenizer"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 _LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 # Runs of Han characters; words, which end where capitals begin; numbers; punctuation; line breaks; white space.
-_PATTERN = "|".join(
+_TIKTOKEN_PATTERN = "|".join(
     (
         r"[\p{Han}]+",
         rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}&&[^\p{{Han}}]]*[{_LOWER}&&[^\p{{Han}}]]+{_CONTRACTIONS}",
@@ -318,18 +317,18 @@ def other_tokenizer(folder: Path) -> str:
 
 def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a `tiktoken.model`; ValueError if it is invalid or of an unknown pattern."""
-    if config.get("tokenizer_class") != _CLASS:
+    if config.get("tokenizer_class") != _TIKTOKEN_CLASS:
         raise ValueError(
-            f"tokenizer_config.json next to it must have tokenizer_class {_CLASS}, as for Kimi and Moonlight, has "
-            f"{config.get('tokenizer_class')!r}; save it as tokenizer.json with its publisher's tool"
+            f"tokenizer_config.json next to it must have tokenizer_class {_TIKTOKEN_CLASS}, as for Kimi and Moonlight, "
+            f"has {config.get('tokenizer_class')!r}; save it as tokenizer.json with its publisher's tool"
         )
     ranks = _read_ranks(path)
     letters = _byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
-    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    merges = [(spelled[left], spelled[right]) for left, right in _find_merges(ranks)]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    split = pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(_TIKTOKEN_PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -338,8 +337,8 @@ def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    if path.stat().st_size > _LARGEST_BYTES:
-        raise ValueError(f"it has more than {_LARGEST_BYTES} bytes")
+    if path.stat().st_size > _LARGEST_TIKTOKEN_BYTES:
+        raise ValueError(f"it has more than {_LARGEST_TIKTOKEN_BYTES} bytes")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         parts = line.split()
@@ -352,7 +351,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+def _find_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Returns every pair of tokens whose concatenation is a token, ordered by the rank of that token."""
     ranked_merges: list[tuple[int, int, int, bytes, bytes]] = []
     for token, rank in ranks.items():

@@ -17,12 +17,12 @@ from data.chat.messages import ChatMessage, Conversation, user
 from data.chat.templates import ChatTemplate
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError
+from kernels.cross_entropy.reference import IGNORE
 from model.config import ModelConfig
 from model.head import score_log_probs, score_states
 from model.transformer import Transformer
 
 _PADDING = 0
-_IGNORE = -100
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_siz
     _check(model.config, "tokens", sequences)
 
     def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
-        targets_BT = torch.full_like(tokens_BT, _IGNORE)
+        targets_BT = torch.full_like(tokens_BT, IGNORE)
         for row, number in enumerate(numbers):
             first = len(judged[number // 2].prompt)
             length = len(sequences[number])

@@ -102,8 +102,8 @@ class LastStage:
         self.next_rounds[cohort] = self._pack(next_round, value.device)
         return self.next_rounds[cohort]
 
-    def _pack(self, found: Round, device: torch.device) -> Tensor:
-        plan, tokens_N = found
+    def _pack(self, next_round: Round, device: torch.device) -> Tensor:
+        plan, tokens_N = next_round
         return self._form.pack(plan, tokens_N, device)
 
 

@@ -174,8 +174,8 @@ def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[
             digest = digests.get(name)
             if digest != expected:
                 raise GenerateError(
-                    f"weights: worker {number} must hold {name} as {_shown(expected)}, holds "
-                    f"{'no such tensor' if digest is None else _shown(digest)}"
+                    f"weights: worker {number} must hold {name} as {_describe(expected)}, holds "
+                    f"{'no such tensor' if digest is None else _describe(digest)}"
                 )
 
 
@@ -204,5 +204,5 @@ def _rows(
         yield second, tensor[shapes[first][0] :]
 
 
-def _shown(digest: TensorDigest) -> str:
+def _describe(digest: TensorDigest) -> str:
     return f"{digest.dtype} {list(digest.shape)} with SHA-256 {digest.sha256[:12]}..."

@@ -10,22 +10,21 @@ from math import comb
 from statistics import mean
 from typing import Literal
 
+from data.special_tokens import END_THINK, THINK
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import (
-    END_THINK,
     SKIPPED,
-    THINK,
     Answer,
     Problem,
     RatingScorer,
     Score,
     ScorerConfig,
     ScoringError,
+    counted_answer,
     failure,
     last_boxed,
     last_code,
     normalize_text,
-    shown_answer,
     verdict,
 )
 from kernels.ranges import NonNegativeInt, PositiveInt, Share
@@ -72,7 +71,7 @@ def finished_answer(answer: Answer, *, boxed: bool) -> str | Score:
     """Returns the text or the box that counts, or the score of an answer that has none."""
     if not answer.is_finished:
         return failure("missing", "the answer was cut at the limit of tokens")
-    text = shown_answer(answer.text, boxed=boxed)
+    text = counted_answer(answer.text, boxed=boxed)
     if text is None:
         return failure("missing", "no boxed answer" if boxed else "no text after the thoughts")
     return text
@@ -267,7 +266,7 @@ class PluralityScorer(RatingScorer):
         ]
 
     def _ballot(self, answer: Answer) -> str | None:
-        text = shown_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
+        text = counted_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
         return None if text is None else normalize_text(text, ignore_case=self._config.ignore_case)
 
 
@@ -317,5 +316,5 @@ def _is_vote_correct(answers: Sequence[Answer], correct: Sequence[bool]) -> bool
 
 def _ballot(answer: Answer) -> str | None:
     """Returns the last box of an answer, or the text after its thoughts if there is no box."""
-    text = shown_answer(answer.text, boxed=True) or shown_answer(answer.text, boxed=False)
+    text = counted_answer(answer.text, boxed=True) or counted_answer(answer.text, boxed=False)
     return None if text is None else normalize_text(text, ignore_case=False)

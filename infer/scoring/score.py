@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from data.problems import ProblemRecord, StdinTest
+from data.special_tokens import END_THINK, THINK
 from infer.config import RuleError
 from kernels.registry import Registry
 
@@ -166,8 +167,6 @@ class ScorerSpec:
 SCORERS: Registry[ScorerSpec] = Registry("reward.parts[].kind", ["infer.scoring.scorers"])
 
 
-THINK = "<think>"
-END_THINK = "</think>"
 _FENCE = re.compile(
     r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)^[ \t]*\1[`~]*[ \t]*$", re.DOTALL | re.MULTILINE
 )
@@ -185,7 +184,7 @@ def final_text(text: str) -> str:
     return after if mark else text
 
 
-def shown_answer(text: str, *, boxed: bool) -> str | None:
+def counted_answer(text: str, *, boxed: bool) -> str | None:
     """Returns the text after the thoughts, or the last box in it if `boxed`, or None if there is none."""
     part = last_boxed(final_text(text)) if boxed else final_text(text)
     return part if part is not None and part.strip() else None

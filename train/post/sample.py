@@ -9,9 +9,10 @@ from data.loader import SampleOrder
 from data.prepare import Prepared
 from data.problems import ProblemRecord, split_problems
 from data.registry import DATA_SOURCES
+from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
-from infer.scoring.score import THINK, problem_of
+from infer.scoring.score import problem_of
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.config.rollout import RolloutConfig
