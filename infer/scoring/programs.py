@@ -48,7 +48,7 @@ from infer.scoring.score import (
     last_code,
     verdict,
 )
-from infer.scoring.supervise import Finished, Guest, wait_for_guests
+from infer.scoring.supervision import Finished, Guest, wait_for_guests
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_PROGRAM = 2**18

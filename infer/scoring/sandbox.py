@@ -272,7 +272,7 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
 
     It reduces the kernel code that a confined program can reach, and closes ways to hold memory that no limit of a
     process counts: shared memory segments, message queues, memory files. A program cannot lower its own priority
-    either, because waiting for a processor is not its fault (`supervise`). Source: Linux,
+    either, because waiting for a processor is not its fault (`supervision`). Source: Linux,
     Documentation/userspace-api/seccomp_filter.rst, and the tables of system calls of both architectures.
     """
     if (machine or platform.machine()) not in _MACHINES:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from data.problems import StdinTest
-from infer.scoring import programs, supervise
+from infer.scoring import programs, supervision
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from infer.scoring.supervise import wait_for_guests
+from infer.scoring.supervision import wait_for_guests
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all, processes_of
@@ -265,8 +265,8 @@ def test_code_sleep_and_a_busy_machine_are_distinguished(
     monkeypatch: pytest.MonkeyPatch, delays: list[float], speed: float, slept: float, delayed: float
 ) -> None:
     now = iter(range(1, 20))
-    monkeypatch.setattr(supervise.time, "monotonic", lambda: float(next(now)))  # type: ignore[attr-defined]
-    activity, guest = supervise._Activity(0.0), StandIn(list(delays), speed)
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: float(next(now)))  # type: ignore[attr-defined]
+    activity, guest = supervision._Activity(0.0), StandIn(list(delays), speed)
     for _ in range(10):
         activity.measure([guest])  # type: ignore[list-item]
     assert (activity.slept, activity.delayed) == (pytest.approx(slept), pytest.approx(delayed))
