@@ -118,6 +118,8 @@ class Block(nn.Module):
         """Runs norm and router of the residual; `route` chooses experts instead of the router."""
         assert isinstance(self.mlp, Moe)
         gate = self.mlp.gate
+        # Norm and router share one pass over the residual; logits are float32: a rounded one could choose another
+        # expert.
         normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
         rows = self._linears.make_rows(normal_BTD)
         return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
@@ -161,6 +163,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.dispatcher = dispatcher
         ctx.handle = handle
         ctx.shape = values_BTD.shape
+        # One copy of each token's row for each of its experts, in the order of the experts: AD.
         arrived = dispatcher.dispatch(wire.pack(rows), weights_TK, handle).wait()
         received = wire.unpack(arrived.rows_AD, rows)
         arrivals.append((received, arrived.counts))
@@ -168,6 +171,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients of all copies of a token are summed on the token's rank: ND.
         rows_ND, weights_TK = ctx.dispatcher.dispatch_backward(grads[0], grads[1], ctx.handle).wait()
         return rows_ND.view(ctx.shape), None, weights_TK, None, None, None, None
 
@@ -184,6 +188,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND = grads[0]
         wire = ctx.wire
+        # The gradient of a sum is a copy for each summand: AD.
         received = ctx.dispatcher.combine_backward(wire.pack_gradient(grad_ND), ctx.handle).wait()
         return wire.unpack_gradient(received, grad_ND), None, None, None
 
@@ -198,11 +203,13 @@ def run_block(
     """Runs a whole layer under plain autograd, BTD -> BTD; returns the routing too if it is a MoE layer."""
     if block.moe is None:
         return block.dense(hidden_BTD, None, documents, context), None
+    # Norm, attention, residual, norm, router.
     attended = block.attend(hidden_BTD, None, documents, context=context)
     residual_BTD = attended.residual_BTD
     rows = attended.rows
     routing = attended.routing
     handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
+    # All experts are here: rows are read by index instead of copied, and results summed by token.
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
         local = LocalRows(NormSource.of(residual_BTD, block.post_attention_layernorm), order)
@@ -211,12 +218,14 @@ def run_block(
         return base_BTD + summed_ND.view_as(base_BTD), routing
     wire = block.wire()
     arrivals: list[tuple[Rows, tuple[int, ...]]] = []
+    # Autograd sees only `values`; the counts and FP8 codes come through `arrivals`.
     values_AD, weights_A = _Dispatch.apply(  # type: ignore[no-untyped-call]
         rows.values, rows, routing.weights_TK, dispatcher, handle, wire, arrivals
     )
     ((received, counts),) = arrivals
     expert_input = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)
     output = block.apply_experts(expert_input, None)
+    # Weighted results return to their tokens and are summed: ND.
     summed_ND = _Combine.apply(output.routed_AD, dispatcher, handle, wire)  # type: ignore[no-untyped-call]
     return output.base_BTD + summed_ND.view_as(output.base_BTD), routing
 
@@ -246,6 +255,7 @@ class Mlp(nn.Module):
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
         """Returns x plus the network of norm(x), [..., D]."""
+        # Gate and up in one product of the norm: [..., 2 M].
         hidden = self._linears.normed_linear(x, norm, self._gate_up(), sink)
         return self._linears.gated_down(x, hidden, self.down_proj.weight, sink, for_backward=for_backward)
 
@@ -286,6 +296,7 @@ class RoutedExperts(nn.Module):
 
     def per_expert(self) -> list[tuple[str, Tensor]]:
         """Returns (released name below `experts.`, view of its matrix) for each expert of this rank."""
+        # Views, so that loading writes into the stacked matrices.
         half = self.gate_up_proj.shape[1] // 2
         named = []
         for index, expert in enumerate(self.experts):

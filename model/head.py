@@ -36,6 +36,7 @@ class _SplitEmbedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         (grad_BTD,) = grads
         weight_VD, tokens_BT = ctx.saved_tensors
+        # The closure keeps the tokens and the gradient of their rows until W.
         vocab = len(weight_VD)
         ctx.sink.defer(
             weight_VD,
@@ -93,10 +94,12 @@ class _Merge(torch.autograd.Function):
         eps = ctx.eps
 
         def gradient() -> Tensor:
+            # Both norms again: [..., 2 D]. They are cheaper to compute than to keep until W.
             both = _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps)
             return grad.flatten(0, -2).t() @ both.flatten(0, -2)
 
         grad_projection = deliver_gradient(projection_DE, gradient, ctx.sink)
+        # The gradient of [norm(embedded), norm(hidden)], then back through each norm.
         grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
         grad_embedded, grad_enorm = normalize_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
         grad_hidden, grad_hnorm = normalize_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
@@ -150,13 +153,17 @@ class _ScoreTokens(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows_R = scoring.rows_R
         num_rows = len(normal_ND)
+        # Prompts and padding have no target, so their rows never reach the vocabulary: ND becomes RD.
         if rows_R is not None:
             normal_ND = normal_ND[rows_R]
             targets_N = targets_N[rows_R]
+        # Log-probabilities and, if needed, both gradients in one pass over the logits, a few rows at a time.
         scores = scoring.score(normal_ND, head_VD, targets_N, records)
         log_probs_N = scores.log_probs_N
+        # Back to all rows, with 0 where there is no target.
         if rows_R is not None:
             log_probs_N = log_probs_N.new_zeros(num_rows).index_copy_(0, rows_R, log_probs_N)
+        # The states' and the matrix's gradients, not the logits, wait for the backward.
         if records:
             ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD, rows_R)
             ctx.sink = scoring.sink
@@ -167,12 +174,14 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients were computed for a loss with factor 1.
         factor = grads[0]
-        grad_ND, found_VD, head_VD, rows_R = ctx.saved_tensors
+        grad_ND, grad_head_VD, head_VD, rows_R = ctx.saved_tensors
         grad_head = None
-        if found_VD is not None:
-            grad_head = deliver_gradient(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
+        if grad_head_VD is not None:
+            grad_head = deliver_gradient(head_VD, lambda: grad_head_VD.mul_(factor), ctx.sink)
         grad_ND = grad_ND.mul_(factor)
+        # Rows without a target have no gradient.
         if rows_R is not None:
             grad_ND = grad_ND.new_zeros(ctx.num_rows, grad_ND.shape[1]).index_copy_(0, rows_R, grad_ND)
         return grad_ND, grad_head, None, None, None
@@ -187,6 +196,7 @@ def _slopes_of_rows(row_slopes: RowSlopes | None, rows_R: Tensor, num_rows: int)
 
     def slopes(log_probs_C: Tensor, chunk: slice) -> Tensor:
         rows_C = rows_R[chunk]
+        # The caller's function knows all rows only, so the chunk is put into its place among them.
         log_probs_N = log_probs_C.new_zeros(num_rows).index_copy_(0, rows_C, log_probs_C)
         return row_slopes(log_probs_N, slice(0, num_rows))[rows_C]
 
@@ -263,6 +273,7 @@ def score_log_probs(
         temperature: divisor of the logits. The states are divided, which are much shorter.
         kept_ids_BTK: tokens among which a sampler drew the target, as in `kernels.cross_entropy`.
     """
+    # All rows, or those with a target: [N, D] or [R, D].
     normal_ND = normal_BTD.flatten(0, 1)
     targets_N = targets_BT.flatten()
     kept_ids_NK = None if kept_ids_BTK is None else kept_ids_BTK.flatten(0, 1)

@@ -35,6 +35,7 @@ def deliver_parts(
     weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """Delivers to each of several maps of one input its rows of a joint gradient, which is computed once."""
+    # The joint gradient lives until the last of its maps has taken its rows.
     joint = cache(gradient)
     gradients: list[Tensor | None] = []
     first = 0
@@ -60,6 +61,7 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = grads
         x, weight_NK = ctx.saved_tensors
+        # The closure keeps only these two tensors until W: [A, N] and [A, K].
         grad_AN = grad.flatten(0, -2)
         x_AK = x.flatten(0, -2)
         deliver_gradient(weight_NK, lambda: grad_AN.t() @ x_AK, ctx.sink)
@@ -106,6 +108,7 @@ class WeightQueue:
 
     def flush(self, store: "GradientStore") -> None:
         """Computes all waiting gradients and adds them to the store; frees each one's tensors before the next."""
+        # Oldest first, so that each closure's tensors are freed before the next product is allocated.
         with torch.no_grad():
             while self._waiting:
                 weight, gradient = self._waiting.popleft()
@@ -119,6 +122,7 @@ class GradientStore:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
+        # Sums of many micro-batches in 16 bits would lose small gradients.
         self._sums = {
             parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
@@ -148,5 +152,6 @@ class GradientStore:
 
 def _move(total: Tensor, parameter: Tensor) -> None:
     if parameter.grad is not None:
+        # Without this, autograd would keep a second sum in the parameter's type.
         total.add_(parameter.grad)
         parameter.grad = None

@@ -61,6 +61,7 @@ class _NormedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor
     ) -> tuple[Tensor, ...]:
+        # The norm, and its inverse RMS for the backward: [A, D] and [A, 1].
         x_AD = x.flatten(0, -2)
         normal_AD, scale_A1 = rms_norm(x_AD, norm_weight_D, options.eps)
         saved_normal = (normal_AD,) if options.keeps_normal else ()
@@ -68,6 +69,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx.options = options
         ctx.shape = x.shape
         ctx.num_weights = len(weights_ND)
+        # All maps of the norm as one product: [A, N].
         outs = [normal_AD.view_as(x)] if options.gives_normal else []
         if weights_ND:
             weight_ND = _join(weights_ND, options.type_of(weights_ND[0]))
@@ -81,13 +83,16 @@ class _NormedLinear(torch.autograd.Function):
         options: _Options = ctx.options
         weights_ND = rest[: ctx.num_weights]
         saved_normal = rest[ctx.num_weights :]
+        # One gradient for each output: of the norm if it was returned (AD), of the maps (AN).
         grads_AX = [grad.flatten(0, -2) for grad in grads]
         grad_AD = grads_AX[0]
         grad_weights = list[Tensor | None]()
         if weights_ND:
             grad_AN = grads_AX[-1]
+            # Both ways into the norm's output are summed, then the norm's own backward follows.
             part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
+            # The weight gradient waits for W, and recomputes the norm there unless it was kept.
             normal = _normal(x_AD, scale_A1, norm_weight_D, saved_normal)
             grad_weights = deliver_parts(weights_ND, lambda: grad_AN.t() @ normal().to(grad_AN.dtype), options.sink)
         grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
@@ -99,6 +104,7 @@ class _LinearOfNormal(torch.autograd.Function):
     def forward(
         ctx: Any, normal: Tensor, x: Tensor, norm_weight_D: Tensor, options: _Options, *weights_ND: Tensor
     ) -> Tensor:
+        # The norm keeps its input anyway, so the output is computed again unless it is kept too.
         normal_AD = normal.flatten(0, -2)
         ctx.save_for_backward(normal_AD if options.keeps_normal else x.flatten(0, -2), norm_weight_D, *weights_ND)
         ctx.options = options
@@ -119,6 +125,7 @@ class _LinearOfNormal(torch.autograd.Function):
             return grad_AN.t() @ normal_AD
 
         grad_weights = deliver_parts(weights_ND, gradient, options.sink)
+        # The gradient of the norm's output; the norm's own backward belongs to the caller.
         grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights
 

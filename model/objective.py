@@ -78,6 +78,7 @@ class MicroBatch:
 
 def find_target_rows(targets_BT: Tensor) -> Tensor | None:
     """Returns the rows with a target, or None if most have one. Reads the targets on the host."""
+    # Selecting rows copies them, which pays only if many have no target.
     rows = (targets_BT.flatten() != IGNORE).nonzero().flatten()
     return rows if len(rows) <= _LARGEST_TARGET_SHARE * targets_BT.numel() else None
 
@@ -135,12 +136,14 @@ class CrossEntropy:
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes the depth's summed cross-entropy in nats, times its factor."""
+        # One weight for each target of this depth, in the order of flattened rows: N = B T.
         weights_N = None if self.weights is None else batch.extras[self.weights][..., head.depth].flatten()
 
         def nats_of(log_probs_N: Tensor) -> Tensor:
             return -(log_probs_N if weights_N is None else weights_N.to(log_probs_N.dtype) * log_probs_N).sum()
 
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        # The derivative of weight x nats in -log p is the weight, so the weights are the slopes.
         nats, log_probs_BT = score_tokens(
             hidden_BTD,
             head.weight_VD,
@@ -155,6 +158,7 @@ class CrossEntropy:
 
 def depth_weights(weights_BT: Tensor, depth: int) -> Tensor:
     """Returns the weights of a depth's targets, BT, from those of the same tokens among the main targets."""
+    # Depth k predicts the token k further, so a position takes the weight k to its right.
     later_BT = weights_BT[:, depth:]
     return functional.pad(later_BT, (0, weights_BT.shape[1] - later_BT.shape[1]))
 
@@ -176,17 +180,19 @@ class LossSums:
     def add(self, name: str, total: Tensor) -> None:
         """Adds a sum of one micro-batch, a scalar; only `settle` reads it on the host."""
         assert name in self.names, f"{name} is not among the losses {self.names}"
+        # No host sync here: the step reads all sums at its end.
         self._pending.append((name, total.detach()))
 
-    def add_task(self, found: TaskLoss, head: OutputHead, place: tuple[int, int]) -> None:
+    def add_task(self, result: TaskLoss, head: OutputHead, place: tuple[int, int]) -> None:
         """Adds an objective's result at one depth of the micro-batch at (direction, micro-batch)."""
-        for name, total in found.sums.items():
+        for name, total in result.sums.items():
             self.add(name, total)
-        if self.log_probs is not None and head.depth == 0 and found.log_probs_BT is not None:
-            self.log_probs[place] = found.log_probs_BT
+        if self.log_probs is not None and head.depth == 0 and result.log_probs_BT is not None:
+            self.log_probs[place] = result.log_probs_BT
 
     def settle(self) -> Tensor:
         """Returns all sums in the order of their names, float64 on the host, for any order of micro-batches."""
+        # Exact sums (fsum), so the order in which schedules run micro-batches does not matter.
         for name, total in self._pending:
             self._totals.setdefault(name, []).append(float(total))
         self._pending.clear()

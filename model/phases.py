@@ -75,12 +75,14 @@ class Recording:
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the inputs from those of the outputs, and frees the graph."""
+        # Outputs that do not depend on inputs or weights have no edge; some gradients are absent.
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
         for end, gradient in zip(self.ends, gradients.tensors(), strict=True):
             if gradient is not None and end is not None:
                 roots.append(end)
                 seeds.append(gradient)
+        # A loss inside the phase (balance) has slope 1 in the step's loss.
         if self.loss is not None:
             roots.append(get_gradient_edge(self.loss))
             seeds.append(torch.ones_like(self.loss))
@@ -109,6 +111,7 @@ def record(
         if tensors:
             values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
         computed = function(values, sink)
+    # Edges instead of tensors: outputs may be freed while the graph waits for its backward.
     outputs = computed.values.tensors()
     ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
     recording = Recording(entry, ends, computed.loss, values.gradients)
@@ -126,6 +129,7 @@ class ComputePhase(Generic[In, Out]):
 
     def forward(self, values: In) -> Out:
         """Returns the function's values, detached from its graph; without a store nothing is kept."""
+        # Forward-only runs record nothing.
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
@@ -135,6 +139,7 @@ class ComputePhase(Generic[In, Out]):
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
         assert self._recorded is not None
+        # Taken out first, so that nothing of the micro-batch is held when its backward has ended.
         recorded = self._recorded
         self._recorded = None
         return recorded.backward(gradients)
@@ -178,6 +183,7 @@ class DispatchPhase:
 
     def forward(self, routed: Routed) -> Work[Received]:
         """Starts the exchange of rows and routing weights."""
+        # Counts travel first: the exchange of rows needs their split sizes.
         wire = self._exchange.wire
         handle = self._exchange.plan(routed.ids_TK, routed.weights_TK)
 
@@ -200,6 +206,7 @@ class DispatchPhase:
         local_BTD = gradients.local_BTD
 
         def finish(back: tuple[Tensor, Tensor]) -> RoutedGradients:
+            # Gradients of all copies of a token are summed; shared experts read the same rows locally.
             rows_BTD = back[0].view_as(residual_BTD)
             weights_TK = back[1]
             return RoutedGradients(residual_BTD, rows_BTD if local_BTD is None else local_BTD + rows_BTD, weights_TK)
@@ -217,6 +224,7 @@ class CombinePhase:
 
     def forward(self, output: ExpertOutput) -> Work[Hidden]:
         """Starts the return of each token's rows."""
+        # Residual and shared experts of the rank's own tokens stay here.
         base_BTD = output.base_BTD
         work = self._exchange.dispatcher.combine(output.routed_AD, self._exchange.planned())
         return MappedWork(work, lambda summed_ND: Hidden(base_BTD + summed_ND.view_as(base_BTD)))
@@ -226,6 +234,7 @@ class CombinePhase:
         grad_BTD = gradients.hidden_BTD
         exchange = self._exchange
         assert grad_BTD is not None
+        # The gradient of the base is the same tensor, so nothing is copied for it.
         grad_ND = grad_BTD.flatten(0, 1)
 
         def finish(received: Tensor) -> ExpertGradients:
@@ -254,6 +263,7 @@ def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
 
     A custom function names those that it keeps outside `save_for_backward` in the context's attribute `inner_tensors`.
     """
+    # Walk of the graph from its ends; a node may be reached on several ways.
     left = list(nodes)
     seen = set[Node]()
     while left:
@@ -307,6 +317,7 @@ class ActivationOffload:
         self._hosts = self._to_host.wait()
         self._to_host = None
         for storage in self._storages:
+            # Views and graph keep their objects; only the bytes go.
             storage.resize_(0)
 
     def reload(self) -> None:
@@ -326,6 +337,7 @@ class ActivationOffload:
 
 def movable_storages(kept: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Returns the memory of kept tensors, each once, that torch allocated and that is not shared or small."""
+    # Views share memory, so memory is identified by address, not by tensor.
     fixed = {tensor.untyped_storage().data_ptr() for tensor in shared}
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in kept:

@@ -35,6 +35,7 @@ class _ResidualSource:
     def __init__(self, hidden_BTD: Tensor, residual_BTD: Tensor, attention: Recording) -> None:
         (end,) = attention.ends
         assert end is not None
+        # x + attention(x) costs one output projection if attention keeps what the heads mixed.
         self._node = end.node if recomputes_result(end.node) else None
         self.kept_BTD = residual_BTD if self._node is None else hidden_BTD
 
@@ -62,6 +63,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
 
     def forward(self, values: Hidden) -> Out:
         """Returns the phase's values; only attention is recorded."""
+        # Attention costs most to recompute and keeps little, so its graph stays.
         mixed, self._attention = record(self._mix, values, self._queue)
         self._source = _ResidualSource(values.hidden_BTD, mixed.hidden_BTD, self._attention)
         with torch.no_grad():
@@ -72,6 +74,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         assert self._source is not None
         source = self._source
         self._source = None
+        # The rest of the phase from the residual, now with a graph.
         values, self._recorded = record(self._rest_again(), Hidden(source.residual()), self._queue)
         return values
 
@@ -79,6 +82,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         """Returns the gradients of the input, through the rest of the phase, then through attention."""
         if self._recorded is None:
             self.recompute()
+        # Backward order: the rest of the phase (norm, router or network), then attention.
         gradients = super().backward(gradients)
         assert self._attention is not None
         attention = self._attention
@@ -136,6 +140,7 @@ class RecomputedAttend(RecomputedPhase[Routed]):
 
     def _rest_again(self) -> Function[Routed]:
         assert self._ids_TK is not None
+        # The same choices, not a second decision: rounding may differ between the two graphs.
         ids_TK = self._ids_TK.to(torch.int64)
         self._ids_TK = None
         route_again = self._route_again
@@ -160,6 +165,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
 
     def forward(self, values: Received) -> ExpertOutput:
         """Returns the experts' output without recording it."""
+        # Routing weights of received rows would need another exchange; the rows are sent again.
         self._weights_A = values.weights_A
         self._counts = values.counts
         with torch.no_grad():
@@ -170,6 +176,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         assert self._weights_A is not None
         weights_A = self._weights_A
         self._weights_A = None
+        # Everything that `forward` saw, in the order of the first exchange.
         self._received = Received(routed.residual_BTD, routed.rows, received, weights_A, self._counts)
 
     def backward(self, gradients: Gradients) -> Gradients:
@@ -178,6 +185,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         received = self._received
         self._received = None
         self._recorded = record(self._again, received, self._queue)[1]
+        # Only the graph may hold the rows, so that they are freed during the backward.
         del received
         return super().backward(gradients)
 
@@ -203,14 +211,15 @@ class RecomputedCombine(CombinePhase):
 
     def backward(self, gradients: HiddenGradients) -> Work[ExpertGradients]:
         """Starts both exchanges to the experts; the gradient's hides the recomputation of the rows."""
+        # The exchange of gradients runs while this rank recomputes the rows that it sends next.
         gradients_work = super().backward(gradients)
         routed = self._attend.recompute()
         rows_work = self._dispatch.send_again(routed)
         experts = self._experts
 
-        def finish(made: ExpertGradients) -> ExpertGradients:
+        def finish(expert_gradients: ExpertGradients) -> ExpertGradients:
             experts.receive(routed, rows_work.wait())
-            return made
+            return expert_gradients
 
         return MappedWork(gradients_work, finish)
 

@@ -47,6 +47,7 @@ class Routing:
             return self._balance_of_slice(documents, context)
         if documents is not None:
             return self._balance_of_documents(documents, context)
+        # f_i: how often the top k of a sequence contain an expert, times E / (K T): [B, E].
         scores_BTE = self.scores_BTE
         num_experts_per_token = self.ids_TK.shape[1]
         num_experts = scores_BTE.shape[2]
@@ -56,6 +57,7 @@ class Routing:
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
         )
         frequency_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens))
+        # P_i: mean normalized score of an expert in a sequence. Only it has a gradient.
         share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1) * (scores_BTE.shape[1] / tokens)
         return (frequency_BE * share_BE).sum()
 
@@ -65,6 +67,7 @@ class Routing:
         # Padding counts as one further document until its factor is set to 0.
         parts = context.parts(self.scores_BTE.shape[1])
         numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
+        # Choices by document and expert: [documents, E].
         counts = self._count_choices(numbers_N, documents.num_real + 1)
         lengths = documents.lengths[:-1, None].to(counts.dtype)
         # f / T of the token's document, without gradient; 0 for padding.
@@ -77,6 +80,7 @@ class Routing:
         num_experts, num_chosen = self._sizes
         parts = context.parts(self.scores_BTE.shape[1])
         if documents is None:
+            # Without documents, each sequence of the micro-batch counts as one.
             batch, tokens = self.scores_BTE.shape[:2]
             numbers_N = torch.arange(batch, device=scores_NE.device).repeat_interleave(tokens)
             lengths = scores_NE.new_full((batch,), parts.num_tokens)
@@ -85,6 +89,7 @@ class Routing:
             # The last one is all padding, which has no part in the loss.
             lengths = torch.cat((documents.lengths[:-1].to(scores_NE), scores_NE.new_full((1,), torch.inf)))
         counts = self._count_choices(numbers_N, len(lengths))
+        # One factor 1 / T is f's, the other P's.
         slopes = (num_experts / num_chosen) / lengths**2
         return context.balance(scores_NE / scores_NE.sum(-1, keepdim=True), numbers_N, counts, slopes)
 
@@ -96,6 +101,7 @@ class Routing:
         """Counts how often the tokens of each sequence choose each expert, given each token's sequence."""
         scores_NE = self.scores_BTE.detach().flatten(0, 1)
         num_experts, num_chosen = self._sizes
+        # One flat table of (sequence, expert), so that a single scatter counts everything without a host sync.
         places_NK = numbers_N[:, None] * num_experts + scores_NE.topk(num_chosen, -1, sorted=False).indices
         counts = scores_NE.new_zeros(num_sequences * num_experts)
         counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
@@ -138,6 +144,7 @@ class Router(nn.Module):
         Raises:
             RouteError: forced ids are neither K different experts nor K times -1 for each token.
         """
+        # Choices are made outside the graph; only the weights of chosen experts have a gradient.
         scores_BTE = logits_BTE.sigmoid()
         scores_TE = scores_BTE.detach().flatten(0, 1)
         ids_TK = self._choose(scores_TE) if forced_ids_TK is None else self._force(scores_TE, forced_ids_TK)
@@ -152,10 +159,12 @@ class Router(nn.Module):
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
         """Raises the bias of experts below the mean load and lowers that of others, by `rate` (V3: 1e-3)."""
+        # Only the sign of the deviation counts (arXiv:2408.15664, algorithm 1).
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
     def _weigh(self, scores_BTE: Tensor, ids_TK: Tensor) -> Routing:
+        # Weights come from scores without bias, normalized over the K chosen experts.
         chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
         weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         return Routing(ids_TK, weights_TK, scores_BTE)
@@ -167,6 +176,7 @@ class Router(nn.Module):
         if ids_TK.shape != shape or ids_TK.dtype != torch.int64:
             description = f"{ids_TK.dtype} {list(ids_TK.shape)}"
             raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {description}")
+        # Sorted ids show both faults at once: the ends are outside, or neighbors are equal.
         is_free_T = (ids_TK == FREE_CHOICE).all(-1)
         ordered_TK = ids_TK.sort(-1).values
         is_outside_T = (ordered_TK[:, 0] < 0) | (ordered_TK[:, -1] >= config.num_routed_experts)
@@ -183,6 +193,7 @@ class Router(nn.Module):
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         config = self._config
+        # Limited groups first (node limit of the paper), then the top k of what is left.
         biased_TE = scores_TE + self.e_score_correction_bias
         if config.num_limited_groups < config.num_expert_groups:
             kept_TE = limit_groups(

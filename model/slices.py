@@ -74,14 +74,17 @@ class SliceContext:
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
         """Returns the gradient of this slice's rows, and adds to those of earlier slices."""
         gradients = self._layer.gradients
+        # Later slices have run their backward already and left their part of this slice's gradient.
         own_part = contribute(self.index, rows)
         later = gradients.pop(self.index, None)
         total = own_part if later is None else (later + own_part).to(own_part.dtype)
+        # This slice attended to all earlier ones, so each of them gets a part: [B, T, C].
         for index in range(self.index):
             part = contribute(index, kept[index])
             if index in gradients:
                 gradients[index] += part
             else:
+                # Sums of many slices in 16 bits would lose small parts.
                 gradients[index] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
         del self._layer.rows[self.index]
         return CompletedWork(total)

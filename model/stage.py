@@ -89,10 +89,12 @@ def block_phases(
             if again is None
             else RecomputedPhase(parts.mix, parts.add_mlp, parts.add_mlp_again, again)
         ]
+    # Dispatch plans the exchange; combine and both backwards use the same plan.
     exchange = Exchange(dispatcher, label, block.wire())
     dispatch = DispatchPhase(exchange)
     if again is None:
         return [ComputePhase(parts.attend, store), dispatch, ComputePhase(parts.experts, store), CombinePhase(exchange)]
+    # With recomputation, the backward of combine sends the rows to their experts again.
     attend = RecomputedAttend(parts.mix, parts.route, parts.route_again, block.moe.gate.id_dtype, again)
     experts = RecomputedExperts(parts.experts, parts.experts_again, again)
     return [attend, dispatch, experts, RecomputedCombine(exchange, attend, dispatch, experts)]
@@ -267,6 +269,7 @@ class Stage:
         self._first = first
         self._last = last
         depth = model.config.mtp_depth if last else 0
+        # Order of phases: embedding, the blocks' phases, then head and MTP modules.
         lanes: list[Lane] = ["compute"] if first else []
         for layer in layers:
             lanes += block_lanes(is_dense=model.block(layer).moe is None)
@@ -278,6 +281,7 @@ class Stage:
         """Yields the parameters that the stage reads, some of them twice. Others may read the embedding too."""
         model = self._model
         depth = self._model.config.mtp_depth
+        # The layers first, then what only the ends of the pipeline read.
         modules: list[nn.Module | None] = [model.block(layer) for layer in self._layers]
         if self._last:
             modules += [model.model.norm, model.output_head, *(model.mtp_block(index + 1) for index in range(depth))]
@@ -312,6 +316,7 @@ class Stage:
         model = self._model
 
         def add_block(block: Block, layer: int) -> None:
+            # The label names the exchange in logs, and the layer for recorded routes.
             label = Label(layer, place.direction, place.micro_batch)
             slices = place.sequences
             context = model.context if slices is None else slices.context(layer, place.index)
@@ -329,6 +334,7 @@ class Stage:
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
                 compute = partial(self._head, depth, batch, objective, place=(place.direction, place.micro_batch))
+                # With slices, heads of all slices run before the first backward, so their gradients are not kept.
                 if store is None or place.sequences is None:
                     phases.append(ComputePhase(compute(sums), store))
                 else:

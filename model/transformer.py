@@ -184,12 +184,14 @@ class Transformer(nn.Module):
         Returns:
             The depth's part of the step's loss, and the input of the next depth's block, BTD, None after the last.
         """
+        # The only norm that the head sees. MTP modules have their own, and share the matrix.
         normal = self.final_norm(depth)(hidden_BTD)
         head = OutputHead(depth, self.head_weight)
         task_loss = objective.loss(normal, head, batch, sink)
         sums.add_task(task_loss, head, place)
         if depth == self.config.mtp_depth:
             return task_loss.loss, None
+        # The next depth predicts one token further, so it also gets the embedding of that token.
         state = normal if self.config.mtp_hidden == "post_norm" else hidden_BTD
         embedded = self.embed(batch.inputs_BT[depth + 1], sink)
         return task_loss.loss, self.mtp_block(depth + 1).merge(embedded, state, sink)
@@ -199,6 +201,7 @@ class Transformer(nn.Module):
         hidden = self.embed(batch.inputs_BT[0], None)
         total = torch.zeros((), dtype=torch.float64)
         for depth in range(self.config.mtp_depth + 1):
+            # The trunk for depth 0, then the layer of one MTP module for each further depth.
             for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents, self.context)
                 if routing is not None:
@@ -244,7 +247,9 @@ def initialize_weights(model: Transformer, seed: int) -> None:
         elif name.endswith(BIAS) or name == SCORE:
             weight.zero_()
         else:
+            # Each weight has its own generator, so any split into ranks draws the same numbers.
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            # Drawn in float32 and then rounded, so that all types of weights start alike.
             draw = torch.empty(weight.shape, dtype=torch.float32)
             weight.copy_(draw.normal_(0.0, model.config.initializer_range, generator=generator))

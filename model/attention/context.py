@@ -44,6 +44,7 @@ class _Saved:
         return (*self.weights, *self.ends, *self.log_sums, *others)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "_Saved":
+        # Same order as `tensors`: autograd stores one flat tuple.
         left = iter(tensors)
         weights = LatentWeights(*(next(left) for _ in self.weights))
         ends = tuple(next(left) for _ in self.ends)
@@ -66,7 +67,9 @@ class _MixInContext(torch.autograd.Function):
         linears: Linears,
         *latent_weights: Tensor | None,
     ) -> Tensor:
-        weights, context = LatentWeights(*latent_weights), options.context  # type: ignore[arg-type]
+        weights = LatentWeights(*latent_weights)  # type: ignore[arg-type]
+        context = options.context
+        # Norms and up-projections of this rank's compressed values, in the chosen precision.
         ends = linears.compress_latents(compressed, weights, options)
         blocks = _Blocks(compressed, options)
         layout = blocks.layout
@@ -79,10 +82,13 @@ class _MixInContext(torch.autograd.Function):
                 query = layout.new_query()
                 layout.fill_query(ends, blocks.rotation(context.index), query)
                 merged = MergedAttention(query, layout.value_width)
+            # Keys and values of one rank at a time, so memory does not grow with the group.
             key, value = keys_and_values.of(index)
             keys = linears.restore_keys(rows, weights, options)
             layout.fill_key_and_value(keys, blocks.rotation(index), key, value)
+            # Softmax over parts of the keys: the merge keeps a running maximum and sum for each query.
             merged.add(blocks.tiles(index), (query, key, value), blocks.kernel, options.shape.scale)
+            # A slice's earlier rows are kept here. Ranks that share a sequence exchange them again in the backward.
             if options.records and context.keeps_rows and index != context.index:
                 others[index] = rows
         assert merged is not None
@@ -91,6 +97,7 @@ class _MixInContext(torch.autograd.Function):
         # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), layout.rows(mixed_BHTW))
         if options.records:
+            # The query is kept unless the backward can compute the same bits again.
             log_sums = (log_sums_BTH,) if ends.frees_heads else (log_sums_BTH, query)
             saved = _Saved(weights, ends.saved(mixed_BHTW), log_sums, others)
             ctx.save_for_backward(*saved.tensors())
@@ -115,10 +122,12 @@ class _MixInContext(torch.autograd.Function):
         ends = linears.restore_latents(saved.ends, saved.weights, options)
         # The output projection: the gradient of what the heads mixed, NV, and of its weight.
         grad_NV, grad_out = ends.add_backward(grad_BTD.flatten(0, 1))
+        # Every part of X is written below, so the memory need not be zero.
         grad_BTX = grad_BTD.new_empty(ctx.shape)
         blocks = _Blocks(grad_BTX, options)
         backward = blocks.backward(ends, saved.log_sums, grad_NV)
         latents = _LatentBackward(blocks, backward, linears, saved.weights, options)
+        # Each rank adds its part of the gradient of every rank's rows: BTC.
         work = options.context.collect(ends.saved_keys(), saved.others, latents.contribute)
         # Gradients of rows travel while those of queries pass their projection.
         out_BTR, _, _ = options.split(grad_BTX)
@@ -140,6 +149,7 @@ class _Blocks:
         self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
         batch, tokens = like_BTX.shape[:2]
         self.parts = options.context.parts(tokens)
+        # A token sees its own document only, up to its own position.
         starts = None if options.documents is None else options.documents.first_tokens
         self._cut = SegmentCut(num_sequences=batch, edges=self.parts.edges, starts=starts)
 
@@ -155,11 +165,13 @@ class _Blocks:
         """Starts a backward of the heads; `kept` is `_Saved.log_sums`."""
         layout = self.layout
         log_sums_BTH = kept[0]
+        # A query that the forward did not keep is computed again: BTHQ.
         if len(kept) == 2:
             query = kept[1]
         else:
             query = layout.new_query()
             layout.fill_query(ends, self.rotation(self._options.context.index), query)
+        # The kernel's backward reads the output in its padded layout.
         mixed_BTHW = layout.new_value()
         layout.fill_mixed(ends.mixed(), mixed_BTHW.transpose(1, 2))
         return MergedBackward(
@@ -196,6 +208,7 @@ class _UpGradient:
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
         part = gradient()
+        # Sum over ranks in at least float32, or 16 bits would lose the small parts.
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         self.total = part if self.total is None else self.total.add_(part)
 
@@ -224,9 +237,12 @@ class _LatentBackward:
         rotation = self._blocks.rotation(index)
         key, value = self._keys_and_values.of(index)
         keys = self._linears.restore_keys(rows, self._weights, replace(self._options, sink=self._up))
+        # Keys and values of this rank's tokens again: [B, T, H, ...].
         layout.fill_key_and_value(keys, rotation, key, value)
+        # Adds to the query's gradient, and returns those of these keys and values.
         grad_key, grad_value = self._backward.add(self._blocks.tiles(index), key, value)
         shape = self._options.shape
+        # Back through the up-projection into the latent (L), and through the rotation into the shared key.
         grad_BTC = key.new_empty(*key.shape[:2], shape.latent + shape.rope)
         grad_TE = layout.key_gradient(grad_key, grad_value, rotation, grad_BTC[..., shape.latent :])
         gradients = keys.keys_and_values_backward(grad_TE, grad_BTC[..., : shape.latent])

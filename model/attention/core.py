@@ -39,6 +39,7 @@ def recomputes_result(node: Node | None) -> bool:
 
 def recompute_result(node: Any, x_BTD: Tensor) -> Tensor:
     """Computes the result of `mix` again before its backward, from x and what its node keeps."""
+    # Saved tensors: weights first, then what the precision keeps.
     num_weights = len(LatentWeights._fields)
     with torch.no_grad():
         saved = node.saved_tensors
@@ -68,6 +69,7 @@ class _MixHeads(torch.autograd.Function):
         linears: Linears,
         *latent_weights: Tensor | None,
     ) -> Tensor:
+        # Norms and up-projections of the compressed values, in the chosen precision.
         weights = LatentWeights(*latent_weights)  # type: ignore[arg-type]
         ends = linears.compress_latents(compressed, weights, options)
         kernel = _Kernel(compressed, options)
@@ -85,6 +87,7 @@ class _MixHeads(torch.autograd.Function):
         head_bytes = [_free(tensor) for tensor in heads] if is_freed else []
         # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), kernel.layout.rows(mixed_BHTW.detach()))
+        # Latents are saved instead of heads, which are many times larger.
         if options.records:
             ctx.options = options
             ctx.linears = linears
@@ -94,6 +97,7 @@ class _MixHeads(torch.autograd.Function):
             saved = ends.saved(mixed_BHTW.detach())
             ctx.num_ends = len(saved)
             ctx.save_for_backward(*latent_weights, *saved)
+            # The output is freed too if the precision can restore it from what it saves.
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
             ctx.inner_tensors = (*heads, mixed_BHTW)
@@ -106,6 +110,7 @@ class _MixHeads(torch.autograd.Function):
             raise RuntimeError(
                 "attention: a second backward of one forward; queries, keys and values are already freed"
             )
+        # The latents again, from saved tensors.
         heads: _HeadGraph = ctx.heads
         options: LatentOptions = ctx.options
         saved = ctx.saved_tensors
@@ -129,6 +134,7 @@ class _MixHeads(torch.autograd.Function):
 
 
 def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
+    # Same tensor objects as in the kernel's graph, with new memory: the graph notices nothing.
     if heads.input_bytes:
         for tensor, size in zip(heads.inputs, heads.input_bytes, strict=True):
             _allocate_again(tensor, size)
@@ -168,6 +174,7 @@ class _Kernel:
         """Reads sizes from the options, and shape, type and device from compressed values or their like."""
         self._options = options
         shape = options.shape
+        # The kernel depends on these, and on the kernel whether values are padded to the width of keys.
         is_packed = options.documents is not None
         kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, is_packed=is_packed)
         self._attend = kernel.attend
@@ -186,6 +193,7 @@ class _Kernel:
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Kernels take BHTQ; memory is BTHQ, so that the projections write and read rows without a copy.
         query = query.transpose(1, 2)
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
@@ -224,6 +232,7 @@ class HeadLayout:
 
     def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
         """Computes queries into the given memory."""
+        # A head is its part without position, then the rotated part.
         shape = self._shape
         cos, sin = rotation
         size = shape.nope + shape.rope

@@ -64,6 +64,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
     In float32 each operation is rounded as in the released code, with which weights were trained: thousands of
     positions multiply an error in the last bit.
     """
+    # Radians per position of pair k, without scaling: theta^(-2k/R).
     size = config.qk_rope_head_dim
     powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
     match config.rope_scaling:
@@ -75,6 +76,8 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
                 wavelengths = yarn.original_max_position_tokens / (rotations * 2 * math.pi)
                 return size * math.log(wavelengths) / (2 * math.log(config.rope_theta))
 
+            # Fast pairs (below low) keep their frequency, slow ones (above high) are divided by the factor, with a ramp
+            # between.
             low = max(math.floor(pair_with(yarn.beta_fast)), 0)
             high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
             pairs = torch.arange(size // 2, dtype=dtype)
@@ -101,8 +104,10 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
+    # [T, R / 2]: position times radians per position.
     angles = torch.arange(num_positions, dtype=dtype)[:, None] * inverse_frequencies(config, dtype)
     temperature, of_scores = _temperatures(config)
+    # `softmax_scale` contains the temperature of scores, so it is divided out here.
     factor = temperature / of_scores
     return angles.cos() * factor, angles.sin() * factor
 
@@ -112,6 +117,7 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
     # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
+    # A rotation of a pair is a product of complex numbers: [..., R / 2].
     pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
@@ -159,6 +165,7 @@ class KvCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, max_sequences, capacity, values_per_token)
+        # Zeros, because masked positions are still multiplied by weights of 0, and 0 x NaN is NaN.
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._lengths: list[int] = []
 
@@ -186,6 +193,7 @@ class KvCache:
     def remove(self, row: int) -> None:
         """Frees a row; the last row moves to its place."""
         last = len(self._lengths) - 1
+        # Held rows stay consecutive, so a step reads them as one view without gathering.
         if row != last:
             self._values[:, row, : self._lengths[last]] = self._values[:, last, : self._lengths[last]]
             self._lengths[row] = self._lengths[last]
@@ -217,6 +225,7 @@ class KvCache:
 
     def write_step(self, layer: int, first_row: int, positions_BS: Tensor, values_BSC: Tensor) -> None:
         """Writes the new tokens of consecutive rows, each at its position."""
+        # Each sequence has its own position, so this is a scatter: [B, S] indices.
         rows_B1 = first_row + torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
         self._values[layer].index_put_((rows_B1, positions_BS), values_BSC)
 
@@ -237,6 +246,7 @@ class PromptView:
 
     def write(self, values_NC: Tensor) -> None:
         """Writes the cached values of each token."""
+        # Prompts have different lengths; their tokens follow each other in N.
         for row, values_TC in zip(self.rows, values_NC.split(list(self.counts)), strict=True):
             self.cache.write_row(self.layer, row, 0, values_TC)
 

@@ -54,6 +54,7 @@ class LatentAttention(Attention):
         self._config = config
         heads = config.num_heads
         hidden = config.hidden_size
+        # Queries come directly from the hidden state, or through a latent (arXiv:2412.19437, equation 6).
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Projection(hidden, query_size, dtype)
@@ -61,6 +62,7 @@ class LatentAttention(Attention):
             self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
             self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
             self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
+        # One matrix gives the latent of keys and values and the shared key.
         latent = config.kv_lora_rank
         self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
         self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
@@ -103,6 +105,7 @@ class LatentAttention(Attention):
     def _compress(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> tuple[Tensor, LatentWeights]:
         """Returns compressed queries (or whole ones), latents and shared key, [..., X], and other weights."""
         has_latent = self._config.q_lora_rank is not None
+        # One product of the norm with both matrices side by side: [..., R + C].
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
         compressed = self._linears.normed_linear(x, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink)
         return compressed, LatentWeights(
@@ -118,6 +121,7 @@ class LatentAttention(Attention):
         if self._linears.decodes_as_trained:
             return self._decode_as_trained(hidden_ND, norm, view)
         x_ND: Tensor = norm(hidden_ND)
+        # New tokens enter the cache first, because they attend to themselves too.
         values_NC = self.latent_rows(x_ND, view.rotation)
         view.write(values_NC)
         match view:
@@ -147,23 +151,29 @@ class LatentAttention(Attention):
         num_sequences = len(cached_BTC)
         num_heads = self._config.num_heads
         rank = self._config.kv_lora_rank
+        # The up-projection of each head: keys without position, then values.
         up_HKL = self.kv_b_proj.weight.view(num_heads, -1, rank)
         key_up_HKL, value_up_HVL = up_HKL.split([self._config.qk_nope_head_dim, self._config.v_head_dim], 1)
         plain_NHK, rope_NHR = self._query(x_ND, rotation)
+        # q^T (W c) = (W^T q)^T c: queries enter the latent space, and no key is expanded. [H, N, C].
         latent_HNL = torch.bmm(plain_NHK.transpose(0, 1), key_up_HKL)
         query_HNC = torch.cat((latent_HNL, rope_NHR.transpose(0, 1)), -1) * self._shape.scale
+        # All heads of a sequence are rows of one product, as they read the same keys: M = H S.
         query_BMC = query_HNC.view(num_heads, num_sequences, -1, query_HNC.shape[-1]).transpose(0, 1).flatten(1, 2)
         scores_BHST = widen(torch.bmm(query_BMC, cached_BTC.transpose(1, 2))).unflatten(1, (num_heads, -1))
         if future_BST is not None:
             scores_BHST = scores_BHST.masked_fill(future_BST[:, None], -torch.inf)
+        # Mix latents instead of values: [B, H, S, L].
         weights_BMT = scores_BHST.softmax(-1).to(x_ND.dtype).flatten(1, 2)
         mixed_BHSL = torch.bmm(weights_BMT, cached_BTC[..., :rank]).unflatten(1, (num_heads, -1))
         mixed_HNL = mixed_BHSL.transpose(0, 1).flatten(1, 2)
+        # Values are expanded after the mixing: one vector per head and new token.
         out_HNV = torch.bmm(mixed_HNL, value_up_HVL.transpose(1, 2))
         return functional.linear(out_HNV.transpose(0, 1).flatten(1), self.o_proj.weight)
 
     def attend_expanded(self, x_ND: Tensor, rotation: Rotation, cached_NC: Tensor, counts: Sequence[int]) -> Tensor:
         """Computes causal attention within each of several consecutive prompts of `counts` tokens, ND."""
+        # Prompts are split, because none may see another: lists of [T, H, Q].
         query_NHQ = torch.cat(self._query(x_ND, rotation), -1)
         tensors = (query_NHQ, *self._expand(cached_NC))
         prompts = zip(*(tensor.split(list(counts)) for tensor in tensors), strict=True)
@@ -172,6 +182,7 @@ class LatentAttention(Attention):
 
     def _attend_cached(self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor) -> Tensor:
         """Computes `attend_absorbed` from expanded keys and values, for many new tokens, ND."""
+        # Sequence by sequence, so that the keys of only one are expanded at a time.
         query_BSHQ = torch.cat(self._query(x_ND, rotation), -1).unflatten(0, (len(cached_BTC), -1))
         sequences = zip(query_BSHQ, cached_BTC, future_BST, strict=True)
         mixed = [self._mix_heads(query, *self._expand(cached), future) for query, cached, future in sequences]
@@ -180,6 +191,7 @@ class LatentAttention(Attention):
     def _mix_heads(self, query_SHQ: Tensor, key_THQ: Tensor, value_THV: Tensor, future_ST: Tensor | None) -> Tensor:
         """Mixes the values of one sequence, [S, H V]; causal if nothing is masked."""
         query_1HSQ, key_1HTQ, value_1HTV = (x.transpose(0, 1)[None] for x in (query_SHQ, key_THQ, value_THV))
+        # The kernel's mask says what is visible.
         mask_ST = None if future_ST is None else ~future_ST
         mixed_1HSV = functional.scaled_dot_product_attention(
             query_1HSQ, key_1HTQ, value_1HTV, mask_ST, is_causal=mask_ST is None, scale=self._shape.scale
@@ -187,6 +199,7 @@ class LatentAttention(Attention):
         return mixed_1HSV[0, ..., : self._shape.value].transpose(0, 1).flatten(1)
 
     def _expand(self, cached_NC: Tensor) -> tuple[Tensor, Tensor]:
+        # The cached latent is already normalized, and the shared key already rotated.
         latent_NL, shared_NR = cached_NC.split([self._config.kv_lora_rank, self._config.qk_rope_head_dim], -1)
         up_NE = functional.linear(latent_NL, self.kv_b_proj.weight)
         return _to_heads(up_NE, shared_NR, self._shape.num_heads, self._shape.value)
@@ -197,8 +210,10 @@ class LatentAttention(Attention):
         if config.q_lora_rank is None:
             query = functional.linear(x_ND, self.q_proj.weight)
         else:
+            # Down, norm, up: [N, H Q].
             low = self.q_a_layernorm(functional.linear(x_ND, self.q_a_proj.weight))
             query = functional.linear(low, self.q_b_proj.weight)
+        # Only the last part of each head has a position.
         query_NHQ = query.unflatten(-1, (config.num_heads, config.qk_head_dim))
         plain_NHK, rope_NHR = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return plain_NHK, rotation.turn(rope_NHR)
@@ -206,6 +221,7 @@ class LatentAttention(Attention):
     def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
         """Decodes with the products of training, which start from latents before their norm."""
         compressed_NX, weights = self._compress(hidden_ND, norm, None)
+        # The cache holds latents before their norm here, since the products of training start there.
         rows_NC = compressed_NX[:, -values_per_token(self._config) :].clone()
         rotated_NR = rows_NC[:, self._config.kv_lora_rank :]
         rotated_NR.copy_(view.rotation.turn(rotated_NR[:, None])[:, 0])
@@ -216,6 +232,7 @@ class LatentAttention(Attention):
             return self._add_over_cache(hidden_ND, compressed_NX, view, weights, options)
         prompts: list[Tensor] = []
         tensors = (hidden_ND, compressed_NX, *rotation)
+        # Each prompt is one sequence, padded as in training: [1, T, ...].
         for parts in zip(*(tensor.split(list(view.counts)) for tensor in tensors), strict=True):
             hidden_TD, compressed_TX, *turns = map(_pad_tokens, parts)
             prompt_options = replace(options, rotation=(turns[0], turns[1]))
@@ -240,11 +257,14 @@ class LatentAttention(Attention):
         future_BST = view.future_BST
         shape = self._shape
         num_sequences, num_positions = cached_BTC.shape[:2]
+        # One new token sees all positions; only padding is hidden then.
         if future_BST is None:
             future_BST = cached_BTC.new_zeros(num_sequences, 1, num_positions, dtype=torch.bool)
+        # Padded keys are masked: [B, 1, S, T].
         cached_BTC = _pad_tokens(cached_BTC)
         mask_B1ST = ~functional.pad(future_BST, (0, cached_BTC.shape[1] - num_positions), value=True)[:, None]
         heads = (num_sequences, -1, shape.num_heads)
+        # Queries of the new tokens, rotated in place: [N, H, Q].
         new = self._linears.compress_latents(compressed_NX[None], weights, options)
         query_NHQ = compressed_NX.new_empty(len(compressed_NX), shape.num_heads, shape.nope + shape.rope)
         new.queries(query_NHQ.flatten(1))
@@ -264,6 +284,7 @@ class LatentAttention(Attention):
         """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         num_positions = context.parts(x_BTD.shape[1]).num_tokens
+        # One table at a time, because the micro-batches of a run have one length.
         key = (num_positions, x_BTD.device, dtype)
         if key not in self._tables:
             cos, sin = rotation_table(self._config, num_positions, dtype)
@@ -278,6 +299,7 @@ def _pad_tokens(values: Tensor) -> Tensor:
 
 def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> tuple[Tensor, Tensor]:
     """Returns keys, NHQ, and padded values from the up-projections and the rotated shared key."""
+    # Each head: key without position, then value.
     up_NHK = up_NE.unflatten(-1, (num_heads, -1))
     key_NHK = up_NHK[..., :-value]
     value_NHV = up_NHK[..., -value:]

@@ -63,6 +63,7 @@ class Distillation:
         divergences: list[Tensor] = []
 
         def score(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, records: bool) -> RowScores:  # noqa: FBT001
+            # The kernel sees only rows with a target: [R].
             weights_R = weights_N if weights_N is None or rows is None else weights_N[rows]
             distilled = linear_distillation(
                 *(rows_RD, weight_VD, targets_R, teacher, self.form),
@@ -71,6 +72,7 @@ class Distillation:
                 wants_gradients=records,
             )
             weighted_R = distilled.divergences_N if weights_R is None else weights_R * distilled.divergences_N
+            # Read by `value`, which is called after the scores.
             divergences.append(weighted_R.sum())
             return distilled.scores
 
@@ -89,6 +91,7 @@ class Distillation:
 
     def _teacher(self, batch: MicroBatch, rows: Tensor | None) -> Teacher:
         def of_rows(name: str) -> Tensor:
+            # The teacher's values of the same rows.
             flat = batch.extras[name].flatten(0, 1)
             return flat if rows is None else flat[rows]
 

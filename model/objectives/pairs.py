@@ -60,6 +60,7 @@ class PairIndex:
         """
         length = pair_BT.shape[1]
         slots_BT = pair_BT.long() + length
+        # A pair counts only if this sequence holds tokens of both answers.
         counts = _split(_table(slots_BT, torch.ones_like(slots_BT, dtype=torch.float64)))
         return cls(slots_BT, (counts.chosen_BK > 0) & (counts.rejected_BK > 0))
 
@@ -69,6 +70,7 @@ class PairIndex:
 
     def spread(self, values: AnswerValues) -> Tensor:
         """Returns each token's value of its answer, BT; 0 outside answers."""
+        # The columns of the table again: rejected answers reversed, no answer, chosen answers.
         none_B1 = torch.zeros_like(values.chosen_BK[:, :1])
         table = torch.cat([values.rejected_BK.flip(1), none_B1, values.chosen_BK], 1)
         return table.gather(1, self.slots_BT)
@@ -141,26 +143,27 @@ class Preference:
         pairs = PairIndex.of(batch.extras[PAIR])
         reference_BT = batch.extras[REFERENCE]
         # A slope depends on the log-probabilities of all tokens of both answers. So the head is computed twice.
-        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT, rows)
-        compared = self.compare(pairs, found_BT, reference_BT)
+        log_probs_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT, rows)
+        compared = self.compare(pairs, log_probs_BT, reference_BT)
         if not torch.is_grad_enabled():
-            return TaskLoss(self.factor * compared.loss, compared.sums, found_BT)
+            return TaskLoss(self.factor * compared.loss, compared.sums, log_probs_BT)
         loss, _ = score_tokens(
             hidden_BTD,
             head.weight_VD,
             targets_BT,
             sink,
             value=lambda log_probs_N: compared.loss.to(log_probs_N.dtype),
-            slopes=compared.slopes_BT.flatten().to(found_BT.dtype),
+            slopes=compared.slopes_BT.flatten().to(log_probs_BT.dtype),
             rows=rows,
         )
-        return TaskLoss(self.factor * loss, compared.sums, found_BT)
+        return TaskLoss(self.factor * loss, compared.sums, log_probs_BT)
 
     def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> PairLoss:
         """Computes the summed loss of pairs, its slopes, and reported sums, in float64."""
         is_pair_BK = pairs.is_pair_BK
         beta = self.beta
         smoothing = self.smoothing
+        # Sums over the tokens of each answer: [B, K], float64.
         log_probs = pairs.sums(log_probs_BT)
         ratios = pairs.sums(log_probs_BT.double() - reference_BT.double())
         lengths_BK = pairs.sums(torch.ones_like(log_probs_BT)).chosen_BK.clamp_min(1)
@@ -216,6 +219,7 @@ class _RankScores(torch.autograd.Function):
     def forward(
         ctx: Any, normal_BTD: Tensor, weight_1D: Tensor, rank: RankFunction, sink: WeightSink | None
     ) -> tuple[Tensor, Tensor]:
+        # Only last tokens of answers count, but reading all rows needs no host sync.
         scores_BT = score_states(normal_BTD, weight_1D)
         ranked = rank(scores_BT)
         ctx.save_for_backward(normal_BTD, weight_1D, ranked.slopes_BT)
@@ -292,6 +296,7 @@ def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, ce
     """Computes the summed loss of pairs and its derivative in every score; only last tokens' are read."""
     scores = pairs.sums(scores_BT)
     is_pair_BK = pairs.is_pair_BK
+    # Difference and sum of the scores of a pair: ranking and centring.
     apart_BK = scores.chosen_BK - scores.rejected_BK
     together_BK = scores.chosen_BK + scores.rejected_BK
     won_BK = apart_BK if margin_BK is None else apart_BK - margin_BK

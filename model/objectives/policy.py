@@ -49,6 +49,7 @@ def score_sampled(
         wants_head=records and head_VD.requires_grad,
         kept_ids_NK=kept_ids_RK,
     )
+    # Rows were divided before the logits, so their gradient is divided too.
     if scores.rows_ND is not None and temperature != 1:
         scores.rows_ND.div_(temperature)
     return scores
@@ -61,6 +62,7 @@ class AnswerIndex:
         """Finds the answers of a micro-batch's rows, of which only targets count; None: of all rows."""
         answer_BT = batch.extras[ANSWER].long().masked_fill(batch.targets_BT[0] == IGNORE, 0)
         num_sequences, length = answer_BT.shape
+        # Slots of a flat table, T + 1 for each sequence: slot 0 takes rows outside answers.
         first_B1 = torch.arange(num_sequences, device=answer_BT.device)[:, None] * (length + 1)
         self.slots_R = flat_rows(answer_BT + first_B1, rows_R)
         self._size = num_sequences * (length + 1)
@@ -91,7 +93,7 @@ class TokenLogProbs:
         """Computes the log-probabilities at depth 0. The loss is 0."""
         if head.depth:
             return TaskLoss(hidden_BTD.new_zeros(()), {})
-        found_BT = score_log_probs(
+        log_probs_BT = score_log_probs(
             hidden_BTD,
             head.weight_VD,
             batch.targets_BT[0],
@@ -99,7 +101,7 @@ class TokenLogProbs:
             temperature=self.temperature,
             kept_ids_BTK=batch.extras.get(KEPT),
         )
-        return TaskLoss(found_BT.new_zeros(()), {}, found_BT)
+        return TaskLoss(log_probs_BT.new_zeros(()), {}, log_probs_BT)
 
 
 KL = "kl"
@@ -169,9 +171,11 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     """Computes the loss of tokens, its derivative in each -log p, and reported sums."""
     log_probs_R = log_probs_R.double()
     old_R = log_probs_R if tokens.old_R is None else tokens.old_R
+    # policy / old policy of each token, or one ratio for the whole answer.
     own_ratio_R = bounded_exp(log_probs_R - old_R)
     ratio_R = own_ratio_R if tokens.ratio_R is None else tokens.ratio_R
     surrogate, is_clipped_R = _surrogate(form, tokens, ratio_R, log_probs_R)
+    # The surrogate is maximized, so the loss takes it with a minus, and slopes in -log p get their sign back.
     factor_R = _surrogate_factor(form, tokens, old_R)
     loss_R = -factor_R * surrogate.value_R
     slope_R = factor_R * surrogate.slope_R
@@ -191,8 +195,9 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
         RATIO: (ratio_R - 1).abs(),
         SAMPLER_DIFFERENCE: (old_R - tokens.sampler_R).abs(),
     }
+    # The loss is weighted by the normalizer; reported means count each token once.
     sums = {MAIN: (tokens.weight_R * loss_R).sum()}
-    sums |= {name: (tokens.is_token_R * each_R).sum() for name, each_R in means.items()}
+    sums |= {name: (tokens.is_token_R * mean_R).sum() for name, mean_R in means.items()}
     if tokens.has_surrogate_R is not None:
         sums[OFF_POLICY] = (tokens.is_token_R * (1 - tokens.has_surrogate_R) / tokens.length_R).sum()
     return PolicyTerms(tokens.weight_R * slope_R, sums)
@@ -212,6 +217,7 @@ def _surrogate(
     if form.surrogate == "weighted":
         slope_R = bounded_R * advantage_R
         return _Term(slope_R * log_probs_R, slope_R), ratio_R > largest
+    # PPO's clip: no gain from moving the ratio further in the direction that the advantage favors.
     low = -math.inf if form.clip_low is None else 1 - form.clip_low
     high = math.inf if form.clip_high is None else 1 + form.clip_high
     value_R = torch.minimum(bounded_R * advantage_R, bounded_R.clamp(low, high) * advantage_R)

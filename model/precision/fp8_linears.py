@@ -91,9 +91,11 @@ class _LatentLinears:
             operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, power_of_two=rounds)
             return _Normal(*operand, inverse)
 
+        # Queries without a latent are kept as they are, next to the shared key.
         if weights.query_norm is None:
             saved = _SavedLatents(torch.cat((query, key), -1), normal(latent, weights.latent_norm), None)
         else:
+            # A view would keep all compressed values alive.
             plain = key.clone(memory_format=torch.contiguous_format)
             saved = _SavedLatents(plain, normal(latent, weights.latent_norm), normal(query, weights.query_norm))
         return cls(saved, None, weights, options, maps)
@@ -101,6 +103,7 @@ class _LatentLinears:
     @classmethod
     def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
         plain_BTF, *others = saved
+        # Same order as `saved`: plain values, mixed (codes, scales), latent, query (codes, scales, inverse RMS).
         mixed = PackedE5M6(*others[:2])
         latent = _Normal(*others[2:5])
         query = others[5:]
@@ -136,6 +139,7 @@ class _LatentLinears:
         return self._latents.plain_BTF[..., -self._options.shape.rope :]
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
+        # 12 bits: the backward of attention is sensitive to this tensor (section 3.3.3).
         if self._options.records:
             self._mixed = pack_e5m6(mixed_NV)
         return self._maps.forward(quantize_1x128(mixed_NV, power_of_two=True), (self._weights.out,)).add_(x_ND)
@@ -149,6 +153,7 @@ class _LatentLinears:
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         maps = self._maps
         out = self._weights.out
+        # The restored output is quantized along the other axis, with power-of-two scales as in the forward.
         gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
         return maps.input_gradient(grad_ND, (out,)), deliver_gradient(out, gradient, self._options.sink)
 
@@ -166,6 +171,7 @@ class _LatentLinears:
 
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps
+        # Weight gradient in W from codes; input gradient now, back through the norm.
         grad_up = deliver_gradient(up, maps.weight_gradient(grad, normal.operand), self._options.sink)
         grad_NL = maps.input_gradient(grad, (up,))
         grad_x_NL, grad_norm = rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
@@ -278,6 +284,7 @@ class _NormOptions:
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _NormOptions, *weights_ND: Tensor) -> Tensor:
+        # Norm and quantization in one pass; only codes, scales and inverse RMS are kept.
         x_AD = x.flatten(0, -2)
         maps = options.maps
         operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, power_of_two=maps.power_of_two)
@@ -292,6 +299,7 @@ class _NormedLinear(torch.autograd.Function):
         operand = Quantized(codes, scales)
         grad_AN = grads[0].flatten(0, -2)
         maps = ctx.options.maps
+        # Gradient of the norm's output, then of its input from the codes, for which rounding is the identity.
         grad_AD = maps.input_gradient(grad_AN, weights_ND)
         grad_weights = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
         grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
@@ -321,6 +329,7 @@ class _LinearOfRows(torch.autograd.Function):
         options: _NormOptions = ctx.options
         maps = options.maps
         grad_AN = grads[0].flatten(0, -2)
+        # The rows that were sent are not kept: their norm is computed again.
         normal_AD = recompute_norm(x, norm_weight_D, options.eps)
         gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
         grad_weights = deliver_parts(weights_ND, gradient, options.sink)
@@ -341,6 +350,7 @@ class GatedDown(torch.autograd.Function):
         for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
         """Keeps gate and up in FP8. `for_backward`: only the backward is needed; the result has no numbers."""
+        # The kernel rounds gate and up for the backward, and gated values for the product.
         gated, codes = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
         ctx.save_for_backward(*codes, down_DM)
         ctx.sink = sink
@@ -357,6 +367,7 @@ class GatedDown(torch.autograd.Function):
         (grad,) = grads
         maps = ctx.maps
         grad_AD = grad.flatten(0, -2)
+        # Through the down-projection (AM), then the gate (AH).
         grad_AM = maps.input_gradient(grad_AD, (down_DM,))
         grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
         grad_down = deliver_gradient(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
@@ -454,6 +465,7 @@ class ExpertMlp(torch.autograd.Function):
 
         assert grad_weights_A is not None
         grad_weights = grad_weights_A
+        # Copies of a token return to it: ND and NK.
         if order is not None:
             grad_rows = order.sum_rows(grad_rows)
             grad_weights = order.restore_weights(grad_weights)

@@ -68,16 +68,19 @@ class Fp8Maps:
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Returns the codes of one weight, NK or ENK."""
+        # Blocks of 128 x 128 in one layout and its transpose: [N, K] and [K, N].
         (piece,) = self._pieces((weight,))
         return piece.codes
 
     def forward(self, operand: Quantized, weights_TK: Sequence[Tensor]) -> Tensor:
         """Returns the outputs of several maps of one input, side by side, in the weights' type, AN."""
+        # Usually one piece, so one product.
         outs = [gemm_fp8(operand, piece.codes.forward, weights_TK[0].dtype) for piece in self._pieces(weights_TK)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def input_gradient(self, grad_AN: Tensor, weights_TK: Sequence[Tensor]) -> Tensor:
         """Returns the gradient of that input, in the type of `grad_AN`, AK."""
+        # Several pieces are summed in float32 and rounded once.
         pieces = self._pieces(weights_TK)
         dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
         parts = [gemm_fp8(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
@@ -87,6 +90,7 @@ class Fp8Maps:
         self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
     ) -> Callable[[], Tensor]:
         """Returns a closure for the gradient of all those maps, NK in float32; operands wait in FP8."""
+        # The sum runs over rows here, so scales are along columns: one group of all rows.
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
         grad = quantize_columns(_dense(grad_AN), counts, power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
@@ -96,6 +100,7 @@ class Fp8Maps:
         return lambda: gemm_fp8_columns(grad, requantize_columns(rows, counts, power_of_two=rounds))
 
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
+        # Within `weights_unchanged`, the object identifies the weight's numbers.
         key = tuple(map(id, weights))
         if self._cached is not None and key in self._cached:
             return self._cached[key][1]
@@ -107,6 +112,7 @@ class Fp8Maps:
     def _quantize(self, weights: Sequence[Tensor]) -> list[_Piece]:
         """Returns one piece if every map but the last ends with a block of 128 outputs, else one for each map."""
         quantized = [quantize_128x128(weight.detach(), power_of_two=self.power_of_two) for weight in weights]
+        # A block of scales may not span two maps. If none does, all maps are one product.
         if len(quantized) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
             quantized = [
                 QuantizedBlocks(
@@ -130,6 +136,7 @@ def _dense(grad_AN: Tensor) -> Tensor:
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dtype == torch.float8_e4m3fn:
+        # torch does not concatenate float8.
         return torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     return torch.cat(tuple(parts))
 
@@ -184,6 +191,7 @@ class Fp8Wire:
 
     def unpack(self, received: Tensor, sent: Rows) -> Fp8Rows:
         """Returns the received codes, AB, with a placeholder for their gradient, AD."""
+        # Autograd needs a tensor of the rows' shape; this one has a single number in memory.
         values_AD = placeholder((len(received), sent.values.shape[-1]), sent.values)
         return Fp8Rows(values_AD, received, self._slot)
 

@@ -89,9 +89,11 @@ class _LatentLinears:
         self._keeps_normals = "norm" not in recomputed
         self.frees_heads = "mla_up" in recomputed
         self._mixed_NV = rows_of_heads(kept[0], options.shape.value) if kept else None
+        # Views of compressed queries (R), latents (L) and the shared key.
         self._query, self._latent, self._key = options.split(compressed_BTX)
         eps = options.shape.eps
         normals = list[Tensor | None](kept[1:])
+        # Other ranks' latents arrive before their norm, and all are treated alike.
         if options.context.size > 1:
             normals.insert(0, None)
         self._normal_latent = _normal(self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1])
@@ -102,6 +104,7 @@ class _LatentLinears:
         if self._weights.query_up is None:
             out.copy_(self._query.flatten(0, 1))
         else:
+            # Written directly into the kernel's memory: [N, H Q].
             torch.mm(self._normal_query(), self._weights.query_up.t(), out=out)
 
     def keys_and_values(self) -> Tensor:
@@ -116,6 +119,7 @@ class _LatentLinears:
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
+        # The first is the latents' norm, the second the queries'.
         normals = () if self._options.context.size > 1 else (self._normal_latent(),)
         if self._weights.query_up is None:
             return self._compressed, mixed_BHTW, *normals
@@ -148,7 +152,9 @@ class _LatentLinears:
     def _backward(
         self, grad: Tensor, x_BTL: Tensor, norm: Tensor, up: Tensor, normal: Callable[[], Tensor], out_BTL: Tensor
     ) -> NormAndUpGradients:
+        # The weight gradient waits for W and may compute the norm again there.
         grad_up = deliver_gradient(up, lambda: grad.t() @ normal(), self._options.sink)
+        # Through the up-projection, then through the norm, into the part of BTX.
         x_NL = x_BTL.flatten(0, 1)
         scale_N1 = inverse_rms(x_NL, self._options.shape.eps)
         grad_NL, grad_norm = normalize_backward(grad @ up, x_NL, scale_N1, norm)
@@ -264,9 +270,11 @@ class _GatedDown(torch.autograd.Function):
         hidden_AH = hidden.flatten(0, -2)
         ctx.sink = sink
         ctx.shape = hidden.shape
+        # Only gate and up matter for the backward, so the down-projection is skipped.
         if for_backward and not keeps:
             ctx.save_for_backward(hidden_AH, down_DM)
             return base.new_zeros(()).expand_as(base)
+        # silu(gate) * up, then the residual and the down-projection in one product.
         gated_AM = swiglu(*hidden_AH.chunk(2, 1))
         ctx.save_for_backward(hidden_AH, down_DM, *((gated_AM,) if keeps else ()))
         return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
@@ -281,6 +289,7 @@ class _GatedDown(torch.autograd.Function):
             return grad_AD.t() @ (saved_gated[0] if saved_gated else swiglu(*hidden_AH.chunk(2, 1)))
 
         grad_down = deliver_gradient(down_DM, gradient, ctx.sink)
+        # Gradients of gate and up side by side, [A, 2 M].
         grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
         return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None, None
 
@@ -307,13 +316,16 @@ class _ExpertMlp(torch.autograd.Function):
     ) -> Tensor:
         order = options.order
         width = down_EDM.shape[2]
+        # One weight for each row, in the experts' order.
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
         ctx.options = options
         ctx.weights_dtype = weights.dtype
+        # A backward needs gate and up only; the down-projections are skipped.
         if options.for_backward and order is None and not options.keeps_gated:
             hidden_AH = expert_hidden(rows_ND, gate_up_EHD, options.counts)
             ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM)
             return rows_ND.new_zeros(()).expand_as(rows_ND)
+        # Gate and up, gate, weights, down, expert by expert: AD.
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
         operands = (rows_ND, weights_A, gate_up_EHD, down_EDM)
         out_AD, hidden_AH = expert_mlp(*operands, options.counts, options.tokens_A, gated_AM)
