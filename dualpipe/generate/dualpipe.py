@@ -51,6 +51,7 @@ def mirror(schedule: Schedule) -> Schedule:
     """
     half = schedule.num_ranks
     _check_shape(schedule)
+    # The V's ranks, then their mirror images with directions exchanged.
     turned = [tuple(_unfolded(group, half, 0) for group in groups) for groups in schedule.ranks]
     images = [tuple(_unfolded(group, half, 1) for group in groups) for groups in reversed(schedule.ranks)]
     forwards = tuple(range(2 * half))
@@ -145,6 +146,7 @@ class _OrderWriter:
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
+    # Rank r holds stage r on the way down the V, and stage 2P-1-r on the way up.
     down = rank
     up = 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank

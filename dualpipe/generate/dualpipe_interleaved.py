@@ -49,6 +49,7 @@ def dualpipe_interleaved(
     """
     chunks = len(costs.stages) // num_ranks
     shape = empty(num_ranks, num_micro_batches, chunks, kind)
+    # DualPipe keeps P + 1 activations; one more lets W wait for the next exchange.
     largest = chunks * max(stage.activation for stage in costs.stages)
     cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap
     builds_more = memory_cap is not None or kind != "dualpipe_split"
@@ -101,6 +102,7 @@ def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iter
     count = shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks
     few = shape if is_short else replace(shape, num_micro_batches=count % ranks + _FEW_PERIODS * ranks)
+    # W fill the waits of the lockstep order; patience decides about short ones.
     order = lockstep(few, paired=False)
     filled = (place_weights(order, costs, memory_cap, patience) for patience in _PATIENCE)
     if is_short:
@@ -132,6 +134,7 @@ def _with_whole_backwards(schedule: Schedule) -> Schedule:
     """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
 
     def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        # W of the joined backwards, whose own groups go.
         pairs = {
             op.with_kind(Op.BACKWARD_WEIGHT)
             for group in groups

@@ -133,6 +133,7 @@ class ChunkOrder:
         return [(chunk, micro_batch) for members in self._rounds() for chunk in chunks for micro_batch in members]
 
     def _rounds(self) -> list[range]:
+        # Sizes differ by at most one; the larger rounds are last.
         share, rest = divmod(self.num_micro_batches, self.num_rounds)
         rounds = []
         start = 0
@@ -164,12 +165,14 @@ class InterleavedPipeline:
         self.shape = shape
         self.chunks = shape.num_stages // ranks
         self.cap = memory_cap + _EPSILON
+        # Stages with equal costs are one class, so that situations repeat and their choices can be cached.
         distinct = list(dict.fromkeys(costs.stages))
         self.classes = [[distinct.index(stage) for stage in costs.stages[rank::ranks]] for rank in range(ranks)]
         self.memory = [stage.activation for stage in distinct]
         kinds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
         self.lanes = [[(stage.compute_of(kind), stage.exchange_of(kind)) for kind in kinds] for stage in distinct]
         self.latency = costs.latency if ranks > 1 else 0.0
+        # Units that make policies independent of the scale of the costs.
         compute = sum(stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages)
         exchange = sum(stage.forward_exchange + stage.backward_exchange for stage in costs.stages)
         self.unit = compute / 3 / len(costs.stages) or 1.0
@@ -264,6 +267,7 @@ class GreedyRun:
         weights = self._operations(rank, Op.BACKWARD_WEIGHT, self._order.backwards)
         forward = backward = weight = 0
         for choice in self._chosen[rank]:
+            # Choices hold numbers only; the common order says which micro-batches they are.
             starts = forward, backward, weight
             forward += choice.forwards
             backward += choice.backwards
@@ -279,6 +283,7 @@ class GreedyRun:
         return [Operation(kind, 0, chunk * ranks + rank, micro_batch) for chunk, micro_batch in order]
 
     def _step(self, rank: int, now: float) -> None:
+        # Equal situations have equal choices, best first.
         situation = self._situation(rank, now)
         choices = self._ranked_choices.get(situation)
         if choices is None:
@@ -286,6 +291,7 @@ class GreedyRun:
         if not choices:
             return
         best = choices[0]
+        # An incomplete group may wait for the input that completes it, or for one that is better than W alone.
         if not best.forwards or not best.backwards:
             arrival = self._next_arrival(rank, situation)
             is_idle = not best.forwards and not best.backwards
@@ -293,6 +299,7 @@ class GreedyRun:
             if arrival - now < patience - _EPSILON:
                 heappush(self._events, (arrival, rank))
                 return
+        # The best choice that no rank's transfers would block.
         for choice in choices:
             unblocked = self._transfer(rank, choice)
             if unblocked is not None:
@@ -309,6 +316,7 @@ class GreedyRun:
         position = self._forwards[rank]
         room = self._room[rank]
         forwards: tuple[int, ...] = ()
+        # At most two F, in order, whose inputs have arrived and whose activations fit.
         for index in range(position, min(position + 2, len(arrivals))):
             number = classes[order.forwards[index][0]]
             room -= self._pipeline.memory[number]
@@ -318,10 +326,12 @@ class GreedyRun:
         arrivals = self._backward_at[rank]
         started = self._backwards[rank]
         backwards: tuple[int, ...] = ()
+        # At most two I whose gradients have arrived.
         for index in range(started, min(started + 2, len(arrivals))):
             if arrivals[index] > limit:
                 break
             backwards += (classes[order.backwards[index][0]],)
+        # The oldest W whose I have run.
         oldest = self._weights[rank]
         weights = tuple(classes[chunk] for chunk, _ in order.backwards[oldest : min(oldest + 2, started)])
         ahead = self._most_ahead[rank] - (position - started)
@@ -352,6 +362,7 @@ class GreedyRun:
             return set()
         forwards = (choice.forwards, choice.forwards)
         backwards = (choice.backwards, choice.backwards)
+        # At the ends, F of the first chunk receive nothing and F of the last chunk send nothing; I the other way round.
         if rank in (0, last):
             order = self._order
             position = self._forwards[rank]
@@ -365,6 +376,7 @@ class GreedyRun:
         return self._rendezvous.append(rank, forwards, backwards)
 
     def _ranked(self, situation: _Situation) -> list[_Choice]:
+        # All numbers of F, I and W that are possible, at most three in a group.
         members = (situation.forwards, situation.backwards, situation.weights)
         numbers = product(*(range(len(kind) + 1) for kind in members))
         measured = [self._measured(situation, counts) for counts in numbers if 0 < sum(counts) <= _MOST_MEMBERS]
@@ -389,6 +401,7 @@ class GreedyRun:
         ]
         time = overlapped_time(lanes)
         alone = sum(map(sum, lanes))
+        # A group that hides nothing only delays its first output.
         if is_useful and len(lanes) > 1 and time >= alone - _EPSILON:
             return None
         if is_useful and situation.is_lead and situation.backwards:
@@ -413,6 +426,7 @@ class GreedyRun:
         order = self._order
         classes = self._pipeline.classes[rank]
         memory = self._pipeline.memory
+        # F allocate memory and send to the next stage; I send back; W free memory.
         for position in range(self._forwards[rank], self._forwards[rank] + choice.forwards):
             self._room[rank] -= memory[classes[order.forwards[position][0]]]
             self._send_forward(rank, position, end)
@@ -432,6 +446,7 @@ class GreedyRun:
     def _send_forward(self, rank: int, position: int, end: float) -> None:
         last = len(self._free) - 1
         arrival = end + self._pipeline.latency
+        # The next stage is on the next rank, or on the first one in the next chunk, or the gradient begins here.
         if rank < last:
             self._forward_at[rank + 1][position] = arrival
             heappush(self._events, (arrival, rank + 1))
@@ -444,6 +459,7 @@ class GreedyRun:
     def _send_backward(self, rank: int, position: int, end: float) -> None:
         last = len(self._free) - 1
         arrival = end + self._pipeline.latency
+        # The same in reverse; the first chunk on rank 0 has no receiver.
         if rank > 0:
             self._backward_at[rank - 1][position] = arrival
             heappush(self._events, (arrival, rank - 1))

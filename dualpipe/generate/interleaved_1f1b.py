@@ -63,6 +63,7 @@ class _PolicySearch:
         few = 3 * shape.num_ranks + shape.num_micro_batches % shape.num_ranks
         is_few = shape.num_micro_batches <= 4 * shape.num_ranks
         self._few = self._full if is_few else InterleavedPipeline(replace(shape, num_micro_batches=few), costs, cap)
+        # An order at the bound ends the search.
         self._bound = lower_bound(self._few.shape, costs, cap).value
         self._orders: dict[tuple[int, int], ChunkOrder] = {}
         self._makespans: dict[Policy, float] = {}
@@ -79,12 +80,14 @@ class _PolicySearch:
             if self._is_done and index >= _LEAST_POLICIES:
                 break
             self._try(policy)
+        # Neighbors of the best policy, with a fixed seed, because all ranks must build the same schedule.
         random = Random(0)
         while not self._is_done or not (self._makespans or fixed or self._attempts >= _MOST_ATTEMPTS):
             best_policy = (
                 min(self._makespans, key=self._makespans.__getitem__) if self._makespans else random.choice(POLICIES)
             )
             self._try(change(best_policy, random))
+        # The best policy of few micro-batches whose order of all of them is valid.
         for policy in sorted(self._makespans, key=self._makespans.__getitem__):
             extended = self._extended(policy)
             if extended is not None:
@@ -176,6 +179,7 @@ def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int)
         return (Operation(kind, 0, step[0] * ranks + rank, micro_batch),) if exists else ()
 
     forwards = [group(Op.FORWARD, step) for step in order.forwards]
+    # Megatron-LM's warm-up: two F per following rank, and all earlier chunks of a round.
     num_first = 2 * (ranks - 1 - rank) + (pipeline.chunks - 1) * ranks + ahead
     groups = forwards[:num_first]
     for index, step in enumerate(order.backwards):

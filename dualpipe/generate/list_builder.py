@@ -73,6 +73,7 @@ class GroupChooser:
     def _operation_values(self) -> tuple[list[float], list[float]]:
         preferences = self._preferences
         num_stages = self._pipeline.shape.num_stages
+        # Depth in the pipeline, from 0 to 1: preferences favor F of deep stages, and I of the first ones.
         depths = [stage / num_stages for stage in range(num_stages)]
         forwards = [preferences.forward + preferences.deep_forward * depth for depth in depths]
         return forwards, [3.0 + preferences.deep_backward * (1.0 - depth) for depth in depths]
@@ -113,6 +114,7 @@ class GroupChooser:
             source = queue.sources[index]
             link = queue.links[index]
             stage = queue.stages[index]
+            # Links are queues: only their first message can be received, and few may wait.
             if source != NONE and links[source].waiting[0] != (number, index):
                 continue
             if link != NONE and len(links[link].waiting) >= most_waiting:
@@ -124,6 +126,7 @@ class GroupChooser:
             candidates.append(
                 Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, source, link, target)
             )
+            # No memory: an F that does not fit is no candidate.
             if queue.kind == FORWARD and activations[stage] > self._room(state, queue.direction):
                 candidates.pop()
                 continue
@@ -131,7 +134,7 @@ class GroupChooser:
                 self._add_second(candidates, number, index + 1, value - 0.01)
         return candidates
 
-    def _add_second(self, found: list[Candidate], number: int, index: int, value: float) -> None:
+    def _add_second(self, candidates: list[Candidate], number: int, index: int, value: float) -> None:
         """Adds the second operation of a queue whose first one neither receives nor sends."""
         queue = self._order.queues[number]
         arrival = self._order.arrivals[number][index]
@@ -139,11 +142,14 @@ class GroupChooser:
             return
         stage = queue.stages[index]
         target = queue.targets[index]
-        found.append(Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target))
+        candidates.append(
+            Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target)
+        )
 
     def _best(self, state: BuilderRank, now: float, candidates: list[Candidate]) -> GroupChoice | None:
         following = self._order.following
         better = self._better
+        # W alone, then each candidate alone, then pairs, each without and with a W.
         best = better(None, state, now, (), 0) if state.weights else None
         for number, first in enumerate(candidates):
             if first.position != following[first.queue]:
@@ -178,6 +184,7 @@ class GroupChooser:
             value += (preferences.two_backwards, preferences.mixed, preferences.two_forwards)[forwards]
         if start > now:
             value -= preferences.delay * (start - now) / self._pipeline.unit
+        # Times depend on kinds and stages only, so they are cached by a number for the members.
         weight = state.weights[0][1] if state.weights else NONE
         for member_weight in (NONE, weight) if members and weight != NONE else (NONE if members else weight,):
             duration = self._durations.get((key, member_weight))
@@ -205,12 +212,12 @@ class GroupChooser:
         self._durations[key, weight] = time, penalty
         return time, penalty
 
-    def _fit_together(self, state: BuilderRank, one: Candidate, other: Candidate) -> bool:
+    def _fit_together(self, state: BuilderRank, first: Candidate, second: Candidate) -> bool:
         """Returns whether two F fit under the cap together. Each fits alone."""
         weights = self._pipeline.activations
-        both = weights[one.stage] + weights[other.stage]
-        if one.direction == other.direction:
-            return both <= self._room(state, one.direction)
+        both = weights[first.stage] + weights[second.stage]
+        if first.direction == second.direction:
+            return both <= self._room(state, first.direction)
         return both <= self._pipeline.cap - sum(state.alive) + EPSILON
 
     def _room(self, state: BuilderRank, direction: int) -> float:
@@ -300,6 +307,7 @@ class _Run:
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
         pipeline = self._pipeline
         group = []
+        # F allocate, I queue their W; outputs leave at the end of the group.
         for member in choice.members:
             queue = self._order.queues[member.queue]
             micro_batch = queue.micro_batches[member.position]
@@ -325,9 +333,10 @@ class _Run:
         self._wake(choice.end, rank)
         return choice.end
 
-    def _transfer(self, member: Candidate, place: int, now: float, end: float) -> None:
+    def _transfer(self, member: Candidate, position: int, now: float, end: float) -> None:
         """Receives an operation's input, so that its maker may send again, and sends the output at `end`."""
         if member.source != NONE:
+            # The receive is posted, so the sender may send its next message.
             link = self._order.links[member.source]
             link.waiting.popleft()
             link.deadline = NEVER
@@ -336,13 +345,14 @@ class _Run:
             return
         arrival = end
         if member.link != NONE:
+            # A second message on a link needs the receiver to post the first one until then.
             arrival += self._pipeline.latency
             link = self._order.links[member.link]
             if link.waiting:
                 link.deadline = end
                 self._order.ranks[self._order.queues[member.target].rank].has_deadline = True
-            link.waiting.append((member.target, place))
-        self._order.arrivals[member.target][place] = arrival
+            link.waiting.append((member.target, position))
+        self._order.arrivals[member.target][position] = arrival
         self._wake(arrival, self._order.queues[member.target].rank)
 
     def _wake(self, time: float, rank: int) -> None:

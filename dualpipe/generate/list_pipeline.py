@@ -157,6 +157,7 @@ class Pipeline:
         self.activations = [stage.activation for stage in costs.stages]
         self.unit = sum(map(sum, self.computes)) / (3 * shape.num_stages) or 1.0
         stages_of_rank = [shape.stages_of(rank) for rank in range(shape.num_ranks)]
+        # Work and number of operations of each rank, to stop hopeless attempts early.
         sizes = [len(shape.micro_batches_of(direction)) for direction in range(shape.num_directions)]
         self.work = [
             sum(sizes[d] * sum(kind[stage] for kind in self.computes) for d, stage in row) for row in stages_of_rank
@@ -174,6 +175,7 @@ class Pipeline:
         shape = self.shape
         directions = range(self.shape.num_directions)
         orders: dict[tuple[int, int], _Order] = {}
+        # I run in blocks too, with the chunks reversed.
         for direction in directions:
             count = len(shape.micro_batches_of(direction))
             orders[FORWARD, direction] = _order(count, self.chunks, blocks.first, blocks.forward)
@@ -208,6 +210,7 @@ class Pipeline:
         direction = queue.direction
         row = shape.placement[direction]
         top = shape.num_stages - 1
+        # F go up the stages, I down.
         step, first, last = (1, 0, top) if kind == FORWARD else (-1, top, 0)
         for stage, micro_batch in zip(queue.stages, queue.micro_batches, strict=True):
             queue.sources.append(NONE if stage == first else self._link(row[stage - step], queue.rank, kind))
@@ -302,5 +305,6 @@ class PartialOrder:
                     self.ranks[queue.rank].links.append((source, self.links[source]))
                 if queue.kind == FORWARD and stage == 0:
                     self.arrivals[number][index] = 0.0
+        # The first block needs all chunks of its micro-batches but the last, and one more. `reserve` scales that.
         needed = blocks.forward * (pipeline.chunks - 1) * preferences.reserve + 1
         self.reserve = needed * max(pipeline.activations)

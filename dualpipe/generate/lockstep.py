@@ -25,12 +25,14 @@ def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ..
     slots: dict[int, list[Operation]] = defaultdict(list)
     for direction, stage in shape.stages_of(rank):
         for micro_batch in shape.micro_batches_of(direction):
+            # F advances by a stage per slot, and I returns in the same way after the last stage.
             enters = _entry_slot(shape, direction, micro_batch)
             slots[enters + stage].append(Operation(Op.FORWARD, direction, stage, micro_batch))
             back = enters + 2 * shape.num_stages - 1 - stage
             slots[back].append(Operation(Op.BACKWARD_INPUT, direction, stage, micro_batch))
     groups: list[Group] = []
     for slot in sorted(slots):
+        # A shared group lists F first, as `passes.order_members` does.
         backward_first = sorted(slots[slot], key=lambda op: op.kind is Op.FORWARD)
         groups += [tuple(reversed(backward_first))] if paired else [(op,) for op in backward_first]
         groups += [(op.with_kind(Op.BACKWARD_WEIGHT),) for op in backward_first if op.kind is not Op.FORWARD]

@@ -35,6 +35,7 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int, slices: int)
     for index in range(num_micro_batches):
         if index + ahead < num_micro_batches:
             groups.append((Operation(Op.FORWARD, 0, rank, index + ahead),))
+        # Slices of a sequence run backward in reverse, because later tokens attend to earlier ones.
         sequence, after = divmod(index, slices)
         groups.append((Operation(Op.BACKWARD, 0, rank, (sequence + 1) * slices - 1 - after),))
     return tuple(groups)

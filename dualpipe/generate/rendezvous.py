@@ -37,6 +37,7 @@ class Rendezvous:
         Returns:
             Ranks that may run groups now which could deadlock before, or None if the group is not appended.
         """
+        # Activations come from the previous rank, gradients from the next one.
         following = (rank + 1) % self._num_ranks
         previous = (rank - 1) % self._num_ranks
         receives = [2 * previous] * forwards[0] + [2 * following + 1] * backwards[0]
@@ -44,6 +45,7 @@ class Rendezvous:
         pending = self._after(receives, sends)
         if self._most_pending and not self._is_cautious(rank, sends, pending):
             return None
+        # Usual case: nothing is blocked and every receive is posted, so the group runs at once.
         if not any(self._blocked) and self._is_free(sends):
             for link in receives:
                 self._posted[link] += 1
@@ -51,6 +53,7 @@ class Rendezvous:
                 self._sent[link] += 1
             self._pending = pending
             return {previous, following}
+        # Otherwise run all ranks as far as possible, and undo that if it ends in a circle of waits.
         saved = self._posted.copy(), self._sent.copy(), self._has_posted.copy(), self._num_sent.copy()
         queues = [queue.copy() for queue in self._blocked]
         self._blocked[rank].append((receives, sends))
@@ -115,6 +118,7 @@ class Rendezvous:
             for link in receives:
                 self._posted[link] += 1
                 woken.append(link // 2)
+        # A group starts when all its inputs were sent.
         if any(self._sent[link] < self._posted[link] for link in receives):
             return woken
         for link in sends[self._num_sent[rank] :]:

@@ -81,6 +81,7 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
         for op in group
         if op.kind is Op.FORWARD and op.direction == 0 and op.stage == stage
     }
+    # The last period that repeats is the farthest from the start of the pipeline.
     for first in reversed(range(len(schedule.micro_batches_of(0)) - 2 * shift + 1)):
         start = at[first]
         end = at[first + shift]
@@ -97,6 +98,7 @@ def extend(schedule: Schedule, steady: SteadyState, num_micro_batches: int) -> S
     ranks = []
     for groups, start, length in zip(schedule.ranks, steady.starts, steady.lengths, strict=True):
         block = groups[start : start + length]
+        # Start, repeated period, end: micro-batches of the end move by all that were added.
         repeated = [_shifted(group, more) for more in range(steady.shift, added + 1, steady.shift) for group in block]
         rest = [_shifted(group, added) for group in groups[start + length :]]
         ranks.append((*groups[: start + length], *repeated, *rest))
@@ -191,10 +193,12 @@ def search(
     """
     check_cap(shape, costs, cap)
     best = BestSchedule(shape, costs, cap)
+    # Known orders first; nothing is better than the lower bound.
     for schedule in known:
         best.consider(schedule)
         if best.makespan <= best.bound * (1 + _TOLERANCE):
             break
+    # Largest caps first. A level whose bound is no better than the best schedule ends the search.
     for level in _caps(shape, costs, cap) if builds_more or best.schedule is None else ():
         if lower_bound(shape, costs, level).value >= best.makespan * (1 - _TOLERANCE):
             break
@@ -225,6 +229,7 @@ def in_sequence(shape: Schedule) -> Schedule:
     """Returns the schedule in which each rank runs one micro-batch after the other, which fits every cap."""
     ranks: list[list[tuple[Operation, ...]]] = [[] for _ in range(shape.num_ranks)]
     stages = range(shape.num_stages)
+    # W directly after I frees the activation before the next stage's I.
     back = [(kind, stage) for stage in reversed(stages) for kind in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
     for micro_batch in shape.micro_batches_of(0):
         for direction in range(shape.num_directions):
@@ -252,7 +257,7 @@ def _is_large(shape: Schedule) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _ExtendedOrder:
     """Order of few micro-batches, and the makespan that it would have with all."""
 
     schedule: Schedule
@@ -271,12 +276,13 @@ class _Level:
         self._pipeline = Pipeline(self._few, best.costs, cap)
 
     def run(self) -> None:
-        orders: list[_Found] = []
+        orders: list[_ExtendedOrder] = []
         unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
         left = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT
         limit = self._limit()
         attempts = 0
         for preset in PRESETS:
+            # The steady state repeats after a block, so presets apply only if their blocks fit the added micro-batches.
             shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
             if self._added() % (shift * self._few.num_directions):
                 continue
@@ -289,7 +295,7 @@ class _Level:
                 continue
             order = replace(self._few, ranks=attempt.ranks)
             if not self._added():
-                orders.append(_Found(order, None, makespan_of(order, self._best.costs)))
+                orders.append(_ExtendedOrder(order, None, makespan_of(order, self._best.costs)))
                 continue
             simulation = simulate(order, self._best.costs)
             steady = find_steady_state(order, simulation, shift)
@@ -304,14 +310,14 @@ class _Level:
     def _added(self) -> int:
         return self._best.shape.num_micro_batches - self._few.num_micro_batches
 
-    def _extended(self, order: Schedule, simulation: Simulation, steady: SteadyState) -> _Found:
+    def _extended(self, order: Schedule, simulation: Simulation, steady: SteadyState) -> _ExtendedOrder:
         periods = self._added() // (steady.shift * order.num_directions)
-        return _Found(order, steady, simulation.makespan + periods * steady.time)
+        return _ExtendedOrder(order, steady, simulation.makespan + periods * steady.time)
 
-    def _consider(self, found: Sequence[_Found]) -> None:
+    def _consider(self, orders: Sequence[_ExtendedOrder]) -> None:
         """Considers orders from the shortest on while they may be the best; large ones not on a tie."""
         margin = -_TOLERANCE if _is_large(self._best.shape) else _TOLERANCE
-        for item in sorted(found, key=lambda item: item.makespan):
+        for item in sorted(orders, key=lambda item: item.makespan):
             if item.makespan > self._best.makespan * (1 + margin):
                 break
             steady = item.steady

@@ -62,6 +62,7 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
     down = rank
     up = 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
+    # Warm-up of the lower stage, of both, then pairs of I and F until the steady state.
     slots = [(Op.FORWARD, down)] * (2 * to_turn)
     slots += [(Op.FORWARD, down), (Op.FORWARD, up)] * (rank + 1)
     slots += [(Op.BACKWARD_INPUT, up), (Op.FORWARD, up)] * to_turn
@@ -114,6 +115,7 @@ def _repeat_block(
         turns: ticks from the last start of a pass to the first start of the next pass, on the same rank.
     """
     last = num_ranks - 1
+    # First tick of each pass on the rank where it begins.
     f_up = down_step * last + turns[0]
     i_down = f_up + last + turns[1]
     i_up = i_down + down_step * last + turns[2]
@@ -152,6 +154,7 @@ def _v_schedule(
 
 def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> list[list[Operation]]:
     num_stages = 2 * len(orders)
+    # A clock on which every operation takes one tick decides where W go.
     clocks = [_RankClock(order=order) for order in orders]
     made_at: dict[Value, int] = {}
     tick = 0
@@ -190,6 +193,7 @@ class _RankClock:
             if value is not None:
                 made_at[value] = tick + 1
         elif self.waiting:
+            # Nothing can start: a W fills the tick and frees an activation.
             oldest = self.waiting.popleft()
             self.run.append(Operation(Op.BACKWARD_WEIGHT, oldest.direction, oldest.stage, oldest.micro_batch))
             self.alive -= 1
