@@ -207,7 +207,10 @@ def opened(config: TrainConfig) -> Iterator[tuple[Replica, ReplicaPipeline]]:
     ("world_size", "layouts"),
     [
         *(pytest.param(size, layouts, id=str(size), marks=pytest.mark.slow) for size, layouts in LAYOUTS.items()),
-        *(pytest.param(size, more, id=f"{size} more", marks=pytest.mark.long) for size, more in MORE_LAYOUTS.items()),
+        *(
+            pytest.param(size, more, id=f"{size} more", marks=pytest.mark.exhaustive)
+            for size, more in MORE_LAYOUTS.items()
+        ),
     ],
 )
 def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout], tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout
             assert ours.drafts_accepted == theirs.drafts_accepted, (rank, layout)
     # Every record is held by one rank. A rank holds those of its own layers and sequences, in 4 bytes for each token.
     whole = sorted_ids(expected.routes)
-    for number, layout in enumerate(LAYOUTS[world_size]):
+    for number, layout in enumerate(layouts):
         found = [seen[rank][number][0] for rank in range(world_size)]
         parts = [sorted_ids(each.routes) for each in found]
         assert sum(len(part) for part in parts) == len(whole), layout

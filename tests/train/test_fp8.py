@@ -251,7 +251,7 @@ def test_recomputed_layers_change_no_bit_of_ranks_that_share_sequences(folder: P
     check_bits(2, [Job(config=shared, starved=1), Job(config=masked_recomputed(shared), starved=1)], steps=1)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", candidates())
 def test_recomputed_layers_change_no_bit_under_a_schedule(folder: Path, kind: str) -> None:
     sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)

@@ -86,11 +86,11 @@ def alone(config: TrainConfig) -> TrainConfig:
     [
         (1, 1, 2, 2, True),
         pytest.param(2, 1, 2, 2, True, marks=pytest.mark.slow),
-        pytest.param(1, 1, 2, 1, False, marks=pytest.mark.long),
-        pytest.param(1, 1, 4, 2, True, marks=pytest.mark.long),
+        pytest.param(1, 1, 4, 2, False, marks=pytest.mark.long),
         pytest.param(1, 2, 2, 4, True, marks=pytest.mark.long),
-        pytest.param(2, 2, 2, 4, True, marks=pytest.mark.long),
-        pytest.param(2, 1, 4, 2, False, marks=pytest.mark.long),
+        pytest.param(1, 1, 2, 1, False, marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, 2, 4, True, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, 4, 2, False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_ranks_that_share_sequences_equal_one_rank(
@@ -135,8 +135,8 @@ def whole(config: TrainConfig) -> TrainConfig:
         (2, 1, 4, False, ()),
         pytest.param(2, 1, 4, True, ("layer",), marks=pytest.mark.slow),
         pytest.param(1, 2, 2, False, ("norm", "mla_up"), marks=pytest.mark.long),
-        pytest.param(2, 2, 5, True, (), marks=pytest.mark.long),
-        pytest.param(4, 1, 2, True, (), marks=pytest.mark.long),
+        pytest.param(2, 2, 5, True, (), marks=pytest.mark.exhaustive),
+        pytest.param(4, 1, 2, True, (), marks=pytest.mark.exhaustive),
     ],
 )
 def test_sequences_in_slices_equal_whole_ones(

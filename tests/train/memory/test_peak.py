@@ -17,17 +17,19 @@ from train.config import TrainConfig
 from train.memory import predict_memory
 
 MOST_OVER, MOST_UNDER = 0.03, 0.01
-NUM_RANKS = 8
 SLICED = "sliced_1f1b"
+EVERY_KIND = (*candidates(), SLICED)
+# Both directions, a V, several chunks, one chunk with deferred weight gradients, and slices; both optimizers.
+EVERY_PLACEMENT = ("dualpipe", "zb_v", "interleaved_1f1b", "zb_h1", SLICED)
 
 
-def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
-    """Returns a job of 8 ranks in float32, in which a CPU computes like a GPU.
+def make_job(folder: Path, kind: str, pipeline: int, num_ranks: int) -> TrainConfig:
+    """Returns a job in float32, in which a CPU computes like a GPU.
 
     Groups run sequentially, because exchanges run inline here. With overlapped groups, the prediction adds their
     buffers to those of computation.
     """
-    data = NUM_RANKS // pipeline
+    data = num_ranks // pipeline
     config = make_config(
         folder,
         replace(BASE, num_layers=2 * pipeline, num_expert_groups=1, num_limited_groups=1),
@@ -46,12 +48,22 @@ def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pipeline", [2, 4])
-def test_peak_of_a_step_is_the_largest_sum_of_live_storages(tmp_path: Path, pipeline: int) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "pipeline", "num_ranks"),
+    [
+        (EVERY_PLACEMENT, 2, 4),
+        pytest.param(EVERY_KIND, 2, 8, marks=pytest.mark.exhaustive),
+        pytest.param(EVERY_KIND, 4, 8, marks=pytest.mark.exhaustive),
+    ],
+    ids=["placements", "kinds of 2", "kinds of 4"],
+)
+def test_peak_of_a_step_is_the_largest_sum_of_live_storages(
+    tmp_path: Path, kinds: tuple[str, ...], pipeline: int, num_ranks: int
+) -> None:
     """All experts of a rank receive equally many rows, as the prediction assumes."""
     write_text(tmp_path)
-    jobs = [make_job(tmp_path, kind, pipeline) for kind in (*candidates(), SLICED)]
-    results = run_ranks(NUM_RANKS, measure_peaks, jobs, timeout_seconds=1200.0)
+    jobs = [make_job(tmp_path, kind, pipeline, num_ranks) for kind in kinds]
+    results = run_ranks(num_ranks, measure_peaks, jobs, timeout_seconds=1200.0)
     problems = []
     for number, job in enumerate(jobs):
         predicted = [rank.total for rank in predict_memory(job).ranks]

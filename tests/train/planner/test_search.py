@@ -57,7 +57,11 @@ def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "sequences", "overrides"),
-    [(16, 8, ("cluster.memory_bytes=40000000000",)), (64, 32, ())],
+    [
+        (4, 8, ("cluster.memory_bytes=40000000000",)),
+        pytest.param(16, 8, ("cluster.memory_bytes=40000000000",), marks=pytest.mark.exhaustive),
+        pytest.param(64, 32, (), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, overrides: tuple[str, ...]) -> None:
     """Compares the result with a plan of every layout that rules accept."""
@@ -88,7 +92,7 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
 @pytest.mark.long
 def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=180000000000")
-    space = replace(space, recomputes=space.recomputes[:1])
+    space = replace(space, recomputes=space.recomputes[:1], precisions=space.precisions[:1])
     result = search_layouts(space, request.config, request.planner, check_rules)
     counts = result.counts
     assert counts.layouts == sum(len(space.schedules_of(setting.pipeline)) for setting in space.settings())

@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +121,21 @@ def _killing(plain: Callable[..., Any], step: list[int], count: int, note: Path)
     return wrapped
 
 
+@cache
+def composed(folder: Path, variant: str) -> TrainConfig:
+    """Returns the checked configuration of a variant, for a run that no phase kills."""
+    config = compose_run(overrides(folder, f"{variant}{NONE}"))
+    check(config)
+    return config
+
+
 def run_phase(folder: Path, phase: str) -> int:
     """Runs one command to its end, and returns its exit code."""
     # Ranks import this module by its full name, and here it runs as __main__.
     from tests.train.post import killed_run
 
-    config = compose_run(overrides(folder, phase))
-    check(config)
+    config = composed(folder, phase[: -len(phase.rpartition("-")[2])])
+    config = replace(config, out_dir=str(folder / phase))
     check_folder(config)
     write_run_folder(config, datetime.now())
     return run_ranks(folder / phase, config.parallelism.world_size, killed_run.run_rank)
@@ -135,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the phases. Returns the first exit code that is not 0."""
     folder, *phases = arguments
     (Path(folder) / "reward.py").write_text(REWARD_SOURCE)
-    config = compose_run(overrides(Path(folder), NONE))
+    config = composed(Path(folder), "")
     start_fork_server(config.cluster, preload_modules(config.cluster))
     codes = {phase: run_phase(Path(folder), phase) for phase in phases}
     print(codes)

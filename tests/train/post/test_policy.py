@@ -54,9 +54,9 @@ VARIANTS = {
 
 LAYOUTS = [
     (2, 1, 1),
-    pytest.param((1, 2, 1), marks=pytest.mark.long),
+    pytest.param((1, 2, 1), marks=pytest.mark.exhaustive),
     pytest.param((2, 2, 2), marks=pytest.mark.long),
-    pytest.param((4, 1, 1), marks=pytest.mark.long),
+    pytest.param((4, 1, 1), marks=pytest.mark.exhaustive),
 ]
 
 

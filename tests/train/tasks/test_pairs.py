@@ -86,7 +86,7 @@ def test_two_ranks_equal_one_rank(folder: Path) -> None:
     "layouts",
     [
         pytest.param(LAYOUTS_OF_FOUR, marks=pytest.mark.slow),
-        pytest.param(MORE_LAYOUTS_OF_FOUR, marks=pytest.mark.long),
+        pytest.param(MORE_LAYOUTS_OF_FOUR, marks=pytest.mark.exhaustive),
     ],
 )
 def test_four_ranks_equal_one_rank(folder: Path, layouts: list[tuple[int, int, int, str]]) -> None:

@@ -115,19 +115,22 @@ def assert_equal_to_one_rank(folder: Path, chosen: list[tuple[int, list[TrainCon
     return shares
 
 
-@pytest.mark.long
-def test_sft_on_40_layouts_equals_one_rank_although_ranks_hold_different_shares_of_targets(folder: Path) -> None:
-    chosen = list(layouts(folder))
-    assert sum(len(configs) for _, configs in chosen) >= 40
+@pytest.mark.parametrize(
+    ("world_sizes", "every"),
+    [
+        pytest.param((2,), 4, marks=pytest.mark.slow),
+        pytest.param((4,), 5, marks=pytest.mark.long),
+        pytest.param((1, 2, 4), 1, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_many_ranks_equal_one_rank_although_they_hold_different_shares_of_targets(
+    folder: Path, world_sizes: tuple[int, ...], every: int
+) -> None:
+    chosen = [(size, configs[::every]) for size, configs in layouts(folder) if size in world_sizes]
+    assert sum(len(configs) for _, configs in chosen) >= (40 if every == 1 else 4)
     shares = assert_equal_to_one_rank(folder, chosen)
     assert 0.0 in shares
     assert max(shares) > 0.6
-
-
-@pytest.mark.slow
-def test_sft_on_two_ranks_equals_one_rank_although_ranks_hold_different_shares_of_targets(folder: Path) -> None:
-    chosen = [(size, configs[:3] + configs[-2:]) for size, configs in layouts(folder) if size == 2]
-    assert 0.0 in assert_equal_to_one_rank(folder, chosen)
 
 
 @pytest.mark.long
