@@ -41,6 +41,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         given: set[int] | None = None
+        is_larger = False
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
                 if given is None:
@@ -50,7 +51,9 @@ class LiveMemory(TorchDispatchMode):
                 if storage._cdata not in given:
                     self._made[storage._cdata] = weakref.ref(storage)
                     self.num_made += 1
-        if self._measures_inside:
+                    is_larger = True
+        # Only an operator that makes storages can raise the peak.
+        if self._measures_inside and is_larger:
             self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return made
 

@@ -206,11 +206,8 @@ def opened(config: TrainConfig) -> Iterator[tuple[Replica, ReplicaPipeline]]:
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
     [
-        *(pytest.param(size, layouts, id=str(size), marks=pytest.mark.slow) for size, layouts in LAYOUTS.items()),
-        *(
-            pytest.param(size, more, id=f"{size} more", marks=pytest.mark.exhaustive)
-            for size, more in MORE_LAYOUTS.items()
-        ),
+        *(pytest.param(size, few, id=str(size), marks=pytest.mark.slow) for size, few in LAYOUTS.items()),
+        *(pytest.param(size, more, id=f"{size}+", marks=pytest.mark.exhaustive) for size, more in MORE_LAYOUTS.items()),
     ],
 )
 def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout], tmp_path: Path) -> None:

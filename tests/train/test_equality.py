@@ -25,6 +25,8 @@ from train.schedule.cut import with_cut
 
 STEPS = 2
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
 
 def split(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns dualpipe_split for costs under which neighbors are fused."""
@@ -111,9 +113,9 @@ def in_sequence(config: TrainConfig) -> TrainConfig:
         pytest.param(4, 1, 1, marks=pytest.mark.slow),
         pytest.param(1, 4, 2, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, marks=pytest.mark.long),
-        pytest.param(2, 1, 1, marks=pytest.mark.exhaustive),
-        pytest.param(4, 2, 2, marks=pytest.mark.exhaustive),
-        pytest.param(2, 4, 4, marks=pytest.mark.exhaustive),
+        pytest.param(2, 1, 1, marks=EXHAUSTIVE),
+        pytest.param(4, 2, 2, marks=EXHAUSTIVE),
+        pytest.param(2, 4, 4, marks=EXHAUSTIVE),
     ],
 )
 def test_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
@@ -179,7 +181,7 @@ def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: st
             [(0, 2, 1, 1), (1, 3), (4, 0)],
             marks=pytest.mark.slow,
         ),
-        pytest.param(lambda: [split(4, 8), split(4, 8)], [(2, 1, 1, 0), (0, 1, 2, 1)], marks=pytest.mark.exhaustive),
+        pytest.param(lambda: [split(4, 8), split(4, 8)], [(2, 1, 1, 0), (0, 1, 2, 1)], marks=EXHAUSTIVE),
     ],
 )
 def test_uneven_cut_equals_one_rank(
@@ -239,7 +241,7 @@ def keeps_sums(schedule: Schedule) -> bool:
                 random_schedule(straight(3), 4, 0),
                 zb_h1(3, 5),
             ],
-            marks=pytest.mark.exhaustive,
+            marks=EXHAUSTIVE,
         ),
         pytest.param(
             2,
@@ -247,7 +249,7 @@ def keeps_sums(schedule: Schedule) -> bool:
             lambda: [random_schedule(bidirectional(2, 2), 5, 0, 1.0), random_schedule(looped(2, 2), 3, 1)],
             marks=pytest.mark.long,
         ),
-        pytest.param(1, 1, lambda: [split(2, 3), zb_v(2, 3), zb_h1(2, 3)], marks=pytest.mark.exhaustive),
+        pytest.param(1, 1, lambda: [split(2, 3), zb_v(2, 3), zb_h1(2, 3)], marks=EXHAUSTIVE),
         pytest.param(
             1,
             1,
@@ -257,14 +259,12 @@ def keeps_sums(schedule: Schedule) -> bool:
                 random_schedule(bidirectional(3), 5, 0, 1.0),
                 random_schedule(v_shaped(3), 3, 0),
             ],
-            marks=pytest.mark.exhaustive,
+            marks=EXHAUSTIVE,
         ),
-        pytest.param(
-            2, 2, lambda: [split(3, 5), random_schedule(bidirectional(3), 5, 1)], marks=pytest.mark.exhaustive
-        ),
-        pytest.param(1, 1, lambda: [split(5, 7)], marks=pytest.mark.exhaustive),
-        pytest.param(2, 2, lambda: [split(4, 9), zb_v(4, 3), zb_h1(4, 5)], marks=pytest.mark.exhaustive),
-        pytest.param(1, 1, lambda: [split(8, 8), split(8, 17)], marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, lambda: [split(3, 5), random_schedule(bidirectional(3), 5, 1)], marks=EXHAUSTIVE),
+        pytest.param(1, 1, lambda: [split(5, 7)], marks=EXHAUSTIVE),
+        pytest.param(2, 2, lambda: [split(4, 9), zb_v(4, 3), zb_h1(4, 5)], marks=EXHAUSTIVE),
+        pytest.param(1, 1, lambda: [split(8, 8), split(8, 17)], marks=EXHAUSTIVE),
     ],
 )
 def test_any_schedule_equals_one_rank(
@@ -301,7 +301,7 @@ def test_offload_to_host_memory_changes_no_bit(folder: Path, make_schedule: Call
         pytest.param(1, 1, 1, marks=pytest.mark.slow),
         pytest.param(1, 4, 2, marks=pytest.mark.slow),
         pytest.param(2, 2, 2, marks=pytest.mark.long),
-        pytest.param(2, 4, 2, marks=pytest.mark.exhaustive),
+        pytest.param(2, 4, 2, marks=EXHAUSTIVE),
     ],
 )
 def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
@@ -316,10 +316,10 @@ def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int
     ("schedule", "data"),
     [
         (random_schedule(looped(2, 2), 3, 0), 1),
-        pytest.param(random_schedule(straight(2), 3, 0), 2, marks=pytest.mark.exhaustive),
+        pytest.param(random_schedule(straight(2), 3, 0), 2, marks=EXHAUSTIVE),
         pytest.param(random_schedule(bidirectional(3), 5, 0), 1, marks=pytest.mark.slow),
         pytest.param(random_schedule(bidirectional(2, 2), 3, 0), 2, marks=pytest.mark.slow),
-        pytest.param(random_schedule(v_shaped(2), 3, 0), 2, marks=pytest.mark.exhaustive),
+        pytest.param(random_schedule(v_shaped(2), 3, 0), 2, marks=EXHAUSTIVE),
     ],
 )
 def test_zero1_shards_over_replicas_of_unequal_number(folder: Path, schedule: Schedule, data: int) -> None:

@@ -45,12 +45,12 @@ KINDS = tuple(candidates())
 
 EVERY = tuple(product(PRESETS, PIPELINES, KINDS))
 
-FEW = tuple(
-    (preset, pipeline, KINDS[(row + column) % len(KINDS)])
-    for row, preset in enumerate(PRESETS)
-    for column, pipeline in enumerate(PIPELINES[1:3])
-) + (("v3_671b", 16, "dualpipe"), ("quickstart", 1, "1f1b"))
-"""Every preset with two sizes, every kind twice or more, and a long and a trivial pipeline."""
+FEW = (
+    ("v3_671b", 16, "dualpipe"),
+    ("quickstart", 1, "1f1b"),
+    *((preset, PIPELINES[1 + row % 2], KINDS[row % len(KINDS)]) for row, preset in enumerate(PRESETS)),
+)
+"""A long and a trivial pipeline, and every preset and every kind with one of two sizes."""
 
 
 def make_config(base: TrainConfig, pipeline: int, kind: str, number: int) -> TrainConfig:
@@ -111,7 +111,7 @@ def count_differences(cases: Sequence[tuple[TrainConfig, int, str]]) -> tuple[in
 @pytest.mark.parametrize(
     ("cases", "at_least"),
     [
-        pytest.param(FEW, 60, id="few", marks=pytest.mark.slow),
+        pytest.param(FEW, 50, id="few", marks=pytest.mark.slow),
         pytest.param(EVERY, 2000, id="every", marks=pytest.mark.exhaustive),
     ],
 )
