@@ -1,6 +1,5 @@
 """Overrides become plain values, and every error of composition, of weights and of memory is one line."""
 
-import itertools
 import re
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig, sized_config
 from train.config.errors import ConfigError
-from train.memory import memory_lines, predict_memory
+from train.memory import memory_lines, phases, predict, predict_memory
 from train.memory.predict import ramp_memory_cap
 
 
@@ -341,48 +340,52 @@ def test_deepseek_v3_at_128k_names_the_ranks_that_must_share_a_sequence() -> Non
     check_memory(make_config(*V3, "batch.sequence_length_tokens=131072", *nearest), check_rules)
 
 
+MEMORY_OF = (
+    "import sys, time; sys.modules |= {'triton': None} if sys.argv[1] == 'no triton' else {}; "
+    "from launch.config.run_config import compose_run; "
+    "from train.memory import memory_lines; config = compose_run(sys.argv[2:]); "
+    "start = time.process_time(); lines = memory_lines(config); "
+    "print(time.process_time() - start, 'torch' in sys.modules, lines)"
+)
+
+
+def predict_alone(cache: Path, *overrides: str, has_triton: bool = True) -> list[str]:
+    """Returns CPU seconds, whether torch was imported, and the lines of a prediction by a new process."""
+    triton = "triton" if has_triton else "no triton"
+    command = [sys.executable, "-c", MEMORY_OF, triton, *overrides, f"data.cache_dir={cache}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split(maxsplit=2)
+
+
 def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_torch_then(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; "
-        "from launch.config.run_config import compose_run; "
-        "from train.memory import memory_lines; config = compose_run(sys.argv[1:]); "
-        "start = time.process_time(); lines = memory_lines(config); "
-        "print(time.process_time() - start, 'torch' in sys.modules, lines)"
-    )
-    cache = f"data.cache_dir={tmp_path}"
-
-    def predict() -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *V3, cache], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-        )
-        return done.stdout.split(maxsplit=2)
-
-    _, has_torch, measured = predict()
+    """A machine without Triton measures the same."""
+    _, has_torch, measured = predict_alone(tmp_path, *V3)
     assert has_torch == "True"
-    seconds, has_torch, read = predict()
+    seconds, has_torch, read = predict_alone(tmp_path, *V3)
     assert float(seconds) < 2
     assert has_torch == "False"
     assert read == measured
-    # Files that were cut or changed are measured again.
+    assert predict_alone(tmp_path / "without", *V3, has_triton=False)[1:] == ["True", measured]
+
+
+def forget() -> None:
+    """Makes this process predict again, as a new one does."""
+    for predicted in (phases._measured, predict_memory, predict._predict):
+        predicted.cache_clear()
+
+
+def test_sizes_that_were_cut_or_changed_are_measured_again(tmp_path: Path) -> None:
+    config = make_config("model=quickstart", f"data.cache_dir={tmp_path}")
+    forget()
+    lines = memory_lines(config)
     files = sorted((tmp_path / "sizes").iterdir())
     whole = [file.read_text() for file in files]
-    for file, change in zip(files, itertools.cycle(("[[]]", "[]", "[[", "0\n[[]]", "null", "\n\n", '[[{"kept": 5}]]'))):
-        file.write_text(change)
-    assert predict()[1:] == ["True", measured]
-    assert [file.read_text() for file in files] == whole
-
-
-def test_a_machine_without_triton_measures_the_same(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules |= {'triton': None} if sys.argv[1] == 'absent' else {}; "
-        "from launch.config.run_config import compose_run; from train.memory import memory_lines; "
-        "print(memory_lines(compose_run(sys.argv[2:])))"
-    )
-    lines = []
-    for triton in ("present", "absent"):
-        command = [sys.executable, "-c", code, triton, *V3, f"data.cache_dir={tmp_path / triton}"]
-        lines.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout)
-    assert lines[0] == lines[1]
+    for change in ("[[]]", "[]", "[[", "0\n[[]]", "null", "\n\n", '[[{"kept": 5}]]'):
+        for file in files:
+            file.write_text(change)
+        forget()
+        assert memory_lines(config) == lines, change
+        assert [file.read_text() for file in files] == whole, change
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_any_to_any_other_cut_resumes_as_if_uninterrupted(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", ["float32", "bf16"])
+@pytest.mark.parametrize("moments", [pytest.param("float32", marks=pytest.mark.exhaustive), "bf16"])
 def test_any_to_any_sharded_bf16_state_moves_from_four_ranks_to_one_and_back(folder: Path, moments: str) -> None:
     configs = {
         size: tiny_config(

@@ -258,24 +258,19 @@ def test_run_writes_the_documented_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sample_of_no_tokens_is_not_generated(folder: Path) -> None:
-    alone = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
-    done = run_train(folder, "unsampled", *alone, "task.steps=1", "samples.prompt=a1", "samples.tokens=0")
+def test_same_seed_gives_the_same_first_loss_on_one_rank_and_no_tokens_are_not_generated(
+    folder: Path, whole: list[dict[str, float]]
+) -> None:
+    layout = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
+    done = run_train(folder, "layout", "task.steps=1", *FLOAT64, *layout, "samples.prompt=a1", "samples.tokens=0")
     assert done.returncode == 0, done.stderr
+    assert whole[0]["loss"] == pytest.approx(read_metrics(folder, "layout")[0]["loss"], rel=1e-12)
     assert "checkpoint" in done.stdout
     assert "continuation" not in done.stdout
 
 
 @pytest.mark.slow
-def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path, whole: list[dict[str, float]]) -> None:
-    layout = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
-    done = run_train(folder, "layout", "task.steps=1", *FLOAT64, *layout)
-    assert done.returncode == 0, done.stderr
-    assert whole[0]["loss"] == pytest.approx(read_metrics(folder, "layout")[0]["loss"], rel=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("choices", [(), ("precision=bf16",)])
+@pytest.mark.parametrize("choices", [pytest.param((), marks=pytest.mark.exhaustive), ("precision=bf16",)])
 def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choices: tuple[str, ...]) -> None:
     done = run_train(
         folder,
@@ -292,7 +287,7 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
     assert "<h2>Learning</h2>" in (folder / f"wild_{len(choices)}" / "report.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path, whole: list[dict[str, float]]) -> None:
     job = choices_of(folder, "torchrun", "task.steps=2", *FLOAT64)
     with reserved_port() as port:

@@ -231,7 +231,7 @@ def keeps_sums(schedule: Schedule) -> bool:
         pytest.param(1, 1, lambda: [dualpipe_v(2, 5), random_schedule(v_shaped(2), 3, 1)], marks=pytest.mark.slow),
         pytest.param(2, 2, lambda: [zb_v(2, 3), random_schedule(bidirectional(2), 5, 1, 1.0)], marks=pytest.mark.slow),
         pytest.param(1, 1, lambda: [random_schedule(straight(4), 3, 0)], marks=pytest.mark.slow),
-        pytest.param(1, 1, lambda: [random_schedule(bidirectional(5), 7, 0, 1.0)], marks=pytest.mark.slow),
+        pytest.param(1, 1, lambda: [random_schedule(bidirectional(5), 7, 0, 1.0)], marks=pytest.mark.long),
         pytest.param(
             1,
             1,
@@ -317,7 +317,7 @@ def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int
     [
         (random_schedule(looped(2, 2), 3, 0), 1),
         pytest.param(random_schedule(straight(2), 3, 0), 2, marks=EXHAUSTIVE),
-        pytest.param(random_schedule(bidirectional(3), 5, 0), 1, marks=pytest.mark.slow),
+        pytest.param(random_schedule(bidirectional(3), 5, 0), 1, marks=EXHAUSTIVE),
         pytest.param(random_schedule(bidirectional(2, 2), 3, 0), 2, marks=pytest.mark.slow),
         pytest.param(random_schedule(v_shaped(2), 3, 0), 2, marks=EXHAUSTIVE),
     ],

@@ -40,10 +40,10 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
 @pytest.mark.parametrize(
     ("pipeline", "expert", "ranks_per_node", "payload"),
     [
-        pytest.param(1, 4, 2, "full", marks=pytest.mark.slow),
-        pytest.param(2, 4, 2, "fp8", marks=pytest.mark.slow),
-        pytest.param(2, 4, 1, "full", marks=pytest.mark.exhaustive),
+        pytest.param(1, 4, 2, "fp8", marks=pytest.mark.slow),
         pytest.param(2, 2, 1, "full", marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, "full", marks=pytest.mark.long),
+        pytest.param(2, 4, 1, "full", marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_in_two_hops_equals_one_rank(
