@@ -4,7 +4,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -130,54 +131,69 @@ STATES = {
 """Status that the launcher writes if the ranks could not."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A signal to a command, or to all its processes, whose ranks run an entry, and the exit code that is expected."""
+
+    entry: str
+    number: signal.Signals
+    to_all: bool
+    code: int
+
+
+SAVING = (
+    Ending("saves", signal.SIGTERM, False, 75),
+    Ending("saves", signal.SIGHUP, True, 75),  # as a closed terminal signals all its processes
+    Ending("saves", signal.SIGUSR1, True, 75),  # as a scheduler signals all processes of a job
+    Ending("deaf", signal.SIGTERM, False, 143),
+)
+ENDED = (
+    Ending("sleep", signal.SIGINT, True, 130),  # Ctrl-C in a terminal reaches every process
+    Ending("sleep", signal.SIGINT, False, 130),
+    Ending("sleep", signal.SIGTERM, False, 143),
+    Ending("sleep", signal.SIGKILL, False, -9),
+)
+
+
+def start_all(start: Start, endings: Sequence[Ending], folder: Path) -> list[tuple[Ending, StartedCommand, list[int]]]:
+    """Starts a command for each ending, because they mostly wait, and returns them with the pids of their ranks."""
+    started = [(ending, start(ending.entry, folder / str(number))) for number, ending in enumerate(endings)]
+    running = []
+    for number, (ending, process) in enumerate(started):
+        pids = f"{number}/{ending.entry}/pid_*"
+        assert wait_for(lambda: len(list(folder.glob(pids))) == 4, 120)  # noqa: B023  called now
+        running.append((ending, process, [int(path.read_text()) for path in folder.glob(pids)]))
+    for ending, process, ranks in running:
+        assert all(map(is_alive, ranks))
+        (os.killpg if ending.to_all else os.kill)(process.pid, ending.number)
+    return running
+
+
+def check_nothing_is_left(process: StartedCommand) -> None:
+    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("entry", "number", "to_all", "code"),
-    [
-        ("saves", signal.SIGTERM, False, 75),
-        ("saves", signal.SIGHUP, True, 75),  # as a closed terminal signals all its processes
-        ("saves", signal.SIGUSR1, True, 75),  # as a scheduler signals all processes of a job
-        ("deaf", signal.SIGTERM, False, 143),
-    ],
-)
-def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
-    start: Start, entry: str, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
-) -> None:
-    process = start(entry, tmp_path)
-    assert wait_for(lambda: len(list(tmp_path.glob(f"{entry}/pid_*"))) == 4, 120)
-    (os.killpg if to_all else os.kill)(process.pid, number)
+def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(start: Start, tmp_path: Path) -> None:
+    running = start_all(start, SAVING, tmp_path)
     asked_at = time.monotonic()
-    ended = process.wait(120)
-    assert ended.returncode == code, ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert len(list((tmp_path / entry).glob("saved_*"))) == (4 if entry == "saves" else 0)
-    if entry == "deaf":
-        assert time.monotonic() - asked_at > GRACE_SECONDS
-        status = read_status(tmp_path / entry)
-        assert status is not None
-        assert status.reason == f"SIGTERM was received, and ranks did not end within {GRACE_SECONDS} s"
-    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
+    for number, (ending, process, _) in enumerate(running):
+        run, ended = tmp_path / str(number) / ending.entry, process.wait(120)
+        assert ended.returncode == ending.code, (ending, ended.stderr)
+        assert "Traceback" not in ended.stderr, ending
+        assert len(list(run.glob("saved_*"))) == (4 if ending.entry == "saves" else 0), ending
+        if ending.entry == "deaf":
+            assert time.monotonic() - asked_at > GRACE_SECONDS
+            status = read_status(run)
+            assert status is not None
+            assert status.reason == f"SIGTERM was received, and ranks did not end within {GRACE_SECONDS} s"
+        check_nothing_is_left(process)
 
 
-@pytest.mark.parametrize(
-    ("number", "to_all", "code"),
-    [
-        (signal.SIGINT, True, 130),  # Ctrl-C in a terminal reaches every process
-        pytest.param(signal.SIGINT, False, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.slow),
-        (signal.SIGKILL, False, -9),
-    ],
-)
-def test_local_no_rank_outlives_a_command_that_is_ended(
-    start: Start, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
-) -> None:
-    process = start("sleep", tmp_path)
-    assert wait_for(lambda: len(list(tmp_path.glob("sleep/pid_*"))) == 4, 60)
-    ranks = [int(path.read_text()) for path in tmp_path.glob("sleep/pid_*")]
-    assert all(map(is_alive, ranks))
-    (os.killpg if to_all else os.kill)(process.pid, number)
-    ended = process.wait(10)
-    assert ended.returncode == code
-    assert wait_for(lambda: not any(map(is_alive, ranks)), 5)
-    assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
-    assert "Traceback" not in ended.stderr
+def test_local_no_rank_outlives_a_command_that_is_ended(start: Start, tmp_path: Path) -> None:
+    for ending, process, ranks in start_all(start, ENDED, tmp_path):
+        ended = process.wait(10)
+        assert ended.returncode == ending.code, ending
+        assert wait_for(lambda: not any(map(is_alive, ranks)), 5), ending  # noqa: B023  called now
+        check_nothing_is_left(process)
+        assert "Traceback" not in ended.stderr, ending

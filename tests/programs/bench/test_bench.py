@@ -34,13 +34,13 @@ def test_measure_counts_the_same_work_for_every_contender() -> None:
         contenders=(ALONE, *OWN_KINDS, *TORCH_KINDS),
         num_ranks=2,
         num_micro_batches=4,
-        num_rounds=2,
+        num_rounds=1,
         workload=Workload(kind="sleep", num_rows=1, hidden=8, seconds=0.001),
     )
     samples = measure(plan)
     for name, of_name in samples.items():
         chunks = SCHEDULES.get(name).chunks[0] if name in OWN_KINDS else 1 + (name == "torch:ScheduleDualPipeV")
-        assert len(of_name) == 2
+        assert len(of_name) == 1
         for rank in (rank for sample in of_name for rank in sample.ranks):
             assert rank.sleeps == {"F": 4 * chunks, "I": 4 * chunks, "W": 4 * chunks}
             assert rank.seconds >= rank.slept_seconds > 0
@@ -143,7 +143,7 @@ def test_steps_of_a_pair_are_its_forward_and_its_backward(order: Pairing) -> Non
 
 @pytest.mark.slow
 def test_step_of_uneven_sleeping_stages_is_not_faster_than_predicted() -> None:
-    steps = measure_planned(4, 8, 0.02, ("dualpipe", "dualpipe_split", "zb_v", "interleaved_1f1b"), 3)
+    steps = measure_planned(4, 8, 0.02, ("dualpipe", "dualpipe_split", "zb_v", "interleaved_1f1b"), 1)
     off = {step.kind: min(step.measured) / step.predicted - 1 for step in steps}
     assert min(off.values()) >= -MOST_OFF, planned_text(steps)
 
@@ -153,7 +153,7 @@ def test_cpu_time_of_ranks_is_not_below_the_predicted_one(tmp_path: Path) -> Non
     write_text(tmp_path)
     small = ["parallelism=four_ranks", "batch.global_sequences=8", "data=files", f"data.paths=[{tmp_path / 'text'}]"]
     small += ["data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
-    ranks = measure_cpu(quickstart(*small), 4)
+    ranks = measure_cpu(quickstart(*small), 2)
     assert min(each.difference for each in ranks) >= -MOST_CPU_OFF, cpu_text(ranks)
 
 
