@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -79,11 +80,22 @@ def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
             assert torch.equal(gradient, other.gradients[name]), name
 
 
+_plain_steps = lru_cache(maxsize=8)(run_plain)
+"""Steps of the whole model, which layouts and schedules do not change."""
+
+
 def assert_equal_one_rank(
     ranks: Sequence[list[Seen]], config: TrainConfig, starved: int = 0, tolerance: float = 1e-10
 ) -> list[Seen]:
     """Compares each step of all ranks with the whole model in this process, whose steps are returned."""
-    plain = run_plain(config, starved, len(ranks[0]))
+    alone = replace(
+        config,
+        out_dir="",
+        parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
+        schedule=ScheduleConfig(kind="1f1b", chunks=None, pairing="sequential"),
+        optim=replace(config.optim, bucket_elements=1),
+    )
+    plain = _plain_steps(alone, starved, len(ranks[0]))
     for step, expected in enumerate(plain):
         assert_equal([rank[step] for rank in ranks], expected, tolerance)
     return plain
