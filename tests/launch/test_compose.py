@@ -357,6 +357,7 @@ def predict_alone(cache: Path, *overrides: str, has_triton: bool = True) -> list
     return done.stdout.split(maxsplit=2)
 
 
+@pytest.mark.slow
 def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_torch_then(tmp_path: Path) -> None:
     """A machine without Triton measures the same."""
     _, has_torch, measured = predict_alone(tmp_path, *V3)

@@ -83,6 +83,7 @@ def place_weights(folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     # Experiments are in tests/launch/test_recipes.py.

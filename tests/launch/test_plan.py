@@ -100,6 +100,7 @@ def test_help_names_what_is_planned_within_100_columns() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_command_starts_within_a_second_of_cpu_time_without_torch(tmp_path: Path) -> None:
     """With compiled modules and known sizes, as in every later start.
 

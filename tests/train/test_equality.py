@@ -177,7 +177,9 @@ def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> Non
             assert_same(rank[index], rank[len(jobs) + place])
 
 
-@pytest.mark.parametrize("kind", SCHEDULES.names())
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "dualpipe" else pytest.mark.slow) for kind in SCHEDULES.names()]
+)
 def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: str) -> None:
     """The smallest size that the kind accepts with more micro-batches than ranks; plugins' kinds too."""
     sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
