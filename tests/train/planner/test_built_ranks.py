@@ -118,7 +118,7 @@ def count_differences(cases: Sequence[tuple[TrainConfig, int, str]]) -> tuple[in
 def test_arithmetic_equals_built_ranks(cases: Sequence[tuple[str, int, str]], at_least: int) -> None:
     bases = {name: compose_run([f"model={name}"]) for name in PRESETS}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        built = pool.submit(count_differences, [(bases[name], *others) for name, *others in cases])
+        built = pool.submit(count_differences, [(bases[name], pipeline, kind) for name, pipeline, kind in cases])
         num_ranks, differences = built.result()
     assert not differences, "\n".join(differences[:5])
     assert num_ranks >= at_least
