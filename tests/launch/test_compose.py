@@ -35,7 +35,7 @@ from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig, sized_config
 from train.config.errors import ConfigError
-from train.memory import memory_lines, phases, predict, predict_memory
+from train.memory import memory_lines, predict, predict_memory
 from train.memory.predict import ramp_memory_cap
 
 
@@ -371,7 +371,7 @@ def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_tor
 
 def forget() -> None:
     """Makes this process predict again, as a new one does."""
-    for predicted in (phases._measured, predict_memory, predict._predict):
+    for predicted in (predict._measured, predict_memory, predict._predict):
         predicted.cache_clear()
 
 
