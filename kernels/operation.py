@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import torch
-import torch
-from torch import Tensor
+    from torch import Tensor
 
 TILE = 128
 CHUNK_NUMBERS = 2**19  # of rows that are summed at a time on a CPU: 2 MB of float32 stay in the cache

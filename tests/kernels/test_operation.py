@@ -170,7 +170,7 @@ def test_products_of_an_emulated_deep_gemm_are_the_reference_s(monkeypatch: pyte
 def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch() -> None:
     code = (
         "import sys\n"
-        "import kernels.attention, kernels.operation, kernels.operation\n"
+        "import kernels.attention, kernels.operation\n"
         "assert 'torch' not in sys.modules\n"
         "import torch\n"
         "from kernels.gemm import gemm_fp8\n"

@@ -3,7 +3,10 @@
 Does not import torch.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from comm.config import DeepEPDispatchConfig
 from comm.dispatch.registry import (
@@ -24,10 +27,6 @@ from comm.dispatch.registry import (
 if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts
     from comm.protocol import Dispatcher
-import importlib
-import importlib.util
-from dataclasses import dataclass
-from typing import Any
 
 PACKAGE = "deep_ep"
 _HIDDEN_MULTIPLE = 256
