@@ -22,7 +22,7 @@ STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
 DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins)=|TIME")
 """What a command has that reads files of the page's folder."""
 REPEATED = re.compile(
-    r"'data\.paths=\[notes\.txt\]' data\.validation|name=longer|quickstart schedule=|240 resume=auto|"
+    r"'data\.paths=\[notes\.txt\]' data\.validation|name=longer|quickstart schedule=|task\.steps=240|quickstart_yarn|"
     r"evaluation\.every_steps|init_from=outputs/quickstart/TIME model=of_checkpoint|task=dpo|task\.answers=student"
 )
 """Trainings of which another page runs a like one: `make test-long` only composes and checks them."""
