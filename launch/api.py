@@ -119,9 +119,9 @@ def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     log_handlers = list(logging.getLogger().handlers)
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        rank_variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         store = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", STORE_FILE_VARIABLE: str(Path(folder) / "store")}
-        os.environ.update(place | store | {KEY_VARIABLE: secrets.token_hex(32)})
+        os.environ.update(rank_variables | store | {KEY_VARIABLE: secrets.token_hex(32)})
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             yield
@@ -130,7 +130,7 @@ def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
             os.environ.update(environment)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for added in [each for each in logging.getLogger().handlers if each not in log_handlers]:
+            for added in [active for active in logging.getLogger().handlers if active not in log_handlers]:
                 logging.getLogger().removeHandler(added)
                 added.close()
 

@@ -278,12 +278,12 @@ def repeated_notes(arguments: Sequence[str]) -> list[str]:
 
 def _meant(command: str, key: str, value: str) -> str:
     """Returns the end of an error about an argument that names a key but is not written as key=value."""
-    known = settable_keys(command)
-    if key in known:
-        return f"nearest valid: {_shell_word(f'{key}={value or _default(known[key])}')}"
+    settable = settable_keys(command)
+    if key in settable:
+        return f"nearest valid: {_shell_word(f'{key}={value or _default(settable[key])}')}"
     if (advice := alias_overrides(command, key, value or "...")) is not None:
         return _sentence(*advice).removeprefix("unknown key; ")
-    return f"{nearest_key(key, list(known))}; --help WORD searches"
+    return f"{nearest_key(key, list(settable))}; --help WORD searches"
 
 
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
@@ -300,18 +300,20 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
         return f"{text} = {value}: no spaces around =; nearest valid: {text}={value}"
     if before.endswith("="):
         return f"{before} {text}: no spaces around =; nearest valid: {before}{text}"
-    known = settable_keys(command)
+    settable = settable_keys(command)
     key, colon, rest = text.partition(":")
-    if colon and rest and key in known:
+    if colon and rest and key in settable:
         return f"{text}: a value follows =; {_meant(command, key, rest.strip())}"
     value = "" if "=" in after[0] or after[0].startswith("-") else after[0]
-    if text in known or (alias_overrides(command, text) and "=" not in before):
+    if text in settable or (alias_overrides(command, text) and "=" not in before):
         return f"{text}: a value follows =; {_meant(command, text, value)}"
     groups = [group for group in default_groups(command) if text in options(group)]
     if groups:
         return f"{text}: is an option of {' and '.join(groups)}; nearest valid: {groups[-1]}={text}"
     if "=" in before:
-        end = next((place for place, word in enumerate(arguments) if place > index and "=" in word), len(arguments))
+        end = next(
+            (position for position, word in enumerate(arguments) if position > index and "=" in word), len(arguments)
+        )
         joined = " ".join([before, *arguments[index:end]])
         return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(joined)}"
     is_path = re.search(r"[./\\]", text) or command in ("convert", "redraw")

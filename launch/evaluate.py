@@ -174,12 +174,12 @@ def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
             f"compare: must be the folder of a complete evaluation, {folder!r} has no {RESULTS_NAME}; nearest valid: "
             "a folder that was out of launch.evaluate"
         )
-    for each in tasks:
-        known = {str(record["id"]) for record in read_records(path, each.name)}
-        missing = next((sample.key for sample in each.task.samples() if str(sample.key) not in known), None)
+    for task in tasks:
+        record_ids = {str(record["id"]) for record in read_records(path, task.name)}
+        missing = next((sample.key for sample in task.task.samples() if str(sample.key) not in record_ids), None)
         if missing is not None:
             raise ConfigError(
-                f"compare: must have the same samples, {folder!r} has no record {missing!r} of {each.name}; nearest "
+                f"compare: must have the same samples, {folder!r} has no record {missing!r} of {task.name}; nearest "
                 "valid: an evaluation of the same file"
             )
 
@@ -209,9 +209,9 @@ def write_outcome(
     folder: EvaluationFolder,
 ) -> str:
     """Computes results, writes the page and then `results.json`, and returns the summary."""
-    results = {each.name: task_result(each, records[each.name]) for each in tasks}
-    other = job.config.compare
-    compared = None if other is None else _compare_with(other, tasks, records, job.config.seed)
+    results = {task.name: task_result(task, records[task.name]) for task in tasks}
+    baseline = job.config.compare
+    compared = None if baseline is None else _compare_with(baseline, tasks, records, job.config.seed)
     dtype = job.source.resolve(job.config.dtype)
     software = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     facts: dict[str, Any] = {
@@ -222,19 +222,19 @@ def write_outcome(
         "software": software,
         "date": time.time(),
     }
-    if other is not None and compared is not None:
-        identity_of_other = json.loads((Path(other).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
+    if baseline is not None and compared is not None:
+        identity_of_other = json.loads((Path(baseline).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
         facts["comparison"] = {
-            "folder": other,
+            "folder": baseline,
             "checkpoint": identity_of_other.get("ckpt"),
             "tasks": {
                 name: {metric: asdict(pair) for metric, pair in pairs.items()} for name, pairs in compared.items()
             },
         }
-    settings = {each.name: encode(each.config) for each in tasks}
-    shown = {**checkpoint, "dtype": dtype, "seed": job.config.seed, "compared with": other}
+    settings = {task.name: encode(task.config) for task in tasks}
+    provenance = {**checkpoint, "dtype": dtype, "seed": job.config.seed, "compared with": baseline}
     title = f"Evaluation of {job.source.folder.name}"
-    folder.write(EVALUATION_PAGE_NAME, evaluation_page(title, shown, results, compared))
+    folder.write(EVALUATION_PAGE_NAME, evaluation_page(title, provenance, results, compared))
     folder.write(RESULTS_NAME, json.dumps(as_json(tasks, results, settings, facts), indent=2) + "\n")
     return summary(results, compared)
 
@@ -243,14 +243,16 @@ def summary(results: Mapping[str, TaskResult], compared: Comparisons | None = No
     """Returns a line for each metric, and for each note."""
     lines = []
     for name, result in results.items():
-        for metric, each in result.estimates.items():
-            error = "" if each.standard_error is None else f" +- {each.standard_error:.4f}"
-            value = "none" if each.value is None else f"{each.value:.4f}"
-            line = f"{name}  {metric} {value}{error}  ({each.num_samples:,} samples)"
-            found = None if compared is None else compared[name][metric]
-            if found is not None and found.difference is not None:
-                chance = "" if found.p_value is None else f", p {found.p_value:.3g} ({found.test.replace('_', ' ')})"
-                line += f"  {found.difference:+.4f} to the other evaluation{chance}"
+        for metric, estimate in result.estimates.items():
+            error = "" if estimate.standard_error is None else f" +- {estimate.standard_error:.4f}"
+            value = "none" if estimate.value is None else f"{estimate.value:.4f}"
+            line = f"{name}  {metric} {value}{error}  ({estimate.num_samples:,} samples)"
+            comparison = None if compared is None else compared[name][metric]
+            if comparison is not None and comparison.difference is not None:
+                chance = ""
+                if comparison.p_value is not None:
+                    chance = f", p {comparison.p_value:.3g} ({comparison.test.replace('_', ' ')})"
+                line += f"  {comparison.difference:+.4f} to the other evaluation{chance}"
             lines.append(line)
         lines += [f"note: {name}: {note}" for note in result.details.notes]
     return "\n".join(lines)
@@ -309,7 +311,7 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             print(f"{path} is complete; nothing is evaluated", file=sys.stderr, flush=True)
             return
         records = {opened.name: folder.read(opened.name) for opened in tasks}
-        done = {name: {record["id"] for record in known} for name, known in records.items()}
+        done = {name: {record["id"] for record in task_records} for name, task_records in records.items()}
 
         def write(name: str, fresh: list[dict[str, Any]]) -> None:
             folder.append(name, fresh)

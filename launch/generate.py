@@ -128,7 +128,7 @@ def _checked(place: str, text: str) -> str:
 def _near(path: Path) -> str:
     if path.exists() or not path.parent.is_dir():
         return ""
-    names = [other.name for other in path.parent.iterdir() if other.suffix in (".txt", ".jsonl")]
+    names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".txt", ".jsonl")]
     return f"; {nearest(path.name, names)}" if names else ""
 
 

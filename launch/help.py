@@ -75,38 +75,38 @@ def read_options(command: str, values: Mapping[str, Any], chosen: Mapping[str, s
     sources = {group: _Source.of_option(group, option) for group, option in chosen.items()}
     roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
     comments = {key: text for source in (*sources.values(), *roots) for key, text in _comments(source) if text}
-    found = []
+    keys = []
     for key, value in dotted_keys(values):
         group = key.replace(".", "/")
         if not isinstance(value, Mapping) or not value:
-            found.append(Option(key=key, value=_flow(value), comment=comments.get(key, "")))
+            keys.append(Option(key=key, value=_flow(value), comment=comments.get(key, "")))
         elif group in chosen:
             about = _heading(sources[group])
-            found.append(Option(key=group, value=chosen[group], comment=about, is_leaf=False))
+            keys.append(Option(key=group, value=chosen[group], comment=about, is_leaf=False))
         else:
-            found.append(Option(key=key, value="", comment=comments.get(key, ""), is_leaf=False))
-    return found
+            keys.append(Option(key=key, value="", comment=comments.get(key, ""), is_leaf=False))
+    return keys
 
 
 def other_options(chosen: Mapping[str, str]) -> list[Option]:
     """Returns the groups of a command, and the keys of all their options but experiments."""
-    found: dict[str, Option] = {}
+    keys: dict[str, Option] = {}
     folders = [folder / group for group in chosen for folder in config_dirs()]
     # Some groups are in the folders of others, such as `task/loss`.
     nested = [path.relative_to(folder.parent).as_posix() for folder in folders for path in folder.glob("*/")]
     for group in dict.fromkeys([*chosen, *nested]):
         for option in options(group):
             source = _Source.of_option(group, option)
-            found[f"{group}={option}"] = Option(key=group, value=option, comment=_heading(source), is_leaf=False)
+            keys[f"{group}={option}"] = Option(key=group, value=option, comment=_heading(source), is_leaf=False)
             if group == "experiment":
                 continue
             comments = dict(_comments(source))
             for key, value in dotted_keys(read_option(group, option), source.prefix):
                 if (not isinstance(value, Mapping) or not value) and not key.startswith(f"{source.prefix}defaults"):
                     first = Option(key=key, value=_flow(value), comment=comments.get(key, ""), group=group)
-                    known = found.get(key, first)
-                    found[key] = replace(known, choices=(*known.choices, option))
-    return list(found.values())
+                    option_of_key = keys.get(key, first)
+                    keys[key] = replace(option_of_key, choices=(*option_of_key.choices, option))
+    return list(keys.values())
 
 
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
@@ -120,10 +120,10 @@ def _comments(source: _Source) -> Iterator[tuple[str, str]]:
     starts = {line for _, line, _ in keys}
     for key, line, column in keys:
         inline = _after_hash(lines[line][column:])
-        for place in range(line + 1, len(lines)):
-            if place in starts or not inline or not lines[place].startswith("      ") or not _is_comment(lines[place]):
+        for index in range(line + 1, len(lines)):
+            if index in starts or not inline or not lines[index].startswith("      ") or not _is_comment(lines[index]):
                 break
-            inline += f" {_after_hash(lines[place])}"
+            inline += f" {_after_hash(lines[index])}"
         above = [_after_hash(text) for text in _comment_block(lines, line)] if source.prefix else []
         yield key, " ".join([*above, inline]).strip()
 
@@ -145,10 +145,10 @@ def _key_ends(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, i
 def _comment_block(lines: Sequence[str], line: int) -> list[str]:
     """Returns the comment lines directly above a key, except the file's heading and continued comments."""
     block: list[str] = []
-    for place in range(line - 1, -1, -1):
-        if not _is_comment(lines[place]) or lines[place].startswith("      "):
+    for index in range(line - 1, -1, -1):
+        if not _is_comment(lines[index]) or lines[index].startswith("      "):
             return list(reversed(block))
-        block.append(lines[place])
+        block.append(lines[index])
     return []
 
 
@@ -277,9 +277,9 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     values = compose_defaults(command, overrides)
     keys = read_options(command, values, chosen)
     if not words or words == ["all"]:
-        whole = _page(command, keys, chosen, columns, is_short=False)
-        is_short = not words and len(whole) > MOST_LINES
-        return "\n".join(_page(command, keys, chosen, columns, is_short=True) if is_short else whole)
+        lines_of_page = _page(command, keys, chosen, columns, is_short=False)
+        is_short = not words and len(lines_of_page) > MOST_LINES
+        return "\n".join(_page(command, keys, chosen, columns, is_short=True) if is_short else lines_of_page)
     leaves = {option.key for option in keys if option.is_leaf}
     candidates = [option for option in keys if option.key not in chosen]
     candidates += [option for option in other_options(chosen) if option.key not in leaves]
@@ -318,8 +318,8 @@ def _page(
     if is_short:
         lines += _wrapped(f"Keys that are used most, and their values{must}:", "", columns)
         common = about.common or own_keys(command)
-        shown = [option for key in common for option in keys if option.key == key]
-        lines += [line for option in shown for line in _one_line(_row(option, columns), columns)]
+        common_keys = [option for key in common for option in keys if option.key == key]
+        lines += [line for option in common_keys for line in _one_line(_row(option, columns), columns)]
     else:
         lines += _wrapped(f"Keys and their values{must}:", "", columns)
         for key in keys:
@@ -440,8 +440,8 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
     if advice is None:
         return None
     why, overrides = fill_advice(advice, value)
-    known = settable_keys(command)
-    return (why, overrides) if all(text.partition("=")[0] in known for text in overrides[:1]) else None
+    settable = settable_keys(command)
+    return (why, overrides) if all(text.partition("=")[0] in settable for text in overrides[:1]) else None
 
 
 def settable_keys(command: str) -> Mapping[str, Any]:

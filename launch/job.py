@@ -281,9 +281,9 @@ def run_on_local_ranks(
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe(duplex=False)
-                place = (rank, num_ranks, str(Path(scratch) / "store"))
+                rank_place = (rank, num_ranks, str(Path(scratch) / "store"))
                 process = context.Process(
-                    target=_run_rank, args=(function, place, theirs, loaded_plugins()), daemon=True
+                    target=_run_rank, args=(function, rank_place, theirs, loaded_plugins()), daemon=True
                 )
                 process.start()
                 theirs.close()
@@ -303,18 +303,18 @@ def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[.
         for end in connection.wait(list(ends)):
             assert isinstance(end, connection.Connection)
             try:
-                kind, found = end.recv()
+                kind, content = end.recv()
             except (EOFError, ConnectionResetError) as error:
                 raise RankError(f"rank {ends[end]} died before it returned") from error
             if kind == "message":
-                receive(*found)
+                receive(*content)
                 continue
             rank = ends.pop(end)
-            if isinstance(found, ValueError) and kind == "user error":
-                raise found
+            if isinstance(content, ValueError) and kind == "user error":
+                raise content
             if kind == "error":
-                raise RankError(f"rank {rank} failed\n{found}")
-            result = found if rank == 0 else result
+                raise RankError(f"rank {rank} failed\n{content}")
+            result = content if rank == 0 else result
     return result
 
 
@@ -338,6 +338,6 @@ def _run_rank(
         end.send(("result", result if rank == 0 else None))
     except Exception as error:
         is_users = isinstance(error, user_errors())
-        found = ("user error", type(error)(str(error))) if is_users else ("error", traceback.format_exc())
+        outcome = ("user error", type(error)(str(error))) if is_users else ("error", traceback.format_exc())
         with suppress(OSError):
-            end.send(found)
+            end.send(outcome)

@@ -133,8 +133,8 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
 
 
 def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, reason: str) -> None:
-    known = read_status(folder)
-    append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
+    status = read_status(folder)
+    append_event(folder, "restarted", 0 if status is None else status.step, reason, restart=restart, exit_code=code)
     print_redacted(f"all ranks restart ({restart} of {config.cluster.max_restarts}) from the newest checkpoint")
     write_run_folder(replace(config, resume=AUTO), datetime.now())
     start_fork_server(config.cluster, getattr(forkserver._forkserver, "_preload_modules", ()))  # if it was lost
@@ -162,8 +162,8 @@ def _run_once(
 
 def _write_status(folder: Path, code: int, reason: str) -> None:
     """Writes the run's status if the ranks did not write it, for example because a rank was killed."""
-    known = read_status(folder)
-    if code and (known is None or known.exit_code != code):
+    status = read_status(folder)
+    if code and (status is None or status.exit_code != code):
         # On a full disk, the exit code is the only report.
         with suppress(OSError):
             write_end(folder, "lost" if code in VERDICT_CODES else "stopped", code, reason)
@@ -413,9 +413,9 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
         return report_lost(folder, exit_code, f"rank {rank} ended with exit code {exit_code}")
     path, report = reports[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
-    place = "" if report.code == EXIT_CONFIGURATION else f"rank {first}: "
-    print_redacted(f"error: {place}{report.text}", f"the full traceback is in {path}")
-    return report.code, f"{place}{report.text}"
+    prefix = "" if report.code == EXIT_CONFIGURATION else f"rank {first}: "
+    print_redacted(f"error: {prefix}{report.text}", f"the full traceback is in {path}")
+    return report.code, f"{prefix}{report.text}"
 
 
 def print_redacted(*lines: str) -> None:
@@ -452,5 +452,5 @@ def remove_leftovers(place: Path) -> None:
 def _is_left_over(entry: "os.DirEntry[str]") -> bool:
     if not entry.is_dir(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_uid != os.geteuid():
         return False
-    found = read_lock(Path(entry.path) / _OWNER_NAME)
-    return found is not None and found.owner is not None and found.owner.is_gone
+    owner = read_lock(Path(entry.path) / _OWNER_NAME)
+    return owner is not None and owner.owner is not None and owner.owner.is_gone

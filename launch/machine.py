@@ -53,8 +53,8 @@ def torch_has_cuda() -> bool:
     """Returns whether the installed torch was built with CUDA, from its version file."""
     spec = find_spec("torch")
     places = spec.submodule_search_locations if spec is not None else None
-    for place in places or ():
-        text = (Path(place) / "version.py").read_text(encoding="utf-8")
+    for folder in places or ():
+        text = (Path(folder) / "version.py").read_text(encoding="utf-8")
         return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
     return False
 
@@ -79,17 +79,18 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
     import torch
 
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = torch.cuda.device_count()
-    place = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
-    if found == 0:
-        raise MachineError(f"cluster.device: cuda needs a GPU, {place} none, is cuda; {_NO_GPU}")
+    num_gpus = torch.cuda.device_count()
+    visibility = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
+    if num_gpus == 0:
+        raise MachineError(f"cluster.device: cuda needs a GPU, {visibility} none, is cuda; {_NO_GPU}")
     if cluster.backend != "nccl":
         return
-    if num_local_ranks > found:
+    if num_local_ranks > num_gpus:
         raise MachineError(
             f"cluster.backend: nccl needs a GPU for each of the {num_local_ranks} ranks of this machine "
             f"(parallelism.{config.parallelism.axes('=')} in all), "
-            f"{place} {found}, is nccl; nearest valid: {found} ranks, cluster=one_gpu, or torchrun on several machines"
+            f"{visibility} {num_gpus}, is nccl; nearest valid: {num_gpus} ranks, cluster=one_gpu, "
+            "or torchrun on several machines"
         )
     if not torch.distributed.is_nccl_available():
         raise MachineError(
@@ -185,17 +186,17 @@ def check_node(arguments: Sequence[str], environment: Mapping[str, str] = os.env
 
     Arguments are `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
     """
-    given = dict(argument.split("=", 1) for argument in arguments)
+    values = dict(argument.split("=", 1) for argument in arguments)
     node = environment.get("SLURMD_NODENAME", socket.gethostname())
     index = int(environment["SLURM_NODEID"])
-    ranks = int(given["ranks"])
-    num_gpus = int(given["gpus"])
-    rank_bytes = int(given["rank_bytes"])
+    ranks = int(values["ranks"])
+    num_gpus = int(values["gpus"])
+    rank_bytes = int(values["rank_bytes"])
     problems = [
         *gpu_problems(num_gpus, -(-ranks // max(num_gpus, 1)) * rank_bytes, environment),
         *host_problems(ranks * (_PYTHON_BYTES + (0 if num_gpus else rank_bytes))),
-        *folder_problems(Path(given["folder"]), node),
-        *reach_problems(given["master"], node, index, int(environment["SLURM_JOB_NUM_NODES"])),
+        *folder_problems(Path(values["folder"]), node),
+        *reach_problems(values["master"], node, index, int(environment["SLURM_JOB_NUM_NODES"])),
     ]
     for problem in problems:
         print(f"error: node {node}: {problem}", file=sys.stderr, flush=True)
@@ -293,8 +294,8 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
         # torch's flight recorder allocates small blocks between tensors, which fragments the heap, so that a rank's
         # memory grows without bound. The watchdog keeps its own log of collectives.
         wanted["TORCH_FR_BUFFER_SIZE"] = "0"
-    kept = {name: inherited.get(name, value) for name, value in wanted.items()}
-    return {**kept, "OMP_NUM_THREADS": str(cluster.threads_per_rank)}
+    variables = {name: inherited.get(name, value) for name, value in wanted.items()}
+    return {**variables, "OMP_NUM_THREADS": str(cluster.threads_per_rank)}
 
 
 def local_rank_environment(store_file: Path) -> dict[str, str]:

@@ -194,8 +194,8 @@ def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
             dispatches.append(config.dispatch)
         elif name in options("dispatch"):
             values = read_option("dispatch", name) | {"payload": config.dispatch.payload}
-            other: Any = decode(DISPATCHERS.get(name).config, values, "dispatch")
-            dispatches.append(other)
+            dispatch: Any = decode(DISPATCHERS.get(name).config, values, "dispatch")
+            dispatches.append(dispatch)
     return tuple(dispatches)
 
 
@@ -259,8 +259,8 @@ def _checked_run(request: PlanRequest, item: str) -> ChangedRun:
         return changed_run(request, item)
     except user_errors() as error:
         message = str(error)
-        shown = message if message.startswith(item) and item else f"{item or repr(item)}: {message}"
-        raise ConfigError(f"what_if: {shown}{_as_in_run(request, message)}") from error
+        text = message if message.startswith(item) and item else f"{item or repr(item)}: {message}"
+        raise ConfigError(f"what_if: {text}{_as_in_run(request, message)}") from error
 
 
 def _as_in_run(request: PlanRequest, message: str) -> str:
@@ -268,10 +268,10 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
     if re.search(r"nearest|valid|did you mean|write|least is|options:", message):
         return ""
     key = message.partition(":")[0]
-    known = dict(dotted_keys({**request.values}))
-    if key not in known or isinstance(known[key], dict | list):
+    run_values = dict(dotted_keys({**request.values}))
+    if key not in run_values or isinstance(run_values[key], dict | list):
         return ""
-    value = "null" if known[key] is None else known[key]
+    value = "null" if run_values[key] is None else run_values[key]
     return f"; valid: {key}={value}, as in the run"
 
 
@@ -281,9 +281,9 @@ def changed_run(request: PlanRequest, item: str) -> ChangedRun:
     for change in changes:
         if change.key in _output_keys():
             raise ConfigError(f"{change}: {change.key} is not part of the run; nearest valid: {EXAMPLE}")
-    chosen = {place: group for place, change in enumerate(changes) if (group := _group_of(change)) is not None}
+    chosen = {index: group for index, change in enumerate(changes) if (group := _group_of(change)) is not None}
     values = _with_options(request, chosen.values()) if chosen else request.values
-    others = [change for place, change in enumerate(changes) if place not in chosen]
+    others = [change for index, change in enumerate(changes) if index not in chosen]
     values = _with_model_keys(values, others)
     typed = {**write_config(request.config), **{key: encode(getattr(request.planner, key)) for key in _PLANNER}}
     changed = changed_values(values, typed, others)
@@ -324,12 +324,12 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
     overrides = [*chosen]
     groups = {key_of(text) for text in overrides}
     output = _output_keys()
-    kept = [text for text in request.overrides if key_of(text) not in groups]
+    other_overrides = [text for text in request.overrides if key_of(text) not in groups]
     try:
-        values = compose_plan([*kept, *overrides])
+        values = compose_plan([*other_overrides, *overrides])
     except UnknownKeyError:
         prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
-        others = [text for text in kept if not key_of(text).lstrip("+").startswith(prefixes)]
+        others = [text for text in other_overrides if not key_of(text).lstrip("+").startswith(prefixes)]
         values = compose_plan([*others, *overrides])
     for text in overrides:
         _drop_other_keys(values, *text.split("=", 1))
@@ -339,15 +339,15 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
 def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
     """Removes keys of a group's other options, which an experiment set, from the chosen option."""
     *parents, last = group.split("/")
-    place = values
+    group_values = values
     for parent in parents:
-        place = place.get(parent, {})
-    chosen = place.get(last)
-    own = read_option(group, option)
-    if not isinstance(chosen, Mapping) or "kind" not in own:
+        group_values = group_values.get(parent, {})
+    chosen = group_values.get(last)
+    option_values = read_option(group, option)
+    if not isinstance(chosen, Mapping) or "kind" not in option_values:
         return
-    others = {key for name in options(group) for key in read_option(group, name)} - own.keys()
-    place[last] = {key: value for key, value in chosen.items() if key not in others}
+    others = {key for name in options(group) for key in read_option(group, name)} - option_values.keys()
+    group_values[last] = {key: value for key, value in chosen.items() if key not in others}
 
 
 def _with_model_keys(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:

@@ -80,9 +80,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     """
     overrides = [_with_quotes(text) for text in overrides]
     values = compose_plan(overrides)
-    own = [key for key in own_keys("plan") if key != _EFFICIENCY]
-    plan_options = decode(PlanOptions, {key: values[key] for key in own})
-    run = {key: value for key, value in values.items() if key not in (*own, *_PLANNER)}
+    output_keys = [key for key in own_keys("plan") if key != _EFFICIENCY]
+    plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
+    run = {key: value for key, value in values.items() if key not in (*output_keys, *_PLANNER)}
     if plan_options.run is None:
         config = run_config(run)
         _check_known_files(config, _unread(run))
@@ -93,7 +93,7 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         planner=planner_config(values),
         options=plan_options,
         overrides=tuple(overrides),
-        values={key: value for key, value in values.items() if key not in own},
+        values={key: value for key, value in values.items() if key not in output_keys},
     )
 
 
@@ -130,8 +130,8 @@ def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
         read: Mapping[str, Any] = {_RATES: encode(run_rates(Path(path))), _EFFICIENCY: {"unexplained": 1.0}}
     else:
         read = _read_plan(Path(path))
-    kept = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
-    return {**values, **{key: read[key] for key in kept}}
+    keys = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
+    return {**values, **{key: read[key] for key in keys}}
 
 
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
@@ -171,8 +171,8 @@ def _check_known_files(config: TrainConfig, unread: Sequence[str]) -> None:
     paths = getattr(config.data.source, "paths", ())
     if paths and all(Path(path).expanduser().exists() for path in paths):
         unknown: tuple[Acceptance, ...] = ("small_tokenizer",) if "data.tokenizer" in unread else ()
-        known = replace(config, accept=(*config.accept, *unknown))
-        check_text(known, check_data(known))
+        accepting = replace(config, accept=(*config.accept, *unknown))
+        check_text(accepting, check_data(accepting))
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:
@@ -195,18 +195,18 @@ def _read_plan(path: Path) -> Mapping[str, Any]:
 def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
     """Returns a run's configuration, with devices and prices from overrides; nothing else may change."""
     run = write_config(read_folder(folder))
-    given = dict(dotted_keys(values))
+    requested = dict(dotted_keys(values))
     for key in map(key_of, overrides):
         section, _, leaf = key.partition(".")
         if section in _CHANGEABLE and leaf:
             *parents, last = key.split(".")
-            reduce(getitem, parents, run)[last] = given[key]
+            reduce(getitem, parents, run)[last] = requested[key]
         elif section in _CHANGEABLE:
             run[section] = values[section]
         elif key == "experiment":  # may set all of them
-            _check_equal(_PLANNED, given, run)
+            _check_equal(_PLANNED, requested, run)
         elif section in _PLANNED:
-            _check_equal([key], given, run)
+            _check_equal([key], requested, run)
     return read_config(run)
 
 
@@ -218,14 +218,16 @@ def _require_run(folder: Path) -> Path:
 
 def _check_equal(keys: Sequence[str], given: Mapping[str, object], run: Mapping[str, Any]) -> None:
     """Rejects values at or below keys that differ from those of the run, and names the first."""
-    known = dict(dotted_keys(run))
+    run_values = dict(dotted_keys(run))
     for name, value in given.items():
         is_checked = any(name == key or name.startswith(f"{key}.") for key in keys)
         if not is_checked or isinstance(value, Mapping) or value is None or value == "auto":
             continue
-        if value != known.get(name, value):
+        if value != run_values.get(name, value):
             rule = f"{name} must be that of the run"
-            raise broken("run", rule, value, f"{name}={known[name]}, or rates= in place of run= to plan another run")
+            raise broken(
+                "run", rule, value, f"{name}={run_values[name]}, or rates= in place of run= to plan another run"
+            )
 
 
 _FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
@@ -282,13 +284,13 @@ def split_changes(text: str) -> list[str]:
 
 
 def _parse_change(text: str) -> Change:
-    found = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
-    if found is None or not found[1] or not re.fullmatch(r"[\w.*/\-]+", found[1]):
+    match = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
+    if match is None or not match[1] or not re.fullmatch(r"[\w.*/\-]+", match[1]):
         key = re.match(r"[A-Za-z_][\w.]*", text)
         raise broken(text, _FORM, repr(text), f"{key[0]}*2" if key else EXAMPLE)
-    operator = text[len(found[1]) :].strip()[0]
+    operator = text[len(match[1]) :].strip()[0]
     kinds: dict[str, Literal["=", "*", "/"]] = {"=": "=", "*": "*", "/": "/"}
-    return Change(key=found[1], operator=kinds[operator], operand=found[2])
+    return Change(key=match[1], operator=kinds[operator], operand=match[2])
 
 
 def _split(item: str, *, is_item: bool) -> Iterator[str]:
@@ -296,16 +298,16 @@ def _split(item: str, *, is_item: bool) -> Iterator[str]:
     depth = 0
     quote = ""
     start = 0
-    for place, letter in enumerate(item):
+    for position, letter in enumerate(item):
         if quote:
             quote = "" if letter == quote else quote
         elif letter in _QUOTES:
             quote = letter
         elif letter in _OPENING or letter in _CLOSING:
             depth += 1 if letter in _OPENING else -1
-        elif depth == 0 and (letter == "," or (is_item and item[place - 1 : place + 2] == " + ")):
-            yield item[start:place]
-            start = place + 1
+        elif depth == 0 and (letter == "," or (is_item and item[position - 1 : position + 2] == " + ")):
+            yield item[start:position]
+            start = position + 1
     yield item[start:]
 
 
@@ -325,20 +327,20 @@ def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes:
 
 
 def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
-    known = dict(dotted_keys(values))
-    if change.key in known:
+    leaves = dict(dotted_keys(values))
+    if change.key in leaves:
         return [change.key]
-    found = [
+    matches = [
         key
-        for key, value in known.items()
+        for key, value in leaves.items()
         if "*" in change.key
         and not isinstance(value, dict)
         and key.count(".") == change.key.count(".")
         and all(map(fnmatchcase, key.split("."), change.key.split(".")))
     ]
-    if not found:
-        raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(known))}")
-    return found
+    if not matches:
+        raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(leaves))}")
+    return matches
 
 
 def _multiplied(change: Change, key: str, value: object, typed: object) -> int | float:
@@ -347,16 +349,16 @@ def _multiplied(change: Change, key: str, value: object, typed: object) -> int |
     if isinstance(value, dict):
         raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {_first_number(key, value)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        shown = "null" if value is None else shorten(repr(value), _MOST_SHOWN)
-        raise ConfigError(f"{key}: must be a number to be multiplied, is {shown}; nearest valid: {key}=VALUE")
+        text = "null" if value is None else shorten(repr(value), _MOST_SHOWN)
+        raise ConfigError(f"{key}: must be a number to be multiplied, is {text}; nearest valid: {key}=VALUE")
     exact = value / float(change.operand) if change.operator == "/" else value * factor
     if type(value) is int and type(typed) is not float:
-        whole = round(exact) if math.isfinite(exact) else value
-        if abs(exact - whole) > 1e-9 * max(1.0, abs(whole)):
+        rounded = round(exact) if math.isfinite(exact) else value
+        if abs(exact - rounded) > 1e-9 * max(1.0, abs(rounded)):
             raise ConfigError(
-                f"{key}: must be a whole number, {change} gives {exact:g}; nearest valid: {key}={max(whole, 1)}"
+                f"{key}: must be a whole number, {change} gives {exact:g}; nearest valid: {key}={max(rounded, 1)}"
             )
-        return whole
+        return rounded
     return exact
 
 

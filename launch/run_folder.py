@@ -111,8 +111,8 @@ def _system_refusals(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = config.out_dir or "outputs"
-        raise ConfigError(f"out_dir: {place!r} must be a folder that can be written: {error}") from error
+        folder = config.out_dir or "outputs"
+        raise ConfigError(f"out_dir: {folder!r} must be a folder that can be written: {error}") from error
 
 
 def _make(config: TrainConfig, now: datetime) -> Path:

@@ -208,7 +208,7 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "dtype": job.source.resolve(config.dtype),
         "speculative": config.speculative,
         "problems": _digest_problems(job.problems),
-        "chat": next(name for name, each in CHAT_TEMPLATES.items() if each is job.template),
+        "chat": next(name for name, template in CHAT_TEMPLATES.items() if template is job.template),
         "thinking": job.thinking,
         "num_samples": config.num_samples,
         "max_new_tokens": config.max_new_tokens,
@@ -271,16 +271,16 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """Yields each selected sample as a conversation for supervised fine-tuning, with its provenance."""
     shared = {key: made_with[key] for key in ("ckpt", "step", "weights", "chat", "max_new_tokens", "sampling")}
-    for kept in selection.kept:
-        sample = samples[kept.problem][kept.sample]
-        messages = (*job.problems[kept.problem].messages, kept.message)
+    for selected in selection.kept:
+        sample = samples[selected.problem][selected.sample]
+        messages = (*job.problems[selected.problem].messages, selected.message)
         scores = {kind: score.value for kind, score in sample.sheet.parts.items()}
         yield {
             "messages": [_to_plain(message) for message in messages],
             "provenance": {
                 **shared,
-                "prompt": kept.problem,
-                "sample": kept.sample,
+                "prompt": selected.problem,
+                "sample": selected.sample,
                 "tokens": sample.num_tokens,
                 "reward": sample.sheet.total,
                 "scores": scores,
@@ -318,27 +318,27 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
 
 def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
     """Returns a hash of the problems, which identifies them when sampling is resumed."""
-    content = [[repr(each.messages), each.answer, repr(each.tests)] for each in problems]
+    content = [[repr(problem.messages), problem.answer, repr(problem.tests)] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _read_file(path: Path) -> list[ProblemRecord]:
-    found = []
+    problems = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if len(line) > LARGEST_LINE_BYTES:
                     raise DataError(f"{path}:{number}: must have at most {LARGEST_LINE_BYTES} bytes, has {len(line)}")
                 if line.strip():
-                    place = f"{path}:{number}"
-                    found.append(read_problem(decode_line(line, place), str(number), place, needs_answer=True))
+                    location = f"{path}:{number}"
+                    problems.append(read_problem(decode_line(line, location), str(number), location, needs_answer=True))
     except OSError as error:
         raise DataError(
             f"problems.path: must be a file of JSON lines, {str(path)!r} cannot be read: {error}"
         ) from error
-    if not found:
+    if not problems:
         raise DataError(f"problems.path: must have at least one problem, {str(path)!r} has none")
-    return found
+    return problems
 
 
 if __name__ == "__main__":

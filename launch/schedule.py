@@ -158,8 +158,8 @@ def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostMode
 def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
     """Times the configured kind, and those that `auto` considers with whole sequences."""
     is_extra = config.schedule.kind != "auto" and config.schedule.kind not in candidates()
-    own = (_best_of_kind(config, cache_dir),) if is_extra else ()
-    return own + survey(
+    configured = (_best_of_kind(config, cache_dir),) if is_extra else ()
+    return configured + survey(
         config.num_ranks,
         config.num_micro_batches,
         lambda kind, num_stages: config.costs_of(num_stages),

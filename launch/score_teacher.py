@@ -62,9 +62,9 @@ def preview(overrides: Sequence[str]) -> str:
 
 def _read(overrides: Sequence[str]) -> tuple[TrainConfig, ScoreTeacherConfig]:
     values = compose(NAME, overrides)
-    own = own_keys(NAME)
-    scores = decode(ScoreTeacherConfig, {key: values[key] for key in own})
-    run: dict[str, Any] = {key: value for key, value in values.items() if key not in own}
+    score_keys = own_keys(NAME)
+    scores = decode(ScoreTeacherConfig, {key: values[key] for key in score_keys})
+    run: dict[str, Any] = {key: value for key, value in values.items() if key not in score_keys}
     task = run["task"]
     if isinstance(task, Mapping) and task.get("steps") is None:
         run["task"] = {**task, "steps": 1}  # no step is made

@@ -72,7 +72,7 @@ class SampleJournal(AbstractContextManager["SampleJournal"]):
 
     def _read(self, made_with: dict[str, Any]) -> None:
         self._file.seek(0)
-        whole = 0
+        num_bytes = 0
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
                 break
@@ -81,9 +81,9 @@ class SampleJournal(AbstractContextManager["SampleJournal"]):
                 self._compare(values, made_with)
             else:
                 self.samples[values["problem"]] = tuple(map(_to_sample, values["samples"]))
-            whole += len(line)
-        self._file.truncate(whole)  # removes a line that an interruption cut
-        if whole == 0:
+            num_bytes += len(line)
+        self._file.truncate(num_bytes)  # removes a line that an interruption cut
+        if num_bytes == 0:
             self._write(made_with)
 
     def _compare(self, found: dict[str, Any], made_with: dict[str, Any]) -> None:
@@ -105,8 +105,8 @@ def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: must be a journal of launch.sample, cannot be read: {error}") from error
-    found = [_decode(line, f"{path}:{number}") for number, line in enumerate(lines[1:], 2)]
-    return {values["problem"]: tuple(map(_to_sample, values["samples"])) for values in found}
+    records = [_decode(line, f"{path}:{number}") for number, line in enumerate(lines[1:], 2)]
+    return {values["problem"]: tuple(map(_to_sample, values["samples"])) for values in records}
 
 
 def _decode(line: bytes, place: str) -> Any:
@@ -153,15 +153,17 @@ def select(
     samples: Mapping[int, Sequence[ScoredSample]], config: KeepConfig, template: ChatTemplate, *, thinking: bool
 ) -> SampleSelection:
     """Selects samples as a pure function: the good answers of a problem with the highest reward."""
-    kept: list[KeptSample] = []
+    selected: list[KeptSample] = []
     left_out: Counter[str] = Counter()
     for number in sorted(samples):
         good = _good_samples(samples[number], config, template, left_out, thinking=thinking)
         limit = config.easy_per_problem if is_easy(samples[number], config.easy_rate) else config.per_problem
         best = sorted(good, key=lambda at: (-samples[number][at].sheet.total, at))[:limit]
         left_out["over the limit of a problem"] += len(good) - len(best)
-        kept += [KeptSample(problem=number, sample=at, message=good[at]) for at in sorted(best)]
-    return SampleSelection(kept=tuple(kept), left_out={reason: count for reason, count in left_out.items() if count})
+        selected += [KeptSample(problem=number, sample=at, message=good[at]) for at in sorted(best)]
+    return SampleSelection(
+        kept=tuple(selected), left_out={reason: count for reason, count in left_out.items() if count}
+    )
 
 
 def is_easy(samples: Sequence[ScoredSample], easy_rate: float) -> bool:
@@ -221,12 +223,12 @@ def _good_samples(
 
 def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSelection, easy_rate: float) -> str:
     """Returns lines about problems, outcomes, parts of the reward, and the selection."""
-    drawn = [sample for each in samples.values() for sample in each]
+    drawn = [sample for group in samples.values() for sample in group]
     outcomes = Counter(sample.sheet.outcome for sample in drawn)
     has_verdict = any(sample.sheet.is_verdict for sample in drawn)
-    solved = [any(sample.sheet.outcome == "correct" for sample in each) for each in samples.values()]
+    solved = [any(sample.sheet.outcome == "correct" for sample in group) for group in samples.values()]
     rates = measured_rates(samples)
-    easy = sum(is_easy(each, easy_rate) for each in samples.values())
+    easy = sum(is_easy(group, easy_rate) for group in samples.values())
     rows = [
         ("problems", f"{len(samples)}: {sum(solved)} solved at least once, {easy} of them easy"),
         ("samples", f"{len(drawn)}: " + ", ".join(f"{count} {name}" for name, count in outcomes.most_common())),
@@ -237,7 +239,7 @@ def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSele
         ("cut", f"{rates.cut_share:.3f}"),
         ("reward", f"{mean(sample.sheet.total for sample in drawn):.3f}"),
         *((f"  {kind}", f"{_part_mean(drawn, kind):.3f}") for kind in drawn[0].sheet.parts),
-        ("kept", f"{len(selection.kept)} of {len({each.problem for each in selection.kept})} problems"),
+        ("kept", f"{len(selection.kept)} of {len({sample.problem for sample in selection.kept})} problems"),
         *((f"  {reason}", str(count)) for reason, count in sorted(selection.left_out.items())),
     ]
     wide = max(len(name) for name, _ in rows)
@@ -252,7 +254,7 @@ def measured_rates(samples: Mapping[int, Sequence[ScoredSample]]) -> PassRates:
 
 def faults(samples: Mapping[int, Sequence[ScoredSample]]) -> str | None:
     """Returns a sentence about samples without a verdict, or None if there are none."""
-    drawn = [sample for each in samples.values() for sample in each]
+    drawn = [sample for group in samples.values() for sample in group]
     without = [sample for sample in drawn if not sample.sheet.is_verdict]
     if not without:
         return None

@@ -122,8 +122,8 @@ def preview(overrides: Sequence[str]) -> str:
         config = read_run(values)
         check(config)
         check_slurm(slurm)
-    own = {"dry_run": is_dry, "slurm": encode(slurm)}
-    return experiment_text("submit", overrides, {**write_config(config), **own}, memory_lines(config))
+    job_values = {"dry_run": is_dry, "slurm": encode(slurm)}
+    return experiment_text("submit", overrides, {**write_config(config), **job_values}, memory_lines(config))
 
 
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bool]:
@@ -149,19 +149,23 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
     keys = [key_of(text) for text in overrides]
     if "cluster" in keys or "experiment" not in keys:
         return list(overrides)
-    own = own_keys("submit")
-    kept = [text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in own]
-    cluster = chosen_options("train", kept)["cluster"]
+    submit_keys = own_keys("submit")
+    run_overrides = [
+        text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in submit_keys
+    ]
+    cluster = chosen_options("train", run_overrides)["cluster"]
     return list(overrides) if cluster in _LOCAL_CLUSTERS else [f"cluster={cluster}", *overrides]
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
     """Returns the overrides for `launch.train` inside the job."""
-    own = {*own_keys("submit"), "out_dir", "resume"}
+    submit_keys = {*own_keys("submit"), "out_dir", "resume"}
     keys = [key_of(text) for text in overrides]
-    kept = [text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in own]
+    run_overrides = [
+        text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in submit_keys
+    ]
     cluster = [] if "cluster" in keys else ["cluster=slurm"]
-    return [*cluster, *kept, f"out_dir={out_dir}", "resume=auto"]
+    return [*cluster, *run_overrides, f"out_dir={out_dir}", "resume=auto"]
 
 
 def _with_text_time(slurm: object) -> object:

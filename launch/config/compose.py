@@ -97,10 +97,10 @@ def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
 
 def switches(command: str) -> dict[str, str]:
     """Returns the keys with which a command prints something and starts nothing, each with what it does."""
-    found = {CONFIG_ONLY: "prints the composed, checked configuration"}
+    effects = {CONFIG_ONLY: "prints the composed, checked configuration"}
     if command == "train":
-        found[DRY_RUN] = "prints a training sample with its targets marked"
-    return found
+        effects[DRY_RUN] = "prints a training sample with its targets marked"
+    return effects
 
 
 def quoted_override(key: str, value: str) -> str:
@@ -207,22 +207,22 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
     """Raises an error for the first override whose key does not exist, with the nearest key that exists."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
     try:
-        known = known_keys(command, tuple(choices))
+        valid_keys = known_keys(command, tuple(choices))
     except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{' '.join(choices) or command}: files of conf/ must compose, do not: {reason}") from error
-    keys = [*known, *(group for group in groups if group not in known), *switches(command)]
+    keys = [*valid_keys, *(group for group in groups if group not in valid_keys), *switches(command)]
     for override in parsed:
         key = override.key_or_group
-        _check_parents(key, known, groups)
-        if override.is_add() and key in known:
+        _check_parents(key, valid_keys, groups)
+        if override.is_add() and key in valid_keys:
             line = (override.input_line or "").lstrip("+")
             raise ConfigError(f"+{key}: exists already, + adds a key that does not; nearest valid: {line}")
         if key in groups or override.is_add() or override.is_force_add() or key in keys:
             continue
         elsewhere = _other_options(key)
         # The keys of a model with a kind follow from that.
-        if elsewhere and key.startswith("model.") and "model.kind" in known:
+        if elsewhere and key.startswith("model.") and "model.kind" in valid_keys:
             raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
         if elsewhere:
             raise UnknownKeyError(f"{key}: unknown key here; it comes with {elsewhere}")
@@ -254,12 +254,12 @@ def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Over
     for override in parsed:
         if override.key_or_group in groups:
             continue
-        known = _raw_keys(_compose(command, lines))
+        valid_keys = _raw_keys(_compose(command, lines))
         lines.append(override.input_line or "")
         try:
             _compose(command, lines)
         except _LIBRARY_ERRORS:
-            return _broken_rule(override, known)
+            return _broken_rule(override, valid_keys)
     return f"{command}: the overrides must compose, do not: {' '.join(lines)}"
 
 
@@ -312,9 +312,9 @@ def _other_options(key: str) -> str:
     for depth in range(len(parts) - 1, 0, -1):
         group = "/".join(parts[:depth])
         rest = ".".join(parts[depth:])
-        found = [option for option in options(group) if rest in dict(dotted_keys(read_option(group, option)))]
-        if found:
-            return ", ".join(f"{group}={option}" for option in found)
+        matches = [option for option in options(group) if rest in dict(dotted_keys(read_option(group, option)))]
+        if matches:
+            return ", ".join(f"{group}={option}" for option in matches)
     return ""
 
 
@@ -441,5 +441,5 @@ def system_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        place = "output" if error.filename is None else error.filename
-        raise ConfigError(f"{place}: must be readable or writable, is not ({error.strerror or error})") from error
+        path = "output" if error.filename is None else error.filename
+        raise ConfigError(f"{path}: must be readable or writable, is not ({error.strerror or error})") from error

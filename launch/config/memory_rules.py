@@ -148,7 +148,7 @@ def _batch(config: TrainConfig, job: JobMemory) -> str:
 def _rounded(need: int, room: int) -> tuple[str, str]:
     """Returns both sizes in GB, with enough digits to differ."""
     for digits in range(1, 9):
-        shown = f"{need / _GB:.{digits}f}", f"{room / _GB:.{digits}f}"
-        if shown[0] != shown[1]:
-            return shown
+        sizes = f"{need / _GB:.{digits}f}", f"{room / _GB:.{digits}f}"
+        if sizes[0] != sizes[1]:
+            return sizes
     return str(need / _GB), str(room / _GB)

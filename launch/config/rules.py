@@ -287,20 +287,20 @@ def _check_source(config: TrainConfig) -> None:
 
 
 def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
-    place = "reward.parts, kind judge"
+    key = "reward.parts, kind judge"
     most = config.model.max_position_tokens
     if judge.weights == "reference" and not TASKS.get(config.task.kind).has_reference(config.task):
         rule = "weights must be policy if the run has no reference"
-        raise broken(place, rule, "reference", "policy, or task.loss.kl_weight above 0")
+        raise broken(key, rule, "reference", "policy, or task.loss.kl_weight above 0")
     if judge.max_new_tokens >= most:
         rule = f"max_new_tokens must be below model.max_position_tokens={most}, which also hold the question"
-        raise broken(place, rule, judge.max_new_tokens, most // 2)
+        raise broken(key, rule, judge.max_new_tokens, most // 2)
     template = DATA_SOURCES.get(config.data.source.kind).chat_template
     if judge.thinking and template is not None:
         name = template(config.data.source)
         if CHAT_TEMPLATES.get(name).thoughts is None:
             rule = f"thinking must be false with data.template={name}, which has no thoughts"
-            raise broken(place, rule, "true", "false")
+            raise broken(key, rule, "true", "false")
 
 
 def _check_rollout_sizes(config: TrainConfig) -> None:
@@ -419,7 +419,7 @@ def check_attention(config: TrainConfig) -> None:
         return
     kernel = ATTENTION.get(name)
     installed = [name for name, spec in ATTENTION.items() if spec.package is None and device in spec.devices]
-    suiting = [AUTO, *(other for other in installed if _takes(ATTENTION.get(other), precision))]
+    suiting = [AUTO, *(kernel_name for kernel_name in installed if _takes(ATTENTION.get(kernel_name), precision))]
     if device not in kernel.devices:
         rule = f"{name} needs cluster.device={' or '.join(kernel.devices)}"
         raise broken("attention", rule, f"{name} with cluster.device={device}", " or ".join(suiting))
@@ -427,7 +427,7 @@ def check_attention(config: TrainConfig) -> None:
         rule = f"{name} needs precision={' or '.join(kind for kind in _DTYPES if _takes(kernel, kind))}"
         raise broken("attention", rule, f"{name} with precision={precision}", " or ".join(suiting))
     if config.parallelism.context > 1 and not kernel.has_blocks:
-        valid = [other for other in suiting if other == AUTO or ATTENTION.get(other).has_blocks]
+        valid = [kernel_name for kernel_name in suiting if kernel_name == AUTO or ATTENTION.get(kernel_name).has_blocks]
         rule = (
             "must return logarithms of sums of exponentials with parallelism.context above 1, by which blocks of keys "
             "are merged"

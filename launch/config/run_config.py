@@ -102,10 +102,10 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
         values = {**values, "optim": {**optim, "moments": chosen}}
     if isinstance(data, Mapping):
         # On the command line, the keys of the source are mixed with the other keys of `data`: `data.paths=[a,b]`.
-        own = {field.name for _, entry in DATA_SOURCES.items() for field in fields(entry.config)}
+        source_keys = {field.name for _, entry in DATA_SOURCES.items() for field in fields(entry.config)}
         hint = get_type_hints(DataConfig, include_extras=True)["source"]
-        source = decode(hint, {key: data[key] for key in data if key in own}, "data")
-        others = {key: value for key, value in data.items() if key not in own}
+        source = decode(hint, {key: data[key] for key in data if key in source_keys}, "data")
+        others = {key: value for key, value in data.items() if key not in source_keys}
         values = {**values, "data": {**others, "source": source}}
     return decode(TrainConfig, values)
 
@@ -218,7 +218,7 @@ def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str
             raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, {problem}")
         return str(file)
     if not tokenizer or not path.is_file():
-        near = nearest(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
         hint = near if near.startswith("did you mean") else "nearest valid: auto, or null, which trains one"
         raise ConfigError(f"data.tokenizer: {rule}, is {tokenizer!r}; {hint}")
     return tokenizer
