@@ -24,7 +24,7 @@ from launch.run_folder import check_folder, locked_run_folder
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 if TYPE_CHECKING:
     from infer.evaluate.harness import HarnessModel

@@ -27,7 +27,7 @@ from launch.config.compose import (
 )
 from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
 from launch.machine import MachineError
-from train.config.errors import ConfigError, UnknownKeyError, nearest_key
+from train.errors import ConfigError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
 
 _HELP = ("-h", "--help", "help")

@@ -14,7 +14,7 @@ from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, broken
+from train.errors import ConfigError, broken
 
 
 def main(overrides: Sequence[str]) -> int:

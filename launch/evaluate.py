@@ -55,7 +55,7 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
 FORMAT = 1

@@ -40,7 +40,7 @@ from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, nearest
+from train.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)

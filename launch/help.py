@@ -30,7 +30,7 @@ from launch.config.compose import (
     switches,
 )
 from train.config.decode import GROUP_OF_KEYS, describe_key
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config import InferenceConfig
-from train.config.errors import ConfigError, nearest
+from train.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

@@ -35,8 +35,7 @@ from launch.machine import apply_rank_environment, local_rank_environment
 from launch.run_folder import read_folder, write_run_folder
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
-from train.config.errors import ConfigError
-from train.errors import VERDICT_CODES, ExitReason, find_errors, find_verdict, read_error, write_error
+from train.errors import VERDICT_CODES, ConfigError, ExitReason, find_errors, find_verdict, read_error, write_error
 from train.files.json_lines import append_event
 from train.files.run_files import RankFiles, read_status, redact, write_end
 from train.files.run_lock import LockedError, Owner, read_lock

@@ -29,7 +29,7 @@ from kernels.attention import ATTENTION, AUTO
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory import fitted_config, predict_memory
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")

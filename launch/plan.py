@@ -42,7 +42,7 @@ from launch.plan_request import (
 )
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, UnknownKeyError, broken, nearest
+from train.errors import ConfigError, UnknownKeyError, broken, nearest
 from train.planner.advice import AdviceRow, WhatIf, Wish, compare, link_balance, plan_with_order, wishes
 from train.planner.forms import (
     advice_text,

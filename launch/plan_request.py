@@ -23,7 +23,7 @@ from launch.config.run_config import check_data, check_text, read_config, read_r
 from launch.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, broken, nearest, nearest_key
+from train.errors import ConfigError, broken, nearest, nearest_key
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import Rates
 from train.report.plan_comparison import run_rates

@@ -14,7 +14,7 @@ from launch.config.compose import compose, system_errors
 from launch.run_folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 _MOST_RUNS = 6
 _SEVERAL = re.compile(r"^run=([^\[\]{}()'\"\s]+,[^\[\]{}()'\"\s]+)$")

@@ -16,7 +16,7 @@ import yaml
 from launch.config.run_config import read_config, write_config
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.json_lines import append_event
 from train.files.run_files import is_node_folder
 from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use

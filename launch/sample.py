@@ -41,7 +41,7 @@ from launch.scored_samples import (
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 LARGEST_LINE_BYTES = 2**24
 

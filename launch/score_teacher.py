@@ -20,7 +20,7 @@ from launch.job import Device, check_device
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.samples import check_samples
 from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
 

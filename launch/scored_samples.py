@@ -23,7 +23,7 @@ from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score, TextAnswer
 from kernels.ranges import PositiveInt, Share
-from train.config.errors import ConfigError, broken
+from train.errors import ConfigError, broken
 
 FORMAT = 1
 JOURNAL_SUFFIX = ".samples"  # of the file of all samples, after the name of that of selected ones

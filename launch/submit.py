@@ -33,7 +33,7 @@ from launch.plan_request import planner_config
 from launch.run_folder import check_folder, locked_run_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, broken, nearest
+from train.errors import ConfigError, broken, nearest
 from train.memory.fit import gigabytes, memory_lines
 from train.planner.job_plan import JobPlan, plan_job
 

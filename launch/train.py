@@ -35,8 +35,8 @@ from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import verify
 from train.config import TrainConfig
-from train.config.errors import ConfigError, broken
 from train.config.tasks import TASKS
+from train.errors import ConfigError, broken
 from train.files.json_lines import try_append_event
 from train.files.run_files import read_status
 from train.memory.fit import memory_lines

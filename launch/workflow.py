@@ -20,7 +20,7 @@ from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, broken
+from train.errors import ConfigError, broken
 
 STATE_NAME = "workflow.json"
 _NUM_COLUMNS = 3  # columns of each evaluation in the table: pass@1, maj@n and tokens

@@ -7,7 +7,7 @@ from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_con
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config import TrainConfig
-from train.config.errors import ConfigError, divisors
+from train.errors import ConfigError, divisors
 
 REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
 

@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from dualpipe.ir import ScheduleError
 from kernels.registry import PluginError, load_plugins, loaded_plugins
 from model.config import CutError
-from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
+from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 # OmegaConf raises the last two for a key into a list that is no number.
 _LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, TypeError, ValueError)

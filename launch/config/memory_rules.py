@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError, broken
+from train.errors import ConfigError, broken
 from train.memory import JobMemory, fitted_config, parts, predict_memory
 from train.planner.layouts import context_sizes
 

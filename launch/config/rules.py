@@ -16,8 +16,8 @@ from infer.scoring.scorers import JudgeConfig
 from kernels.attention import ATTENTION, AUTO, AttentionKernel
 from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomputed
 from train.config import TrainConfig
-from train.config.errors import ConfigError, broken, divisors, multiples
 from train.config.tasks import TASKS
+from train.errors import ConfigError, broken, divisors, multiples
 from train.memory.fit import fitted_cut
 from train.optim.learning_rate import RateError, check_schedule
 from train.planner.scaling import communication_share

@@ -27,9 +27,9 @@ from train.checkpoint.sources import source_config, source_folder
 from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, broken, nearest, nearest_key
 from train.config.tasks import TASKS
 from train.corpus import MOST_REPEATS, check_repeats, prepare_corpus
+from train.errors import ConfigError, broken, nearest, nearest_key
 from train.schedule.timing import with_chunks
 from train.second_network import check_model_parts
 

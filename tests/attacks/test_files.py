@@ -27,7 +27,7 @@ from tests.launch.checkpoints import write_run
 from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import Status, read_status, write_status
 from train.guard.guard import read_loss_and_norm

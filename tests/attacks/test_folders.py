@@ -25,7 +25,7 @@ from tests.launch.test_config import build
 from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.json_lines import read_events
 from train.files.run_files import read_status
 from train.files.run_lock import LOCK_NAME, Owner
@@ -290,6 +290,8 @@ def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
 from datetime import datetime
 from train.config.errors import ConfigError
 from launch.run_folder import locked_run_folder
+from train.errors import ConfigError
+from launch.ranks.run_folder import locked_run_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):
     try:

@@ -28,7 +28,7 @@ from launch.command import command
 from tests import ROOT
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.records.display import Display, guard_terminal, open_console
 
 PAD = 2

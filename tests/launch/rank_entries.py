@@ -19,8 +19,7 @@ from launch.config.run_config import compose_run
 from launch.local_ranks import run_ranks, start_fork_server
 from launch.run_folder import write_run_folder
 from train.config import TrainConfig
-from train.config.errors import ConfigError
-from train.errors import ExitReason, write_error
+from train.errors import ConfigError, ExitReason, write_error
 from train.files.run_files import RankFiles
 
 WORLD_SIZE = 4

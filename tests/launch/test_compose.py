@@ -34,7 +34,7 @@ from tests.launch.test_config import build, place_weights
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig, sized_config
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory import memory_lines, predict, predict_memory
 from train.memory.predict import ramp_memory_cap
 

@@ -25,7 +25,7 @@ from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig
-from train.config.errors import ConfigError, divisors, multiples
+from train.errors import ConfigError, divisors, multiples
 from train.schedule.cut import ramp_notices
 
 RAMP_OF_ODD = ("4 to 6", "10", "14")

@@ -44,7 +44,7 @@ from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.verify import check_compatible
 from train.checkpoint.weights import CheckpointReader, held_weights
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

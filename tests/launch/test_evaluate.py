@@ -15,7 +15,7 @@ from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationError
 from launch.evaluate import main
 from tests import ROOT
 from tests.documents import check_policy
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 QUESTIONS = [
     {"id": f"q{number}", "context": context, "choices": choices, "answer": number % 2}

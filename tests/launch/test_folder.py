@@ -19,7 +19,7 @@ from tests import ROOT
 from tests.launch.test_config import build
 from tests.launch.test_local import members, wait_for
 from tests.train.test_run_lock import dead_owner
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.run_lock import Owner
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)

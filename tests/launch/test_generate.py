@@ -33,7 +33,7 @@ from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.config import Fp8PrecisionConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from tests.tiny import tiny_config
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.preserved import preserved_by_run
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 PROMPTS = ["def f(x):", "a", "naïve café", "return x + 1\n", "日本", "x"]
 

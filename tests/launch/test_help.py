@@ -33,7 +33,7 @@ from launch.help import (
 )
 from launch.plan_request import UNREAD
 from tests import ROOT
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 

@@ -23,7 +23,7 @@ from tests import ROOT
 from tests.train.planner.measured.runs import write_run, write_times
 from tests.train.planner.planned import PUBLISHED, SMALL
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory import fitted_config, predict_memory
 from train.planner.search import search_layouts
 from train.schedule.timing import MeasuredRates

@@ -14,7 +14,7 @@ from launch.config.run_config import compose_run
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
 from launch.plan_request import PlanRequest, read_request
 from tests.train.planner.measured.runs import write_run
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.planner.advice import fp8_share, link_balance
 from train.planner.forms import advice_text, what_if_text
 from train.planner.job_plan import JobPlan, plan_job

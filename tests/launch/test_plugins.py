@@ -16,7 +16,7 @@ from launch.config.run_config import compose_run
 from tests import ROOT
 from tests.commands import run_command
 from tests.tiny import write_text
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.optim.learning_rate import LR_SCHEDULES
 
 RATE = '''

@@ -24,8 +24,8 @@ from tests.data.released_tokenizer import write_released
 from tests.launch.test_submit import place_sbatch
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
-from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
+from train.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
 from train.schedule.cut import run_cut, run_placement
 from train.schedule.layer_times import nominal_times, stage_costs

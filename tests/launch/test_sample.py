@@ -23,7 +23,7 @@ from launch.scored_samples import KeepConfig, ScoredSample, select, to_message
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import read_model
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 NUM_PROBLEMS, NUM_SAMPLES, TOKENS = 7, 3, 6
 END_IDS = tuple(range(40, 100))  # the tiny model hardly ever chooses the end of sentence

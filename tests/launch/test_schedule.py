@@ -12,7 +12,7 @@ from dualpipe.ir import ScheduleError, from_json
 from dualpipe.registry import SCHEDULES, candidates
 from launch.schedule import main
 from tests import ROOT
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 KINDS = SCHEDULES.names()
 

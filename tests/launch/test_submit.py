@@ -15,7 +15,7 @@ from launch.config.compose import compose, own_keys, user_errors
 from launch.submit import job_overrides, main, seconds_of, with_cluster
 from launch.train import export_exit_code
 from tests import ROOT
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 

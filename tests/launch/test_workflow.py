@@ -14,7 +14,7 @@ from launch.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
 from tests.commands import run_command
 from train.config.decode import encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 RIGHT, WRONG = (ScoreSheet(total=0.0, outcome=outcome, parts={}) for outcome in ("correct", "wrong"))
 

@@ -16,7 +16,7 @@ from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.size import count_parameters
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.tiny import MODEL
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.next_token import to_micro_batch
 
 

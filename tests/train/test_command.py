@@ -18,7 +18,7 @@ from tests.commands import run_command
 from tests.ports import reserved_port
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 SMALL = (
     *("experiment=arithmetic_sft", "parallelism=one_rank", "batch.global_sequences=4", "batch.micro_sequences=2"),

@@ -21,7 +21,7 @@ from model.size import count_parameters, count_work, training_flops_per_token
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory.fit import fitted_cut
 from train.memory.predict import predict_memory
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut

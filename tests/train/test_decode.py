@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels.registry import Registry
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ from tests.train.weight_sources import make_sources
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model, write_manifest
 from train.config import PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.next_token import to_micro_batch
 
 

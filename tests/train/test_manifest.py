@@ -35,8 +35,7 @@ from train.checkpoint.state import state_of
 from train.checkpoint.verify import check_compatible
 from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
-from train.config.errors import ConfigError
-from train.errors import ExitReason, find_errors, find_verdict, write_error
+from train.errors import ConfigError, ExitReason, find_errors, find_verdict, write_error
 from train.files.run_files import RankFiles, find_rank_files
 
 

@@ -26,7 +26,7 @@ from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, sav
 from train.checkpoint.load import load
 from train.checkpoint.state import Slice
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.learner import Learner, ParameterEma
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
 from train.optim.config import OptimConfig

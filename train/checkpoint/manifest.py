@@ -16,7 +16,7 @@ from model.config import InferencePrecision, ModelConfig
 from model.hf.files import HfError, read_json, write_synced
 from train.config import TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.run_files import is_node_folder
 
 FORMAT_VERSION = 4

@@ -22,7 +22,7 @@ from train.checkpoint.manifest import (
 )
 from train.config import TrainConfig
 from train.config.decode import decode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 # Weights, their average, master weights and moments take at most 28 bytes in float64 and float32.
 _BYTES_PER_WEIGHT = 64

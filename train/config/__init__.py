@@ -17,9 +17,9 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
 from train.config.rollout import RolloutConfig
 from train.config.tasks import TASKS
+from train.errors import ConfigError
 from train.optim.config import OptimConfig
 
 _SCHEDULE_RULE = "must be a number, or a list of {from_tokens, value} whose first has from_tokens: 0"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from kernels.ranges import Range
 from kernels.registry import Registry
-from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
+from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
 GROUP_OF_KEYS = "a group of keys"

@@ -18,7 +18,7 @@ from kernels.registry import load_plugins, loaded_plugins
 from model.size import count_parameters, held_parameters, stage_shapes, training_flops_per_token
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fit import fitted_cut
 from train.memory.predict import planning_sizes

@@ -14,7 +14,7 @@ from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from model.size import held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.memory import predict_memory
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import KernelRates

@@ -17,7 +17,7 @@ from kernels.ranges import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFl
 from model.config import LAYER
 from model.size import attention_parameters, held_parameters, stage_shapes
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
 from train.schedule.timing import MeasuredRates, RateSource

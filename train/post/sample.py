@@ -14,8 +14,8 @@ from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
 from infer.scoring.score import problem_of
 from train.config import TrainConfig
-from train.config.errors import ConfigError
 from train.config.rollout import RolloutConfig
+from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from dualpipe.ir import Schedule
 from train.config import TrainConfig
 from train.config.decode import encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.json_lines import METRICS_NAME
 from train.memory import JobMemory, predict_memory
 from train.report.source import RecordedStep, typical_steps

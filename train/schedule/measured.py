@@ -15,7 +15,7 @@ from kernels.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, Pos
 from model.config import ModelConfig, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.files.run_files import replace_text
 from train.schedule.layer_times import LayerTimes, PartTimes
 

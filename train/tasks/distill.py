@@ -7,7 +7,7 @@ from data.pack import WEIGHTS
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
 from train.config import BatchConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.second_network import check_second_network, second_network_run
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples

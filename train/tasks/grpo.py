@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from kernels.ranges import PositiveFloat, PositiveInt
 from model.config import ModelConfig, PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from kernels.ranges import PositiveInt
 from model.config import ModelConfig, RopeScaling, YarnRope
 from train.config import BatchConfig, TaskConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

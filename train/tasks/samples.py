@@ -8,7 +8,7 @@ from data.registry import DATA_SOURCES
 from kernels.ranges import PositiveFloat
 from model.config import ModelConfig
 from train.config import BatchConfig, TaskConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

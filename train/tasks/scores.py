@@ -21,7 +21,7 @@ from data.prepare import Prepared
 from data.progress import Progress
 from data.registry import Part
 from train.config.decode import decode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ from infer.scoring.reward import Reward, RewardConfig, joint_outcome
 from infer.scoring.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
 from tests.infer.scoring.groups import TextGroup
 from train.config.decode import decode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 
 THOUGHTS = ("required", "opened", "forbidden", "any")
 # Text, and for each kind of thoughts whether the format is right.

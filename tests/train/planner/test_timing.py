@@ -9,7 +9,7 @@ from dualpipe.build import build
 from launch import plan
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.planner.job_plan import JobCost, StageCost, plan_job, require_time
 from train.planner.scaling import KernelRates, RowsPerToken, rows_per_token
 from train.schedule.layer_times import LayerTimes

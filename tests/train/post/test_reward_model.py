@@ -32,7 +32,7 @@ from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
 from train.config import TrainConfig
 from train.config.decode import decode
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.network import ReplicaConfig, weight_dtype
 from train.post.reward_model import open_reward_model
 from train.post.sample import PromptForm

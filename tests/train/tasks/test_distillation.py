@@ -21,8 +21,8 @@ from tests.tiny import MODEL
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, start_biases, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
-from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
+from train.errors import ConfigError
 from train.memory import predict_memory
 from train.post.frozen import Teacher
 from train.tasks.batch_reader import BatchReader

@@ -27,7 +27,7 @@ from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.verify import check_compatible
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.listeners.validation import validate
 from train.post.frozen import NetworkComparison
 from train.step import train_step

@@ -23,7 +23,7 @@ from tests.tiny import MODEL, tiny_config
 from tests.train.job import by_released_name, close_job, configured_schedule, make_world
 from tests.train.test_equality import relative_error
 from train.config import TokenSchedule, TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import open_replica

@@ -27,7 +27,7 @@ from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.tasks.next_token import NextToken, to_micro_batch
 from train.tasks.pretrain import LongContextConfig, check_long_context
 from train.tasks.registry import TASKS, StepRates, open_task

@@ -20,7 +20,7 @@ from tests.dualpipe.clockwork import SECONDS, measured_run
 from tests.tiny import MODEL, tiny_config
 from tests.train.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from train.config import TrainConfig
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from train.planner.forms import comparison_text
 from train.planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from train.report import source
