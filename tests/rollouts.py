@@ -13,7 +13,7 @@ from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, S
 from model.config import PolicyLossConfig
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.config import TokenSchedule, TrainConfig
-from train.config.rollout import RolloutConfig, RolloutLimits
+from train.config.tasks import RolloutConfig, RolloutLimits
 from train.post.sample import RolloutHeader
 from train.tasks.grpo import GrpoConfig
 

@@ -13,7 +13,7 @@ from infer.scoring.reward import GroupSheets, join_parts
 from infer.scoring.score import SCORERS, Outcome, Score, ScoringError
 from tests.rollouts import ROLLOUT, answer_of, group_of, header_of
 from tests.train.test_guard import STOP
-from train.config.rollout import RolloutLimits
+from train.config.tasks import RolloutLimits
 from train.errors import StoppedError, UnscoredError
 from train.guard.guard import Guard
 from train.guard.recovery import ends_of_sampling

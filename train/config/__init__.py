@@ -17,8 +17,7 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from train.config.decode import decode, encode
-from train.config.rollout import RolloutConfig
-from train.config.tasks import TASKS
+from train.config.tasks import TASKS, RolloutConfig
 from train.errors import ConfigError
 from train.optim.config import OptimConfig
 

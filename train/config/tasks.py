@@ -1,4 +1,4 @@
-"""Registers tasks, which define what a run trains, by name. No torch here.
+"""Registers tasks, which define what a run trains, by name, and configures rollouts. No torch here.
 
 A task is a frozen dataclass and a function that builds a `Task` from it. Those of this project are in `train.tasks`. A
 file outside the checkout can register one more (docs/extend.md).
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, ShareBelowOne
 from kernels.registry import Registry
 
 if TYPE_CHECKING:
@@ -69,3 +70,42 @@ TASKS = Registry[TaskSpec](
         "train.tasks.grpo",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutLimits:
+    """Limits beyond which the guard refuses a step; `conf/rollout/default.yaml` explains them."""
+
+    kl: PositiveFloat | None
+    cut_share: Share | None
+    equal_steps: PositiveInt | None
+    entropy_share: ShareBelowOne | None
+    reward_share: ShareBelowOne | None
+    window_steps: PositiveInt
+    no_verdict_share: Share | None = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """The rollouts of a run that learns from rewards. `conf/rollout/default.yaml` explains the keys."""
+
+    engine: Literal["pipelined", "local"]
+    prompts: PositiveInt
+    samples: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    top_k: PositiveInt | None
+    top_p: Share
+    min_p: Share
+    thinking: bool | None
+    updates: PositiveInt
+    steps_ahead: Literal[0, 1]
+    drop_equal_groups: bool
+    max_draws: PositiveInt
+    cut_answers: Literal["keep", "drop"]
+    length_penalty_tokens: NonNegativeInt
+    keep_routing: bool
+    keep_sampling_mask: bool
+    held_out: NonNegativeInt
+    held_out_samples: PositiveInt
+    limits: RolloutLimits

@@ -19,7 +19,7 @@ from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, locate, ne
 from train.checkpoint.manifest import read_step
 from train.checkpoint.verify import Check
 from train.config import GuardConfig
-from train.config.rollout import RolloutConfig
+from train.config.tasks import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.config.rollout import RolloutConfig
+from train.config.tasks import RolloutConfig
 from train.errors import StepRefusal
 from train.files.json_lines import number_of, read_lines
 

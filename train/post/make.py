@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from infer.config import Sampling
 from infer.protocol import Group, Request, SampledRoutes
 from infer.scoring.ratings import length_penalty
-from train.config.rollout import RolloutConfig
+from train.config.tasks import RolloutConfig
 from train.post.engine import TrainingEngine
 from train.post.sample import PromptForm, PromptOrder, RolloutHeader, RolloutRoutes, ScoredRollout
 from train.post.score import PendingScores, RolloutRewards

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
 from infer.scoring.score import problem_of
 from train.config import TrainConfig
-from train.config.rollout import RolloutConfig
+from train.config.tasks import RolloutConfig
 from train.errors import ConfigError
 
 

@@ -24,7 +24,7 @@ from model.objective import MAIN
 from model.transformer import named_tensors
 from train.config import TrainConfig
 from train.config.decode import encode
-from train.config.rollout import RolloutConfig
+from train.config.tasks import RolloutConfig
 from train.errors import UnsavedError
 from train.network import weight_dtype
 from train.post.engine import GatheredEngine, ReplicaEngine, TrainingEngine
