@@ -23,8 +23,7 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.optim.config import OptimConfig
-from train.optim.learning_rate import DecayedRate, Duration
+from train.optim.learning_rate import DecayedRate, Duration, OptimConfig
 from train.tasks.pretrain import PretrainConfig
 
 MODEL = ModelConfig(

@@ -22,8 +22,7 @@ from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
-from train.optim.config import OptimConfig
-from train.optim.learning_rate import learning_rate
+from train.optim.learning_rate import OptimConfig, learning_rate
 from train.replica import Replica
 from train.tasks.batch_reader import BatchReader, StepBatch
 from train.tasks.registry import StepRates, Task, open_task

@@ -10,8 +10,7 @@ from launch.config.run_config import compose_run
 from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
-from train.optim.config import OptimConfig
-from train.optim.learning_rate import DecayedRate, Duration, WsdRate, learning_rate, schedule_warnings
+from train.optim.learning_rate import DecayedRate, Duration, OptimConfig, WsdRate, learning_rate, schedule_warnings
 
 SIZES = BatchSizes(4, 8)
 

@@ -29,7 +29,7 @@ from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError
 from train.learner import Learner, ParameterEma
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
-from train.optim.config import OptimConfig
+from train.optim.learning_rate import OptimConfig
 from train.optim.parameters import ParameterGroups, ReductionGroups, StageOrders, split_into_units
 from train.optim.staged import Background, WeightUpdates, build_optimizer
 from train.step import train_step

@@ -19,7 +19,7 @@ from model.size import slice_lengths
 from train.config.decode import decode, encode
 from train.config.tasks import TASKS, RolloutConfig
 from train.errors import ConfigError
-from train.optim.config import OptimConfig
+from train.optim.learning_rate import OptimConfig
 
 _SCHEDULE_RULE = "must be a number, or a list of {from_tokens, value} whose first has from_tokens: 0"
 

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from kernels.adamw import adamw_bf16_moments, compute_coefficients
 from model.linear import GradientStore
 from train.checkpoint.state import Slice
-from train.optim.config import OptimConfig
+from train.optim.learning_rate import OptimConfig
 from train.optim.parameters import Unit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,4 +1,4 @@
-"""Computes the learning rate as a pure function of the step. No torch here.
+"""Configures the optimizer, and computes the learning rate as a pure function of the step. No torch here.
 
 A kind of schedule is a frozen dataclass and a function of the tokens read so far, which register in `LR_SCHEDULES`. A
 file outside the checkout can register one more (docs/extend.md).
@@ -10,14 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self, assert_never
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from data.config import BatchSizes
-from kernels.ranges import NonNegativeFloat, Share
+from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share, ShareBelowOne
 from kernels.registry import Registry
-
-if TYPE_CHECKING:
-    from train.optim.config import OptimConfig
 
 PLACE = "optim.schedule"
 
@@ -146,7 +143,29 @@ class RateSpec:
 LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", (__name__,))
 
 
-def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step: int) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The configuration of AdamW.
+
+    `sharding`: `zero1` shards the state over ranks with the same parameters (DeepSpeed); `replicated` does not (torch).
+    `moments`: `float32` means float64 for float64 weights, which require `replicated`. Norms have no weight decay.
+    A run may resume with another type of moments: bf16 rounds float32 moments, and float32 keeps bf16 ones.
+    """
+
+    kind: Literal["adamw"]
+    learning_rate: PositiveFloat
+    schedule: Annotated[RateSchedule, LR_SCHEDULES]
+    beta1: ShareBelowOne
+    beta2: ShareBelowOne
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat
+    sharding: Literal["zero1", "replicated"]
+    moments: Literal["float32", "bf16"]
+    bucket_elements: PositiveInt
+
+
+def learning_rate(config: OptimConfig, sizes: BatchSizes, num_steps: int, step: int) -> float:
     """Returns the learning rate of a step's update.
 
     Every duration is measured in tokens, so a batch ramp does not stretch it. With one batch size this equals measuring
@@ -161,12 +180,12 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
     return LR_SCHEDULES.get(config.schedule.kind).rate(config.schedule, context, sizes.tokens_before(step))
 
 
-def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> None:
+def check_schedule(config: OptimConfig, sizes: BatchSizes, num_steps: int) -> None:
     """Raises RateError if the schedule is invalid for the run. The arguments are those of `learning_rate`."""
     LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _context(config, sizes, num_steps))
 
 
-def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
+def schedule_warnings(config: OptimConfig, sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
     """Returns a line for each part of the schedule that does not fit the run's length."""
     schedule = config.schedule
     context = _context(config, sizes, num_steps)
@@ -179,7 +198,7 @@ def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) 
     return (*lines, *LR_SCHEDULES.get(schedule.kind).warnings(schedule, context))
 
 
-def _context(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> ScheduleContext:
+def _context(config: OptimConfig, sizes: BatchSizes, num_steps: int) -> ScheduleContext:
     return ScheduleContext(config.learning_rate, sizes, num_steps, config.schedule.warmup.tokens(sizes, num_steps))
 
 
