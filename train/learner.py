@@ -13,8 +13,8 @@ from dualpipe.ir import Schedule
 from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, named_tensors
 from train.config import EmaConfig
+from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
-from train.optim.parameters import units_of
 from train.optim.staged import Background, StagedAdamW, build_optimizer
 from train.post.frozen import NetworkComparison, Reference
 from train.replica import Replica

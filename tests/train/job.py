@@ -33,7 +33,7 @@ from train.config import TrainConfig, sized_config
 from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
-from train.optim.parameters import group_parameters
+from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
 from train.post.frozen import open_comparison
 from train.post.sampler import StudentSampler, open_hook

@@ -28,9 +28,16 @@ from train.checkpoint.state import Slice
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError
 from train.learner import Learner, ParameterEma
-from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
+from train.optim.adamw import (
+    Bf16MomentsAdamW,
+    ParameterGroups,
+    ReductionGroups,
+    StageOrders,
+    build_adamw,
+    moments_of,
+    split_into_units,
+)
 from train.optim.learning_rate import OptimConfig
-from train.optim.parameters import ParameterGroups, ReductionGroups, StageOrders, split_into_units
 from train.optim.staged import Background, WeightUpdates, build_optimizer
 from train.step import train_step
 

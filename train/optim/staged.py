@@ -13,9 +13,8 @@ from comm.protocol import Work
 from comm.watchdog.collective_log import CollectiveLog
 from model.linear import GradientStore
 from train.checkpoint.state import Slice
-from train.optim.adamw import ReplicatedAdamW
+from train.optim.adamw import ReplicatedAdamW, Unit
 from train.optim.learning_rate import OptimConfig
-from train.optim.parameters import Unit
 from train.optim.zero1 import Zero1AdamW
 
 

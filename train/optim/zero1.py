@@ -15,9 +15,8 @@ from torch import distributed as dist
 
 from model.linear import GradientStore
 from train.checkpoint.state import Slice
-from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
+from train.optim.adamw import MOMENTS, ParameterGroups, Unit, build_adamw, moments_of, spread_step
 from train.optim.learning_rate import OptimConfig
-from train.optim.parameters import ParameterGroups, Unit
 
 _EXPERTS = "routed_experts"
 

@@ -21,9 +21,8 @@ from model.linear import GradientStore
 from model.transformer import Transformer
 from train.config import TrainConfig
 from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
-from train.optim.adamw import MOMENTS, build_adamw, moments_of
+from train.optim.adamw import MOMENTS, Unit, build_adamw, moments_of, units_of
 from train.optim.learning_rate import OptimConfig
-from train.optim.parameters import Unit, units_of
 from train.schedule.cut import run_cut
 from train.schedule.timing import planning_schedule
 from train.world import build_groups
