@@ -21,7 +21,7 @@ from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config
 from tests.train.job import close_job, open_job
-from train.checkpoint.state import Slice
+from train.checkpoint.parts import Slice
 from train.config import (
     GuardConfig,
     Precision,
@@ -38,7 +38,7 @@ from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
-from train.optim.config import OptimConfig
+from train.optim.learning_rate import OptimConfig
 from train.records.reporter import Reporter
 from train.tasks.batch_reader import StepBatch, TaskHook
 

@@ -31,7 +31,7 @@ from train.checkpoint.manifest import (
     read_step,
     write_manifest,
 )
-from train.checkpoint.state import state_of
+from train.checkpoint.parts import state_of
 from train.checkpoint.verify import check_compatible
 from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig

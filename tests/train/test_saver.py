@@ -28,9 +28,8 @@ from train.checkpoint.index import INDEX_NAME, Index, index_json, merge, read_in
 from train.checkpoint.load import resolve_resume
 from train.checkpoint.locate import locate, newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
-from train.checkpoint.parts import PartReader, index_of, write_part
+from train.checkpoint.parts import PartReader, Slice, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.save import CheckpointSaver, replace_folder
-from train.checkpoint.state import Slice, State, as_slice, state_of
 from train.checkpoint.verify import is_whole, verify, verify_sizes
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner

@@ -17,8 +17,7 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.index import Index, WeightsKind, read_index
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
-from train.checkpoint.parts import PartReader
-from train.checkpoint.state import Extras, state_of
+from train.checkpoint.parts import Extras, PartReader, state_of
 from train.checkpoint.verify import Check, verify
 from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig

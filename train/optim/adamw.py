@@ -13,10 +13,11 @@ from comm.groups import Groups
 from dualpipe.ir import Schedule
 from dualpipe.runtime.program import first_use_order, reduction_order
 from kernels.adamw import adamw_bf16_moments, compute_coefficients
+from model.block import RoutedExperts
 from model.linear import GradientStore
 from model.stage import Stage
 from model.transformer import Transformer
-from train.checkpoint.state import Slice
+from train.checkpoint.parts import Slice
 from train.optim.learning_rate import OptimConfig
 
 EMBEDDING = "model.embed_tokens.weight"

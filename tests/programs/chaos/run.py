@@ -20,8 +20,7 @@ from tests.programs.chaos.rank import DAMAGED_NAME, FILLER_NAME, INJECTED_NAME, 
 from train.checkpoint.index import read_index
 from train.checkpoint.locate import newest_whole, step_folder
 from train.checkpoint.manifest import read_model
-from train.checkpoint.parts import PartReader
-from train.checkpoint.state import State, as_slice
+from train.checkpoint.parts import PartReader, State, as_slice
 from train.checkpoint.verify import is_whole
 from train.files.json_lines import read_events
 from train.files.run_files import read_status
