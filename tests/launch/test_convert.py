@@ -42,8 +42,8 @@ from tests.tiny import MODEL
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
+from train.checkpoint.sources import CheckpointReader, held_weights
 from train.checkpoint.verify import check_compatible
-from train.checkpoint.weights import CheckpointReader, held_weights
 from train.errors import ConfigError
 
 

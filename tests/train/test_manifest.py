@@ -32,8 +32,8 @@ from train.checkpoint.manifest import (
     write_manifest,
 )
 from train.checkpoint.parts import state_of
+from train.checkpoint.sources import CheckpointReader
 from train.checkpoint.verify import check_compatible
-from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
 from train.errors import ConfigError, ExitReason, find_errors, find_verdict, write_error
 from train.files.run_files import RankFiles, find_rank_files

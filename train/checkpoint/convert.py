@@ -44,8 +44,14 @@ from train.checkpoint.preserved import (
     server_files,
     without_unknown_templates,
 )
-from train.checkpoint.sources import Conversion, is_hf_folder, source_folder, unknown_notes
-from train.checkpoint.weights import CheckpointReader, held_weights
+from train.checkpoint.sources import (
+    CheckpointReader,
+    Conversion,
+    held_weights,
+    is_hf_folder,
+    source_folder,
+    unknown_notes,
+)
 
 Say = Callable[[str], None]
 

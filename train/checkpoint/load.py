@@ -18,8 +18,8 @@ from train.checkpoint.index import Index, WeightsKind, read_index
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.parts import Extras, PartReader, state_of
+from train.checkpoint.sources import CheckpointReader
 from train.checkpoint.verify import Check, verify
-from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
 from train.learner import Learner
 

@@ -21,8 +21,7 @@ from model.hf.config import TOKEN_ID_KEYS
 from model.hf.files import HfError, parse_json
 from model.hf.reader import HfReader
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.sources import is_hf_folder, is_same_tokenizer, source_config, source_folder
-from train.checkpoint.weights import CheckpointReader
+from train.checkpoint.sources import CheckpointReader, is_hf_folder, is_same_tokenizer, source_config, source_folder
 from train.config import TrainConfig
 
 LARGEST_FILE_BYTES = 2**26

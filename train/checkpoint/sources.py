@@ -1,5 +1,7 @@
-"""Opens the weights that a run or a conversion reads: a Hugging Face folder or a checkpoint."""
+"""Opens the weights that a run or a conversion reads: a Hugging Face folder or a checkpoint. Imports torch late."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -7,17 +9,20 @@ from typing import TYPE_CHECKING, Literal
 
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from model.hf.checkpoint import open_checkpoint
+from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys
 from model.hf.files import read_json
-from train.checkpoint.index import WeightsKind
+from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
+from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.locate import CHECKPOINTS_NAME, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
 
 if TYPE_CHECKING:
-    from model.hf.reader import HfReader
-    from train.checkpoint.weights import CheckpointReader
+    import torch
+    from torch import Tensor
 
+    from model.hf.reader import HfReader
+    from train.checkpoint.parts import PartReader
 
 WeightsForm = Literal["hf", "checkpoint"]
 LARGEST_FILE_BYTES = 5_000_000_000
@@ -105,7 +110,6 @@ def open_source(path: str, key: str, *, drop_mtp: bool = False) -> "HfReader | C
         from model.hf.reader import HfReader
 
         return HfReader(folder, drop_mtp=drop_mtp)
-    from train.checkpoint.weights import CheckpointReader
 
     return CheckpointReader(folder, key)
 
@@ -123,3 +127,103 @@ def unknown_notes(path: str) -> str:
     folder = Path(path).expanduser()
     unknown = unknown_keys(read_json(folder / CONFIG_NAME))
     return f"unknown keys of {CONFIG_NAME} are preserved: {', '.join(unknown)}" if unknown else ""
+
+
+def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a checkpoint's weights and router biases by name, without copies."""
+    return {name: shape for name, shape in weights(config) if copied_from(name) is None and 0 not in shape}
+
+
+class CheckpointReader:
+    """A checkpoint whose manifest, index and files of weights were checked. Tensors are read on demand.
+
+    Raises:
+        CheckpointError: there is no average, or the files are not what a checkpoint has.
+    """
+
+    def __init__(self, folder: Path, key: str, kind: WeightsKind = "trained") -> None:
+        self.config: ModelConfig = read_model(folder, key)
+        self._place = f"{key}: {folder}"
+        self._folder = folder
+        self._prefix = PREFIXES[kind]
+        try:
+            self._index = read_index(folder, self.config)
+        except CheckpointError as error:
+            raise self._error(str(error)) from error
+        if kind == "ema" and not any(name.startswith(self._prefix) for name in self._index):
+            raise self._error("weights: must be trained, because the run kept no average (ema.decay), is ema")
+        self._parts: PartReader | None = None
+        self._shapes = held_weights(self.config)
+        for name, shape in self._shapes.items():
+            entry = self._index.get(self._prefix + name)
+            if entry is None:
+                raise self._error(f"{name}: must be there, is missing")
+            if entry.stored.shape != shape:
+                raise self._error(f"{name}: must have shape {shape}, has {entry.stored.shape}")
+        self._check_files()
+
+    @property
+    def dtypes(self) -> dict[str, StoredDtype]:
+        """Types in which the weights are stored, by name."""
+        return {name: self._index[self._prefix + name].stored.dtype for name in self._shapes}
+
+    def fill(self, named: "Mapping[str, Tensor]") -> None:
+        """Fills the given contiguous tensors by name, converted to their types."""
+        self._fill(self._prefix, named)
+
+    def tensor(self, name: str, dtype: "torch.dtype") -> "Tensor":
+        """Reads one tensor, converted to a type, and raises the same errors as `fill`."""
+        import torch
+
+        tensor = torch.empty(self._shapes[name], dtype=dtype)
+        self.fill({name: tensor})
+        return tensor
+
+    def rotary(self) -> "dict[str, Tensor]":
+        """Reads the stored frequencies of the rotary embedding of existing layers, by released name."""
+        import torch
+
+        from model.hf.reader import TORCH_DTYPES
+
+        num_layers = self.config.num_layers + self.config.mtp_depth
+        named: dict[str, Tensor] = {}
+        shape = (self.config.qk_rope_head_dim // 2,)
+        for name, entry in self._index.items():
+            released = name.removeprefix(ROTARY_PREFIX)
+            if released == name or (layer_of(released) or 0) >= num_layers:
+                continue
+            if not is_rotary(released) or entry.stored.shape != shape:
+                raise self._error(f"{released}: must be stored frequencies of shape {shape}, is {entry.stored}")
+            named[released] = torch.empty(shape, dtype=TORCH_DTYPES[entry.stored.dtype])
+        self._fill(ROTARY_PREFIX, named)
+        return named
+
+    def _fill(self, prefix: str, named: "Mapping[str, Tensor]") -> None:
+        from train.checkpoint.parts import PartReader
+
+        if self._parts is None:
+            self._parts = PartReader(self._folder, self._index)
+        try:
+            self._parts.fill({prefix + name: tensor for name, tensor in named.items()})
+        except CheckpointError as error:
+            raise self._error(str(error)) from error
+        for name, tensor in named.items():
+            if not tensor.isfinite().all():
+                raise self._error(f"{name}: must hold finite numbers, does not")
+
+    def _check_files(self) -> None:
+        """Refuses files of weights that are missing or truncated. Files next to them may have been replaced."""
+        needed = Counter[str]()
+        for name in self._shapes:
+            entry = self._index[self._prefix + name]
+            for part in entry.parts:
+                needed[part.file] += part.count * ITEM_BYTES[entry.stored.dtype]
+        for file, num_bytes in needed.items():
+            path = self._folder / file
+            if not path.is_file():
+                raise self._error(f"{file}: must be there, is missing")
+            if path.stat().st_size < num_bytes:
+                raise self._error(f"{file}: must have at least {num_bytes} bytes, has {path.stat().st_size}")
+
+    def _error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._place}: {problem}")

@@ -18,8 +18,7 @@ from infer.batch import PROMPT_TOKENS
 from model.config import Computing, products_of
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
-from train.checkpoint.sources import is_hf_folder, open_source, source_folder
-from train.checkpoint.weights import CheckpointReader
+from train.checkpoint.sources import CheckpointReader, is_hf_folder, open_source, source_folder
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.network import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
