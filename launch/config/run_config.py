@@ -23,7 +23,7 @@ from model.config import ModelConfig, ladder
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
-from train.checkpoint.sources import source_config, source_folder
+from train.checkpoint.sources import check_model_parts, source_config, source_folder
 from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
@@ -31,7 +31,6 @@ from train.config.tasks import TASKS
 from train.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.errors import ConfigError, broken, nearest, nearest_key
 from train.schedule.timing import with_chunks
-from train.second_network import check_model_parts
 
 _ENDLESS_STEPS = 2**40
 _MOMENTS = Literal["auto", "float32", "bf16"]

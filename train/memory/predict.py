@@ -24,6 +24,7 @@ from kernels.attention import pads_values
 from kernels.operation import CHUNK_NUMBERS, num_tiles
 from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
+from train.checkpoint.sources import reward_model_runs
 from train.config import TrainConfig
 from train.memory.rank_bytes import (
     PartName,
@@ -40,7 +41,6 @@ from train.memory.rank_bytes import (
 )
 from train.schedule.cut import run_cut, sized_run
 from train.schedule.timing import few_micro_batches, planning_schedule
-from train.second_network import reward_model_runs
 from train.tasks.registry import TASKS
 
 _SMALLER_CAPS = (0.65, 0.5)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 from data.pack import WEIGHTS
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
+from train.checkpoint.sources import check_second_network, second_network_run
 from train.config import BatchConfig
 from train.errors import ConfigError
-from train.second_network import check_second_network, second_network_run
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples
 from train.tasks.scores import check_scores, is_scores_folder, with_scores

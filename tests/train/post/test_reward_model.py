@@ -30,6 +30,7 @@ from tests.train.job import configured_schedule, make_world
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
+from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.errors import ConfigError
@@ -39,7 +40,6 @@ from train.post.sample import PromptForm
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
 from train.replica import open_replica
 from train.schedule.cut import run_cut
-from train.second_network import check_reward_model
 
 REWARD_MODEL = replace(MODEL, hidden_size=24, num_heads=3, mtp_depth=0, head="score", initializer_range=0.4)
 
