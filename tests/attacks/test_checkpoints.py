@@ -23,8 +23,8 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import close_job, open_job, save_checkpoint
 from train.checkpoint import load as checkpoint
+from train.checkpoint.locate import verify
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.verify import verify
 from train.config import TrainConfig
 
 # A refusal takes milliseconds; what is bounded here is a file of a terabyte that is read.

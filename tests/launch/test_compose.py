@@ -31,8 +31,8 @@ from tests import ROOT
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.launch.fuzz import SECONDS, invalid_configurations, misused_keys, problem_of, refusal_of
 from tests.launch.test_config import build, place_weights
+from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError, write_manifest
-from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig, sized_config
 from train.errors import ConfigError
 from train.memory import memory_lines, predict, predict_memory

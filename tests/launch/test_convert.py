@@ -40,10 +40,9 @@ from tests.model.hf_checkpoints import (
 )
 from tests.tiny import MODEL
 from train.checkpoint.load import load_whole
-from train.checkpoint.locate import locate
+from train.checkpoint.locate import check_compatible, locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.sources import CheckpointReader, held_weights
-from train.checkpoint.verify import check_compatible
 from train.errors import ConfigError
 
 

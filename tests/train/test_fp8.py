@@ -22,8 +22,8 @@ from tests.train.test_equality import assert_same, in_sequence, layout_config, r
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim import copied
 from train.checkpoint.load import load
+from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.verify import check_compatible
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.step import train_step
 

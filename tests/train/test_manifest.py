@@ -22,7 +22,7 @@ from tests.train.job import close_job, open_job, save_checkpoint
 from tests.train.test_optim import copied
 from train.checkpoint import load as checkpoint
 from train.checkpoint.load import verify_together
-from train.checkpoint.locate import locate
+from train.checkpoint.locate import check_compatible, locate
 from train.checkpoint.manifest import (
     CheckpointError,
     is_file_name,
@@ -33,7 +33,6 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.parts import state_of
 from train.checkpoint.sources import CheckpointReader
-from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig
 from train.errors import ConfigError, ExitReason, find_errors, find_verdict, write_error
 from train.files.run_files import RankFiles, find_rank_files

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from train.checkpoint.locate import differences
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import check_source, is_same_tokenizer, open_source, source_folder, unknown_notes
-from train.checkpoint.verify import differences
 from train.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -15,11 +15,10 @@ from data.progress import NoProgress, progress_on
 from model.config import Computing, ModelConfig, Products
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.index import Index, WeightsKind, read_index
-from train.checkpoint.locate import locate
+from train.checkpoint.locate import Check, locate, verify
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.parts import Extras, PartReader, state_of
 from train.checkpoint.sources import CheckpointReader
-from train.checkpoint.verify import Check, verify
 from train.config import TrainConfig
 from train.learner import Learner
 

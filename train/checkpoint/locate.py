@@ -1,16 +1,195 @@
-"""Finds a run's checkpoints, and the one that a path names. No torch here."""
+"""Finds checkpoints, checks whether one is whole, and whether a run may resume from it. No torch here."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any
 
-from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, OldFormatError
-from train.checkpoint.verify import Check, verify
+from data.progress import NoProgress, Progress
+from model.config import ModelConfig
+from model.size import count_parameters
+from train.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    Digest,
+    OldFormatError,
+    digest,
+    is_file_name,
+    layout_record,
+    read_manifest,
+    record_hash,
+    shape_record,
+)
+from train.config import TrainConfig
+from train.config.decode import decode
+from train.errors import ConfigError
 
 AUTO = "auto"
 """Value of `resume` that selects the newest checkpoint in the run's own folder, if there is one."""
 
 CHECKPOINTS_NAME = "checkpoints"
+
+# Weights, their average, master weights and moments take at most 28 bytes in float64 and float32.
+_BYTES_PER_WEIGHT = 64
+_LEAST_BYTES = 2**30
+_LONGEST_NAME = 255
+_NO_PROGRESS = NoProgress()
+
+Check = Callable[[Path], None]
+"""Checks a checkpoint; raises CheckpointError if it is not whole."""
+
+
+def verify(
+    folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Compares a checkpoint's files with its manifest.
+
+    Args:
+        hashes: whether every file is read and hashed; otherwise only the presence and the sizes of files are checked.
+        share: which one of how many equal shares of the files is checked, for ranks that verify together.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+    """
+    files = _listed_files(folder)
+    names = sorted(files)[share[0] :: share[1]]
+    num_bytes = sum(files[name].num_bytes for name in names)
+    shown = progress.over(f"verifying {folder.name}", names, num_bytes, lambda name: files[name].num_bytes)
+    for name in shown if hashes else names:
+        _check_file(folder, name, files[name], hashes=hashes)
+
+
+verify_sizes: Check = partial(verify, hashes=False)
+"""Checks the presence and the sizes of a checkpoint's files alone."""
+
+
+def is_whole(folder: Path, check: Check = verify) -> bool:
+    """Returns whether a checkpoint passes a check."""
+    try:
+        check(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _listed_files(folder: Path) -> dict[str, Digest]:
+    """Returns the files of a manifest by name, if the architecture can have so many bytes."""
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
+    try:
+        record = read_manifest(folder)
+    except CheckpointError as error:
+        raise type(error)(str(error).removeprefix("resume: ")) from error
+    stated = record.pop("sha256", None)
+    listed = record.get("files")
+    if stated != record_hash(record) or not isinstance(listed, dict):
+        raise CheckpointError(f"{MANIFEST_NAME} must have the hash that it states, has another")
+    files = {name: _listed_digest(name, entry) for name, entry in listed.items()}
+    most = _largest_bytes(record.get("model"))
+    total = sum(file.num_bytes for file in files.values())
+    if total > most:  # no sparse file of many terabytes is hashed
+        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {total}")
+    return files
+
+
+def _listed_digest(name: str, entry: object) -> Digest:
+    if not isinstance(entry, Mapping) or not is_file_name(name):
+        raise CheckpointError(f"{MANIFEST_NAME} must list files in its folder, lists {name[:_LONGEST_NAME]!r}")
+    size = entry.get("bytes")
+    if type(size) is not int or size < 0:
+        raise CheckpointError(f"{MANIFEST_NAME} must list a size for every file, does not")
+    return Digest(size, str(entry.get("sha256")))
+
+
+def _largest_bytes(model: object) -> int:
+    """Returns the most bytes that the checkpoint of an architecture can have."""
+    try:
+        account = count_parameters(decode(ModelConfig, model, "model"))
+    except (ConfigError, ArithmeticError) as error:
+        raise CheckpointError(f"{MANIFEST_NAME} must hold an architecture, holds none") from error
+    return _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
+
+
+def _check_file(folder: Path, name: str, listed: Digest, *, hashes: bool) -> None:
+    path = folder / name
+    try:
+        status = path.stat()
+        # Reading a pipe or a device would not end.
+        if not S_ISREG(status.st_mode):
+            raise CheckpointError(f"{name} must be a regular file, is not")
+        if status.st_size != listed.num_bytes:
+            raise CheckpointError(f"{name} must have {listed.num_bytes} bytes, has {status.st_size}")
+        sha256 = digest(path).sha256 if hashes else listed.sha256
+    except OSError as error:
+        raise CheckpointError(f"{name} must be there, cannot be read ({error.strerror or error})") from error
+    if sha256 != listed.sha256:
+        raise CheckpointError(f"{name} must have the hash that the manifest lists, has another")
+
+
+def check_compatible(
+    folder: Path, config: TrainConfig, *, data_fingerprint: str | None = None, may_be_done: bool = False
+) -> None:
+    """Refuses to resume from a checkpoint of another task, architecture, precision or order of samples.
+
+    The layout, schedule and sharding under which it was written may differ.
+
+    Raises:
+        CheckpointError: a key differs, no step is left, there are only weights, or the run read other samples.
+    """
+    manifest = read_manifest(folder)
+    shape = shape_record(config)
+    if manifest.get("holds") == "weights":
+        raise CheckpointError(
+            f"resume: {folder} must be a run's checkpoint, holds weights without optimizer state; "
+            f"nearest valid: init_from={folder}, which starts a run from them"
+        )
+    task = manifest.get("task", config.task.kind)
+    if task != config.task.kind:
+        raise CheckpointError(
+            f"task.kind: must be {task}, the task of {folder}, because optimizer state belongs to a task, "
+            f"is {config.task.kind}; nearest valid: task={task}, or init_from={folder}, which starts a new run"
+        )
+    _check_shape(folder, manifest, shape)
+    if config.task.steps <= manifest["step"] and not may_be_done:
+        raise CheckpointError(
+            f"task.steps: must be above the {manifest['step']} steps that {folder} has done, "
+            f"is {config.task.steps}; nearest valid: {manifest['step'] + 1}"
+        )
+    written = manifest.get("data_fingerprint")
+    if data_fingerprint is not None and written != data_fingerprint:
+        raise CheckpointError(
+            f"resume: {folder} must continue with the samples of its run; their fingerprint was {written}, "
+            f"that of data.* is {data_fingerprint}"
+        )
+
+
+def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    model = differences("model", manifest.get("model"), shape["model"])
+    if model:
+        raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
+    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
+    if others:
+        raise CheckpointError(
+            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a resumed "
+            f"run must keep them; nearest valid: init_from={folder}, which starts a new run from its weights"
+        )
+
+
+def other_layout(folder: Path, config: TrainConfig) -> str:
+    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence, or nothing."""
+    changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
+    return f", written under another layout: {'; '.join(changed)}" if changed else ""
+
+
+def differences(place: str, before: object, now: object) -> list[str]:
+    """Returns a line for each key in which nested values differ: `model.num_layers is 4 there and 6 here`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*now, *(key for key in before if key not in now)]
+        return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{place} is {before} there and {now} here"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder such as `checkpoints/step-00000100` in a run's folder. Its `manifest.json` is written last, so
 a folder without one is an unfinished checkpoint. The manifest lists every other file with its size and hash, and its
-own hash. `train.checkpoint.verify` compares the files with it.
+own hash. `train.checkpoint.locate` compares the files with it.
 """
 
 import hashlib

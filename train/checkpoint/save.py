@@ -23,11 +23,10 @@ from dualpipe.ir import to_json
 from model.hf.files import sync, write_synced
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
 from train.checkpoint.load import PartError, run_on_all
-from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, is_whole, step_folder, verify_sizes
 from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, ramp_schedule_name, write_manifest
 from train.checkpoint.parts import HostCopy, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.preserved import NOTHING, preserved_by_run
-from train.checkpoint.verify import is_whole, verify_sizes
 from train.config import TrainConfig
 from train.errors import UnsavedError
 from train.files.run_lock import OwnershipCheck

@@ -15,9 +15,8 @@ from infer.config import GenerateError
 from infer.scoring.score import ScoringError
 from train.checkpoint import load as checkpoint
 from train.checkpoint.load import find_together
-from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, locate, newest_whole
+from train.checkpoint.locate import CHECKPOINTS_NAME, Check, checkpoints_in, locate, newest_whole
 from train.checkpoint.manifest import read_step
-from train.checkpoint.verify import Check
 from train.config import GuardConfig
 from train.config.tasks import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from data.prepare import Prepared
 from data.registry import DATA_SOURCES
 from train.balance import Balance, LoadLines
-from train.checkpoint.verify import other_layout
+from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
 from train.files.json_lines import METRICS_NAME, JsonLines

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.programs.chaos.faults import DAMAGES, Kind
-from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
-from train.checkpoint.verify import is_whole
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, is_whole
 from train.config import TrainConfig
 
 FILLER_NAME = "filler"

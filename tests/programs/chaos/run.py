@@ -18,10 +18,9 @@ from tests.programs.chaos.attempt import NUM_STEPS, Attempt, Command, run_attemp
 from tests.programs.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.programs.chaos.rank import DAMAGED_NAME, FILLER_NAME, INJECTED_NAME, PLAN_NAME, notes_of
 from train.checkpoint.index import read_index
-from train.checkpoint.locate import newest_whole, step_folder
+from train.checkpoint.locate import is_whole, newest_whole, step_folder
 from train.checkpoint.manifest import read_model
 from train.checkpoint.parts import PartReader, State, as_slice
-from train.checkpoint.verify import is_whole
 from train.files.json_lines import read_events
 from train.files.run_files import read_status
 
