@@ -21,9 +21,9 @@ from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import NoProgress, progress_on
 from train.checkpoint import load as checkpoint
-from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify_sizes
 from train.checkpoint.manifest import read_step
+from train.checkpoint.sources import load_initial
 from train.config import TrainConfig
 from train.config.decode import encode, flatten
 from train.corpus import State as CorpusState

@@ -20,10 +20,9 @@ from launch.config.compose import MissingValueError, compose, own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_all, check_name, check_rules
 from model.config import ModelConfig, ladder
-from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, check_compatible, locate, newest_whole, verify_sizes
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
-from train.checkpoint.sources import check_model_parts, source_config, source_folder
+from train.checkpoint.sources import check_initial, check_model_parts, source_config, source_folder
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.config.tasks import TASKS

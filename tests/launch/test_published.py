@@ -26,10 +26,9 @@ from tests.model.published_checkpoints import LAYOUTS, LICENCE, as_plain, write_
 from tests.ranks import run_ranks
 from tests.tiny import write_text
 from tests.train.weight_jobs import Started, run_config, start_jobs
-from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.preserved import preserved_by_run, read_preserved
-from train.checkpoint.sources import source_config
+from train.checkpoint.sources import check_initial, source_config
 
 # `torch_dtype` may change with the conversion, and keys of the architecture are checked by the model they describe.
 KEPT_KEYS = ("aux_loss_alpha", "auto_map", "ep_size", "seq_aux", "house_note", "pretraining_tp", "transformers_version")

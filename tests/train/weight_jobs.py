@@ -19,8 +19,8 @@ from model.transformer import named_tensors
 from tests.tiny import TASK, tiny_config
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint import load as checkpoint
-from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.sources import load_initial
 from train.config import TokenSchedule, TrainConfig
 from train.step import train_step
 

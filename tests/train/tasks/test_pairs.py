@@ -23,9 +23,9 @@ from tests.train.memory.live import Compared, compare_rank
 from tests.train.memory.test_live import check
 from tests.train.test_equality import assert_equal
 from train.checkpoint import load as checkpoint
-from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.sources import load_initial
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
 from train.errors import ConfigError
 from train.listeners.validation import validate
