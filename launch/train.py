@@ -30,9 +30,8 @@ from launch.machine import (
     is_torchrun,
 )
 from launch.run_folder import check_folder, locked_run_folder
-from train.checkpoint.locate import AUTO, locate, verify
+from train.checkpoint.locate import AUTO, has_rescue, locate, rescue_folder, verify
 from train.checkpoint.manifest import MANIFEST_NAME
-from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.config import TrainConfig
 from train.config.tasks import TASKS
 from train.errors import ConfigError, broken

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.progress import NoProgress, Progress
 from model.config import ModelConfig
@@ -26,6 +26,9 @@ from train.checkpoint.manifest import (
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
 
 AUTO = "auto"
 """Value of `resume` that selects the newest checkpoint in the run's own folder, if there is one."""
@@ -281,3 +284,16 @@ def _nearest(folder: Path) -> str:
     siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
     close = get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {folder.with_name(close[0])}?" if close else ""
+
+
+def rescue_folder(config: TrainConfig) -> Path:
+    """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`."""
+    own = Path(config.out_dir).absolute()
+    if not config.rescue_dir:
+        return own.with_name(f"{own.name}.rescue")
+    return Path(config.rescue_dir).expanduser().absolute() / own.name
+
+
+def has_rescue(config: TrainConfig) -> bool:
+    """Returns whether a run's rescue folder holds a checkpoint."""
+    return bool(checkpoints_in(rescue_folder(config) / CHECKPOINTS_NAME))

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
+from train.checkpoint.locate import rescue_folder
 from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
 from train.files.json_lines import try_append_event
@@ -13,19 +13,6 @@ from train.files.run_lock import RunLock
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from train.learner import Learner
-
-
-def rescue_folder(config: TrainConfig) -> Path:
-    """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`."""
-    own = Path(config.out_dir).absolute()
-    if not config.rescue_dir:
-        return own.with_name(f"{own.name}.rescue")
-    return Path(config.rescue_dir).expanduser().absolute() / own.name
-
-
-def has_rescue(config: TrainConfig) -> bool:
-    """Returns whether a run's rescue folder holds a checkpoint."""
-    return bool(checkpoints_in(rescue_folder(config) / CHECKPOINTS_NAME))
 
 
 def save_to_rescue_folder(

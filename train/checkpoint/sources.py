@@ -1,4 +1,7 @@
-"""Opens and checks weights that a run or a conversion reads: a Hugging Face folder or a checkpoint. Imports torch late."""
+"""Opens and checks the weights that a run or a conversion reads, of a checkpoint or a Hugging Face folder.
+
+Torch is imported only to read tensors.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 WeightsForm = Literal["hf", "checkpoint"]
 LARGEST_FILE_BYTES = 5_000_000_000
+# The range of positions changes no weight's shape, and a later phase of training may extend it.
+_FREE_KEYS = ("max_position_tokens", "rope_scaling")
+REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,9 +240,6 @@ class CheckpointReader:
         return CheckpointError(f"{self._place}: {problem}")
 
 
-REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
-
-
 def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
     """Returns the run with the architecture of a second network, without MTP modules."""
     model = source_config(path, key, drop_mtp=True)
@@ -306,10 +309,6 @@ def check_model_parts(config: TrainConfig) -> None:
                 read_constitution(part)
             case _:
                 pass
-
-
-# The range of positions changes no weight's shape, and a later phase of training may extend it.
-_FREE_KEYS = ("max_position_tokens", "rope_scaling")
 
 
 def check_initial(config: TrainConfig) -> None:
