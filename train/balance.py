@@ -6,14 +6,12 @@ V = E + S.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from model.transformer import routers
-from train.files.json_lines import LOADS_NAME, JsonLines
 from train.replica import Replica
 
 _BIAS = ("bias_least", "bias_most", "bias_std")
@@ -76,26 +74,3 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
         bias_LS[rows] = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
     bias_LS = world.reduce(bias_LS, "router biases of all layers", dist.ReduceOp.MAX)
     return Balance(layers=layers, load_LE=load_LE.double(), bias_LS=bias_LS)
-
-
-class LoadLines:
-    """The file `loads.jsonl` of rank 0 with the tokens per expert of every `every_steps`-th step."""
-
-    def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
-        self._every = every_steps
-        self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
-
-    def record(self, step: int, balance: Balance) -> None:
-        """Writes the line of a step if it is due."""
-        if self._lines is not None and step % self._every == 0:
-            self._lines.record({"step": step, **balance.loads()})
-
-    def roll_back(self, step: int) -> None:
-        """Removes the lines of later steps, which will be repeated."""
-        if self._lines is not None:
-            self._lines.roll_back(step)
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._lines is not None:
-            self._lines.close()

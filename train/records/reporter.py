@@ -12,11 +12,11 @@ from torch import distributed as dist
 
 from data.prepare import Prepared
 from data.registry import DATA_SOURCES
-from train.balance import Balance, LoadLines
+from train.balance import Balance
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
-from train.files.json_lines import METRICS_NAME, JsonLines
+from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
 from train.files.run_files import RankFiles, redact, redact_values
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
@@ -99,6 +99,29 @@ class Wandb:
             if not self._has_failed:
                 LOGGER.warning("wandb: %s: %s", type(error).__name__, error)
             self._has_failed = True
+
+
+class LoadLines:
+    """The file `loads.jsonl` of rank 0 with the tokens per expert of every `every_steps`-th step."""
+
+    def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
+        self._every = every_steps
+        self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
+
+    def record(self, step: int, balance: Balance) -> None:
+        """Writes the line of a step if it is due."""
+        if self._lines is not None and step % self._every == 0:
+            self._lines.record({"step": step, **balance.loads()})
+
+    def roll_back(self, step: int) -> None:
+        """Removes the lines of later steps, which will be repeated."""
+        if self._lines is not None:
+            self._lines.roll_back(step)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._lines is not None:
+            self._lines.close()
 
 
 class Reporter:
