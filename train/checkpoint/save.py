@@ -2,17 +2,18 @@
 
 A step waits only while its state is copied to host memory. A checkpoint is written under a temporary name. Every file
 is synced, hashed and listed in the manifest. When all ranks are done, rank 0 renames the folder. The next save removes
-unfinished checkpoints.
+unfinished checkpoints. The last checkpoint is saved elsewhere if the run's folder takes none.
 """
 
 import ctypes
 import os
 import shutil
 from collections import deque
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import distributed as dist
 
@@ -23,13 +24,14 @@ from dualpipe.ir import to_json
 from model.hf.files import sync, write_synced
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
 from train.checkpoint.load import PartError, run_on_all
-from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, is_whole, step_folder, verify_sizes
+from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, is_whole, rescue_folder, step_folder, verify_sizes
 from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, ramp_schedule_name, write_manifest
 from train.checkpoint.parts import HostCopy, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.preserved import NOTHING, preserved_by_run
 from train.config import TrainConfig
-from train.errors import UnsavedError
-from train.files.run_lock import OwnershipCheck
+from train.errors import RescuedError, UnsavedError
+from train.files.json_lines import try_append_event
+from train.files.run_lock import OwnershipCheck, RunLock
 from train.learner import Learner
 
 _AT_FDCWD = -100
@@ -242,3 +244,51 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):  # another system
         return False
     return int(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0
+
+
+def save_to_rescue_folder(
+    config: TrainConfig, learner: Learner, prepared: Prepared, step: int, reason: str
+) -> NoReturn:
+    """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
+
+    It always raises RescuedError, with `reason`, the folder of the state and how to resume from it.
+    """
+    folder = rescue_folder(config)
+    if step == 0:
+        raise RescuedError(f"{reason}; no step was done yet, so there is nothing to save")
+    with ExitStack() as stack:
+        problem = [_lock_folder(folder, stack) if learner.world.groups.rank == 0 else ""]
+        dist.broadcast_object_list(problem, src=0, group=learner.world.groups.world)
+        if problem[0]:
+            raise RescuedError(f"{reason}; {_describe_loss(folder, problem[0])}")
+        saver = CheckpointSaver(config, learner, prepared, folder=folder)
+        try:
+            saver.save(step)
+            saver.close()
+        except UnsavedError as error:
+            raise RescuedError(f"{reason}; {_describe_loss(folder, str(error))}") from error
+    text = (
+        f"{reason}; the state after step {step} is saved in {folder}; to continue, use resume={folder} with another "
+        f"out_dir"
+    )
+    if learner.world.groups.rank == 0:
+        try_append_event(folder, "rescued", step, text)
+        try_append_event(Path(config.out_dir), "rescued", step, text)
+    raise RescuedError(text)
+
+
+def _lock_folder(folder: Path, stack: ExitStack) -> str:
+    """Creates and locks the folder; returns an error message, or an empty text."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(RunLock(folder, lambda line: None))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _describe_loss(folder: Path, problem: str) -> str:
+    return (
+        f"it cannot be saved in {folder} either ({problem}): steps since the last whole checkpoint are lost; nearest "
+        f"valid: rescue_dir=PATH on another disk"
+    )

@@ -12,8 +12,7 @@ from torch import distributed as dist
 from data.loader import Loader
 from data.prepare import Prepared
 from train.callbacks import Callbacks, call_on_first_rank
-from train.checkpoint.rescue import save_to_rescue_folder
-from train.checkpoint.save import CheckpointSaver
+from train.checkpoint.save import CheckpointSaver, save_to_rescue_folder
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
 from train.files.json_lines import try_append_event
