@@ -1,14 +1,18 @@
-"""Runs one optimizer step over all ranks."""
+"""Runs one optimizer step over all ranks: the passes, the update, and the balance of experts.
+
+Shape legend: L layers with routers, in order; E experts; S statistics of a bias (minimum, maximum, standard deviation).
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from data.config import BatchSizes
 from data.loader import Loader
@@ -17,7 +21,6 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
 from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
-from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
@@ -27,6 +30,7 @@ from train.replica import Replica
 from train.tasks.batch_reader import BatchReader, StepBatch
 from train.tasks.registry import StepRates, Task, open_task
 
+_BIAS = ("bias_least", "bias_most", "bias_std")
 _MTP = "mtp_"
 _NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
@@ -55,6 +59,40 @@ class Losses:
         """The mean loss over MTP depths; 0 if the model has none."""
         depths = [loss for name, loss in self.by_name.items() if name.startswith(_MTP)]
         return sum(depths) / max(len(depths), 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Balance:
+    """The loads and biases of all routers after a step's update, equal on all ranks.
+
+    `layers` has MTP modules last. `load_LE` are tokens of the step, and `bias_LS` are minimum, maximum and deviation of
+    the new biases. Both are float64 on the host.
+    """
+
+    layers: Sequence[int]
+    load_LE: Tensor
+    bias_LS: Tensor
+
+    @property
+    def violations(self) -> list[float]:
+        """MaxVio of each layer: its largest load divided by the mean load, minus 1."""
+        found: list[float] = (self.load_LE.amax(1) / self.load_LE.mean(1) - 1).tolist() if self.layers else []
+        return found
+
+    def metrics(self) -> dict[str, object]:
+        """Returns `max_violation` of the worst layer and, under `router`, the values and bias of each layer."""
+        return {
+            "max_violation": max(self.violations, default=0.0),
+            "router": {
+                f"layer_{layer}": {"max_violation": violation, **dict(zip(_BIAS, bias, strict=True))}
+                for layer, violation, bias in zip(self.layers, self.violations, self.bias_LS.tolist(), strict=True)
+            },
+        }
+
+    def loads(self) -> dict[str, list[int]]:
+        """Returns the tokens per expert of each layer."""
+        rows = self.load_LE.to(torch.int64).tolist()
+        return {f"layer_{layer}": row for layer, row in zip(self.layers, rows, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +210,31 @@ def _discard(learner: Learner) -> None:
     for gate in routers(learner.replica.network).values():
         gate.load.zero_()
     learner.replica.discard_counts()
+
+
+def update_router_bias(replica: Replica, rate: float) -> Balance:
+    """Updates every router's bias by `rate` for the load of the whole global batch. All ranks call it."""
+    world = replica.world
+    shape = replica.config.model
+    gates = routers(replica.network)
+    # MTP modules are counted after the main layers.
+    layers = range(shape.num_dense_layers, shape.num_layers + shape.mtp_depth)
+    rows = [layers.index(layer) for layer in gates]
+    load_LE = torch.zeros(len(layers), shape.num_routed_experts, dtype=torch.int64, device=world.device)
+    # Rows of layers that this rank does not hold stay -inf, so a maximum over all ranks fills every row.
+    bias_LS = torch.full((len(layers), len(_BIAS)), -torch.inf, dtype=torch.float64, device=world.device)
+    if gates:
+        load_LE[rows] = torch.stack([gate.load for gate in gates.values()])
+    # A sum over all ranks, because the process group of the stages may still be gathering weights.
+    load_LE = world.reduce(load_LE, "sum of router loads")
+    if gates:
+        for gate, load_E in zip(gates.values(), load_LE[rows].to(world.device), strict=True):
+            gate.update_bias(load_E, rate)
+            gate.load.zero_()
+        bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
+        bias_LS[rows] = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
+    bias_LS = world.reduce(bias_LS, "router biases of all layers", dist.ReduceOp.MAX)
+    return Balance(layers=layers, load_LE=load_LE.double(), bias_LS=bias_LS)
 
 
 def accumulate(

@@ -26,7 +26,6 @@ from model.objective import LossSums, MicroBatch
 from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.pairs import REFERENCE
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
-from train.balance import update_router_bias
 from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
@@ -39,7 +38,7 @@ from train.post.frozen import open_comparison
 from train.post.sampler import StudentSampler, open_hook
 from train.replica import open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
-from train.step import Losses, accumulate, rates_of, reduce_losses
+from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.batch_reader import BatchReader, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS, StepRates, Task, open_task

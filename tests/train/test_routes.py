@@ -17,11 +17,10 @@ from model.transformer import routers
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import by_released_name, close_job, open_job, open_loader, start_biases, task_of
-from train.balance import Balance, update_router_bias
 from train.config import TrainConfig
 from train.learner import Learner
 from train.records.reporter import LoadLines
-from train.step import accumulate, rates_of
+from train.step import Balance, accumulate, rates_of, update_router_bias
 from train.tasks.batch_reader import BatchReader, StepBatch
 
 

@@ -12,7 +12,6 @@ from torch import distributed as dist
 
 from data.prepare import Prepared
 from data.registry import DATA_SOURCES
-from train.balance import Balance
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
@@ -26,6 +25,7 @@ from train.records.step_record import profile_notice
 from train.replica import Replica
 from train.report.page import Report
 from train.schedule.cut import ramp_notices, with_cut
+from train.step import Balance
 
 LOGGER = logging.getLogger("train")
 Record = Mapping[str, Any]
