@@ -17,8 +17,7 @@ from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, build_optimizer
 from train.post.frozen import NetworkComparison, Reference
-from train.replica import Replica
-from train.tasks.batch_reader import TaskHook
+from train.replica import Replica, TaskHook
 from train.world import World
 
 

@@ -26,8 +26,7 @@ from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
 from train.optim.learning_rate import OptimConfig, learning_rate
-from train.replica import Replica
-from train.tasks.batch_reader import BatchReader, StepBatch
+from train.replica import BatchReader, Replica, StepBatch
 from train.tasks.registry import StepRates, Task, open_task
 
 _BIAS = ("bias_least", "bias_most", "bias_std")

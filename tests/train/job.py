@@ -36,10 +36,9 @@ from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
 from train.post.frozen import open_comparison
 from train.post.sampler import StudentSampler, open_hook
-from train.replica import open_replica
+from train.replica import BatchReader, StepBatch, TaskHook, open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
-from train.tasks.batch_reader import BatchReader, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS, StepRates, Task, open_task
 from train.tasks.scores import is_scores_folder

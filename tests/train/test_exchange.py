@@ -17,8 +17,8 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_equality import assert_starved_equal_one_rank
 from train.config import TrainConfig
 from train.records.step_record import exchange_metrics
+from train.replica import StepBatch
 from train.step import accumulate, rates_of
-from train.tasks.batch_reader import StepBatch
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"

@@ -40,7 +40,7 @@ from train.loop import TrainingLoop
 from train.optim import staged
 from train.optim.learning_rate import OptimConfig
 from train.records.reporter import Reporter
-from train.tasks.batch_reader import StepBatch, TaskHook
+from train.replica import StepBatch, TaskHook
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
 SKIP = SkipGuardConfig(kind="skip", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)

@@ -25,8 +25,8 @@ from tests.train.test_equality import assert_equal_one_rank, assert_zero1_equal,
 from train.config import TokenSchedule, TrainConfig
 from train.learner import LearnersByBatchSize
 from train.listeners.validation import validate_pass
+from train.replica import BatchReader
 from train.step import rates_of
-from train.tasks.batch_reader import BatchReader
 from train.tasks.next_token import to_micro_batch
 
 STEPS = 2

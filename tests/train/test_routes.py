@@ -20,8 +20,8 @@ from tests.train.job import by_released_name, close_job, open_job, open_loader, 
 from train.config import TrainConfig
 from train.learner import Learner
 from train.records.reporter import LoadLines
+from train.replica import BatchReader, StepBatch
 from train.step import Balance, accumulate, rates_of, update_router_bias
-from train.tasks.batch_reader import BatchReader, StepBatch
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from train.config import GuardConfig
 from train.errors import RefusedStepError, StepRefusal
 from train.files.json_lines import number_of, read_lines
 from train.guard.rollout_guard import Figures, RolloutGuard
-from train.tasks.batch_reader import StepBatch, TaskHook
+from train.replica import StepBatch, TaskHook
 from train.world import World
 
 LOSS = "loss"

@@ -38,9 +38,8 @@ from train.config.decode import encode
 from train.listeners.listener import Listener, Moment, RunParts
 from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
-from train.replica import Replica
+from train.replica import Replica, held_part
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
-from train.tasks.batch_reader import held_part
 from train.world import World
 
 FOLDER_NAME = "evaluations"

@@ -34,10 +34,9 @@ from train.listeners.listener import Listener, Moment
 from train.network import weight_dtype
 from train.post.frozen import NetworkComparison
 from train.post.statistics import PASS_AT_1
-from train.replica import Replica
+from train.replica import BatchReader, Read, Replica
 from train.report.viewer import HeldOutAnswer, write_answers
 from train.step import Losses, is_reported, reduce_losses
-from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.pretrain import base_length
 from train.tasks.registry import TASKS, StepRates, open_task
 from train.world import World

@@ -20,9 +20,8 @@ from model.transformer import named_tensors
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig
 from train.network import ReplicaConfig
-from train.replica import Replica, open_replica
+from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
-from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
 

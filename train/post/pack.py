@@ -20,8 +20,7 @@ from model.objectives.policy import ADVANTAGE, KEPT, OLD, SAMPLER, TokenLogProbs
 from model.router import Routes
 from train.post.routes import replay_answers
 from train.post.sample import AnswerPlace, RolloutRoutes
-from train.replica import Replica
-from train.tasks.batch_reader import BatchReader, Read, StepBatch
+from train.replica import BatchReader, Read, Replica, StepBatch
 from train.tasks.registry import Task
 
 PromptAndAnswer = tuple[NumberedPrompt, Sample]

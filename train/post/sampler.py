@@ -43,8 +43,7 @@ from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import PromptOrder, RolloutHeader, ScoredRollout, prompt_form, read_problems
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
 from train.post.statistics import EQUAL, held_out_metrics, rollout_metrics
-from train.replica import Replica
-from train.tasks.batch_reader import StepBatch, TaskHook
+from train.replica import Replica, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.registry import Task, open_task

@@ -22,11 +22,11 @@ from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.memory import fitted_config
+from train.replica import StepBatch
 from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.timing import planning_schedule
 from train.step import accumulate, rates_of
-from train.tasks.batch_reader import StepBatch
 
 MOST_OFF = 0.15
 

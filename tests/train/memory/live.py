@@ -20,8 +20,8 @@ from train.config import TrainConfig
 from train.learner import Learner
 from train.memory.predict import rank_memory, run_sizes
 from train.memory.rank_bytes import PipelineBytes, RankBytes
+from train.replica import BatchReader
 from train.step import rates_of
-from train.tasks.batch_reader import BatchReader
 
 NUMBER_BYTES = 8
 """Size of a single number, such as a loss. Tensors of this size are not counted."""

@@ -25,7 +25,7 @@ from train.corpus import prepare_corpus
 from train.errors import ConfigError
 from train.memory import predict_memory
 from train.post.frozen import Teacher
-from train.tasks.batch_reader import BatchReader
+from train.replica import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
 from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter, write_scores

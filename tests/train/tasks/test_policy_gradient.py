@@ -26,10 +26,9 @@ from train.config import TokenSchedule, TrainConfig
 from train.errors import ConfigError
 from train.learner import open_learner
 from train.network import ReplicaConfig
-from train.replica import open_replica
+from train.replica import StepBatch, open_replica
 from train.schedule.cut import run_cut
 from train.step import accumulate
-from train.tasks.batch_reader import StepBatch
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
 
