@@ -9,7 +9,7 @@ import torch
 from launch.run_folder import read_folder
 from tests.commands import run_command
 from train.checkpoint.load import load_whole
-from train.network import weight_dtype
+from train.world import weight_dtype
 
 
 def choices(folder: Path, name: str, num_steps: int) -> list[str]:

@@ -27,19 +27,21 @@ from model.slices import SlicedRuns
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
 from train.errors import PreemptedError
-from train.network import (
+from train.optim.staged import WeightUpdates
+from train.tasks.registry import Task
+from train.world import (
+    PipelineLinks,
     ReplicaConfig,
+    World,
     build_model,
     build_stages,
     held_experts,
     link_shapes,
+    open_links,
     sequence_parts,
     stage_part,
     weight_dtype,
 )
-from train.optim.staged import WeightUpdates
-from train.tasks.registry import Task
-from train.world import PipelineLinks, World, open_links
 
 Batches = Callable[[int, int], MicroBatch | None]
 """Returns the micro-batch of a direction and number, or None if this rank does not need it."""

@@ -42,7 +42,6 @@ from train.files.json_lines import try_append_event
 from train.files.run_files import RankFiles, State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
-from train.network import ReplicaConfig
 from train.plan import Plan, plan
 from train.post.frozen import open_comparison
 from train.post.sampler import open_hook
@@ -59,7 +58,7 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
-from train.world import World, build_groups, open_world
+from train.world import ReplicaConfig, World, build_groups, open_world
 
 LOGGER = logging.getLogger("train")
 _MAX_LISTED = 64

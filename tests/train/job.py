@@ -31,7 +31,6 @@ from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
 from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
-from train.network import ReplicaConfig, weight_dtype
 from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
 from train.post.frozen import open_comparison
@@ -42,7 +41,7 @@ from train.step import Losses, accumulate, rates_of, reduce_losses, update_route
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS, StepRates, Task, open_task
 from train.tasks.scores import is_scores_folder
-from train.world import World, open_world
+from train.world import ReplicaConfig, World, open_world, weight_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

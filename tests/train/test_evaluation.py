@@ -28,10 +28,10 @@ from train.corpus import prepare_corpus
 from train.files.json_lines import JsonLines
 from train.listeners.evaluation import PipelinedModel
 from train.listeners.validation import LossByPosition, Validation, validate
-from train.network import ReplicaConfig
 from train.records.reporter import corpus_lines
 from train.replica import open_replica
 from train.schedule.cut import run_cut
+from train.world import ReplicaConfig
 
 
 def sequences() -> list[TargetSequence]:

@@ -20,10 +20,10 @@ from tests.tiny import BATCH, tiny_config
 from tests.train.job import make_world
 from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_manifest
 from train.config import TrainConfig
-from train.network import ReplicaConfig
 from train.plan import Plan, plan
 from train.replica import open_replica
 from train.schedule.timing import few_micro_batches, nominal_costs, planning_schedule
+from train.world import ReplicaConfig
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:

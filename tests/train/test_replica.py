@@ -19,10 +19,10 @@ from tests.train.job import configured_schedule, make_world, open_loader
 from train.config import TrainConfig
 from train.learner import open_learner
 from train.listeners.validation import validate_pass
-from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.step import train_step
+from train.world import ReplicaConfig
 
 STEPS = 3
 LAYOUTS = {

@@ -31,7 +31,6 @@ from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
 from train.listeners.listener import Listener, Moment
-from train.network import weight_dtype
 from train.post.frozen import NetworkComparison
 from train.post.statistics import PASS_AT_1
 from train.replica import BatchReader, Read, Replica
@@ -39,7 +38,7 @@ from train.report.viewer import HeldOutAnswer, write_answers
 from train.step import Losses, is_reported, reduce_losses
 from train.tasks.pretrain import base_length
 from train.tasks.registry import TASKS, StepRates, open_task
-from train.world import World
+from train.world import World, weight_dtype
 
 FIRST_RANGE_TOKENS = 128
 LOSS_BY_POSITION = "loss_by_position"

@@ -23,9 +23,9 @@ from infer.engines.pipelined import CohortSizes, PipelinedEngine
 from infer.engines.vllm import TensorDigest
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
 from model.transformer import named_tensors, whole
-from train.network import build_model
 from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
+from train.world import build_model
 
 _HASH_BYTES = 32
 

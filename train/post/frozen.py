@@ -19,11 +19,11 @@ from model.objectives.policy import TokenLogProbs
 from model.transformer import named_tensors
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig
-from train.network import ReplicaConfig
 from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
+from train.world import ReplicaConfig
 
 
 class NetworkComparison:

@@ -20,10 +20,9 @@ from model.hf.reader import HfReader
 from model.transformer import named_tensors
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, open_source, source_folder
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
-from train.network import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
 from train.replica import open_replica
-from train.world import build_groups, open_world
+from train.world import ReplicaConfig, build_groups, open_world
 
 
 @contextmanager

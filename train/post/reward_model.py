@@ -19,12 +19,11 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
 from train.config import TrainConfig
-from train.network import ReplicaConfig, weight_dtype
 from train.post.pack import BatchShape, fill, place_answers
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.next_token import to_micro_batch
-from train.world import World
+from train.world import ReplicaConfig, World, weight_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.errors import UnsavedError
-from train.network import weight_dtype
 from train.post.engine import GatheredEngine, ReplicaEngine, TrainingEngine
 from train.post.frozen import NetworkComparison
 from train.post.journal import (
@@ -47,6 +46,7 @@ from train.replica import Replica, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.registry import Task, open_task
+from train.world import weight_dtype
 
 _CHOICE_SAMPLE = 1
 """Number of the sample whose random numbers choose between student and data. A prompt has only the sample 0."""

@@ -26,8 +26,8 @@ from model.objectives.pairs import SCORE, head_objective
 from model.stage import Stage, StageRun, block_lanes
 from model.transformer import Part
 from train.config import TrainConfig
-from train.network import ReplicaConfig, build_model, held_experts, weight_dtype
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times
+from train.world import ReplicaConfig, build_model, held_experts, weight_dtype
 
 _RUNS = 3
 _HOPS = 15

@@ -18,10 +18,10 @@ from tests.train.job import close_job, open_job
 from train.config import Precision, PrecisionConfig, TrainConfig
 from train.learner import Learner
 from train.memory import predict_memory
-from train.network import weight_dtype
 from train.optim.adamw import MOMENTS, moments_of
 from train.planner.job_plan import build_ranks
 from train.schedule.timing import planning_schedule
+from train.world import weight_dtype
 
 LAYOUTS = (
     (ParallelismConfig(pipeline=1, data=8, expert=1), "1f1b"),

@@ -25,12 +25,12 @@ from tests.train.test_equality import relative_error
 from train.config import TokenSchedule, TrainConfig
 from train.errors import ConfigError
 from train.learner import open_learner
-from train.network import ReplicaConfig
 from train.replica import StepBatch, open_replica
 from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
+from train.world import ReplicaConfig
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)
 
