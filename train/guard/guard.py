@@ -1,10 +1,14 @@
-"""Checks the loss and gradient norm of a step before weights are updated."""
+"""Checks a step before weights are updated: its loss and gradient norm, and the answers of its rollout.
+
+A broken limit of a rollout is a property of the weights, not of the batch, unlike a loss that is not finite.
+"""
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -12,9 +16,9 @@ from torch import distributed as dist
 from data.loader import Loader
 from infer.config import GenerateError
 from train.config import GuardConfig
+from train.config.tasks import RolloutConfig
 from train.errors import RefusedStepError, StepRefusal
 from train.files.json_lines import number_of, read_lines
-from train.guard.rollout_guard import Figures, RolloutGuard
 from train.replica import StepBatch, TaskHook
 from train.world import World
 
@@ -22,6 +26,202 @@ LOSS = "loss"
 NORM = "gradient norm"
 LossAndNorm = tuple[float, float]
 """A step's loss and gradient norm."""
+
+KL = "kl"
+_KL_STEPS = 3
+"""Steps over which KL is averaged: an estimate from the samples of one step has rare values far above the mean."""
+_ALMOST_ALL = 0.5
+_NO_VERDICT_STEPS = 3
+
+Figures = Mapping[str, Any]
+"""Numbers of a step's rollout by name, as `metrics.jsonl` has them. A reward may lack some, such as correct_share."""
+
+
+class RolloutGuard:
+    """The limits of a run that learns from rewards, whose numbers all ranks have."""
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self._config = config
+        self._limits = config.limits
+        self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0, _NO_VERDICT_STEPS)
+        self._first: list[Figures] = []
+        self._last: deque[Figures] = deque(maxlen=self._num_kept)
+        self._divergences: deque[float] = deque(maxlen=_KL_STEPS)
+
+    def replace_history(self, history: Iterable[Figures]) -> None:
+        """Replaces the earlier steps by all of a run, the oldest first. KL starts again."""
+        self._first = []
+        self._last.clear()
+        self._divergences.clear()
+        for figures in history:
+            self.accept(figures)
+
+    def accept(self, figures: Figures) -> None:
+        """Adds a step that updated the weights."""
+        if len(self._first) < self._limits.window_steps:
+            self._first.append(figures)
+        self._last.append(figures)
+
+    def judge_rollout(self, figures: Figures, step: int) -> StepRefusal | None:
+        """Returns the limit that a rollout breaks, or None. `step` is the index of the step, from 0."""
+        steps = [*self._last, figures]
+        judges = (self._judge_verdicts, self._judge_cut, self._judge_equal, self._judge_entropy, self._judge_reward)
+        for judge in judges:
+            if (found := judge(steps, step)) is not None:
+                return found
+        return None
+
+    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> StepRefusal | None:
+        """Returns the limit that the divergence among a step's losses breaks, or None. `step` counts from 0."""
+        limit = self._limits.kl
+        kl = means.get(KL)
+        if limit is None or kl is None:
+            return None
+        self._divergences.append(kl)
+        # Steps that are not known count as 0.
+        mean = sum(self._divergences) / _KL_STEPS
+        if mean <= limit:
+            return None
+        return StepRefusal(
+            step=step,
+            reason=f"KL is {mean:.3g} nats per token over {_KL_STEPS} steps after {step} updates, above "
+            f"rollout.limits.kl={limit:g}: the learning rate of {learning_rate:.3g} is probably too high, or "
+            f"task.loss.kl_weight too low",
+            values={KL: mean},
+            last_good=max(step - _KL_STEPS, 0),
+        )
+
+    def _judge_verdicts(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
+        limit = self._limits.no_verdict_share
+        shares = _last_values(steps, _NO_VERDICT_STEPS, "no_verdict_share")
+        if limit is None or min(shares, default=0.0) < limit:
+            return None
+        reason = (
+            f"{_percent(shares[-1])} of answers have no verdict, at least rollout.limits.no_verdict_share={limit:g} in "
+            f"{_NO_VERDICT_STEPS} steps in a row; {_cause_of_no_verdict(steps)}"
+        )
+        return StepRefusal(
+            step=step, reason=reason, values={"no_verdict_share": shares[-1]}, last_good=step, ends_run=True
+        )
+
+    def _judge_cut(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
+        limit = self._limits.cut_share
+        window = self._limits.window_steps
+        shares = _last_values(steps, window, "cut_share")
+        if limit is None or min(shares, default=0.0) < limit:
+            return None
+        reason = (
+            f"{_percent(shares[-1])} of answers were cut at {self._config.max_new_tokens} tokens, at least "
+            f"rollout.limits.cut_share={limit:g} in {window} steps in a row: raise rollout.max_new_tokens"
+        )
+        return StepRefusal(step=step, reason=reason, values={"cut_share": shares[-1]}, last_good=max(step - window, 0))
+
+    def _judge_equal(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
+        window = self._limits.equal_steps
+        shares = [] if window is None else _last_values(steps, window, "idle_share")
+        if window is None or min(shares, default=0.0) < 1:
+            return None
+        last = steps[-window:]
+        what = "equal rewards or no verdict" if _mean(last, "no_verdict_groups") else "equal rewards"
+        reason = (
+            f"each group had {what} in {window} steps in a row (rollout.limits.equal_steps), so nothing is "
+            f"learned; {self._cause_of_equal(last)}"
+        )
+        return StepRefusal(step=step, reason=reason, values={"idle_share": shares[-1]}, last_good=max(step - window, 0))
+
+    def _cause_of_equal(self, steps: Sequence[Figures]) -> str:
+        config = self._config
+        cut = _mean(steps, "cut_share")
+        skipped = _mean(steps, "skipped_share")
+        reward = f"{_mean(steps, 'reward'):.3g}"
+        correct = _mean(steps, "correct_share")
+        if _mean(steps, "no_verdict_groups") >= _ALMOST_ALL:
+            return _cause_of_no_verdict(steps)
+        if cut >= _ALMOST_ALL:
+            return (
+                f"{_percent(cut)} of answers were cut at {config.max_new_tokens} tokens: raise rollout.max_new_tokens"
+            )
+        if skipped >= _ALMOST_ALL:
+            return f"{_percent(skipped)} of answers are skipped, because no check of reward.parts fits their problems"
+        if all("correct_share" not in each for each in steps):
+            return f"the mean reward is {reward}, and all answers to a prompt have the same (see the run's rollouts/)"
+        if correct >= 1:
+            return "all answers are correct: the prompts are too easy by now"
+        if correct <= 0:
+            return (
+                f"no answer is judged correct, the mean reward is {reward}: the prompts are too hard, or the reward "
+                f"does not find the answers (see rollouts/ in the run's folder)"
+            )
+        return (
+            f"{_percent(correct)} of answers are correct, always to the same prompts: raise rollout.samples="
+            f"{config.samples} or rollout.temperature={config.temperature:g}"
+        )
+
+    def _judge_entropy(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
+        cause = "answers have become nearly the same: the learning rate is probably too high, or task.loss.clip_high "
+        cause += "or task.loss.kl_weight too low"
+        return self._judge_mean("entropy", self._limits.entropy_share, steps, step, cause)
+
+    def _judge_reward(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
+        cut = _mean(steps[-self._limits.window_steps :], "cut_share")
+        cause = "the learning rate is probably too high, or its warm-up too short"
+        if cut >= _ALMOST_ALL:
+            cause = f"{_percent(cut)} of answers were cut at {self._config.max_new_tokens} tokens: raise "
+            cause += "rollout.max_new_tokens, or set rollout.length_penalty_tokens"
+        return self._judge_mean("reward", self._limits.reward_share, steps, step, cause)
+
+    def _judge_mean(
+        self, name: str, limit: float | None, steps: Sequence[Figures], step: int, cause: str
+    ) -> StepRefusal | None:
+        """Compares the mean of the last steps with that of the first ones."""
+        window = self._limits.window_steps
+        if limit is None or not _last_values(self._first, window, name) or not _last_values(steps, window, name):
+            return None
+        start = _mean(self._first, name)
+        mean = _mean(steps[-window:], name)
+        if start <= 0 or mean >= limit * start:
+            return None
+        reason = (
+            f"mean {name} of the last {window} steps is {mean:.3g}, below rollout.limits.{name}_share={limit:g} x "
+            f"{start:.3g} at the start: {cause}"
+        )
+        return StepRefusal(
+            step=step,
+            reason=reason,
+            values={name: mean, f"{name} at the start": start},
+            last_good=max(step - window, 0),
+        )
+
+
+def read_figures(metrics: Path, num_done: int) -> dict[int, Figures]:
+    """Reads the numbers of the rollouts of up to `num_done` steps from a `metrics.jsonl`, by step."""
+    found: dict[int, Figures] = {}
+    for values in read_lines(metrics):
+        rollouts = values.get("rollouts")
+        if isinstance(rollouts, dict) and values["step"] <= num_done:
+            found[values["step"]] = {name: value for name, value in rollouts.items() if not isinstance(value, dict)}
+    return found
+
+
+def _cause_of_no_verdict(steps: Sequence[Figures]) -> str:
+    reasons = [each["no_verdict_reason"] for each in steps if "no_verdict_reason" in each]
+    return f"the first of them: {reasons[-1]}" if reasons else "rollouts/ in the run's folder has the reasons"
+
+
+def _last_values(steps: Sequence[Figures], count: int, name: str) -> list[float]:
+    """Returns a figure of the last steps; nothing if there are fewer steps, or one of them lacks it."""
+    found = [known for each in steps[-count:] if (known := number_of(each, name)) is not None]
+    return found if len(found) == count else []
+
+
+def _mean(steps: Sequence[Figures], name: str) -> float:
+    """Returns the mean of a figure over the steps that have it; 0 if none has."""
+    found = [value for each in steps for value in _last_values([each], 1, name)]
+    return sum(found) / max(len(found), 1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 class Guard:

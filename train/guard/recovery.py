@@ -21,8 +21,7 @@ from train.config import GuardConfig
 from train.config.tasks import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
-from train.guard.guard import Guard, read_loss_and_norm, to_json_values
-from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
+from train.guard.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
 from train.learner import Learner
 
 _ROLLED_BACK = "rolled_back"
