@@ -16,14 +16,14 @@ from train.callbacks import Callbacks, call_on_first_rank
 from train.config import TrainConfig
 from train.errors import RefusedStepError
 from train.files.run_files import StatusFile
-from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
+from train.guard.recovery import Recovery, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.listeners.evaluation import Evaluator
-from train.listeners.listener import Checkpoints, Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
+from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.validation import Samples, Validator
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, StepProfiler, record_of
-from train.step import train_step
+from train.step import Done, RolledBack, Skipped, train_step
 
 LOGGER = logging.getLogger("train")
 

@@ -23,7 +23,12 @@ from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
-from train.guard.guard import LOSS, NORM, Guard, describe_refusal
+from train.guard.guard import (
+    LOSS,
+    NORM,
+    Guard,
+    describe_refusal,
+)
 from train.learner import Learner
 from train.optim.learning_rate import OptimConfig, learning_rate
 from train.replica import BatchReader, Replica, StepBatch
@@ -108,6 +113,25 @@ class StepResult:
     execution: Execution
     rollouts: Mapping[str, Any] | None
     part_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The outcome of a step that updated the weights."""
+
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The outcome of a step whose batch was skipped; nothing was updated."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """The outcome of a step from which the run was rolled back to a checkpoint."""
+
+    to_step: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

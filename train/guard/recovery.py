@@ -4,7 +4,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,20 +22,9 @@ from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.guard.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
 from train.learner import Learner
+from train.step import RolledBack, Skipped
 
 _ROLLED_BACK = "rolled_back"
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """The outcome of a step whose batch was skipped; nothing was updated."""
-
-
-@dataclass(frozen=True, slots=True)
-class RolledBack:
-    """The outcome of a step from which the run was rolled back to a checkpoint."""
-
-    to_step: int
 
 
 @contextmanager

@@ -18,19 +18,11 @@ from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedErr
 from train.files.json_lines import try_append_event
 from train.files.run_files import StatusFile
 from train.files.run_lock import OwnershipCheck
-from train.guard.recovery import Skipped
 from train.learner import Learner
 from train.records.reporter import Reporter
 from train.records.step_record import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.replica import Replica
-from train.step import StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The outcome of a step that updated the weights."""
-
-    result: StepResult
+from train.step import Done, Skipped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
