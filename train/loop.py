@@ -29,7 +29,7 @@ from train.config.tasks import RolloutConfig
 from train.errors import RefusedStepError, StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.files.run_files import StatusFile
-from train.guard.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
+from train.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
 from train.learner import Learner, LearnersByBatchSize
 from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunParts

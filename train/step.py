@@ -23,7 +23,7 @@ from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
-from train.guard.guard import (
+from train.guard import (
     LOSS,
     NORM,
     Guard,

@@ -30,7 +30,7 @@ from train.config import TrainConfig
 from train.errors import ConfigError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import Status, read_status, write_status
-from train.guard.guard import read_loss_and_norm
+from train.guard import read_loss_and_norm
 from train.plan import read_schedule
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)

@@ -34,7 +34,7 @@ from train.config import (
 from train.errors import RefusedStepError, StepRefusal, StoppedError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import StatusFile
-from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
+from train.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged

@@ -25,7 +25,7 @@ from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.checkpoint.parts import Slice
 from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
 from train.errors import RefusedStepError
-from train.guard.guard import Guard
+from train.guard import Guard
 from train.learner import Learner
 from train.step import train_step
 

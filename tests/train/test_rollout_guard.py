@@ -15,7 +15,7 @@ from tests.rollouts import ROLLOUT, answer_of, group_of, header_of
 from tests.train.test_guard import STOP
 from train.config.tasks import RolloutLimits
 from train.errors import StoppedError, UnscoredError
-from train.guard.guard import Figures, Guard, RolloutGuard, read_figures
+from train.guard import Figures, Guard, RolloutGuard, read_figures
 from train.loop import ends_of_sampling
 from train.post.sample import ScoredRollout
 from train.post.statistics import NO_VERDICT, rollout_metrics, with_advantages

@@ -29,7 +29,7 @@ from train.files.run_lock import (
     refuse_if_in_use,
     renew,
 )
-from train.guard.guard import to_json_values
+from train.guard import to_json_values
 
 RACER = """
 import sys, time

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from launch.config.run_config import compose_run
 from tests.train.job import close_job, open_job
 from train.corpus import prepare_corpus
-from train.guard.guard import Guard
+from train.guard import Guard
 from train.optim import staged
 from train.step import train_step
 
