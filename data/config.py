@@ -1,4 +1,4 @@
-"""Configuration of a run's text, tokenizer and sequences, and the number of sequences per step. Imports no torch."""
+"""Configuration of a run's text, tokenizer, sequences and batch sizes. Imports no torch."""
 
 import math
 from bisect import bisect_right

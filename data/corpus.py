@@ -1,4 +1,4 @@
-"""Sources of text: finds files, reads documents and the fields of JSON lines, and selects those for validation."""
+"""Sources of text: finds files, reads documents and JSON lines, and splits off those for validation."""
 
 import difflib
 import hashlib

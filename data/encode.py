@@ -1,4 +1,4 @@
-"""Encodes documents and samples as token ids: validation split, tokenizer, fill-in-the-middle. Imports no torch."""
+"""Encodes documents and samples as token ids: split, tokenizer, fill-in-the-middle. Imports no torch."""
 
 import hashlib
 import math

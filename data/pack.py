@@ -1,4 +1,4 @@
-"""Packs documents, and samples with values for each token, into sequences of one length. Imports no torch.
+"""Packs documents, and samples with values for each token, into sequences. Imports no torch.
 
 Cuts only documents that are longer than a sequence. Samples are never split.
 """

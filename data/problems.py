@@ -1,11 +1,11 @@
-"""Reads problems, and registers their sources: `.jsonl` files, and reasoning-gym (arXiv:2505.24760). Imports no torch.
+"""Reads problems, and registers their sources: `.jsonl` files and reasoning-gym. Imports no torch.
 
     {"prompt": ..., "answer": "..."}
     {"prompt": ..., "tests": "assert f(1) == 2"}
     {"prompt": ..., "tests": [{"stdin": "1", "stdout": "2"}]}
 
 A prompt is a string, or a list of messages. Other fields of the object are ignored. The samples of both sources are
-prompts.
+prompts. Source of reasoning-gym: arXiv:2505.24760.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Defines what every engine takes and returns, and decodes a stream of tokens to text. Imports no torch.
+"""Defines what every engine takes and returns, and decodes streams of tokens. Imports no torch.
 
 Shape legend: T tokens, K experts per token.
 """

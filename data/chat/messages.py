@@ -1,4 +1,4 @@
-"""Defines messages, conversations and pairs of answers, and reads them from JSON objects. Imports no torch.
+"""Defines messages, conversations and pairs of answers, and reads them from JSON. Imports no torch.
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "tools": [...]}
     {"prompt": ..., "answer": ...}

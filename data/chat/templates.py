@@ -1,4 +1,4 @@
-"""Defines chat templates as tables of special tokens and text, and writes them as Jinja. Imports no torch.
+"""Defines chat templates as tables of tokens and text, and writes them as Jinja. Imports no torch.
 
 A template is data: which tokens begin and end a message of each role. `data.chat.encode` places them as token ids.
 `template_jinja` writes the same table for inference servers and `transformers`. For text that spells no special token,

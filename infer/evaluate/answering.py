@@ -1,4 +1,4 @@
-r"""Evaluates answers that a model generates: mathematics, programs, and problems of reasoning-gym. Imports no torch.
+r"""Evaluates answers that a model generates: mathematics, programs, reasoning. Imports no torch.
 
 Scorers of rewards are the verifiers. Each task has a format of its lines, a prompt, and a verifier. Lines of the files:
 

@@ -1,4 +1,4 @@
-"""Evaluates texts that a model reads: choices and documents by likelihood, pairs of answers by a reward model.
+"""Evaluates choices and documents by likelihood, and pairs of answers by a reward model.
 
 choice: `{"id": ..., "context": ..., "choices": [...], "answer": 0}`. The begin-of-sentence token, the context and a
 choice are joined without anything between them, so a choice begins with the space that it needs.

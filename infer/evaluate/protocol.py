@@ -1,4 +1,4 @@
-"""Defines and registers evaluation tasks, their requests and results, and evaluated models. Imports no torch.
+"""Defines and registers evaluation tasks, requests, results and evaluated models. Imports no torch.
 
 A task makes samples with requests. Answers become the sample's record, and results are computed from records alone, so
 that an interrupted evaluation continues after the last record. The user's files of samples are JSON objects, one a

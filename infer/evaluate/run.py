@@ -1,8 +1,9 @@
-"""Registers and runs evaluation tasks: answers give records, and these results, also in lm-eval's schema. No torch.
+"""Registers and runs evaluation tasks, and keeps records and results. Imports no torch.
 
-A folder keeps an evaluation, so that an interrupted one continues: `evaluation.json` says what decides the records,
-`samples_TASK.jsonl` has a record a line, and `results.json` is written last. A line that is not whole at the end of a
-file is the only damage that an interruption can do.
+Answers give records, and these results, also in lm-eval's schema. A folder keeps an evaluation, so that an interrupted
+one continues: `evaluation.json` says what decides the records, `samples_TASK.jsonl` has a record a line, and
+`results.json` is written last. A line that is not whole at the end of a file is the only damage that an interruption
+can do.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""Defines answers with the parts that count, problems and scores, and registers scorers. Imports no torch."""
+"""Defines answers, problems and scores, and registers scorers. Imports no torch."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Registers the project's scorers: rules of text, a judge's votes, and those that need worker processes.
+"""Registers the project's scorers: rules of text, a judge's votes, and worker processes.
 
 A judge is a model that writes critiques with verdicts. It is any engine: in training, that of the policy, so that it
 judges itself. Source: arXiv:2412.19437, section 5.4.2.
