@@ -20,9 +20,9 @@ from torch import distributed
 from comm.config import ParallelismConfig
 from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
-from comm.dispatch.deepep import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.deepep.buffer import DeepEPRoute
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
+from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.process_group import Observers
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane
@@ -40,7 +40,7 @@ from tests.ranks import run_ranks
 def test_package_check_needs_no_torch() -> None:
     code = """
         import importlib.util, sys
-        from comm.dispatch.deepep import DeepEPError, check_available
+        from comm.dispatch.deepep.package import DeepEPError, check_available
         importlib.util.find_spec = lambda name: None
         try:
             check_available()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.deepep import BufferShape, DeepEPError
+from comm.dispatch.deepep.package import BufferShape, DeepEPError
 from comm.dispatch.local import ExpertOrder
 from kernels.permute import permute
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.all_to_all import num_local_experts
-from comm.dispatch.deepep import BufferShape, load_package
 from comm.dispatch.deepep.buffer import DeepEPRoute, ExpertBuffer, Library, ReceivedRows
+from comm.dispatch.deepep.package import BufferShape, load_package
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.traffic import Spread
