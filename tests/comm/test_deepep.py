@@ -20,8 +20,7 @@ from torch import distributed
 from comm.config import ParallelismConfig
 from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
-from comm.dispatch.deepep.buffer import DeepEPRoute
-from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
+from comm.dispatch.deepep.dispatcher import DeepEPDispatcher, DeepEPRoute
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.process_group import Observers
