@@ -2,13 +2,15 @@
 
 Counts are exchanged, and the host waits for them, in the first dispatch of a plan. It makes the handle that every later
 exchange uses.
+
+The interface is that of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP). `ElasticBuffer.dispatch` runs without expansion,
+first with choices and weights and later with the cached `EPHandle`. `async_with_compute_stream` stays off, so every
+call is ordered with the other work on the current stream.
 """
 
 # Shape legend: R rows received (one for each token with experts here), A arrived rows (one for each of those experts),
-# M members of the group, N its nodes.
+# M members of the group, N its nodes, B bytes of a row with scales.
 
-# Shape legend: R rows received, one for each token with experts here; A arrived rows, one for each of those experts; B
-# bytes of a row with scales.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
