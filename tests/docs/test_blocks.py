@@ -45,10 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
 def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, tmp_path: Path) -> None:
     shell = make_shell()
-    names: list[str] = []
-    for block in blocks(page):
-        if block.mode == "not run":
-            continue
+    program = ""
+    to_run = [block for block in blocks(page) if block.mode != "not run" and block.language in PROGRAMS]
+    for block, following in zip(to_run, [*to_run[1:], None], strict=True):
         match block.language:
             case "bash" if block.mode == "shortened":
                 for command in block.commands():
@@ -65,9 +64,11 @@ def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, t
                     if is_whole or not LEFT_OUT.search(command):
                         compare(block, run(block, command, tmp_path, shell, codes=(0, 2)), expected)
             case "python":
-                names.append(with_times(block.text, tmp_path))
-                (tmp_path / "program.py").write_text("\n".join(names), "utf-8")
-                run(block, "python program.py", tmp_path, shell)
+                program += with_times(block.text, tmp_path) + "\n"
+                # Blocks that follow each other run once, as one program.
+                if following is None or following.language != "python":
+                    (tmp_path / "program.py").write_text(program, "utf-8")
+                    run(block, "python program.py", tmp_path, shell)
 
 
 def make_shell() -> dict[str, str]:
