@@ -290,7 +290,7 @@ def test_no_library_speaks_to_the_user_of_a_command(command: str, first: int, ev
 
 @pytest.mark.slow
 def test_the_command_rejects_invalid_configurations_soon(tmp_path: Path) -> None:
-    for invalid in islice(invalid_configurations(seed=1), 6):
+    for invalid in islice(invalid_configurations(seed=1), 3):
         done, seconds = refusal_of(invalid, tmp_path)
         assert done.returncode == 2, done.stderr
         assert problem_of(invalid, done.stderr) == ""
@@ -439,17 +439,6 @@ def test_a_nearest_change_passes_when_it_is_made() -> None:
     text = refusal(config).partition("nearest: ")[2]
     again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=200000000", text)
     check_memory(again, check_rules)
-
-
-def test_the_command_rejects_with_one_line_and_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.train", "experiment=quickstart", "cluster.memory_bytes=1000000"]
-    done = subprocess.run(
-        [*command, f"out_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: memory: rank ")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_reserve_as_large_as_the_memory_is_rejected() -> None:
