@@ -48,6 +48,7 @@ EVERY = tuple(product(PRESETS, PIPELINES, KINDS))
 FEW = (
     ("v3_671b", 16, "dualpipe"),
     ("quickstart", 1, "1f1b"),
+    ("v2_lite_16b", 2, "v_min"),
     *((preset, PIPELINES[1 + row % 2], KINDS[row % len(KINDS)]) for row, preset in enumerate(PRESETS)),
 )
 """A long and a trivial pipeline, and every preset and every kind with one of two sizes."""
