@@ -1,14 +1,28 @@
-"""Calls functions of the user on rank 0 while a run trains."""
+"""Calls functions of the user while a run trains: callbacks on rank 0, and metrics that plugins add. No torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernels.registry import Registry
+from train.config.errors import ConfigError
 from train.errors import CallbackError
 
 if TYPE_CHECKING:
     from train.world import World
+
+Metric = Callable[[Mapping[str, Any]], float]
+"""Takes the record of a step, as in `metrics.jsonl`, and returns one more value of it."""
+METRICS: Registry[Metric] = Registry("metrics")
+"""Metrics of plugin files by their key in `metrics.jsonl`."""
+
+
+def add_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a step's record with the metrics of plugins. Raises ConfigError if a name is taken."""
+    if taken := [name for name in METRICS.names() if name in record]:
+        raise ConfigError(f"metrics: {taken[0]!r} is a key of a step's record already; choose another name")
+    return {**record, **{name: metric(record) for name, metric in METRICS.items()}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

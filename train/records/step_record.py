@@ -42,6 +42,7 @@ from dualpipe.runtime.measured import (
 from model.config import ModelConfig
 from model.objective import BALANCE
 from model.size import training_flops_per_token
+from train.callbacks import add_metrics
 from train.config import ProfileConfig, TrainConfig
 from train.files.run_files import redact, replace_text
 from train.plan import excluded_schedules
@@ -75,7 +76,7 @@ def record_of(
     speed = result.tokens / result.seconds
     length = replica.config.batch.sequence_length_tokens
     losses = result.losses
-    return {
+    record = {
         "step": done,
         "global_batch_sequences": replica.global_sequences,
         "loss": losses.total,
@@ -95,6 +96,7 @@ def record_of(
         **({} if result.rollouts is None else {"rollouts": dict(result.rollouts)}),
         **exchange,
     }
+    return add_metrics(record)
 
 
 def mfu(
