@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.registry import Registry
-from train.config.errors import ConfigError
-from train.errors import CallbackError
+from train.errors import CallbackError, ConfigError
 
 if TYPE_CHECKING:
     from train.world import World
