@@ -1,6 +1,6 @@
 """Creates the process groups of one rank, and initializes and destroys `torch.distributed`.
 
-The built-in launcher has a rendezvous of its own that opens no port: ranks use a store in a file of a private folder.
+The built-in launcher has a separate rendezvous that opens no port: ranks use a store in a file of a private folder.
 torch's own rendezvous start a TCP server that listens on all addresses of the machine and accepts any connection.
 """
 

@@ -1,4 +1,4 @@
-"""Runs exchanges and copies next to computation: on worker threads on CPU, on streams on CUDA, or inline."""
+"""Runs exchanges and copies next to computation: on worker threads, on CUDA streams, or inline."""
 
 import queue
 import threading

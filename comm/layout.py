@@ -1,4 +1,4 @@
-"""Computes coordinates, groups and relays of ranks by arithmetic alone, for jobs of any size. Imports no torch.
+"""Computes coordinates, groups and relays of ranks by arithmetic, for any size. Imports no torch.
 
 The groups into which the world is split are slices of ranks, one group at a time. The relay of another rank's rows is
 the rank with the same index in its node.

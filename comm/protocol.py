@@ -1,4 +1,4 @@
-"""Defines what the model knows of exchanges between ranks: the protocols of the dispatcher and of the context group.
+"""Defines what the model knows of other ranks: protocols of the dispatcher and the context group.
 
 Shape legend: A arrived rows, E local experts.
 

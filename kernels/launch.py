@@ -1,6 +1,6 @@
-"""Tile sizes of FP8 products, descriptors of the tensor memory accelerator (TMA), persistent grids, and meta launches.
+"""Tile sizes of FP8 products, TMA descriptors, persistent grids, and launches on meta tensors.
 
-Every tiling gives the same numbers.
+Every tiling gives the same numbers. TMA is the tensor memory accelerator of Hopper GPUs.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What operations share: the choice of an implementation, checks of operands, and counts of tiles. Imports no torch.
+"""Choice of implementations, checks of operands, and counts of tiles. Imports no torch.
 
 Without the checks a kernel would silently access memory out of bounds.
 """

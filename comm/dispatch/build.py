@@ -1,4 +1,4 @@
-"""Builds the dispatcher and the comm lane of a run, and wraps a dispatcher so that rows are sent to experts in FP8."""
+"""Builds the dispatcher and the comm lane of a run; a wrapper sends rows to experts in FP8."""
 
 # Shape legend: A arrived rows, B bytes of a packed row.
 

@@ -1,4 +1,4 @@
-"""Attention of some queries over some keys, merged over blocks of keys, and its backward from the merged result.
+"""Attention of queries over keys, merged over blocks of keys, and its backward from the result.
 
 Each block returns the logarithm of its queries' sums of exponentials, by which blocks are merged (as in FlashAttention,
 arXiv:2205.14135). The backward of a block needs the merged result and logarithm only. Sequences are cut into segments;

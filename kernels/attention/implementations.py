@@ -1,4 +1,4 @@
-"""Causal attention by fused kernels of torch and other packages, and what they allocate. Imports torch late."""
+"""Causal attention by fused kernels, and what they allocate. Imports torch late."""
 
 from __future__ import annotations
 

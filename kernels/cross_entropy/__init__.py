@@ -1,4 +1,4 @@
-"""Computes log-probabilities of targets under a linear head, its divergence from a teacher, and gradients of losses."""
+"""Computes log-probabilities under a linear head, divergences from a teacher, and gradients."""
 
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.reference import linear_distillation as linear_distillation

@@ -175,7 +175,7 @@ def check_kept_ids(kept_ids_NK: Tensor | None, rows_ND: Tensor) -> None:
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
     """Adds left times right to the total in the total's type; overwrites it if `is_first`."""
-    # One call accumulates in place if the types agree; else the product needs memory of its own.
+    # One call accumulates in place if the types agree; else the product needs separate memory.
     if total_VD.dtype == left_VC.dtype:
         torch.addmm(total_VD, left_VC, right_CD, beta=0 if is_first else 1, out=total_VD)
     elif is_first:

@@ -1,4 +1,4 @@
-"""Multiplies matrices: in FP8, and rows sorted by group with one matrix per group, in the rows' type or in FP8."""
+"""Multiplies matrices in FP8, and rows sorted by group with one matrix per group."""
 
 from kernels.gemm import reference
 from kernels.operation import operation

@@ -1,4 +1,4 @@
-"""Products in FP8 by the package `deep_gemm` (version 2), or by a fallback if it does not support the operands.
+"""Products in FP8 by the package `deep_gemm` (version 2), or by a fallback.
 
 On Hopper it requires both operands with K contiguous and scales in float32. It transposes row scales itself, so that
 they begin at multiples of 16 bytes for each 128 of K. Strided rows, such as those of a packed message, are copied

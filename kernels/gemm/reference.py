@@ -1,4 +1,4 @@
-"""Products of matrices, also in FP8, and of rows sorted by group with one matrix per group, in plain PyTorch.
+"""Products of matrices and of rows sorted by group, also in FP8, in plain PyTorch.
 
 A value in FP8 is its code times its scale, rounded to float32; values are then multiplied and added in float32. The
 kernels instead multiply codes and scale the sum over each 128 of K. Both are equally exact: rounding a value costs at
@@ -137,7 +137,7 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
         part = slice(first, first + count)
         if count:
             matrix = QuantizedBlocks(weights.codes[group], weights.scales[group])
-            out_AN[part] = gemm_fp8(Quantized(rows.codes[part], rows.scales[part]), matrix, dtype)
+            out_AN[part] = _multiply_by_blocks(Quantized(rows.codes[part], rows.scales[part]), matrix, dtype)
         first += count
     return out_AN
 
@@ -156,7 +156,7 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
             left, right = (
                 QuantizedColumns(columns.codes[:, part], columns.scales[:, tiles]) for columns in (grad, rows)
             )
-            out_ENK[group] = gemm_fp8_columns(left, right)
+            out_ENK[group] = _multiply_columns(left, right)
         first += size
     return out_ENK
 
@@ -169,6 +169,10 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
         right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
     """
     check_rows_by_blocks("gemm_fp8", left, right)
+    return _multiply_by_blocks(left, right, dtype)
+
+
+def _multiply_by_blocks(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
     left_MK = dequantize_1x128(left, torch.float32)
     right_NK = dequantize_128x128(right, torch.float32)
     return torch.mm(left_MK, right_NK.t()).to(dtype)
@@ -177,6 +181,10 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
     """Multiplies over all groups' rows, `left right^T`: float32 [M, N], a weight's gradient (3.3.2)."""
     check_columns("gemm_fp8_columns", left, right)
+    return _multiply_columns(left, right)
+
+
+def _multiply_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
     left_MP, right_NP = (dequantize_1x128(Quantized(*operand), torch.float32) for operand in (left, right))
     return torch.mm(left_MP, right_NP.t())
 

@@ -1,4 +1,4 @@
-"""Products of matrices in FP8 codes and scales, also grouped, in Triton; see kernels/gemm/reference.py.
+"""Products of FP8 codes and scales, also grouped, in Triton; see kernels/gemm/reference.py.
 
 One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
 tile of the result.

@@ -1,4 +1,4 @@
-"""FP8 codes with a scale per 128 of a row or of a group's column, or 128 x 128, and rows in 12 bits per number."""
+"""FP8 codes with a scale per 1 x 128, 128 x 1 or 128 x 128, and rows in 12 bits per number."""
 
 # Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128
 # of a block), C columns of a tile (128), P rows after every group is padded to whole tiles; values of any leading
@@ -46,6 +46,10 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
     """
     check_min_amax(min_amax)
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
+    return _quantize_tiles(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
+
+
+def _quantize_tiles(rows_ND: Tensor, *, power_of_two: bool, min_amax: float) -> Quantized:
     num_rows, num_columns = rows_ND.shape
     quantized = empty_quantized(rows_ND, num_rows, num_columns)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
@@ -243,7 +247,8 @@ def quantize_columns(
     """Quantizes the transpose by tiles of 128 rows of a group, as `quantize_1x128` with padded groups."""
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
-    quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)
+    check_min_amax(min_amax)
+    quantized = _quantize_tiles(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)
     return QuantizedColumns(quantized.codes, quantized.scales)
 
 

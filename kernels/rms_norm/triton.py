@@ -1,4 +1,4 @@
-"""Root-mean-square normalization, also to FP8, and its backward, in Triton, one pass each; see reference.py.
+"""Root-mean-square normalization, also to FP8, and its backward, in Triton; see reference.py.
 
 All are memory-bound: a program holds whole rows in registers, so that each number is read once and written once.
 
