@@ -135,8 +135,8 @@ def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (weights_ND[0] if len(weights_ND) == 1 else torch.cat(tuple(weights_ND))).to(dtype)
 
 
-def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
-    return lambda: kept[0] if kept else normalize(x_AD, scale_A1, norm_weight_D)
+def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, saved: Sequence[Tensor]) -> Callable[[], Tensor]:
+    return lambda: saved[0] if saved else normalize(x_AD, scale_A1, norm_weight_D)
 
 
 def normed_linear(

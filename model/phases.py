@@ -306,9 +306,9 @@ class ActivationOffload:
         self._hosts: Sequence[Tensor] = ()
         self._to_device: Work[None] | None = None
 
-    def start(self, kept: Iterable[Tensor]) -> None:
+    def start(self, tensors: Iterable[Tensor]) -> None:
         """Starts to copy the memory of kept tensors to the host."""
-        self._storages = movable_storages(kept, self._shared())
+        self._storages = movable_storages(tensors, self._shared())
         self._to_host = self._link.to_host([_bytes_of(storage) for storage in self._storages])
 
     def release(self) -> None:
@@ -335,12 +335,12 @@ class ActivationOffload:
         self._to_device = None
 
 
-def movable_storages(kept: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+def movable_storages(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Returns the memory of kept tensors, each once, that torch allocated and that is not shared or small."""
     # Views share memory, so memory is identified by address, not by tensor.
     fixed = {tensor.untyped_storage().data_ptr() for tensor in shared}
     storages: dict[int, torch.UntypedStorage] = {}
-    for tensor in kept:
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() >= _LEAST_BYTES and storage.data_ptr() not in fixed and storage.resizable():
             storages.setdefault(storage.data_ptr(), storage)

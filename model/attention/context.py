@@ -161,13 +161,13 @@ class _Blocks:
     def tiles(self, index: int) -> list[VisibleTile]:
         return visible_tiles(self._cut, self.parts.held[self._options.context.index], self.parts.held[index])
 
-    def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
-        """Starts a backward of the heads; `kept` is `_Saved.log_sums`."""
+    def backward(self, ends: LatentLinears, saved: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
+        """Starts a backward of the heads; `saved` is `_Saved.log_sums`."""
         layout = self.layout
-        log_sums_BTH = kept[0]
+        log_sums_BTH = saved[0]
         # A query that the forward did not keep is computed again: BTHQ.
-        if len(kept) == 2:
-            query = kept[1]
+        if len(saved) == 2:
+            query = saved[1]
         else:
             query = layout.new_query()
             layout.fill_query(ends, self.rotation(self._options.context.index), query)

@@ -134,28 +134,28 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read(values: ConfigValues) -> ModelConfig:
-    max_position = values.whole("max_position_embeddings", 1)
+    max_position = values.whole_number("max_position_embeddings", 1)
     theta, scaling = read_rope(values, max_position)
-    num_layers = values.whole("num_hidden_layers", 1)
+    num_layers = values.whole_number("num_hidden_layers", 1)
     return ModelConfig(
-        vocab_size=values.whole("vocab_size", 1),
-        hidden_size=values.whole("hidden_size", 1),
+        vocab_size=values.whole_number("vocab_size", 1),
+        hidden_size=values.whole_number("hidden_size", 1),
         num_layers=num_layers,
         # The default in transformers is 3, even for fewer layers: then all are dense.
-        num_dense_layers=min(num_layers, values.whole("first_k_dense_replace", 0)),
-        dense_intermediate_size=values.whole("intermediate_size", 1),
-        num_heads=values.whole("num_attention_heads", 1),
-        q_lora_rank=None if values.need("q_lora_rank") is None else values.whole("q_lora_rank", 1),
-        kv_lora_rank=values.whole("kv_lora_rank", 1),
-        qk_nope_head_dim=values.whole("qk_nope_head_dim", 1),
-        qk_rope_head_dim=values.whole("qk_rope_head_dim", 2),
-        v_head_dim=values.whole("v_head_dim", 1),
-        num_routed_experts=values.whole("n_routed_experts", 1),
-        num_shared_experts=values.whole("n_shared_experts", 0),
-        num_experts_per_token=values.whole("num_experts_per_tok", 1),
-        expert_intermediate_size=values.whole("moe_intermediate_size", 1),
-        num_expert_groups=values.whole("n_group", 1),
-        num_limited_groups=values.whole("topk_group", 1),
+        num_dense_layers=min(num_layers, values.whole_number("first_k_dense_replace", 0)),
+        dense_intermediate_size=values.whole_number("intermediate_size", 1),
+        num_heads=values.whole_number("num_attention_heads", 1),
+        q_lora_rank=None if values.need("q_lora_rank") is None else values.whole_number("q_lora_rank", 1),
+        kv_lora_rank=values.whole_number("kv_lora_rank", 1),
+        qk_nope_head_dim=values.whole_number("qk_nope_head_dim", 1),
+        qk_rope_head_dim=values.whole_number("qk_rope_head_dim", 2),
+        v_head_dim=values.whole_number("v_head_dim", 1),
+        num_routed_experts=values.whole_number("n_routed_experts", 1),
+        num_shared_experts=values.whole_number("n_shared_experts", 0),
+        num_experts_per_token=values.whole_number("num_experts_per_tok", 1),
+        expert_intermediate_size=values.whole_number("moe_intermediate_size", 1),
+        num_expert_groups=values.whole_number("n_group", 1),
+        num_limited_groups=values.whole_number("topk_group", 1),
         routed_scaling_factor=values.number("routed_scaling_factor"),
         norm_eps=values.number("rms_norm_eps"),
         rope_theta=theta,
@@ -175,7 +175,7 @@ def _head(values: ConfigValues) -> HeadKind:
 def _mtp_depth(values: ConfigValues) -> int:
     """Returns the number of MTP modules under either of its names; the default is 1, as in transformers."""
     keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if values.get(key) is not None]
-    depths = [values.whole(key, 0) for key in keys]
+    depths = [values.whole_number(key, 0) for key in keys]
     if len(set(depths)) > 1:
         raise values.error(keys[1], f"must equal {keys[0]} {depths[0]}, is {depths[1]}")
     return depths[0] if depths else 1
@@ -208,7 +208,7 @@ def _check(values: ConfigValues, config: ModelConfig) -> None:
         ("num_local_experts", experts),
         ("num_experts", experts),
     ):
-        if values.get(key) is not None and values.whole(key, 1) != size:
+        if values.get(key) is not None and values.whole_number(key, 1) != size:
             raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")
     if config.qk_rope_head_dim % 2:
         raise values.error("qk_rope_head_dim", f"must be even, is {config.qk_rope_head_dim}")
@@ -296,7 +296,7 @@ def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
 
 def _check_plain_length(values: ConfigValues, max_position: int) -> None:
     key = "original_max_position_embeddings"
-    if values.get(key) is not None and values.whole(key, 1) != max_position:
+    if values.get(key) is not None and values.whole_number(key, 1) != max_position:
         raise values.error(
             key,
             f"must be max_position_embeddings {max_position} without rope_scaling, is {values.get(key)}; "
@@ -306,7 +306,7 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
     key = "original_max_position_embeddings"
-    lengths = [section.whole(key, 1) for section in (inner, values) if section.get(key) is not None]
+    lengths = [section.whole_number(key, 1) for section in (inner, values) if section.get(key) is not None]
     if len(set(lengths)) > 1:
         raise values.error(key, f"must equal the one of rope_scaling, {lengths[0]}, is {lengths[1]}")
     return lengths[0] if lengths else max_position

@@ -169,7 +169,7 @@ class ConfigValues:
             raise self.error(key, f"must be given, is missing{nearest(key, self._values)}")
         return self._values[key]
 
-    def whole(self, key: str, least: int) -> int:
+    def whole_number(self, key: str, least: int) -> int:
         """Returns a whole number of at least `least`, and not larger than any size."""
         value = self.need(key)
         if type(value) is not int:

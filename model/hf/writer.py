@@ -133,9 +133,9 @@ def _num_bytes(stored: Stored) -> int:
 
 
 def _write_shard(
-    file: BinaryIO, place: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
+    file: BinaryIO, path: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
 ) -> None:
-    """Writes a file; `place` is its final path, for errors."""
+    """Writes a file; `path` is its final one, for errors."""
     offsets, header = lay_out(shard)
     file.write(header)
     for name, stored in shard.items():
@@ -143,33 +143,33 @@ def _write_shard(
             continue
         values = tensor(copied_from(name) or name).detach()
         if tuple(values.shape) != stored.shape:
-            raise HfError(place, name, f"must have shape {list(stored.shape)}, has {list(values.shape)}")
+            raise HfError(path, name, f"must have shape {list(stored.shape)}, has {list(values.shape)}")
         parts = {name: values}
         if stored.dtype == "F8_E4M3":
             # Before rounding, because infinity becomes a finite code under a known scale.
-            _check_finite(values, place, name, stored.dtype)
+            _check_finite(values, path, name, stored.dtype)
             encoded = _quantize(values, scales.by_name.get(name), power_of_two=scales.power_of_two)
             parts = {name: encoded.codes, scale_name(name): encoded.scales}
         for part, content in parts.items():
             file.seek(offsets[part])
             for rows in _rows(content, shard[part].dtype):
                 if not shard[part].dtype.startswith("F8"):
-                    _check_finite(rows, place, part, shard[part].dtype)
+                    _check_finite(rows, path, part, shard[part].dtype)
                 file.write(rows.view(torch.uint8).numpy().data)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _quantize(values: Tensor, known: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
-    if known is None:
+def _quantize(values: Tensor, known_scales: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
+    if known_scales is None:
         return quantize_128x128(values, power_of_two=power_of_two)
-    assert tuple(known.shape) == scale_shape(tuple(values.shape))
-    return QuantizedBlocks(codes_128x128(values, known.to(values.device)), known)
+    assert tuple(known_scales.shape) == scale_shape(tuple(values.shape))
+    return QuantizedBlocks(codes_128x128(values, known_scales.to(values.device)), known_scales)
 
 
-def _check_finite(values: Tensor, place: Path, name: str, dtype: StoredDtype) -> None:
+def _check_finite(values: Tensor, path: Path, name: str, dtype: StoredDtype) -> None:
     if not values.isfinite().all():
-        raise HfError(place, name, f"must hold finite numbers in {dtype}, does not")
+        raise HfError(path, name, f"must hold finite numbers in {dtype}, does not")
 
 
 def _rows(values: Tensor, dtype: StoredDtype) -> Iterator[Tensor]:

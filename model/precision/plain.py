@@ -162,9 +162,9 @@ class _LatentLinears:
         return NormAndUpGradients(grad_norm, grad_up)
 
 
-def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor | None]) -> Callable[[], Tensor]:
+def _normal(x: Tensor, weight: Tensor, eps: float, saved: Sequence[Tensor | None]) -> Callable[[], Tensor]:
     """Returns norm(x), computed at the first call unless it was kept, in a closure of tensors only."""
-    if kept and (normal := kept[0]) is not None:
+    if saved and (normal := saved[0]) is not None:
         return lambda: normal
     return cache(lambda: rms_norm(x, weight, eps)[0])
 
