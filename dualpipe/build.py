@@ -374,15 +374,15 @@ def _reason(best: TimedSchedule, ranked: Sequence[TimedSchedule], memory_cap: fl
     )
 
 
-def _compared(best: TimedSchedule, other: TimedSchedule) -> str:
+def _compared(best: TimedSchedule, runner_up: TimedSchedule) -> str:
     best_makespan = best.simulation.makespan
-    makespan = other.simulation.makespan
+    makespan = runner_up.simulation.makespan
     if makespan < best_makespan - 1e-9:
         less = f"{100 * (1 - makespan / best_makespan):.2f} % shorter"
-        return f"{_name(other)} is {less} but needs {number(other.memory)} of memory, weights included"
+        return f"{_name(runner_up)} is {less} but needs {number(runner_up.memory)} of memory, weights included"
     more = makespan / best_makespan - 1 if best_makespan else 0.0
-    words = f"then {_name(other)} with {number(makespan)} ({100 * more:.1f} % more"
-    return words + (f", peak {number(other.peak)})" if more < 1e-9 else ")")
+    words = f"then {_name(runner_up)} with {number(makespan)} ({100 * more:.1f} % more"
+    return words + (f", peak {number(runner_up.peak)})" if more < 1e-9 else ")")
 
 
 def _name(row: TimedSchedule) -> str:
@@ -405,7 +405,7 @@ class Alternatives:
         self._excluded = excluded
         self._change = change
         self._most_stages = math.inf if most_stages is None else most_stages
-        self._made: dict[str, Schedule | UnavailableSchedule] = {}
+        self._built: dict[str, Schedule | UnavailableSchedule] = {}
 
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
         """Times every other kind, with its best number of chunks of the first call, or says why it cannot."""
@@ -413,9 +413,9 @@ class Alternatives:
         for kind in candidates():
             if kind == schedule.kind:
                 continue
-            built = self._made.get(kind)
+            built = self._built.get(kind)
             if built is None:
-                built = self._made[kind] = self._make(kind, schedule, costs)
+                built = self._built[kind] = self._make(kind, schedule, costs)
             if isinstance(built, Schedule):
                 rows.append(time_schedule(built, resampled(costs, built.num_stages)))
             else:

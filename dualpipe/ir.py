@@ -210,21 +210,21 @@ def _read_object(record: Any) -> dict[str, Any]:
     return record
 
 
-def _rows(value: Any, place: str) -> list[list[Any]]:
-    for index, row in enumerate(_list(value, place)):
-        _list(row, f"{place}[{index}]")
+def _rows(value: Any, path: str) -> list[list[Any]]:
+    for index, row in enumerate(_list(value, path)):
+        _list(row, f"{path}[{index}]")
     return list(value)
 
 
-def _list(value: Any, place: str) -> list[Any]:
+def _list(value: Any, path: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ScheduleError(f"{place}: must be a list, is {_format_value(value)}")
+        raise ScheduleError(f"{path}: must be a list, is {_format_value(value)}")
     return value
 
 
-def _integer(value: Any, place: str) -> int:
+def _integer(value: Any, path: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ScheduleError(f"{place}: must be an integer of at least 0, is {_format_value(value)}")
+        raise ScheduleError(f"{path}: must be an integer of at least 0, is {_format_value(value)}")
     return value
 
 
@@ -238,25 +238,25 @@ def _read_group(value: Any, rank: int, index: int) -> Group:
 _OPS = {op.value: op for op in Op}
 
 
-def _read_operation(value: Any, *place: int) -> Operation:
+def _read_operation(value: Any, *path: int) -> Operation:
     if type(value) is list and len(value) == 4:
         letter, direction, stage, micro_batch = value
         kind = _OPS.get(letter) if type(letter) is str else None
         are_integers = type(direction) is int and type(stage) is int and type(micro_batch) is int
         if kind is not None and are_integers and direction >= 0 and stage >= 0 and micro_batch >= 0:
             return Operation(kind, direction, stage, micro_batch)
-    raise ScheduleError(_problem_of(value, "ranks" + "".join(f"[{number}]" for number in place)))
+    raise ScheduleError(_problem_of(value, "ranks" + "".join(f"[{number}]" for number in path)))
 
 
-def _problem_of(value: Any, place: str) -> str:
+def _problem_of(value: Any, path: str) -> str:
     if not isinstance(value, list):
-        return f"{place}: must be a list, is {_format_value(value)}"
+        return f"{path}: must be a list, is {_format_value(value)}"
     if len(value) != 4:
-        return f"{place}: must be [kind, direction, stage, micro_batch], is {_format_value(value)}"
+        return f"{path}: must be [kind, direction, stage, micro_batch], is {_format_value(value)}"
     if not isinstance(value[0], str) or value[0] not in _OPS:
-        return f"{place}: the kind must be one of {' '.join(_OPS)}, is {_format_value(value[0])}"
+        return f"{path}: the kind must be one of {' '.join(_OPS)}, is {_format_value(value[0])}"
     wrong = next(field for field in value[1:] if type(field) is not int or field < 0)
-    return f"{place}: must be an integer of at least 0, is {_format_value(wrong)}"
+    return f"{path}: must be an integer of at least 0, is {_format_value(wrong)}"
 
 
 def _check_sizes(schedule: Schedule, num_stages: int) -> None:

@@ -95,7 +95,7 @@ class _WeightPlacement:
         self._next = [0 for _ in bare]
         self._clock = [0.0 for _ in bare]
         self._waiting: list[deque[Operation]] = [deque() for _ in bare]
-        self._made: list[list[Group]] = [[] for _ in bare]
+        self._placed: list[list[Group]] = [[] for _ in bare]
         self._ends = [-1.0] * len(self._timing.operations)
         self._blocked: dict[int, int] = {}
         self._events = [(0.0, rank) for rank in range(len(bare))]
@@ -106,7 +106,7 @@ class _WeightPlacement:
             self._clock[rank] = time
             self._step(rank)
         unfinished = any(at < len(groups) for at, groups in zip(self._next, self._groups, strict=True))
-        return None if unfinished else tuple(map(tuple, self._made))
+        return None if unfinished else tuple(map(tuple, self._placed))
 
     def _step(self, rank: int) -> None:
         """Starts one group, or blocks the rank until the arrival time of its input is known."""
@@ -132,7 +132,7 @@ class _WeightPlacement:
 
     def _run_weight(self, rank: int) -> None:
         op = self._waiting[rank].popleft()
-        self._made[rank].append((op,))
+        self._placed[rank].append((op,))
         self._room[rank] += self._costs.stages[op.stage].activation
         heappush(self._events, (self._clock[rank] + self._costs.compute_of(op), rank))
 
@@ -140,7 +140,7 @@ class _WeightPlacement:
         operations = self._timing.operations
         end = start + self._timing.duration(group)
         self._next[rank] += 1
-        self._made[rank].append(tuple(operations[number] for number in group))
+        self._placed[rank].append(tuple(operations[number] for number in group))
         self._room[rank] -= self._weight_of(group)
         heappush(self._events, (end, rank))
         for number in group:
@@ -189,7 +189,7 @@ class _HillClimb:
         self._timing = Timing(schedule, costs)
         self._ranks = [self._timing.numbered(groups) for groups in schedule.ranks]
         weights = [(op.kind, costs.stages[op.stage].activation) for op in self._timing.operations]
-        self._made = [weight if kind is Op.FORWARD else 0.0 for kind, weight in weights]
+        self._allocated = [weight if kind is Op.FORWARD else 0.0 for kind, weight in weights]
         self._freed = [weight if kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) else 0.0 for kind, weight in weights]
         self._caps = [self._peak(groups) for groups in self._ranks]
         # With many ranks, both ranks of a mirror pair change together, and no pair is tried twice for one size.
@@ -267,7 +267,7 @@ class _HillClimb:
         return round(max(progress.clock), 9), round(sum(progress.clock), 9)
 
     def _peak(self, groups: list[NumberedGroup]) -> float:
-        allocated = self._made
+        allocated = self._allocated
         freed = self._freed
         alive = peak = 0.0
         for group in groups:

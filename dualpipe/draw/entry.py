@@ -312,14 +312,14 @@ def steady_lines(steady: Pace) -> tuple[str, str]:
     )
 
 
-def explanation(shown: Sequence[TimedSchedule]) -> str:
+def explanation(entries: Sequence[TimedSchedule]) -> str:
     """Returns the section of the page on the schedule that was run, or on the first one."""
-    if not shown:
+    if not entries:
         return ""
-    entry = next((candidate for candidate in shown if candidate.measured is not None), shown[0])
+    entry = next((candidate for candidate in entries if candidate.measured is not None), entries[0])
     heading = f"<h2>Where {escape(entry.schedule.kind)} loses time</h2>"
     others = sorted(
-        (candidate for candidate in shown if candidate is not entry),
+        (candidate for candidate in entries if candidate is not entry),
         key=lambda candidate: candidate.simulation.makespan,
     )
     return "\n".join([heading, _steady(entry), _next_best(entry, others[:_NUM_OTHERS])])
@@ -368,16 +368,16 @@ def _next_best(entry: TimedSchedule, others: Sequence[TimedSchedule]) -> str:
     return f"<p>The next best schedules under the same costs:</p>\n<ol>\n{items}\n</ol>"
 
 
-def _difference(entry: TimedSchedule, other: TimedSchedule) -> str:
+def _difference(entry: TimedSchedule, alternative: TimedSchedule) -> str:
     """Returns how much longer another schedule is, and in which part most of the difference arises."""
     makespan = entry.simulation.makespan
-    other_makespan = other.simulation.makespan
+    other_makespan = alternative.simulation.makespan
     change = other_makespan / makespan - 1 if makespan else 0.0
     words = "as long" if abs(change) < 5e-4 else f"{percent(abs(change))} {'longer' if change > 0 else 'shorter'}"
-    text = f"{other.schedule.kind} with {other.chunks} chunk{'s' * (other.chunks != 1)}: {words}"
-    text += f", peak {number(other.peak)}, weights {other.copies}x"
+    text = f"{alternative.schedule.kind} with {alternative.chunks} chunk{'s' * (alternative.chunks != 1)}: {words}"
+    text += f", peak {number(alternative.peak)}, weights {alternative.copies}x"
     before = entry.steady_state
-    after = other.steady_state
+    after = alternative.steady_state
     if before is None or after is None or abs(change) < 5e-4:
         return text
     pairs = zip(before.ranks[before.busiest].losses, after.ranks[after.busiest].losses, strict=True)

@@ -189,7 +189,7 @@ class _Unit:
     factor: float
     name: str
 
-    def shown(self, time: float) -> str:
+    def text(self, time: float) -> str:
         value = time * self.factor
         return f"{number(value)} {self.name}" if self.name else number(value)
 
@@ -203,20 +203,20 @@ def _unit(span: float, *, is_seconds: bool) -> _Unit:
 
 def _planned_facts(simulation: Simulation, bound: Bound | None, unit: _Unit) -> str:
     facts = [
-        f"makespan {unit.shown(simulation.makespan)}",
+        f"makespan {unit.text(simulation.makespan)}",
         f"bubble {percent(simulation.bubble_fraction)}",
-        f"exposed exchange {unit.shown(max(simulation.exposed, default=0.0))}",
+        f"exposed exchange {unit.text(max(simulation.exposed, default=0.0))}",
         f"peak activations {spread(simulation.peaks)} of model/P",
     ]
     if bound is not None:
-        above = unit.shown(simulation.makespan - bound.value)
-        facts.append(f"lower bound {unit.shown(bound.value)} ({above} below)")
+        above = unit.text(simulation.makespan - bound.value)
+        facts.append(f"lower bound {unit.text(bound.value)} ({above} below)")
     return ", ".join(facts)
 
 
 def _measured_facts(simulation: Simulation, measured: Measured, unit: _Unit) -> str:
     bubble = f"bubble {percent(measured_bubble(measured))} (planned {percent(simulation.bubble_fraction)})"
-    times = f"makespan {unit.shown(measured.makespan_seconds)} (planned {unit.shown(simulation.makespan)})"
+    times = f"makespan {unit.text(measured.makespan_seconds)} (planned {unit.text(simulation.makespan)})"
     return f"{times}, {bubble}, exposed exchange {percent(measured_exposed(measured))} of all ranks' time"
 
 
@@ -263,7 +263,7 @@ class _Picture:
                 x = self.scale.x(copy.start)
                 width = (copy.end - copy.start) * self.scale.pixels
                 y = top + rank * (_ROW + _ROW_GAP) + _ROW + (_COPY if copy.operation.kind is Op.RELOAD else 0.0)
-                times = f"{self.unit.shown(copy.start)} to {self.unit.shown(copy.end)}"
+                times = f"{self.unit.text(copy.start)} to {self.unit.text(copy.end)}"
                 shapes[style_of(copy.operation.kind, 0)].append(
                     f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{_COPY:g}">'
                     f"<title>{copy.operation}: copy of rank {rank}, {times}</title></rect>"
@@ -351,10 +351,10 @@ class _Picture:
 
     def _tooltip(self, cell: Cell, op: Operation) -> str:
         others = " ".join(str(member) for member in cell.members if member != op)
-        start = f" from {self.unit.shown(cell.start)} on"
+        start = f" from {self.unit.text(cell.start)} on"
         overlap = f", overlapped with {others}" if others else ""
         where = f"rank {cell.rank}, stage {op.stage}, micro-batch {op.micro_batch}, direction {op.direction}"
-        return f"{op}: {where}, takes {self.unit.shown(cell.end - cell.start)}{start}{overlap}"
+        return f"{op}: {where}, takes {self.unit.text(cell.end - cell.start)}{start}{overlap}"
 
 
 def _lines(facts: str, width: int) -> list[str]:

@@ -259,8 +259,8 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
     return document(title, body, STYLE + _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
 
 
-def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
-    scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
+def _common_scale(entries: Sequence[TimedSchedule]) -> Scale:
+    scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in entries]
     pixels = max((scale.pixels for scale in scales), default=0.0)
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))
 
@@ -276,10 +276,10 @@ def _run_first(entries: Sequence[TimedSchedule | UnavailableSchedule]) -> list[t
     return sorted(drawn, key=lambda each: each[1].measured is None)
 
 
-def _comparison(shown: Sequence[TimedSchedule]) -> str:
+def _comparison(entries: Sequence[TimedSchedule]) -> str:
     """Returns a sentence on the schedule that was run and the shortest other one; empty if none was run."""
-    run = next((entry for entry in shown if entry.measured is not None), None)
-    others = [entry for entry in shown if entry is not run]
+    run = next((entry for entry in entries if entry.measured is not None), None)
+    others = [entry for entry in entries if entry is not run]
     if run is None or not others:
         return ""
     best = min(others, key=lambda entry: entry.simulation.makespan)

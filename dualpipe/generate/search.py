@@ -179,13 +179,13 @@ class BestSchedule:
 
 
 def search(
-    shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedule], *, builds_more: bool = True
+    shape: Schedule, costs: CostModel, cap: float, known_schedules: Iterable[Schedule], *, builds_more: bool = True
 ) -> Schedule:
     """Returns the best schedule that is found. It is deterministic.
 
     Args:
         cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
-        known: schedules to compare with; invalid ones are ignored.
+        known_schedules: schedules to compare with; invalid ones are ignored.
         builds_more: whether to build other orders even if a known one fits.
 
     Raises:
@@ -194,7 +194,7 @@ def search(
     check_cap(shape, costs, cap)
     best = BestSchedule(shape, costs, cap)
     # Known orders first; nothing is better than the lower bound.
-    for schedule in known:
+    for schedule in known_schedules:
         best.consider(schedule)
         if best.makespan <= best.bound * (1 + _TOLERANCE):
             break

@@ -183,16 +183,18 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
 
 
 def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
-    start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
+    # In units of which every old stage has num_new and every new one num_old.
+    start = stage * num_old
+    end = start + num_old
     spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
     return {old: length / num_new for old, length in spans.items() if length > 0}
 
 
-def _check_times(values: Costs | StageCosts, place: str) -> None:
+def _check_times(values: Costs | StageCosts, subject: str) -> None:
     for field in fields(Costs if isinstance(values, Costs) else StageCosts):
         value = getattr(values, field.name)
         if value is None:  # no offload
             continue
         if not (math.isfinite(value) and value >= 0):
-            dotted = f"{place}.{field.name}" if isinstance(values, Costs) else f"{place}: {field.name}"
+            dotted = f"{subject}.{field.name}" if isinstance(values, Costs) else f"{subject}: {field.name}"
             raise ScheduleError(f"{dotted}: must be a finite time of at least 0, is {value}")
