@@ -26,6 +26,13 @@ from dualpipe.simulate.timing import activation_cap, peak_memory, simulate
 from dualpipe.validate import validate
 
 _EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
+DECODE_KIND = "decode"
+"""`Schedule.kind` of schedules that decode."""
+MARGIN = 0.005
+"""Fraction of the shortest makespan that `choose` gives up for less memory if the costs count weights."""
+_MOST_SEARCHED = 256
+"""Maximum of stages times micro-batches for which a run waits for a searched schedule: about 1 s."""
+_ROUNDING = 1e-9
 
 
 def build(
@@ -180,10 +187,6 @@ def write_if_possible(path: Path, text: str) -> None:
             partial.unlink()
 
 
-KIND = "decode"
-"""`Schedule.kind` of schedules that decode."""
-
-
 def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
     """Returns the schedule of a number of rounds of every cohort, in the order in which inputs arrive.
 
@@ -212,7 +215,7 @@ def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
             heappush(ready[rank], arrived)
         time += 1
     return Schedule(
-        kind=KIND,
+        kind=DECODE_KIND,
         num_ranks=num_ranks,
         num_micro_batches=len(placement) * cohorts * rounds,
         placement=placement,
@@ -234,14 +237,6 @@ def _next(
         return []
     return [(row[stage], (time, -stage, op.direction, micro_batch))]
 
-
-MARGIN = 0.005
-"""Fraction of the shortest makespan that `choose` gives up for less memory if the costs count weights."""
-
-_MOST_SEARCHED = 256
-"""Maximum of stages times micro-batches for which a run waits for a searched schedule: about 1 s."""
-
-_ROUNDING = 1e-9
 
 CostsOf = Callable[[str, int], CostModel]
 """Function from the kind of schedule and the number of stages to the costs of the stages."""

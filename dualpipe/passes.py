@@ -26,6 +26,12 @@ _PRIORITY = {
     Op.OFFLOAD: 3,
     Op.RELOAD: 3,
 }
+_MAX_SWEEPS = 6
+# Groups of two first: groups of three are then only formed where they help, so they never make a schedule longer.
+_FUSED_SIZES = (2, 3)
+# Maximum number of ranks for which every pair of groups is tried in every sweep.
+_MOST_THOROUGH_RANKS = 16
+_MAX_OFFLOAD_ROUNDS = 3
 
 
 def order_members(group: Group) -> Group:
@@ -159,13 +165,6 @@ def _without_weights(groups: Sequence[Group]) -> list[Group]:
     return [group for group in others if group]
 
 
-_MAX_SWEEPS = 6
-# Groups of two first: groups of three are then only formed where they help, so they never make a schedule longer.
-_SIZES = (2, 3)
-# Maximum number of ranks for which every pair of groups is tried in every sweep.
-_MOST_THOROUGH = 16
-
-
 def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
     """Fuses neighboring groups of different micro-batches into groups of two or three, such as F&I&W.
 
@@ -185,7 +184,7 @@ class _HillClimb:
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         self._schedule = schedule
-        self._most_members = _SIZES[0]
+        self._most_members = _FUSED_SIZES[0]
         self._timing = Timing(schedule, costs)
         self._ranks = [self._timing.numbered(groups) for groups in schedule.ranks]
         weights = [(op.kind, costs.stages[op.stage].activation) for op in self._timing.operations]
@@ -193,14 +192,14 @@ class _HillClimb:
         self._freed = [weight if kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) else 0.0 for kind, weight in weights]
         self._caps = [self._peak(groups) for groups in self._ranks]
         # With many ranks, both ranks of a mirror pair change together, and no pair is tried twice for one size.
-        self._is_large = schedule.num_ranks > _MOST_THOROUGH
+        self._is_large = schedule.num_ranks > _MOST_THOROUGH_RANKS
         self._moved = _mirror_pairs(schedule) if self._is_large else [(rank,) for rank in range(schedule.num_ranks)]
         self._rejected: set[tuple[NumberedGroup, NumberedGroup]] = set()
         start = self._timing.begin(self._ranks)
         self._best = self._measure(start, float("inf"))
 
     def climb(self) -> Schedule:
-        for self._most_members in _SIZES:
+        for self._most_members in _FUSED_SIZES:
             self._rejected.clear()
             for _ in range(_MAX_SWEEPS):
                 if not self._sweep():
@@ -298,9 +297,6 @@ def _mirror_pairs(schedule: Schedule) -> list[tuple[int, ...]]:
     return [*pairs] if has_mirrors else [(rank,) for rank in range(schedule.num_ranks)]
 
 
-_MAX_ROUNDS = 3
-
-
 def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule | None:
     """Offloads activations until every rank keeps the cap, or returns None if copies alone cannot keep it.
 
@@ -330,7 +326,7 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
     best: Schedule | None = None
     best_makespan = float("inf")
     simulation = simulate(schedule, costs)
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(_MAX_OFFLOAD_ROUNDS):
         ranks = []
         for rank, groups in enumerate(schedule.ranks):
             planned = best.ranks[rank] if best else groups

@@ -32,6 +32,8 @@ from model.values import (
 
 In = TypeVar("In", bound=Values)
 Out = TypeVar("Out", bound=Values)
+_LEAST_BYTES = 4096
+"""Size below which the memory of a tensor stays on the device: a copy would take longer than it is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +244,6 @@ class CombinePhase:
 
         packed = exchange.wire.pack_gradient(grad_ND)
         return MappedWork(exchange.dispatcher.combine_backward(packed, exchange.planned()), finish)
-
-
-_LEAST_BYTES = 4096
-"""Size below which the memory of a tensor stays on the device: a copy would take longer than it is worth."""
 
 
 class HostMemoryLink(Protocol):

@@ -18,6 +18,8 @@ from dualpipe.simulate.timing import Simulation, activation_cap, simulate
 
 _NEAR = 0.01
 _GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
+_PARTS = ("head", "steady state", "tail")
+_NUM_OTHERS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,10 +297,6 @@ def size(schedule: Schedule) -> str:
     ranks = schedule.num_ranks
     batches = schedule.num_micro_batches
     return f"{ranks} rank{'s' * (ranks != 1)}, {batches} micro-batch{'es' * (batches != 1)}"
-
-
-_PARTS = ("head", "steady state", "tail")
-_NUM_OTHERS = 3
 
 
 def steady_lines(steady: Pace) -> tuple[str, str]:

@@ -34,6 +34,18 @@ from dualpipe.simulate.timing import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12
+COLUMNS = ("schedule", "chunks", "overhead", "makespan", "bubble %", "exposed", "peak", "weights", "bound", "above")
+MEANING = (
+    "chunks: stages of a rank for one direction; overhead: makespan - pure computation of the busiest rank; bubble: "
+    "idle part of all ranks' time; exposed: exchange that nothing hides; peak: live activations, of model/P; weights: "
+    "copies of the model that the pipeline holds; bound: lower bound of any schedule with this placement; above: "
+    "makespan - bound"
+)
+_MEANING_OF_RUN = (
+    "; times in seconds, simulated with the times that each stage's operations took in the run; for another number of "
+    "stages the same model is split differently"
+)
+_COLUMN_GAP = "  "
 
 
 def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
@@ -178,20 +190,6 @@ def _head(rank: int) -> str:
     return f"rank {rank} |"
 
 
-COLUMNS = ("schedule", "chunks", "overhead", "makespan", "bubble %", "exposed", "peak", "weights", "bound", "above")
-MEANING = (
-    "chunks: stages of a rank for one direction; overhead: makespan - pure computation of the busiest rank; bubble: "
-    "idle part of all ranks' time; exposed: exchange that nothing hides; peak: live activations, of model/P; weights: "
-    "copies of the model that the pipeline holds; bound: lower bound of any schedule with this placement; above: "
-    "makespan - bound"
-)
-_MEANING_OF_RUN = (
-    "; times in seconds, simulated with the times that each stage's operations took in the run; for another number of "
-    "stages the same model is split differently"
-)
-_GAP = "  "
-
-
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """Returns the text of a schedule for each of `COLUMNS`."""
     texts = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
@@ -221,7 +219,7 @@ def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100)
     lines = [_line(COLUMNS, widths)]
     for index, row in enumerate(rows):
         if isinstance(row, UnavailableSchedule):
-            lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _GAP, width)
+            lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _COLUMN_GAP, width)
         else:
             lines.append(_line(texts[index], widths))
     return plain("\n".join([*lines, "", *textwrap.wrap(MEANING, width)]))
@@ -229,7 +227,7 @@ def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100)
 
 def _line(values: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = zip(values, widths, strict=True)
-    return _GAP.join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])
+    return _COLUMN_GAP.join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])
 
 
 def _wrapped(text: str, head: str, width: int) -> list[str]:

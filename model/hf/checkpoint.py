@@ -37,6 +37,9 @@ ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "
 
 _PREFIX = "Error while deserializing header: "
 _NOT_COVERED = "not fully covered"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +123,6 @@ def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEn
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {format_value(dtype)}")
     return TensorEntry(path, tuple(value["shape"]), dtype, start + begin, end - begin)
-
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-LONGEST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,7 @@ _ONLY: tuple[tuple[str, Any], ...] = (
     ("moe_layer_freq", 1),
     ("rope_interleave", True),
 )
+_PRECISION = 1e-9
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -223,9 +224,6 @@ def _check(values: ConfigValues, config: ModelConfig) -> None:
             f"must be at most {within}, the experts of topk_group {limit} groups, is {config.num_experts_per_token}; "
             f"nearest: {within}",
         )
-
-
-_PRECISION = 1e-9
 
 
 def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScaling]:

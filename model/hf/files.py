@@ -17,6 +17,7 @@ from typing import Any
 
 LARGEST_JSON_BYTES = 2**28
 LONGEST_VALUE = 120
+LARGEST_WHOLE = 2**63 - 1
 
 
 class HfError(ValueError):
@@ -142,9 +143,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-LARGEST_WHOLE = 2**63 - 1
 
 
 class ConfigValues:

@@ -38,6 +38,7 @@ from model.transformer import Transformer, named_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 2**24
+ROWS = 8 * BLOCK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +183,6 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-ROWS = 8 * BLOCK
 NO_SOURCE = HfSource(dtypes={}, scales={}, config={}, rotary={})
 
 

@@ -30,6 +30,22 @@ from model.objective import (
     loss_names,
 )
 
+PAIR = "pair"
+REFERENCE = "reference_log_probs"
+"""Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
+token's log-probability under the reference model."""
+ACCURACY = "accuracy"
+MARGIN_SUM = "margin"
+CHOSEN = "chosen_log_prob"
+REJECTED = "rejected_log_prob"
+SFT = "sft"
+SCORE = "score"
+MARGIN = "margin"
+"""Names of extras: the pair whose answer ends at a token (+k chosen, -k rejected, else 0), and the margin by which the
+chosen answer must win, at its last token."""
+CENTRE = "centre"
+RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerValues:
@@ -93,17 +109,6 @@ class PairLoss:
     loss: Tensor
     slopes_BT: Tensor
     sums: dict[str, Tensor]
-
-
-PAIR = "pair"
-REFERENCE = "reference_log_probs"
-"""Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
-token's log-probability under the reference model."""
-ACCURACY = "accuracy"
-MARGIN_SUM = "margin"
-CHOSEN = "chosen_log_prob"
-REJECTED = "rejected_log_prob"
-SFT = "sft"
 
 
 def preference_losses(mtp_depth: int) -> tuple[str, ...]:
@@ -198,14 +203,6 @@ class Preference:
         )
         loss = self.mtp_factors[head.depth - 1] * nats
         return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)
-
-
-SCORE = "score"
-MARGIN = "margin"
-"""Names of extras: the pair whose answer ends at a token (+k chosen, -k rejected, else 0), and the margin by which the
-chosen answer must win, at its last token."""
-CENTRE = "centre"
-RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
 
 
 RankFunction = Callable[[Tensor], PairLoss]

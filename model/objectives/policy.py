@@ -24,6 +24,20 @@ ANSWER = "answer"
 KEPT = "kept_ids"
 """Names of extras: number of the answer whose token a position predicts (from 1 within its sequence, else 0), and the
 tokens among which the sampler drew it, int64 [B, T, K] as in `kernels.cross_entropy`."""
+KL = "kl"
+ENTROPY = "entropy"
+CLIPPED = "clip_fraction"
+RATIO = "ratio_deviation"
+SAMPLER_DIFFERENCE = "sampler_difference"
+OFF_POLICY = "off_policy_share"
+TOKEN_MEANS = (ENTROPY, CLIPPED, RATIO, SAMPLER_DIFFERENCE)
+"""Names of reported means over tokens. With a reference, the divergence is another one."""
+_LARGEST_LOG_RATIO = 20.0
+ADVANTAGE = "advantage"
+SAMPLER = "sampler_log_probs"
+OLD = "old_log_probs"
+"""Names of extras, each BT at the positions that predict answers' tokens: the advantage, and log-probabilities under
+the sampler and under the policy before the rollout's first update. Without the last one it is the policy's own."""
 
 
 def flat_rows(values: Tensor, rows_R: Tensor | None) -> Tensor:
@@ -102,17 +116,6 @@ class TokenLogProbs:
             kept_ids_BTK=batch.extras.get(KEPT),
         )
         return TaskLoss(log_probs_BT.new_zeros(()), {}, log_probs_BT)
-
-
-KL = "kl"
-ENTROPY = "entropy"
-CLIPPED = "clip_fraction"
-RATIO = "ratio_deviation"
-SAMPLER_DIFFERENCE = "sampler_difference"
-OFF_POLICY = "off_policy_share"
-TOKEN_MEANS = (ENTROPY, CLIPPED, RATIO, SAMPLER_DIFFERENCE)
-"""Names of reported means over tokens. With a reference, the divergence is another one."""
-_LARGEST_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -252,13 +255,6 @@ def _divergence(form: PolicyLossConfig, own_ratio_R: Tensor, log_q_R: Tensor, ex
     if form.kl == "reverse_squared":
         return _Term(log_q_R.square() / 2, -log_q_R)
     return _Term(excess_R, 1 - bounded_exp(log_q_R))
-
-
-ADVANTAGE = "advantage"
-SAMPLER = "sampler_log_probs"
-OLD = "old_log_probs"
-"""Names of extras, each BT at the positions that predict answers' tokens: the advantage, and log-probabilities under
-the sampler and under the policy before the rollout's first update. Without the last one it is the policy's own."""
 
 
 def policy_names(mtp_depth: int, *, has_reference: bool) -> tuple[str, ...]:
