@@ -35,7 +35,7 @@ def deliver_parts(
     weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """Delivers to each of several maps of one input its rows of a joint gradient, which is computed once."""
-    # The joint gradient lives until the last of its maps has taken its rows.
+    # The joint gradient stays until the last of its maps has taken its rows.
     joint = cache(gradient)
     gradients: list[Tensor | None] = []
     first = 0

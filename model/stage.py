@@ -1,4 +1,4 @@
-"""A pipeline stage: contiguous layers as phases, the embedding before the first, the heads after the last."""
+"""A pipeline stage: contiguous layers as phases, with embedding or heads at the ends."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

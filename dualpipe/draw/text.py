@@ -192,8 +192,8 @@ def _head(rank: int) -> str:
 
 def cells(entry: TimedSchedule) -> tuple[str, ...]:
     """Returns the text of a schedule for each of `COLUMNS`."""
-    texts = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
-    return (entry.schedule.kind, *(texts | {"weights": f"{entry.copies}x"}).values())
+    strings = dict(zip(COLUMNS[1:], map(number, _values(entry)), strict=True))
+    return (entry.schedule.kind, *(strings | {"weights": f"{entry.copies}x"}).values())
 
 
 def _values(entry: TimedSchedule) -> tuple[float, ...]:
@@ -212,16 +212,16 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one ASCII line per schedule, with numbers or a reason, and the meaning of the columns."""
-    texts = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
+    strings = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
     kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *texts.values(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *strings.values(), strict=True)]
     widths[0] = max(map(len, (COLUMNS[0], *kinds)))
     lines = [_line(COLUMNS, widths)]
     for index, row in enumerate(rows):
         if isinstance(row, UnavailableSchedule):
             lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _COLUMN_GAP, width)
         else:
-            lines.append(_line(texts[index], widths))
+            lines.append(_line(strings[index], widths))
     return plain("\n".join([*lines, "", *textwrap.wrap(MEANING, width)]))
 
 
@@ -294,12 +294,12 @@ def _table_row(index: int, entry: TimedSchedule | UnavailableSchedule, *, has_ru
     if isinstance(entry, UnavailableSchedule):
         reason = f'<td class="reason" colspan="{len(COLUMNS) - 1}">{escape(entry.reason)}</td>'
         return f'<tr class="absent"><td>{escape(entry.kind)}</td>{reason}</tr>'
-    name, *texts = cells(entry)
+    name, *strings = cells(entry)
     is_run = entry.measured is not None
     checked = "" if has_run and not is_run else " checked"
     label = f"{escape(name)}{' (this run)' if is_run else ''}"
     box = f'<label><input type="checkbox"{checked} data-figure="{_identity(index)}"> {label}</label>'
-    numbers = zip(texts, _values(entry), strict=True)
+    numbers = zip(strings, _values(entry), strict=True)
     values = "".join(f'<td data-value="{value:.17g}">{text}</td>' for text, value in numbers)
     return f'<tr class="shown{" run" if is_run else ""}"><td>{box}</td>{values}</tr>'
 

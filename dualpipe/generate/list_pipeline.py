@@ -1,4 +1,4 @@
-"""Describes a pipeline for the list builder, its queues of F and I, its preferences, and an order in part.
+"""Describes a pipeline for the list builder: preferences, queues of F and I, and an order in part.
 
 A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too. In a block
 of micro-batches, all run one chunk before the next chunk. A rank only decides how to merge its queues.

@@ -1,4 +1,4 @@
-"""Defines programs, one rank's steps over phases on two lanes, and the stages and links that they call.
+"""Defines programs, one rank's steps over phases on two lanes, and protocols of what they call.
 
 Waits and reductions are explicit. The ranks that hold a stage reduce its gradients together, so they must start
 reductions in the same order. It is a function of the schedule, never of time.

@@ -1,4 +1,4 @@
-"""Files of a checkpoint in Hugging Face form: untrusted JSON with a rule for each key, and new folders.
+"""Files of a checkpoint in Hugging Face form: untrusted JSON with rules for keys, and new folders.
 
 Imports no torch.
 """
