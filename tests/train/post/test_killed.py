@@ -29,7 +29,8 @@ CALM = (NONE, "ahead-none", "updates-none")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes the runs that the chosen tests of this module need, by one command."""
     made = tmp_path_factory.mktemp("killed")
-    chosen = {item.callspec.params.get("phase") for item in request.session.items if hasattr(item, "callspec")}
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    chosen = {item.callspec.params.get("phase") for item in items}
     phases = [phase for phase in (*FEW, *OTHERS) if phase in chosen]
     done = run_command(["-m", "tests.train.post.killed_run", str(made), *CALM, *phases])
     assert done.returncode == 0, done.stdout + done.stderr
