@@ -34,9 +34,8 @@ from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.errors import ConfigError
-from train.post.reward_model import open_reward_model
 from train.post.sample import PromptForm
-from train.post.score import RolloutRewards, open_model_parts, with_constitutions
+from train.post.score import RolloutRewards, open_model_parts, open_reward_model, with_constitutions
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.world import ReplicaConfig, weight_dtype
