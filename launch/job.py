@@ -49,7 +49,7 @@ from launch.machine import apply_rank_environment, local_rank_environment
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
-PRELOADED = ("train.post.inference", "launch.job")  # modules that ranks import once, before they are forked
+PRELOADED = ("train.post.pipeline", "launch.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
 
 
@@ -247,7 +247,7 @@ def local_cluster(device: Device, num_ranks: int) -> ClusterConfig:
 def open_ranks(network: InferenceConfig) -> "Iterator[ReplicaPipeline]":
     """Loads this rank's part of a model. All ranks call it."""
     from comm.groups import ClusterError
-    from train.post.inference import open_pipeline
+    from train.post.pipeline import open_pipeline
 
     try:
         with open_pipeline(network) as pipeline:
