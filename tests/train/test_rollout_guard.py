@@ -17,8 +17,7 @@ from train.config.tasks import RolloutLimits
 from train.errors import StoppedError, UnscoredError
 from train.guard import Figures, Guard, RolloutGuard, read_figures
 from train.loop import ends_of_sampling
-from train.post.sample import ScoredRollout
-from train.post.statistics import NO_VERDICT, rollout_metrics, with_advantages
+from train.post.sample import NO_VERDICT, ScoredRollout, rollout_metrics, with_advantages
 
 NONE = RolloutLimits(
     kl=None,

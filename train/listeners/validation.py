@@ -32,7 +32,7 @@ from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
 from train.listeners.listener import Listener, Moment
 from train.post.frozen import NetworkComparison
-from train.post.statistics import PASS_AT_1
+from train.post.sample import PASS_AT_1
 from train.replica import BatchReader, Read, Replica
 from train.report.viewer import HeldOutAnswer, write_answers
 from train.step import Losses, is_reported, reduce_losses

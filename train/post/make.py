@@ -9,9 +9,16 @@ from infer.protocol import Group, Request, SampledRoutes
 from infer.scoring.ratings import length_penalty
 from train.config.tasks import RolloutConfig
 from train.post.engine import TrainingEngine
-from train.post.sample import PromptForm, PromptOrder, RolloutHeader, RolloutRoutes, ScoredRollout
+from train.post.sample import (
+    AdvantageKind,
+    PromptForm,
+    PromptOrder,
+    RolloutHeader,
+    RolloutRoutes,
+    ScoredRollout,
+    with_advantages,
+)
 from train.post.score import PendingScores, RolloutRewards
-from train.post.statistics import AdvantageKind, with_advantages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,9 +39,17 @@ from train.post.journal import (
 from train.post.make import PendingRollout, RolloutMaker
 from train.post.pack import BatchShape, PromptAndAnswer, answer_log_probs, find_prompts, pack_fitting, pack_step
 from train.post.routes import load_rollout_routes, save_rollout_routes
-from train.post.sample import PromptOrder, RolloutHeader, ScoredRollout, prompt_form, read_problems
+from train.post.sample import (
+    EQUAL,
+    PromptOrder,
+    RolloutHeader,
+    ScoredRollout,
+    held_out_metrics,
+    prompt_form,
+    read_problems,
+    rollout_metrics,
+)
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
-from train.post.statistics import EQUAL, held_out_metrics, rollout_metrics
 from train.replica import Replica, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups

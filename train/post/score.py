@@ -24,8 +24,7 @@ from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_s
 from train.config import TrainConfig
 from train.post.engine import ReplicaEngine, TrainingEngine
 from train.post.pack import BatchShape, fill, place_answers
-from train.post.sample import PromptForm
-from train.post.statistics import NO_VERDICT
+from train.post.sample import NO_VERDICT, PromptForm
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.next_token import to_micro_batch

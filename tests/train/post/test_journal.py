@@ -27,10 +27,10 @@ from train.post.journal import (
     write_journal,
 )
 from train.post.pack import BatchShape, PromptAndAnswer, fill, pack_fitting, place_answers
-from train.post.sample import ScoredRollout
-from train.post.statistics import (
+from train.post.sample import (
     EQUAL,
     NO_VERDICT,
+    ScoredRollout,
     advantages,
     held_out_metrics,
     is_right,

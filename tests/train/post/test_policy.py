@@ -33,9 +33,8 @@ from train.corpus import prepare_corpus
 from train.post.journal import read_journal, write_journal
 from train.post.pack import BatchShape, PackedStep, answer_log_probs, find_prompts, pack_step
 from train.post.routes import load_rollout_routes, save_rollout_routes
-from train.post.sample import RolloutRoutes, ScoredRollout
+from train.post.sample import RolloutRoutes, ScoredRollout, has_equal_rewards
 from train.post.sampler import StudentSampler
-from train.post.statistics import has_equal_rewards
 
 STEPS = 3
 
