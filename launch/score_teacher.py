@@ -21,8 +21,8 @@ from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError
+from train.tasks.distill import FORMAT_VERSION, ScoresMeta, ScoresWriter
 from train.tasks.samples import check_samples
-from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
 
 NAME = "score_teacher"
 
@@ -93,7 +93,7 @@ def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> i
     from comm.dispatch.local import LocalDispatcher
     from model.transformer import Transformer, named_tensors
     from train.checkpoint.sources import open_source
-    from train.tasks.scores import write_scores
+    from train.tasks.distill import write_scores
 
     source = open_source(scores.teacher, "teacher", drop_mtp=True)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[scores.dtype]

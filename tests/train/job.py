@@ -38,9 +38,8 @@ from train.post.sampler import StudentSampler, open_hook
 from train.replica import BatchReader, StepBatch, TaskHook, open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
-from train.tasks.distill import DistillConfig
+from train.tasks.distill import DistillConfig, is_scores_folder
 from train.tasks.registry import TASKS, StepRates, Task, open_task
-from train.tasks.scores import is_scores_folder
 from train.world import ReplicaConfig, World, open_world, weight_dtype
 
 

@@ -26,9 +26,8 @@ from train.errors import ConfigError
 from train.memory import predict_memory
 from train.post.frozen import Teacher
 from train.replica import BatchReader
-from train.tasks.distill import DistillConfig
+from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS
-from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter, write_scores
 
 TEMPERATURE = 2.0
 TASK = DistillConfig(
