@@ -1,4 +1,4 @@
-"""Decodes with a replica where its weights are: programs, links, and agreements of ranks."""
+"""Decodes with a replica where its weights are, in a training run or with loaded weights."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,7 @@
-"""Draws prompts in an order that the seed alone decides, and defines a rollout. No torch here."""
+"""Draws prompts in an order that the seed alone decides, defines a rollout, its advantages and its statistics.
+
+No torch here. Sources: arXiv:2402.03300 (standardized advantages), arXiv:2503.20783 (centered).
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

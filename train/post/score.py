@@ -1,4 +1,4 @@
-"""Scores the answers of a rollout: by rules on rank 0, and by models on all ranks."""
+"""Scores the answers of a rollout: by rules on rank 0, by a judge or a reward model on all ranks."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

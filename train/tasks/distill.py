@@ -1,4 +1,9 @@
-"""Registers distillation: a student imitates a teacher's distributions of the answers. No torch here."""
+"""Registers distillation, in which a student imitates a teacher, and stores a teacher's most probable tokens.
+
+Torch is imported only to compute scores. A folder holds `scores.json` and, for each part of the samples, token ids and
+log-probabilities. Shape legend: N sequences, L tokens per sequence, B sequences of a batch, T tokens, R rows with a
+target, K kept tokens.
+"""
 
 import json
 import os
@@ -28,7 +33,6 @@ from train.tasks.samples import SampleTaskConfig, check_samples
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.prepare import Prepared
     from model.transformer import Transformer
     from train.config import TrainConfig
     from train.tasks.next_token import DistillationTask
