@@ -72,10 +72,10 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
     builds = os.environ.get("LOCAL_RANK", "0") == "0"
     build = _Build(lambda: prepare_corpus(config, progress)) if builds else None
     while True:
-        own = (True, "") if build is None else build.wait(_ROUND_SECONDS)
-        are_all_over, problem = exchange(own)
+        state = (True, "") if build is None else build.wait(_ROUND_SECONDS)
+        are_all_over, problem = exchange(state)
         # Raise only after all ranks have received this state; an error since then is reported in the next round.
-        if own[0] and build is not None and build.error is not None:
+        if state[0] and build is not None and build.error is not None:
             raise build.error
         if problem:
             raise DataError(problem)

@@ -67,8 +67,8 @@ class RolloutGuard:
         steps = [*self._last, figures]
         judges = (self._judge_verdicts, self._judge_cut, self._judge_equal, self._judge_entropy, self._judge_reward)
         for judge in judges:
-            if (found := judge(steps, step)) is not None:
-                return found
+            if (refusal := judge(steps, step)) is not None:
+                return refusal
         return None
 
     def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> StepRefusal | None:
@@ -143,7 +143,7 @@ class RolloutGuard:
             )
         if skipped >= _ALMOST_ALL:
             return f"{_percent(skipped)} of answers are skipped, because no check of reward.parts fits their problems"
-        if all("correct_share" not in each for each in steps):
+        if all("correct_share" not in figures for figures in steps):
             return f"the mean reward is {reward}, and all answers to a prompt have the same (see the run's rollouts/)"
         if correct >= 1:
             return "all answers are correct: the prompts are too easy by now"
@@ -195,29 +195,29 @@ class RolloutGuard:
 
 def read_figures(metrics: Path, num_done: int) -> dict[int, Figures]:
     """Reads the numbers of the rollouts of up to `num_done` steps from a `metrics.jsonl`, by step."""
-    found: dict[int, Figures] = {}
+    by_step: dict[int, Figures] = {}
     for values in read_lines(metrics):
         rollouts = values.get("rollouts")
         if isinstance(rollouts, dict) and values["step"] <= num_done:
-            found[values["step"]] = {name: value for name, value in rollouts.items() if not isinstance(value, dict)}
-    return found
+            by_step[values["step"]] = {name: value for name, value in rollouts.items() if not isinstance(value, dict)}
+    return by_step
 
 
 def _cause_of_no_verdict(steps: Sequence[Figures]) -> str:
-    reasons = [each["no_verdict_reason"] for each in steps if "no_verdict_reason" in each]
+    reasons = [figures["no_verdict_reason"] for figures in steps if "no_verdict_reason" in figures]
     return f"the first of them: {reasons[-1]}" if reasons else "rollouts/ in the run's folder has the reasons"
 
 
 def _last_values(steps: Sequence[Figures], count: int, name: str) -> list[float]:
     """Returns a figure of the last steps; nothing if there are fewer steps, or one of them lacks it."""
-    found = [known for each in steps[-count:] if (known := number_of(each, name)) is not None]
-    return found if len(found) == count else []
+    values = [value for figures in steps[-count:] if (value := number_of(figures, name)) is not None]
+    return values if len(values) == count else []
 
 
 def _mean(steps: Sequence[Figures], name: str) -> float:
     """Returns the mean of a figure over the steps that have it; 0 if none has."""
-    found = [value for each in steps for value in _last_values([each], 1, name)]
-    return sum(found) / max(len(found), 1)
+    values = [value for figures in steps for value in _last_values([figures], 1, name)]
+    return sum(values) / max(len(values), 1)
 
 
 def _percent(share: float) -> str:
@@ -309,13 +309,13 @@ def describe_refusal(
 ) -> StepRefusal:
     """Returns the reason and the ranks that caused a refused step. All ranks call it."""
     group = world.groups.world
-    mine = torch.tensor([own if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
-    norms = [torch.empty_like(mine) for _ in world.ranks]
+    norm_here = torch.tensor([own if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
+    norms = [torch.empty_like(norm_here) for _ in world.ranks]
     with world.log.collective("world", group, "search for a refused step's cause"):
-        dist.all_gather(norms, mine, group=group)
-    found = [float(norm) for norm in norms]
-    odd = tuple(rank for rank, norm in enumerate(found) if not math.isfinite(norm))
-    ranks = odd or (max(range(len(found)), key=found.__getitem__),)
+        dist.all_gather(norms, norm_here, group=group)
+    rank_norms = [float(norm) for norm in norms]
+    odd = tuple(rank for rank, norm in enumerate(rank_norms) if not math.isfinite(norm))
+    ranks = odd or (max(range(len(rank_norms)), key=rank_norms.__getitem__),)
     return StepRefusal(step=step, reason=reason, values=dict(guard.values), ranks=ranks)
 
 

@@ -301,13 +301,13 @@ class Recovery:
 
     def _read_history(self, num_done: int) -> None:
         """Reads the records up to a step, and the batches to skip after it."""
-        found: list[Any] = [None]
+        shared: list[Any] = [None]
         if self._is_writer:
             events = [event for event in read_events(self._out_dir) if event["kind"] == _ROLLED_BACK]
             steps = [step for event in events for step in _skipped_by(event)]
             history = self._read_loss_and_norm(num_done) if self._config.spike_factor else []
-            found = [(history, self._read_figures(num_done), steps)]
-        ((history, figures, steps),) = self._broadcast(found)
+            shared = [(history, self._read_figures(num_done), steps)]
+        ((history, figures, steps),) = self._broadcast(shared)
         self.guard.replace_history(history)
         if self.guard.rollouts is not None:
             self.guard.rollouts.replace_history(figures)
@@ -317,10 +317,10 @@ class Recovery:
         """Returns the numbers of this run's rollouts, and those of the run from which it was resumed."""
         if self.guard.rollouts is None:
             return []
-        found = read_figures(self._out_dir / METRICS_NAME, num_done)
+        figures = read_figures(self._out_dir / METRICS_NAME, num_done)
         if self._resume is not None:
-            found = read_figures(locate(self._resume).folder.parents[1] / METRICS_NAME, num_done) | found
-        return [found[step] for step in sorted(found)]
+            figures = read_figures(locate(self._resume).folder.parents[1] / METRICS_NAME, num_done) | figures
+        return [figures[step] for step in sorted(figures)]
 
     def _read_loss_and_norm(self, num_done: int) -> list[Any]:
         """Returns the loss and norm of this run's steps, or of the run from which it was resumed."""
@@ -338,9 +338,9 @@ class Recovery:
 
     def _note(self, kind: str, refusal: StepRefusal, **more: Any) -> None:
         if self._is_writer:
-            known = {"values": to_json_values(refusal.values), "ranks": list(refusal.ranks)}
+            details = {"values": to_json_values(refusal.values), "ranks": list(refusal.ranks)}
             samples = self._loader.sample_ids(refusal.step)
-            try_append_event(self._out_dir, kind, refusal.step + 1, refusal.reason, **known, samples=samples, **more)
+            try_append_event(self._out_dir, kind, refusal.step + 1, refusal.reason, **details, samples=samples, **more)
 
 
 def _skipped_by(event: Mapping[str, Any]) -> range:

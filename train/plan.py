@@ -76,10 +76,10 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     sent: list[_Broadcast | None] = [None]
     if dist.get_rank() == 0:
         chosen = _choose_proven(config, times)
-        whole = to_json(chosen.schedule)
-        ramp = {size: to_json(made) for size, made in chosen.ramp.items()}
+        schedule_json = to_json(chosen.schedule)
+        ramp = {size: to_json(schedule) for size, schedule in chosen.ramp.items()}
         sent[0] = _Broadcast(
-            schedule=whole, reason=chosen.reason, cut=chosen.cut, ramp=ramp, digest=_digest(whole, ramp)
+            schedule=schedule_json, reason=chosen.reason, cut=chosen.cut, ramp=ramp, digest=_digest(schedule_json, ramp)
         )
     dist.broadcast_object_list(sent, src=0)
     received = sent[0]
@@ -97,14 +97,14 @@ def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[
     pipeline = config.parallelism.pipeline
     cache = schedules_folder(config.data.cache_dir)
     *smaller, _ = config.batch_sizes.sizes
-    made = {}
+    schedules = {}
     for sequences in smaller:
         sized = sized_run(config, sequences)
         kind = sized.schedule.kind
         assert kind != "auto"
-        own = costs or nominal_costs(sized, kind)
-        made[sequences] = build(kind, pipeline, sized.num_micro_batches, own, ramp_memory_cap(sized), cache)
-    return made
+        size_costs = costs or nominal_costs(sized, kind)
+        schedules[sequences] = build(kind, pipeline, sized.num_micro_batches, size_costs, ramp_memory_cap(sized), cache)
+    return schedules
 
 
 def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
@@ -115,14 +115,14 @@ def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
         reason = f"the schedule of {begun.parent}"
         ramp = _begun_ramp(begun.parent, config)
         return Plan(schedule=schedule, reason=reason, cut=read_cut(begun.parent, config, schedule), ramp=ramp)
-    whole, costs = _choose(config, times)
-    kind = whole.schedule.kind
-    chunks = whole.schedule.num_stages // config.parallelism.pipeline
+    chosen, costs = _choose(config, times)
+    kind = chosen.schedule.kind
+    chunks = chosen.schedule.num_stages // config.parallelism.pipeline
     named = replace(config, schedule=replace(config.schedule, kind=kind, chunks=chunks))
-    ramp = ramp_schedules(with_cut(named, whole.cut), costs)
-    for schedule in (whole.schedule, *ramp.values()):
+    ramp = ramp_schedules(with_cut(named, chosen.cut), costs)
+    for schedule in (chosen.schedule, *ramp.values()):
         validate_passes(schedule)
-    return replace(whole, ramp=ramp)
+    return replace(chosen, ramp=ramp)
 
 
 def _choose(config: TrainConfig, times: LayerTimes | None) -> tuple[Plan, CostModel | None]:
@@ -191,13 +191,13 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_SCHEDULE_BYTES:
             raise ScheduleError(f"not a file of at most {_LARGEST_SCHEDULE_BYTES} bytes")
-        found = from_json(path.read_text(encoding="utf-8"))
-        if (found.num_ranks, found.num_micro_batches) != (ranks, micro_batches):
-            raise ScheduleError(f"has {found.num_ranks} ranks and {found.num_micro_batches} micro-batches")
-        validate_passes(found, config.memory_cap)
+        stored = from_json(path.read_text(encoding="utf-8"))
+        if (stored.num_ranks, stored.num_micro_batches) != (ranks, micro_batches):
+            raise ScheduleError(f"has {stored.num_ranks} ranks and {stored.num_micro_batches} micro-batches")
+        validate_passes(stored, config.memory_cap)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
-    return found
+    return stored
 
 
 def read_cut(folder: Path, config: TrainConfig, schedule: Schedule) -> tuple[range, ...]:

@@ -186,10 +186,10 @@ class Replica:
         Raises:
             ScheduleError: the schedule is not valid, or places stages or messages on other ranks.
         """
-        whole = self.schedule
-        if schedule.placement != whole.placement or not set(linked_pairs(schedule)) <= set(linked_pairs(whole)):
+        current = self.schedule
+        if schedule.placement != current.placement or not set(linked_pairs(schedule)) <= set(linked_pairs(current)):
             raise ScheduleError(
-                f"batch.ramp: every size must place its stages on the same ranks as {whole.num_micro_batches} "
+                f"batch.ramp: every size must place its stages on the same ranks as {current.num_micro_batches} "
                 f"micro-batches do, {schedule.num_micro_batches} micro-batches place them elsewhere"
             )
         programs = compile_programs(
@@ -255,14 +255,14 @@ def open_replica(
     assert schedule.num_ranks == world.layout.parallelism.pipeline
     assert schedule.num_stages == len(cut)
     observers = world.observers()
-    held = {stage for _, stage in schedule.stages_of(world.pipeline_index)}
+    stage_numbers = {stage for _, stage in schedule.stages_of(world.pipeline_index)}
     dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
-    part = stage_part(config.model, held, cut, experts)
+    part = stage_part(config.model, stage_numbers, cut, experts)
     model = build_model(
         config, dispatcher, part, world.device, open_context(world.groups.context, world.layout, observers)
     )
-    stages = build_stages(model, held, cut)
+    stages = build_stages(model, stage_numbers, cut)
     train_program, forward_program = compile_programs(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
     )
@@ -344,19 +344,19 @@ class BatchReader:
         world = replica.world
         is_whole = len(parts.held) == 1
         # Sequences are split on the host, where target rows can be found without waiting for the device.
-        whole = self._task.read(sequences, world.device if is_whole else torch.device("cpu"))
+        batch = self._task.read(sequences, world.device if is_whole else torch.device("cpu"))
         if direction in replica.loss_directions and world.context_index == 0:
-            self._counts[direction, first] = self._task.count(whole)
+            self._counts[direction, first] = self._task.count(batch)
         for micro_batch in range(first, first + replica.schedule.slices):
-            part = whole if is_whole else held_part(whole, parts, replica.part_of(micro_batch)).to(world.device)
+            part = batch if is_whole else held_part(batch, parts, replica.part_of(micro_batch)).to(world.device)
             self._known[direction, micro_batch] = part
 
     def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
         """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
-        for place, extra in found.items():
-            batch = self(*place)
+        for key, extra in found.items():
+            batch = self(*key)
             assert batch is not None
-            self._known[place] = replace(batch, extras={**batch.extras, name: extra})
+            self._known[key] = replace(batch, extras={**batch.extras, name: extra})
 
     def count(self) -> Tensor:
         """Returns the job's denominator of each loss, float64 on the host. All ranks call it.

@@ -43,21 +43,21 @@ def compare_ranks(config: TrainConfig) -> str:
 
     The result names nodes, keys and values that differ. Other ranks than rank 0 may leave `out_dir` empty.
     """
-    own = _identity(config)
+    identity = _identity(config)
     node = f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
-    first = [hashlib.sha256(json.dumps(own).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
+    first = [hashlib.sha256(json.dumps(identity).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
     digest = first[0]
     dist.broadcast_object_list(first, src=0)
-    own["out_dir"] = str(Path(config.out_dir).expanduser()) if config.out_dir else first[1]
-    is_same = [digest, own["out_dir"]] == first
+    identity["out_dir"] = str(Path(config.out_dir).expanduser()) if config.out_dir else first[1]
+    is_same = [digest, identity["out_dir"]] == first
     (num_others,) = sum_over_ranks([not is_same])
     if not num_others:
         return ""
-    expected: list[Any] = [node, own]
+    expected: list[Any] = [node, identity]
     dist.broadcast_object_list(expected, src=0)
     # The ranks of a node run the same command, so the first one reports for all.
     is_reporter = not is_same and os.environ.get("LOCAL_RANK", "0") == "0"
-    reports = exchange_reports(f"on {node} {_differences(own, expected[1])}" if is_reporter else None)
+    reports = exchange_reports(f"on {node} {_differences(identity, expected[1])}" if is_reporter else None)
     nodes = "; ".join(report.text for report in reports.first)
     return redact(
         f"ranks: must all have the configuration, sources and packages of rank 0 on {expected[0]}, {nodes}; "
@@ -83,8 +83,8 @@ def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:
     keys = [key for key in {**expected, **own} if own.get(key) != expected.get(key)]
     parts = []
     for key in keys[:_MOST_KEYS]:
-        shown = [HIDDEN if is_secret_name(key) else values.get(key, "absent")[:80] for values in (own, expected)]
-        parts.append(f"{key} is {shown[0]} instead of {shown[1]}")
+        texts = [HIDDEN if is_secret_name(key) else values.get(key, "absent")[:80] for values in (own, expected)]
+        parts.append(f"{key} is {texts[0]} instead of {texts[1]}")
     return ", ".join(parts) + (f" and {len(keys) - _MOST_KEYS} more keys differ" if len(keys) > _MOST_KEYS else "")
 
 
@@ -149,9 +149,9 @@ def prepare_corpus_together(
     with log.collective("world", groups.world, "comparison of the corpus"):
         expected, others = compare_with_first_rank(prepared.fingerprint, groups.world)
     if others.total:
-        other = others.first[0]
+        odd = others.first[0]
         raise DataError(
-            f"data: every rank must read the same samples; rank {other.rank}'s fingerprint is {other.text}, "
+            f"data: every rank must read the same samples; rank {odd.rank}'s fingerprint is {odd.text}, "
             f"rank 0's {expected} ({others.name_ranks()} of {dist.get_world_size()} differ). "
             f"Machines with different Python versions embed different text"
         )

@@ -80,8 +80,8 @@ class Balance:
     @property
     def violations(self) -> list[float]:
         """MaxVio of each layer: its largest load divided by the mean load, minus 1."""
-        found: list[float] = (self.load_LE.amax(1) / self.load_LE.mean(1) - 1).tolist() if self.layers else []
-        return found
+        max_violations: list[float] = (self.load_LE.amax(1) / self.load_LE.mean(1) - 1).tolist() if self.layers else []
+        return max_violations
 
     def metrics(self) -> dict[str, object]:
         """Returns `max_violation` of the worst layer and, under `router`, the values and bias of each layer."""
@@ -301,9 +301,9 @@ def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterabl
 
 def reduce_losses(replica: Replica, task: Task, sums: LossSums, counts: Tensor, rates: StepRates) -> Losses:
     """Returns the losses of a pass over all ranks. All ranks call it."""
-    own = sums.settle()
-    is_finite_here = bool(own.isfinite().all())
-    totals = replica.world.reduce(own, "sum of losses").tolist()
+    local_sums = sums.settle()
+    is_finite_here = bool(local_sums.isfinite().all())
+    totals = replica.world.reduce(local_sums, "sum of losses").tolist()
     counted = zip(task.names, totals, counts.tolist(), strict=True)
     means = {name: total / (n or 1) for name, total, n in counted if n or not is_reported(name)}
     return Losses(by_name=means, total=task.total(means, rates), is_finite_here=is_finite_here)

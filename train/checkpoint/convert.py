@@ -121,16 +121,16 @@ def _open(conversion: Conversion) -> _Source:
     shapes = {name: shape for name, shape in weights(config) if copied_from(name) is None}
     num_layers = config.num_layers + config.mtp_depth
     dtypes = checkpoint.dtypes
-    held = {name: dtypes[name] for name in held_weights(config)}
+    stored_types = {name: dtypes[name] for name in held_weights(config)}
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
         # Hugging Face's form also contains weights without elements.
-        return checkpoint.tensor(name, dtype) if name in held else torch.empty(shapes[name], dtype=dtype)
+        return checkpoint.tensor(name, dtype) if name in stored_types else torch.empty(shapes[name], dtype=dtype)
 
     return _Source(
         config=config,
         folder=folder,
-        dtypes={name: held.get(name, held[EMBEDDING]) for name in shapes},
+        dtypes={name: stored_types.get(name, stored_types[EMBEDDING]) for name in shapes},
         scales={},
         preserved=preserved,
         rotary={name: values for name, values in preserved.rotary.items() if (layer_of(name) or 0) < num_layers},
@@ -161,11 +161,11 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
     with create_folder_atomically(conversion.folder) as folder:
         for number, tensors in enumerate(split_into_shards(plan, conversion.file_bytes)):
             file = f"weights_{number:05}{PART_SUFFIX}"
-            held = {
+            entries = {
                 name: IndexEntry(stored, (TensorPart(file, 0, stored.num_elements),))
                 for name, stored in tensors.items()
             }
-            files[file], written = write_part(folder, file, held, read_rounded)
+            files[file], written = write_part(folder, file, entries, read_rounded)
             index |= written
         others = {**source.preserved.files, **_tokenizer_file(source.folder), INDEX_NAME: index_json(index).encode()}
         for name, content in others.items():
@@ -197,14 +197,14 @@ def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored]
     if conversion.dtype is not None:
         return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales
     plan = stored_tensors(config, dtype="BF16", fp8=bool(source.scales))
-    kept: dict[str, Stored] = {}
+    source_types: dict[str, Stored] = {}
     for name, stored in plan.items():
         original = copied_from(name) or name
         if original in source.dtypes:
-            kept[name] = Stored(stored.shape, source.dtypes[original])
+            source_types[name] = Stored(stored.shape, source.dtypes[original])
         elif original.removesuffix(SCALE_SUFFIX) in source.scales:
-            kept[name] = stored
-    return kept, scales
+            source_types[name] = stored
+    return source_types, scales
 
 
 def _tokenizer_file(folder: Path) -> dict[str, bytes]:
@@ -230,7 +230,7 @@ class _Counter:
     def __init__(self, source: _Source, shard_bytes: int, say: Say) -> None:
         shapes = held_weights(source.config)
         stored = {name: Stored(shape, source.dtypes[name]) for name, shape in shapes.items()}
-        self._sizes = {name: each.num_elements * TORCH_DTYPES[each.dtype].itemsize for name, each in stored.items()}
+        self._sizes = {name: item.num_elements * TORCH_DTYPES[item.dtype].itemsize for name, item in stored.items()}
         self._source = source
         self._shard_bytes = shard_bytes
         self._say = say

@@ -120,26 +120,26 @@ def load(learner: Learner, folder: Path) -> None:
     """
     try:
         index = run_on_all(lambda: read_index(folder, read_model(folder)))
-        found = _stored_extras(folder, learner, index)
-        run_on_all(lambda: PartReader(folder, index).fill(state_of(learner, found)))
+        extras = _stored_extras(folder, learner, index)
+        run_on_all(lambda: PartReader(folder, index).fill(state_of(learner, extras)))
     except PartError as failure:
         raise CheckpointError(f"resume: {folder}: cannot be read by {failure}") from failure
     learner.optimizer.loaded()
-    for extra in found.values():
+    for extra in extras.values():
         extra.loaded()
-    if learner.ema is not None and "ema" not in found:
+    if learner.ema is not None and "ema" not in extras:
         learner.ema.follow_weights()
 
 
 def _stored_extras(folder: Path, learner: Learner, index: Index) -> Extras:
     prefixes = {name.partition(".")[0] for name in index}
-    found: Extras = {prefix: extra for prefix, extra in learner.extras.items() if prefix in prefixes}
-    if "reference" in learner.extras and "reference" not in found:
+    stored: Extras = {prefix: extra for prefix, extra in learner.extras.items() if prefix in prefixes}
+    if "reference" in learner.extras and "reference" not in stored:
         raise CheckpointError(
             f"resume: {folder} must hold the reference of the run's task, is a checkpoint of a task without one; "
             f"nearest valid: init_from={folder}, which starts a run from its weights"
         )
-    return found
+    return stored
 
 
 def load_whole(

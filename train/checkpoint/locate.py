@@ -60,8 +60,8 @@ def verify(
     files = _listed_files(folder)
     names = sorted(files)[share[0] :: share[1]]
     num_bytes = sum(files[name].num_bytes for name in names)
-    shown = progress.over(f"verifying {folder.name}", names, num_bytes, lambda name: files[name].num_bytes)
-    for name in shown if hashes else names:
+    reported_names = progress.over(f"verifying {folder.name}", names, num_bytes, lambda name: files[name].num_bytes)
+    for name in reported_names if hashes else names:
         _check_file(folder, name, files[name], hashes=hashes)
 
 
@@ -288,10 +288,10 @@ def _nearest(folder: Path) -> str:
 
 def rescue_folder(config: TrainConfig) -> Path:
     """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`."""
-    own = Path(config.out_dir).absolute()
+    out_dir = Path(config.out_dir).absolute()
     if not config.rescue_dir:
-        return own.with_name(f"{own.name}.rescue")
-    return Path(config.rescue_dir).expanduser().absolute() / own.name
+        return out_dir.with_name(f"{out_dir.name}.rescue")
+    return Path(config.rescue_dir).expanduser().absolute() / out_dir.name
 
 
 def has_rescue(config: TrainConfig) -> bool:

@@ -80,21 +80,21 @@ class HostCopy:
         return self._fill(name, values)
 
     def _fill(self, name: str, source: Tensor) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is None or (kept.shape, kept.dtype) != (source.shape, source.dtype):
-            kept = source.new_empty(source.shape, device="cpu", pin_memory=source.is_cuda)
-            self._kept[name] = kept
-        return kept.copy_(source.detach())
+        buffer = self._kept.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+            buffer = source.new_empty(source.shape, device="cpu", pin_memory=source.is_cuda)
+            self._kept[name] = buffer
+        return buffer.copy_(source.detach())
 
 
 def index_of(state: State, file: str) -> Index:
     """Returns the index of what a rank holds, as if all of it were in one file."""
     index: Index = {}
     for name, values in state.items():
-        held = as_slice(values)
-        if held.local.numel():  # what has no elements is not stored
-            stored = Stored(_shape(values), stored_dtype(held.local.dtype))
-            index[name] = IndexEntry(stored, (TensorPart(file, held.offset, held.local.numel()),))
+        local_slice = as_slice(values)
+        if local_slice.local.numel():  # what has no elements is not stored
+            stored = Stored(_shape(values), stored_dtype(local_slice.local.dtype))
+            index[name] = IndexEntry(stored, (TensorPart(file, local_slice.offset, local_slice.local.numel()),))
     return index
 
 
@@ -145,9 +145,9 @@ class PartReader:
         """
         parts_by_file: dict[str, list[tuple[str, TensorPart]]] = {}
         for name, values in state.items():
-            held = as_slice(values)
-            for part in self._entry(name, values).parts if held.local.numel() else ():
-                if part.first < held.offset + held.local.numel() and held.offset < part.first + part.count:
+            target = as_slice(values)
+            for part in self._entry(name, values).parts if target.local.numel() else ():
+                if part.first < target.offset + target.local.numel() and target.offset < part.first + part.count:
                     parts_by_file.setdefault(part.file, []).append((name, part))
         for file_name, parts in sorted(parts_by_file.items()):
             try:

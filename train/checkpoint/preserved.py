@@ -77,20 +77,22 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
     similar key names special tokens, files that contradict it are left out. If the run has another rotary embedding,
     stored frequencies are left out. A run on chats has its own chat template.
     """
-    kept = _preserved_of_source(config, tokenizer)
+    preserved = _preserved_of_source(config, tokenizer)
     template = DATA_SOURCES.get(config.data.source.kind).chat_template
     if template is None:
-        return kept
+        return preserved
     jinja = template_jinja(CHAT_TEMPLATES.get(template(config.data.source))).encode()
-    files = {name: content for name, content in kept.files.items() if name != OLD_CHAT_TEMPLATE_NAME}
-    return replace(kept, files={**files, CHAT_TEMPLATE_NAME: jinja})
+    files = {name: content for name, content in preserved.files.items() if name != OLD_CHAT_TEMPLATE_NAME}
+    return replace(preserved, files={**files, CHAT_TEMPLATE_NAME: jinja})
 
 
 def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
     """Returns the metadata of the initial weights and of a given tokenizer's folder that still apply."""
     data = config.data
-    given = config.data.tokenizer
-    own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
+    tokenizer_path = config.data.tokenizer
+    own_files = (
+        {} if tokenizer_path is None else read_files(Path(tokenizer_path).expanduser().parent, _TOKENIZER_PATTERNS)
+    )
     path, key = (config.resume, "resume") if config.resume is not None else (config.initial_weights, "init_from")
     if path is None:
         return PreservedMetadata(config={}, rotary={}, files=own_files)
@@ -131,14 +133,14 @@ def _without_unknown_template(name: str, content: bytes) -> bytes | None:
 
 def _is_known_template(content: bytes) -> bool:
     text = content.strip()
-    own = {template_jinja(template).encode().strip() for _, template in CHAT_TEMPLATES.items()}
-    return text in own or sha256(text).hexdigest() in _KNOWN_TEMPLATES
+    own_templates = {template_jinja(template).encode().strip() for _, template in CHAT_TEMPLATES.items()}
+    return text in own_templates or sha256(text).hexdigest() in _KNOWN_TEMPLATES
 
 
 def read_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Reads the matching files of a folder, by name. Files above `LARGEST_FILE_BYTES` are left out."""
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {path.name: path.read_bytes() for path in sorted(found) if path.stat().st_size <= LARGEST_FILE_BYTES}
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted(paths) if path.stat().st_size <= LARGEST_FILE_BYTES}
 
 
 def server_files(tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, int], dict[str, bytes]]:

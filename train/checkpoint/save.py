@@ -154,9 +154,9 @@ class CheckpointSaver:
         """Writes each slice once, one file for each rank; rank 0 returns the index and the files by name."""
         files = self._learner.world.files
         file = str(PurePosixPath(files.subfolder) / f"{files.stem}{PART_SUFFIX}")
-        held = index_of(copied, file)
-        listed = gather_on_first((file, held), self._group)
-        merged = run_on_all(lambda: merge(held for _, held in listed or ()), self._group)
+        local_index = index_of(copied, file)
+        listed = gather_on_first((file, local_index), self._group)
+        merged = run_on_all(lambda: merge(local_index for _, local_index in listed or ()), self._group)
         chosen = self._scatter_names(None if listed is None else [file for file, _ in listed], merged)
 
         def write() -> tuple[dict[str, Digest], Index]:
@@ -164,8 +164,8 @@ class CheckpointSaver:
                 return {}, {}
             if files.subfolder:
                 files.make_folder(partial)
-            own = {name: held[name] for name in chosen}
-            digest, written = write_part(partial, file, own, lambda name: as_slice(copied[name]).local)
+            chosen_index = {name: local_index[name] for name in chosen}
+            digest, written = write_part(partial, file, chosen_index, lambda name: as_slice(copied[name]).local)
             if files.subfolder:
                 sync(files.folder(partial))
             return {file: digest}, written
@@ -213,8 +213,8 @@ def _remove_older(newest: Path, num_kept: int) -> None:
     A checkpoint that is not whole does not count and is kept for inspection.
     """
     before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
-    whole = [folder for folder in before if is_whole(folder, verify_sizes)]
-    for folder in whole[: max(len(whole) - (num_kept - 1), 0)]:
+    whole_checkpoints = [folder for folder in before if is_whole(folder, verify_sizes)]
+    for folder in whole_checkpoints[: max(len(whole_checkpoints) - (num_kept - 1), 0)]:
         gone = folder.with_name(folder.name + ".partial")
         os.replace(folder, gone)
         shutil.rmtree(gone)

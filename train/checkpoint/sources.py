@@ -277,16 +277,16 @@ def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key:
 
 def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> None:
     """Rejects weights that are no reward model or do not fit the run."""
-    found = source_config(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
-    if found.head != "score":
+    reward_model = source_config(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
+    if reward_model.head != "score":
         raise ConfigError(
             f"{REWARD_MODEL_KEY}: must be a reward model, which has a head for scores, {part.ckpt} has a head for "
-            f"{found.head}; nearest valid: a checkpoint of task=reward_model, or kind judge"
+            f"{reward_model.head}; nearest valid: a checkpoint of task=reward_model, or kind judge"
         )
     if part.place == "pipeline":
         check_second_network(config, part.ckpt, REWARD_MODEL_KEY, "a reward model")
-    elif found.vocab_size != config.model.vocab_size:
-        raise ConfigError(vocabulary_problem(config, found, part.ckpt, REWARD_MODEL_KEY, "a reward model"))
+    elif reward_model.vocab_size != config.model.vocab_size:
+        raise ConfigError(vocabulary_problem(config, reward_model, part.ckpt, REWARD_MODEL_KEY, "a reward model"))
 
 
 def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
@@ -339,10 +339,10 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
     source.fill(named)
     learner.optimizer.follow_weights()
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
-    other = "token ids mean other text, because its tokenizer.json differs from the tokenizer of this run's data"
+    text_note = "token ids mean other text, because its tokenizer.json differs from the tokenizer of this run's data"
     notes = ["score head from zero"] if source.config.head != config.model.head else []
     notes += [*(["MTP from the seed"] if fresh else []), *changed]
-    notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
+    notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [text_note]
     unknown = unknown_notes(config.init_from)
     notes += [unknown] if unknown else []
     return f"weights from {config.init_from}" + (f" ({'; '.join(notes)})" if notes else "")

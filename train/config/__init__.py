@@ -132,7 +132,7 @@ class EvaluationTasksConfig:
 
     def to_plain(self) -> dict[str, Any]:
         """Returns the values that `from_plain` reads."""
-        return {"tasks": list(self.tasks), **{name: encode(each) for name, each in self.settings.items()}}
+        return {"tasks": list(self.tasks), **{name: encode(setting) for name, setting in self.settings.items()}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,10 +152,10 @@ class RunEvaluationConfig:
         """Decodes the keys `every_steps` and `tasks`, and a group of keys for each task."""
         if not isinstance(values, Mapping):
             raise ValueError(f"must hold keys and values, is {values!r}")
-        known = ("tasks", *EVALUATION_TASKS.names())
-        own = {key: value for key, value in values.items() if key not in known}
-        tasks = EvaluationTasksConfig.from_plain({key: values[key] for key in known if key in values})
-        return cls(every_steps=decode(_Interval, own).every_steps, tasks=tasks)
+        task_keys = ("tasks", *EVALUATION_TASKS.names())
+        other_values = {key: value for key, value in values.items() if key not in task_keys}
+        tasks = EvaluationTasksConfig.from_plain({key: values[key] for key in task_keys if key in values})
+        return cls(every_steps=decode(_Interval, other_values).every_steps, tasks=tasks)
 
     def to_plain(self) -> dict[str, Any]:
         """Returns the values that `from_plain` reads."""

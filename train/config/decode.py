@@ -122,17 +122,17 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
     for name in names:
         if name not in values and name not in optional:
             raise ConfigError(f"{_join(place, name)}: missing; a value is needed ({_describe(hints[name])})")
-    given = [name for name in names if name in values]
-    return cls(**{name: _decode(hints[name], values[name], _join(place, name)) for name in given})
+    given_names = [name for name in names if name in values]
+    return cls(**{name: _decode(hints[name], values[name], _join(place, name)) for name in given_names})
 
 
 def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:
     if value is None and NoneType in members:
         return None
-    kept = [member for member in members if member is not NoneType]
-    if len(kept) == 1:
-        return _decode(kept[0], value, place)
-    return _decode_tagged(_by_kind(kept), value, place)
+    value_types = [member for member in members if member is not NoneType]
+    if len(value_types) == 1:
+        return _decode(value_types[0], value, place)
+    return _decode_tagged(_by_kind(value_types), value, place)
 
 
 def _decode_annotated(hint: Any, value: object, place: str) -> Any:
@@ -153,10 +153,10 @@ def _decode_tagged(kinds: Mapping[str, Any], value: object, place: str) -> Any:
     if "kind" not in values:
         raise ConfigError(f"{_join(place, 'kind')}: missing; a value is needed (one of {', '.join(kinds)})")
     chosen = _decode_choice(tuple(kinds), values["kind"], _join(place, "kind"))
-    own = {field.name for field in fields(kinds[chosen])}
+    own_fields = {field.name for field in fields(kinds[chosen])}
     for key in values:
         owners = [kind for kind, member in kinds.items() if key in {field.name for field in fields(member)}]
-        if key not in own and owners:
+        if key not in own_fields and owners:
             raise ConfigError(
                 f"{_join(place, str(key))}: unknown key when {_join(place, 'kind')} is {chosen}; "
                 f"it belongs to kind {' or '.join(owners)}"

@@ -137,13 +137,13 @@ def split_into_units(
 
     `embedding` are all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
     """
-    held: dict[int, list[int]] = {}
+    users: dict[int, list[int]] = {}
     for stage in sorted(stages):
         for key in {id(parameter) for parameter in stages[stage]}:
-            held.setdefault(key, []).append(stage)
+            users.setdefault(key, []).append(stage)
     parts: dict[tuple[int, ...], list[str]] = {}
     for name, parameter in groups.all().items():
-        readers = orders.ends if embedding is not None and name == EMBEDDING else tuple(held[id(parameter)])
+        readers = orders.ends if embedding is not None and name == EMBEDDING else tuple(users[id(parameter)])
         parts.setdefault(readers, []).append(name)
     units = []
     for readers, names in parts.items():
@@ -263,7 +263,7 @@ class ReplicatedAdamW:
             {"params": [*groups.matrices.values(), *groups.experts.values()], "weight_decay": config.weight_decay},
             {"params": list(groups.vectors.values()), "weight_decay": 0.0},
         ]
-        self._optimizer = build_adamw([each for each in options if each["params"]], config)
+        self._optimizer = build_adamw([group for group in options if group["params"]], config)
 
     def reduce(self) -> Tensor:
         """Sums gradients over replicas, in place, and returns the sum of their squares, float64.

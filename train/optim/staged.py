@@ -167,9 +167,9 @@ class StagedAdamW:
         self._reducing.append(self._background.lane.submit(partial(self._reduce, unit, optimizer)))
 
     def _reduce(self, unit: Unit, optimizer: UnitOptimizer) -> _Reduced:
-        own = local_norm(self._store, unit.parameters)
+        norm_here = local_norm(self._store, unit.parameters)
         with self._background.log.phase("stage", unit.ranks, f"sum of gradients of {unit}"):
-            return _Reduced(own, optimizer.reduce())
+            return _Reduced(norm_here, optimizer.reduce())
 
     def _update(self, unit: Unit, optimizer: UnitOptimizer, learning_rate: float, norm: float) -> None:
         with self._background.log.phase("stage", unit.ranks, f"update of {unit}"):

@@ -197,4 +197,4 @@ def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dic
         {"params": list(groups.vectors.values()), "weight_decay": 0.0, "name": "vectors"},
         {"params": list(groups.experts.values()), "weight_decay": weight_decay, "moe": True, "name": _EXPERTS},
     ]
-    return [each for each in options if each["params"]]
+    return [group for group in options if group["params"]]

@@ -147,10 +147,10 @@ class GatheredEngine:
         except GenerateError as error:
             problem = str(error)
         gathered = self._gather(sampled, problem)
-        by_place = {(each.prompt, each.sample): each for rollouts, _ in gathered for each in rollouts}
-        statistics = sum_statistics([each for _, each in gathered], time.perf_counter() - began)
+        by_place = {(rollout.prompt, rollout.sample): rollout for rollouts, _ in gathered for rollout in rollouts}
+        statistics = sum_statistics([part for _, part in gathered], time.perf_counter() - began)
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
-        rollouts = tuple(by_place[place] for place in order)
+        rollouts = tuple(by_place[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=sampled.routes)
 
     def close(self) -> None:

@@ -111,9 +111,9 @@ def _tensors(answers: Sequence[Sample], dtype: type[np.floating[Any]]) -> dict[s
     if any(answer.old_log_probs is not None for answer in answers):
         old = [value for answer in answers for value in answer.old_log_probs or (math.nan,) * len(answer.tokens)]
         tensors[_OLD] = np.asarray(old, dtype=dtype)
-    if sets := [kept for answer in answers for kept in answer.kept]:
-        tensors[_NUM_KEPT] = np.asarray([len(kept) for kept in sets], dtype=np.int64)
-        tensors[_KEPT] = np.asarray([token for kept in sets for token in kept], dtype=np.int32)
+    if sets := [kept_set for answer in answers for kept_set in answer.kept]:
+        tensors[_NUM_KEPT] = np.asarray([len(kept_set) for kept_set in sets], dtype=np.int64)
+        tensors[_KEPT] = np.asarray([token for kept_set in sets for token in kept_set], dtype=np.int32)
     return tensors
 
 

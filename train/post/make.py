@@ -119,7 +119,7 @@ class RolloutMaker:
         answered, routes = self._sample(drawn, self._config.samples, step, records=True)
         scores = self._rewards.begin(answered, step)
         self._add_seconds(pending, "sampling", time.perf_counter() - began)
-        pending.draws.append(_Draw(numbers=tuple(each.number for each in drawn), scores=scores, routes=routes))
+        pending.draws.append(_Draw(numbers=tuple(group.number for group in drawn), scores=scores, routes=routes))
 
     def _sample(
         self, groups: Sequence[Group], samples: int, step: int, *, records: bool
@@ -142,11 +142,11 @@ class RolloutMaker:
             record_routes=records and config.keep_routing,
             record_kept=records and config.keep_sampling_mask,
         )
-        made = self._engine.generate(groups, request)
-        answers = [replace(each, text=self._form.text(each)) for each in made.rollouts]
+        sampled = self._engine.generate(groups, request)
+        answers = [replace(answer, text=self._form.text(answer)) for answer in sampled.rollouts]
         parts = [tuple(answers[first : first + samples]) for first in range(0, len(answers), samples)]
         answered = [replace(group, answers=part) for group, part in zip(groups, parts, strict=True)]
-        return answered, made.routes
+        return answered, sampled.routes
 
     def _add_seconds(self, pending: PendingRollout, part: str, spent: float) -> None:
         """Adds time to a rollout's and to that since `take_seconds`."""

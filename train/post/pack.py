@@ -53,7 +53,7 @@ def pack_fitting(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> tuple
     An answer is cut where its sequence ends. If not all answers fit into the batch, the last ones in order are left
     out, so that the length of an answer does not decide whether it is trained.
     """
-    fitting = [each for each in answers if each[1].tokens and len(each[0].tokens) < shape.length]
+    fitting = [answer for answer in answers if answer[1].tokens and len(answer[0].tokens) < shape.length]
     lengths = _lengths(fitting, shape)
 
     def is_over(count: int) -> bool:
@@ -100,7 +100,7 @@ def fill(
     Args:
         columns: float64 values; those of tokens beyond the sequence's end are left out.
     """
-    num_batches = 1 + max((each.batch for each in places), default=0)
+    num_batches = 1 + max((place.batch for place in places), default=0)
     size = (num_batches, shape.num_sequences, shape.length)
     tokens = np.full(size, shape.pad_id, dtype=np.int64)
     positions = np.full(size, PADDING_POSITION, dtype=np.int64)
@@ -108,13 +108,13 @@ def fill(
     numbers = np.zeros(size, dtype=np.int32)
     values = {name: np.zeros(size, dtype=np.float64) for name in columns}
     num_answers: dict[tuple[int, int], int] = defaultdict(int)
-    for number, ((prompt, answer), each) in enumerate(zip(answers, places, strict=True)):
-        row = (each.batch, each.row)
-        sequence = (*prompt.tokens, *answer.tokens)[: shape.length - each.start]
-        tokens[row][each.start : each.start + len(sequence)] = sequence
-        positions[row][each.start : each.start + len(sequence)] = np.arange(len(sequence))
+    for number, ((prompt, answer), place) in enumerate(zip(answers, places, strict=True)):
+        row = (place.batch, place.row)
+        sequence = (*prompt.tokens, *answer.tokens)[: shape.length - place.start]
+        tokens[row][place.start : place.start + len(sequence)] = sequence
+        positions[row][place.start : place.start + len(sequence)] = np.arange(len(sequence))
         # The token before a token has its values, because it predicts it.
-        predicting = slice(each.first, each.start + len(sequence) - 1)
+        predicting = slice(place.first, place.start + len(sequence) - 1)
         num_answers[row] += 1
         weights[row][predicting] = 1
         numbers[row][predicting] = num_answers[row]
@@ -177,8 +177,8 @@ def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperatu
         for read, routes in zip(packed.batch.reads, packed.batch.routes, strict=True)
     ]
     return [
-        tuple(found_BT[each.batch][each.row, each.first : each.first + each.answer_tokens].tolist())
-        for each in packed.places
+        tuple(found_BT[place.batch][place.row, place.first : place.first + place.answer_tokens].tolist())
+        for place in packed.places
     ]
 
 
@@ -219,18 +219,18 @@ def _read_with_kept(
     Sets differ in size. So they are padded only within the sequences that are read together.
     """
     by_row: dict[int, list[tuple[AnswerPlace, Sample]]] = defaultdict(list)
-    for (_, answer), each in zip(answers, places, strict=True):
-        if each.batch == number:
-            by_row[each.row].append((each, answer))
+    for (_, answer), place in zip(answers, places, strict=True):
+        if place.batch == number:
+            by_row[place.row].append((place, answer))
 
     def read(first: int, count: int) -> Batch:
-        rows = [(row - first, *each) for row in range(first, first + count) for each in by_row[row]]
-        widest = max((len(kept) for _, _, answer in rows for kept in answer.kept), default=1)
+        rows = [(row - first, *placed) for row in range(first, first + count) for placed in by_row[row]]
+        widest = max((len(allowed) for _, _, answer in rows for allowed in answer.kept), default=1)
         sequences = batch.sequences(first, count)
         kept_BTC = torch.full((*sequences.tokens_BT.shape, widest), _NO_TOKEN, dtype=torch.int64)
-        for row, each, answer in rows:
-            for position, kept in enumerate(answer.kept, each.first):
-                kept_BTC[row, position, : len(kept)] = torch.tensor(kept)
+        for row, place, answer in rows:
+            for position, allowed in enumerate(answer.kept, place.first):
+                kept_BTC[row, position, : len(allowed)] = torch.tensor(allowed)
         return replace(sequences, extras={**sequences.extras, KEPT: kept_BTC})
 
     return read

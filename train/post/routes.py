@@ -174,7 +174,7 @@ def exchange_routes(
     plan = RoutePlan(replica, homes, answers)
     members = dist.get_process_group_ranks(world.groups.stage)
     outgoing = [plan.pieces(world.rank, rank) for rank in members]
-    sent = [[checked_record(sampled.ids, *each) for each in pieces.items()] for pieces in outgoing]
+    sent = [[checked_record(sampled.ids, *piece) for piece in pieces.items()] for pieces in outgoing]
     # Own records are not sent.
     here = members.index(world.rank)
     ids = dict(zip(outgoing[here], sent[here], strict=True))
@@ -270,7 +270,7 @@ def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
     world = replica.world
     header = rollout.header
     requests = (tuple(group.number for group in rollout.groups),)
-    lengths = [(each.number, len(each.tokens), [a.num_tokens for a in each.answers]) for each in rollout.groups]
+    lengths = [(scored.number, len(scored.tokens), [a.num_tokens for a in scored.answers]) for scored in rollout.groups]
     needed = held_records(replica, assign_homes(replica, requests), lengths)
     routes = None
     try:

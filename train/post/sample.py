@@ -281,7 +281,7 @@ def part_means(answers: Sequence[Sample]) -> Mapping[str, float]:
         for kind, score in answer.sheet.parts.items():
             if score.outcome not in ("skipped", "unknown", "error"):
                 values.setdefault(kind, []).append(score.value)
-    return {kind: math.fsum(found) / len(found) for kind, found in values.items()}
+    return {kind: math.fsum(scores) / len(scores) for kind, scores in values.items()}
 
 
 def is_right(sheet: ScoreSheet) -> bool | None:

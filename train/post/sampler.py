@@ -266,7 +266,7 @@ class PolicySampler(TaskHook):
                 for (_, answer), values in zip(answers, old, strict=True)
             }
             for number in numbers:
-                with_old = tuple(updated.get((each.prompt, each.sample), each) for each in groups[number].answers)
+                with_old = tuple(updated.get((item.prompt, item.sample), item) for item in groups[number].answers)
                 groups[number] = replace(groups[number], answers=with_old)
         return replace(rollout, groups=tuple(groups))
 
@@ -407,15 +407,15 @@ class StudentSampler(TaskHook):
         num_sequences = loader.sizes.sequences(step)
         batch = loader.batch(step, 0, num_sequences)
         answers = find_prompts(batch)
-        sampled = self._generate([each for each in answers if self._is_sampled(step, each)], loader, step)
+        sampled = self._generate([item for item in answers if self._is_sampled(step, item)], loader, step)
         shape = BatchShape(num_sequences=num_sequences, length=batch.tokens_BT.shape[1], pad_id=batch.pad_id)
         mixed = [(prompt, sampled.get(prompt.number, answer)) for prompt, answer in answers]
         packed, num_left_out = pack_fitting(mixed, shape)
         self._seconds = time.perf_counter() - began
         return packed, {
             "answers": len(sampled),
-            "mean_tokens": sum(each.num_tokens for each in sampled.values()) / max(len(sampled), 1),
-            "cut_share": sum(not each.is_finished for each in sampled.values()) / max(len(sampled), 1),
+            "mean_tokens": sum(item.num_tokens for item in sampled.values()) / max(len(sampled), 1),
+            "cut_share": sum(not item.is_finished for item in sampled.values()) / max(len(sampled), 1),
             "left_out": num_left_out,
             "seconds": self._seconds,
         }
@@ -448,5 +448,5 @@ class StudentSampler(TaskHook):
             stop=frozenset([loader.end_of_sentence_id]),
         )
         # All ranks have the same prompts, so either all or none of them generate.
-        made = self._engine.generate([prompt for prompt, _ in answers], request).rollouts if answers else ()
-        return {each.prompt: each for each in made}
+        rollouts = self._engine.generate([prompt for prompt, _ in answers], request).rollouts if answers else ()
+        return {rollout.prompt: rollout for rollout in rollouts}

@@ -44,11 +44,14 @@ class RewardModelPart:
     def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
         """Implements `ModelPart.score`. An answer that is longer than the model can read is unknown."""
         sequences = [[(*group.tokens, *answer.tokens) for answer in group.answers] for group in groups]
-        fitting = [each for group in sequences for each in group if len(each) <= self.longest]
+        fitting = [tokens for group in sequences for tokens in group if len(tokens) <= self.longest]
         scores = iter(self.rate(fitting))
         too_long = failure("unknown", f"has more than the {self.longest} tokens that the reward model reads")
         return [
-            [Score(value=next(scores), outcome="rated") if len(each) <= self.longest else too_long for each in group]
+            [
+                Score(value=next(scores), outcome="rated") if len(tokens) <= self.longest else too_long
+                for tokens in group
+            ]
             for group in sequences
         ]
 
@@ -73,14 +76,14 @@ class PipelinedRater(RewardModelPart):
             pad_id=self.pad_id,
         )
         nothing = Sample(prompt=0, sample=0, tokens=(), log_probs=(), finish="stop")
-        answers = [(NumberedPrompt(number=0, tokens=each), nothing) for each in unique]
+        answers = [(NumberedPrompt(number=0, tokens=tokens), nothing) for tokens in unique]
         places = place_answers(answers, shape)
         scores: dict[tuple[int, ...], float] = {}
         for number, batch in enumerate(fill(answers, places, shape, {}) if places else ()):
             scores_BT = self.replica.gather(self.replica.record(partial(self._read, batch), KeepScores()))
             here = [both for both in zip(unique, places, strict=True) if both[1].batch == number]
-            scores |= {tokens: float(scores_BT[each.row, each.first]) for tokens, each in here}
-        return [scores[each] for each in sequences]
+            scores |= {tokens: float(scores_BT[place.row, place.first]) for tokens, place in here}
+        return [scores[tokens] for tokens in sequences]
 
     def _read(self, batch: Batch, direction: int, micro_batch: int) -> MicroBatch:
         first = self.replica.first_sequence(direction, micro_batch)
@@ -166,7 +169,7 @@ class JudgePart:
         critiques: Sequence[Sample] = ()
         if prompts:
             request = self.judge.request(self.seed, step, self.stop)
-            critiques = self.engine.generate([each.prompt for each in prompts], request).rollouts
+            critiques = self.engine.generate([prompt.prompt for prompt in prompts], request).rollouts
         return self.judge.scores(groups, prompts, critiques)
 
     def close(self) -> None:

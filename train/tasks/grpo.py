@@ -50,7 +50,11 @@ def leaves_out_equal_groups(config: "TrainConfig") -> bool:
     assert rollouts is not None
     is_replaced = task.loss.equal_groups == "leave_out" or rollouts.max_draws > 1
     rates = [task.bias_update_rate, *([task.mtp_loss_weight] if config.model.mtp_depth else [])]
-    weights = [task.loss.kl_weight, task.balance_loss_weight, *(point.value for each in rates for point in each.points)]
+    weights = [
+        task.loss.kl_weight,
+        task.balance_loss_weight,
+        *(point.value for rate in rates for point in rate.points),
+    ]
     return rollouts.drop_equal_groups and (is_replaced or not any(weights))
 
 

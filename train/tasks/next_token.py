@@ -175,14 +175,14 @@ def to_micro_batch(
             targets_BT.masked_fill(depth_weights(weights_BT, depth) == 0, IGNORE)
             for depth, targets_BT in enumerate(targets)
         ]
-    whole = MicroBatch(
+    micro_batch = MicroBatch(
         inputs_BT=tuple(inputs),
         targets_BT=tuple(targets),
         documents=Documents.from_positions(batch.positions_BT) if masks_documents else None,
         extras=batch.extras,
         target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets),
     )
-    return whole.to(device)
+    return micro_batch.to(device)
 
 
 def _within_documents(batch: Batch, shift: int) -> Tensor:

@@ -101,7 +101,7 @@ class DirectPreference:
         """Returns the loss that the step minimized."""
         depth = self._mtp_depth
         config = self._config
-        mtp = sum(means[depth_name(each + 1)] for each in range(depth)) / max(depth, 1)
+        mtp = sum(means[depth_name(number + 1)] for number in range(depth)) / max(depth, 1)
         balance = config.balance_loss_weight * means[BALANCE]
         return means[MAIN] + config.sft_weight * means[SFT] + rates.mtp_loss_weight * mtp + balance
 

@@ -41,12 +41,12 @@ def check_samples(config: "TrainConfig") -> None:
             f"data.kind: must be a source with answers for task.kind={task}, is {kind}, which has prompts alone; "
             f"nearest valid: data=chat"
         )
-    known = None if entry.values is None else entry.values(config.data.source)
-    missing = [name for name in TASKS.get(task).values if known is not None and name not in known]
+    values = None if entry.values is None else entry.values(config.data.source)
+    missing = [name for name in TASKS.get(task).values if values is not None and name not in values]
     if missing:
         raise ConfigError(
             f"data.kind: must be a source whose samples have the value {missing[0]} for task.kind={task}, is {kind} "
-            f"with {', '.join(known or ())}; nearest valid: data=preferences, or data.form=preferences with arithmetic"
+            f"with {', '.join(values or ())}; nearest valid: data=preferences, or data.form=preferences with arithmetic"
         )
     if not config.batch.document_mask:
         raise ConfigError(
