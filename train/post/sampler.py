@@ -36,8 +36,8 @@ from train.post.journal import (
     remove_after,
     write_journal,
 )
-from train.post.make import PendingRollout, RolloutMaker
 from train.post.pack import BatchShape, PromptAndAnswer, answer_log_probs, find_prompts, pack_fitting, pack_step
+from train.post.rollouts import PendingRollout, RolloutMaker
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import (
     EQUAL,
