@@ -16,7 +16,7 @@ from train.config import EmaConfig
 from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, build_optimizer
-from train.post.frozen import NetworkComparison, Reference
+from train.post.comparison import NetworkComparison, Reference
 from train.replica import Replica, TaskHook
 from train.world import World
 

@@ -43,7 +43,7 @@ from train.files.run_files import RankFiles, State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.plan import Plan, plan
-from train.post.frozen import open_comparison
+from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
 from train.records.display import PhaseLines, report_breaks
 from train.records.reporter import open_reporter, print_run_summary

@@ -33,7 +33,7 @@ from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
-from train.post.frozen import open_comparison
+from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
 from train.replica import BatchReader, StepBatch, TaskHook, open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut

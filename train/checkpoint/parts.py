@@ -28,7 +28,7 @@ from train.checkpoint.manifest import CheckpointError, Digest
 
 if TYPE_CHECKING:
     from train.learner import Learner, ParameterEma
-    from train.post.frozen import Reference
+    from train.post.comparison import Reference
 
 
 CHUNK_BYTES = 2**24

@@ -31,7 +31,7 @@ from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
 from train.listeners.listener import Listener, Moment
-from train.post.frozen import NetworkComparison
+from train.post.comparison import NetworkComparison
 from train.post.sample import PASS_AT_1
 from train.replica import BatchReader, Read, Replica
 from train.report.viewer import HeldOutAnswer, write_answers

@@ -77,7 +77,7 @@ def _arm(out_dir: Path) -> None:
     from train.checkpoint import save
     from train.optim.staged import StagedAdamW
     from train.post import journal
-    from train.post.frozen import Reference
+    from train.post.comparison import Reference
     from train.post.pipeline import ReplicaPipeline
     from train.post.sample import PromptOrder
     from train.post.sampler import PolicySampler

@@ -24,7 +24,7 @@ from train.config import TokenSchedule, TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import ConfigError
 from train.memory import predict_memory
-from train.post.frozen import Teacher
+from train.post.comparison import Teacher
 from train.replica import BatchReader
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS

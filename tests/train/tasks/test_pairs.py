@@ -29,7 +29,7 @@ from train.checkpoint.sources import load_initial
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
 from train.errors import ConfigError
 from train.listeners.validation import validate
-from train.post.frozen import NetworkComparison
+from train.post.comparison import NetworkComparison
 from train.step import train_step
 from train.tasks.preferences import DpoConfig, RewardModelConfig
 
