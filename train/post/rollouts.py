@@ -8,7 +8,7 @@ from infer.config import Sampling
 from infer.protocol import Group, Request, SampledRoutes
 from infer.scoring.ratings import length_penalty
 from train.config.tasks import RolloutConfig
-from train.post.engine import TrainingEngine
+from train.post.pipeline import TrainingEngine
 from train.post.sample import (
     AdvantageKind,
     PromptForm,

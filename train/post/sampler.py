@@ -27,7 +27,6 @@ from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.errors import UnsavedError
 from train.post.comparison import NetworkComparison
-from train.post.engine import GatheredEngine, ReplicaEngine, TrainingEngine
 from train.post.journal import (
     JournalError,
     journal_path,
@@ -37,6 +36,7 @@ from train.post.journal import (
     write_journal,
 )
 from train.post.pack import BatchShape, PromptAndAnswer, answer_log_probs, find_prompts, pack_fitting, pack_step
+from train.post.pipeline import GatheredEngine, ReplicaEngine, TrainingEngine
 from train.post.rollouts import PendingRollout, RolloutMaker
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import (

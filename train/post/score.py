@@ -22,8 +22,8 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
 from train.config import TrainConfig
-from train.post.engine import ReplicaEngine, TrainingEngine
 from train.post.pack import BatchShape, fill, place_answers
+from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut

@@ -19,8 +19,7 @@ from tests.tiny import BATCH, tiny_config
 from tests.train.job import configured_schedule, make_world
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.listeners.evaluation import PipelinedModel
-from train.post.engine import GatheredEngine, ReplicaEngine
-from train.post.pipeline import ReplicaPipeline
+from train.post.pipeline import GatheredEngine, ReplicaEngine, ReplicaPipeline
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.world import ReplicaConfig

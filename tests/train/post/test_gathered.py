@@ -21,7 +21,7 @@ from tests.rollouts import ROLLOUT, rollout_config
 from tests.tiny import tiny_config
 from tests.train.job import Job, configured_schedule, make_world, run_jobs, start_biases
 from tests.train.post.test_policy import journals
-from train.post.engine import GatheredEngine, ReplicaEngine
+from train.post.pipeline import GatheredEngine, ReplicaEngine
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.world import ReplicaConfig
