@@ -143,21 +143,6 @@ class PassResult:
     earlier_seconds: float
 
 
-def is_reported(name: str) -> bool:
-    """Returns whether a task reports a mean in addition to the losses that all tasks have."""
-    return name not in (MAIN, BALANCE) and not name.startswith(_MTP)
-
-
-def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int) -> StepRates:
-    """Returns the learning rate, the MTP loss weight and the router bias rate of a step."""
-    tokens = sizes.tokens_before(step)
-    return StepRates(
-        learning_rate=learning_rate(optim, sizes, task.steps, step),
-        mtp_loss_weight=task.mtp_loss_weight.at(tokens),
-        bias_update=task.bias_update_rate.at(tokens),
-    )
-
-
 def train_step(
     learner: Learner,
     task: TaskConfig,
@@ -307,3 +292,18 @@ def reduce_losses(replica: Replica, task: Task, sums: LossSums, counts: Tensor, 
     counted = zip(task.names, totals, counts.tolist(), strict=True)
     means = {name: total / (n or 1) for name, total, n in counted if n or not is_reported(name)}
     return Losses(by_name=means, total=task.total(means, rates), is_finite_here=is_finite_here)
+
+
+def is_reported(name: str) -> bool:
+    """Returns whether a task reports a mean in addition to the losses that all tasks have."""
+    return name not in (MAIN, BALANCE) and not name.startswith(_MTP)
+
+
+def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int) -> StepRates:
+    """Returns the learning rate, the MTP loss weight and the router bias rate of a step."""
+    tokens = sizes.tokens_before(step)
+    return StepRates(
+        learning_rate=learning_rate(optim, sizes, task.steps, step),
+        mtp_loss_weight=task.mtp_loss_weight.at(tokens),
+        bias_update=task.bias_update_rate.at(tokens),
+    )
