@@ -57,7 +57,7 @@ LOGGER = logging.getLogger("train")
 SVG_NAME = "schedule.svg"
 TRACE_NAME = "trace.json"
 PAGE_NAME = "schedule.html"
-FOLDER_NAME = "profile"
+_PROFILES = "profile"
 
 
 def record_of(
@@ -383,7 +383,7 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, out_dir: Path, rank: int, device: torch.device) -> None:
         self._config = config
-        self._folder = out_dir / FOLDER_NAME
+        self._folder = out_dir / _PROFILES
         self._device = device
         self._rank = rank
         self._is_chosen = rank in config.ranks
@@ -442,4 +442,4 @@ def profile_notice(config: TrainConfig) -> str:
     if not chosen.steps or not (kinds or missing):
         return ""
     steps, ranks = (", ".join(map(str, numbers)) for numbers in (chosen.steps, chosen.ranks))
-    return f"profile: {' and '.join(kinds) or 'nothing'} of steps {steps} on ranks {ranks} in {FOLDER_NAME}/{missing}"
+    return f"profile: {' and '.join(kinds) or 'nothing'} of steps {steps} on ranks {ranks} in {_PROFILES}/{missing}"
