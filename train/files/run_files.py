@@ -1,6 +1,6 @@
-"""Writes files of a run's folder: places of ranks' files, text without secrets, and `status.json`. No torch here.
+"""Writes files of a run's folder: ranks' files, text without secrets, `status.json`.
 
-Secrets are found by their names and values.
+No torch here. Secrets are found by their names and values.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Measures losses of held-out sequences, also by position, or answers to held-out problems, and shows samples.
+"""Measures losses of held-out sequences, or answers to held-out problems, and shows samples.
 
 Shape legend: B sequences, T tokens, R ranges of positions, N sequences, L tokens per sequence.
 """

@@ -1,4 +1,4 @@
-"""Chooses a cut that fits the memory, if a limit is known, and formats the prediction in GB. No torch here."""
+"""Chooses a cut that fits the memory, and formats the prediction in GB. No torch here."""
 
 from collections import Counter
 from dataclasses import replace

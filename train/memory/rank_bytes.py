@@ -1,4 +1,4 @@
-"""Counts the bytes of one rank: sizes of a micro-batch, the peak of a step's passes, static bytes. Imports no torch."""
+"""Counts the bytes of one rank: static ones, and the peak of a step's passes. No torch here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Converts plans to their public JSON form, and formats it as text of at most 100 columns. No torch here.
+"""Converts plans to their public JSON form, and formats it as text. No torch here.
 
 Keys of the JSON form are spelled `optimiser_*`. All but the memory of a plan is formatted from it.
 """

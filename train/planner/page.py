@@ -303,14 +303,14 @@ def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
     layout = record.get("layout")
     if not isinstance(layout, Mapping):
         return record
-    texts = {
+    labels = {
         **{axis: f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "expert") if axis in layout},
         "chunks": f"{layout.get('chunks')} chunks" if layout.get("chunks") not in (None, 1) else "",
         "batches": f"{layout.get('num_micro_batches')} x {layout.get('micro_batch_sequences')} sequences",
         "recompute": f"recompute {cell_text('', layout['recompute']) or 'nothing'}" if "recompute" in layout else "",
         **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
     }
-    return {**record, "layout": ", ".join(text for text in texts.values() if text)}
+    return {**record, "layout": ", ".join(text for text in labels.values() if text)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Rates of kernels, measured on a reference, and how they scale to a run's model and devices. No torch here.
+"""Rates of kernels, and how they scale to a run's model and devices. No torch here.
 
 Matrix products scale with the weights of a token, scores with the heads and the length, casts and other kernels with
 the values that they read, and exchange with the rows that balanced experts receive. All scale with tokens.

@@ -1,7 +1,7 @@
-"""Draws the charts of a report, and the loads of experts as heat maps with the router's bias below. No torch here.
+"""Draws the charts of a report, maps of experts' loads, and the page of an evaluation.
 
-`charts.yaml` says which numbers each chart shows, and the page's script draws them. An evaluation has a page
-of its own, without a script.
+`charts.yaml` says which numbers each chart shows, and the page's script draws them. The page of an evaluation has
+no script. No torch here.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Draws a run on one offline page: summary, curves, pipeline, experts, exchange, checkpoints and events."""
+"""Draws a run on one offline page: summary, curves, pipeline, experts, exchange, and events."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Reads journals and draws a page with sampled answers: tokens by log-probability or advantage, rewards, and filters.
+"""Reads journals and draws sampled answers: tokens by log-probability or advantage, and rewards.
 
 Answers are hostile: they may hold HTML, scripts and control characters. They are checked, rounded and cut to a size,
 reach the page as JSON, and its script writes them as text. The page's policy allows this script and style alone, by
@@ -149,15 +149,15 @@ class RolloutViewer:
 def _group_list(choice: JournalChoice, pieces: TokenPieces | None) -> tuple[str, int]:
     """Returns the groups as a JSON list of at most `_MOST_DATA_BYTES`, and their number."""
     most_bytes = _MOST_DATA_BYTES // max(len(choice.groups), 1)
-    texts = []
+    entries = []
     num_bytes = 2
     for group in choice.groups:
         text = embedded_json(group_data(group, pieces, most_bytes))
         num_bytes += len(text.encode("utf-8")) + 1
         if num_bytes > _MOST_DATA_BYTES:
             break
-        texts.append(text)
-    return f"[{','.join(texts)}]", len(texts)
+        entries.append(text)
+    return f"[{','.join(entries)}]", len(entries)
 
 
 def _summary_line(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
@@ -241,13 +241,13 @@ def _tokens(
     """Returns the tokens of an answer, without its middle if they take more than `most_bytes`."""
     most = max(most_bytes // _LEAST_TOKEN_BYTES, 8)
     head, tail = (len(ids), 0) if len(ids) <= most else (most - most // 4, most // 4)
-    texts = [*pieces.of(ids[:head]), *pieces.of(ids[len(ids) - tail :])]
-    costs = [_num_bytes(piece) + _LOG_PROB_BYTES for piece in texts]
+    ends = [*pieces.of(ids[:head]), *pieces.of(ids[len(ids) - tail :])]
+    costs = [_num_bytes(piece) + _LOG_PROB_BYTES for piece in ends]
     if sum(costs) > most_bytes:
         head = min(head, _num_fitting(costs, most_bytes * 3 // 4))
         tail = min(tail or len(ids) - head, _num_fitting(costs[::-1], most_bytes // 4))
     places = [*range(head), *range(len(ids) - tail, len(ids))]
-    content: dict[str, Any] = {"pieces": [*texts[:head], *texts[len(texts) - tail :]]}
+    content: dict[str, Any] = {"pieces": [*ends[:head], *ends[len(ends) - tail :]]}
     if log_probs is not None:
         content["logs"] = [_number(log_probs[position]) for position in places]
     return content if len(places) == len(ids) else {**content, "cut": [head, len(ids) - len(places)]}

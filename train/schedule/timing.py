@@ -1,4 +1,4 @@
-"""Predicts the time of a run's step from rates and its schedule, and plans without rates. No torch here.
+"""Predicts the time of a run's step from rates, and builds nominal plans. No torch here.
 
 Memory reaches its peak once the pipeline is full, so a few micro-batches for each rank show the peak of thousands.
 """
