@@ -1,4 +1,4 @@
-"""Calls functions of the user while a run trains: callbacks on rank 0, and metrics that plugins add. No torch."""
+"""Calls functions of the user: callbacks on rank 0, and metrics that plugins add. No torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Defines the errors of a run: an invalid configuration, what ends it on all ranks, and why one rank failed."""
+"""Defines the errors of a run: a wrong key, what ends it on all ranks, and why one rank failed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Checks a step before weights are updated: its loss and gradient norm, and the answers of its rollout.
+"""Checks a step before weights are updated: its loss, its gradient norm and its rollout.
 
 A broken limit of a rollout is a property of the weights, not of the batch, unlike a loss that is not finite.
 """

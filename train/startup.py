@@ -83,8 +83,8 @@ def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:
     keys = [key for key in {**expected, **own} if own.get(key) != expected.get(key)]
     parts = []
     for key in keys[:_MOST_KEYS]:
-        texts = [HIDDEN if is_secret_name(key) else values.get(key, "absent")[:80] for values in (own, expected)]
-        parts.append(f"{key} is {texts[0]} instead of {texts[1]}")
+        both = [HIDDEN if is_secret_name(key) else values.get(key, "absent")[:80] for values in (own, expected)]
+        parts.append(f"{key} is {both[0]} instead of {both[1]}")
     return ", ".join(parts) + (f" and {len(keys) - _MOST_KEYS} more keys differ" if len(keys) > _MOST_KEYS else "")
 
 

@@ -1,4 +1,4 @@
-"""Writes and reads the state of a rank as files of tensors, with one buffer of `CHUNK_BYTES` in memory.
+"""Writes and reads the state of a rank as files of tensors, with one buffer of `CHUNK_BYTES`.
 
 Names and slices of a state do not depend on the layout. The files have the safetensors format. The library
 `safetensors` checks their headers. It is not used for the data: its writer copies all tensors of a file, and its reader

@@ -1,4 +1,4 @@
-"""Opens and checks the weights that a run or a conversion reads, of a checkpoint or a Hugging Face folder.
+"""Opens and checks weights that are read from a checkpoint or a Hugging Face folder.
 
 Torch is imported only to read tensors.
 """

@@ -1,4 +1,4 @@
-"""Groups a rank's parameters by process group and stage, and updates them by AdamW with the whole state."""
+"""Groups a rank's parameters by process group and stage, and updates them by AdamW."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

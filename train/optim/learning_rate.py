@@ -1,4 +1,4 @@
-"""Configures the optimizer, and computes the learning rate as a pure function of the step. No torch here.
+"""Configures the optimizer, and computes the learning rate of a step. No torch here.
 
 A kind of schedule is a frozen dataclass and a function of the tokens read so far, which register in `LR_SCHEDULES`. A
 file outside the checkout can register one more (docs/extend.md).

@@ -1,4 +1,4 @@
-"""Draws prompts in an order that the seed alone decides, defines a rollout, its advantages and its statistics.
+"""Draws prompts by the seed alone, and defines a rollout with its advantages and statistics.
 
 No torch here. Sources: arXiv:2402.03300 (standardized advantages), arXiv:2503.20783 (centered).
 """

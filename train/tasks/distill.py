@@ -1,4 +1,4 @@
-"""Registers distillation, in which a student imitates a teacher, and stores a teacher's most probable tokens.
+"""Registers distillation, and stores a teacher's most probable tokens, which a student imitates.
 
 Torch is imported only to compute scores. A folder holds `scores.json` and, for each part of the samples, token ids and
 log-probabilities. Shape legend: N sequences, L tokens per sequence, B sequences of a batch, T tokens, R rows with a
