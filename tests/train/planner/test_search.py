@@ -58,8 +58,7 @@ def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "sequences", "overrides"),
     [
-        (8, 8, ("cluster.memory_bytes=60000000000",)),
-        pytest.param(16, 8, ("cluster.memory_bytes=40000000000",), marks=pytest.mark.exhaustive),
+        (16, 8, ("cluster.memory_bytes=40000000000",)),
         pytest.param(64, 32, (), marks=pytest.mark.exhaustive),
     ],
 )
