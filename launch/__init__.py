@@ -1,4 +1,7 @@
-"""Commands: `python -m launch.NAME`. Ctrl-C ends them with one line and exit code 130, from the first import on."""
+"""Commands: `python -m launch.NAME`.
+
+Ctrl-C ends them with one line and exit code 130, from the first import on.
+"""
 
 import os
 import signal

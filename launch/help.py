@@ -445,7 +445,7 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
 
 
 def settable_keys(command: str) -> Mapping[str, Any]:
-    """Returns everything that can be set on a command line: keys, groups and switches, with their defaults."""
+    """Returns all that a command line can set: keys, groups and switches, with their defaults."""
     return {**known_keys(command), **default_groups(command), **dict.fromkeys(switches(command), True)}
 
 

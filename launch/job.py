@@ -1,24 +1,34 @@
-"""Finds weights, loads them, and runs ranks over which they are spread, for commands that generate or evaluate.
+"""Finds and loads weights, and runs the ranks of commands that generate or evaluate.
 
 Imports torch only to load weights, and on ranks, so that all checks run before.
 """
 
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
+from data.progress import escape_terminals
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
+from kernels.registry import loaded_plugins
+from launch.config.compose import load_plugin_files, user_errors
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.machine import check_world_size, is_torchrun
+from launch.local_ranks import die_with_parent
+from launch.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.files import read_json
@@ -31,21 +41,6 @@ from train.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from model.transformer import Transformer
     from train.post.pipeline import ReplicaPipeline
-import multiprocessing
-import signal
-import tempfile
-import threading
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing import connection
-from typing import Any
-
-from data.progress import escape_terminals
-from kernels.registry import loaded_plugins
-from launch.config.compose import load_plugin_files, user_errors
-from launch.local_ranks import die_with_parent
-from launch.machine import apply_rank_environment, local_rank_environment
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]

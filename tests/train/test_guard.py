@@ -21,7 +21,6 @@ from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config
 from tests.train.job import close_job, open_job
-from train.checkpoint.parts import Slice
 from train.config import (
     GuardConfig,
     Precision,
@@ -38,6 +37,7 @@ from train.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
+from train.optim.adamw import Slice
 from train.optim.learning_rate import OptimConfig
 from train.records.reporter import Reporter
 from train.replica import StepBatch, TaskHook

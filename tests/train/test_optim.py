@@ -24,7 +24,6 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, save_checkpoint
 from train.checkpoint.load import load
-from train.checkpoint.parts import Slice
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError
 from train.learner import Learner, ParameterEma
@@ -32,6 +31,7 @@ from train.optim.adamw import (
     Bf16MomentsAdamW,
     ParameterGroups,
     ReductionGroups,
+    Slice,
     StageOrders,
     build_adamw,
     moments_of,

@@ -22,11 +22,11 @@ from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, sequential_step
-from train.checkpoint.parts import Slice
 from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
 from train.errors import RefusedStepError
 from train.guard import Guard
 from train.learner import Learner
+from train.optim.adamw import Slice
 from train.step import train_step
 
 STEPS = 2

@@ -28,10 +28,11 @@ from train.checkpoint.index import INDEX_NAME, Index, index_json, merge, read_in
 from train.checkpoint.load import resolve_resume
 from train.checkpoint.locate import is_whole, locate, newest_whole, verify, verify_sizes
 from train.checkpoint.manifest import CheckpointError, write_manifest
-from train.checkpoint.parts import PartReader, Slice, State, as_slice, index_of, state_of, write_part
+from train.checkpoint.parts import PartReader, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.save import CheckpointSaver, replace_folder
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner
+from train.optim.adamw import Slice
 from train.step import train_step
 
 

@@ -8,7 +8,7 @@ maps whole files (see `model.hf.checkpoint`).
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
@@ -25,6 +25,7 @@ from model.hf.reader import TORCH_DTYPES, stored_dtype
 from model.transformer import named_tensors
 from train.checkpoint.index import PREFIXES, Index, IndexEntry, TensorPart
 from train.checkpoint.manifest import CheckpointError, Digest
+from train.optim.adamw import Slice
 
 if TYPE_CHECKING:
     from train.learner import Learner, ParameterEma
@@ -34,15 +35,6 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2**24
 _NUM_HEADERS = 16
 OPTIMIZER_PREFIX = "optimizer."
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slice:
-    """One rank's consecutive elements of a flat tensor, from `offset`. Ranks may hold the same."""
-
-    whole: int
-    offset: int
-    local: Tensor
 
 
 def as_slice(values: Slice | Tensor) -> Slice:

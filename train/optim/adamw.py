@@ -17,10 +17,18 @@ from model.block import RoutedExperts
 from model.linear import GradientStore
 from model.stage import Stage
 from model.transformer import Transformer
-from train.checkpoint.parts import Slice
 from train.optim.learning_rate import OptimConfig
 
 EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """One rank's consecutive elements of a flat tensor, from `offset`. Ranks may hold the same."""
+
+    whole: int
+    offset: int
+    local: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

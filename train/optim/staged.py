@@ -12,8 +12,7 @@ from comm.lane import Lane
 from comm.protocol import Work
 from comm.watchdog.collective_log import CollectiveLog
 from model.linear import GradientStore
-from train.checkpoint.parts import Slice
-from train.optim.adamw import ReplicatedAdamW, Unit
+from train.optim.adamw import ReplicatedAdamW, Slice, Unit
 from train.optim.learning_rate import OptimConfig
 from train.optim.zero1 import Zero1AdamW
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.linear import GradientStore
-from train.checkpoint.parts import Slice
-from train.optim.adamw import MOMENTS, ParameterGroups, Unit, build_adamw, moments_of, spread_step
+from train.optim.adamw import MOMENTS, ParameterGroups, Slice, Unit, build_adamw, moments_of, spread_step
 from train.optim.learning_rate import OptimConfig
 
 _EXPERTS = "routed_experts"
