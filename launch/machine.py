@@ -1,7 +1,7 @@
 """Checks whether a machine can run ranks, and sets the environment of their libraries.
 
-Imports no torch at its top. The cheap checks come first and do not initialize CUDA. Before the ranks of a Slurm job start, each node runs
-`python -m launch.machine`.
+Imports no torch at its top. The cheap checks come first and do not initialize CUDA. Before the ranks of a Slurm job
+start, each node runs `python -m launch.machine`.
 """
 
 if not __package__:
