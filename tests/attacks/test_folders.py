@@ -288,7 +288,7 @@ def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
     command = [sys.executable, "-c", f"""
 from datetime import datetime
-from train.config.errors import ConfigError
+from train.errors import ConfigError
 from launch.run_folder import locked_run_folder
 from train.errors import ConfigError
 from launch.ranks.run_folder import locked_run_folder
