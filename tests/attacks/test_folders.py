@@ -291,7 +291,7 @@ from datetime import datetime
 from train.errors import ConfigError
 from launch.run_folder import locked_run_folder
 from train.errors import ConfigError
-from launch.ranks.run_folder import locked_run_folder
+from launch.run_folder import locked_run_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):
     try:
