@@ -270,7 +270,7 @@ def test_alternatives_are_all_other_kinds_under_the_runs_costs(
 
 @pytest.mark.slow
 def test_alternatives_are_made_once_and_changed_as_the_run_is() -> None:
-    schedule = ungroup(build("dualpipe", 4, 8))
+    schedule = ungroup(build("dualpipe", 2, 4))
     costs = measured_costs(schedule, measured_run(schedule))
     alternatives = Alternatives({}, ungroup)
     first, second = alternatives.timed(schedule, costs), alternatives.timed(schedule, costs)

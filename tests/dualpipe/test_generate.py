@@ -295,7 +295,7 @@ def test_interleaved_hides_exchange(exchange: float, most: float) -> None:
     assert overhead(8, 32, equal_times(exchange), 4) <= most
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interleaved_hides_latency() -> None:
     """Orders that send early at both ends of the step lose 15; with equal preferences in all parts 17.2."""
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0.1)

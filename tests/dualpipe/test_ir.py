@@ -236,7 +236,7 @@ def test_best_of_kind_has_no_more_stages_than_layers() -> None:
     assert AUTO_CHUNKS * 4 not in asked
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
     light, heavy = (
         survey(4, 128, lambda kind, num_stages, weights=weights: with_weights(weights, num_stages))  # type: ignore[misc]

@@ -45,7 +45,7 @@ def test_schedule_of_a_plugin_passes_the_suites_of_registered_schedules(gpipe: P
     assert "failed" not in output, output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_path: Path) -> None:
     """Uses backwards before forwards, and a peak that is declared not to grow."""
     text = gpipe.read_text("utf-8")

@@ -29,9 +29,13 @@ def accepted_sizes(kind: str, numbers_of_ranks: Sequence[int] = range(1, MOST_RA
 
 
 def accepted_shapes(kind: str) -> list[tuple[int, int, int]]:
-    """Yields all small numbers of ranks, micro-batches and chunks, with up to three chunks."""
-    chunks = [number for number in SCHEDULES.get(kind).chunks if number <= MOST_CHUNKS]
-    return [(*size, number) for size in accepted_sizes(kind) for number in chunks]
+    """Returns all small numbers of ranks and micro-batches, with one, two and three chunks in turn."""
+    chunks = few_chunks(kind)
+    return [(*size, chunks[sum(size) % len(chunks)]) for size in accepted_sizes(kind)]
+
+
+def few_chunks(kind: str) -> list[int]:
+    return [number for number in SCHEDULES.get(kind).chunks if number <= MOST_CHUNKS]
 
 
 @cache
@@ -68,11 +72,12 @@ def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
         assert enacted.peaks == peak_activations(schedule), name_of(schedule)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @EVERY_KIND
-def test_registered_kind_of_six_ranks_is_valid_and_computes_what_one_rank_does(kind: str) -> None:
-    chunks = [number for number in SCHEDULES.get(kind).chunks if number <= MOST_CHUNKS]
-    for (ranks, batches), number in product(accepted_sizes(kind, [MOST_RANKS + 1]), chunks):
+def test_registered_kind_of_every_small_shape_is_valid_and_computes_what_one_rank_does(kind: str) -> None:
+    """Uses every number of chunks for every size, up to six ranks."""
+    sizes = accepted_sizes(kind, range(1, MOST_RANKS + 2))
+    for (ranks, batches), number in product(sizes, few_chunks(kind)):
         schedule = build_shape(kind, ranks, batches, number)
         validate(schedule)
         validate(forward_only(schedule), forward_only=True)

@@ -233,7 +233,7 @@ def test_prompts_read_in_chunks_continue_as_whole_ones(speculative: bool, shape:
     request = replace(REQUEST, samples=2, max_new_tokens=8)
     whole = LocalEngine(model, speculative=speculative).generate(prompts, request).rollouts
     # Chunks of fewer and of more tokens than `EXPANDED_TOKENS`, which are computed in two ways.
-    for size in (1, 7, EXPANDED_TOKENS, 100, 149):
+    for size in (7, EXPANDED_TOKENS, 149):
         engine = LocalEngine(model, speculative=speculative, prefill_tokens=size)
         for ours, theirs in zip(engine.generate(prompts, request).rollouts, whole, strict=True):
             assert ours.tokens == theirs.tokens, size
