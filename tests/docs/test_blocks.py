@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, t
     shell = make_shell()
     program = ""
     to_run = [block for block in blocks(page) if block.mode != "not run" and block.language in PROGRAMS]
-    for block, following in zip(to_run, [*to_run[1:], None], strict=True):
+    for block, following in zip_longest(to_run, to_run[1:]):
         match block.language:
             case "bash" if block.mode == "shortened":
                 for command in block.commands():

@@ -203,7 +203,7 @@ def test_extend_command_works_as_printed(command: str, folder: Path) -> None:
     shown = run_in_folder(command, folder)
     if "sawtooth" in command:
         runs = sorted((folder / "outputs/run").glob("*/metrics.jsonl"))
-        rates = [float(rate) for rate in re.findall(r'"lr": ([\d.e-]+)', runs[0].read_text(encoding="utf-8"))]
+        rates = [float(rate) for rate in re.findall(r'"lr": ([\d.e-]+)', runs[-1].read_text(encoding="utf-8"))]
         # Two steps of warm-up, then three teeth over four steps.
         assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.000975, 0.00165, 0.002325])
     if "launch.schedule" in command:
