@@ -45,7 +45,7 @@ test-long: .venv/installed-dev
 	$(PYTEST) $(TWO) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE:%=--ignore=%)
 	$(PYTEST) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE)
 
-# All parameters of tests of which `make test` and `make test-long` run a sample that covers every kind. Takes an hour.
+# All parameters of tests of which `make test` and `make test-long` run a sample that covers every kind.
 test-exhaustive: .venv/installed-dev
 	$(PYTEST) $(TWO) -m exhaustive --durations=20
 
