@@ -71,7 +71,7 @@ failures: .venv/installed-dev
 chaos: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.chaos $(ARGS)
 
-# Puts deliberate faults into a copy of the sources, and prints which test of `make test` finds each. Half an hour.
+# Puts deliberate faults into a copy of the sources, and prints which test of `make test` finds each.
 faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.faults $(ARGS)
 
