@@ -31,6 +31,8 @@ from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.checkpoint.parts import PartReader, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.save import CheckpointSaver, replace_folder
 from train.config import PrecisionConfig, TrainConfig
+from train.errors import UnsavedError
+from train.files.run_lock import OwnershipCheck, RunLock
 from train.learner import Learner
 from train.optim.adamw import Slice
 from train.step import train_step
@@ -187,6 +189,34 @@ def test_name_always_exists_if_folders_can_be_exchanged(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the name was free for a moment"))
     replace_folder(made, place)
     assert (place / "file").read_text() == "new"
+
+
+def save_while_deleted(rank: int, world_size: int, config: TrainConfig) -> str:
+    """Saves a checkpoint whose run's folder is deleted before its parts are written; returns the error."""
+    folder = Path(config.out_dir)
+
+    def delete(*arguments: object) -> None:
+        shutil.rmtree(folder)
+        raise FileNotFoundError(2, "No such file or directory", "rank_00000.safetensors")
+
+    learner = open_job(config)
+    folder.mkdir()
+    with RunLock(folder, print), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_part", delete)
+        prepared = prepare(config.data, config.batch.sequence_length_tokens)
+        saver = CheckpointSaver(config, learner, prepared, ownership=OwnershipCheck(folder))
+        saver.save(1)
+        with pytest.raises(UnsavedError) as raised:
+            saver.close()
+    close_job(learner)
+    return str(raised.value)
+
+
+def test_write_into_a_folder_that_is_deleted_meanwhile_names_the_cause(folder: Path) -> None:
+    alone = ParallelismConfig(pipeline=1, data=1, expert=1)
+    config = replace(config_of(folder, "deleted"), parallelism=alone)
+    (error,) = run_ranks(1, save_while_deleted, config)
+    assert error == f"the run's folder {config.out_dir} is no longer its own: it was deleted or moved"
 
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64)

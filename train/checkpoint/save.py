@@ -130,7 +130,9 @@ class CheckpointSaver:
             index, files = self._write_parts(partial, copied)
             run_on_all(lambda: self._finish(partial, final, step, index, files), self._group)
         except PartError as failure:
-            raise UnsavedError(f"{partial}: cannot be written by {failure}") from failure
+            # A folder that was deleted or taken over meanwhile fails any write: the cause is told, not the write.
+            lost = lost_folder(self._ownership, self._group)
+            raise UnsavedError(lost or f"{partial}: cannot be written by {failure}") from failure
         return final
 
     def _begin(self, partial: Path) -> None:
@@ -205,6 +207,13 @@ class CheckpointSaver:
         sync(self._root)
         if config.checkpointing.keep is not None:
             _remove_older(final, config.checkpointing.keep)
+
+
+def lost_folder(ownership: OwnershipCheck | None, group: dist.ProcessGroup) -> str:
+    """Returns on every rank why rank 0 no longer owns the run's folder, or an empty text if it does."""
+    problem = [ownership.problem(is_urgent=True) if ownership is not None and dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(problem, src=0, group=group)
+    return problem[0]
 
 
 def _remove_older(newest: Path, num_kept: int) -> None:

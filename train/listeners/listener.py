@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed as dist
-
 from data.loader import Loader
 from data.prepare import Prepared
 from train.callbacks import Callbacks, call_on_first_rank
-from train.checkpoint.save import CheckpointSaver, save_to_rescue_folder
+from train.checkpoint.save import CheckpointSaver, lost_folder, save_to_rescue_folder
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
 from train.files.json_lines import try_append_event
@@ -164,7 +162,9 @@ class Checkpoints(Listener):
             try:
                 yield
             except PreemptedError:
-                if lost := self._lost_folder():
+                with self._world.phase("check of the run's folder"):
+                    lost = lost_folder(self._ownership, self._world.groups.world)
+                if lost:
                     raise UnsavedError(lost) from None
                 if self._num_done() != self._num_saved:
                     self._save()
@@ -209,10 +209,3 @@ class Checkpoints(Listener):
             call_on_first_rank(
                 self._world, "on_checkpoint", lambda: [on_checkpoint(*checkpoint) for checkpoint in finished.items()]
             )
-
-    def _lost_folder(self) -> str:
-        """Returns on every rank why the run no longer owns its folder, or an empty text if it does."""
-        problem = [self._ownership.problem(is_urgent=True) if self._world.rank == 0 else ""]
-        with self._world.phase("check of the run's folder"):
-            dist.broadcast_object_list(problem, src=0, group=self._world.groups.world)
-        return problem[0]
