@@ -58,6 +58,8 @@ def _check(config: Conversion) -> None:
         raise ConfigError("weights: must be trained with from=hf, is ema; nearest valid: trained")
     if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
+    if config.processes is not None and config.processes < 1:
+        raise ConfigError(f"processes: must be above 0, is {config.processes}; the least is 1")
     _check_target(config.to)
     source_config(config.path, "path", drop_mtp=config.drop_mtp)
 

@@ -31,6 +31,11 @@ class HfError(ValueError):
         super().__init__(_printable(f"{prefix}{problem}"))
         self.path = str(path)
         self.subject = subject
+        self._problem = problem
+
+    def __reduce__(self) -> tuple[type["HfError"], tuple[str, str, str]]:
+        """Returns what pickle needs to send the error to another process."""
+        return HfError, (self.path, self.subject, self._problem)
 
 
 def format_value(value: object) -> str:

@@ -5,8 +5,9 @@ One tensor is in memory at a time. It does not use safetensors' writer, which ne
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,7 +34,7 @@ from model.hf.names import (
     weights,
     with_scales,
 )
-from model.hf.reader import TORCH_DTYPES, HfReader, HfSource, stored_dtype
+from model.hf.reader import TORCH_DTYPES, HfReader, HfSource, all_finite, stored_dtype
 from model.transformer import Transformer, named_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -57,6 +58,15 @@ class Extras:
     files: Mapping[str, bytes]
 
 
+RunJobs = Callable[[Sequence[Callable[[], None]]], object]
+
+
+def run_in_turn(jobs: Sequence[Callable[[], None]]) -> None:
+    """Calls each job in this process."""
+    for job in jobs:
+        job()
+
+
 NO_EXTRAS = Extras(config={}, files={})
 NEW_SCALES = Fp8Scales(by_name={}, power_of_two=False)
 
@@ -70,6 +80,7 @@ def write_hf(
     scales: Fp8Scales = NEW_SCALES,
     extras: Extras = NO_EXTRAS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    run: RunJobs = run_in_turn,
 ) -> None:
     """Writes a checkpoint to an absent or empty folder.
 
@@ -78,6 +89,7 @@ def write_hf(
         tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
             weight (embedding and head once more per MTP module; never for weights without elements).
         max_shard_bytes: largest size of a file's data, unless one tensor is larger.
+        run: calls jobs that write one file each, in any order and in any process.
 
     Raises:
         HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in the
@@ -89,9 +101,12 @@ def write_hf(
     else:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     with create_folder_atomically(path) as folder:
-        for file_name, shard in zip(names, shards, strict=True):
-            with (folder / file_name).open("xb") as file:
-                _write_shard(file, path / file_name, shard, tensor, scales)
+        run(
+            [
+                partial(_write_shard, folder / file_name, path / file_name, shard, tensor, scales)
+                for file_name, shard in zip(names, shards, strict=True)
+            ]
+        )
         if len(shards) > 1:
             located = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             size = sum(_num_bytes(stored) for stored in plan.values())
@@ -134,9 +149,18 @@ def _num_bytes(stored: Stored) -> int:
 
 
 def _write_shard(
-    file: BinaryIO, path: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
+    partial_path: Path, path: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
 ) -> None:
     """Writes a file; `path` is its final one, for errors."""
+    with partial_path.open("xb") as file:
+        _write_tensors(file, path, shard, tensor, scales)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensors(
+    file: BinaryIO, path: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
+) -> None:
     offsets, header = lay_out(shard)
     file.write(header)
     for name, stored in shard.items():
@@ -157,8 +181,6 @@ def _write_shard(
                 if not shard[part].dtype.startswith("F8"):
                     _check_finite(rows, path, part, shard[part].dtype)
                 file.write(rows.view(torch.uint8).numpy().data)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _quantize(values: Tensor, known_scales: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
@@ -169,7 +191,7 @@ def _quantize(values: Tensor, known_scales: Tensor | None, *, power_of_two: bool
 
 
 def _check_finite(values: Tensor, path: Path, name: str, dtype: StoredDtype) -> None:
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise HfError(path, name, f"must hold finite numbers in {dtype}, does not")
 
 

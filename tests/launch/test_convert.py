@@ -22,7 +22,7 @@ from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from model.config import ModelConfig
 from model.hf.checkpoint import read_header
 from model.hf.files import HfError
-from model.hf.reader import TORCH_DTYPES
+from model.hf.reader import TORCH_DTYPES, HfReader
 from model.transformer import Transformer, named_tensors
 from tests.attacks import hostile
 from tests.launch.test_config import build
@@ -39,6 +39,7 @@ from tests.model.hf_checkpoints import (
     write_tensors,
 )
 from tests.tiny import MODEL
+from train.checkpoint import convert as conversion
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import check_compatible, locate
 from train.checkpoint.manifest import CheckpointError, read_model
@@ -212,6 +213,33 @@ def test_convert_weights_alone_cannot_be_resumed_from(sources: Path) -> None:
 
 
 @pytest.mark.slow
+def test_convert_in_several_processes_writes_the_same_files(sources: Path, tmp_path: Path) -> None:
+    for source, form in (("plain", "checkpoint"), ("plain", "hf"), ("fp8", "hf"), ("fp8", "checkpoint")):
+        for processes in (1, 3):
+            target = tmp_path / f"{source}_{form}_{processes}"
+            sizes = f"max_shard_bytes=100000 processes={processes}"
+            assert convert(f"from=hf format={form} path={sources / source} to={target} {sizes}") == 0
+        names = sorted(path.name for path in target.iterdir())
+        assert sum(name.endswith(".safetensors") for name in names) > 2
+        for name in names:
+            assert (target / name).read_bytes() == (tmp_path / f"{source}_{form}_1" / name).read_bytes(), name
+
+
+def test_convert_whose_process_dies_says_so_and_leaves_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "write_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(CheckpointError, match="a process that wrote weights died with exit code -9"):
+        convert(f"from=hf path={sources / 'plain'} to={tmp_path / 'new'} max_shard_bytes=100000 processes=2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_reads_a_tensor_without_a_search_through_all(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = HfReader(sources / "plain")
+    monkeypatch.setattr("model.hf.reader.weights", lambda _: pytest.fail("all names were listed for one tensor"))
+    assert reader.tensor("lm_head.weight", torch.float32).isfinite().all()
+
+
 def test_convert_memory_does_not_depend_on_the_size_of_files(tmp_path: Path) -> None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs Linux's /proc/self/clear_refs to measure memory")
@@ -254,6 +282,7 @@ def test_convert_tells_of_its_progress_and_of_its_end(
         ("from=hf path=hf to=new dtype=fp16", ["dtype: must be one of bf16, float32, fp8"]),
         ("from=checkpoint path=ours to=new format=checkpoint", ["format: must be hf"]),
         ("from=hf path=hf to=new max_shard_bytes=0", ["max_shard_bytes: must be above 0", "is 0"]),
+        ("from=hf path=hf to=new processes=0", ["processes: must be above 0", "is 0"]),
         ("from=hf path=hf to=new +source=hf", ["source: unknown key", "did you mean from"]),
         ("from=hf path=hf to=new pth=a", ["pth: unknown key", "did you mean path"]),
     ],
@@ -456,22 +485,34 @@ def test_convert_names_what_the_system_rejects_to_look_at(sources: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_convert_that_is_ended_leaves_nothing(number: signal.Signals, sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "process", "shard_bytes"),
+    [
+        (signal.SIGINT, "getpid", "null"),
+        (signal.SIGTERM, "getpid", "null"),
+        (signal.SIGHUP, "getpid", "null"),
+        (signal.SIGTERM, "getppid", "200000"),
+    ],
+)
+def test_convert_that_is_ended_leaves_nothing(
+    number: signal.Signals, process: str, shard_bytes: str, sources: Path, tmp_path: Path
+) -> None:
     code = f"""
 import os
 import sys
 from launch.convert import main
 from launch.command import command
 import train.checkpoint.convert as conversion
-say = conversion._Counter.read
-def read(counter, name):
-    if counter.num_tensors == 20:
+real, names = conversion._Source.read, []
+def read(source, name):
+    names.append(name)
+    if len(names) == 20:
         print(len(list(os.scandir({str(tmp_path / "above")!r}))), flush=True)
-        os.kill(os.getpid(), {int(number)})
-    return say(counter, name)
-conversion._Counter.read = read
-sys.argv = ["convert", "from=hf", "format=hf", "path={sources / "plain"}", "to={tmp_path / "above" / "made"}"]
+        os.kill(os.{process}(), {int(number)})
+    return real(source, name)
+conversion._Source.read = read
+sys.argv = ["convert", "from=hf", "format=hf", "path={sources / "plain"}", "to={tmp_path / "above" / "made"}",
+            "max_shard_bytes={shard_bytes}", "processes=2"]
 sys.exit(command("convert", main))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,9 +1,17 @@
-"""Converts weights between forms of checkpoints, tensor by tensor, with at most two shards in memory."""
+"""Converts weights between forms of checkpoints, tensor by tensor; several processes write a file each."""
 
+import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +32,7 @@ from model.hf.names import (
     stored_tensors,
     weights,
 )
-from model.hf.reader import TORCH_DTYPES, HfReader
+from model.hf.reader import TORCH_DTYPES, HfReader, all_finite
 from model.hf.writer import Extras, Fp8Scales, rotary_plan, split_into_shards, write_hf
 from train.checkpoint.index import (
     INDEX_NAME,
@@ -36,7 +44,7 @@ from train.checkpoint.index import (
     TensorPart,
     index_json,
 )
-from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, Digest, write_weights_manifest
+from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
 from train.checkpoint.parts import write_part
 from train.checkpoint.preserved import (
     PreservedMetadata,
@@ -53,6 +61,7 @@ from train.checkpoint.sources import (
     unknown_notes,
 )
 
+ValueT = TypeVar("ValueT")
 Say = Callable[[str], None]
 
 _WEIGHTS = PREFIXES["trained"]
@@ -91,12 +100,11 @@ def convert(conversion: Conversion, say: Say) -> str:
         source = replace(source, preserved=replace(source.preserved, files=files))
         for name in left_out:
             say(f"{name}: its chat template is not known and left out; accept_template=true copies it")
-    counter = _Counter(source, conversion.file_bytes, say)
+    shards = _Shards(conversion, source, say)
     write = _write_checkpoint if conversion.target == "checkpoint" else _write_hf
-    write(conversion, source, counter.read)
+    write(conversion, source, shards)
     written = sum(file.stat().st_size for file in conversion.folder.iterdir())
-    read = f"{counter.num_tensors} tensors, {_bytes_text(counter.num_bytes)}"
-    return f"wrote {conversion.folder}, {_bytes_text(written)}, from {read}"
+    return f"wrote {conversion.folder}, {_bytes_text(written)}, from {shards.summary}"
 
 
 def _open(conversion: Conversion) -> _Source:
@@ -138,7 +146,7 @@ def _open(conversion: Conversion) -> _Source:
     )
 
 
-def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
+def _write_checkpoint(conversion: Conversion, source: _Source, shards: "_Shards") -> None:
     plan = {ROTARY_PREFIX + name: stored for name, stored in rotary_plan(source.rotary).items()}
     for name, shape in held_weights(source.config).items():
         dtype: StoredDtype = "BF16" if source.dtypes[name] == "F8_E4M3" else source.dtypes[name]
@@ -150,43 +158,48 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
         if name.startswith(ROTARY_PREFIX):
             return source.rotary[name.removeprefix(ROTARY_PREFIX)]
         dtype = TORCH_DTYPES[plan[name].dtype]
-        values = read(name.removeprefix(_WEIGHTS)).to(dtype)
-        if not values.isfinite().all():
+        values = source.read(name.removeprefix(_WEIGHTS)).to(dtype)
+        if not all_finite(values):
             subject = f"{conversion.folder}: {name.removeprefix(_WEIGHTS)}"
             raise CheckpointError(f"{subject}: must hold finite numbers in {dtype}, does not")
         return values
 
-    files: dict[str, Digest] = {}
-    index: Index = {}
+    named = {f"weights_{n:05}{PART_SUFFIX}": t for n, t in enumerate(split_into_shards(plan, conversion.file_bytes))}
     with create_folder_atomically(conversion.folder) as folder:
-        for number, tensors in enumerate(split_into_shards(plan, conversion.file_bytes)):
-            file = f"weights_{number:05}{PART_SUFFIX}"
-            entries = {
-                name: IndexEntry(stored, (TensorPart(file, 0, stored.num_elements),))
-                for name, stored in tensors.items()
-            }
-            files[file], written = write_part(folder, file, entries, read_rounded)
-            index |= written
+        jobs = [
+            partial(write_part, folder, file, _entries_in(file, tensors), read_rounded)
+            for file, tensors in named.items()
+        ]
+        parts = shards.run(jobs, [[name.removeprefix(_WEIGHTS) for name in tensors] for tensors in named.values()])
+        files = {file: digest for file, (digest, _) in zip(named, parts, strict=True)}
+        index = {name: entry for _, written in parts for name, entry in written.items()}
         others = {**source.preserved.files, **_tokenizer_file(source.folder), INDEX_NAME: index_json(index).encode()}
         for name, content in others.items():
             write_synced(folder / name, content)
         write_weights_manifest(folder, source.config, source.preserved.config, files)
 
 
-def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
+def _entries_in(file: str, tensors: Mapping[str, Stored]) -> Index:
+    return {name: IndexEntry(stored, (TensorPart(file, 0, stored.num_elements),)) for name, stored in tensors.items()}
+
+
+def _write_hf(conversion: Conversion, source: _Source, shards: "_Shards") -> None:
     plan, scales = _plan_hf(conversion, source)
+    plan |= rotary_plan(source.rotary)
+    names = split_into_shards(plan, conversion.file_bytes)
     ids, files = _for_servers(source)
     write_hf(
         conversion.folder,
         source.config,
-        plan | rotary_plan(source.rotary),
-        lambda name: source.rotary[name] if name in source.rotary else read(name),
+        plan,
+        lambda name: source.rotary[name] if name in source.rotary else source.read(name),
         scales=scales,
         extras=Extras(
             config={**ids, **source.preserved.config},
             files={**files, **source.preserved.files, **_tokenizer_file(source.folder)},
         ),
         max_shard_bytes=conversion.file_bytes,
+        run=lambda jobs: shards.run(jobs, names),
     )
 
 
@@ -224,33 +237,87 @@ def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
     return server_files(tokenizer, source.config.max_position_tokens)
 
 
-class _Counter:
-    """A reader that counts tensors and bytes, and prints its progress after each shard."""
+class _Shards:
+    """The files of a conversion. They are written by several processes; after each, the progress is printed."""
 
-    def __init__(self, source: _Source, shard_bytes: int, say: Say) -> None:
+    def __init__(self, conversion: Conversion, source: _Source, say: Say) -> None:
         shapes = held_weights(source.config)
         stored = {name: Stored(shape, source.dtypes[name]) for name, shape in shapes.items()}
         self._sizes = {name: item.num_elements * TORCH_DTYPES[item.dtype].itemsize for name, item in stored.items()}
-        self._source = source
-        self._shard_bytes = shard_bytes
+        self._num_processes = conversion.processes or len(os.sched_getaffinity(0))
         self._say = say
-        self._read: set[str] = set()
         self._began = time.monotonic()
-        self.num_bytes = 0
-        self.num_tensors = 0
+        self._num_tensors = 0
+        self._num_bytes = 0
+        self.summary = f"{len(self._sizes)} tensors, {_bytes_text(sum(self._sizes.values()))}"
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
-        if name in self._read:  # an MTP module's copy
-            return tensor
-        self._read.add(name)
-        shards_before = self.num_bytes // self._shard_bytes
-        self.num_tensors += 1
-        self.num_bytes += self._sizes.get(name, 0)
-        if self.num_bytes // self._shard_bytes > shards_before:
-            how_far = progress_text(self.num_bytes, sum(self._sizes.values()), time.monotonic() - self._began)
-            self._say(f"read {self.num_tensors} of {len(self._sizes)} tensors, {how_far}")
-        return tensor
+    def run(self, jobs: Sequence[Callable[[], ValueT]], shards: Sequence[Iterable[str]]) -> list[ValueT]:
+        """Returns the result of each job, which writes the file of a shard with tensors of these names."""
+        results: dict[int, ValueT] = {}
+        for index, result in run_in_processes(jobs, self._num_processes):
+            results[index] = result
+            self._add(shards[index])
+        return [results[index] for index in range(len(jobs))]
+
+    def _add(self, names: Iterable[str]) -> None:
+        sizes = [self._sizes[name] for name in names if name in self._sizes]
+        self._num_tensors += len(sizes)
+        self._num_bytes += sum(sizes)
+        if self._num_tensors < len(self._sizes):
+            how_far = progress_text(self._num_bytes, sum(self._sizes.values()), time.monotonic() - self._began)
+            self._say(f"read {self._num_tensors} of {len(self._sizes)} tensors, {how_far}")
+
+
+def run_in_processes(jobs: Sequence[Callable[[], ValueT]], num_processes: int) -> Iterator[tuple[int, ValueT]]:
+    """Yields the index and the result of each job as it ends, at most `num_processes` at a time, each in a fork.
+
+    An error of a job is raised here, and the other processes are ended. With one job or process, jobs run in turn here.
+    """
+    if min(num_processes, len(jobs)) <= 1:
+        yield from ((index, job()) for index, job in enumerate(jobs))
+        return
+    context = multiprocessing.get_context("fork")
+    waiting = list(enumerate(jobs))[::-1]
+    running: dict[Connection, tuple[int, ForkProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                index, job = waiting.pop()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_send_result, args=(job, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = index, process
+            for ended in connection.wait(list(running)):
+                assert isinstance(ended, Connection)
+                index, process = running.pop(ended)
+                yield index, _receive_result(ended, process)
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def _send_result(job: Callable[[], object], result: Connection) -> None:
+    # Ctrl-C reaches all processes of a terminal; the one that started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    try:
+        result.send((job(), None))
+    except Exception as error:
+        result.send((None, error))
+
+
+def _receive_result(result: Connection, process: ForkProcess) -> Any:
+    try:
+        value, error = result.recv()
+    except EOFError:
+        process.join()
+        raise CheckpointError(f"a process that wrote weights died with exit code {process.exitcode}") from None
+    process.join()
+    if error is not None:
+        raise error
+    return value
 
 
 def _bytes_text(num_bytes: int) -> str:

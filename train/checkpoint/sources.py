@@ -52,6 +52,7 @@ class Conversion:
     weights: WeightsKind
     mtp: Literal["keep", "drop"]
     accept_template: bool
+    processes: int | None
 
     @property
     def target(self) -> WeightsForm:
@@ -210,6 +211,7 @@ class CheckpointReader:
         return named
 
     def _fill(self, prefix: str, named: "Mapping[str, Tensor]") -> None:
+        from model.hf.reader import all_finite
         from train.checkpoint.parts import PartReader
 
         if self._parts is None:
@@ -219,7 +221,7 @@ class CheckpointReader:
         except CheckpointError as error:
             raise self._error(str(error)) from error
         for name, tensor in named.items():
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise self._error(f"{name}: must hold finite numbers, does not")
 
     def _check_files(self) -> None:
