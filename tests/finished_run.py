@@ -1,32 +1,45 @@
 """A short run for tests that compare several ways of starting ranks."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from launch.run_folder import read_folder
+from tests import ROOT
 from tests.commands import run_command
 from train.checkpoint.load import load_whole
 from train.world import weight_dtype
 
 
-def choices(folder: Path, name: str, num_steps: int) -> list[str]:
-    """Returns the overrides of a float64 run with four ranks, two per node, on the text in `folder`."""
+def choices(folder: Path, name: str, num_steps: int, parallelism: str = "four_ranks") -> list[str]:
+    """Returns the overrides of a float64 run, by default with four ranks, two per node, on the text in `folder`."""
     return [
-        *(f"name={name}", f"out_dir={folder / name}", "cluster=laptop", "model=tiny", "parallelism=four_ranks"),
-        *("data=files", f"data.paths=[{folder / 'text'}]", f"data.cache_dir={folder / 'cache'}"),
-        *("data.tokenizer_vocab_size=320", "data.validation_fraction=0.2", "validation.sequences=0"),
+        *(f"name={name}", f"out_dir={folder / name}", "cluster=laptop", "model=tiny"),
+        *(f"parallelism={parallelism}", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(
+            f"data.cache_dir={folder / 'cache'}",
+            "data.tokenizer_vocab_size=320",
+            "data.validation_fraction=0.2",
+            "validation.sequences=0",
+        ),
         *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
         *("precision=float64", "optim.sharding=replicated", "samples.prompt=", f"task.steps={num_steps}"),
     ]
 
 
-def run_bare(folder: Path, name: str, num_steps: int) -> None:
+def run_bare(folder: Path, name: str, num_steps: int, parallelism: str = "four_ranks") -> None:
     """Runs training with the built-in launcher."""
-    done = run_command(["-m", "launch.train", *choices(folder, name, num_steps)], timeout=300)
+    done = run_command(["-m", "launch.train", *choices(folder, name, num_steps, parallelism)], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def waiting_plugin(folder: Path) -> str:
+    """Copies `waiting_plugin.py` into a new folder, and returns the override that loads it."""
+    folder.mkdir()
+    return f"plugins=[{shutil.copy(ROOT / 'tests' / 'waiting_plugin.py', folder)}]"
 
 
 def num_steps_recorded(run: Path) -> int:

@@ -100,10 +100,10 @@ class Outcome:
         return in_time and self.exit_code == code and self.names_rank and self.names_operation
 
 
-def choices(folder: Path) -> list[str]:
-    """Returns the overrides of the run except its folder: four ranks of the tiny model on the text in `folder`."""
+def choices(folder: Path, parallelism: str = "four_ranks") -> list[str]:
+    """Returns the overrides of the run except its folder: the tiny model on the text in `folder`."""
     return [
-        *("model=tiny", "parallelism=four_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *("model=tiny", f"parallelism={parallelism}", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
         *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
         *("validation.sequences=8", "validation.every_steps=1", "checkpointing.every_steps=1"),

@@ -62,22 +62,20 @@ class Ended:
 # Each attempt continues where the previous one ended. The last one is not interrupted.
 _PREEMPTED_IN_EVERY_PHASE: list[SignalCase | None] = [
     SignalCase(0, "SIGTERM", "start of the job"),
-    SignalCase(3, "SIGUSR1", "preparation of the corpus"),
-    SignalCase(0, "SIGUSR1", "construction of the model"),
-    SignalCase(3, "SIGTERM", "dispatch", 3),  # in step 1
-    SignalCase(0, "SIGUSR1", "dispatch", after=RECORD),  # in the validation after step 2
-    SignalCase(3, "SIGTERM", DRAWING),  # after step 3
+    SignalCase(1, "SIGUSR1", "preparation of the corpus"),
+    SignalCase(1, "SIGTERM", "transfer", 3),  # in step 1
+    SignalCase(0, "SIGUSR1", "transfer", after=RECORD),  # in the validation after step 2
+    SignalCase(1, "SIGTERM", DRAWING),  # after step 3
     SignalCase(0, "SIGTERM", "checkpoint"),  # after step 4
-    SignalCase(3, "SIGUSR1", "update of the weights", again="checkpoint"),  # in step 5, and while it is saved
+    SignalCase(1, "SIGUSR1", "update of the weights", again="checkpoint"),  # in step 5, and while it is saved
     None,
 ]
 CHAINS: dict[str, list[SignalCase | None]] = {
     "uninterrupted": [None],
-    "uninterrupted_two_ranks": [None],
     "preempted": _PREEMPTED_IN_EVERY_PHASE,
-    # In step 6, after the checkpoint of step 4; then in steps 1 and 2 of one that has no checkpoint yet.
-    "killed": [SignalCase(2, "SIGKILL", "update of the weights", 6, restarts=2)],
-    "killed_twice": [SignalCase(0, "SIGKILL", "combine backward", 12, attempts=2, restarts=1)],
+    # In step 6, after the checkpoint of step 4; then in step 1 of one that has no checkpoint yet.
+    "killed": [SignalCase(1, "SIGKILL", "update of the weights", 6, restarts=2)],
+    "killed_twice": [SignalCase(0, "SIGKILL", "transfer", 12, attempts=2, restarts=1)],
 }  # fmt: skip
 
 
@@ -134,7 +132,7 @@ def run_attempt(folder: Path, chain: str, case: SignalCase | None) -> Ended:
 
     out_dir = folder / chain
     restarts = f"cluster.max_restarts={0 if case is None else case.restarts}"
-    config = compose_run([*run_choices(folder, chain), f"out_dir={out_dir}", restarts])
+    config = compose_run([*run_choices(folder), f"out_dir={out_dir}", restarts])
     check(config)
     check_folder(config)
     write_run_folder(config, datetime.now())
@@ -150,13 +148,11 @@ def run_attempt(folder: Path, chain: str, case: SignalCase | None) -> Ended:
     return Ended(exit_code=code, status=asdict(status), checkpoints=steps, events=events)
 
 
-def run_choices(folder: Path, chain: str = "uninterrupted") -> list[str]:
-    """Returns the overrides of every attempt except its folder, for four ranks, or for two if the chain needs them."""
-    ranks = ["parallelism=two_ranks"] if chain == "uninterrupted_two_ranks" else []
+def run_choices(folder: Path) -> list[str]:
+    """Returns the overrides of every attempt except its folder."""
     return [
-        *(*choices(folder), "resume=auto", f"task.steps={NUM_STEPS}", "validation.every_steps=2"),
+        *(*choices(folder, "two_ranks"), "resume=auto", f"task.steps={NUM_STEPS}", "validation.every_steps=2"),
         *("checkpointing.every_steps=4", "track.picture_every_steps=3", "cluster.timeout_seconds=60"),
-        *ranks,
     ]
 
 

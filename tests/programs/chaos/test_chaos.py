@@ -57,9 +57,9 @@ def run_chaos(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def chaos_run(tmp_path_factory: pytest.TempPathFactory) -> ChaosRun:
-    """Runs faults whose kinds no other test has: damaged checkpoints, a full disk, a killed or preempted command."""
+    """Runs faults whose kinds no other test has: a damaged checkpoint, a full disk, a killed command."""
     folder = tmp_path_factory.mktemp("chaos")
-    return folder, run_chaos(folder, "--faults=10", "--only", "4", "5", "6", "7", "8")
+    return folder, run_chaos(folder, "--faults=10", "--only", "4", "6", "7")
 
 
 def check_outcomes(done: subprocess.CompletedProcess[str], number: int) -> None:
@@ -70,8 +70,8 @@ def check_outcomes(done: subprocess.CompletedProcess[str], number: int) -> None:
 
 
 @pytest.mark.long
-def test_five_faults_change_no_results(chaos_run: ChaosRun) -> None:
-    check_outcomes(chaos_run[1], 5)
+def test_three_faults_change_no_results(chaos_run: ChaosRun) -> None:
+    check_outcomes(chaos_run[1], 3)
 
 
 @pytest.mark.long
