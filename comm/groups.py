@@ -6,6 +6,7 @@ torch's own rendezvous start a TCP server that listens on all addresses of the m
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 
@@ -33,11 +34,21 @@ GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 MOST_CONNECTED_RANKS = 256
 """Largest number of ranks whose gloo group connects every pair of ranks at once."""
 
+_LARGE_SUM = 2**24
+"""Numbers for which NCCL takes the algorithm of large sums, which are limited by bandwidth."""
+
 _LAZY_VARIABLE = "TORCH_GLOO_LAZY_INIT"
 
 
 class ClusterError(ValueError):
     """Raised if a process cannot join the job."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UrgentKernels:
+    """NCCL runs a group's kernels before others that are ready, because the schedule waits for them."""
+
+    max_ctas: int | None  # most SMs that a kernel occupies, also while it waits for a peer; None as NCCL chooses
 
 
 class Groups:
@@ -54,6 +65,7 @@ class Groups:
         embedding: ranks that hold the embedding. It is `stage` itself if these are the same ranks, and on ranks that do
             not hold the embedding.
         context: ranks that share each sequence, ordered by context index; None if each rank holds whole sequences.
+        exchange_kernels: how NCCL runs the kernels of dispatch and combine.
     """
 
     rank: int
@@ -63,18 +75,31 @@ class Groups:
     embedding: ProcessGroup
     context: ProcessGroup | None
     world: ProcessGroup
+    exchange_kernels: UrgentKernels
 
     def __init__(
-        self, layout: Layout, *, mirrored: bool, timeout_seconds: float, embedding: Sequence[int] = (0,)
+        self,
+        layout: Layout,
+        *,
+        mirrored: bool,
+        timeout_seconds: float,
+        embedding: Sequence[int] = (0,),
+        communication_sms: int | None = None,
     ) -> None:
-        """Creates all groups. All ranks call it once, at the same point; `embedding` has pipeline indices."""
+        """Creates all groups and opens their communicators. All ranks call it once, at the same point.
+
+        Args:
+            embedding: pipeline indices of the ranks that hold the embedding.
+            communication_sms: SMs for dispatch and combine on NCCL; None as NCCL chooses.
+        """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
                 f"cluster: pipeline x data x context must equal the number of ranks started, "
                 f"is {layout.world_size} for {distributed.get_world_size()} ranks"
             )
         self.rank = distributed.get_rank()
-        self.expert = join_one(expert_partition(layout), timeout_seconds)
+        self.exchange_kernels = UrgentKernels(max_ctas=communication_sms or None)
+        self.expert = join_one(expert_partition(layout), timeout_seconds, self.exchange_kernels)
         self.stage = join_one(stage_partition(layout, mirrored=mirrored), timeout_seconds)
         self.expert_data = join_one(expert_data_partition(layout, mirrored=mirrored), timeout_seconds)
         holders = layout.ranks_at(embedding)
@@ -85,28 +110,65 @@ class Groups:
         world = distributed.group.WORLD
         assert world is not None
         self.world = world
+        context: list[ProcessGroup] = [] if self.context is None else [self.context]
+        embedding: list[ProcessGroup] = [] if self.embedding is self.stage else [self.embedding]
+        open_communicators([self.expert, *context], [world, self.stage, self.expert_data, *embedding, *context])
 
 
-def join_one(partition: Iterable[Slices], timeout_seconds: float) -> ProcessGroup:
+def open_communicators(exchanging: Iterable[ProcessGroup], reducing: Iterable[ProcessGroup] = ()) -> None:
+    """Runs the first collectives of this rank's groups on NCCL, an all-to-all or sums of both sizes.
+
+    NCCL creates a communicator at its first collective, and connects ranks when an algorithm or a pair first needs it.
+    Both block the host until all members arrive. Inside a schedule that can be a deadlock, because receives that wait
+    for a peer already occupy the device (nccl#1082). All ranks call it with groups of the same partitions in the same
+    order. `device_id` of `init_process_group` is no substitute: it connects no pairs, and makes each `new_group` a
+    collective of the whole job.
+    """
+    if distributed.get_backend() != "nccl":
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    for group in exchanging:
+        sent_R1 = torch.zeros(distributed.get_world_size(group), 1, device=device)
+        distributed.all_to_all_single(torch.empty_like(sent_R1), sent_R1, group=group)
+    for group in reducing:
+        for size in (1, _LARGE_SUM):
+            distributed.all_reduce(torch.zeros(size, device=device), group=group)
+    torch.cuda.synchronize(device)  # host sync
+
+
+def join_one(partition: Iterable[Slices], timeout_seconds: float, kernels: UrgentKernels | None = None) -> ProcessGroup:
     """Creates all groups of a partition of the world and returns this rank's group. See `make_group`."""
     own_group = None
     for slices in partition:
-        own_group = make_group(list(chain(*slices)), timeout_seconds) or own_group
+        own_group = make_group(list(chain(*slices)), timeout_seconds, kernels) or own_group
     assert own_group is not None, "a partition must contain every rank"
     return own_group
 
 
-def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup | None:
+def make_group(
+    members: Sequence[int], timeout_seconds: float, kernels: UrgentKernels | None = None
+) -> ProcessGroup | None:
     """Creates a group of global ranks, ascending, and returns it on its members, None elsewhere.
 
     All ranks call it for every group in one order. torch names a group by the number of earlier calls. A rank that
     skips a call would use another name than its peers and block. (`use_local_synchronization` lets other ranks skip the
     call, but it counts calls too.) On a rank outside the group a call takes about 10 microseconds and needs no
-    communication. `GROUP_TIMEOUT_MARGIN_SECONDS` is added to the timeout of each collective.
+    communication. `GROUP_TIMEOUT_MARGIN_SECONDS` is added to the timeout of each collective. Only NCCL has `kernels`.
     """
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-    group = distributed.new_group(list(members), timeout=timeout)
+    options = _nccl_options(kernels, timeout) if kernels is not None and distributed.get_backend() == "nccl" else None
+    group = distributed.new_group(list(members), timeout=timeout, pg_options=options)
     return group if isinstance(group, ProcessGroup) else None
+
+
+def _nccl_options(kernels: UrgentKernels, timeout: timedelta) -> object:
+    options = distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout  # torch warns if it differs from `new_group`'s
+    options.is_high_priority_stream = True
+    if kernels.max_ctas is not None:
+        options.config.min_ctas = 1
+        options.config.max_ctas = kernels.max_ctas
+    return options
 
 
 def make_host_group(timeout: timedelta) -> ProcessGroup:

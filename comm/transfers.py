@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.groups import make_group
+from comm.groups import UrgentKernels, make_group
 from comm.lane import ClosesOnSuccess, ThreadLane
 from comm.layout import Layout, pipeline_partition
 from comm.protocol import Work
@@ -31,6 +31,8 @@ TRAINING_KINDS: tuple[MessageKind, ...] = ("activation", "gradient")
 DECODING_KINDS: tuple[MessageKind, ...] = ("activation", "tokens")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64)
 _MAX_DIMS = 8
+# A receive is posted long before its message is sent, and occupies its SMs from then on.
+_LINK_KERNELS = UrgentKernels(max_ctas=2)
 _FORMAT = struct.Struct(f"<{8 + _MAX_DIMS}q")
 HEADER_BYTES = _FORMAT.size
 
@@ -216,7 +218,7 @@ def _device_links(
     for (low, high), (members,) in itertools.product(ordered, pipeline_partition(layout)):
         ends = {low: members[low], high: members[high]}
         for (source, destination), kind in itertools.product(((low, high), (high, low)), kinds):
-            group = make_group((ends[low], ends[high]), timeout_seconds)
+            group = make_group((ends[low], ends[high]), timeout_seconds, _LINK_KERNELS)
             if group is not None:
                 peer = ends[destination if index == source else source]
                 link_log = LinkLog(log, kind, (ends[source], ends[destination]))

@@ -26,6 +26,7 @@ from launch.machine import (
     check_packages,
     check_scorers,
     check_world_size,
+    environment_lines,
     is_other_rank,
     is_torchrun,
 )
@@ -148,12 +149,18 @@ def _run_local(config: TrainConfig) -> int:
         from train.corpus import prepare_corpus
 
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
+        _print_environment(config)
         prepare_corpus(config, progress_on())
         with locked_run_folder(config, datetime.now()) as (config, _):
             report_breaks(partial(_log_broken_output, Path(config.out_dir)))
             return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
     finally:
         stop_fork_server()
+
+
+def _print_environment(config: TrainConfig) -> None:
+    for line in environment_lines(config.cluster, os.environ):
+        print(line, flush=True)
 
 
 def _log_broken_output(out_dir: Path, text: str) -> None:
@@ -182,6 +189,7 @@ def _run_as_rank(config: TrainConfig) -> int:
             f"written; nearest valid: resume={rescue_folder(config)} with another out_dir"
         )
     check_folder(config)
+    _print_environment(config)
     with locked_run_folder(config, datetime.now()) as (config, _):
         return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
 

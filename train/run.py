@@ -206,7 +206,7 @@ class _TrainingRank:
             planned = plan(config, layout, device)
         _write_probe(config, planned, device)
         with self._phase("creation of process groups"):
-            groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster.timeout_seconds)
+            groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
         end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.config import DispatchConfig
+from comm.config import ClusterConfig, DispatchConfig
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.registry import TokenSizes
@@ -97,6 +97,7 @@ class World:
             observers=observers,
             timeout_seconds=self.timeout_seconds,
             tokens=tokens,
+            kernels=self.groups.exchange_kernels,
         )
         return build_dispatcher(config, parts)
 
@@ -131,13 +132,14 @@ def open_world(
     )
 
 
-def build_groups(layout: Layout, schedule: Schedule, mtp_depth: int, timeout_seconds: float) -> Groups:
+def build_groups(layout: Layout, schedule: Schedule, mtp_depth: int, cluster: ClusterConfig) -> Groups:
     """Builds this rank's process groups for a schedule's placement. All ranks call it at the same point."""
     return Groups(
         layout,
         mirrored=is_mirrored(schedule),
-        timeout_seconds=timeout_seconds,
+        timeout_seconds=cluster.timeout_seconds,
         embedding=embedding_ranks(schedule, mtp_depth),
+        communication_sms=cluster.communication_sms,
     )
 
 

@@ -14,6 +14,7 @@ from comm.dispatch.local import dense
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.registry import DISPATCHERS, TokenSizes
+from comm.groups import UrgentKernels
 from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
@@ -30,6 +31,7 @@ class DispatcherParts:
         group: process group of the ranks that share a layer's experts, `layout.expert_group`.
         timeout_seconds: timeout of each collective in groups that the dispatcher creates.
         tokens: sizes of a rank's micro-batch, for which a dispatcher may allocate buffers.
+        kernels: how NCCL runs the exchanges; None as NCCL chooses.
     """
 
     num_experts: int
@@ -39,6 +41,7 @@ class DispatcherParts:
     observers: Observers
     timeout_seconds: float
     tokens: TokenSizes
+    kernels: UrgentKernels | None = None
 
 
 def open_lane(device: torch.device, name: str = "comm") -> Lane:

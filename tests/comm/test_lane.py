@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +19,7 @@ from torch import distributed
 
 from comm.agreement import sum_over_ranks
 from comm.config import ClusterConfig, ParallelismConfig
+from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import ClusterError, Groups, make_host_group, start
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
 from comm.layout import Layout
@@ -257,6 +260,84 @@ def test_groups_contain_the_members_of_the_layout_and_are_fast() -> None:
         assert "is 12 for 8 ranks" in made["error"]
         assert made["seconds"] < 3  # 0.05 on free cores
         assert made["link_seconds"] < 3  # 0.1 on free cores
+
+
+class _FakeOptions:
+    """Fake options of an NCCL group."""
+
+    def __init__(self) -> None:
+        self.is_high_priority_stream = False
+        self.config = SimpleNamespace(min_ctas=None, max_ctas=None)
+
+    def summary(self) -> tuple[bool, int | None]:
+        return self.is_high_priority_stream, self.config.max_ctas
+
+
+@contextmanager
+def _gloo_as_nccl(calls: list[tuple[str, tuple[int, ...]]], options: dict[tuple[int, ...], object]) -> Iterator[None]:
+    """Runs gloo in place of NCCL, and collects the first collectives of groups and the options of each group."""
+    new_group = distributed.new_group
+
+    def create(members: list[int], timeout: timedelta, pg_options: _FakeOptions | None = None) -> object:
+        options.setdefault(tuple(members), []).append(pg_options and pg_options.summary())  # type: ignore[attr-defined]
+        return new_group(members, timeout=timeout)
+
+    def counted(name: str) -> Callable[..., object]:
+        run = getattr(distributed, name)
+
+        def call(*tensors: torch.Tensor, group: distributed.ProcessGroup) -> object:
+            calls.append((name, tuple(distributed.get_process_group_ranks(group))))
+            return run(*tensors, group=group)
+
+        return call
+
+    zeros = torch.zeros
+    nccl = SimpleNamespace(Options=_FakeOptions)
+    with (
+        mock.patch.object(distributed, "get_backend", return_value="nccl"),
+        mock.patch.object(distributed, "ProcessGroupNCCL", nccl, create=True),
+        mock.patch.object(distributed, "new_group", create),
+        mock.patch.object(distributed, "all_reduce", counted("all_reduce")),
+        mock.patch.object(distributed, "all_to_all_single", counted("all_to_all_single")),
+        mock.patch.object(torch, "zeros", lambda *size, device, dtype=None: zeros(*size, dtype=dtype)),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "synchronize", side_effect=lambda _: calls.append(("synchronize", ()))),
+    ):
+        yield
+
+
+def _open_on_nccl(rank: int, world_size: int) -> tuple[list[Any], dict[tuple[int, ...], Any], list[tuple[int, ...]]]:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    options: dict[tuple[int, ...], object] = {}
+    with _gloo_as_nccl(calls, options):
+        groups = Groups(_LAYOUT, mirrored=False, timeout_seconds=30.0, embedding=(0, 1), communication_sms=20)
+        hops = TwoHopGroups.join(groups.expert, _LAYOUT, 30.0, groups.exchange_kernels)
+        PipelineTransport(_LAYOUT, [(0, 1)], torch.device("cpu"), 30.0, CollectiveLog())
+    joined = (groups.expert, groups.context, groups.stage, groups.expert_data, groups.embedding, hops.rail, hops.node)
+    members = [tuple(distributed.get_process_group_ranks(group)) for group in joined if group is not None]
+    return calls, options, members
+
+
+def test_communicators_are_opened_before_the_first_step_in_one_order() -> None:
+    """With NCCL, the first collective of each group runs when it is created, in one order of all ranks."""
+    for calls, options, (expert, context, stage, expert_data, embedding, rail, node) in run_ranks(8, _open_on_nccl):
+        world = tuple(range(8))
+        sums = [world, stage, expert_data, embedding, context]
+        assert calls == [
+            ("all_to_all_single", expert),
+            ("all_to_all_single", context),
+            *(("all_reduce", group) for group in sums for _ in range(2)),
+            ("synchronize", ()),
+            ("all_to_all_single", rail),
+            ("all_to_all_single", node),
+            ("synchronize", ()),
+        ]
+        # Dispatch has 20 SMs, a link has 2, and reductions run as NCCL chooses, after what the schedule waits for.
+        assert (True, 20) in options[expert]
+        assert (True, 20) in options[rail]
+        assert options[embedding] == [None]
+        links = [kinds for members, kinds in options.items() if len(members) == 2 and (True, 2) in kinds]
+        assert [kinds.count((True, 2)) for kinds in links] == [4] * 4
 
 
 def _count_connections(rank: int, world_size: int, most_connected: int) -> tuple[int, list[int]]:

@@ -25,6 +25,7 @@ from launch.machine import (
     check_gpus,
     check_node,
     check_packages,
+    driver_cuda_version,
     gpu_problems,
     has_driver,
     host_problems,
@@ -39,6 +40,10 @@ from tests.ports import reserved_port
 def test_driver_is_found_by_its_library() -> None:
     assert has_driver(["libc.so.6"])
     assert not has_driver(["lib-unknown.so.1"])
+
+
+def test_driver_without_a_cuda_version_has_none() -> None:
+    assert driver_cuda_version(["lib-unknown.so.1", "libc.so.6"]) == (0, 0)
 
 
 def test_torch_build_is_that_of_torch_itself() -> None:
@@ -93,6 +98,15 @@ def test_machine_with_enough_is_taken(cluster: str, found: int, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     check_gpus(build("parallelism=four_ranks", f"cluster={cluster}"), 4)
+
+
+def test_one_connection_is_rejected_if_operations_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    with pytest.raises(MachineError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be above 1 .* nearest valid: 32"):
+        check_gpus(build("parallelism=four_ranks", "cluster=h100"), 4)
+    check_gpus(build("parallelism=four_ranks", "cluster=h100", "schedule.pairing=sequential"), 4)
 
 
 def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

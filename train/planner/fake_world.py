@@ -52,7 +52,7 @@ def _build_rank(config: TrainConfig, schedule: Schedule, pipeline_ranks: tuple[i
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     rank = layout.rank(pipeline_ranks[0], 0)
     with _fake_process_group(rank, layout.world_size):
-        groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster.timeout_seconds)
+        groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster)
         model, units = _build_network(config, layout, schedule, groups)
         store = GradientStore(model.parameters())
         return {

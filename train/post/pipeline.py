@@ -215,7 +215,7 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     schedule = build(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     seconds = config.cluster.timeout_seconds
-    groups = build_groups(layout, schedule, config.model.mtp_depth, seconds)
+    groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster)
     world = open_world(layout, groups, device, seconds, CollectiveLog())
     replica = open_replica(world, _replica_config(config), schedule, config.cut)
     _open_weights(config).fill(named_tensors(replica.model))

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
-from comm.groups import make_group
+from comm.groups import make_group, open_communicators
 from dualpipe.build import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
@@ -277,6 +277,8 @@ class PipelineTimeline:
         self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
         self._alternatives: dict[int, Alternatives] = {}
         self._group = make_group(world.layout.pipeline_group(0), world.timeout_seconds)
+        if self._group is not None:
+            open_communicators([self._group])
 
     def use(self, replica: Replica, execution: Execution) -> RankBusyTime:
         """Returns when this rank was busy in a step that the replica ran."""

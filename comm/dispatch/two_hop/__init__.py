@@ -25,7 +25,7 @@ _ID_BYTES = 2
 def _build(config: TwoHopDispatchConfig, parts: "DispatcherParts") -> "Dispatcher":
     from comm.dispatch.two_hop.dispatcher import TwoHopDispatcher, TwoHopGroups
 
-    groups = TwoHopGroups.join(parts.group, parts.layout, parts.timeout_seconds)
+    groups = TwoHopGroups.join(parts.group, parts.layout, parts.timeout_seconds, parts.kernels)
     return TwoHopDispatcher(groups, parts.num_experts, parts.layout, parts.lane, parts.observers, config)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from comm import transfers
+from comm import groups, transfers
 from comm.config import ParallelismConfig
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import Groups, join_one
@@ -80,7 +80,10 @@ def _walk(layout: Layout) -> None:
 def _open_links(layout: Layout) -> None:
     """Opens the links of a bidirectional pipeline, each with its own group as on NCCL."""
     pairs = [(low, low + 1) for low in range(_PIPELINE - 1)]
-    with mock.patch.object(transfers.distributed, "get_backend", return_value="nccl"):  # type: ignore[attr-defined]
+    with (
+        mock.patch.object(transfers.distributed, "get_backend", return_value="nccl"),  # type: ignore[attr-defined]
+        mock.patch.object(groups, "_nccl_options", return_value=None),
+    ):
         transfers.PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
 
 
