@@ -26,8 +26,8 @@ class ClusterConfig:
     max_restarts: NonNegativeInt  # how often the built-in launcher restarts all ranks after one was lost
     # streaming multiprocessors of a rank's device; None as those of the planner's rates.
     num_sms: PositiveInt | None = None
-    # how many of them the planner assumes that dispatch and combine use; None as for the rates. No kernel and no
-    # communicator reads it.
+    # how many of them dispatch and combine use, while products leave them free, in jobs of several ranks on NCCL; None:
+    # the planner assumes as many as for the rates, and a run sets no limit.
     communication_sms: NonNegativeInt | None = None
     # rate of a rank's link to other nodes in each direction; None as for the rates.
     inter_node_bytes_per_second: PositiveFloat | None = None

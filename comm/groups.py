@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from comm.config import ClusterConfig
 from comm.layout import Layout, Slices, context_partition, expert_data_partition, expert_partition, stage_partition
+from kernels.launch import reserve_sms
 
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""
@@ -111,8 +112,8 @@ class Groups:
         assert world is not None
         self.world = world
         context: list[ProcessGroup] = [] if self.context is None else [self.context]
-        embedding: list[ProcessGroup] = [] if self.embedding is self.stage else [self.embedding]
-        open_communicators([self.expert, *context], [world, self.stage, self.expert_data, *embedding, *context])
+        other: list[ProcessGroup] = [] if self.embedding is self.stage else [self.embedding]
+        open_communicators([self.expert, *context], [world, self.stage, self.expert_data, *other, *context])
 
 
 def open_communicators(exchanging: Iterable[ProcessGroup], reducing: Iterable[ProcessGroup] = ()) -> None:
@@ -204,6 +205,8 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     if cluster.threads_per_rank > 0:
         torch.set_num_threads(cluster.threads_per_rank)
     device = _device(cluster, int(os.environ["LOCAL_RANK"]))
+    if cluster.backend == "nccl" and os.environ["WORLD_SIZE"] != "1":
+        reserve_sms(device, cluster.communication_sms or 0)
     distributed.init_process_group(
         cluster.backend,
         store=store,

@@ -4,6 +4,7 @@ Every tiling gives the same numbers. TMA is the tensor memory accelerator of Hop
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.operation import META_IS_CUDA, TILE
+from kernels.operation import META_IS_CUDA, TILE, has_deep_gemm
 
 SMALLEST_SIDE = 16
 
@@ -113,11 +114,36 @@ def make_rows_contiguous(scales: Tensor) -> Tensor:
 
 
 def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -> int:
-    """Returns how many programs share the tiles: as many as run at the same time, at most one per tile."""
+    """Returns how many programs share the tiles: as many as run at the same time, at most one per tile.
+
+    They leave the reserved multiprocessors free: a program that waits for one would start after all others have ended.
+    """
     if device.type != "cuda":
         return min(num_tiles, 2)  # Triton's interpreter runs one after the other; each one gets several tiles
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles, programs_per_sm * multiprocessors)
+    return min(num_tiles, programs_per_sm * (multiprocessors - _RESERVED_SMS.get(device, 0)))
+
+
+# Of the process, as the same numbers of torch and DeepGEMM are: autograd's threads launch kernels, too.
+_RESERVED_SMS: dict[torch.device, int] = {}
+
+
+def reserve_sms(device: torch.device, count: int) -> None:
+    """Keeps multiprocessors of a GPU free of this process's products: ours, torch's and DeepGEMM's."""
+    if device.type != "cuda":
+        return
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    if not 0 <= count < multiprocessors:
+        raise ValueError(
+            f"cluster.communication_sms: must be below the device's {multiprocessors} SMs, of which others compute, is "
+            f"{count}; nearest valid: {multiprocessors - 1}"
+        )
+    _RESERVED_SMS[device] = count
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that this may change
+        torch._C._set_sm_carveout_experimental(count or None)
+    if has_deep_gemm(device):
+        import_module("deep_gemm").set_num_sms(multiprocessors - count)
 
 
 @contextmanager

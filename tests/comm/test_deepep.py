@@ -20,7 +20,7 @@ from torch import distributed
 from comm.config import ParallelismConfig
 from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
-from comm.dispatch.deepep.dispatcher import DeepEPDispatcher, DeepEPRoute
+from comm.dispatch.deepep.dispatcher import DeepEPDispatcher, DeepEPRoute, ExpertBuffer
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.process_group import Observers
@@ -98,6 +98,30 @@ def test_route_sorts_received_rows_by_expert_source_and_token() -> None:
     weights_RK = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert route.order.copy_weights(weights_RK).tolist() == [5, 2, 4, 1]
     assert route.order.restore_weights(torch.tensor([5.0, 2.0, 4.0, 1.0])).tolist() == [[1, 2], [0, 4], [5, 0]]
+
+
+@pytest.mark.parametrize(("num_sms", "used"), [(None, 4), (1, 4), (20, 20), (21, 20)])
+def test_buffer_occupies_the_sms_that_products_leave(
+    num_sms: int | None, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    class Buffer:
+        def __init__(self, group: object, **sizes: object) -> None:
+            self.get_logical_domain_size = lambda: (1, 1)
+            self.get_theoretical_num_sms = lambda num_experts, num_choices: 4
+
+        def combine(self, rows: object, handle: object, *, topk_weights: object, num_sms: int) -> tuple[object, ...]:
+            sent.append(num_sms)
+            return rows, topk_weights, None
+
+    monkeypatch.setattr(distributed, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(distributed, "all_reduce", lambda *tensors, group: None)
+    library: Any = SimpleNamespace(ElasticBuffer=Buffer, topk_idx_t=torch.int64)
+    shape = BufferShape(max_tokens=8, hidden_size=256, num_choices=2, timeout_seconds=1.0, num_sms=num_sms)
+    group: Any = None
+    ExpertBuffer(library, group, 8, shape).combine(torch.zeros(1, 256), None, None)
+    assert sent == [used]
 
 
 @dataclass(frozen=True)

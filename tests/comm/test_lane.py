@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -371,6 +371,21 @@ def test_start_rejects_an_environment_without_ranks(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ClusterError, match="must set RANK, WORLD_SIZE, LOCAL_RANK"):
         start(_CPU)
+
+
+@pytest.mark.parametrize(("backend", "world_size", "reserved"), [("nccl", 2, [20]), ("nccl", 1, []), ("gloo", 2, [])])
+def test_start_keeps_sms_for_exchanges_between_ranks(
+    backend: Literal["gloo", "nccl"], world_size: int, reserved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", 0), ("WORLD_SIZE", world_size), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    counts: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr("comm.groups.reserve_sms", lambda device, count: counts.append(count))
+    start(replace(_CPU, device="cuda", backend=backend, threads_per_rank=0, communication_sms=20))
+    assert counts == reserved
 
 
 def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

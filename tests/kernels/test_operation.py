@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from inspect import signature
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels.rms_norm as norm
-from kernels import operation
+from kernels import launch, operation
 from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.gemm.triton import GroupedTiling
 from kernels.gemm.triton import grouped_rows as triton_rows
@@ -417,3 +418,25 @@ def test_blocks_and_tilings_that_do_not_fit_are_named() -> None:
         Tiling(outputs=256)
     with pytest.raises(ValueError, match=r"GroupedTiling: depth must be a power .*, got 48; nearest: 32"):
         triton_rows(ones(4, 5), ones(2, 3, 5), (1, 3), tiling=GroupedTiling(depth=48))
+
+
+def test_products_leave_reserved_multiprocessors_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number reaches persistent grids, torch's products and DeepGEMM, and is checked against the device."""
+    device = torch.device("cuda", 1)
+    deep_gemm: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(launch, "has_deep_gemm", lambda device: True)
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(set_num_sms=deep_gemm.append))
+    assert launch.count_programs(1000, 2, device) == 264
+    launch.reserve_sms(device, 20)
+    assert launch.count_programs(1000, 2, device) == 224
+    assert launch.count_programs(1000, 2, torch.device("cuda", 0)) == 264
+    assert launch.count_programs(7, 2, device) == 7
+    assert torch._C._get_sm_carveout_experimental() == 20
+    with pytest.raises(ValueError, match=r"^cluster.communication_sms: .* 132 SMs, .*is 132; nearest valid: 131"):
+        launch.reserve_sms(device, 132)
+    launch.reserve_sms(device, 0)
+    assert launch.count_programs(1000, 2, device) == 264
+    assert torch._C._get_sm_carveout_experimental() is None
+    assert deep_gemm == [112, 132]
+    launch.reserve_sms(torch.device("cpu"), 20)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatcher":
     from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
 
-    shape = _shape(parts.tokens, parts.timeout_seconds)
+    shape = _shape(parts.tokens, parts.timeout_seconds, None if parts.kernels is None else parts.kernels.max_ctas)
     max_nodes = config.max_nodes if config.node_cap == "verify" else None
     return DeepEPDispatcher(parts.group, parts.num_experts, parts.layout, parts.lane, parts.observers, shape, max_nodes)
 
@@ -52,12 +52,13 @@ def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
         raise DispatchRequirementError(str(error)) from error
 
 
-def _shape(tokens: TokenSizes, timeout_seconds: float) -> BufferShape:
+def _shape(tokens: TokenSizes, timeout_seconds: float, num_sms: int | None = None) -> BufferShape:
     return BufferShape(
         max_tokens=tokens.max_tokens,
         hidden_size=tokens.hidden_size,
         num_choices=tokens.num_choices,
         timeout_seconds=timeout_seconds,
+        num_sms=num_sms,
     )
 
 

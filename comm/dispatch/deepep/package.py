@@ -22,6 +22,7 @@ class BufferShape:
     hidden_size: int  # width of a row
     num_choices: int  # experts per token
     timeout_seconds: float  # time after which a kernel stops waiting for another rank
+    num_sms: int | None = None  # SMs that the kernels occupy; None as DeepEP chooses
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
