@@ -121,15 +121,20 @@ def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -
     if device.type != "cuda":
         return min(num_tiles, 2)  # Triton's interpreter runs one after the other; each one gets several tiles
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles, programs_per_sm * (multiprocessors - _RESERVED_SMS.get(device, 0)))
+    return min(num_tiles, programs_per_sm * (multiprocessors - reserved_sms(device)))
 
 
 # Of the process, as the same numbers of torch and DeepGEMM are: autograd's threads launch kernels, too.
 _RESERVED_SMS: dict[torch.device, int] = {}
 
 
+def reserved_sms(device: torch.device) -> int:
+    """Returns how many multiprocessors of a device `reserve_sms` keeps free."""
+    return _RESERVED_SMS.get(device, 0)
+
+
 def reserve_sms(device: torch.device, count: int) -> None:
-    """Keeps multiprocessors of a GPU free of this process's products: ours, torch's and DeepGEMM's."""
+    """Keeps multiprocessors of a GPU free of this process's products and attention."""
     if device.type != "cuda":
         return
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kernels.registry import Registry
@@ -42,7 +44,8 @@ class AttentionKernel:
 
     Attributes:
         attend: the function, which imports torch and its package when it is called.
-        package: import name of the package that must be installed.
+        package: name of the package that must be installed.
+        module: module that only this package has, if another package has the same name.
         dtypes: torch's names of the supported types; empty for all.
         pads_values: function of the device type: whether values must be padded to the width of keys.
         makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
@@ -55,6 +58,7 @@ class AttentionKernel:
     attend: CausalAttention
     devices: tuple[str, ...] = ("cpu", "cuda")
     package: str | None = None
+    module: str | None = None
     dtypes: tuple[str, ...] = ()
     pads_values: Callable[[str], bool] = lambda device: False
     makes_dense_masks: Callable[[str], bool] = lambda device: False
@@ -64,7 +68,22 @@ class AttentionKernel:
     @property
     def is_installed(self) -> bool:
         """Whether the required package is installed."""
-        return self.package is None or find_spec(self.package) is not None
+        return self.package is None or has_module(self.module or self.package)
+
+
+@cache
+def has_module(name: str) -> bool:
+    """Whether a module is installed; imports neither it nor its package."""
+    return module_folder(name.rpartition(".")[0], name.rpartition(".")[2]) is not None
+
+
+def module_folder(package: str, name: str) -> Path | None:
+    """Returns the folder in which a package, or Python's path if it is empty, has a module, or None."""
+    spec = find_spec(package or name)
+    if spec is None or not package:
+        return None if spec is None else Path(spec.origin or "").parent
+    folders = map(Path, spec.submodule_search_locations or ())
+    return next((folder for folder in folders if (folder / name).exists()), None)
 
 
 ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",), also=(AUTO,))

@@ -1,8 +1,9 @@
-"""An emulation of the package `flash_attn` in plain PyTorch, for machines without CUDA.
+"""Emulations of the packages of FlashAttention 2, 3 and 4 in plain PyTorch, for machines without CUDA.
 
-It replaces the two functions that are called, with their documented parameters (flash-attention 2, README and
-`flash_attn_interface.py`), and refuses what the package would refuse: it proves layout, masks and padding, and nothing
-about the package's own kernels. Unlike the package it takes any floating type.
+They replace the two functions that are called, with their documented parameters (flash-attention, README,
+`flash_attn_interface.py`, `hopper/flash_attn_interface.py` and `flash_attn/cute/interface.py`), and refuse what the
+package would refuse: they prove layout, masks and padding, and nothing about the package's own kernels. Unlike the
+packages they take any floating type.
 
 Shape legend: B sequences, T tokens, H heads, D size of a head, N tokens of all sequences.
 """
@@ -12,12 +13,14 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Calls:
     def __init__(self) -> None:
         self.num_whole = 0
         self.num_packed = 0
+        self.num_deterministic = 0
 
 
 def emulated(calls: Calls) -> ModuleType:
@@ -30,8 +33,10 @@ def emulated(calls: Calls) -> ModuleType:
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
+        deterministic: bool = False,
     ) -> Tensor:
         calls.num_whole += 1
+        calls.num_deterministic += deterministic
         assert q.dim() == 4
         _check(q, k, v, dropout_p, causal)
         assert softmax_scale is not None
@@ -48,8 +53,10 @@ def emulated(calls: Calls) -> ModuleType:
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
+        deterministic: bool = False,
     ) -> Tensor:
         calls.num_packed += 1
+        calls.num_deterministic += deterministic
         assert q.dim() == 3
         _check(q, k, v, dropout_p, causal)
         assert softmax_scale is not None
@@ -67,6 +74,91 @@ def emulated(calls: Calls) -> ModuleType:
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     return module
+
+
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+
+
+def emulated_3(calls: Calls) -> ModuleType:
+    """Yields the module `flash_attn_interface`: values need not be as wide as keys."""
+
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> Tensor:
+        whole = emulated(calls).flash_attn_func
+        assert sm_margin == 0
+        result: Tensor = whole(*_of_one_width(q, k, v), 0.0, softmax_scale, causal, deterministic)
+        return result[..., : v.shape[-1]]
+
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> Tensor:
+        packed = emulated(calls).flash_attn_varlen_func
+        assert sm_margin == 0
+        starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        result: Tensor = packed(*_of_one_width(q, k, v), *starts, 0.0, softmax_scale, causal, deterministic)
+        return result[..., : v.shape[-1]]
+
+    module = ModuleType("flash_attn_interface", "An emulation: see tests/kernels/flash_attn_emulation.py.")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    return module
+
+
+def emulated_4(calls: Calls) -> ModuleType:
+    """Yields the module `flash_attn.cute`: as version 3, without lengths, and with sums next to the result."""
+
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, None]:
+        return emulated_3(calls).flash_attn_func(q, k, v, softmax_scale, causal, deterministic), None
+
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, None]:
+        assert cu_seqlens_q is not None
+        longest = int(cu_seqlens_q.diff().max())
+        packed = emulated_3(calls).flash_attn_varlen_func
+        starts = cu_seqlens_q, cu_seqlens_k, longest, longest
+        return packed(q, k, v, *starts, softmax_scale, causal, deterministic), None
+
+    module = ModuleType("flash_attn.cute", "An emulation: see tests/kernels/flash_attn_emulation.py.")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    return module
+
+
+PACKAGES = {"flash_attn": emulated, "flash_attn_interface": emulated_3, "flash_attn.cute": emulated_4}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from kernels.attention import (
     ATTENTION,
@@ -19,6 +20,8 @@ from kernels.attention import (
     block_kernels,
     choose_attention,
     choose_block_kernel,
+    has_module,
+    implementations,
     makes_dense_masks,
     pads_values,
 )
@@ -27,7 +30,7 @@ from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut
 from kernels.attention.documents import Documents
 from kernels.registry import UnknownNameError
 from tests import ROOT
-from tests.kernels.flash_attn_emulation import Calls, emulated
+from tests.kernels.flash_attn_emulation import PACKAGES, Calls
 from tests.kernels.plain import near, randn
 
 SCALE = 0.37
@@ -85,8 +88,9 @@ def test_attention_equals_reading_query_by_query(
 ) -> None:
     """FlashAttention here is an emulation of the package; kernels that are not for CPU may lack a backward there."""
     kernel, calls = ATTENTION.get(name), Calls()
-    monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
-    if kernel.package not in (None, "flash_attn") and not kernel.is_installed:
+    if kernel.package in PACKAGES:
+        monkeypatch.setitem(sys.modules, kernel.package, PACKAGES[kernel.package](calls))
+    elif not kernel.is_installed:
         pytest.skip(f"needs the package {kernel.package}")
     is_forward_only = "cpu" not in kernel.devices and kernel.package is None
     positions = None if places is None else PLACES[places]
@@ -106,8 +110,9 @@ def test_attention_equals_reading_query_by_query(
         made = kernel.attend(query, key, value, SCALE, documents)
     near(made[..., :7].detach(), expected.detach(), 16, sums=8)
     assert (calls.num_whole, calls.num_packed) == (
-        (0, 0) if name != "flash_attention" else (1, 0) if documents is None else (0, 1)
+        (0, 0) if kernel.package not in PACKAGES else (1, 0) if documents is None else (0, 1)
     )
+    assert calls.num_deterministic == calls.num_whole + calls.num_packed
     if not is_forward_only:
         made[..., :7].backward(grad.to(dtype))
         for ours, theirs in zip(given, exact, strict=True):
@@ -166,31 +171,114 @@ def test_documents_move_as_a_whole() -> None:
     assert moved.longest == documents.longest == 13
 
 
+FA2, FA3, FA4 = "flash_attn_2_cuda", "flash_attn_interface", "flash_attn.cute"
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "is_packed", "is_installed", "expected"),
+    ("place", "is_packed", "installed", "expected"),
     [
-        ("cpu", torch.bfloat16, True, True, "sdpa"),
-        ("cuda", torch.bfloat16, False, True, "flash_attention"),
-        ("cuda", torch.float16, True, True, "flash_attention"),
-        ("cuda", torch.float32, True, True, "flex"),
-        ("cuda", torch.float32, False, True, "sdpa"),
-        ("cuda", torch.bfloat16, True, False, "flex"),
-        ("cuda", torch.bfloat16, False, False, "sdpa"),
+        (("cpu", torch.bfloat16, 0), True, (FA2, FA3, FA4), "sdpa"),
+        # A Hopper GPU: 3, 4, cuDNN by torch, and 2 only for documents.
+        (("cuda", torch.bfloat16, 9), False, (FA2, FA3, FA4), "flash_attention_3"),
+        (("cuda", torch.float16, 9), True, (FA2, FA3, FA4), "flash_attention_3"),
+        (("cuda", torch.bfloat16, 9), False, (FA2, FA4), "flash_attention_4"),
+        (("cuda", torch.bfloat16, 9), False, (FA2,), "sdpa"),
+        (("cuda", torch.bfloat16, 9), True, (FA2,), "flash_attention"),
+        (("cuda", torch.bfloat16, 8), False, (FA2, FA3, FA4), "flash_attention"),
+        (("cuda", torch.bfloat16, 10), False, (FA2, FA3, FA4), "flash_attention_4"),
+        (("cuda", torch.float32, 9), True, (FA2, FA3, FA4), "flex"),
+        (("cuda", torch.float32, 9), False, (FA2, FA3, FA4), "sdpa"),
+        (("cuda", torch.bfloat16, 9), True, (), "flex"),
+        (("cuda", torch.bfloat16, 9), False, (), "sdpa"),
     ],
 )
-def test_auto_takes_what_is_installed_and_serves(
-    device: str, dtype: torch.dtype, is_packed: bool, is_installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_the_best_that_is_installed(
+    place: tuple[str, torch.dtype, int],
+    is_packed: bool,
+    installed: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kernels.attention.find_spec", lambda name: object() if is_installed else None)
+    device, dtype, capability = place
+    monkeypatch.setattr("kernels.attention.has_module", lambda name: name in installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(implementations, "_has_deterministic_hopper_backward", lambda: True)
     assert choose_attention("auto", torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(expected)
     for name in ATTENTION.names():
         assert choose_attention(name, torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(name)
+
+
+def test_packages_of_one_import_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4 alone makes `flash_attn` importable, without the functions of version 2."""
+    cute = tmp_path / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    (cute / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for cached in (has_module, implementations._has_deterministic_hopper_backward):
+        cached.cache_clear()
+    assert ATTENTION.get("flash_attention_4").is_installed
+    assert not ATTENTION.get("flash_attention").is_installed
+    assert not implementations._has_deterministic_hopper_backward()
+    (cute / "flash_bwd_sm90.py").write_text("def __init__(self, deterministic: bool = False): ...")
+    implementations._has_deterministic_hopper_backward.cache_clear()
+    assert implementations._has_deterministic_hopper_backward()
+    for cached in (has_module, implementations._has_deterministic_hopper_backward):
+        cached.cache_clear()
+
+
+def test_version_without_a_deterministic_backward_is_called_without_one(caplog: pytest.LogCaptureFixture) -> None:
+    def older(q: Tensor, softmax_scale: float, causal: bool) -> None: ...
+
+    def newer(q: Tensor, softmax_scale: float, causal: bool, deterministic: bool = False) -> None: ...
+
+    with caplog.at_level("INFO", "kernels"):
+        for function in (older, newer, older, newer):
+            attend, _ = implementations._offered("flash_attn", function)
+            attend(torch.zeros(1), softmax_scale=1.0, causal=True)
+    assert [record.message for record in caplog.records] == [
+        "attention: flash_attn, whose backward in this version is not deterministic",
+        "attention: flash_attn with a deterministic backward",
+    ]
+
+
+def test_torchs_kernel_on_cuda_is_pinned_and_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The order that torch gets, seen from within the call; the operands' device is the only fake."""
+    orders: list[list[int]] = []
+    empty = torch.empty
+
+    class OnCuda(Tensor):
+        device = torch.device("cuda")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        orders.append(torch._C._get_sdp_priority_order()[:4])
+        return value
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **options: empty(*size, **options))
+    implementations._log_sdpa.cache_clear()
+    heads = [randn(1, 2, 4, size, seed=0, dtype=torch.bfloat16).as_subclass(OnCuda) for size in (192, 192, 128)]
+    before = torch._C._get_sdp_priority_order()
+    with caplog.at_level("INFO", "kernels"):
+        for _ in range(2):
+            implementations.scaled_dot_product(*heads, SCALE, None)  # type: ignore[arg-type, call-arg]
+    assert torch._C._get_sdp_priority_order() == before
+    expected = [int(getattr(SDPBackend, name)) for name in implementations._SDPA_ORDER]
+    assert orders == [expected, expected]
+    assert implementations._SDPA_ORDER[0] == "CUDNN_ATTENTION"
+    (record,) = caplog.records
+    assert "sdpa, kernel" in record.message
+    assert "192 and 128" in record.message
 
 
 def test_values_are_padded_for_kernels_that_want_it() -> None:
     assert pads_values("sdpa", "cpu")
     assert not pads_values("sdpa", "cuda")
     assert pads_values("flash_attention", "cuda")
+    assert not pads_values("flash_attention_3", "cuda")
+    assert not pads_values("flash_attention_4", "cuda")
     assert not pads_values("flex", "cuda")
     assert pads_values("auto", "cpu")
     assert not pads_values("auto", "cuda")
@@ -201,6 +289,7 @@ def test_masks_are_dense_if_the_kernel_reads_dense_masks() -> None:
         "sdpa": [False, True],
         "flex": [False, False],
         "flash_attention": [False, False],
+        "flash_attention_3": [False, False],
         "auto": [False, False],
     }
     for name, dense in expected.items():

@@ -110,7 +110,7 @@ def test_one_connection_is_rejected_if_operations_overlap(monkeypatch: pytest.Mo
 
 
 def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.attention.find_spec", lambda name: None)
+    monkeypatch.setattr("kernels.attention.has_module", lambda name: False)
     with pytest.raises(MachineError, match=r"^attention: flash_attention needs the package flash_attn"):
         check_packages(build("cluster=one_gpu", "precision=bf16", "attention=flash_attention"))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
 from model.attention.form import KvCache, Rotation, rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
@@ -22,7 +23,7 @@ from model.norm import RmsNorm
 from model.transformer import build_linears
 from tests.infer.models import make_model
 from tests.kernels import plain
-from tests.kernels.flash_attn_emulation import Calls, emulated
+from tests.kernels.flash_attn_emulation import PACKAGES, Calls
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, assert_near, randomize
 from tests.tiny import MODEL
@@ -141,14 +142,17 @@ def test_attention_in_bf16_is_as_near_as_bf16_allows(name: str, is_packed: bool)
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("recomputed", SUBSETS)
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kernel", ["flash_attention", "flash_attention_3", "flash_attention_4"])
 def test_attention_through_an_emulated_flash_attn_equals_formula(
-    name: str, recomputed: frozenset[Recomputed], is_packed: bool, monkeypatch: pytest.MonkeyPatch
+    kernel: str, name: str, recomputed: frozenset[Recomputed], is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package needs CUDA: an emulation checks layout, padding of values, and its arguments."""
+    """The packages need CUDA: an emulation checks layout, padding of values, and its arguments."""
     calls = Calls()
-    monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
+    package = ATTENTION.get(kernel).package
+    assert package is not None
+    monkeypatch.setitem(sys.modules, package, PACKAGES[package](calls))
     documents = Documents.from_positions(PLACES) if is_packed else None
-    computing = Computing(recomputed=recomputed, attention="flash_attention")
+    computing = Computing(recomputed=recomputed, attention=kernel)
     check(CONFIGS[name], computing, torch.float64, documents, randn(2, 7, 10, seed=2))
     assert (calls.num_whole, calls.num_packed) == ((0, 1) if is_packed else (1, 0))
 
