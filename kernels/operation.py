@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import cache, update_wrapper
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ChosenFunction(Generic[P, R]):
         self.modules = modules
         self.choose = choose
         self._name = reference.__name__
+        self._loaded: dict[str, ModuleType] = {}
         update_wrapper(self, reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -54,7 +56,9 @@ class ChosenFunction(Generic[P, R]):
 
     def by(self, implementation: str) -> Callable[P, R]:
         """Returns the function of one implementation."""
-        function: Callable[P, R] = getattr(import_module(self.modules[implementation]), self._name)
+        if implementation not in self._loaded:
+            self._loaded[implementation] = import_module(self.modules[implementation])
+        function: Callable[P, R] = getattr(self._loaded[implementation], self._name)
         return function
 
 

@@ -12,22 +12,20 @@ from kernels.operation import ChosenFunction
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ExpertImplementation = Literal["reference", "batched", "grouped"]
-"""One expert after the other, many experts in one batched product, or torch's grouped products."""
+ExpertImplementation = Literal["reference", "grouped"]
+"""One expert after the other, or torch's grouped products."""
 
 
 def choose_expert_implementation(
     device: torch.device, dtype: torch.dtype, hidden: int, width: int
 ) -> ExpertImplementation:
-    """Returns `grouped` if torch's grouped product fits, else `batched` (16 bits on CPU) or `reference`."""
-    if grouped.supports(device, dtype, hidden, width):
-        return "grouped"
-    return "batched" if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else "reference"
+    """Returns `grouped` if torch's grouped product fits, else `reference`."""
+    return "grouped" if grouped.supports(device, dtype, hidden, width) else "reference"
 
 
 def _operation(function: Callable[P, R], sizes_of: Callable[..., tuple[int, int]]) -> ChosenFunction[P, R]:
     """Returns an operation; `sizes_of` gives the hidden and the intermediate size from its operands."""
-    modules = {name: f"{__name__}.{name}" for name in ("reference", "batched", "grouped")}
+    modules = {name: f"{__name__}.{name}" for name in ("reference", "grouped")}
 
     def choose(rows: Tensor, *others: Any) -> ExpertImplementation:
         return choose_expert_implementation(rows.device, rows.dtype, *sizes_of(rows, *others))

@@ -14,6 +14,7 @@ from torch.nn import functional
 from kernels.swiglu.reference import gated_backward, swiglu
 
 BLOCK_NUMBERS = 2**20  # 4 MB of float32
+SMALLEST_STEP = 16  # rows to a multiple of which oneDNN's products are extended, more for experts with many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +167,39 @@ def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: ExpertBlock) -> Ten
 
 def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: ExpertBlock) -> Tensor:
     """Multiplies each expert's rows by its matrix, writes the result to out_RN and returns it."""
+    extends = _extends(left_RK)
     for expert, rows in block.experts:
-        torch.mm(left_RK[rows], right_EKN[expert], out=out_RN[rows])
+        # Rows after the expert's are multiplied too. The products of the experts that follow replace these results.
+        end = rows.start + extended_rows(rows.stop - rows.start) if extends else rows.stop
+        if end <= block.size:
+            torch.mm(left_RK[rows.start : end], right_EKN[expert], out=out_RN[rows.start : end])
+        else:
+            out_RN[rows] = (_extended(left_RK[rows], end - rows.start) @ right_EKN[expert])[: rows.stop - rows.start]
     return out_RN
 
 
 def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: ExpertBlock) -> None:
     """Writes each expert's transposed left rows times its right rows to its matrix of out_ENK."""
+    extends = _extends(left_RN)
     for expert, rows in block.experts:
-        torch.mm(left_RN[rows].t(), right_RK[rows], out=out_ENK[expert])
+        size = extended_rows(rows.stop - rows.start) if extends else 0
+        torch.mm(_extended(left_RN[rows], size).t(), _extended(right_RK[rows], size), out=out_ENK[expert])
+
+
+def extended_rows(count: int) -> int:
+    """Returns the rows of a product for `count` rows: at most 16 numbers between one power of two and the next."""
+    step = max(SMALLEST_STEP, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
+def _extends(rows: Tensor) -> bool:
+    """Whether products are by oneDNN, which compiles each new number of rows for longer than it multiplies."""
+    return rows.device.type == "cpu" and rows.dtype.itemsize == 2
+
+
+def _extended(rows_RK: Tensor, size: int) -> Tensor:
+    """Appends rows of zeros up to a size; a smaller size adds none."""
+    return functional.pad(rows_RK, (0, 0, 0, size - len(rows_RK))) if size > len(rows_RK) else rows_RK
 
 
 def _clear_unused(gradients: Sequence[Tensor], counts: Sequence[int]) -> None:
