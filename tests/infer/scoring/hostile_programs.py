@@ -111,11 +111,19 @@ socket.create_connection(('127.0.0.1', {port}), 2); succeeded = True
     "the other sandbox": "import os\nsucceeded = len([name for name in os.listdir('/proc') if name.isdigit()]) > 0",
 }
 
+# Attacks that end at once and leave nothing behind that hinders the next one.
+QUICK = (
+    *("files in the root and in /dev", "shared memory segments", "reading /etc/passwd", "reading it in a shell"),
+    *("reading a file outside", "reading homes", "reading the environment", "reading the environments of others"),
+    *("reading the tests", "writing outside", "a symbolic link", "a hard link", "overwriting the interpreter"),
+    *("ptrace", "mounting /proc", "a new user namespace", "raising its limits", "the loopback of the host"),
+    *("names of the network", "becoming root", "the other sandbox"),
+)
 # Attacks that succeed without a sandbox and do no harm to the tests. They show that attacks fail because of it.
 CONTROLS = (
     *("reading /etc/passwd", "reading it in a shell", "reading a file outside", "reading homes"),
     *("reading the environment", "reading the environments of others", "writing outside", "the loopback of the host"),
-    *("memory files", "60 processes", "200 threads", "2 GiB of memory", "ptrace", "the other sandbox"),
+    *("memory files", "the other sandbox", "200 threads", "60 processes"),
 )
 
 # Attacks on the time or on the verdict. None of them defines a right `f`.

@@ -21,7 +21,7 @@ from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import GuestLimits, GuestProgram
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
 from infer.scoring.supervision import wait_for_guests
-from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, TESTS
+from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, QUICK, RIGHT, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all, processes_of
 
@@ -32,7 +32,7 @@ UID = 61184 + os.getpid() % 4096
 
 
 def build(**changes: Any) -> CodeScorer:
-    values = {"cpu_seconds": 1, "wall_seconds": WALL_SECONDS, "memory_mib": 512, "num_sandboxes": 2, **changes}
+    values = {"cpu_seconds": 0.5, "wall_seconds": WALL_SECONDS, "memory_mib": 512, "num_sandboxes": 2, **changes}
     return CodeScorer(CodeConfig(kind="code", weight=1.0, **values))
 
 
@@ -133,7 +133,22 @@ def test_code_honest_programs_get_their_verdict(scorer: CodeScorer, name: str) -
     assert (score.outcome, score.value) == (expected, float(expected == "correct")), score.detail
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+def attempt_all(attacks: dict[str, str], *, expected: bool) -> str:
+    """Returns a program that fails with the name of the first attack whose success is not the expected one."""
+    return (
+        f"for name, attack in {attacks!r}.items():\n    names = {{'succeeded': False}}\n"
+        "    try: exec(attack, names)\n    except BaseException: pass\n"
+        f"    if names['succeeded'] != {expected}: raise RuntimeError(name)\n"
+    )
+
+
+def test_code_quick_attacks_do_not_reach_the_machine(scorer: CodeScorer, outside: dict[str, object]) -> None:
+    attacks = {name: aimed(ATTACKS[name], outside) for name in QUICK}
+    score = run(scorer, f"{attempt_all(attacks, expected=False)}{RIGHT}", TESTS)
+    assert score.outcome == "correct", score
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in QUICK])
 def test_code_attacks_do_not_reach_the_machine(scorer: CodeScorer, outside: dict[str, object], name: str) -> None:
     attack = aimed(ATTACKS[name], outside)
     begin = time.monotonic()
@@ -142,16 +157,19 @@ def test_code_attacks_do_not_reach_the_machine(scorer: CodeScorer, outside: dict
     assert time.monotonic() - begin < WALL_SECONDS + 1
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_code_attacks_succeed_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+# A traced process stops at the first signal, so that nothing follows this attack.
+@pytest.mark.parametrize("names", [CONTROLS, ("ptrace",)])
+def test_code_attacks_succeed_without_a_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
     monkeypatch.setenv("SECRET_OF_THE_TRAINER", "SECRET")
     canary = tmp_path / "canary"
     canary.write_text("intact")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        attack = aimed(ATTACKS[name], {"canary": str(canary), "port": server.getsockname()[1]})
-        command = [sys.executable, "-c", f"{attack}\nprint(succeeded)"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout.endswith("True\n"), done.stderr
+        target: dict[str, object] = {"canary": str(canary), "port": server.getsockname()[1]}
+        program = attempt_all({name: aimed(ATTACKS[name], target) for name in names}, expected=True)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -173,7 +191,7 @@ def test_code_right_and_wrong_programs_of_many_kinds_get_their_verdict(scorer: C
     assert not {name: score for name, score in zip(TABLE, wrong, strict=True) if score.outcome != "wrong"}
 
 
-@pytest.mark.parametrize("name", ["generator", "Counter", "own errors", "arithmetic operators", "sort in place"])
+@pytest.mark.parametrize("name", ["generator", "own errors", "sort in place"])
 def test_code_some_programs_of_the_table_get_their_verdict(scorer: CodeScorer, name: str) -> None:
     right, wrong, tests = TABLE[name]
     assert run(scorer, right, tests).outcome == "correct"
@@ -221,7 +239,7 @@ def test_code_processor_time_of_every_child_counts(scorer: CodeScorer) -> None:
     )
     for program in (of_a_thread, without_wait):
         score = run(scorer, program, TESTS)
-        assert (score.outcome, score.detail) == ("timeout", "more than 1 s of processor time")
+        assert (score.outcome, score.detail) == ("timeout", "more than 0.5 s of processor time")
 
 
 def test_code_guests_are_the_first_to_end_without_memory(scorer: CodeScorer) -> None:
@@ -274,19 +292,19 @@ def test_code_sleep_and_a_busy_machine_are_distinguished(
 
 def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeScorer) -> None:
     work = "def f(x):\n    for _ in range({}): pass\n    return x * x {}"
-    programs = [work.format(count, end) for count in (10, 10**6, 10**12) for end in ("", "+ 1")]
-    alone = [run(scorer, program, TESTS).outcome for program in programs]
-    assert alone == ["correct", "wrong", "correct", "wrong", "timeout", "timeout"]
+    programs = [work.format(count, end) for count in (10, 10**6) for end in ("", "+ 1")]
+    expected = ["correct", "wrong", "correct", "wrong"]
+    assert [run(scorer, program, TESTS).outcome for program in programs] == expected
     stop = threading.Event()
     busy = [threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(stop.is_set, True)]) for _ in range(2)]
     for thread in busy:
         thread.start()
     try:
-        with ThreadPoolExecutor(16) as threads:
-            together = list(threads.map(lambda program: run(scorer, program, TESTS).outcome, programs[:4] * 4))
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(lambda program: run(scorer, program, TESTS).outcome, programs * 2))
     finally:
         stop.set()
-    assert together == alone[:4] * 4
+    assert together == expected * 2
 
 
 def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

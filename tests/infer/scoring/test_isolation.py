@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,7 +175,7 @@ def test_isolation_limits_alone_need_consent(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_isolation_limits_alone_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_build_bubblewrap", missing)
-    limits = {"cpu_seconds": 1, "wall_seconds": 20, "memory_mib": 512, "num_sandboxes": 1}
+    limits: dict[str, Any] = {"cpu_seconds": 0.5, "wall_seconds": 20, "memory_mib": 512, "num_sandboxes": 1}
     scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, isolation="accept_risk", **limits))
     tests = "assert f(3) == 9"
     assert scorer.score_program("def f(x): return x * x", tests).outcome == "correct"

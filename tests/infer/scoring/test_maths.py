@@ -42,7 +42,6 @@ ENDLESS = [("3", "7" * 1900), ("3", "(" * 900 + "3" + ")" * 900 + "+1"), ("3", "
 # Each takes minutes or all memory if it is computed. Sums are not read.
 BOMBS = {
     "9^{9^{9^{9}}}": "timeout",
-    r"(9^{9^{9}})!": "timeout",
     "2^{10000000000}": "timeout",
     r"\sum_{i=1}^{10000000} \frac{1}{i^{i}}": "wrong",
     "(" * 400 + "7" + ")" * 400: "wrong",
@@ -70,8 +69,8 @@ def read_pairs(which: str) -> dict[str, list[tuple[str, str]]]:
     return topics
 
 
-every_pair = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.long)], ids=["sample", "all"])
-"""Every fourth pair of each topic, or all."""
+every_pair = pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.long)], ids=["sample", "all"])
+"""Every eighth pair of each topic, or all."""
 
 
 @every_pair
