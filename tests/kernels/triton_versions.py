@@ -1,8 +1,9 @@
 """Compiles the kernels under the oldest and the newest supported Triton: `python -m tests.kernels.triton_versions`.
 
 An environment is a folder with one Triton, put before the installed one on the path; torch and all else are those of
-the running interpreter. Folders are made by pip on the first run and used again later. `make triton-table` checks the
-recorded tables, with `ARGS=--all` those of every supported version, and `ARGS=--write` records all.
+the running interpreter, whose own Triton needs no folder. Folders are made by pip on the first run and used again
+later. `make triton-table` checks the recorded tables, with `ARGS=--all` those of every supported version, and
+`ARGS=--write` records all.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from tests import ROOT
@@ -25,8 +28,10 @@ VERSIONS = {
 """Every Triton version that pyproject.toml allows, oldest first, and the torch version that uses it."""
 
 
-def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:
-    """Returns the folder with a Triton version, which is downloaded if it is missing."""
+def environment(version: str, folder: Path = ENVIRONMENTS) -> Path | None:
+    """Returns the folder with a Triton version, which is downloaded if it is missing; None for the installed one."""
+    if version == metadata.version("triton"):
+        return None
     target = folder / version
     if not target.exists():
         partial = folder / f"{version}.partial.{os.getpid()}"
@@ -39,11 +44,11 @@ def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:
     return target
 
 
-def compile_under(version: str, arguments: list[str]) -> int:
-    """Runs `tests.kernels.compiled_table` under a Triton version and returns its exit code."""
-    path = os.pathsep.join([str(environment(version)), os.environ.get("PYTHONPATH", "")])
+def compile_under(folder: Path | None, arguments: list[str]) -> int:
+    """Runs `tests.kernels.compiled_table` under the Triton in a folder and returns its exit code."""
+    path = os.pathsep.join(str(part) for part in (folder, os.environ.get("PYTHONPATH")) if part)
     command = [sys.executable, "-m", "tests.kernels.compiled_table", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}).returncode
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 def main() -> int:
@@ -57,7 +62,11 @@ def main() -> int:
     given = ["--write" if arguments.write else "--check", "--processes", str(arguments.processes)]
     ends = [next(iter(VERSIONS)), next(reversed(VERSIONS))]
     versions = arguments.versions or (list(VERSIONS) if arguments.all or arguments.write else ends)
-    return max(compile_under(version, given) for version in versions)
+    # The installed version compiles while others are downloaded.
+    versions.sort(key=lambda version: version != metadata.version("triton"))
+    with ThreadPoolExecutor(1) as pool:
+        folders = [pool.submit(environment, version) for version in versions]
+        return max(compile_under(folder.result(), given) for folder in folders)
 
 
 if __name__ == "__main__":
