@@ -31,7 +31,6 @@ from train.schedule.layer_times import (
     lockstep_loads,
     nominal_times,
     pace,
-    rank_groups,
     runs_in_lockstep,
     stage_costs,
     stage_works,
@@ -273,13 +272,6 @@ def test_work_of_a_rank_is_that_of_its_stages_in_both_directions() -> None:
         num_dense=0, num_moe=2, embedding=LaneWork(), dense=LaneWork(), moe=LaneWork(1, 3), heads=LaneWork(4)
     )
     assert times_of_ranks(stage_works((1, 1), exchanging), straight_placement(2)) == (3, 5)
-
-
-def test_groups_are_the_ranks_that_share_stages() -> None:
-    assert rank_groups(mirrored_placement(4)) == (0, 1, 1, 0)
-    assert rank_groups(mirrored_placement(3, 2)) == (0, 1, 0, 0, 1, 0)
-    assert rank_groups(v_placement(2)) == (0, 1, 1, 0)
-    assert rank_groups(straight_placement(2, 2)) == (0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(

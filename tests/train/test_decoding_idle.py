@@ -45,10 +45,3 @@ def test_ranks_with_two_cohorts_each_are_idle_at_most_a_tenth_of_the_time(layout
         found.append(run_ranks(layout.pipeline, measure, tmp_path, layout))
     print([[round(share, 3) for share in shares] for shares in found])
     assert min(map(max, found)) <= 0.1, found
-
-
-@pytest.mark.slow
-def test_ranks_with_too_few_cohorts_are_idle(tmp_path: Path) -> None:
-    """Ensures that the test above can fail: 2 cohorts keep at most 2 of 4 ranks busy."""
-    found = run_ranks(4, measure, tmp_path, Layout(pipeline=4, cohorts=1))
-    assert min(found) > 0.4, found

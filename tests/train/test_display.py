@@ -15,14 +15,15 @@ import pytest
 
 from data.problems import split_problems
 from tests import ROOT
+from tests.covering import exhaustive
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
 from train.corpus import prepare_corpus
 from train.records.display import Display, PhaseLines, folded, open_console, step_line
 from train.records.reporter import corpus_lines
 
 PROGRAM = """
-import sys, time
-from train.records.display import Display, PhaseLines, open_console
+import os, sys, time
+from train.records.display import Display, open_console
 now = 0.0
 def clock():
     return now
@@ -34,7 +35,7 @@ for step in range(1, 21):
     if step == 10:
         with display.phase("saving"):
             now += 5.0
-time.sleep(1.2)  # the bar's next update
+time.sleep(float(os.environ.get("PAUSE_SECONDS", 0)))
 display.close()
 """
 
@@ -74,8 +75,8 @@ def steps_of(text: str) -> list[int]:
     return [int(step) for step in re.findall(r"step +(\d+)  loss", text)]
 
 
-@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TTY_COMPATIBLE": "1"}])
-def test_piped_output_is_whole_lines(variables: dict[str, str]) -> None:
+def test_piped_output_is_whole_lines() -> None:
+    variables = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TTY_COMPATIBLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, timeout=60, env={**os.environ, **variables}
     )
@@ -88,7 +89,9 @@ def test_piped_output_is_whole_lines(variables: dict[str, str]) -> None:
 
 
 def test_terminal_shows_a_bar_with_rate_and_remaining_time_and_a_line_per_second() -> None:
-    text = run_on_terminal({"TERM": "xterm-256color", "COLUMNS": "160"})
+    text = run_on_terminal(
+        {"TERM": "xterm-256color", "COLUMNS": "160", "PAUSE_SECONDS": "1.2"}
+    )  # the bar's next update
     assert "\x1b" in text
     assert "20/20" in text
     assert re.search(r"0\.55 s/step  12,300 tokens/s  0 s left", text)
@@ -235,7 +238,9 @@ print("at the end")
 """
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">/dev/full", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>&1"])
+@pytest.mark.parametrize(
+    "redirection", ["| head -1", ">&- 2>&-", ">/dev/full 2>&1", *exhaustive(">/dev/full", "2>/dev/full")]
+)
 def test_broken_output_does_not_end_a_run(tmp_path: Path, redirection: str) -> None:
     script = f'set -o pipefail; "$0" -c "$1" "$2" {redirection}'
     command = ["bash", "-c", script, sys.executable, TERMINAL_PROGRAM, str(tmp_path / "said")]

@@ -15,6 +15,7 @@ from dualpipe.build import build
 from dualpipe.ir import Op, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.validate import validate, validate_passes
+from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
 from tests.train.job import make_world
@@ -184,10 +185,11 @@ def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
     return tuple(found)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 @pytest.mark.parametrize("pipeline", [2, 4])
 def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipeline: int) -> None:
-    many = 10 * pipeline
+    many = 6 * pipeline
     config = make_config(tmp_path, kind, pipeline, many)
     planned = planning_schedule(config, many)
     costs = nominal_costs(config, kind)
@@ -200,7 +202,7 @@ def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipe
         assert max(peaks(planned, pending)) == pytest.approx(max(peaks(whole, pending)))
 
 
-@pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 18), (6, 12), (8, 16)])
+@pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 18), *exhaustive((4, 8), (6, 12), (8, 16))])
 def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_order(
     tmp_path: Path, pipeline: int, micro_batches: int
 ) -> None:

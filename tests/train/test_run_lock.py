@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,10 +50,6 @@ else:
 """
 
 
-def said() -> list[str]:
-    return []
-
-
 def plant(folder: Path, owner: Owner | str, age: float = 0.0) -> Path:
     """A lock as another process would have left it, so many seconds ago."""
     path = folder / LOCK_NAME
@@ -89,7 +86,8 @@ def test_lock_names_its_owner_and_is_removed_on_release(tmp_path: Path) -> None:
 
 
 def test_lock_of_a_dead_process_is_taken_over_at_once_with_a_message(tmp_path: Path) -> None:
-    owner, lines = dead_owner(), said()
+    owner = dead_owner()
+    lines: list[str] = []
     plant(tmp_path, owner)
     refuse_if_in_use(tmp_path)
     lock = RunLock(tmp_path, lines.append)
@@ -112,7 +110,8 @@ def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: 
     # Somebody renews it: as soon as that is seen, the folder is in use.
     code = f"import os, time; time.sleep(0.5); os.utime({str(path)!r})"
     renewing = subprocess.Popen([sys.executable, "-c", code])
-    lines, begun = said(), time.monotonic()
+    lines: list[str] = []
+    begun = time.monotonic()
     with pytest.raises(LockedError, match="in use by host node7"):
         RunLock(tmp_path, lines.append, lease_seconds=20)
     assert time.monotonic() - begun < 10
@@ -122,35 +121,23 @@ def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: 
     RunLock(tmp_path, print, lease_seconds=1.0).release()
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "garbage", "{", "[" * 100_000, "null", "x" * 200_000, "1" * 5000, '{"pid": 1}'],
-    ids=["empty", "garbage", "cut", "deep", "null", "huge", "number", "incomplete"],
-)
-def test_lock_without_an_owner_is_stale_by_its_age(tmp_path: Path, content: str) -> None:
-    plant(tmp_path, content, age=100)
-    RunLock(tmp_path, print).release()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"pid": -1}, {"pid": 0}, {"pid": 10**30}, {"pid": True}, {"pid": "1"}, {"pid": None}, {"time": 1e300},
-        {"time": -1}, {"host": "x" * 5000}, {"id": "../../x"}, {"id": "a/b"}, {"started": 3}, {"extra": 1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_lock_with_a_wrong_value_is_stale_by_its_age(tmp_path: Path, changes: dict[str, object]) -> None:
-    plant(tmp_path, json.dumps({**asdict(dead_owner()), **changes}), age=100)
-    RunLock(tmp_path, print).release()
-    assert list(tmp_path.iterdir()) == []
+def test_lock_without_a_valid_owner_is_stale_by_its_age(tmp_path: Path) -> None:
+    pids: list[Any] = [-1, 0, 10**30, True, "1", None]
+    wrong: list[dict[str, Any]] = [{"pid": pid} for pid in pids]
+    wrong += [{"time": 1e300}, {"time": -1}, {"host": "x" * 5000}, {"started": 3}, {"extra": 1}]
+    wrong += [{"id": "../../x"}, {"id": "a/b"}]
+    contents = ["", "garbage", "{", "[" * 100_000, "null", "x" * 200_000, "1" * 5000, '{"pid": 1}']
+    owner = asdict(dead_owner())
+    for content in [*contents, *(json.dumps({**owner, **changes}) for changes in wrong)]:
+        plant(tmp_path, content, age=100)
+        RunLock(tmp_path, print).release()
+        assert list(tmp_path.iterdir()) == [], content[:200]
 
 
 def test_lock_from_the_future_is_taken_over_if_it_is_not_renewed(tmp_path: Path) -> None:
     there = replace(Owner.of_this_process(), machine="another boot", command="a\x1b[31m\nb")
     plant(tmp_path, there, age=-1e6)
-    lines = said()
+    lines: list[str] = []
     RunLock(tmp_path, lines.append, lease_seconds=0.5).release()
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
@@ -172,7 +159,7 @@ def test_only_one_of_many_processes_takes_over_a_stale_lock(tmp_path: Path) -> N
             [sys.executable, "-c", RACER, str(tmp_path)], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
-        for _ in range(8)
+        for _ in range(4)
     ]  # fmt: skip
     for racer in racers:
         assert racer.stdout is not None
@@ -186,7 +173,7 @@ def test_only_one_of_many_processes_takes_over_a_stale_lock(tmp_path: Path) -> N
     for racer in racers:
         assert racer.stdout is not None
         results.append(racer.stdout.readline().strip())
-    assert sorted(results) == ["owner"] + ["refused"] * 7
+    assert sorted(results) == ["owner"] + ["refused"] * 3
     winner = racers[results.index("owner")]
     found = read_lock(tmp_path / LOCK_NAME)
     assert found is not None
@@ -322,16 +309,11 @@ def test_automatic_resume_is_checked_against_the_newest_checkpoint(tmp_path: Pat
         check(build("resume=auto"))
 
 
-@pytest.mark.parametrize(
-    "name", ["WANDB_API_KEY", "hubToken", "db.password", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "credentials", "api-key"]
-)
-def test_secret_names(name: str) -> None:
-    assert is_secret_name(name)
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "sequence_length_tokens", "monkey", "keyboard", "data.paths", "seed"])
-def test_other_names(name: str) -> None:
-    assert not is_secret_name(name)
+def test_names_of_secrets() -> None:
+    secret = ["WANDB_API_KEY", "hubToken", "db.password", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "credentials", "api-key"]
+    assert [name for name in secret if not is_secret_name(name)] == []
+    plain = ["tokenizer", "sequence_length_tokens", "monkey", "keyboard", "data.paths", "seed"]
+    assert [name for name in plain if is_secret_name(name)] == []
 
 
 @pytest.mark.parametrize(
@@ -361,14 +343,9 @@ def test_texts(text: str, shown: str) -> None:
 
 
 def test_nested_values() -> None:
-    values = {
-        "num_experts_per_token": 8,
-        "api_key": "x",
-        "deep": [{"password": "y", "name": "HF_TOKEN=z"}],
-        "none": None,
-    }
-    hidden = {"num_experts_per_token": 8, "api_key": "***", "deep": [{"password": "***", "name": "HF_TOKEN=***"}]}
-    assert redact_values(values) == {**hidden, "none": None}
+    deep = {"num_experts_per_token": 8, "api_key": "x", "deep": [{"password": "y", "name": "HF_TOKEN=z"}], "none": None}
+    hidden = {"api_key": "***", "deep": [{"password": "***", "name": "HF_TOKEN=***"}]}
+    assert redact_values(deep) == {**deep, **hidden}
 
 
 def test_folder_variables_of_a_shell_are_no_passwords() -> None:
