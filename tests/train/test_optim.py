@@ -22,7 +22,7 @@ from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, save_checkpoint
+from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint.load import load
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError
@@ -98,15 +98,6 @@ def test_bf16_moments_are_those_of_torch_rounded_after_each_step() -> None:
     assert float(moments_of(optimizer, ours["norm"])["step"]) == 6
 
 
-@pytest.mark.parametrize(("moments", "expected"), [("bf16", 4), ("float32", 8)])
-def test_moments_take_the_documented_bytes_per_weight(moments: Any, expected: int) -> None:
-    named = parameters()
-    optimizer = build_adamw(options(named), replace(CONFIG, moments=moments))
-    stepped(optimizer, named, 1e-2, 0)
-    kept = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    assert sum(value.nbytes for value in kept) == expected * sum(parameter.numel() for parameter in named.values())
-
-
 def test_weight_without_gradient_does_not_change() -> None:
     named = parameters()
     named["other"].grad = torch.ones(5, 7)
@@ -117,20 +108,14 @@ def test_weight_without_gradient_does_not_change() -> None:
     assert list(optimizer.state) == [named["other"]]
 
 
-@pytest.mark.parametrize("beta", [0.9, 0.95, 0.984375])
-def test_second_moment_follows_shrinking_gradients(beta: float) -> None:
-    """Up to the largest beta that a run may have; rounded to nearest, those nearer to 1 stop on the way."""
-    kept, exact = follow(beta)
-    assert float(kept / exact) == pytest.approx(1, abs=0.15)
+def test_second_moment_follows_shrinking_gradients_up_to_the_largest_beta_of_a_run() -> None:
+    """Rounded to nearest, those nearer to 1 stop on the way."""
+    assert follow(0.984375) == pytest.approx(1, abs=0.15)
+    assert follow(0.999) > 2
 
 
-def test_second_moment_with_beta2_near_one_would_stop() -> None:
-    kept, exact = follow(0.999)
-    assert float(kept / exact) > 2
-
-
-def follow(beta: float) -> tuple[Tensor, Tensor]:
-    """The mean square after 1500 gradients that shrink by 0.5 % each, kept in bf16; and what it should be."""
+def follow(beta: float) -> float:
+    """Returns the mean square in bf16 after 1500 gradients that shrink by 0.5 % each, divided by the exact one."""
     weight = nn.Parameter(torch.zeros(500))
     optimizer = Bf16MomentsAdamW([{"params": [weight]}], replace(CONFIG, beta2=beta))
     generator, exact = torch.Generator().manual_seed(0), torch.zeros(500)
@@ -138,7 +123,7 @@ def follow(beta: float) -> tuple[Tensor, Tensor]:
         weight.grad = torch.randn(500, generator=generator) * 0.995**step
         exact = exact * beta + weight.grad.square() * (1 - beta)
         optimizer.step()
-    return optimizer.moments(weight)["exp_avg_sq"].float().mean(), exact.mean()
+    return float(optimizer.moments(weight)["exp_avg_sq"].float().mean() / exact.mean())
 
 
 def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, torch.dtype]]) -> list[dict[str, Any]]:
@@ -187,10 +172,10 @@ def worlds() -> dict[int, list[list[dict[str, Any]]]]:
     sharded = replace(CONFIG, sharding="zero1", bucket_elements=700)
     odd = replace(sharded, bucket_elements=699)
     configs = [(sharded, torch.float32), (odd, torch.bfloat16), (whole, torch.float32)]
-    return {size: run_ranks(size, sharded_steps, configs) for size in (1, 2, 4)}
+    return {size: run_ranks(size, sharded_steps, configs) for size in (1, 4)}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_ranks_shard_4_bytes_per_weight(worlds: dict[int, Any], size: int) -> None:
     num_weights = sum(parameter.numel() for parameter in parameters().values())
     for index in range(2):
@@ -201,7 +186,7 @@ def test_ranks_shard_4_bytes_per_weight(worlds: dict[int, Any], size: int) -> No
         assert num_bytes == 4 * num_weights
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_steps_of_every_sharding_are_those_of_plain_adamw(worlds: dict[int, Any], size: int) -> None:
     """Every weight on every rank, so no part of a sum or of an update may stay behind."""
     named = parameters()
@@ -234,17 +219,6 @@ def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], 
         precision=PrecisionConfig(kind=kind),
         optim=replace(OPTIM, moments=moments, sharding="zero1"),
     )
-
-
-@pytest.mark.slow
-def test_loss_is_near_that_with_moments_in_float32(folder: Path) -> None:
-    jobs = [Job(config=config_of(folder, moments, "float32")) for moments in ("float32", "bf16")]
-    exact, rounded = run_ranks(1, run_jobs, jobs, 12)[0]
-    assert rounded[-1].losses[0] < 0.9 * rounded[0].losses[0]
-    assert rounded[0].losses == exact[0].losses
-    # Moments are off by a few thousandths, so the way that the loss has gone is.
-    way = exact[0].losses[-1] - exact[-1].losses[-1]
-    assert abs(rounded[-1].losses[-1] - exact[-1].losses[-1]) < 0.01 * way
 
 
 def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
@@ -289,14 +263,6 @@ def test_checkpoint_resumes_bitwise_and_other_moments_are_converted(folder: Path
         assert found["bf16 loss"] == found["float32 loss"] == found["uninterrupted loss"]
         assert_equal(found["bf16 later"], found["uninterrupted later"])
         assert_equal(found["float32"], {name: value.float() for name, value in found["saved"].items()})
-
-
-def test_checkpoint_with_moments_in_float32_is_rounded(folder: Path) -> None:
-    config = config_of(folder, "float32", "float32")
-    found = run_ranks(1, go_on, config, ["bf16"])[0]
-    rounded = {name: value.bfloat16() if "exp_avg" in name else value for name, value in found["saved"].items()}
-    assert_equal(found["bf16"], rounded)
-    assert found["bf16 loss"] == found["uninterrupted loss"]
 
 
 @pytest.mark.parametrize(
@@ -384,44 +350,50 @@ def _averages(learner: Learner) -> dict[str, Tensor]:
 
 
 def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, Tensor]]:
-    """Averages of four steps; of two, a checkpoint and two more; of a checkpoint without averages, and its weights."""
-    loader, found = open_loader(config), []
-    whole = open_job(config)
-    for step in range(4):
-        train_step(whole, config.task, loader, step)
-        if step == 1:
-            folder = save_checkpoint(config, whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
-    found.append(_averages(whole))
-    again = open_job(config)
+    """Averages of two steps; of one, a checkpoint and another; of a checkpoint without averages, and its weights."""
+    loader, averages = open_loader(config), []
+    prepared = prepare(config.data, config.batch.sequence_length_tokens)
+    first, again = open_job(config), open_job(config)
+    train_step(first, config.task, loader, 0)
+    folder = save_checkpoint(config, first, 1, prepared)
+    train_step(first, config.task, loader, 1)
+    averages.append(_averages(first))
     load(again, folder)
-    for step in (2, 3):
-        train_step(again, config.task, loader, step)
-    found.append(_averages(again))
+    train_step(again, config.task, loader, 1)
+    averages.append(_averages(again))
     plain = replace(config, ema=EmaConfig(decay=None))
     without = open_job(plain)
     assert without.ema is None
     train_step(without, config.task, loader, 0)
-    bare = save_checkpoint(plain, without, 1, prepare(config.data, config.batch.sequence_length_tokens))
-    load(again, bare)
-    found.append(_averages(again))
-    found.append({name: tensor.float().clone() for name, tensor in named_tensors(without.replica.model).items()})
-    for learner in (whole, again, without):
+    load(again, save_checkpoint(plain, without, 1, prepared))
+    averages.append(_averages(again))
+    averages.append({name: tensor.float().clone() for name, tensor in named_tensors(without.replica.model).items()})
+    for learner in (first, again, without):
         close_job(learner)
-    return found
+    return averages
+
+
+def _uninterrupted(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor]:
+    learner, loader = open_job(config), open_loader(config)
+    for step in range(2):
+        train_step(learner, config.task, loader, step)
+    averages = _averages(learner)
+    close_job(learner)
+    return averages
 
 
 @pytest.mark.slow
 def test_ema_resumed_equals_an_uninterrupted_run_bitwise_and_one_rank(tmp_path: Path) -> None:
     write_text(tmp_path)
-    alone = tiny_config(tmp_path, ema=EmaConfig(decay=0.9), batch=replace(BATCH, global_sequences=8))
+    alone = tiny_config(tmp_path, ema=EmaConfig(decay=0.9), batch=replace(BATCH, global_sequences=4))
     spread = replace(
         alone,
-        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
+        parallelism=ParallelismConfig(pipeline=2, data=1, expert=1),
         schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
         out_dir=str(tmp_path / "spread"),
     )
-    ((expected, *_),) = run_ranks(1, _resumed, alone)
-    for uninterrupted, resumed, fresh, weights in run_ranks(4, _resumed, spread):
+    (expected,) = run_ranks(1, _uninterrupted, alone)
+    for uninterrupted, resumed, fresh, weights in run_ranks(2, _resumed, spread):
         for name, average in uninterrupted.items():
             assert torch.equal(resumed[name], average), name
             assert torch.allclose(average, expected[name], rtol=1e-6, atol=1e-7), name
