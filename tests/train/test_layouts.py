@@ -17,8 +17,9 @@ from dualpipe.registry import ScheduleConfig
 from model.config import Recomputed
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.transformer import Transformer, initialize_weights
+from tests.covering import exhaustive
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
 from tests.train.test_command import read_metrics, run_train
 from tests.train.test_equality import assert_equal_one_rank, assert_zero1_equal, zero1
@@ -43,7 +44,6 @@ def shared_config(
     depth: int = 2,
 ) -> TrainConfig:
     """A run whose sequences hold several uneven documents and padding. Segments of 16 or 8 tokens."""
-    write_text(folder)
     kind: Literal["1f1b", "dualpipe"] = "1f1b" if pipeline == 1 else "dualpipe"
     mesh = ParallelismConfig(pipeline=pipeline, data=data, expert=expert, cut=Cut("even"), context=context)
     config = tiny_config(
@@ -57,21 +57,27 @@ def shared_config(
     )
 
 
-def train_and_score(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float, Tensor]:
-    """Returns the results of each step, and loss and log-probabilities of the initial weights."""
+def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tensor]:
+    """Returns loss and log-probabilities of the first step's batch under the initial weights."""
     learner, loader = open_job(config), open_loader(config)
-    losses, log_probs = score_pass(learner, config, loader)
+    losses, log_probs_BT = score_pass(learner, config, loader)
     close_job(learner)
-    return run_jobs(rank, world_size, [Job(config=config, starved=1)], STEPS), losses.main, log_probs
+    return losses.main, log_probs_BT
+
+
+def train_and_score(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Seen], float, Tensor]:
+    """Returns the results of each step, and loss and log-probabilities of the initial weights."""
+    (seen,) = run_jobs(rank, world_size, [Job(config=config, starved=1)], STEPS)
+    return seen, *score(rank, world_size, config)
 
 
 def check_scores(config: TrainConfig, plain: TrainConfig, alone: TrainConfig) -> None:
     """Trains and scores on all ranks as on one."""
     results = run_ranks(config.parallelism.world_size, train_and_score, config)
-    assert_equal_one_rank([seen[0] for seen, _, _ in results], plain, 1)
-    ((_, loss, log_probs),) = run_ranks(1, train_and_score, alone)
-    for _, found, scores in results:
-        assert found == pytest.approx(loss, rel=1e-12)
+    assert_equal_one_rank([seen for seen, _, _ in results], plain, 1)
+    ((loss, log_probs),) = run_ranks(1, score, alone)
+    for _, score_loss, scores in results:
+        assert score_loss == pytest.approx(loss, rel=1e-12)
         torch.testing.assert_close(scores, log_probs, rtol=1e-10, atol=1e-12)
 
 
@@ -84,19 +90,16 @@ def alone(config: TrainConfig) -> TrainConfig:
 @pytest.mark.parametrize(
     ("pipeline", "data", "context", "expert", "document_mask"),
     [
-        (1, 1, 2, 2, True),
         pytest.param(2, 1, 2, 2, True, marks=pytest.mark.slow),
         pytest.param(1, 1, 4, 2, False, marks=pytest.mark.long),
         pytest.param(1, 2, 2, 4, True, marks=pytest.mark.long),
-        pytest.param(1, 1, 2, 1, False, marks=pytest.mark.exhaustive),
-        pytest.param(2, 2, 2, 4, True, marks=pytest.mark.exhaustive),
-        pytest.param(2, 1, 4, 2, False, marks=pytest.mark.exhaustive),
+        *exhaustive((1, 1, 2, 2, True), (1, 1, 2, 1, False), (2, 2, 2, 4, True), (2, 1, 4, 2, False)),
     ],
 )
 def test_ranks_that_share_sequences_equal_one_rank(
-    tmp_path: Path, pipeline: int, data: int, context: int, expert: int, document_mask: bool
+    folder: Path, pipeline: int, data: int, context: int, expert: int, document_mask: bool
 ) -> None:
-    config = shared_config(tmp_path, pipeline, data, context, expert, document_mask=document_mask)
+    config = shared_config(folder, pipeline, data, context, expert, document_mask=document_mask)
     positions = open_loader(config).batch(0, 0, config.batch.global_sequences).positions_BT
     assert ((positions == 0).sum(1) > 1).any(), "no sequence holds several documents"
     assert (positions < 0).any(), "no sequence has padding"
@@ -104,14 +107,13 @@ def test_ranks_that_share_sequences_equal_one_rank(
 
 
 @pytest.mark.long
-def test_zero1_shards_over_ranks_that_share_sequences(tmp_path: Path) -> None:
-    config = zero1(shared_config(tmp_path, 2, 1, 2, 1, depth=1))
-    assert_zero1_equal(run_ranks(4, run_jobs, [Job(config=config, starved=1)], STEPS), [config])
+def test_zero1_shards_over_ranks_that_share_sequences(folder: Path) -> None:
+    config = zero1(shared_config(folder, 2, 1, 2, 1, depth=1))
+    assert_zero1_equal(run_ranks(4, run_jobs, [Job(config=config, starved=1)], STEPS), config)
 
 
 def sliced_config(folder: Path, pipeline: int, data: int, slices: int, *, document_mask: bool) -> TrainConfig:
     """A run whose sequences hold several uneven documents and padding."""
-    write_text(folder)
     mesh = ParallelismConfig(pipeline=pipeline, data=data, expert=data, cut=Cut("even"))
     schedule = ScheduleConfig(kind="sliced_1f1b", chunks=None, pairing="overlapped", slices=slices)
     config = tiny_config(folder, parallelism=mesh, schedule=schedule)
@@ -131,32 +133,17 @@ def whole(config: TrainConfig) -> TrainConfig:
 @pytest.mark.parametrize(
     ("pipeline", "data", "slices", "document_mask", "recompute"),
     [
-        (1, 1, 3, True, ()),
-        (2, 1, 4, False, ()),
+        (1, 1, 3, False, ()),
         pytest.param(2, 1, 4, True, ("layer",), marks=pytest.mark.slow),
         pytest.param(1, 2, 2, False, ("norm", "mla_up"), marks=pytest.mark.long),
-        pytest.param(2, 2, 5, True, (), marks=pytest.mark.exhaustive),
-        pytest.param(4, 1, 2, True, (), marks=pytest.mark.exhaustive),
+        *exhaustive((1, 1, 3, True, ()), (2, 1, 4, False, ()), (2, 2, 5, True, ()), (4, 1, 2, True, ())),
     ],
 )
 def test_sequences_in_slices_equal_whole_ones(
-    tmp_path: Path, pipeline: int, data: int, slices: int, document_mask: bool, recompute: tuple[Recomputed, ...]
+    folder: Path, pipeline: int, data: int, slices: int, document_mask: bool, recompute: tuple[Recomputed, ...]
 ) -> None:
-    config = replace(sliced_config(tmp_path, pipeline, data, slices, document_mask=document_mask), recompute=recompute)
+    config = replace(sliced_config(folder, pipeline, data, slices, document_mask=document_mask), recompute=recompute)
     check_scores(config, whole(config), whole(config))
-
-
-def make_config(folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int) -> TrainConfig:
-    """Short texts, so that sequences hold several."""
-    write_text(folder)
-    config = tiny_config(
-        folder,
-        parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
-        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
-    )
-    batch = replace(config.batch, document_mask=True, sequence_length_tokens=64, global_sequences=8)
-    model = replace(config.model, num_layers=max(3, pipeline), mtp_depth=depth)
-    return replace(config, batch=batch, model=model)
 
 
 def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
@@ -188,82 +175,83 @@ def plain_validation(config: TrainConfig) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "pipeline", "depth"), [("1f1b", 3, 0), ("dualpipe", 4, 1)])
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "depth"), [("1f1b", 3, 1), *exhaustive(("1f1b", 3, 0), ("dualpipe", 4, 1))]
+)
 def test_many_ranks_with_masked_documents_equal_one_rank(
-    tmp_path: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
+    folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
 ) -> None:
-    config = make_config(tmp_path, kind, pipeline, depth)
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=1, expert=1),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+        batch=replace(BATCH, document_mask=True, sequence_length_tokens=64, global_sequences=8),
+        model=replace(MODEL, num_layers=max(3, pipeline), mtp_depth=depth),
+    )
     positions = open_loader(config).batch(0, 0, 8).positions_BT
     assert ((positions == 0).sum(1) > 1).any(), "no sequence holds several documents, so the test has no effect"
     results = run_ranks(pipeline, train_and_validate, config)
-    assert_equal_one_rank([seen[0] for seen, _ in results], config)
+    assert_equal_one_rank([seen for (seen,), _ in results], config)
     expected = plain_validation(config)
     assert [validation for _, validation in results] == pytest.approx([expected] * pipeline, rel=1e-12)
     unmasked = replace(config, batch=replace(config.batch, document_mask=False))
     assert abs(plain_validation(unmasked) - expected) > 1e-6
 
 
-MTP_WEIGHT = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.3}, {"from_tokens": 300, "value": 0.1}])
+MTP_WEIGHT = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.3}, {"from_tokens": 200, "value": 0.1}])
 
-BIAS_RATE = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.05}, {"from_tokens": 100, "value": 0}])
+BIAS_RATE = TokenSchedule.from_plain([{"from_tokens": 0, "value": 0.05}, {"from_tokens": 200, "value": 0}])
 
 SAME = ("step", "tokens", "loss", "grad_norm", "max_violation", "lr", "mtp_loss_weight", "bias_update_rate")
 
-RAMP = BatchRamp(start_sequences=4, end_tokens=4 * 24 + 8 * 24, num_sizes=3)  # 4, 8, then 12 sequences of 24 tokens
+RAMP = BatchRamp(start_sequences=4, end_tokens=2 * 4 * 24, num_sizes=3)  # 4, 8, then 12 sequences of 24 tokens
 
 
 @pytest.mark.slow
-def test_ramp_on_many_ranks_equals_a_plain_model(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    plain = tiny_config(tmp_path, batch=replace(BATCH, global_sequences=12, ramp=RAMP))
+@pytest.mark.parametrize("kind", ["dualpipe_v", *exhaustive("dualpipe")])
+def test_ramp_on_many_ranks_equals_a_plain_model(folder: Path, kind: str) -> None:
+    plain = tiny_config(folder, batch=replace(BATCH, global_sequences=12, ramp=RAMP))
     plain = replace(plain, task=replace(plain.task, mtp_loss_weight=MTP_WEIGHT, bias_update_rate=BIAS_RATE))
-    assert [plain.batch_sizes.sequences(step) for step in range(4)] == [4, 4, 8, 12]
-    rates = [rates_of(plain.task, plain.optim, plain.batch_sizes, step) for step in range(4)]
-    assert [each.mtp_loss_weight for each in rates] == [0.3, 0.3, 0.3, 0.1]
-    assert [each.bias_update for each in rates] == [0.05, 0.05, 0, 0]
-    spread = [
-        replace(
-            plain,
-            parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
-            schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
-        )
-        for kind in ("dualpipe", "dualpipe_v")
-    ]
-    expected = run_plain(plain, 0, 4)
-    for jobs in run_ranks(4, run_jobs, [Job(config=config) for config in spread], 4):
-        for steps in jobs:
-            for seen, one in zip(steps, expected, strict=True):
-                assert seen.losses == pytest.approx(one.losses, rel=1e-10)
-                assert seen.norm == pytest.approx(one.norm, rel=1e-10)
-                for name, weight in seen.weights.items():
-                    assert torch.allclose(weight, one.weights[name].to(weight.dtype), rtol=1e-10, atol=1e-12), name
+    assert [plain.batch_sizes.sequences(step) for step in range(3)] == [4, 8, 12]
+    rates = [rates_of(plain.task, plain.optim, plain.batch_sizes, step) for step in range(3)]
+    assert [rate.mtp_loss_weight for rate in rates] == [0.3, 0.3, 0.1]
+    assert [rate.bias_update for rate in rates] == [0.05, 0.05, 0]
+    spread = replace(
+        plain,
+        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+    )
+    expected = run_plain(plain, 0, 3)
+    for (steps,) in run_ranks(4, run_jobs, [Job(config=spread)], 3):
+        for seen, alone in zip(steps, expected, strict=True):
+            assert seen.losses == pytest.approx(alone.losses, rel=1e-10)
+            assert seen.norm == pytest.approx(alone.norm, rel=1e-10)
+            for name, weight in seen.weights.items():
+                assert torch.allclose(weight, alone.weights[name].to(weight.dtype), rtol=1e-10, atol=1e-12), name
 
 
 @pytest.mark.slow
-def test_ramp_resumed_across_changes_of_size_equals_uninterrupted_bitwise(tmp_path: Path) -> None:
-    write_text(tmp_path)
+def test_ramp_resumed_across_changes_of_size_equals_uninterrupted_bitwise(folder: Path) -> None:
     # Of 32 tokens: steps 1 and 2 read 4 sequences, 3 and 4 read 6, later ones 8.
-    ramp = "batch.ramp={start_sequences:4,end_tokens:600,num_sizes:3}"
-    choices = (ramp, "samples.prompt=", "validation.sequences=0")
-    by_tokens = ("optim=adamw_v3", "optim.learning_rate=1e-2", "optim.schedule.warmup=1 steps")
-    by_tokens += ("optim.schedule.decay_start=400 tokens", "optim.schedule.decay_end=1000 tokens")  # type: ignore[assignment]
-    by_tokens += ("optim.schedule.last_start=1200 tokens",)  # type: ignore[assignment]
-    by_tokens += ("task.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",)  # type: ignore[assignment]
-    by_tokens += ("task.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",)  # type: ignore[assignment]
-    for name, more in (
-        ("whole", ("task.steps=6",)),
-        ("half", ("task.steps=3",)),
-        ("again", ("task.steps=6", f"resume={tmp_path / 'half'}")),
-    ):
-        done = run_train(tmp_path, name, *choices, *by_tokens, *more)
+    choices = (
+        *("batch.ramp={start_sequences:4,end_tokens:600,num_sizes:3}", "samples.prompt=", "validation.sequences=0"),
+        *("parallelism=two_ranks", "task.steps=5", "optim=adamw_v3", "optim.learning_rate=1e-2"),
+        *("optim.schedule.warmup=1 steps", "optim.schedule.decay_start=400 tokens"),
+        *("optim.schedule.decay_end=1000 tokens", "optim.schedule.last_start=1200 tokens"),
+        "task.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",
+        "task.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",
+    )
+    checkpoint = folder / "uninterrupted" / "checkpoints" / "step-00000002"
+    for name, more in (("uninterrupted", "checkpointing.every_steps=2"), ("resumed", f"resume={checkpoint}")):
+        done = run_train(folder, name, *choices, more)
         assert done.returncode == 0, done.stderr
-    whole, half, again = (read_metrics(tmp_path, name) for name in ("whole", "half", "again"))
-    assert [line["global_batch_sequences"] for line in whole] == [4, 4, 4, 6, 6, 8]
-    assert [line["mtp_loss_weight"] for line in whole] == [0.3, 0.3, 0.3, 0.3, 0.1, 0.1]
-    assert [line["bias_update_rate"] for line in whole] == [0.01, 0.01, 0.01, 0, 0, 0]
-    assert len({line["router"]["layer_1"]["bias_most"] for line in whole[2:]}) == 1  # type: ignore[index]
-    assert [line["tokens"] for line in whole] == [128, 256, 384, 576, 768, 1024]
-    for line, expected in zip(half + again, whole, strict=True):
+    uninterrupted, resumed = (read_metrics(folder, name) for name in ("uninterrupted", "resumed"))
+    assert [line["global_batch_sequences"] for line in uninterrupted] == [4, 4, 4, 6, 6]
+    assert [line["mtp_loss_weight"] for line in uninterrupted] == [0.3, 0.3, 0.3, 0.3, 0.1]
+    assert [line["bias_update_rate"] for line in uninterrupted] == [0.01, 0.01, 0.01, 0, 0]
+    assert len({line["router"]["layer_1"]["bias_most"] for line in uninterrupted[2:]}) == 1  # type: ignore[index]
+    assert [line["tokens"] for line in uninterrupted] == [128, 256, 384, 576, 768]
+    for line, expected in zip(resumed, uninterrupted[2:], strict=True):
         for key in SAME:
             assert line[key] == expected[key], (key, line["step"])
 
@@ -279,20 +267,11 @@ def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
     return ""
 
 
-def test_ramp_whose_schedule_places_stages_on_other_ranks_is_refused(tmp_path: Path) -> None:
-    write_text(tmp_path)
+def test_ramp_whose_schedule_places_stages_on_other_ranks_is_refused(folder: Path) -> None:
     ramp = BatchRamp(start_sequences=4, end_tokens=1, num_sizes=2)
-    config = tiny_config(tmp_path, batch=replace(BATCH, ramp=ramp))
+    config = tiny_config(folder, batch=replace(BATCH, ramp=ramp))
     (said,) = run_ranks(1, _misplaced, config)
     assert said.startswith("batch.ramp: every size must place its stages on the same ranks as 16 micro-batches do")
-
-
-def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tensor]:
-    """The main loss and the log-probabilities of the first step's batch."""
-    learner, loader = open_job(config), open_loader(config)
-    losses, log_probs_BT = score_pass(learner, config, loader)
-    close_job(learner)
-    return losses.main, log_probs_BT
 
 
 @torch.no_grad()
@@ -307,21 +286,14 @@ def plain_scores(config: TrainConfig) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_scores_of_four_ranks_equal_those_of_one_and_of_the_plain_model(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    one = tiny_config(tmp_path)
-    (expected_loss, expected_BT), *_ = run_ranks(1, score, one)
-    plain_BT, is_target_BT = plain_scores(one)
-    assert expected_BT.shape == plain_BT.shape == (16, 24)
-    torch.testing.assert_close(expected_BT, plain_BT, rtol=1e-10, atol=1e-12)
-    assert expected_loss == pytest.approx(float(-plain_BT.sum() / is_target_BT.sum()), rel=1e-10)
-    for pipeline, data in ((4, 1), (2, 2)):
-        config = tiny_config(
-            tmp_path,
-            parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
-            schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
-        )
-        for rank, (loss, log_probs_BT) in enumerate(run_ranks(4, score, config)):
-            place = f"pipeline {pipeline}, rank {rank}"
-            assert loss == pytest.approx(expected_loss, rel=1e-10), place
-            torch.testing.assert_close(log_probs_BT, expected_BT, rtol=1e-10, atol=1e-12, msg=place)
+@pytest.mark.parametrize(("pipeline", "data"), [(2, 2), *exhaustive((1, 1), (4, 1))])
+def test_scores_of_many_ranks_equal_those_of_the_plain_model(folder: Path, pipeline: int, data: int) -> None:
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
+    )
+    plain_BT, is_target_BT = plain_scores(config)
+    for rank, (loss, log_probs_BT) in enumerate(run_ranks(pipeline * data, score, config)):
+        torch.testing.assert_close(log_probs_BT, plain_BT, rtol=1e-10, atol=1e-12, msg=f"rank {rank}")
+        assert loss == pytest.approx(float(-plain_BT.sum() / is_target_BT.sum()), rel=1e-10), f"rank {rank}"

@@ -19,8 +19,9 @@ from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
 from model.transformer import named_tensors
+from tests.covering import exhaustive
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
 from train.errors import RefusedStepError
@@ -37,11 +38,15 @@ Kind = Literal["dualpipe", "dualpipe_split", "dualpipe_interleaved", "1f1b"]
 Layout = tuple[Literal["dualpipe", "dualpipe_split", "dualpipe_interleaved", "1f1b"], int, int, int, int]
 """Schedule, pipeline, data and expert ranks, MTP modules."""
 SHARDED, FLOAT32, REPLICATED = ("zero1", "bf16"), ("zero1", "float32"), ("replicated", "float64")
-RUNS: dict[int, list[tuple[Layout, tuple[str, str]]]] = {
-    2: [(("dualpipe", 2, 1, 1, 1), SHARDED), (("dualpipe", 2, 1, 1, 1), FLOAT32), (("1f1b", 1, 2, 1, 1), REPLICATED)],
-    3: [(("dualpipe_interleaved", 3, 1, 1, 1), SHARDED), (("dualpipe_split", 3, 1, 1, 1), REPLICATED)],
-    4: [(("dualpipe", 2, 2, 2, 1), SHARDED), (("1f1b", 2, 2, 2, 1), SHARDED), (("1f1b", 2, 2, 2, 1), REPLICATED)],
-}
+RUNS: list[tuple[int, list[tuple[Layout, tuple[str, str]]]]] = [
+    (2, [(("dualpipe", 2, 1, 1, 1), FLOAT32), (("dualpipe_interleaved", 2, 1, 1, 1), SHARDED)]),
+    (4, [(("dualpipe", 2, 2, 2, 1), REPLICATED), (("1f1b", 2, 2, 2, 1), SHARDED)]),
+]
+MORE_RUNS: list[tuple[int, list[tuple[Layout, tuple[str, str]]]]] = [
+    (2, [(("dualpipe", 2, 1, 1, 1), SHARDED), (("1f1b", 1, 2, 1, 1), REPLICATED)]),
+    (3, [(("dualpipe_interleaved", 3, 1, 1, 1), SHARDED), (("dualpipe_split", 3, 1, 1, 1), REPLICATED)]),
+    (4, [(("dualpipe", 2, 2, 2, 1), SHARDED), (("1f1b", 2, 2, 2, 1), REPLICATED)]),
+]
 
 
 @dataclass(slots=True)
@@ -127,11 +132,12 @@ def run_one(config: TrainConfig, run_step: Callable[[Learner, TrainConfig, Any, 
     return Seen(norms, values, hashes)
 
 
-@pytest.mark.parametrize("size", RUNS)
-def test_refused_and_overlapped_steps_equal_sequential_ones_bitwise(size: int, tmp_path: Path) -> None:
-    write_text(tmp_path)
-    results = run_ranks(size, run, [job_of(tmp_path, *each) for each in RUNS[size]])
-    for index, (layout, form) in enumerate(RUNS[size]):
+@pytest.mark.parametrize(("size", "runs"), [*RUNS, *exhaustive(*MORE_RUNS)])
+def test_refused_and_overlapped_steps_equal_sequential_ones_bitwise(
+    size: int, runs: list[tuple[Layout, tuple[str, str]]], folder: Path
+) -> None:
+    results = run_ranks(size, run, [job_of(folder, *layout_and_form) for layout_and_form in runs])
+    for index, (layout, form) in enumerate(runs):
         hashes: dict[str, str] = {}
         for rank, seen in enumerate(results):
             place, (sequential, overlapped) = f"rank {rank} of {layout}, {form}", seen[index]

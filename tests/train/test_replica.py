@@ -13,8 +13,9 @@ from comm.config import ParallelismConfig
 from comm.dispatch.traffic import TrafficSnapshot
 from dualpipe.registry import ScheduleConfig
 from model.transformer import named_tensors
+from tests.covering import exhaustive
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import configured_schedule, make_world, open_loader
 from train.config import TrainConfig
 from train.learner import open_learner
@@ -24,11 +25,7 @@ from train.schedule.cut import run_cut
 from train.step import train_step
 from train.world import ReplicaConfig
 
-STEPS = 3
-LAYOUTS = {
-    "pipeline 4": ParallelismConfig(pipeline=4, data=1, expert=1),
-    "pipeline 2, data 2, experts over 2": ParallelismConfig(pipeline=2, data=2, expert=2),
-}
+STEPS = 2
 REFERENCES = {"same shape": MODEL, "wider": replace(MODEL, hidden_size=48, num_routed_experts=16)}
 
 
@@ -48,12 +45,8 @@ def copies(replica: Replica) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named_tensors(replica.model).items()}
 
 
-def run(rank: int, world_size: int, configs: dict[str, TrainConfig], trains: bool, refers: bool) -> dict[str, Seen]:
-    """Returns this rank's results under each layout."""
-    return {name: _run_one(config, trains, refers) for name, config in configs.items()}
-
-
-def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
+def run(rank: int, world_size: int, config: TrainConfig, trains: bool, refers: bool) -> Seen:
+    """Returns this rank's results with a policy in training, with references, or with both."""
     loader, schedule = open_loader(config), configured_schedule(config)
     world, network = make_world(config, schedule), ReplicaConfig.of_run(config)
     cut = run_cut(config, schedule.placement)
@@ -84,41 +77,25 @@ def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
     return seen
 
 
-def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    configs = {
-        name: tiny_config(
-            tmp_path,
-            parallelism=parallelism,
-            schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
-            batch=replace(BATCH, global_sequences=8),
-        )
-        for name, parallelism in LAYOUTS.items()
-    }
-    both = run_ranks(4, run, configs, True, True)
-    policy_alone = run_ranks(4, run, configs, True, False)
-    reference_alone = run_ranks(4, run, configs, False, True)
-    for rank in range(4):
-        for name in LAYOUTS:
-            ours, alone, bare = both[rank][name], policy_alone[rank][name], reference_alone[rank][name]
-            assert ours.losses == alone.losses, (rank, name)
-            assert ours.losses[0][0] > ours.losses[-1][0], (rank, name)
-            assert ours.traffic == alone.traffic, (rank, name)
-            assert ours.weights.keys() == alone.weights.keys()
-            for key, weight in ours.weights.items():
-                assert torch.equal(weight, alone.weights[key]), (rank, name, key)
-            assert not any(ours.changed.values()), (rank, name)
-            assert ours.reference_losses == bare.reference_losses, (rank, name)
-            for losses in ours.reference_losses.values():
-                assert losses == [losses[0]] * STEPS, (rank, name)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_share_stages_between_mirror_pairs(name: str, tmp_path: Path) -> None:
-    """Ensures that the test above covers both directions of DualPipe."""
+@pytest.mark.parametrize(("pipeline", "data"), [(2, 2), *exhaustive((4, 1))])
+def test_reference_passes_between_steps_change_nothing_bitwise(folder: Path, pipeline: int, data: int) -> None:
+    """In both directions of DualPipe."""
     config = tiny_config(
-        tmp_path, parallelism=LAYOUTS[name], schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
+        batch=replace(BATCH, global_sequences=8),
     )
-    schedule = configured_schedule(config)
-    assert schedule.num_directions == 2
-    assert schedule.placement[0] == schedule.placement[1][::-1]
+    assert configured_schedule(config).num_directions == 2
+    runs = [run_ranks(4, run, config, *choice) for choice in ((True, True), (True, False), (False, True))]
+    for rank, (both, policy, references) in enumerate(zip(*runs, strict=True)):
+        assert both.losses == policy.losses, rank
+        assert both.losses[0][0] > both.losses[-1][0], rank
+        assert both.traffic == policy.traffic, rank
+        assert both.weights.keys() == policy.weights.keys()
+        for key, weight in both.weights.items():
+            assert torch.equal(weight, policy.weights[key]), (rank, key)
+        assert not any(both.changed.values()), rank
+        assert both.reference_losses == references.reference_losses, rank
+        for losses in both.reference_losses.values():
+            assert losses == [losses[0]] * STEPS, rank

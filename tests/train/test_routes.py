@@ -15,7 +15,7 @@ from model.objective import LossSums
 from model.router import RecordedRoutes, ReplayedRoutes, RouteError, Routes
 from model.transformer import routers
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_text
+from tests.tiny import BATCH, tiny_config
 from tests.train.job import by_released_name, close_job, open_job, open_loader, start_biases, task_of
 from train.config import TrainConfig
 from train.learner import Learner
@@ -36,25 +36,21 @@ class Replayed:
     forward: Tensor
 
 
-def run_pass(learner: Learner, config: TrainConfig, routes: Routes | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's sums and gradients of the first step's batch."""
+def run_pass(
+    learner: Learner, config: TrainConfig, routes: Routes | None, *, trains: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns this rank's sums of the first step's batch, and its gradients if the pass trains."""
     task, loader, replica = task_of(config), open_loader(config), learner.replica
     batches, sums = BatchReader(replica, task, partial(loader.batch, 0)), LossSums(task.names)
     objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
+    if not trains:
+        replica.forward(batches, objective, sums, routes)
+        return sums.settle(), {}
     learner.store.clear()
     for gate in routers(replica.model).values():
         gate.load.zero_()
     replica.train(batches, objective, sums, learner.store, routes=routes)
     return sums.settle(), by_released_name(replica.model, learner.store.gradient)
-
-
-def forward_pass(learner: Learner, config: TrainConfig, routes: Routes) -> Tensor:
-    """This rank's sums of a forward-only pass."""
-    task, loader = task_of(config), open_loader(config)
-    batches, sums = BatchReader(learner.replica, task, partial(loader.batch, 0)), LossSums(task.names)
-    objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
-    learner.replica.forward(batches, objective, sums, routes)
-    return sums.settle()
 
 
 def replay(rank: int, world_size: int, config: TrainConfig) -> Replayed:
@@ -76,7 +72,7 @@ def replay(rank: int, world_size: int, config: TrainConfig) -> Replayed:
         gate.e_score_correction_bias.copy_(gate.e_score_correction_bias.flip(0) * 50)
     take("replayed under other biases", ReplayedRoutes(record.ids))
     take("free under other biases", None)
-    forward = forward_pass(learner, config, ReplayedRoutes(record.ids))
+    forward, _ = run_pass(learner, config, ReplayedRoutes(record.ids), trains=False)
     close_job(learner)
     return Replayed(
         labels=list(record.ids),
@@ -95,13 +91,12 @@ def four_ranks(folder: Path) -> TrainConfig:
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
         schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
     )
-    return replace(config, batch=replace(config.batch, sequence_length_tokens=12))
+    return replace(config, batch=replace(config.batch, sequence_length_tokens=12, global_sequences=8))
 
 
 @pytest.mark.slow
-def test_replay_of_a_record_is_bitwise_equal_under_dualpipe(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    for rank, seen in enumerate(run_ranks(4, replay, four_ranks(tmp_path))):
+def test_replay_of_a_record_is_bitwise_equal_under_dualpipe(folder: Path) -> None:
+    for rank, seen in enumerate(run_ranks(4, replay, four_ranks(folder))):
         assert {label.direction for label in seen.labels} == {0, 1}, f"rank {rank}"
         assert seen.dtypes == {torch.uint8}, f"rank {rank}"
         for name in ("recorded", "replayed", "replayed under other biases"):
@@ -116,9 +111,8 @@ def test_replay_of_a_record_is_bitwise_equal_under_dualpipe(tmp_path: Path) -> N
         assert any(not torch.equal(a, b) for a, b in zip(other, seen.loads["free"], strict=True)), f"rank {rank}"
 
 
-def test_wrong_records_are_refused_with_their_place(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    config = tiny_config(tmp_path)
+def test_wrong_records_are_refused_with_their_place(folder: Path) -> None:
+    config = tiny_config(folder)
     ((first, second),) = run_ranks(1, refuse, config)
     assert first == "layer 1, direction 0, micro-batch 0: no experts are recorded"
     assert second.startswith("layer 1, direction 0, micro-batch 0: forced ids must be different experts in 0 to 7, ")
@@ -152,9 +146,8 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
 
 
 @pytest.mark.slow
-def test_balance_is_equal_on_all_ranks_and_equals_that_of_one_rank(tmp_path: Path) -> None:
-    write_text(tmp_path)
-    alone = tiny_config(tmp_path)
+def test_balance_is_equal_on_all_ranks_and_equals_that_of_one_rank(folder: Path) -> None:
+    alone = tiny_config(folder, batch=replace(BATCH, global_sequences=8))
     spread = replace(
         alone,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
