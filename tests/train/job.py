@@ -1,5 +1,7 @@
 """Trains on one rank of a test's job, and trains the plain model with which it is compared."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +37,7 @@ from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
 from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
-from train.replica import BatchReader, StepBatch, TaskHook, open_replica
+from train.replica import BatchReader, Replica, StepBatch, TaskHook, open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.distill import DistillConfig, is_scores_folder
@@ -91,6 +93,18 @@ def make_world(config: TrainConfig, schedule: Schedule) -> World:
     holders = embedding_ranks(schedule, config.model.mtp_depth)
     groups = Groups(layout, mirrored=is_mirrored(schedule), timeout_seconds=seconds, embedding=holders)
     return open_world(layout, groups, torch.device("cpu"), seconds, CollectiveLog())
+
+
+@contextmanager
+def opened_replica(config: TrainConfig) -> Iterator[Replica]:
+    """Opens this rank's world and replica, and closes them after all ranks have left."""
+    schedule = configured_schedule(config)
+    world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
+    replica = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
+    yield replica
+    dist.barrier()
+    replica.close()
+    world.close()
 
 
 def configured_schedule(config: TrainConfig) -> Schedule:

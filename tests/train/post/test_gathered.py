@@ -19,12 +19,9 @@ from model.transformer import BIAS, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.rollouts import ROLLOUT, rollout_config
 from tests.tiny import tiny_config
-from tests.train.job import Job, configured_schedule, make_world, run_jobs, start_biases
+from tests.train.job import Job, opened_replica, run_jobs, start_biases
 from tests.train.post.test_policy import journals
 from train.post.pipeline import GatheredEngine, ReplicaEngine
-from train.replica import open_replica
-from train.schedule.cut import run_cut
-from train.world import ReplicaConfig
 
 pytestmark = pytest.mark.slow
 
@@ -72,31 +69,27 @@ def sample_layout(folder: Path, pipeline: int, data: int, expert: int) -> Engine
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind="1f1b", chunks=None, pairing="overlapped"),
     )
-    schedule = configured_schedule(config)
-    world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
-    replica = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
-    pipelined, local = ReplicaEngine(replica), GatheredEngine(replica)
     expected, found = [], []
-    for seed, request in ((5, REQUEST), (6, REQUEST), (6, GREEDY)):
-        initialize_weights(replica.model, seed)
-        start_biases(replica.model, starved=seed - 5)
-        expected.append(pipelined.generate(PROMPTS, request))
-        found.append(local.generate(PROMPTS, request))
-    copies = named_tensors(local.copy.model)
-    results = EngineResults(
-        pipelined=expected,
-        local=found,
-        copied=digests(copies),
-        trained=digests(named_tensors(replica.model)),
-        copy_bytes=sum(each.nbytes for each in copies.values()),
-        received_bytes=local.copy.received_bytes,
-        flip_error=error_after_flip(local, copies[FLIPPED], world.rank),
-    )
-    dist.barrier()
-    pipelined.close()
-    local.close()
-    replica.close()
-    world.close()
+    with opened_replica(config) as replica:
+        pipelined, local = ReplicaEngine(replica), GatheredEngine(replica)
+        for seed, request in ((5, REQUEST), (6, REQUEST)):
+            initialize_weights(replica.model, seed)
+            start_biases(replica.model, starved=seed - 5)
+            expected.append(pipelined.generate(PROMPTS, request))
+            found.append(local.generate(PROMPTS, request))
+        copies = named_tensors(local.copy.model)
+        results = EngineResults(
+            pipelined=expected,
+            local=found,
+            copied=digests(copies),
+            trained=digests(named_tensors(replica.model)),
+            copy_bytes=sum(each.nbytes for each in copies.values()),
+            received_bytes=local.copy.received_bytes,
+            flip_error=error_after_flip(local, copies[FLIPPED], replica.world.rank),
+        )
+        dist.barrier()
+        pipelined.close()
+        local.close()
     return results
 
 
@@ -141,7 +134,7 @@ def test_gathered_engine_has_the_rollouts_of_the_pipeline(results: list[list[Eng
             for mine, theirs in zip(found.rollouts, expected.rollouts, strict=True):
                 assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-12)
             assert found.statistics.drafts_offered > 0
-        first, second, _ = seen.local
+        first, second = seen.local
         assert without_log_probs(first) != without_log_probs(second), "other weights must give other answers"
 
 

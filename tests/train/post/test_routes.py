@@ -42,11 +42,7 @@ REQUEST = Request(
     sampling=Sampling(temperature=1.0, seed=4),
     record_routes=True,
 )
-LAYOUTS = [
-    Layout(pipeline=4),
-    Layout(pipeline=2, data=2, expert=2, kind="dualpipe_v"),
-    Layout(pipeline=2, data=2, expert=2, kind="dualpipe_interleaved", chunks=2),
-]
+LAYOUTS = [Layout(pipeline=4), Layout(pipeline=2, data=2, expert=2, kind="dualpipe_interleaved", chunks=2)]
 Known = Mapping[RouteKey, list[list[int]]]
 
 

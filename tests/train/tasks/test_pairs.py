@@ -3,23 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
-import torch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from comm.dispatch.local import LocalDispatcher
 from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
-from infer.reward import score_answers
 from launch.config.rules import check_rules
-from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
+from model.transformer import SCORE, named_tensors
+from tests.covering import exhaustive
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, OPTIM, tiny_config
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, save_checkpoint, score_pass
-from tests.train.memory.live import Compared, compare_rank
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, save_checkpoint
+from tests.train.memory.live import compare_rank
 from tests.train.memory.test_live import check
 from tests.train.test_equality import assert_equal
 from train.checkpoint import load as checkpoint
@@ -42,10 +41,9 @@ SHARED = {
 }
 RM = RewardModelConfig(kind="reward_model", centre=0.05, **SHARED)  # type: ignore[arg-type]
 DPO = DpoConfig(kind="dpo", beta=0.5, label_smoothing=0.1, sft_weight=0.2, **SHARED)  # type: ignore[arg-type]
-TASKS_ON_PAIRS = (RM, DPO)
-LAYOUTS_OF_TWO = [(2, 1, 1, "dualpipe_split"), (2, 1, 1, "zb_v"), (1, 2, 2, "1f1b")]
+LAYOUTS_OF_TWO = [(2, 1, 1, "zb_v"), (1, 2, 2, "1f1b")]
 LAYOUTS_OF_FOUR = [(2, 2, 2, "dualpipe")]
-MORE_LAYOUTS_OF_FOUR = [(4, 1, 1, "dualpipe_split"), (2, 2, 1, "1f1b")]
+MORE_LAYOUTS_OF_FOUR = [*LAYOUTS_OF_FOUR, (4, 1, 1, "dualpipe_split"), (2, 2, 1, "1f1b")]
 
 
 @pytest.fixture(scope="module")
@@ -67,30 +65,24 @@ def run_config(
     return on_pairs(replace(config, batch=replace(config.batch, global_sequences=8)), task.kind)
 
 
-def assert_layouts_equal_one_rank(folder: Path, layouts: list[tuple[int, int, int, str]]) -> None:
-    for task in TASKS_ON_PAIRS:
-        plain = run_plain(run_config(folder, task), 0, 2)
-        jobs = [Job(config=run_config(folder, task, *layout)) for layout in layouts]
-        results = run_ranks(layouts[0][0] * layouts[0][1], run_jobs, jobs, 2)
-        for index in range(len(jobs)):
-            for step in range(2):
-                assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
-
-
 @pytest.mark.slow
-def test_two_ranks_equal_one_rank(folder: Path) -> None:
-    assert_layouts_equal_one_rank(folder, LAYOUTS_OF_TWO)
-
-
 @pytest.mark.parametrize(
-    "layouts",
+    ("task", "layouts"),
     [
-        pytest.param(LAYOUTS_OF_FOUR, marks=pytest.mark.slow),
-        pytest.param(MORE_LAYOUTS_OF_FOUR, marks=pytest.mark.exhaustive),
+        (RM, LAYOUTS_OF_FOUR),
+        (DPO, LAYOUTS_OF_TWO),
+        *exhaustive((RM, LAYOUTS_OF_TWO), (RM, MORE_LAYOUTS_OF_FOUR[1:]), (DPO, MORE_LAYOUTS_OF_FOUR)),
     ],
 )
-def test_four_ranks_equal_one_rank(folder: Path, layouts: list[tuple[int, int, int, str]]) -> None:
-    assert_layouts_equal_one_rank(folder, layouts)
+def test_many_ranks_equal_one_rank(
+    folder: Path, task: RewardModelConfig | DpoConfig, layouts: list[tuple[int, int, int, str]]
+) -> None:
+    plain = run_plain(run_config(folder, task), 0, 2)
+    jobs = [Job(config=run_config(folder, task, *layout)) for layout in layouts]
+    results = run_ranks(layouts[0][0] * layouts[0][1], run_jobs, jobs, 2)
+    for index in range(len(jobs)):
+        for step in range(2):
+            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
 
 
 def first_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[dict[str, float], float]]:
@@ -108,15 +100,12 @@ def first_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[
     return found
 
 
-def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path) -> None:
-    """Every precision and layout, with MTP modules in the policy but not in the reference."""
-    configs = []
-    for kind in ("float64", "float32", "bf16"):
-        config = run_config(folder, DPO, 2, 1, 1, "dualpipe_split")
-        sharding = "zero1" if kind == "bf16" else "replicated"
-        optim = replace(OPTIM, sharding=sharding)  # type: ignore[arg-type]
-        configs.append(replace(config, precision=PrecisionConfig(kind=kind), optim=optim))
-    configs.append(run_config(folder, DPO, 1, 2, 2, "1f1b"))
+@pytest.mark.parametrize("kind", ["bf16", *exhaustive("float32")])
+def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path, kind: Literal["float32", "bf16"]) -> None:
+    """Several precisions and layouts, with MTP modules in the policy but not in the reference."""
+    config = run_config(folder, DPO, 2, 1, 1, "dualpipe_split")
+    optim = replace(OPTIM, sharding="zero1" if kind == "bf16" else "replicated")
+    configs = [replace(config, precision=PrecisionConfig(kind=kind), optim=optim), run_config(folder, DPO, 1, 2, 2)]
     for rank in run_ranks(2, first_steps, configs):
         for config, (first, margin) in zip(configs, rank, strict=True):
             assert config.model.mtp_depth == 1
@@ -125,46 +114,6 @@ def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path) -> N
             assert first["main"] == pytest.approx(0.6931471805599453, rel=1e-12)
             assert first["chosen_log_prob"] < 0
             assert margin != 0
-
-
-def layout_scores(rank: int, world_size: int, configs: list[TrainConfig]) -> list[torch.Tensor]:
-    """Scores of all tokens of the first batch in every layout, from a head that is not zero."""
-    found = []
-    for config in configs:
-        learner, loader = open_job(config), open_loader(config)
-        fill_score_head(learner.replica.model)
-        _, scores_BT = score_pass(learner, config, loader)
-        found.append(scores_BT)
-        dist.barrier()
-        close_job(learner)
-    return found
-
-
-def fill_score_head(model: Transformer) -> None:
-    named = named_tensors(model)
-    if SCORE in named:
-        named[SCORE].copy_(torch.linspace(-0.2, 0.2, named[SCORE].numel()))
-
-
-def test_scores_of_any_layout_are_those_of_separate_answers(folder: Path) -> None:
-    configs = [
-        replace(run_config(folder, RM, *layout), precision=PrecisionConfig(kind="float32")) for layout in LAYOUTS_OF_TWO
-    ]
-    one = configs[0]
-    model = Transformer(one.model, LocalDispatcher(one.model.num_routed_experts), torch.float32)
-    initialize_weights(model, one.seed)
-    fill_score_head(model)
-    batch = open_loader(one).batch(0, 0, 8)
-    places = (batch.extras["score"] != 0).nonzero().tolist()
-    answers = []
-    for row, last in places:
-        start = last - int(batch.positions_BT[row, last])
-        answers.append(batch.tokens_BT[row, start : last + 1].tolist())
-    expected = score_answers(model, answers)
-    assert len(expected) == 4 * 8
-    for scores in run_ranks(2, layout_scores, configs):
-        for scores_BT in scores:
-            assert [float(scores_BT[row, last]) for row, last in places] == pytest.approx(expected, abs=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,16 +240,13 @@ def test_rules_reject_a_head_that_does_not_fit_the_task(
 
 def test_reward_model_keeps_the_memory_that_is_predicted(folder: Path) -> None:
     """Rows are so wide that tables of pairs, which no account has, do not count."""
-    jobs = []
-    for kind in ("float32", "bf16"):
-        config = run_config(folder, RM)
-        model = replace(config.model, hidden_size=256, num_layers=2)
-        optim = replace(OPTIM, sharding="zero1" if kind == "bf16" else "replicated")
-        schedule = replace(config.schedule, kind="dualpipe_split")
-        jobs.append(
-            (replace(config, model=model, optim=optim, schedule=schedule, precision=PrecisionConfig(kind=kind)), None)
-        )
-    (results,) = run_ranks(1, compare_rank, jobs, False)
-    for (config, _), compared in zip(jobs, results, strict=True):
-        assert isinstance(compared, Compared)
-        check(compared, config.precision.kind, 0.04)
+    config = run_config(folder, RM)
+    config = replace(
+        config,
+        model=replace(config.model, hidden_size=256, num_layers=2),
+        optim=replace(OPTIM, sharding="zero1"),
+        schedule=replace(config.schedule, kind="dualpipe_split"),
+        precision=PrecisionConfig(kind="bf16"),
+    )
+    ((compared,),) = run_ranks(1, compare_rank, [(config, None)], False)
+    check(compared, "bf16", 0.04)

@@ -85,21 +85,31 @@ def run_task(
     return run_jobs(rank, world_size, [Job(config=with_task(config, kind, plugins, balance))], STEPS)[0]
 
 
-def dualpipe_config(folder: Path, data: int) -> TrainConfig:
-    """DualPipe over two pipeline ranks; experts over the data ranks."""
+def two_ranks(folder: Path, pipeline: int, data: int) -> TrainConfig:
     return tiny_config(
         folder,
-        parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
-        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        schedule=ScheduleConfig(kind="1f1b" if data > 1 else "dualpipe", chunks=None, pairing="overlapped"),
     )
 
 
+HAS_OWN_TEST = ("pretrain", "sft", "distill", "dpo", "reward_model")
+"""Tasks that other tests compare with one rank under the same and more layouts."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [name for name, spec in TASKS.items() if not spec.has_rollouts])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in HAS_OWN_TEST else ())
+        for name, spec in TASKS.items()
+        if not spec.has_rollouts
+    ],
+)
 def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str) -> None:
     """Tasks of `pytest --plugins FILE` included."""
     write_text(tmp_path)
-    config = dualpipe_config(tmp_path, 1)
+    config = two_ranks(tmp_path, pipeline=2, data=1)
     plugins = [str(module.__file__) for module in list(sys.modules.values()) if "__plugin__" in vars(module)]
     # Writes the weights of a teacher before ranks read them.
     alone = with_task(config, kind, plugins, 0.01)
@@ -126,8 +136,8 @@ def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]
 @pytest.mark.slow
 def test_weighted_cross_entropy_on_many_ranks_equals_one_rank_and_autograd(tmp_path: Path, plugin: Path) -> None:
     write_text(tmp_path)
-    config = dualpipe_config(tmp_path, 2)
-    results = run_ranks(4, run_task, config, "weighted", [str(plugin)], 0.0)
+    config = two_ranks(tmp_path, pipeline=1, data=2)
+    results = run_ranks(2, run_task, config, "weighted", [str(plugin)], 0.0)
     weighted = with_task(config, "weighted", [str(plugin)])
     plain = assert_equal_one_rank(results, weighted)
     losses, gradients = plain_autograd(weighted)
