@@ -17,7 +17,6 @@ from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.timing import simulate
 from launch.config.run_config import compose_run
 from model.config import CutError, cut_layers
-from model.size import count_parameters, count_work, training_flops_per_token
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.decode import decode, encode
@@ -28,7 +27,6 @@ from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, 
 from train.schedule.layer_times import (
     LaneWork,
     ModelWork,
-    lockstep_loads,
     nominal_times,
     pace,
     runs_in_lockstep,
@@ -134,17 +132,6 @@ def test_nearly_equal_stages_count_as_equal_in_nominal_costs() -> None:
     even = replace(config, parallelism=replace(config.parallelism, cut=Cut("even")))
     stages = nominal_costs(even, "dualpipe_split").stages
     assert stages[15].forward > 1.2 * stages[1].forward
-
-
-def test_work_is_proportional_to_floating_point_operations_apart_from_speeds() -> None:
-    model = compose_run(V3).model
-    work, parameters = count_work(model, 4096, is_fp8=False), count_parameters(model)
-    assert work.head == model.vocab_size * model.hidden_size
-    assert work.mtp > work.moe + work.head
-    # Without the layers' slower products and scores, a token of the main model takes these multiplications.
-    layers = work.total(model) - work.embedding - work.head - work.mtp
-    assert 1.5 < layers / (training_flops_per_token(model, 4096) / 6 - work.head) < 1.75
-    assert parameters.active_without_embedding < layers + work.head
 
 
 def test_deepseek_v3_is_cut_by_accounts_as_by_the_public_trace() -> None:
@@ -296,16 +283,6 @@ def test_cut_of_deepseek_v3_by_the_public_trace(placement: Placement, most: floa
     assert max(times) / mean(times) <= most
     even = (*[4] * 14, 3, 2)
     assert max(times_of_ranks(stage_works(even, BALANCED_V3), mirrored_placement(16))) / 249.1 > 1.13
-
-
-def test_loads_of_slots_have_the_work_of_ranks_as_their_mean() -> None:
-    placement = mirrored_placement(6, 3)
-    works = [LaneWork(float(stage % 7)) for stage in range(18)]
-    means = [mean(loads) for loads in lockstep_loads(works, placement)]
-    assert means == pytest.approx(times_of_ranks(works, placement)[:3])
-    even = lockstep_loads([LaneWork(2.0)] * 18, placement)
-    assert all(load == pytest.approx(12) for loads in even for load in loads)
-    assert pace([LaneWork(2.0)] * 18, placement) == pytest.approx(12)
 
 
 def test_pace_is_slower_if_heavy_stages_of_a_rank_meet() -> None:

@@ -22,10 +22,7 @@ from model.hf.reader import HfReader
 from model.transformer import BIAS
 from tests.data.released_tokenizer import write_released
 from tests.launch.test_config import build
-from tests.model.hf_checkpoints import (
-    read_tensors,
-    reference_logits,
-)
+from tests.model.hf_checkpoints import read_tensors, reference_logits
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, TASK
 from tests.train.job import open_loader
@@ -36,7 +33,6 @@ from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model, write_manifest
 from train.config import PrecisionConfig, TrainConfig
 from train.errors import ConfigError
-from train.tasks.next_token import to_micro_batch
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +53,6 @@ def merged(ranks: list[Started]) -> dict[str, Tensor]:
         for name, tensor in seen.last.items():
             torch.testing.assert_close(tensor, weights.setdefault(name, tensor), rtol=0, atol=0)
     return weights
-
-
-@torch.no_grad()
-def first_loss_of_transformers(folder: Path, config: TrainConfig) -> float:
-    """Nats per predicted token of the first global batch."""
-    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    batch = open_loader(config).batch(0, 0, config.batch.global_sequences)
-    micro_batch = to_micro_batch(batch, 0, torch.device("cpu"))
-    logits_BTV = reference_logits(model, micro_batch.inputs_BT[0])
-    return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), micro_batch.targets_BT[0].flatten()))
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +88,6 @@ def test_start_on_four_ranks_trains_as_on_one(runs: dict[str, list[Started]]) ->
         torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
         moved = not torch.equal(tensor, one.first[name])
         assert moved or "layernorm" in name or "norm" in name, name
-
-
-def test_start_first_loss_is_that_of_transformers(folder: Path, runs: dict[str, list[Started]]) -> None:
-    expected = first_loss_of_transformers(folder / "mtp", run_config(folder, "mtp", "one", "x"))
-    assert runs["four"][0].losses[0] == pytest.approx(expected, rel=1e-5)
-    assert runs["four"][0].losses[1] < runs["four"][0].losses[0]
 
 
 @torch.no_grad()
@@ -156,23 +136,19 @@ def test_start_from_a_run_of_another_layout_equals_its_export(
 @pytest.mark.slow
 def test_start_updates_the_optimizer_masters(folder: Path) -> None:
     """A step that moves nothing would bring back the seed's weights from masters that did not."""
-    configs = [
-        run_config(
-            folder,
-            "mtp",
-            "two",
-            f"masters_{precision}",
-            precision=PrecisionConfig(kind=precision),
-            optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
-            task=replace(TASK, steps=1),
-        )
-        for precision in ("float32", "bf16")
-    ]
-    for ranks in run("two", *configs):
-        for seen in ranks:
-            for name, tensor in seen.last.items():
-                if not name.endswith(BIAS):
-                    assert torch.equal(tensor, seen.first[name]), name
+    config = run_config(
+        folder,
+        "mtp",
+        "two",
+        "masters",
+        precision=PrecisionConfig(kind="bf16"),
+        optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
+        task=replace(TASK, steps=1),
+    )
+    for seen in run("two", config)[0]:
+        for name, tensor in seen.last.items():
+            if not name.endswith(BIAS):
+                assert torch.equal(tensor, seen.first[name]), name
 
 
 def test_start_reports_differences_from_the_source(folder: Path, tmp_path: Path) -> None:
@@ -233,9 +209,8 @@ def test_command_starts_from_a_hugging_face_folder_with_its_tokenizer_and_record
 
 
 @pytest.fixture(scope="module")
-def folder_of_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_weights(folder: Path) -> Path:
     """Adds to `make_sources`: `ours`, converted weights, and `run`, a run's folder with the weights after two steps."""
-    folder = make_sources(tmp_path_factory.mktemp("init_from"))
     checkpoint = folder / "run" / "checkpoints" / "step-00000002"
     for target in (folder / "ours", checkpoint):
         assert convert(["from=hf", f"path={folder / 'mtp'}", f"to={target}"]) == 0
