@@ -1,6 +1,5 @@
 """Built ranks against arithmetic, and plans of runs whose ranks share sequences."""
 
-import multiprocessing
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from launch.config.run_config import compose_run
 from launch.plan import search_space
 from model.config import CutError
 from model.size import stage_shapes
+from tests.ranks import fork_context
 from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
@@ -64,9 +64,7 @@ def make_config(base: TrainConfig, pipeline: int, kind: str, number: int) -> Tra
         Fp8PrecisionConfig(kind="fp8", scales="float32"),
     )
     optim = replace(
-        base.optim,
-        sharding="zero1" if number % 3 else "replicated",
-        moments="bf16" if number % 3 == 2 else "float32",
+        base.optim, sharding="zero1" if number % 3 else "replicated", moments="bf16" if number % 3 == 2 else "float32"
     )
     return replace(
         base,
@@ -118,7 +116,7 @@ def count_differences(cases: Sequence[tuple[TrainConfig, int, str]]) -> tuple[in
 )
 def test_arithmetic_equals_built_ranks(cases: Sequence[tuple[str, int, str]], at_least: int) -> None:
     bases = {name: compose_run([f"model={name}"]) for name in PRESETS}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=fork_context()) as pool:
         built = pool.submit(count_differences, [(bases[name], pipeline, kind) for name, pipeline, kind in cases])
         num_ranks, differences = built.result()
     assert not differences, "\n".join(differences[:5])
