@@ -1,7 +1,7 @@
 """The benchmark's arithmetic, tables and choices, which need no GPU: times are made up, products small."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tests.programs.gpu.bench.__main__ as command
-import tests.programs.gpu.bench.measure as measuring
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from tests.kernels.catalogue import LAUNCHES
@@ -21,19 +20,14 @@ from tests.programs.gpu.bench import report
 from tests.programs.gpu.bench.__main__ import MET, NO_DEVICE, SECTIONS, Findings, main, measure
 from tests.programs.gpu.bench.contenders import (
     BF16,
-    DEEP_GEMM,
     OURS,
-    PLAIN,
-    RECIPES,
     Recipe,
     bf16_product,
-    contenders,
     deep_gemm,
-    others_of,
     scaled_product,
     scales_for,
 )
-from tests.programs.gpu.bench.measure import WARM_UP, Roofs, interleaved, measure_roofs
+from tests.programs.gpu.bench.measure import Roofs
 
 CPU = torch.device("cpu")
 ROOFS = Roofs(copy_bytes_per_second=1e12, bf16_per_second=1e14, fp8_per_second=2e14)
@@ -69,32 +63,6 @@ def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
     assert ROOFS.floor_seconds(launch_of(large, 10**9)) == pytest.approx(1e-2)
     assert ROOFS.floor_seconds(launch_of(replace(large, is_fp8=False), 10**9)) == pytest.approx(2e-2)
     assert ROOFS.floor_seconds(launch_of(large, 10**11)) == pytest.approx(0.1)
-
-
-def test_contenders_take_turns_and_the_median_of_later_turns_counts() -> None:
-    order: list[str] = []
-    calls: dict[str, Call] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]
-    clock = {"a": iter([99.0] * WARM_UP + [3.0, 1.0, 2.0]), "b": iter([99.0] * WARM_UP + [7.0, 9.0, 8.0])}
-
-    def seconds_of(call: Call) -> float:
-        call()
-        return next(clock[order[-1]])
-
-    assert interleaved(calls, seconds_of, 3) == {"a": 2.0, "b": 8.0}
-    assert "".join(order) == "ab" * (WARM_UP + 3)
-
-
-def test_table_gives_rates_shares_and_ratios() -> None:
-    rows = [
-        row_of({OURS: 2e-6, BF16: 3e-6}, Product(num_rows=1000, num_columns=1000, depth=100)),
-        row_of({OURS: 4e-6, PLAIN: 10e-6}, None, "quantize_kernel"),
-    ]
-    assert report.table(rows).splitlines() == [
-        "| kernel | shape | microseconds | rate | of floor | x plain torch | x torch bf16 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| gemm.gemm | 4096 x 7168 x 2048, any | 2.0 | 100 TFLOP/s | 50% |  | 1.50 |",
-        "| gemm.quantize | 4096 x 7168 x 2048, any | 4.0 | 250 GB/s | 25% | 2.50 |  |",
-    ]
 
 
 def test_targets_pass_fail_or_were_not_measured() -> None:
@@ -142,14 +110,6 @@ class Clock:
         return 1e-6
 
 
-def test_roofs_are_what_a_copy_and_large_products_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "SIDE", 64)
-    monkeypatch.setattr(measuring, "COPY_BYTES", 1000)
-    found = measure_roofs(Clock(CPU), CPU, 3)
-    assert found.copy_bytes_per_second == pytest.approx(2e9)
-    assert found.bf16_per_second == found.fp8_per_second == pytest.approx(2 * 64**3 * 1e6)
-
-
 def test_all_of_the_benchmark_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -180,50 +140,12 @@ def test_all_of_the_benchmark_runs(
     assert len(json.loads(figures.read_text())["rows"]) == 1
 
 
-def test_figures_are_plain_data() -> None:
-    made = report.data({"device": "none"}, ROOFS, [row_of({OURS: 1e-6})], ["pass: all"])
-    assert json.loads(json.dumps(made)) == made
-    assert made["rows"][0]["seconds"] == {OURS: 1e-6}
-    assert report.roofs_text(ROOFS) == "copy 1000 GB/s, bf16 100 TFLOP/s, FP8 200 TFLOP/s"
-
-
-def test_others_are_chosen_by_what_a_launch_computes() -> None:
-    def names(launch: Launch, has_deep_gemm: bool = False) -> list[list[str]]:
-        return [list(alternatives) for alternatives in others_of(launch, has_deep_gemm)]
-
-    plain = replace(launch_of(None), reference="kernels.quantize.reference")
-    scaled = [f"torch FP8 {recipe}" for recipe in RECIPES]
-    assert names(plain, True) == [[PLAIN]]
-    assert names(launch_of(PRODUCT)) == [[BF16], scaled]
-    assert names(launch_of(PRODUCT), True) == [[BF16], scaled, [DEEP_GEMM]]
-    assert names(launch_of(replace(PRODUCT, is_gradient=True))) == [[BF16]]
-    assert names(launch_of(replace(PRODUCT, is_fp8=False)), True) == [[BF16]]
-
-
 def test_deep_gemm_is_asked_for_the_products_of_a_launch() -> None:
     for launch in LAUNCHES:
         if launch.product is not None and launch.product.is_fp8 and launch.is_timed:
             call = launch.prepare(deep_gemm(launch.product), Tensors(CPU))
             assert isinstance(call, partial)
             assert call.func.__module__.endswith(".deep_gemm")
-
-
-def test_the_first_alternative_that_runs_is_timed_and_the_others_are_named() -> None:
-    def refusing(device: torch.device) -> Call:
-        raise RuntimeError("not on this device\nsee elsewhere")
-
-    def running(device: torch.device) -> Call:
-        return lambda: None
-
-    launch = launch_of(replace(PRODUCT, is_fp8=False))
-    makers: list[dict[str, Callable[[torch.device], Call]]] = [
-        {"first": refusing, "second": running, "third": running},
-        {"none": refusing},
-    ]
-    calls, refusals = contenders(launch, CPU, makers)
-    assert list(calls) == [OURS, "second"]
-    line = "gemm.gemm, 4096 x 7168 x 2048, any: {}: RuntimeError: not on this device"
-    assert refusals == [line.format("first"), line.format("none")]
 
 
 def operands() -> tuple[Quantized, QuantizedBlocks]:
