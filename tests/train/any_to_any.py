@@ -85,7 +85,11 @@ class Part:
 
 
 def config_at(
-    folder: Path, place: Place, steps_after: int = STEPS_AFTER, sequences: int = BATCH.global_sequences
+    folder: Path,
+    place: Place,
+    steps_after: int = STEPS_AFTER,
+    sequences: int = BATCH.global_sequences,
+    num_layers: int = 8,
 ) -> TrainConfig:
     """The run in a layout; the architecture and the samples are the same in all of them."""
     local = LocalDispatchConfig(kind="local", payload="full")
@@ -98,7 +102,7 @@ def config_at(
         ),
         schedule=ScheduleConfig(kind=place.kind, chunks=None, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
-        model=replace(MODEL, num_layers=8),
+        model=replace(MODEL, num_layers=num_layers),
         batch=replace(BATCH, global_sequences=sequences, micro_sequences=place.micro),
         task=replace(TASK, steps=STEPS_BEFORE + steps_after),
     )
@@ -187,6 +191,7 @@ def compare(
     pairs: Sequence[tuple[Place, Place]],
     steps_after: int = STEPS_AFTER,
     sequences: int = BATCH.global_sequences,
+    num_layers: int = 8,
 ) -> Iterator[tuple[str, float]]:
     """Runs pairs of a writing and a reading layout; gives each pair's name and the worst relative difference of a loss.
 
@@ -194,12 +199,12 @@ def compare(
     """
     written: dict[Place, tuple[Path, Part]] = {}
     for place in dict.fromkeys(writer for writer, _ in pairs):
-        config = config_at(folder, place, steps_after, sequences)
+        config = config_at(folder, place, steps_after, sequences, num_layers)
         seen = [part for (part,) in run_ranks(place.world_size, begin, [config], timeout_seconds=600)]
         written[place] = seen[0][0], merged([part for _, part in seen])
     for place in dict.fromkeys(reader for _, reader in pairs):
         writers = [writer for writer, reader in pairs if reader == place]
-        config = config_at(folder, place, steps_after, sequences)
+        config = config_at(folder, place, steps_after, sequences, num_layers)
         jobs = [(config, written[writer][0]) for writer in writers]
         seen_by_rank = run_ranks(place.world_size, go_on, jobs, timeout_seconds=1800)
         for index, writer in enumerate(writers):

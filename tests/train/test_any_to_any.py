@@ -1,5 +1,6 @@
 """A sample of the pairs of layouts; `make any-to-any` runs all of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from comm.config import Cut, ParallelismConfig
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, TASK, tiny_config, write_text
+from tests.tiny import BATCH, OPTIM, TASK, tiny_config, write_text
 from tests.train.any_to_any import (
     PLACES,
     TOLERANCE,
@@ -23,31 +24,31 @@ from tests.train.any_to_any import (
 from train.config import PrecisionConfig
 
 
+def check_pairs(folder: Path, pairs: Sequence[tuple[Place, Place]], num_layers: int) -> None:
+    """Checks that each reading layout resumes from the checkpoint of its writing one as if uninterrupted."""
+    seen = dict(compare(folder, pairs, steps_after=2, sequences=8, num_layers=num_layers))
+    assert len(seen) == len(pairs)
+    assert max(seen.values()) <= TOLERANCE, seen
+
+
 @pytest.mark.slow
 def test_any_to_any_sampled_pairs_resume_as_if_uninterrupted(folder: Path) -> None:
     """Among them two whose first and last stage, and so the embedding and its copy, are on different ranks."""
-    places = [replace(PLACES[number], micro=1) if number == 7 else PLACES[number] for number in range(len(PLACES))]
-    pairs = [(0, 6), (6, 8), (3, 7), (7, 4)]
-    chosen = [(places[writer], places[reader]) for writer, reader in pairs]
-    seen = dict(compare(folder, chosen, steps_after=2, sequences=8))
-    assert len(seen) == len(pairs)
-    assert max(seen.values()) <= TOLERANCE, seen
+    one_direction, split, two_chunks = PLACES[3], PLACES[4], replace(PLACES[7], micro=1)
+    check_pairs(folder, [(one_direction, two_chunks), (two_chunks, split)], num_layers=4)
 
 
 @pytest.mark.long
 def test_any_to_any_ranks_begin_and_cease_to_share_sequences(folder: Path) -> None:
-    """To whole sequences, to groups of another size, and back, with other data and expert ranks."""
-    pairs = [(1, 12), (12, 6), (12, 13), (13, 0)]
-    seen = dict(compare(folder, [(PLACES[a], PLACES[b]) for a, b in pairs], steps_after=2, sequences=8))
-    assert len(seen) == len(pairs)
-    assert max(seen.values()) <= TOLERANCE, seen
+    """From whole sequences, to groups of another size, and back, with other data and expert ranks."""
+    two, four = Place(1, 1, 1, "1f1b", 2, context=2), Place(1, 1, 4, "1f1b", context=4)
+    check_pairs(folder, [(PLACES[1], two), (two, four), (four, PLACES[0])], num_layers=4)
 
 
 @pytest.mark.slow
 def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> None:
     """Two chunks for each rank: the same four stages are on one rank each, and then on both."""
-    config = config_at(folder, Place(2, 1, 1, "chunks", 2), steps_after=2, sequences=8)
-    config = replace(config, model=replace(MODEL, num_layers=4))
+    config = config_at(folder, Place(2, 1, 1, "chunks", 2), steps_after=2, sequences=8, num_layers=4)
     schedules = [random_schedule(placement, 4, 0) for placement in (looped(2, 2), bidirectional(2, 2))]
     for writer, reader in (schedules, schedules[::-1]):
         seen = [part for (part,) in run_ranks(2, begin, [config], writer)]
@@ -60,11 +61,9 @@ def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> 
 @pytest.mark.slow
 def test_any_to_any_other_cut_resumes_as_if_uninterrupted(folder: Path) -> None:
     """With MTP. The second cut leaves only MTP and the heads in the last stage."""
-    places = [Place(2, 1, 1, "dualpipe_split", cut=Cut("listed", sizes)) for sizes in ((5, 3), (8, 0))]
+    places = [Place(2, 1, 1, "dualpipe_split", cut=Cut("listed", sizes)) for sizes in ((3, 1), (4, 0))]
     write_text(folder / "cuts")
-    seen = dict(compare(folder / "cuts", [(places[0], places[1]), (places[1], places[0])], steps_after=2, sequences=4))
-    assert len(seen) == 2
-    assert max(seen.values()) <= TOLERANCE, seen
+    check_pairs(folder / "cuts", [(places[0], places[1]), (places[1], places[0])], num_layers=4)
 
 
 @pytest.mark.slow
