@@ -9,7 +9,6 @@ import torch
 
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.process_group import RowFormat, RowPart
-from data.prepare import prepare
 from dualpipe.build import build
 from dualpipe.registry import SCHEDULES, ScheduleConfig, candidates
 from kernels.quantize.layout import packed_bytes
@@ -17,15 +16,13 @@ from model.config import LAYER
 from tests.dualpipe.random_schedules import bidirectional, offloaded, random_schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
-from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, save_checkpoint
+from tests.train.job import Job, Seen, run_jobs
 from tests.train.test_equality import assert_same, in_sequence, layout_config, relative_error, scheduled
 from tests.train.test_exchange import _count_one_step as count_one_step
-from tests.train.test_optim import copied
-from train.checkpoint.load import load
+from tests.train.test_optim import assert_equal, go_on
 from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.step import train_step
 
 SHAPE = replace(
     MODEL,
@@ -163,37 +160,19 @@ def test_rows_are_dispatched_in_fp8_combined_in_bf16_and_sent_once_more_if_recom
             assert more["bytes_across_nodes"] == more["predicted_bytes_across_nodes"]
 
 
-def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, Path]:
-    """Two steps, a checkpoint and a third step: by the same run, and by one that starts from the checkpoint."""
-    loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
-    first = open_job(config)
-    for step in range(2):
-        train_step(first, config.task, loader, step)
-    place, second = save_checkpoint(config, first, 2, prepared), open_job(config)
-    load(second, place)
-    found = []
-    for learner in (first, second):
-        result = train_step(learner, config.task, loader, 2)
-        state = copied(learner.optimizer.state())
-        weights = {name: weight.detach().clone() for name, weight in learner.replica.model.named_parameters()}
-        losses = [*result.losses.by_name.values(), result.losses.total]
-        found.append(Seen(losses, result.grad_norm, state, weights))
-        close_job(learner)
-    return found[0], found[1], place
-
-
 @pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_bitwise_and_bf16_cannot_resume_it(folder: Path) -> None:
     batch = replace(BATCH, global_sequences=2)
     config = make_config(folder, 1, 2, out_dir=str(folder / "resumed"), batch=batch)
-    for uninterrupted, resumed, _ in (found := run_ranks(2, go_on, config)):
-        assert_same([uninterrupted], [resumed])
-        moments = {value.dtype for name, value in resumed.gradients.items() if "exp_avg" in name}
-        assert moments == {torch.bfloat16}
+    results = run_ranks(2, go_on, config, ["bf16"])
+    for seen in results:
+        assert seen["bf16 loss"] == seen["uninterrupted loss"]
+        assert_equal(seen["bf16 later"], seen["uninterrupted later"])
+        assert {value.dtype for name, value in seen["saved"].items() if "exp_avg" in name} == {torch.bfloat16}
     later = replace(config, task=replace(config.task, steps=3))
-    check_compatible(found[0][2], later)
+    check_compatible(results[0]["folder"], later)
     with pytest.raises(CheckpointError, match=r"precision\.kind is fp8 there and bf16 here"):
-        check_compatible(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))
+        check_compatible(results[0]["folder"], replace(later, precision=PrecisionConfig(kind="bf16")))
 
 
 RECOMPUTED_TWO_HOP = TwoHopDispatchConfig(

@@ -229,6 +229,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]
         train_step(first, config.task, loader, step)
     found: dict[str, Any] = {"saved": copied(first.optimizer.state())}
     place = save_checkpoint(config, first, 2, prepared)
+    found["folder"] = place
     for moments in others:
         second = open_job(replace(config, optim=replace(config.optim, moments=moments)))
         load(second, place)
