@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
     comparison = open_comparison(config, replica)
-    hook = open_hook(config, replica, prepare_corpus(config), comparison, lambda line: None)
+    hook = open_hook(config, replica, read_corpus(config), comparison, lambda line: None)
     return open_learner(replica, config.optim, config.ema, comparison, hook)
 
 
@@ -126,8 +126,13 @@ def close_job(learner: Learner) -> None:
 
 def open_loader(config: TrainConfig) -> Loader:
     """The run's data."""
-    prepared = prepare_corpus(config)
-    return Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    return Loader(read_corpus(config), sizes=config.batch_sizes, seed=config.data.seed)
+
+
+@lru_cache(maxsize=1)
+def read_corpus(config: TrainConfig) -> Prepared:
+    """Reads the corpus once for a job and its loader, because its key takes a look at every file."""
+    return prepare_corpus(config)
 
 
 def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> list[list[Seen]]:
