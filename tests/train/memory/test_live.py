@@ -92,13 +92,11 @@ def check_alone(compared: Compared, name: str) -> None:
 
 
 EVERY_PAIR = tuple(product(SHAPES, PRECISIONS))
-EVERY_SHAPE = tuple(zip(SHAPES, 2 * tuple(PRECISIONS), strict=True))
-"""Every shape once and every precision twice."""
+FEW_PAIRS = (("all features", "float32"), ("two MTP modules", "bf16"), ("no shared experts", "fp8"))
 
 
 @pytest.mark.parametrize(
-    "names",
-    [pytest.param(EVERY_SHAPE, id="shapes"), pytest.param(EVERY_PAIR, id="pairs", marks=pytest.mark.exhaustive)],
+    "names", [pytest.param(FEW_PAIRS, id="few"), pytest.param(EVERY_PAIR, id="every", marks=pytest.mark.exhaustive)]
 )
 def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(
     folder: Path, names: tuple[tuple[str, str], ...]
@@ -115,10 +113,8 @@ EVERY_SUBSET = (
     *(frozenset(some) for some in chain.from_iterable(combinations(RECOMPUTED, size) for size in range(4))),
 )
 EVERY_CASE = tuple(product(SHAPES, PRECISIONS, EVERY_SUBSET))
-SOME_CASES = tuple(
-    (*pair, EVERY_SUBSET[(number + number // 9) % len(EVERY_SUBSET)]) for number, pair in enumerate(EVERY_PAIR)
-)
-"""Every pair of shape and precision once, and every subset twice, with two precisions."""
+SOME_CASES = tuple((*pair, subset) for pair, subset in zip(EVERY_PAIR[::2], EVERY_SUBSET, strict=True))
+"""Every subset once, every shape once or twice, and every precision three times."""
 
 
 @pytest.mark.parametrize(
@@ -168,12 +164,11 @@ def test_offloaded_activations_are_not_kept(folder: Path) -> None:
     """Every micro-batch leaves the device and returns at random places of the schedule."""
     schedule = random_schedule(straight(1), 6, 0, split_share=1.0)
     moved = offloaded(schedule, 1, 1.0)
-    made = [make_config(folder, *SHAPES["all features"], precision) for precision in PRECISIONS.values()]
-    jobs = [replace(job, batch=replace(job.batch, global_sequences=12)) for job in made]
-    (results,) = run_ranks(1, compare_rank, [(job, order) for job in jobs for order in (schedule, moved)], False)
-    for precision, stays, moves in zip(PRECISIONS, results[::2], results[1::2], strict=True):
-        check_alone(moves, precision)
-        assert max(moves.after) < 0.95 * max(stays.after), precision
+    job = make_config(folder, *SHAPES["all features"], PRECISIONS["fp8"])
+    job = replace(job, batch=replace(job.batch, global_sequences=12))
+    ((stays, moves),) = run_ranks(1, compare_rank, [(job, order) for order in (schedule, moved)], False)
+    check_alone(moves, "offloaded")
+    assert max(moves.after) < 0.95 * max(stays.after)
 
 
 def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> None:
@@ -196,28 +191,28 @@ def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> No
 @pytest.mark.long
 def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None:
     """A mirrored pipeline of two ranks, each of them twice, with half of every sequence."""
-    names = (("all features", "bf16"), ("no query rank", "float32"), ("keeps all", "float32"), ("all features", "fp8"))
     mesh = ParallelismConfig(pipeline=2, data=1, expert=1, context=2)
     jobs = [
-        (make_config(folder, *SHAPES[shape], PRECISIONS[precision], parallelism=mesh), None)
-        for shape, precision in names
+        (make_config(folder, *shape, PRECISIONS[precision], parallelism=mesh), None)
+        for shape, precision in (
+            (SHAPES["no query rank"], "float32"),
+            (SHAPES["keeps all"], "bf16"),
+            ((BASE, (LAYER,)), "fp8"),
+        )
     ]
-    names += (("recomputed layers", "float32"), ("recomputed layers", "fp8"))  # type: ignore[assignment]
-    jobs += [(make_config(folder, BASE, (LAYER,), PRECISIONS[kind], parallelism=mesh), None) for _, kind in names[-2:]]
-    results = run_ranks(4, compare_rank, jobs, False)
-    for rank, compared in enumerate(results):
-        for name, each in zip(names, compared, strict=True):
+    for rank, compared in enumerate(run_ranks(4, compare_rank, jobs, False)):
+        for (job, _), each in zip(jobs, compared, strict=True):
             # Messages that have left may still be there.
-            check(each, f"rank {rank}, {name}", 0.05)
+            check(each, f"rank {rank}, {job.precision.kind}", 0.05)
 
 
 def test_ranks_with_chunks_and_a_shared_embedding_keep_what_is_predicted(folder: Path) -> None:
-    """First and last stage on different ranks, one or two chunks; both directions with two chunks."""
+    """First and last stage on different ranks, and both directions, with two chunks."""
     model = replace(BASE, num_layers=4)
     mesh = ParallelismConfig(pipeline=2, data=1, expert=1)
     jobs = [
         (make_config(folder, model, RECOMPUTED, PRECISIONS[precision], parallelism=mesh), random_schedule(placed, 3, 0))
-        for precision, placed in (("bf16", straight(2)), ("float32", looped(2, 2)), ("bf16", bidirectional(2, 2)))
+        for precision, placed in (("float32", looped(2, 2)), ("bf16", bidirectional(2, 2)))
     ]
     results = run_ranks(2, compare_rank, jobs, False)
     for rank, compared in enumerate(results):
@@ -259,25 +254,17 @@ def test_peaks_of_ranks_that_share_sequences_are_those_of_the_reference_kernels(
             assert max(each.predicted_peaks) == pytest.approx(max(each.peaks), rel=TOLERANCE)
 
 
-def test_wrong_account_is_detected(folder: Path) -> None:
-    """Counts tensors kept from I to W with the size that they had before I, which is wrong."""
-    jobs = [(make_config(folder, *SHAPES["all features"], PRECISIONS["bf16"]), None)]
-    ((compared,),) = run_ranks(1, compare_rank, jobs, False)
-    lighter = [alive - pending // 3 for alive, pending in zip(compared.predicted_after, compared.pending, strict=True)]
-    with pytest.raises(AssertionError, match="settled step"):
-        check(replace(compared, predicted_after=lighter), "lighter")
-
-
 def test_slices_keep_what_is_predicted(folder: Path) -> None:
-    """Live bytes after every step of forwards and backwards of three sequences in four slices each."""
+    """Live bytes after every step of forwards and backwards of two micro-batches in four slices each."""
     configs = [
         make_config(folder, *SHAPES["all features"], PRECISIONS["float32"]),
         make_config(folder, BASE, (LAYER,), PRECISIONS["bf16"]),
     ]
     jobs = []
     for config in configs:
+        batch = replace(config.batch, global_sequences=4)
         schedule = replace(config.schedule, kind="sliced_1f1b", slices=4)
-        jobs.append((replace(config, schedule=schedule), sliced_1f1b(1, 12, 4)))
+        jobs.append((replace(config, batch=batch, schedule=schedule), sliced_1f1b(1, 8, 4)))
     (results,) = run_ranks(1, compare_rank, jobs, False)
     for (config, _), compared in zip(jobs, results, strict=True):
         check_alone(compared, config.precision.kind)

@@ -19,8 +19,8 @@ from train.memory import predict_memory
 MOST_OVER, MOST_UNDER = 0.03, 0.01
 SLICED = "sliced_1f1b"
 EVERY_KIND = (*candidates(), SLICED)
-# Both directions, a V, several chunks, one chunk with deferred weight gradients, and slices; both optimizers.
-EVERY_PLACEMENT = ("dualpipe", "zb_v", "interleaved_1f1b", "zb_h1", SLICED)
+# Both directions, a V with deferred weight gradients, and slices; both optimizers.
+EVERY_PLACEMENT = ("dualpipe", "zb_v", SLICED)
 
 
 def make_job(folder: Path, kind: str, pipeline: int, num_ranks: int) -> TrainConfig:

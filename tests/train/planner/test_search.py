@@ -42,7 +42,7 @@ def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
     for layout in layouts:
         kind = layout.schedule.kind
         seen[kind] += 1
-        if seen[kind] > 2:
+        if seen[kind] > 1:
             continue
         config = space.layout_config(layout.setting, layout.schedule)
         config = with_cut(config, run_cut(config, run_placement(config, kind)))
@@ -57,10 +57,7 @@ def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "sequences", "overrides"),
-    [
-        (16, 8, ("cluster.memory_bytes=40000000000",)),
-        pytest.param(64, 32, (), marks=pytest.mark.exhaustive),
-    ],
+    [(16, 8, ("cluster.memory_bytes=40000000000",)), pytest.param(64, 32, (), marks=pytest.mark.exhaustive)],
 )
 def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, overrides: tuple[str, ...]) -> None:
     """Compares the result with a plan of every layout that rules accept."""
@@ -69,6 +66,7 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
     # the cut by rates, so with another recomputation it finds better layouts than the plans that are compared here.
     own = space.config.dispatch
     space = replace(space, recomputes=(space.config.recompute,), dispatches=(own,), precisions=space.precisions[:1])
+    space = replace(space, schedules=space.schedules[::2])
     result = search_layouts(space, request.config, request.planner, check_rules, most_seconds=200.0)
     assert result.counts.open == 0
     best: list[tuple[float, int]] = []

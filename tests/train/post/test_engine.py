@@ -16,13 +16,11 @@ from infer.protocol import NumberedPrompt, Request
 from tests.model.fp8_models import CONFIDENT, scale_like_trained
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
-from tests.train.job import configured_schedule, make_world
+from tests.train.job import opened_replica
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.listeners.evaluation import PipelinedModel
 from train.post.pipeline import GatheredEngine, ReplicaEngine, ReplicaPipeline
-from train.replica import open_replica
-from train.schedule.cut import run_cut
-from train.world import ReplicaConfig
+from train.replica import Replica
 
 pytestmark = pytest.mark.long
 
@@ -55,9 +53,11 @@ class Agreement:
 
 
 def measure(rank: int, world_size: int, config: TrainConfig) -> list[Agreement]:
-    schedule = configured_schedule(config)
-    world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
-    replica = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
+    with opened_replica(config) as replica:
+        return compare_engines(replica)
+
+
+def compare_engines(replica: Replica) -> list[Agreement]:
     scale_like_trained(replica.model)
     pipeline = ReplicaPipeline(replica)
     trainer, engines, found = PipelinedModel(replica, 16, lambda: pipeline), [], []
@@ -85,8 +85,6 @@ def measure(rank: int, world_size: int, config: TrainConfig) -> list[Agreement]:
     for engine in engines:
         engine.close()
     pipeline.close()
-    replica.close()
-    world.close()
     return found
 
 

@@ -19,9 +19,9 @@ from train.post.sample import ScoredRollout
 
 pytestmark = pytest.mark.long
 STEPS = 5
-FEW = ("sampling", "journal", "training", "checkpoint", "ahead-sampling", "updates-training")
-"""Before and while rollouts are written, before and after the update, and both variants of a step."""
-OTHERS = (*(phase for phase in PHASES if phase not in FEW), "ahead-update")
+FEW = ("training", "ahead-sampling", "updates-journal")
+"""Before, while and after a rollout is written, each in a variant of a step."""
+OTHERS = (*(phase for phase in PHASES if phase not in FEW), "ahead-update", "updates-training")
 CALM = (NONE, "ahead-none", "updates-none")
 
 

@@ -20,6 +20,7 @@ from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample, Sam
 from model.transformer import routers
 from tests.answers import VARIANTS as REPLAYED_VARIANTS
 from tests.answers import VARIANTS as VARIANTS_OF_LOSS
+from tests.covering import exhaustive
 from tests.marked_samples import sft_config
 from tests.ranks import run_ranks
 from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, answer_of, group_of, header_of, rollout_config
@@ -39,24 +40,14 @@ from train.post.sampler import StudentSampler
 STEPS = 3
 
 VARIANTS = {
-    "plain": {},
-    "two_updates": {"rollout": replace(ROLLOUT, updates=2)},
-    "one_ahead": {"rollout": replace(ROLLOUT, steps_ahead=1)},
-    "sequence": {
-        "task": replace(
-            GRPO,
-            loss=replace(LOSS, ratio="sequence_mean", normalizer="answers", off_policy_limit=0.1),
-            reference_every_steps=2,
-        ),
+    "two_updates": {"rollout": replace(ROLLOUT, updates=2), "task": replace(GRPO, reference_every_steps=2)},
+    "one_ahead": {
+        "rollout": replace(ROLLOUT, steps_ahead=1),
+        "task": replace(GRPO, loss=replace(LOSS, ratio="sequence_mean", normalizer="answers", off_policy_limit=0.1)),
     },
 }
 
-LAYOUTS = [
-    (2, 1, 1),
-    pytest.param((1, 2, 1), marks=pytest.mark.exhaustive),
-    pytest.param((2, 2, 2), marks=pytest.mark.long),
-    pytest.param((4, 1, 1), marks=pytest.mark.exhaustive),
-]
+LAYOUTS = [(2, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.long), *exhaustive(((1, 2, 1),))]
 
 
 def tokens_of(groups: tuple[Group, ...]) -> list[object]:
@@ -75,14 +66,13 @@ def journals(config: TrainConfig) -> list[list[object]]:
     return [tokens_of(read_journal(Path(config.out_dir), int(path.name[5:13])).groups) for path in paths]
 
 
-def jobs(folder: Path, layout: tuple[int, int, int], layers: int) -> list[Job]:
-    """Returns the run of each variant with a layout; all have the same model."""
+def jobs(folder: Path, layout: tuple[int, int, int]) -> list[Job]:
+    """Returns the run of each variant with a layout."""
     made = []
     for name, changes in VARIANTS.items():
         config = rollout_config(folder, *layout, **changes)  # type: ignore[arg-type]
-        model = replace(config.model, num_layers=layers)
         out_dir = folder / f"{name}-{'x'.join(map(str, layout))}"
-        made.append(Job(config=replace(config, model=model, out_dir=str(out_dir))))
+        made.append(Job(config=replace(config, out_dir=str(out_dir))))
     return made
 
 
@@ -90,7 +80,7 @@ def jobs(folder: Path, layout: tuple[int, int, int], layers: int) -> list[Job]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job], list[list[Seen]]]:
     """One rank's results of each variant."""
     folder = tmp_path_factory.mktemp("policy")
-    made = jobs(folder, (1, 1, 1), layers=4)
+    made = jobs(folder, (1, 1, 1))
     (seen,) = run_ranks(1, run_jobs, made, STEPS)
     return folder, made, seen
 
@@ -101,7 +91,7 @@ def test_policy_of_many_ranks_is_that_of_one(
     layout: tuple[int, int, int], one_rank: tuple[Path, list[Job], list[list[Seen]]]
 ) -> None:
     folder, alone, expected = one_rank
-    made = jobs(folder, layout, layers=4)
+    made = jobs(folder, layout)
     results = run_ranks(layout[0] * layout[1], run_jobs, made, STEPS)
     for number, (job, before) in enumerate(zip(made, alone, strict=True)):
         assert journals(job.config) == journals(before.config), job.config.out_dir
@@ -121,17 +111,15 @@ SPARSE = replace(REWARD, parts=(EvenConfig(kind="sparse", weight=1.0),))
 
 FEW_GROUPS = replace(ROLLOUT, prompts=8, samples=3, held_out=0)
 
-UPDATES = {"gspo": 2}
-
-"""Updates per rollout of variants that have several."""
+EVERY_NORMALIZER = ("cispo", "dapo", "dr_grpo", "gspo", "v3")
 
 
-def sparse_jobs(folder: Path, *, drops: bool) -> list[Job]:
+def sparse_jobs(folder: Path, names: Sequence[str], *, drops: bool) -> list[Job]:
     """Returns a run of each published variant in which three of four groups have equal rewards."""
     made = []
-    for name, form in VARIANTS_OF_LOSS.items():
-        rollout = replace(FEW_GROUPS, drop_equal_groups=drops, updates=UPDATES.get(name, 1))
-        changes = {"task": replace(GRPO, loss=form), "rollout": rollout, "reward": SPARSE}
+    for name in names:
+        rollout = replace(FEW_GROUPS, drop_equal_groups=drops, updates=2 if name == "gspo" else 1)
+        changes = {"task": replace(GRPO, loss=VARIANTS_OF_LOSS[name]), "rollout": rollout, "reward": SPARSE}
         config = rollout_config(folder, **changes)  # type: ignore[arg-type]
         model = replace(config.model, mtp_depth=0)
         made.append(Job(config=replace(config, model=model, out_dir=str(folder / f"{name}-{drops}"))))
@@ -139,12 +127,13 @@ def sparse_jobs(folder: Path, *, drops: bool) -> list[Job]:
 
 
 @pytest.mark.slow
-def test_dropped_groups_of_equal_rewards_leave_the_gradient_as_it_is_except_with_dapo(tmp_path: Path) -> None:
-    whole, dropped = sparse_jobs(tmp_path, drops=False), sparse_jobs(tmp_path, drops=True)
+@pytest.mark.parametrize("names", [EVERY_NORMALIZER, *exhaustive([sorted({*VARIANTS_OF_LOSS} - {*EVERY_NORMALIZER})])])
+def test_dropped_groups_of_equal_rewards_leave_the_gradient_as_it_is_except_with_dapo(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    whole, dropped = (sparse_jobs(tmp_path, names, drops=drops) for drops in (False, True))
     (seen,) = run_ranks(1, run_jobs, [*whole, *dropped], 1)
-    for name, job, (before,), (after,) in zip(
-        VARIANTS_OF_LOSS, dropped, seen[: len(whole)], seen[len(whole) :], strict=True
-    ):
+    for name, job, (before,), (after,) in zip(names, dropped, seen[: len(whole)], seen[len(whole) :], strict=True):
         groups = read_journal(Path(job.config.out_dir), 1).groups
         assert sum(map(has_equal_rewards, groups)) == 6, f"{name}: of 8 groups"
         assert before.norm > 0, name
