@@ -1,4 +1,4 @@
-"""Converts weights between forms of checkpoints, tensor by tensor; several processes write a file each."""
+"""Converts weights between forms of checkpoints, tensor by tensor, in one process for each file."""
 
 import multiprocessing
 import os
@@ -238,7 +238,7 @@ def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:
 
 
 class _Shards:
-    """The files of a conversion. They are written by several processes; after each, the progress is printed."""
+    """The files of a conversion, written by several processes. Progress is printed after each file."""
 
     def __init__(self, conversion: Conversion, source: _Source, say: Say) -> None:
         shapes = held_weights(source.config)
@@ -269,9 +269,10 @@ class _Shards:
 
 
 def run_in_processes(jobs: Sequence[Callable[[], ValueT]], num_processes: int) -> Iterator[tuple[int, ValueT]]:
-    """Yields the index and the result of each job as it ends, at most `num_processes` at a time, each in a fork.
+    """Yields the index and the result of each job as it ends, at most `num_processes` at a time.
 
-    An error of a job is raised here, and the other processes are ended. With one job or process, jobs run in turn here.
+    Each job runs in a fork of this process. An error of a job is raised here, and the other processes are ended. With
+    one job or process, jobs run in turn here.
     """
     if min(num_processes, len(jobs)) <= 1:
         yield from ((index, job()) for index, job in enumerate(jobs))

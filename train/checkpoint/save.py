@@ -130,7 +130,7 @@ class CheckpointSaver:
             index, files = self._write_parts(partial, copied)
             run_on_all(lambda: self._finish(partial, final, step, index, files), self._group)
         except PartError as failure:
-            # A folder that was deleted or taken over meanwhile fails any write: the cause is told, not the write.
+            # If the folder was deleted or taken over meanwhile, any write fails. The error names that cause.
             lost = lost_folder(self._ownership, self._group)
             raise UnsavedError(lost or f"{partial}: cannot be written by {failure}") from failure
         return final
