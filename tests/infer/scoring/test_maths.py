@@ -69,8 +69,8 @@ def read_pairs(which: str) -> dict[str, list[tuple[str, str]]]:
     return topics
 
 
-every_pair = pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.long)], ids=["sample", "all"])
-"""Every eighth pair of each topic, or all."""
+every_pair = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["sample", "all"])
+"""Every fourth pair of each topic, or all."""
 
 
 @every_pair

@@ -150,10 +150,7 @@ def _exchange(machine: Machine) -> tuple[float, float]:
     """Returns the milliseconds of one layer's exchange in F and in I."""
     across, within = machine.rows or count_rows(limit=4, once=True)
     # Both links work at the same time.
-    factor = max(
-        across / ROWS_ACROSS / machine.link,
-        within / ROWS_ACROSS * LINK / LINK_WITHIN / machine.within,
-    )
+    factor = max(across / ROWS_ACROSS / machine.link, within / ROWS_ACROSS * LINK / LINK_WITHIN / machine.within)
     combine = machine.combine
     return factor * (DISPATCH_F + combine * COMBINE_F), factor * (DISPATCH_I + combine * COMBINE_I)
 
