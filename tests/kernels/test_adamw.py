@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def nearest_even(values: NDArray[Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("by", STEPS)
-@pytest.mark.parametrize("num_weights", [1, 31, 4096, 2 * reference.CHUNK_ELEMENTS + 77])
+@pytest.mark.parametrize("num_weights", [31, 2 * reference.CHUNK_ELEMENTS + 77])
 def test_adamw_is_the_rule_rounded_once_an_operation(num_weights: int, by: Coefficients) -> None:
     weights, gradients, means, squares = before = tensors(num_weights)
     expected, kept = plain(before, by), gradients.clone()
@@ -78,30 +77,9 @@ def test_adamw_is_the_rule_rounded_once_an_operation(num_weights: int, by: Coeff
     assert_same_bits(gradients, kept)
 
 
-def test_adamw_does_not_depend_on_memory_layout() -> None:
-    whole = tensors(5000)
-    parts = every(Tensor.clone, whole)
-    reference.adamw_bf16_moments(*whole, STEPS[0])
-    for first, last in ((0, 1), (1, 1700), (1700, 4999), (4999, 5000)):
-        reference.adamw_bf16_moments(*every(itemgetter(slice(first, last)), parts), STEPS[0])
-    for part, expected in zip(parts, whole, strict=True):
-        assert_same_bits(part, expected)
-
-
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 2)])
 def test_adamw_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
     reference.adamw_bf16_moments(*every(lambda tensor: tensor.view(shape), tensors(0)), STEPS[0])
-
-
-def test_adamw_of_a_gradient_that_is_no_number_is_none() -> None:
-    weights, gradients, means, squares = tensors(64)
-    gradients[3], gradients[40] = torch.nan, torch.inf
-    reference.adamw_bf16_moments(weights, gradients, means, squares, STEPS[0])
-    touched = torch.zeros(64, dtype=torch.bool)
-    touched[3] = touched[40] = True
-    assert torch.equal(~weights.isfinite(), touched)
-    assert torch.equal(~means.isfinite(), touched)
-    assert torch.equal(~squares.isfinite(), touched)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +102,7 @@ def test_adamw_names_a_tensor_that_it_cannot_take(place: int, wrong: Tensor, mes
 @interpreted
 def test_interpreted_adamw_equals_the_reference() -> None:
     # Whole blocks, a block begun, less than a block; and other blocks.
-    for num_weights, block in ((2048, 1024), (2049, 1024), (5, 1024), (100, 32)):
+    for num_weights, block in ((2049, 1024), (5, 1024), (64, 32)):
         for by in STEPS:
             ours, theirs = tensors(num_weights), tensors(num_weights)
             for gradients in (ours[1], theirs[1]):

@@ -122,12 +122,6 @@ def test_attention_equals_reading_query_by_query(
             near(ours.grad, theirs.grad, 32, sums=32, largest=4.0)
 
 
-def test_flex_serves_all_layers_with_one_mask() -> None:
-    documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
-    assert documents.block_mask is documents.block_mask
-    assert documents.mask_B1TT is documents.mask_B1TT
-
-
 def test_documents_begin_at_positions_that_do_not_continue() -> None:
     documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
     assert documents.ids_BT.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4, 5, 6], [1, 1, 1, 1] + [2] * 9]
@@ -162,13 +156,6 @@ def test_attention_on_a_cpu_saves_nothing_for_pairs_of_tokens(name: str) -> None
         ATTENTION.get("sdpa").attend(*heads, SCALE, documents)  # type: ignore[arg-type, call-arg]
     assert sum(each.numel() for each in saved) == 4 * heads[0].numel() + heads[0][..., 0].numel()
     assert "mask_B1TT" not in vars(documents)
-
-
-def test_documents_move_as_a_whole() -> None:
-    documents = Documents.from_positions(torch.tensor(PLACES["one document"]))
-    moved = documents.to(torch.device("meta"))
-    assert {moved.ids_BT.device.type, moved.starts.device.type} == {"meta"}
-    assert moved.longest == documents.longest == 13
 
 
 FA2, FA3, FA4 = "flash_attn_2_cuda", "flash_attn_interface", "flash_attn.cute"
@@ -301,7 +288,7 @@ def test_unknown_kernel_is_rejected_with_the_nearest_name() -> None:
         choose_attention("flash", torch.device("cpu"), torch.float32, is_packed=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extend.md").read_text("utf-8").partition("## An attention kernel")[2]
     (tmp_path / "plain.py").write_text(page.partition("```python\n")[2].partition("```")[0])
@@ -314,7 +301,7 @@ def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: 
 
 CPU = torch.device("cpu")
 KERNELS = {"fused": block_kernels.CPU_FLASH, "reference": REFERENCE}
-SIZES = (1, 2, 3, 4)
+SIZES = (1, 2, 4)
 SEGMENT = 3
 
 
@@ -348,7 +335,7 @@ def cut_of(size: int, documents: Documents | None) -> SegmentCut:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_tiles_cover_every_visible_pair_once(size: int, is_packed: bool) -> None:
-    for seed in range(20 if is_packed else 1):
+    for seed in range(5 if is_packed else 1):
         positions = places(size, seed) if is_packed else [list(range(2 * size * SEGMENT))] * 2
         numbers = documents_of(positions)
         cut = cut_of(size, Documents.from_positions(torch.tensor(positions)) if is_packed else None)
@@ -389,7 +376,7 @@ def pairs_of(tile: VisibleTile, queries: Sequence[int], keys: Sequence[int]) -> 
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("size", [1, 2, 16])
 def test_attention_work_is_equal_on_all_ranks(size: int) -> None:
     """Without documents, it is exactly equal; that of contiguous parts would not be."""
     cut = SegmentCut(num_sequences=1, edges=tuple(range(0, (2 * size + 1) * 512, 512)), starts=None)

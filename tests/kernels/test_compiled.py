@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +19,6 @@ from tests.kernels.catalogue import LAUNCHES
 from tests.kernels.compiled_table import (
     FOLDER,
     MOST_SHARED_BYTES,
-    Row,
     file_of,
     problems,
     recorded_launches,
@@ -28,7 +26,7 @@ from tests.kernels.compiled_table import (
     rows,
     table,
 )
-from tests.kernels.launches import Launch, Product, Tensors
+from tests.kernels.launches import Tensors
 from tests.kernels.triton_versions import VERSIONS
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
@@ -61,16 +59,6 @@ def kernels_of_all_modules() -> set[tuple[str, str]]:
         for path, names in found.items()
         for name in names - imported
     }
-
-
-def test_kernels_in_a_source_are_those_that_are_launched() -> None:
-    source = (
-        "@triton.jit\ndef helper(x): return x\n"
-        "@triton.jit(do_not_specialize=['n'])\ndef first_kernel(x, n): helper(x)\n"
-        "@triton.jit\ndef second_kernel(x): tl.store(x, helper(x))\n"
-        "def launcher(x): first_kernel[(1,)](x, 1)\n"
-    )
-    assert kernels_in(source) == {"first_kernel", "second_kernel"}
 
 
 def test_every_kernel_is_compiled_for_the_table() -> None:
@@ -111,53 +99,13 @@ def test_recorded_tables_have_no_spills_and_no_failures() -> None:
         assert max(int(row[4]) for row in cells) <= MOST_SHARED_BYTES, version
 
 
-@pytest.mark.parametrize("kernel", ["gemm_kernel", "grouped_rows_fp8_kernel"])
-def test_launches_whose_scales_are_aligned_are_compiled_by_themselves(kernel: str) -> None:
-    """Rows of 128 scales begin at multiples of 16 bytes, which the compiler uses, and rows of 56 do not."""
-    shapes = [launch.shape for launch in recorded_launches() if launch.kernel == kernel]
-    assert any("o_proj" in shape or "down" in shape for shape in shapes)
-    assert any("shared up" in shape or "gate_up" in shape for shape in shapes)
-
-
-def test_rules_that_a_kernel_breaks_are_named() -> None:
-    named = Row(name="some.product", shape="1 x 1", product=Product(num_rows=1, num_columns=1, depth=1))
-
-    def broken(spill_bytes: int, shared_bytes: int, tensor_cores: str) -> list[str]:
-        row = replace(named, spill_bytes=spill_bytes, shared_bytes=shared_bytes, tensor_cores=tensor_cores)
-        return row.broken_rules()
-
-    assert broken(0, MOST_SHARED_BYTES, "wgmma e4m3") == []
-    assert broken(8, MOST_SHARED_BYTES + 1, "mma e4m3") == [
-        "some.product, 1 x 1: registers must not spill, got 8 bytes",
-        "some.product, 1 x 1: shared memory must be at most 227 KiB, got 232449 bytes",
-        "some.product, 1 x 1: must multiply by wgmma e4m3, got 'mma e4m3'",
-    ]
-    failed = replace(named, failure="RuntimeError: PassManager::run failed")
-    assert failed.broken_rules() == ["some.product, 1 x 1: must compile, got RuntimeError: PassManager::run failed"]
-
-
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.name}, {launch.shape}")
-def test_bytes_of_a_launch_are_those_of_the_tensors_that_its_kernel_is_given(launch: Launch) -> None:
-    arguments, _ = recorded_launch(import_module(launch.module), launch.kernel, launch.call(torch.device("cpu")))
-    given = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, Tensor)}
-    counted = sum(given.values()) * PASSES.get(launch.kernel, 1)
-    # Partial sums and tile positions are arguments too; a few scales, which torch transposes, are not.
-    assert 0.94 * counted <= launch.bytes_moved <= 1.001 * counted
-
-
-def test_numbers_for_a_gpu_are_of_their_kinds() -> None:
-    tensors = Tensors(torch.device("cpu"), is_filled=True)
-    normal = tensors.normal(64, 64)
-    assert normal.dtype == torch.bfloat16
-    assert abs(float(normal.float().std()) - 1) < 0.1
-    quantized = tensors.rows(40, 300)
-    assert (quantized.codes.dtype, quantized.scales.shape) == (torch.float8_e4m3fn, (40, 3))
-    assert quantized.codes.float().isfinite().all()
-    assert quantized.scales.min() >= 0.5
-    assert quantized.scales.max() <= 1.5
-    assert tensors.blocks(2, 130, 256).scales.shape == (2, 2, 2)
-    assert tensors.columns(30, 256).scales.shape == (30, 2)
-    assert torch.equal(tensors.indices(24, 6).bincount(), torch.full((6,), 4))
+def test_bytes_of_a_launch_are_those_of_the_tensors_that_its_kernel_is_given() -> None:
+    for launch in LAUNCHES:
+        arguments, _ = recorded_launch(import_module(launch.module), launch.kernel, launch.call(torch.device("cpu")))
+        sizes = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, Tensor)}
+        counted = sum(sizes.values()) * PASSES.get(launch.kernel, 1)
+        # Partial sums and tile positions are arguments too; a few scales, which torch transposes, are not.
+        assert 0.94 * counted <= launch.bytes_moved <= 1.001 * counted, f"{launch.name}, {launch.shape}"
 
 
 MADE = Tensors(torch.device("cpu"))
@@ -204,9 +152,7 @@ def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, k
     assert compile_launch(module, kernel, launch).spill_bytes == 0
 
 
-@pytest.mark.covering(1)
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_outputs", "depth"), [(1, 130), (130, 1), (1, 1)])
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
@@ -220,8 +166,8 @@ def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, k
         ("gemm.triton", "grouped_weight_kernel"),
     ],
 )
-def test_kernel_compiles_if_a_size_is_one(name: str, kernel: str, num_outputs: int, depth: int) -> None:
+def test_kernel_compiles_if_sizes_are_one(name: str, kernel: str) -> None:
     module = import_module(f"kernels.{name}")
-    compiled = compile_launch(module, kernel, call_of(module, kernel, num_outputs, depth))
+    compiled = compile_launch(module, kernel, call_of(module, kernel, 1, 1))
     assert len(compiled.cubin) > 1000
     assert compiled.spill_bytes == 0

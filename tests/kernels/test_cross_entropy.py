@@ -3,7 +3,7 @@
 Shape legend: N rows, D hidden size, S hidden size of the teacher, V vocabulary, K kept tokens.
 """
 
-from itertools import pairwise, product
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -24,7 +24,6 @@ from kernels.cross_entropy.reference import (
     linear_cross_entropy,
 )
 from tests.kernels.agreement_fused import (
-    assert_same_scores,
     check_kept,
     check_wants,
     expected_of,
@@ -37,7 +36,7 @@ LARGE = 20_011
 
 """A vocabulary of which a few rows of logits fill a chunk."""
 
-CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (200, 3, LARGE), (129, 4, LARGE), (64, 2, LARGE), (5, 1, 1)]
+CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (129, 4, LARGE), (5, 1, 1)]
 
 
 @pytest.mark.covering(2)
@@ -86,14 +85,6 @@ def test_slopes_may_be_a_function_of_log_probabilities() -> None:
         torch.testing.assert_close(made, wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_slopes_of_one_change_no_bit() -> None:
-    rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
-    plain = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    ones = torch.ones(129, dtype=torch.float64)
-    found = linear_cross_entropy(rows, head, targets, ones, wants_rows=True, wants_head=True)
-    assert_same_scores(found, plain)
-
-
 def test_cross_entropy_is_computed_in_chunks_if_the_vocabulary_is_large() -> None:
     assert chunk_rows(200, LARGE, torch.float32) < 129
     assert chunk_rows(4, LARGE, torch.float32) == 4
@@ -125,30 +116,6 @@ def test_cross_entropy_in_bf16_is_as_near_as_its_logits_are(
         assert float(error) < 0.02  # a logit's rounding, at most 2^-8 of about 8, moves its probability by 3 %
 
 
-def test_cross_entropy_in_bf16_gives_what_float32_gives_for_the_same_logits() -> None:
-    """Rows and matrix whose logits bf16 holds exactly: the loss is then exact to float32."""
-    generator = torch.Generator().manual_seed(3)
-    rows, head = (torch.randint(-3, 4, (size, 4), generator=generator).double() for size in (50, 30))
-    targets = some_targets(50, 30)
-    log_probs, _, _ = expected_of(rows, head, targets)
-    bf16 = torch.bfloat16
-    found = linear_cross_entropy(rows.to(bf16), head.to(bf16), targets, wants_rows=False, wants_head=False)
-    # Logits are at most 36, and float32 rounds their difference.
-    torch.testing.assert_close(found.log_probs_N.double(), log_probs, rtol=0, atol=36 * 2.0**-23)
-
-
-@pytest.mark.parametrize(("vocab", "num_rows"), [(6, 3), (LARGE, 130)])
-def test_cross_entropy_of_ignored_targets_alone_is_nothing(vocab: int, num_rows: int) -> None:
-    rows, head = randn(num_rows, 4, seed=0), randn(vocab, 4, seed=1)
-    targets = torch.full((num_rows,), IGNORE)
-    found = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    assert not found.log_probs_N.any()
-    assert found.rows_ND is not None
-    assert not found.rows_ND.any()
-    assert found.head_VD is not None
-    assert not found.head_VD.any()
-
-
 @pytest.mark.parametrize("num_rows", [0, 150])
 def test_cross_entropy_makes_the_gradients_asked_for_alone(num_rows: int) -> None:
     check_wants(linear_cross_entropy, num_rows, LARGE)
@@ -166,16 +133,6 @@ def test_cross_entropy_is_finite_if_logits_are_large() -> None:
 def test_cross_entropy_among_kept_tokens_equals_formula(dtype: torch.dtype) -> None:
     for shape in ((33, 5, 300), (130, 3, LARGE), (0, 4, 9)):
         check_kept(module, "cpu", shape, dtype)
-
-
-def test_row_that_keeps_all_tokens_changes_no_bit() -> None:
-    rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
-    kept_NK = torch.full((129, 3), -1)
-    plain, found = (
-        linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True, kept_ids_NK=kept)
-        for kept in (None, kept_NK)
-    )
-    assert_same_scores(found, plain)
 
 
 @pytest.mark.parametrize("target", [11, -1, -99])
@@ -208,8 +165,6 @@ def test_operands_that_do_not_fit_are_named() -> None:
         with pytest.raises(ValueError, match=rf"row_slopes must be torch.float64 \[3\] on cpu, got {found} on cpu"):
             linear_cross_entropy(rows_ND, head_VD, targets_N, slopes_N, wants_rows=True, wants_head=True)
 
-
-"""A vocabulary of which a few rows of logits fill a chunk."""
 
 FORMS = [
     Divergence(kind=kind, beta=beta, temperature=temperature)
@@ -292,43 +247,6 @@ def test_all_tokens_and_the_rest_are_the_whole_divergence(form: Divergence) -> N
     assert one.scores.rows_ND is not None
     assert other.scores.rows_ND is not None
     torch.testing.assert_close(one.scores.rows_ND, other.scores.rows_ND, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.covering(2)
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("kept", [0, 4, 13])
-def test_student_equal_to_its_teacher_has_divergence_and_gradient_zero(form: Divergence, kept: int) -> None:
-    rows, head = randn(40, 5, seed=0), randn(13, 5, seed=1)
-    teacher: Teacher = TeacherStates(rows_NS=rows, head_VS=head)
-    if kept:
-        top = (rows @ head.t() / form.temperature).log_softmax(-1).topk(kept)
-        teacher = TeacherTopK(ids_NK=top.indices, log_probs_NK=top.values)
-    found = linear_distillation(rows, head, some_targets(40, 13), teacher, form, mix=(1.0, 0.0), wants_gradients=True)
-    for tensor in (found.divergences_N, found.scores.rows_ND, found.scores.head_VD):
-        assert tensor is not None
-        assert tensor.abs().max() <= 1e-13
-
-
-def test_divergence_is_at_least_zero_and_that_of_lists_at_most_the_whole() -> None:
-    """Tokens that are one bucket never distinguish two distributions better than separate tokens do."""
-    rows, head, teacher_rows = randn(60, 5, seed=0), randn(50, 5, seed=1), randn(60, 5, seed=2)
-    targets, form = torch.zeros(60, dtype=torch.int64), Divergence(kind="forward_kl")
-    top = (teacher_rows @ head.t()).log_softmax(-1)
-    values = [
-        linear_distillation(
-            rows,
-            head,
-            targets,
-            TeacherTopK(ids_NK=top.topk(kept).indices, log_probs_NK=top.topk(kept).values),
-            form,
-            mix=(1.0, 0.0),
-            wants_gradients=False,
-        ).divergences_N
-        for kept in (1, 4, 20, 49, 50)
-    ]
-    assert (values[0] >= 0).all()
-    for fewer, more in pairwise(values):
-        assert (more - fewer).min() >= -1e-12
 
 
 def test_teacher_of_another_vocabulary_is_rejected() -> None:

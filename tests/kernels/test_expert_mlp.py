@@ -21,7 +21,7 @@ from kernels.expert_mlp import (
 )
 from tests.kernels.plain import expert_rows, near, randn, strided
 
-COUNTS = [(3, 0, 4, 1), (0, 0, 8, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1,), (70, 3, 0, 65), (2, 290, *[0] * 14)]
+COUNTS = [(3, 0, 4, 1), (0, 0, 0, 0), (1,), (70, 3, 0, 65), (2, 290, *[0] * 14)]
 TYPES: list[tuple[ExpertImplementation, torch.dtype]] = [
     ("reference", torch.float64),
     ("reference", torch.float32),
@@ -196,7 +196,7 @@ def _garbage() -> Iterator[None]:
 @pytest.mark.usefixtures("_garbage")
 @pytest.mark.parametrize("keeps_gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("hidden", "width"), [(4, 20_016), (80, 100)])
+@pytest.mark.parametrize(("hidden", "width"), [(4, 10_016), (80, 100)])
 def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: torch.dtype, keeps_gated: bool) -> None:
     """Rows so wide that a few of them fill a cache: experts are then worked on a few at a time.
 
@@ -216,7 +216,7 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)
-@pytest.mark.parametrize("counts", [(3, 5, 70), (1, 64, 1), (0, 2, 3)])
+@pytest.mark.parametrize("counts", [(3, 5, 70), (0, 2, 3)])
 def test_what_is_not_a_number_stays_with_its_expert(
     counts: tuple[int, ...], implementation: ExpertImplementation, dtype: torch.dtype, by_token: bool, at_once: bool
 ) -> None:

@@ -36,7 +36,7 @@ from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import near, randn
 
 pytestmark = pytest.mark.slow
-SHAPES = [(5, 1), (9, 100), (40, 130), (3, 1024), (70, 128)]
+SHAPES = [(5, 1), (20, 130), (3, 1024)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -79,7 +79,7 @@ def test_interpreted_rms_norm_is_the_same_with_any_block_but_for_the_order_of_su
     codes, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
     of_plain = (plain.normalize_backward, (grad_AD, x_AD, inverse_A1, weight_D))
     of_codes = (fp8.rms_norm_backward_from_codes, (grad_AD, codes, inverse_A1, weight_D))
-    for block_rows, num_programs in ((1, 3), (4, 2), (2, 100)):
+    for block_rows, num_programs in ((1, 3), (4, 2)):
         assert torch.equal(plain.rms_norm(x_AD, weight_D, EPS, block_rows=block_rows)[0], normal_AD)
         made, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False, block_rows=block_rows)
         assert_same_bits(made.codes, codes.codes)
@@ -121,9 +121,7 @@ def compiled(kernel: str, dtype: torch.dtype, num_columns: int, power_of_two: bo
     return compile_launch(fp8, kernel, lambda: fp8.rms_norm_backward_from_codes(x_AD, codes, inverse_A1, weight_D))
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("num_columns", [7168, 512, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "num_columns"), [(torch.bfloat16, 7168), (torch.float32, 100)])
 def test_compiled_rms_norm_reads_once_and_is_sound(dtype: torch.dtype, num_columns: int) -> None:
     made = compiled("rms_norm_kernel", dtype, num_columns)
     made.assert_sound()
@@ -135,9 +133,9 @@ def test_compiled_rms_norm_reads_once_and_is_sound(dtype: torch.dtype, num_colum
         assert len(made.instructions(r"st\.global.*v4\.b32")) == moves
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize(("num_columns", "power_of_two"), [(7168, False), (7168, True), (512, False), (100, False)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "num_columns", "power_of_two"), [(torch.bfloat16, 7168, False), (torch.float32, 100, True)]
+)
 def test_compiled_rms_norm_quantize_casts_in_hardware_and_is_sound(
     dtype: torch.dtype, num_columns: int, power_of_two: bool
 ) -> None:
@@ -150,10 +148,8 @@ def test_compiled_rms_norm_quantize_casts_in_hardware_and_is_sound(
         assert len(made.instructions(r"ld\.global.*v4\.b32")) == 2 * 32 * dtype.itemsize // 16
 
 
-@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["rms_norm_backward_kernel", "rms_norm_backward_codes_kernel"])
-@pytest.mark.parametrize("num_columns", [7168, 512, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "num_columns"), [(torch.bfloat16, 7168), (torch.float32, 100)])
 def test_compiled_rms_norm_backward_loads_ahead_and_has_no_atomics(
     kernel: str, dtype: torch.dtype, num_columns: int
 ) -> None:
@@ -163,14 +159,6 @@ def test_compiled_rms_norm_backward_loads_ahead_and_has_no_atomics(
     assert made.instructions(r"(atom|red)\b") == []
     if num_columns % 16 == 0:
         assert len(made.instructions(r"cp\.async\.cg\.shared\.global")) >= 2
-
-
-@pytest.mark.parametrize("kernel", ["rms_norm_kernel", "rms_norm_backward_kernel"])
-def test_compiled_rms_norm_of_float64_multiplies_in_float64(kernel: str) -> None:
-    made = compiled(kernel, torch.float64, 512)
-    made.assert_sound()
-    assert made.instructions(r"mul\.(rn\.)?f64")
-    assert not made.instructions(r"mul\.(rn\.)?f32")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +172,7 @@ def test_compiled_rms_norm_of_a_single_column_is_sound(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @interpreted
 def test_interpreted_swiglu_is_near_the_reference(dtype: torch.dtype) -> None:
-    for shape in ((5, 1), (9, 100), (4, 256), (3, 600)):
+    for shape in ((5, 1), (4, 256), (3, 600)):
         check_swiglu(swiglu_plain, "cpu", shape, dtype)
     gate, up = randn(2, 3, 5, seed=0, dtype=dtype), randn(2, 3, 5, seed=1, dtype=dtype)
     assert swiglu_plain.swiglu(gate, up).shape == (2, 3, 5)
@@ -194,12 +182,10 @@ def test_interpreted_swiglu_is_near_the_reference(dtype: torch.dtype) -> None:
         assert swiglu_plain.swiglu_backward(torch.ones(num_rows, width), empty_AH).shape == empty_AH.shape
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "weights_dtype"), [(torch.float32, None), (torch.bfloat16, torch.float32)])
 @interpreted
 def test_interpreted_swiglu_in_fp8_is_near_the_reference(dtype: torch.dtype, weights_dtype: torch.dtype | None) -> None:
-    for shape in ((5, 1), (9, 100), (12, 256), (3, 200)):
+    for shape in ((5, 1), (9, 256), (3, 200)):
         check_swiglu_fp8(gated_fp8, "cpu", shape, dtype, weights_dtype)
     for num_rows, width in ((0, 128), (3, 0)):
         gated, cached = gated_fp8.swiglu_quantize(torch.ones(num_rows, 2 * width), None, power_of_two=False)
@@ -258,11 +244,8 @@ def compiled_fp8(kernel: str, dtype: torch.dtype, width: int, power_of_two: bool
     return compile_launch(gated_fp8, kernel, lambda: gated_fp8.swiglu_backward_from_codes(grad_AM, cached, weights_A))
 
 
-@pytest.mark.covering(1)
 @pytest.mark.parametrize(("kernel", "operands"), [("swiglu_kernel", (2, 1)), ("swiglu_backward_kernel", (3, 2))])
-@pytest.mark.parametrize(
-    ("dtype", "width"), [(torch.bfloat16, 2048), (torch.float32, 2048), (torch.float64, 100), (torch.bfloat16, 1)]
-)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2048), (torch.bfloat16, 1)])
 def test_compiled_swiglu_moves_16_bytes_at_a_time_and_is_sound(
     kernel: str, operands: tuple[int, int], dtype: torch.dtype, width: int
 ) -> None:
@@ -276,9 +259,7 @@ def test_compiled_swiglu_moves_16_bytes_at_a_time_and_is_sound(
         assert len(compiled.instructions(r"st\.global.*v4\.b32")) == operands[1] * moves
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("width", [2048, 100])
-@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize(("width", "power_of_two"), [(2048, False), (100, True)])
 def test_compiled_swiglu_quantize_reads_once_and_casts_in_hardware(width: int, power_of_two: bool) -> None:
     compiled = compiled_fp8("swiglu_quantize_kernel", torch.bfloat16, width, power_of_two, weights=True)
     compiled.assert_sound()
@@ -292,9 +273,7 @@ def test_compiled_swiglu_quantize_reads_once_and_casts_in_hardware(width: int, p
         assert len(compiled.instructions(r"st\.global.*v2\.b32")) == 3
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize(("width", "weights"), [(2048, True), (2048, False), (100, True)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "width", "weights"), [(torch.bfloat16, 2048, True), (torch.float32, 100, False)])
 def test_compiled_swiglu_backward_from_codes_has_no_atomics_and_is_sound(
     dtype: torch.dtype, width: int, weights: bool
 ) -> None:
@@ -310,7 +289,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 @pytest.mark.parametrize("dtype", DTYPES)
 @interpreted
 def test_interpreted_slopes_are_near_the_formula(dtype: torch.dtype) -> None:
-    for shape in ((5, 1), (7, 11), (6, 128), (4, 20_011)):
+    for shape in ((5, 1), (7, 11), (4, 9_011)):
         check_slopes(cross_entropy, "cpu", shape, dtype)
 
 
@@ -318,9 +297,8 @@ def test_interpreted_slopes_are_near_the_formula(dtype: torch.dtype) -> None:
 @interpreted
 def test_interpreted_cross_entropy_is_near_the_formula(dtype: torch.dtype) -> None:
     for shape in ((7, 5, 11), (1, 3, 7), (13, 4, 300)):
-        for chunk_logits in (1, 10 * shape[2], 2**20):
-            for has_slopes in (False, True):
-                check_cross_entropy(cross_entropy, "cpu", shape, dtype, chunk_logits, has_slopes)
+        for chunk_logits, has_slopes in ((1, True), (10 * shape[2], False), (2**20, True)):
+            check_cross_entropy(cross_entropy, "cpu", shape, dtype, chunk_logits, has_slopes)
         check_kept(cross_entropy, "cpu", shape, dtype)
 
 
@@ -366,19 +344,16 @@ def test_interpreted_target_that_is_none_makes_its_nats_nan_and_reads_nothing() 
     assert logits_NV[[0, 3]].tolist() == [[0.0] * 4, [0.25, 0.25, 0.25, -0.75]]
 
 
-def compiled_slopes(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> Compiled:
-    nats_N = torch.empty(4, dtype=torch.promote_types(dtype, torch.float32))
-    logits_NV, targets_N = torch.empty(4, vocab_size, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    return compile_launch(
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size", "has_slopes"),
+    [(torch.bfloat16, 129_280, True), (torch.float32, 129_280, False), (torch.bfloat16, 1, True)],
+)
+def test_compiled_slopes_have_no_atomics_and_are_sound(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> None:
+    nats_N, targets_N = torch.empty(4), torch.zeros(4, dtype=torch.int64)
+    logits_NV = torch.empty(4, vocab_size, dtype=dtype)
+    compiled = compile_launch(
         cross_entropy, "slopes_kernel", lambda: cross_entropy.nats_and_slopes_(logits_NV, targets_N, nats_N, has_slopes)
     )
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize(("vocab_size", "has_slopes"), [(129_280, True), (129_280, False), (1003, True), (1, True)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_slopes_have_no_atomics_and_are_sound(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> None:
-    compiled = compiled_slopes(dtype, vocab_size, has_slopes)
     compiled.assert_sound()
     assert compiled.registers <= 72
     assert compiled.shared_bytes <= 64
@@ -388,9 +363,3 @@ def test_compiled_slopes_have_no_atomics_and_are_sound(dtype: torch.dtype, vocab
         moves = 32 * dtype.itemsize // 16
         assert len(compiled.instructions(r"ld\.global.*v4\.b32")) == moves * (2 if has_slopes else 1)
         assert len(compiled.instructions(r"st\.global.*v4\.b32")) == (moves if has_slopes else 0)
-
-
-def test_compiled_slopes_of_float64_add_in_float64() -> None:
-    compiled = compiled_slopes(torch.float64, 1024, True)
-    compiled.assert_sound()
-    assert compiled.instructions(r"add\.(rn\.)?f64")

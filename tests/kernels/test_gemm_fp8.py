@@ -17,8 +17,7 @@ from triton.runtime.errors import OutOfResources
 from kernels.gemm import deep_gemm, reference
 from kernels.gemm.tuned import TunedProduct, TuningError
 from kernels.launch import Tiling
-from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
-from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns
+from kernels.quantize.layout import Quantized, QuantizedBlocks, pack, unpack
 from tests.kernels import hopper_sums as hopper
 from tests.kernels.agreement_gemm import (
     assert_product,
@@ -28,7 +27,6 @@ from tests.kernels.agreement_gemm import (
     check_nan,
     column_operands,
     operands,
-    random_codes,
     values,
 )
 from tests.kernels.deep_gemm_emulation import Calls, emulated
@@ -55,22 +53,6 @@ def test_reference_of_nothing_has_its_shapes() -> None:
     check_empty(reference.gemm_fp8, reference.gemm_fp8_columns, "cpu")
 
 
-def test_products_of_quantized_matrices_are_near_those_of_the_matrices() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows_AK, weight_NK = torch.randn(200, 300, generator=generator), torch.randn(140, 300, generator=generator)
-    grad_AN = torch.randn(200, 140, generator=generator)
-    made = reference.gemm_fp8(
-        quantize_1x128(rows_AK, power_of_two=True), quantize_128x128(weight_NK, power_of_two=False), torch.float32
-    )
-    counts = [70, 0, 130]
-    gradient = reference.gemm_fp8_columns(
-        quantize_columns(grad_AN, counts, power_of_two=True), quantize_columns(rows_AK, counts, power_of_two=False)
-    )
-    # A code has four significant bits: uniformly up to 1/16 of a value, 0.026 at the mean, for either operand.
-    for actual, expected in ((made, rows_AK @ weight_NK.t()), (gradient, grad_AN.t() @ rows_AK)):
-        assert 0.01 < (actual - expected).norm() / expected.norm() < 0.05
-
-
 def test_promotion_every_128_keeps_hopper_sums_within_a_thousandth() -> None:
     """Source: arXiv:2412.19437, section 3.3.2: nearly 2 % at K = 4096 without promotion."""
     never, promoted = hopper.accumulation_errors(4096, None), hopper.accumulation_errors(4096, 128)
@@ -82,40 +64,6 @@ def test_promotion_every_128_keeps_hopper_sums_within_a_thousandth() -> None:
         < never.same_sign
         < hopper.accumulation_errors(8192, None).same_sign
     )
-
-
-def one_by_one(left_K: Tensor, right_K: Tensor, promotion: int | None) -> float:
-    """Computes a sum as Hopper does, in integers, number by number."""
-    products = (left_K.double() * right_K.double()).tolist()
-    total = running = 0.0
-    for first in range(0, len(products), 32):
-        addends = [*products[first : first + 32], running]
-        unit = last_bit(max(map(abs, addends)))
-        running = sum(int(addend / unit) for addend in addends) * unit
-        running = int(running / last_bit(abs(running))) * last_bit(abs(running))
-        if promotion and (first + 32) % promotion == 0:
-            total, running = float(torch.tensor(total) + torch.tensor(running)), 0.0
-    return float(torch.tensor(total) + torch.tensor(running))
-
-
-def last_bit(magnitude: float) -> float:
-    """Returns the value of the last of 14 bits, the first of which is not zero."""
-    exponent = 0
-    while 2.0**exponent <= magnitude:
-        exponent += 1
-    while magnitude and 2.0 ** (exponent - 1) > magnitude:
-        exponent -= 1
-    return 2.0 ** (exponent - 14)
-
-
-@pytest.mark.parametrize("promotion", [None, 32, 128])
-def test_hopper_sums_keep_14_bits_of_each_addend(promotion: int | None) -> None:
-    generator = torch.Generator().manual_seed(1)
-    left_MK, right_NK = random_codes(generator, 3, 300), random_codes(generator, 2, 300)
-    left_MK[0, :100] = 0
-    made_MN = hopper.accumulate(left_MK, right_NK, promotion)
-    expected = [[one_by_one(left_K, right_K, promotion) for right_K in right_NK] for left_K in left_MK]
-    assert made_MN.tolist() == expected
 
 
 @pytest.fixture
@@ -156,16 +104,6 @@ def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls) -> None:
     made_MN = deep_gemm.gemm_fp8(unpack(pack(left), 384), right, torch.bfloat16, fallback=refuse)
     assert torch.equal(made_MN, deep_gemm.gemm_fp8(left, right, torch.bfloat16, fallback=refuse))
     assert calls.num_blocks == 2
-
-
-def test_columns_of_a_group_of_rows_are_a_product_of_their_own() -> None:
-    left, right = column_operands((40, 50, 384))
-    whole = reference.gemm_fp8_columns(left, right)
-    parts = [
-        reference.gemm_fp8_columns(*(QuantizedColumns(c[:, rows], s[:, tiles]) for c, s in (left, right)))
-        for rows, tiles in ((slice(0, 128), slice(0, 1)), (slice(128, 384), slice(1, 3)))
-    ]
-    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
 
 
 DEFAULT, WIDE, SMALL = Tiling(), Tiling(specialize=True, warps=4), Tiling(rows=64)

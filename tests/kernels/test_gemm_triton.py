@@ -45,13 +45,13 @@ LARGEST_SHARED_BYTES = 227 * 1024
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @interpreted
 def test_interpreted_product_is_near_the_exact_one(dtype: torch.dtype) -> None:
-    for shape in ((1, 1, 1), (5, 8, 33), (130, 131, 200), (129, 256, 256), (300, 48, 129)):
+    for shape in ((1, 1, 1), (130, 131, 200), (129, 48, 256)):
         check_gemm(gemm_fp8, "cpu", shape, dtype)
 
 
 @interpreted
 def test_interpreted_product_over_rows_is_near_the_exact_one() -> None:
-    for shape in ((1, 1, 128), (130, 131, 256), (200, 144, 384)):
+    for shape in ((1, 1, 128), (130, 131, 256)):
         check_columns(gemm_fp8_columns, "cpu", shape)
 
 
@@ -136,22 +136,12 @@ def compiled_columns(candidate: int | None) -> Compiled:
 
 
 def assert_pipelined(compiled: Compiled) -> None:
-    """Asserts FP8 on tensor cores, operands loaded ahead by descriptor, and few instructions for promotion.
-
-    Four instructions move a sum to the float32 sum.
-    """
+    """Asserts sound code with FP8 on tensor cores, and operands loaded ahead by descriptor."""
     compiled.assert_sound()
-    assert compiled.shared_bytes <= LARGEST_SHARED_BYTES
-    products = compiled.instructions(r"wgmma\.mma_async")
-    assert products
-    assert all(re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", name) for name in products)
-    assert compiled.instructions(r"mma\.sync") == []
-    assert len(compiled.instructions(r"cp\.async\.bulk\.tensor\.2d\.shared")) >= 2
-    assert compiled.instructions(r"mbarrier\.try_wait")
-    assert compiled.instructions(r".*\.ftz") == []
+    assert_loaded_ahead(compiled, "e4m3", 32)
 
 
-@pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3, 4)])
+@pytest.mark.parametrize("candidate", [1, *exhaustive(0, 2, 3, 4)])
 def test_compiled_product_is_pipelined_with_any_tiling(candidate: int) -> None:
     compiled = compiled_blocks((4096, 2048, 7168), torch.bfloat16, candidate)
     assert_pipelined(compiled)
@@ -174,20 +164,15 @@ def test_compiled_product_over_rows_is_pipelined(candidate: int | None) -> None:
     assert compiled.instructions(r"cp\.async\.bulk\.tensor\.2d\.global")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_product_of_odd_width_is_stored_under_a_mask(dtype: torch.dtype) -> None:
-    compiled = compiled_blocks((33, 131, 200), dtype, None)
+def test_compiled_product_of_odd_width_is_stored_under_a_mask() -> None:
+    compiled = compiled_blocks((33, 131, 200), torch.float32, None)
     assert_pipelined(compiled)
     assert compiled.instructions(r"cp\.async\.bulk\.tensor\.2d\.global") == []
     assert compiled.instructions(r"st\.global")
 
 
-def test_compiled_product_in_float32_is_sound() -> None:
-    assert_pipelined(compiled_blocks((4096, 2048, 7168), torch.float32, None))
-
-
-COUNTS = (0, 130, 1, 0, 128, 127, 0)
-ONE_GROUP = (0, 0, 259)
+COUNTS = (0, 130, 1, 0, 127)
+ONE_GROUP = (0, 0, 131)
 
 
 @contextmanager
@@ -218,7 +203,6 @@ def dots_of_bfloat16() -> Iterator[None]:
 def test_interpreted_products_of_groups_in_fp8_are_near_the_exact_ones() -> None:
     check_rows_fp8(grouped_rows_fp8, "cpu", COUNTS, (131, 200), torch.bfloat16)
     check_rows_fp8(grouped_rows_fp8, "cpu", ONE_GROUP, (48, 129), torch.float32)
-    check_rows_fp8(grouped_rows_fp8, "cpu", (129, 0), (256, 128), torch.float32)
     check_weight_fp8(grouped_weight_fp8, "cpu", COUNTS, (130, 70))
     check_weight_fp8(grouped_weight_fp8, "cpu", ONE_GROUP, (16, 128))
 
@@ -355,21 +339,26 @@ def assert_pipelined_compiled(compiled: Compiled, operand: str, depth: int) -> N
     """Asserts tensor cores, in-place sums, operands loaded ahead by descriptor, and results stored under masks."""
     assert len(compiled.cubin) > 1000
     assert compiled.spill_bytes == 0
-    assert compiled.shared_bytes <= LARGEST_SHARED_BYTES
     # Addresses in 32 bits are those of shared memory, a row's length being known.
     assert re.findall(r"(?:mul|mad)\.lo\.[su]32\s+%r\d+, %r\d+, %", compiled.ptx) == []
+    assert compiled.instructions(r"cp\.async\.bulk\.tensor.*\.global\.shared") == []
+    assert_loaded_ahead(compiled, operand, depth)
+
+
+def assert_loaded_ahead(compiled: Compiled, operand: str, depth: int) -> None:
+    """Asserts tensor cores of the type, in-place sums, and operands loaded ahead by descriptor."""
+    assert compiled.shared_bytes <= LARGEST_SHARED_BYTES
     products = compiled.instructions(r"wgmma\.mma_async")
     assert products
     name = rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k{depth}\.f32\.{operand}\.{operand}"
     assert all(re.fullmatch(name, each) for each in products)
     assert compiled.instructions(r"mma\.sync") == []
     assert len(compiled.instructions(r"cp\.async\.bulk\.tensor\.[23]d\.shared")) >= 2
-    assert compiled.instructions(r"cp\.async\.bulk\.tensor.*\.global\.shared") == []
     assert compiled.instructions(r"mbarrier\.try_wait")
     assert compiled.instructions(r".*\.ftz") == []
 
 
-@pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3)])
+@pytest.mark.parametrize("candidate", [1, *exhaustive(0, 2, 3)])
 def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
     from kernels.gemm.tuned import GROUPED_CANDIDATES
 
@@ -400,12 +389,10 @@ def test_compiled_gradient_of_groups_is_pipelined_with_any_tiling(candidate: int
     assert tiling.programs_per_sm * (compiled.shared_bytes + 1024) <= LARGEST_SHARED_BYTES + 1024
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_products_of_groups_of_odd_width_are_sound(dtype: torch.dtype) -> None:
-    for num_outputs, depth in ((131, 200), (131, 128), (2056, 128)):
-        assert_pipelined_compiled(compiled_rows_fp8(num_outputs, depth, dtype, None), "e4m3", 32)
-    if dtype == torch.float32:
-        assert_pipelined_compiled(compiled_weight_fp8(131, 201, None), "e4m3", 32)
+def test_compiled_products_of_groups_of_odd_width_are_sound() -> None:
+    assert_pipelined_compiled(compiled_rows_fp8(131, 200, torch.float32, None), "e4m3", 32)
+    assert_pipelined_compiled(compiled_rows_fp8(2056, 128, torch.bfloat16, None), "e4m3", 32)
+    assert_pipelined_compiled(compiled_weight_fp8(131, 201, None), "e4m3", 32)
 
 
 def compiled_16_bits(dtype: torch.dtype, num_outputs: int, across: bool) -> Compiled:
@@ -426,23 +413,18 @@ def compiled_weight_16_bits(dtype: torch.dtype, num_inputs: int) -> Compiled:
     return compile_launch(module, "grouped_weight_kernel", partial(module.grouped_weight, grad, rows, LARGE_COUNTS))
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize(
-    ("num_outputs", "across"), [(4096, False), (4096, True), (4097, False), (4097, True), (2056, False), (2056, True)]
-)
+@pytest.mark.parametrize(("num_outputs", "across"), [(4096, True), (4097, False), (2056, False)])
 def test_compiled_product_of_groups_in_bfloat16_is_pipelined(num_outputs: int, across: bool) -> None:
     compiled = compiled_16_bits(torch.bfloat16, num_outputs, across)
     assert_pipelined_compiled(compiled, "bf16", 16)
     assert len(compiled.instructions(r"wgmma\.mma_async")) == 4
 
 
-@pytest.mark.parametrize("num_inputs", [7168, 7161])
-def test_compiled_gradient_of_groups_in_bfloat16_is_pipelined(num_inputs: int) -> None:
-    assert_pipelined_compiled(compiled_weight_16_bits(torch.bfloat16, num_inputs), "bf16", 16)
+def test_compiled_gradient_of_groups_in_bfloat16_is_pipelined() -> None:
+    assert_pipelined_compiled(compiled_weight_16_bits(torch.bfloat16, 7161), "bf16", 16)
 
 
 def test_compiled_products_of_groups_in_other_types_are_sound() -> None:
-    assert_pipelined_compiled(compiled_16_bits(torch.float16, 4096, False), "f16", 16)
     for compiled in (compiled_16_bits(torch.float32, 4096, False), compiled_weight_16_bits(torch.float32, 7168)):
         compiled.assert_sound()
         assert compiled.instructions(r"(wgmma|mma)\.") == []  # neither has all bits of float32

