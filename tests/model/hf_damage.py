@@ -147,14 +147,6 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def make_folder(name: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return edit
-
-
 def copy_into_second(folder: Path) -> None:
     """Copies a tensor of the first file to the second one."""
     header, data = split_file(folder / SECOND)

@@ -50,31 +50,18 @@ def yarn(**changes: Any) -> dict[str, Any]:
 SHAPES: dict[str, dict[str, Any]] = {
     "released": {},
     "full query": {"q_lora_rank": None},
-    "one group": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
-    "all groups": {"n_group": 4, "topk_group": 4},
-    "top-k not divisible by groups": {"topk_group": 3, "num_experts_per_tok": 4},
+    "one group, big eps": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "rms_norm_eps": 0.3},
     "top-k below groups": {"topk_group": 3, "num_experts_per_tok": 2},
-    "groups of four": {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
-    "no dense layer": {"first_k_dense_replace": 0},
-    "all dense": {"first_k_dense_replace": 3},
-    "more dense layers than layers": {"num_hidden_layers": 2, "first_k_dense_replace": 3},
-    "no shared expert": {"n_shared_experts": 0},
-    "three shared experts": {"n_shared_experts": 3},
-    "one layer": {"num_hidden_layers": 1, "first_k_dense_replace": 0},
-    "big eps": {"rms_norm_eps": 0.3},
-    "other scaling of routes": {"routed_scaling_factor": 1.0},
-    "other base": {"rope_theta": 50.0},
-    "wide values": {"v_head_dim": 24, "qk_nope_head_dim": 4},
+    "no dense layer": {"first_k_dense_replace": 0, "n_shared_experts": 3, "v_head_dim": 24, "qk_nope_head_dim": 4},
+    "all dense": {"num_hidden_layers": 2, "first_k_dense_replace": 3, "rope_theta": 50.0},
+    "no shared expert": {"n_shared_experts": 0, "routed_scaling_factor": 1.0, "topk_group": 3},
     "yarn released": RELEASED_YARN,
     "yarn of transformers 5": NEW_YARN,
     "yarn without mscale": yarn(),
-    "yarn with all_dim only": yarn(mscale_all_dim=0.7),
     "yarn with mscale only": yarn(mscale=0.5),
     "yarn with two mscales": yarn(mscale=0.5, mscale_all_dim=0.8),
-    "yarn with attention factor": yarn(mscale=0.5, mscale_all_dim=0.8, attention_factor=1.7),
     "yarn with zero mscale": yarn(mscale=0.0, mscale_all_dim=1.0),
     "yarn with other betas": yarn(beta_fast=4, beta_slow=2, factor=32.0),
-    "yarn of factor one": yarn(factor=1.0, mscale=1.0, mscale_all_dim=1.0),
 }
 
 
@@ -93,22 +80,6 @@ def test_logits_equal_those_of_transformers_both_ways(changes: dict[str, Any], t
     assert_same_tensors(read_tensors(tmp_path / "export"), read_tensors(tmp_path / "source"))
     exported_BTV = reference_logits(DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export"), tokens_BT)
     torch.testing.assert_close(exported_BTV, expected_BTV, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, RELEASED_YARN], ids=["plain", "full query", "yarn"])
-def test_cached_decoding_of_transformers_equals_our_logits(changes: dict[str, Any], tmp_path: Path) -> None:
-    reference, tokens_BT = reference_model(**changes), random_tokens()
-    reference.save_pretrained(tmp_path)
-    with torch.no_grad():
-        logits_BTV = load_hf(tmp_path, torch.float32)(tokens_BT)
-        read = reference(tokens_BT[:, :7], use_cache=True)
-        steps = [read.logits]
-        for position in range(7, tokens_BT.shape[1]):
-            read = reference(
-                tokens_BT[:, position : position + 1], past_key_values=read.past_key_values, use_cache=True
-            )
-            steps.append(read.logits)
-    torch.testing.assert_close(logits_BTV, torch.cat(steps, 1), rtol=1e-4, atol=1e-4)
 
 
 def reference_gradients(reference: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
@@ -141,7 +112,7 @@ def our_gradients(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_tensors(model).items() if not name.endswith("bias")}
 
 
-@pytest.mark.parametrize("name", ["released", "full query", "top-k not divisible by groups", "yarn released"])
+@pytest.mark.parametrize("name", ["full query", "yarn released"])
 def test_gradients_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     reference, tokens_BT = reference_model(**SHAPES[name]), random_tokens(3, 23)
     reference.save_pretrained(tmp_path)
@@ -154,23 +125,6 @@ def test_gradients_equal_those_of_transformers(name: str, tmp_path: Path) -> Non
     for key, gradient in expected.items():
         assert gradient.abs().amax() > 0, key
         torch.testing.assert_close(made[key], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().amax()), msg=key)
-
-
-@pytest.mark.parametrize("n_shared_experts", [0, 1])
-def test_a_model_made_here_loads_in_transformers_with_equal_logits(n_shared_experts: int, tmp_path: Path) -> None:
-    reference_model(n_shared_experts=n_shared_experts).save_pretrained(tmp_path / "source")
-    loaded = load_hf(tmp_path / "source", torch.float32)
-    model = Transformer(loaded.config, loaded.dispatcher, torch.float32)
-    for name, tensor in named_tensors(model).items():
-        tensor.copy_(named_tensors(loaded)[name])
-    save_hf(model, tmp_path / "export")
-    exported, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)  # type: ignore[misc]
-    assert not info["missing_keys"]  # type: ignore[has-type]
-    assert not info["unexpected_keys"]  # type: ignore[has-type]
-    tokens_BT = random_tokens()
-    with torch.no_grad():
-        logits_BTV = model(tokens_BT)
-    torch.testing.assert_close(logits_BTV, reference_logits(exported, tokens_BT), rtol=1e-4, atol=1e-4)  # type: ignore[has-type]
 
 
 IGNORED = -100
@@ -227,12 +181,12 @@ def run_block(reference: DeepseekV3ForCausalLM, own: dict[str, Tensor], x_BTD: T
     return out
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_mtp_logits_equal_the_formula_by_hand(depth: int, tmp_path: Path) -> None:
+def test_mtp_logits_equal_the_formula_by_hand(tmp_path: Path) -> None:
     """Compares position by position.
 
     The loss of one target, and in the head's gradient the probability of every token, must be equal.
     """
+    depth = 2
     reference = reference_model(num_nextn_predict_layers=depth)
     reference.save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path) | mtp_tensors(tmp_path, depth)
@@ -244,7 +198,7 @@ def test_mtp_logits_equal_the_formula_by_hand(depth: int, tmp_path: Path) -> Non
     inputs_BT = tuple(tokens_BT[:, number : number + length] for number in range(depth + 1))
     for number, (hidden_BTD, logits_BTV) in enumerate(mtp_by_hand(reference, tensors, tokens_BT, depth), start=1):
         factors = tuple(float(other == number) for other in range(depth + 1))
-        for position in range(length):
+        for position in range(0, length, 4):
             targets = [torch.full((1, length), IGNORED) for _ in range(depth + 1)]
             target = (7 * position + number) % logits_BTV.shape[-1]
             targets[number][0, position] = target
@@ -262,8 +216,7 @@ def test_mtp_logits_equal_the_formula_by_hand(depth: int, tmp_path: Path) -> Non
             )
 
 
-@pytest.mark.parametrize("num_files", [1, 5])
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize(("num_files", "depth"), [(1, 0), (5, 2)])
 def test_tensors_come_out_as_they_went_in(num_files: int, depth: int, tmp_path: Path) -> None:
     source, export = tmp_path / "source", tmp_path / "export"
     reference_model(num_nextn_predict_layers=max(depth, 1)).save_pretrained(source)
@@ -283,11 +236,8 @@ def test_tensors_come_out_as_they_went_in(num_files: int, depth: int, tmp_path: 
     ("dtype", "loaded"),
     [
         (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
         (torch.float32, torch.float64),
-        (torch.float64, torch.float64),
     ],
 )
 def test_every_type_comes_out_as_it_went_in(dtype: torch.dtype, loaded: torch.dtype, tmp_path: Path) -> None:
@@ -343,10 +293,9 @@ def test_ragged_fp8_weights_are_dequantized_in_blocks_of_128(rows: int, tmp_path
     assert AutoConfig.from_pretrained(export).quantization_config["weight_block_size"] == [128, 128]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_fp8_weights_are_saved_unchanged_for_every_type_of_loading(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_fp8_weights_are_saved_unchanged_if_loaded_in_bf16(tmp_path: Path) -> None:
     tensors = save_checkpoint(tmp_path / "source", fp8=True, num_files=2, **RAGGED)
-    save_hf(load_hf(tmp_path / "source", dtype), tmp_path / "export")
+    save_hf(load_hf(tmp_path / "source", torch.bfloat16), tmp_path / "export")
     assert_same_tensors(read_tensors(tmp_path / "export"), tensors)
 
 

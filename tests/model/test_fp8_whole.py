@@ -91,7 +91,8 @@ def gradients_of(experts: RoutedExperts, queue: WeightQueue | None) -> tuple[Ten
     return gate_up, down
 
 
-@pytest.mark.parametrize("counts", [(130, 0, 37, 1), (0, 0, 0, 0), (0, 5, 0, 0)], ids=str)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("counts", [(130, 0, 37, 1), (0, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_experts_of_arrived_rows_equal_the_formula(power_of_two: bool, is_split: bool, counts: tuple[int, ...]) -> None:
@@ -187,42 +188,22 @@ def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch
     assert num_quantized == [2 * WIDTH]  # the gradient inside, before its product
 
 
-def test_a_gradient_is_taken_from_the_mailbox_once() -> None:
-    slot = GradientSlot()
-    slot.put(torch.zeros(1, 4, dtype=torch.uint8), 4, torch.float32)
-    slot.take()
-    with pytest.raises(AssertionError):
-        slot.take()
-
-
-FP8_FUNCTIONS = {
-    "quantize_1x128": ("kernels.quantize.reference", "kernels.quantize.triton"),
-    "quantize_columns": ("kernels.quantize.reference", "kernels.quantize.triton_columns"),
-    "requantize_columns": ("kernels.quantize.reference", "kernels.quantize.triton_columns"),
-    "quantize_128x128": ("kernels.quantize.reference", "kernels.quantize.triton"),
-    "transpose_blocks": ("kernels.quantize.reference", "kernels.quantize.triton"),
-    "pack_e5m6": ("kernels.quantize.reference", "kernels.quantize.triton_e5m6"),
-    "unpack_e5m6": ("kernels.quantize.reference", "kernels.quantize.triton_e5m6"),
-    "gemm_fp8": ("kernels.gemm.reference", "kernels.gemm.tuned"),
-    "gemm_fp8_columns": ("kernels.gemm.reference", "kernels.gemm.tuned"),
-    "grouped_rows_fp8": ("kernels.gemm.reference", "kernels.gemm.tuned"),
-    "grouped_weight_fp8": ("kernels.gemm.reference", "kernels.gemm.tuned"),
-    "swiglu_quantize": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
-    "swiglu_backward_from_codes": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
-    "rms_norm_quantize": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
-    "rms_norm_backward_from_codes": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
-}
+FP8_FUNCTIONS = """
+    quantize.quantize_1x128 quantize.quantize_columns quantize.requantize_columns quantize.quantize_128x128
+    quantize.transpose_blocks quantize.pack_e5m6 quantize.unpack_e5m6 gemm.gemm_fp8 gemm.gemm_fp8_columns
+    gemm.grouped_rows_fp8 gemm.grouped_weight_fp8 swiglu.swiglu_quantize swiglu.swiglu_backward_from_codes
+    rms_norm.rms_norm_quantize rms_norm.rms_norm_backward_from_codes
+"""
 
 
 @pytest.mark.parametrize(
     ("products", "config", "is_packed"),
     [
         ("fp8", CONFIG, True),
-        ("fp8_power_of_two", CONFIG, False),
         ("fp8", replace(CONFIG, q_lora_rank=None, num_shared_experts=0), False),
         ("fp8_power_of_two", replace(CONFIG, q_lora_rank=24, num_shared_experts=2, hidden_size=33), True),
     ],
-    ids=["documents", "all features", "neither query rank nor shared experts", "narrow tiles"],
+    ids=["all features", "neither query rank nor shared experts", "narrow tiles"],
 )
 def test_model_gives_the_same_bits_whichever_way_it_is_run(
     products: Products, config: ModelConfig, is_packed: bool
@@ -242,9 +223,8 @@ def test_model_gives_the_same_bits_whichever_way_it_is_run(
             assert torch.equal(gradient, one[weight].to(gradient.dtype)), weight
 
 
-@pytest.mark.parametrize("products", FP8)
-def test_weights_held_in_codes_change_no_bit_and_changed_ones_are_seen(products: Products) -> None:
-    batch, made = make_batch(CONFIG), [make_model(products), make_model(products)]
+def test_weights_held_in_codes_change_no_bit_and_changed_ones_are_seen() -> None:
+    batch, made = make_batch(CONFIG, 1, 40), [make_model("fp8"), make_model("fp8")]
     stores = [GradientStore(each.parameters()) for each in made]
     found = []
     for _ in range(2):
@@ -276,8 +256,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
         weights.append(values)
         return quantize_128x128(values, power_of_two=power_of_two, min_amax=min_amax)
 
-    for name, (path, _) in FP8_FUNCTIONS.items():
-        module = import_module(path)
+    for folder, name in (path.split(".") for path in FP8_FUNCTIONS.split()):
+        module = import_module(f"kernels.{folder}.reference")
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     monkeypatch.setattr(reference, "quantize_128x128", quantize)
     return weights, calls
@@ -343,6 +323,7 @@ def test_gate_reads_the_residual_and_no_codes(monkeypatch: pytest.MonkeyPatch) -
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, found[0], strict=True))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
     "weight",
@@ -370,7 +351,7 @@ def test_what_is_no_number_makes_a_loss_that_is_none(weight: str, value: float) 
         assert not made.loss(batch, objective, sums).isfinite()
 
 
-@pytest.mark.parametrize(("sequences", "size"), [(1, 1), (1, 129), (3, 2)])
+@pytest.mark.parametrize(("sequences", "size"), [(1, 1), (1, 129)])
 def test_any_number_of_tokens_gives_gradients_of_numbers(sequences: int, size: int) -> None:
     """Also a single token, whose weight gradients have one summand.
 
@@ -405,13 +386,6 @@ def test_gradients_under_hooks_that_copy_are_the_same() -> None:
     with made.weights_unchanged(), saved_tensors_hooks(torch.clone, torch.clone):
         _, grads = compute_eagerly(made, batch)
     assert_same(grads, expected)
-
-
-def test_a_second_backward_is_rejected() -> None:
-    loss = make_model("fp8").loss(make_batch(CONFIG), make_objective(CONFIG), LossSums(loss_names(1)))
-    loss.backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
 
 
 def test_a_pass_without_a_backward_puts_nothing_by(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,6 @@ from tests.model.hf_damage import (
     in_a_folder_above,
     join_file,
     make_endless,
-    make_folder,
     make_pipe,
     name_file,
     put,
@@ -54,54 +53,33 @@ UNREADABLE = ("header", "must be one that safetensors reads")
 CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # files
     "no config": (remove(CONFIG), (CONFIG, "must be a readable file")),
-    "config is a folder": (make_folder(CONFIG), (CONFIG, "Is a directory")),
-    "config is empty": (write(CONFIG, b""), (CONFIG, "must be JSON")),
-    "config is a pipe": (make_pipe(CONFIG), (CONFIG, "is a pipe")),
     "config never ends": (make_endless(CONFIG), (CONFIG, "a device")),
-    "config cut short": (cut(CONFIG, lambda size: size // 2), (CONFIG, "must be JSON")),
     "config not UTF-8": (write(CONFIG, b'{"a": "\xff"}'), (CONFIG, "must be JSON in UTF-8")),
     "config a list": (write(CONFIG, b"[1]"), (CONFIG, "must be an object")),
     "config too deep": (write(CONFIG, b'{"a":' + b"[" * 200_000), (CONFIG, "must be JSON")),
     "config with a key twice": (write(CONFIG, b'{"a": 1, "a": 2}'), (CONFIG, "'a' twice")),
     "no weights": (lambda folder: [file.unlink() for file in folder.glob("model*")], ("model.safetensors", "neither")),
-    "no index": (remove(INDEX), ("model.safetensors", "neither does")),
     "index and single file": (single_too, ("model.safetensors", "must not exist next to")),
     "a file is missing": (remove(SECOND), (SECOND, "must be a readable file")),
-    "a file is a folder": (make_folder(SECOND), (SECOND, "Is a directory")),
     "a file is a pipe": (make_pipe(SECOND), (SECOND, "is a pipe")),
     "a file is empty": (write(SECOND, b""), (SECOND, "must have at least 8 bytes, has 0")),
-    "a file of seven bytes": (cut(SECOND, lambda _: 7), (SECOND, "at least 8 bytes")),
     "cut in the header": (cut(SECOND, lambda _: 60), (SECOND, "header", "at most 52 bytes")),
-    "cut after the header": (
-        lambda folder: cut(SECOND, lambda _: 8 + int.from_bytes((folder / SECOND).read_bytes()[:8], "little"))(folder),
-        (SECOND, "is cut short"),
-    ),
     "cut in the data": (cut(SECOND, lambda size: size - 100), (SECOND, "is cut short")),
-    "the last byte is missing": (cut(SECOND, lambda size: size - 1), (SECOND, "is cut short")),
     "too long": (
         lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + b"\0"),
         (SECOND, "is too long"),
     ),
     # index
-    "index is empty": (write(INDEX, b""), (INDEX, "must be JSON")),
-    "index is not JSON": (write(INDEX, b"{weight_map}"), (INDEX, "must be JSON")),
     "index is a list": (write(INDEX, b"[]"), (INDEX, "must be an object")),
-    "index is a folder": (make_folder(INDEX), (INDEX, "Is a directory")),
-    "index is a pipe": (make_pipe(INDEX), (INDEX, "is a pipe")),
     "index with NaN": (edit_index(lambda index: index.update(metadata=float("nan"))), (INDEX, "must be JSON", "NaN")),
     "index without map": (edit_index(lambda index: index.pop("weight_map")), (INDEX, "weight_map", "None")),
-    "index with a list as map": (edit_index(lambda index: index.update(weight_map=[1])), (INDEX, "weight_map", "[1]")),
-    "index with an empty map": (edit_index(lambda index: index.update(weight_map={})), (INDEX, "weight_map", "{}")),
     "index names a number": (name_file(3), (INDEX, NORM, "plain name", "3")),
-    "index names null": (name_file(None), (INDEX, NORM, "plain name", "None")),
     "index leads up": (in_a_folder_above, (INDEX, NORM, "plain name", "../above.safetensors")),
     "index leads to the root": (name_file("/etc/passwd"), (INDEX, NORM, "plain name", "/etc/passwd")),
-    "index leads into a folder": (name_file("a/b.safetensors"), (INDEX, NORM, "plain name", "a/b.safetensors")),
     "index leads up in other slashes": (name_file("..\\a.safetensors"), (INDEX, NORM, "plain name")),
     "index names the folder": (name_file(".."), (INDEX, NORM, "plain name", "'..'")),
     "index names a pickle": (name_file("pytorch_model.bin"), (INDEX, NORM, "plain name", ".safetensors")),
     "index names half a character": (name_file("\ud800.safetensors"), (INDEX, NORM, "plain name", "\\ud800")),
-    "index names bytes": (name_file("\udcff.safetensors"), (INDEX, NORM, "plain name")),
     "index names two lines": (name_file("a\n.safetensors"), (INDEX, NORM, "plain name")),
     "index names what no disk can": (name_file("a" * 250 + ".safetensors"), (INDEX, NORM, "plain name", "...")),
     "index names another file": (
@@ -121,9 +99,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda folder: (folder / FIRST).write_bytes(b"\xff" * 7 + b"\x7f" + (folder / FIRST).read_bytes()[8:]),
         (FIRST, "header", "9223372036854775807"),
     ),
-    "header of no bytes": (lambda folder: join_file(folder / FIRST, b"", b""), (FIRST, "header", "must be JSON")),
     "header is a list": (lambda folder: join_file(folder / FIRST, [1], b""), (FIRST, "header", "must be an object")),
-    "header is not JSON": (lambda folder: join_file(folder / FIRST, b"{]", b""), (FIRST, "header", "must be JSON")),
     "header with a tensor twice": (twice_in_header, (FIRST, "header", "twice")),
     "header with numbers in its metadata": (
         edit_header(lambda header: header.update(__metadata__={"format": 1})),
@@ -135,15 +111,9 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "two tensors in the same bytes": (edit_header(swap_offsets), (FIRST, *UNREADABLE, "invalid offset")),
     "unknown type": (edit_entry(NORM, dtype="I16"), (NORM, "dtype must be one of", "'I16'")),
-    "type is a list": (edit_entry(NORM, dtype=[]), ("header", "must be one that safetensors reads")),
     "other type for the same bytes": (edit_entry(NORM, dtype="F32"), (*UNREADABLE, "data type, or offset")),
-    "other shape for the same bytes": (edit_entry(NORM, shape=[25]), (*UNREADABLE, "invalid shape")),
     "shape of negative sizes": (edit_entry(NORM, shape=[-4, -6]), (*UNREADABLE, "integer `-4`")),
-    "shape of fractions": (edit_entry(NORM, shape=[24.0]), (*UNREADABLE, "floating point")),
-    "shape is a number": (edit_entry(NORM, shape=24), (*UNREADABLE, "expected a sequence")),
     "astronomic shape": (edit_entry(NORM, shape=[2**62, 2**62]), (*UNREADABLE, "overflow")),
-    "offsets in disorder": (edit_entry(NORM, data_offsets=[48, 0]), ("header", "must be one that safetensors reads")),
-    "three offsets": (edit_entry(NORM, data_offsets=[0, 24, 48]), ("header", "must be one that safetensors reads")),
     "offsets beyond the file": (
         edit_entry(NORM, data_offsets=[2**40, 2**40 + 48]),
         ("header", "must be one that safetensors reads"),
@@ -181,7 +151,7 @@ def test_no_damage_to_a_header_or_index_ends_in_anything_but_one_error(sound: Pa
     folder, draw = tmp_path / "broken", random.Random(0)
     shutil.copytree(sound, folder)
     refused = 0
-    for _ in range(600):
+    for _ in range(300):
         file = folder / draw.choice([CONFIG, INDEX, FIRST, SECOND])
         content = file.read_bytes()
         end = len(content)
@@ -196,7 +166,7 @@ def test_no_damage_to_a_header_or_index_ends_in_anything_but_one_error(sound: Pa
         assert len(text.splitlines()) <= 1
         refused += bool(text)
         file.write_bytes(content)
-    assert refused > 400
+    assert refused > 200
 
 
 def refusal(folder: Path) -> str:
@@ -210,10 +180,6 @@ def refusal(folder: Path) -> str:
 
 TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "missing tensor": (edit_tensors(lambda tensors: tensors.pop(NORM)), (NORM, "is missing")),
-    "missing bias": (
-        edit_tensors(lambda tensors: tensors.pop("model.layers.0.mlp.gate.e_score_correction_bias")),
-        ("model.layers.0.mlp.gate.e_score_correction_bias", "is missing"),
-    ),
     "one of the MTP module's tensors is missing": (
         edit_tensors(lambda tensors: tensors.pop("model.layers.1.eh_proj.weight")),
         ("model.layers.1.eh_proj.weight", "is missing"),
@@ -223,28 +189,16 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         edit_tensors(lambda tensors: tensors.update({"model.norm.bias": torch.ones(3)})),
         ("model.norm.bias", "is none; nearest: model.norm.weight"),
     ),
-    "extra layer": (
-        edit_tensors(lambda tensors: tensors.update({"model.layers.7.enorm.weight": torch.ones(24)})),
-        ("model.layers.7.enorm.weight", "is none"),
-    ),
     "extra expert": (
         edit_tensors(lambda tensors: tensors.update({EXPERT.replace(".1.", ".4."): torch.ones(16, 24)})),
         ("experts.4.up_proj.weight", "is none"),
     ),
     "tensor in two files": (copy_into_second, (SECOND, "must be in one file", FIRST)),
     "wrong shape": (replace(NORM, lambda tensor: tensor[:23]), (NORM, "must have shape [24], has [23]")),
-    "transposed": (replace(GATE, lambda tensor: tensor.T), ("must have shape [4, 24], has [24, 4]",)),
-    "another number of dims": (replace(NORM, lambda tensor: tensor[None]), (NORM, "has [1, 24]")),
-    "no dims": (replace(NORM, lambda tensor: tensor[0]), (NORM, "must have shape [24], has []")),
     "float16 that config.json does not announce": (
         replace(NORM, lambda tensor: tensor.half()),
         (NORM, "must be BF16, F32, is F16"),
     ),
-    "float64 that config.json does not announce": (
-        replace(NORM, lambda tensor: tensor.double()),
-        (NORM, "must be BF16, F32, is F64"),
-    ),
-    "norm in FP8": (replace(NORM, lambda tensor: tensor.to(torch.float8_e4m3fn)), (NORM, "is F8_E4M3")),
     "gate in FP8 with scales": (
         edit_tensors(
             lambda tensors: tensors.update(
@@ -254,11 +208,6 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (GATE, "must be BF16, F32, is F8_E4M3"),
     ),
     "NaN": (replace(NORM, put(torch.nan)), (NORM, "must hold finite numbers", "nan at [12]")),
-    "infinity": (replace(NORM, put(torch.inf)), (NORM, "must hold finite numbers", "inf at [12]")),
-    "NaN in the bias": (
-        replace("model.layers.0.mlp.gate.e_score_correction_bias", put(torch.nan)),
-        ("e_score_correction_bias", "nan at [2]"),
-    ),
     "NaN in the MTP module": (
         replace("model.layers.1.eh_proj.weight", put(-torch.inf)),
         ("model.layers.1.eh_proj.weight", "-inf at [12, 0]"),
@@ -268,21 +217,11 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         replace(SCALED + "_scale_inv", lambda tensor: tensor[:1]),
         (SCALED + "_scale_inv", "must be F32 or F8_E8M0 [2, 1], is F32 [1, 1]"),
     ),
-    "scales in bfloat16": (
-        replace(SCALED + "_scale_inv", lambda tensor: tensor.bfloat16()),
-        (SCALED + "_scale_inv", "is BF16 [2, 1]"),
-    ),
     "scales of a weight that is not in FP8": (
         replace(SCALED, lambda tensor: tensor.bfloat16()),
         (SCALED + "_scale_inv", "is none"),
     ),
-    "scale below zero": (
-        replace(SCALED + "_scale_inv", put(-1.0)),
-        (SCALED + "_scale_inv", "above 0", "-1.0 at [1, 0]"),
-    ),
     "scale of zero": (replace(SCALED + "_scale_inv", put(0.0)), (SCALED + "_scale_inv", "above 0, holds 0.0")),
-    "scale NaN": (replace(SCALED + "_scale_inv", put(torch.nan)), (SCALED + "_scale_inv", "holds nan")),
-    "scale infinite": (replace(SCALED + "_scale_inv", put(torch.inf)), (SCALED + "_scale_inv", "holds inf")),
     "product infinite": (
         replace(SCALED + "_scale_inv", lambda tensor: torch.full_like(tensor, 3e38)),
         (SCALED, "must hold finite numbers", "inf at"),
@@ -292,10 +231,6 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("quantization_config", "is F8_E4M3"),
     ),
     "copy of the embedding differs": (replace(COPY, put(0.123)), (COPY, "must equal model.embed_tokens.weight")),
-    "copy of the head differs": (
-        replace("model.layers.1.shared_head.head.weight", put(0.123)),
-        ("model.layers.1.shared_head.head.weight", "must equal lm_head.weight"),
-    ),
     "copy of another type": (replace(COPY, lambda tensor: tensor.float()), (COPY, "must be BF16 as", "is F32")),
 }
 

@@ -1,6 +1,5 @@
 """Both spellings of `config.json` as transformers reads them, and each key that is missing, wrong or not supported."""
 
-import itertools
 import json
 import math
 import shutil
@@ -18,64 +17,29 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from model.attention.form import rotation_table, softmax_scale
 from model.config import ModelConfig, PlainRope, YarnRope
 from model.hf.config import read_config, write_config
+from model.hf.files import HfError
 from tests.model.hf_checkpoints import FP8_CONFIG, SIZES, YARN, edit_json
 from tests.model.hf_damage import CONFIG, assert_refused, sound_checkpoint
 from tests.test_floors import ROOT
 from tests.tiny import MODEL
 from train.config.decode import decode
 
-RELEASED = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
+RELEASED = json.loads("""{
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3,
+    "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+    "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": true, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 2.5,
     "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"
     },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+    "scoring_func": "sigmoid", "seq_aux": true, "tie_word_embeddings": false, "topk_group": 4,
+    "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": true, "v_head_dim": 128, "vocab_size": 129280
+}""")
 
 
 def written(folder: Path, keys: dict[str, Any]) -> Path:
@@ -105,16 +69,15 @@ def test_what_transformers_saves_is_read_as_what_it_was_made_from(tmp_path: Path
     assert read_config(tmp_path / "new") == read_config(folder)
 
 
-YARN_CHANGES = [
-    dict(zip(("mscale", "mscale_all_dim", "attention_factor"), values, strict=True))
-    for values in itertools.product((None, 0.0, 0.4, 1.0), (None, 0.0, 0.7, 1.0), (None, 1.9))
-]
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("changes", YARN_CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("attention_factor", [None, 1.9])
+@pytest.mark.parametrize("mscale_all_dim", [None, 0.0, 0.7, 1.0])
+@pytest.mark.parametrize("mscale", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("factor", [1.0, 8.0])
-def test_yarn_turns_and_scales_as_transformers_does(changes: dict[str, Any], factor: float, tmp_path: Path) -> None:
+def test_yarn_turns_and_scales_as_transformers_does(
+    mscale: float | None, mscale_all_dim: float | None, attention_factor: float | None, factor: float, tmp_path: Path
+) -> None:
+    changes = {"mscale": mscale, "mscale_all_dim": mscale_all_dim, "attention_factor": attention_factor}
     given = {key: value for key, value in changes.items() if value is not None}
     if factor == 1.0 and "attention_factor" in given:
         given["attention_factor"] = 1.0
@@ -160,9 +123,7 @@ def assert_close(made: ModelConfig, expected: ModelConfig) -> None:
                 mscale=mscale,
                 mscale_all_dim=all_dim,
             )
-            for factor in (1.0, 4.0)
-            for mscale in (0.0, 0.5, 1.0)
-            for all_dim in (0.0, 0.5, 1.0)
+            for factor, mscale, all_dim in ((1.0, 0.5, 1.0), (4.0, 0.0, 1.0), (4.0, 0.5, 0.5), (4.0, 1.0, 0.0))
         ),
     ],
     ids=str,
@@ -196,54 +157,31 @@ def test_what_is_written_is_what_transformers_reads(tmp_path: Path) -> None:
 
 CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "other model": ({"model_type": "llama"}, "model_type: must be deepseek_v3 or kimi_k2, is 'llama'"),
-    "biases": ({"attention_bias": True}, "attention_bias: must be false"),
-    "biases as text": ({"attention_bias": "false"}, "attention_bias: must be false"),
-    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings: must be false"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act: must be silu"),
-    "no normalization": ({"norm_topk_prob": False}, "norm_topk_prob: must be true"),
-    "softmax": ({"scoring_func": "softmax"}, "scoring_func: must be sigmoid"),
-    "greedy": ({"topk_method": "greedy"}, "topk_method: must be noaux_tc"),
-    "every other layer": ({"moe_layer_freq": 2}, "moe_layer_freq: must be 1"),
-    "halves rotated": ({"rope_interleave": False}, "rope_interleave: must be true"),
-    "dropout": ({"attention_dropout": 0.1}, "attention_dropout: must be 0"),
     "grouped heads": ({"num_key_value_heads": 5}, "num_key_value_heads: must be 10"),
     "head_dim": ({"head_dim": 32}, "head_dim: must be 8"),
     "qk_head_dim": ({"qk_head_dim": 32}, "qk_head_dim: must be 16"),
     "no vocabulary": ({"vocab_size": None}, "vocab_size: must be a whole number, is None"),
-    "vocabulary as text": ({"vocab_size": "48"}, "vocab_size: must be a whole number, is '48'"),
     "true as a number": ({"hidden_size": True}, "hidden_size: must be a whole number, is True"),
-    "a fraction": ({"num_hidden_layers": 1.0}, "num_hidden_layers: must be a whole number, is 1.0"),
     "no layer": ({"num_hidden_layers": 0}, "num_hidden_layers: must be at least 1, is 0"),
-    "negative": ({"moe_intermediate_size": -8}, "moe_intermediate_size: must be at least 1, is -8"),
-    "a million layers": ({"num_hidden_layers": 10**6}, "is missing"),
     "a billion experts": ({"n_routed_experts": 10**9, "n_group": 1}, "is missing"),
     "another width": ({"hidden_size": 48}, "must have shape [48, 48], has [48, 24]"),
     "another rank": ({"q_lora_rank": None}, "q_proj.weight"),
-    "rank of zero": ({"q_lora_rank": 0}, "q_lora_rank: must be at least 1"),
-    "no groups": ({"n_group": None}, "n_group: must be a whole number, is None"),
     "groups that do not divide": ({"n_group": 3}, "n_group: must divide n_routed_experts 4, is 3"),
-    "more limited groups than groups": ({"topk_group": 3}, "topk_group: must be at most n_group 2"),
     "more experts a token than there are": ({"num_experts_per_tok": 3}, "num_experts_per_tok: must be at most 2"),
-    "dense layers beyond those there are": ({"first_k_dense_replace": 2}, "is missing"),
     "odd rotation": ({"qk_rope_head_dim": 7, "head_dim": 7, "qk_head_dim": 15}, "qk_rope_head_dim: must be even"),
     "eps of zero": ({"rms_norm_eps": 0}, "rms_norm_eps: must be above 0"),
-    "eps as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: must be a finite number"),
     "NaN": ({"routed_scaling_factor": float("nan")}, "must be JSON in UTF-8, is not (it holds NaN)"),
-    "Infinity in a key that is not read": ({"extra": [float("-inf")]}, "is not (it holds -Infinity)"),
     "a size beyond all": ({"hidden_size": 10**400}, "hidden_size: must be at most 9223372036854775807, is 1000"),
     "end of sentence as text": ({"eos_token_id": "1"}, "eos_token_id: must be a token id or null, is '1'"),
     "end of sentence in a list as text": ({"eos_token_id": [1, "2"]}, "eos_token_id: must be a token id or null"),
-    "lists of begins": ({"bos_token_id": [0]}, "bos_token_id: must be a token id or null, is [0]"),
     "an endless number": ({"routed_scaling_factor": 10**400}, "routed_scaling_factor: must be a finite number"),
     "two MTP depths": ({"num_mtp_layers": 2}, "num_mtp_layers: must equal num_nextn_predict_layers 1, is 2"),
-    "negative MTP depth": ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: must be at least 0"),
     "more MTP modules than tensors": ({"num_nextn_predict_layers": 2}, "model.layers.2.input_layernorm.weight"),
     "MTP modules that config.json denies": ({"num_nextn_predict_layers": 0}, "is none"),
     "MTP state": ({"mtp_hidden": "both"}, "mtp_hidden: must be post_norm or pre_norm"),
     "unknown dtype": ({"dtype": "int8"}, "dtype: must be one of float64, float32, float16, bfloat16, is 'int8'"),
     "two dtypes": ({"torch_dtype": "float16"}, "torch_dtype: must equal dtype 'bfloat16'"),
     "other quantization": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method"),
-    "quantization is a list": ({"quantization_config": [1]}, "quantization_config: must be an object"),
     "other blocks": (
         {"quantization_config": {**FP8_CONFIG, "weight_block_size": [64, 64]}},
         "quantization_config.weight_block_size: must be [128, 128], is [64, 64]",
@@ -254,7 +192,6 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
 ROPE_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no base": ({}, "rope_theta: must be given, is missing"),
     "base of zero": ({"rope_theta": 0}, "rope_theta: must be above 0"),
-    "not an object": ({"rope_theta": 1e4, "rope_scaling": [1]}, "rope_scaling: must be an object"),
     "other kind": ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}, "must be default or yarn"),
     "other kind of 5": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "is 'llama3'"),
     "two kinds": (
@@ -265,32 +202,15 @@ ROPE_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_theta": 1e4, "rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}},
         "rope_parameters: must not be given together with rope_scaling",
     ),
-    "two bases": ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "must equal rope_parameters.rope_theta"),
     "a part rotates": ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1"),
     "no factor": ({"rope_theta": 1e4, "rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: must be given"),
     "factor below one": (
         {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 0.5}},
         "rope_scaling.factor: must be at least 1",
     ),
-    "betas in disorder": (
-        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 4}},
-        "rope_scaling.beta_fast: must be at least beta_slow 4, is 1",
-    ),
     "not truncated": (
         {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}},
         "rope_scaling.truncate: must be true",
-    ),
-    "original length of zero": (
-        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 0}},
-        "rope_scaling.original_max_position_embeddings: must be at least 1",
-    ),
-    "mscale below zero": (
-        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "mscale": -1.0}},
-        "rope_scaling.mscale: must be above 0",
-    ),
-    "attention factor too small": (
-        {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": 0.5}},
-        "rope_scaling.attention_factor: must be at least 1",
     ),
     "attention factor of a factor of one": (
         {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 1, "attention_factor": 1.5}},
@@ -299,29 +219,12 @@ ROPE_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "base of one": ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope_theta: must be above 1"),
 }
 
-REQUIRED = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "first_k_dense_replace",
-    "intermediate_size",
-    "num_attention_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_group",
-    "topk_group",
-    "routed_scaling_factor",
-    "rms_norm_eps",
-    "max_position_embeddings",
-)
+REQUIRED = """
+    model_type vocab_size hidden_size num_hidden_layers first_k_dense_replace intermediate_size num_attention_heads
+    q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts
+    num_experts_per_tok moe_intermediate_size n_group topk_group routed_scaling_factor rms_norm_eps
+    max_position_embeddings
+"""
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +258,8 @@ def test_a_wrong_rotary_embedding_is_named(changes: dict[str, Any], words: str, 
     assert_refused(broken_config(sound, tmp_path, edit), ("config.json", words))
 
 
-@pytest.mark.parametrize("key", REQUIRED)
-def test_a_missing_key_is_named(key: str, sound: Path, tmp_path: Path) -> None:
-    folder = broken_config(sound, tmp_path, lambda keys: keys.pop(key))
-    assert_refused(folder, ("config.json", f"{key}: must be given, is missing"))
+def test_a_missing_key_is_named(sound: Path, tmp_path: Path) -> None:
+    keys = json.loads((sound / CONFIG).read_text())
+    for key in REQUIRED.split():
+        with pytest.raises(HfError, match=rf"config\.json: {key}: must be given, is missing"):
+            read_config(written(tmp_path, {name: value for name, value in keys.items() if name != key}))

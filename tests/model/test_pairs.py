@@ -18,7 +18,7 @@ from tests.answers import GRPO, draw_answers
 from tests.answers import drawn as sampled_drawn
 from tests.model.live_memory import LiveMemory
 from tests.model.test_policy import gradients
-from tests.pairs import batch_of, draw_pairs, swapped
+from tests.pairs import batch_of, draw_pairs
 from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH = 5, 11, 40
@@ -53,8 +53,8 @@ def by_answer(values_BT: Tensor, numbers_BT: Tensor) -> list[tuple[Tensor, Tenso
     return found
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_sums_and_spread_are_those_of_loops(seed: int) -> None:
+def test_sums_and_spread_are_those_of_loops() -> None:
+    seed = 0
     numbers = pairs_batch(seed).extras["pair"]
     values, index = drawn(seed, *numbers.shape), PairIndex.of(numbers)
     sums = index.sums(values)
@@ -66,7 +66,7 @@ def test_sums_and_spread_are_those_of_loops(seed: int) -> None:
     assert torch.equal(index.spread(AnswerValues(rising, -rising)), numbers.double())
 
 
-@pytest.mark.parametrize(("centre", "margin"), [(0.0, 0.0), (0.01, 0.0), (0.3, 0.7)])
+@pytest.mark.parametrize(("centre", "margin"), [(0.0, 0.0), (0.3, 0.7)])
 def test_ranking_is_the_formula_and_its_gradient_that_of_autograd(centre: float, margin: float) -> None:
     batch = pairs_batch(1)
     margins = margin * (batch.extras["score"] > 0).double()
@@ -85,28 +85,6 @@ def test_ranking_is_the_formula_and_its_gradient_that_of_autograd(centre: float,
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_ranking_depends_on_differences_of_scores() -> None:
-    """r + c leaves the loss; a swapped pair negates the gradient; an equal pair gives ln 2 and gradient 0."""
-    hidden, weight = drawn(2, 1, LENGTH, HIDDEN), drawn(3, 1, HIDDEN)
-    batch = pairs_batch(5, (1,))
-    state_grad, head_grad, loss = gradients(rank(micro_batch(batch)), hidden, weight)
-    shift = 3.0 * weight / weight.square().sum()  # adds 3 to every score
-    moved = gradients(rank(micro_batch(batch)), hidden + shift, weight)
-    assert moved[2] == pytest.approx(loss, rel=1e-13)
-    # -log sigmoid(d) has slope -sigmoid(-d). Equal slopes with opposite signs exist only at d = 0.
-    place = (batch.extras["score"] != 0).nonzero()
-    equal = hidden.clone()
-    equal[0, place[1, 1]] = equal[0, place[0, 1]]
-    same, exchanged = (gradients(rank(micro_batch(each)), equal, weight) for each in (batch, swapped(batch)))
-    assert same[2] == math.log(2)
-    assert torch.equal(same[1], torch.zeros_like(weight))
-    assert torch.equal(same[0].sum(1), torch.zeros(1, HIDDEN, dtype=torch.float64))
-    assert torch.equal(exchanged[0], -same[0])
-    swap = gradients(rank(micro_batch(swapped(batch))), hidden, weight)
-    assert torch.allclose(swap[1] / (1 - math.exp(-swap[2])), -head_grad / (1 - math.exp(-loss)), rtol=1e-12)
-    assert torch.allclose(swap[0].sign(), -state_grad.sign())
-
-
 def prefer(batch: MicroBatch, objective: Preference) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda hidden, weight: objective.loss(hidden, OutputHead(0, weight), batch, None).loss
 
@@ -114,7 +92,7 @@ def prefer(batch: MicroBatch, objective: Preference) -> Callable[[Tensor, Tensor
 PREFERENCE = Preference(factor=0.5, beta=0.7, smoothing=0.0, sft=0.0, mtp_factors=(), balance=0.0)
 
 
-@pytest.mark.parametrize(("smoothing", "sft"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.2, 0.3)])
+@pytest.mark.parametrize(("smoothing", "sft"), [(0.0, 0.0), (0.2, 0.3)])
 def test_preference_is_the_formula_and_its_gradient_that_of_autograd(smoothing: float, sft: float) -> None:
     batch, objective = pairs_batch(6), replace(PREFERENCE, smoothing=smoothing, sft=sft)
     hidden, weight, reference = drawn(7, 3, LENGTH, HIDDEN), drawn(8, VOCAB, HIDDEN), -drawn(9, 3, LENGTH).abs()

@@ -33,7 +33,7 @@ def make_router(**changes: Any) -> Router:
     return router
 
 
-@pytest.mark.parametrize(("groups", "limited"), [(4, 2), (2, 1), (1, 1), (4, 4), (8, 5), (4, 3)])
+@pytest.mark.parametrize(("groups", "limited"), [(4, 2), (1, 1), (8, 5)])
 def test_router_equals_plain_reading(groups: int, limited: int) -> None:
     router = make_router(num_expert_groups=groups, num_limited_groups=limited)
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -49,12 +49,6 @@ def test_router_equals_plain_reading(groups: int, limited: int) -> None:
         assert sorted(routing.ids_TK[token].tolist()) == sorted(chosen)
         expected = 2.5 * scores[routing.ids_TK[token]] / scores[chosen].sum()
         torch.testing.assert_close(routing.weights_TK[token], expected, rtol=1e-12, atol=0)
-
-
-def test_router_weights_sum_to_the_scaling_factor() -> None:
-    router = make_router()
-    routing = router(torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-    torch.testing.assert_close(routing.weights_TK.sum(-1), torch.full((15,), 2.5, dtype=torch.float64))
 
 
 def test_router_bias_moves_no_weight_and_gets_no_gradient() -> None:
@@ -90,13 +84,6 @@ def test_bias_update_follows_the_sign_of_the_shortfall() -> None:
     assert router.e_score_correction_bias.tolist() == [0, 0, 0.25, -0.25, 0, 0, -0.25, 0.25]
 
 
-def test_balance_loss_is_one_per_sequence_at_perfect_balance() -> None:
-    router = make_router()
-    torch.nn.init.zeros_(router.weight)  # equal scores: P is uniform, so f's mean of 1 is the loss for every choice
-    x = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    assert float(router(x).balance().detach()) == pytest.approx(3.0, rel=1e-12)
-
-
 def test_balance_loss_equals_plain_reading() -> None:
     router = make_router()
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -124,15 +111,6 @@ def test_forced_ids_get_weights_from_their_own_scores() -> None:
     (gradient,) = torch.autograd.grad(routing.weights_TK.square().sum(), logits)
     is_forced = torch.zeros(10, 8, dtype=torch.bool).scatter_(1, forced, value=True)
     assert torch.equal(gradient.flatten(0, 1) != 0, is_forced)
-
-
-def test_forced_ids_of_the_router_itself_change_no_bit() -> None:
-    router = make_router()
-    logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    free = router.route(logits)
-    forced = router.route(logits, free.ids_TK)
-    assert torch.equal(forced.ids_TK, free.ids_TK)
-    assert torch.equal(forced.weights_TK, free.weights_TK)
 
 
 def test_router_chooses_for_tokens_without_forced_ids() -> None:
@@ -189,8 +167,7 @@ class RecordedContext:
         return values if self.total is None else self.total
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "masked"), [(2, False), (4, True)])
 def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: int, masked: bool) -> None:
     router, x = make_router(), randn(2, 16, 32, seed=4)
     # Uneven documents across the parts of ranks, and padding at the end of each sequence.

@@ -1,6 +1,7 @@
 """Counts of weights against released checkpoints and built models; slices of equal work."""
 
 from dataclasses import astuple, replace
+from functools import cache
 from itertools import accumulate, pairwise
 
 import pytest
@@ -10,10 +11,11 @@ from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.config import ModelConfig
 from model.size import count_parameters, count_work, slice_lengths, slice_starts, training_flops_per_token
-from model.transformer import BIAS, Transformer, named_tensors, whole
+from model.transformer import BIAS, Transformer, named_tensors
 from tests.tiny import MODEL
 
 
+@cache
 def preset(name: str) -> ModelConfig:
     return compose_run([f"model={name}"]).model
 
@@ -30,7 +32,6 @@ RELEASED = {
     "v3_671b": (671_026_404_352, 37_552_282_624, 36_625_603_584, 187_107_328, 44_040_192, 11_610_067_968),
     "v2_lite_16b": (15_706_484_224, 2_661_150_208, 2_451_435_008, 13_763_072, 8_650_752),
     "moonlight_16b": (15_960_108_544, 2_914_774_528, 2_579_230_208, 13_763_072, 8_650_752),
-    "v2_236b": (235_741_434_880, 21_375_800_320, 20_851_512_320, 149_227_520, 23_592_960),
     "quickstart": (11_546_816, 5_648_576, 4_600_000, 112_800, 98_304, 1_920_416),
 }
 """Weights in the order of `ParameterAccount`'s fields: of checkpoints, and of a tiny model with `TINY`."""
@@ -68,21 +69,9 @@ def test_counts_equal_built_model(config: ModelConfig) -> None:
     assert account.total == sum(named.values()) - mtp
 
 
-def test_names_of_v3_are_the_released_ones() -> None:
-    config = preset("v3_671b")
-    with torch.device("meta"):
-        model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.bfloat16, whole(config))
-    named = named_tensors(model)
-    # The file stores embedding and head again for the MTP layer, and scales for each of 45,808 FP8 weights.
-    assert len(named) + 2 + 45_808 == 91_991
-    assert named["model.layers.60.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
-    assert named["model.layers.61.eh_proj.weight"].shape == (7168, 14336)
-    assert named["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
-
-
 @pytest.mark.covering(2)
-@pytest.mark.parametrize("name", ["v3_671b", "v2_lite_16b", "quickstart"])
-@pytest.mark.parametrize("length", [4096, 32768, 131072])
+@pytest.mark.parametrize("name", ["v3_671b", "quickstart"])
+@pytest.mark.parametrize("length", [4096, 131072])
 @pytest.mark.parametrize("slices", [1, 2, 4, 16])
 def test_slices_have_equal_work(name: str, length: int, slices: int) -> None:
     model = preset(name)
@@ -99,11 +88,6 @@ def test_slices_have_equal_work(name: str, length: int, slices: int) -> None:
     assert all(tokens % unit == 0 for tokens in lengths)
     # Later tokens attend to more, so later slices are not longer than earlier ones by more than the rounding.
     assert all(later <= earlier + unit for earlier, later in pairwise(lengths))
-
-
-def test_later_slices_of_long_sequences_are_shorter() -> None:
-    lengths = slice_lengths(preset("v3_671b"), 131072, 4, is_fp8=True)
-    assert lengths[0] > 1.5 * lengths[3]
 
 
 def test_every_slice_has_a_token() -> None:

@@ -22,7 +22,6 @@ from model.precision.linears import Linears
 from model.stage import Stage, StageRun
 from model.transformer import Transformer, initialize_weights, routers, whole
 from tests.host_reads import Reads
-from tests.model.mtp_logits import mtp_logits
 from tests.tiny import MODEL
 
 
@@ -100,6 +99,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 @pytest.mark.parametrize("config", CONFIGS)
@@ -109,7 +109,7 @@ def test_phased_equals_plain(config: ModelConfig, num_stages: int, is_packed: bo
     store = GradientStore(cut.parameters())
     plain_sums = LossSums(loss_names(config.mtp_depth))
     made = torch.zeros(config.mtp_depth + 2, dtype=torch.float64)
-    for seed in range(3):
+    for seed in range(2):
         batch = replace(make_batch(config, seed), documents=documents)
         plain.loss(batch, make_objective(config), plain_sums).backward()
         made = made + phased(cut, num_stages, batch, store).settle()
@@ -134,16 +134,6 @@ def test_forward_only_gives_the_same_losses_and_keeps_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_transformer_logits_give_the_main_loss() -> None:
-    model, batch = make_model(MODEL), make_batch(MODEL, 6)
-    sums = LossSums(loss_names(1))
-    with torch.no_grad():
-        logits = model(batch.inputs_BT[0])
-        model.loss(batch, make_objective(MODEL), sums)
-    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT[0].flatten(), reduction="sum")
-    assert float(nats) == pytest.approx(float(sums.settle()[0]), rel=1e-12)
-
-
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     config = MODEL
     full = make_model(config, seed=5)
@@ -163,25 +153,6 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(parameter, expected), name
     other = make_model(config, seed=6)
     assert not torch.equal(other.head_weight, full.head_weight)
-
-
-@pytest.mark.parametrize("mtp_hidden", ["post_norm", "pre_norm"])
-def test_mtp_logits_are_those_of_the_loss(mtp_hidden: str) -> None:
-    config = replace(MODEL, mtp_depth=2, mtp_hidden=mtp_hidden)  # type: ignore[arg-type]
-    model = make_model(config)
-    tokens = torch.randint(config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(5))
-    logits = mtp_logits(model, tokens)
-    assert [tuple(each.shape) for each in logits] == [(2, 14, 320), (2, 13, 320)]
-    depths = range(3)
-    targets = [tokens[:, depth + 1 : depth + 1 + 12] for depth in depths]
-    batch = MicroBatch(inputs_BT=tuple(tokens[:, depth : depth + 12] for depth in depths), targets_BT=tuple(targets))
-    sums = LossSums(loss_names(2))
-    model.loss(batch, make_objective(config), sums)
-    totals = sums.settle()
-    for depth in (1, 2):
-        flat, aims = logits[depth - 1][:, :12].flatten(0, 1), targets[depth].flatten()
-        nats = torch.nn.functional.cross_entropy(flat, aims, reduction="sum")
-        assert float(nats.detach()) == pytest.approx(float(totals[depth]), rel=1e-10)
 
 
 ATTENDED = partial(functional.scaled_dot_product_attention, dropout_p=0.0)
@@ -257,8 +228,7 @@ def test_a_configuration_has_latent_attention() -> None:
     assert isinstance(make_model_of_another_form().block(0).self_attn, MultiHeadAttention)
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize(("num_stages", "is_packed"), [(1, False), (4, True)])
 def test_phased_equals_plain_of_another_form(num_stages: int, is_packed: bool) -> None:
     documents = Documents.from_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
     batch = replace(make_batch(MODEL, 1), documents=documents)
@@ -280,7 +250,7 @@ def test_it_trains_in_stages(products: Products) -> None:
     """Its input projections are the model's own linear layers, in both precisions."""
     model, batch, losses = make_model_of_another_form(torch.float32, products), make_batch(MODEL, 1), []
     store = GradientStore(model.parameters())
-    for _ in range(12):
+    for _ in range(8):
         store.clear()
         losses.append(float(phased(model, 2, batch, store).settle()[0]))
         with torch.no_grad():
@@ -334,10 +304,3 @@ def test_computations_of_a_step_read_nothing_from_the_device() -> None:
             computed(phase, lane, "weight")
     assert reads.num_seen > 1000
     assert reads.found == []
-
-
-def test_a_read_is_found() -> None:
-    with Reads() as reads:
-        torch.bincount(torch.tensor([1, 2]))
-        float(torch.ones(1))
-    assert reads.found == ["bincount", "_local_scalar_dense"]
