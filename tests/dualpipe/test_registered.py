@@ -17,7 +17,7 @@ from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 
 EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-MOST_RANKS = 5
+MOST_RANKS = 4
 MOST_CHUNKS = 3
 EVERY_KIND = pytest.mark.parametrize("kind", SCHEDULES.names())
 
@@ -68,20 +68,6 @@ def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
     """Uses an oracle that shares no code with the validator and also counts live activations."""
     for schedule in schedules_of(kind):
         enacted = enact(schedule, seed=schedule.num_micro_batches)
-        assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
-        assert enacted.peaks == peak_activations(schedule), name_of(schedule)
-
-
-@pytest.mark.exhaustive
-@EVERY_KIND
-def test_registered_kind_of_every_small_shape_is_valid_and_computes_what_one_rank_does(kind: str) -> None:
-    """Uses every number of chunks for every size, up to six ranks."""
-    sizes = accepted_sizes(kind, range(1, MOST_RANKS + 2))
-    for (ranks, batches), number in product(sizes, few_chunks(kind)):
-        schedule = build_shape(kind, ranks, batches, number)
-        validate(schedule)
-        validate(forward_only(schedule), forward_only=True)
-        enacted = enact(schedule, seed=batches)
         assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
         assert enacted.peaks == peak_activations(schedule), name_of(schedule)
 
@@ -151,10 +137,6 @@ def test_registered_kind_describes_itself(kind: str) -> None:
     assert spec.summary
     assert "\n" not in spec.summary
     assert spec.is_bidirectional() == (schedules_of(kind)[0].num_directions == 2)
-
-
-def test_fallback_accepts_every_size() -> None:
-    assert len(accepted_sizes(FALLBACK)) == sum(2 * ranks + 3 for ranks in range(1, MOST_RANKS + 1))
 
 
 @EVERY_KIND
