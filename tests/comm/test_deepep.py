@@ -18,7 +18,6 @@ import torch
 from torch import distributed
 
 from comm.config import ParallelismConfig
-from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher, DeepEPRoute, ExpertBuffer
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
@@ -293,7 +292,7 @@ def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
 
 @pytest.fixture(
     scope="module",
-    params=["2x1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1x1", "2x2")), *exhaustive("1x4")],
+    params=["2x1", pytest.param("2x2", marks=pytest.mark.slow), *exhaustive("1x1", "1x4")],
 )
 def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     machines = _MACHINES[request.param]
@@ -338,11 +337,9 @@ def _refuse(rank: int, world_size: int) -> dict[str, str]:
     attempts: dict[str, Callable[[], object]] = {
         "float rows": lambda: dispatcher.dispatch(full.float(), weights, handle),
         "narrow rows": lambda: dispatcher.combine_backward(full[:, 1:], handle),
-        "odd codes": lambda: dispatcher.dispatch(codes[:, :-2], weights, handle),
         "no scales": lambda: dispatcher.dispatch(codes[:, :-8], weights, handle),
         "codes back": lambda: dispatcher.combine(codes, handle),
         "double weights": lambda: dispatcher.dispatch(full, weights.double(), handle),
-        "double gradients": lambda: dispatcher.dispatch_backward(full, torch.zeros(1).double(), handle),
         "many tokens": lambda: dispatcher.plan(torch.zeros(MAX_TOKENS + 1, 2, dtype=torch.int64)),
         "many choices": lambda: dispatcher.plan(torch.zeros(1, 5, dtype=torch.int64)),
         "no package": lambda: DeepEPDispatcher(group, 24, layout, lane, observers, SHAPE),
@@ -361,11 +358,9 @@ def test_deepep_rejects_unsupported_rows_in_one_line() -> None:
     parts = {
         "float rows": ("dispatch: ", "256 bfloat16, or 256 codes and float32 scales as uint8, has 256 torch.float32"),
         "narrow rows": ("combine backward: ", "has 255 torch.bfloat16; nearest valid"),
-        "odd codes": ("dispatch: ", "has 262 torch.uint8"),
         "no scales": ("dispatch: ", "has 256 torch.uint8"),
         "codes back": ("combine: ", "rows of 256 bfloat16, has 264 torch.uint8"),
         "double weights": ("dispatch: ", "float32 weights, has torch.float64", "dispatch=two_hop"),
-        "double gradients": ("dispatch backward: ", "has torch.float64"),
         "many tokens": ("dispatch: ", f"{MAX_TOKENS} tokens", f"has {MAX_TOKENS + 1} tokens with 2"),
         "many choices": ("dispatch: ", "4 experts each", "has 1 tokens with 5"),
     }
@@ -375,16 +370,3 @@ def test_deepep_rejects_unsupported_rows_in_one_line() -> None:
     for name, words in parts.items():
         assert all(word in messages[name] for word in words), messages[name]
         assert "\n" not in messages[name]
-
-
-def _divide(rank: int, world_size: int) -> str:
-    observers, group = watching(), distributed.group.WORLD
-    assert group is not None
-    with pytest.raises(DispatchError) as caught:
-        DeepEPDispatcher(group, 5, Machines(2, 2).layout, InlineLane(), observers, SHAPE, library=Emulation(2))
-    return str(caught.value)
-
-
-def test_deepep_rejects_experts_that_ranks_cannot_share() -> None:
-    for rank, message in enumerate(run_ranks(2, _divide)):
-        assert "must divide 5 routed experts, has 2 ranks" in message, f"rank {rank}"

@@ -3,10 +3,10 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.registry import DISPATCHERS
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher
-from kernels.registry import UnknownNameError, load_plugins
+from kernels.registry import load_plugins
 from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
@@ -25,7 +25,7 @@ from tests.comm.laws import LAWS, check_laws
 from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
-RARE = {"two_hop-2", "two_hop-2+2", "two_hop-2+2+2", "two_hop-4+2", "two_hop-1+2+2", "deepep-1", "deepep-4"}
+RARE = "two_hop-1 two_hop-2 two_hop-2+2 two_hop-2+2+2 two_hop-4+2 two_hop-1+2+2 all_to_all-1 deepep-1 deepep-1+1"
 """Settings of which `make test` runs a like one: one node, equal nodes, unequal nodes."""
 
 
@@ -41,7 +41,7 @@ def _settings() -> Iterator[object]:
     for kind, entry in DISPATCHERS.items():
         for name, each in entry.contract.settings.items():
             marks = [pytest.mark.slow] if each.is_slow else []
-            marks += [pytest.mark.exhaustive] if f"{kind}-{name}" in RARE else []
+            marks += [pytest.mark.exhaustive] if f"{kind}-{name}" in RARE.split() else []
             yield pytest.param(Setting(kind, each.nodes, each.fields), id=f"{kind}-{name}", marks=marks)
 
 
@@ -170,28 +170,9 @@ def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
 def test_exchange_reads_from_the_device_once(backend: str) -> None:
-    for found, read in run_ranks(4, _count_reads, Setting(backend, (0, 0, 1, 1), {"chunks": 2}, max_nodes=2)):
+    for found, read in run_ranks(3, _count_reads, Setting(backend, (0, 1, 1), {"chunks": 2}, max_nodes=2)):
         assert found == []
         assert len(read) == 1
-
-
-@pytest.mark.slow
-def test_reads_are_found() -> None:
-    marked, lengths = torch.tensor([True, False]), torch.tensor([1, 2])
-    reading: list[Callable[[], object]] = [
-        lambda: lengths[marked],
-        lambda: marked.nonzero(),
-        lambda: lengths.max().item(),
-        lambda: bool(marked.any()),
-        lambda: lengths.repeat_interleave(lengths),
-    ]
-    for read in reading:
-        with Reads() as reads:
-            read()
-        assert reads.found
-    with Reads() as reads:
-        lengths.repeat_interleave(lengths, output_size=3)
-    assert not reads.found
 
 
 @pytest.fixture
@@ -204,19 +185,6 @@ def counting(tmp_path: Path) -> Path:
     path.write_text(blocks[0], "utf-8")
     values.write_text(blocks[1], "utf-8")
     return path
-
-
-def test_dispatchers_are_in_order_and_their_configs_name_them() -> None:
-    assert DISPATCHERS.names()[:4] == ("local", "all_to_all", "two_hop", "deepep")
-    for name, entry in DISPATCHERS.items():
-        assert entry.name == name
-        assert get_args(get_type_hints(entry.config)["kind"]) == (name,)
-        assert entry.contract.settings
-
-
-def test_unknown_dispatcher_names_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"dispatch.kind: must be one of local, .*, is .two_hops.; did you mean"):
-        DISPATCHERS.get("two_hops")
 
 
 def test_reading_dispatchers_needs_no_torch() -> None:
@@ -235,17 +203,8 @@ def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     """A correct wrapper keeps all laws on two ranks; one that doubles rows breaks each of them."""
     text = counting.read_text("utf-8")
     counting.write_text(text.replace("inner.dispatch(rows_TD", f"inner.dispatch(rows_TD{change}"), "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        f"--plugins={counting}",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--plugins={counting}"]
+    command = [sys.executable, "-m", "pytest", *options]
     tests = ["tests/comm/test_dispatch.py", "-m", "not slow", "-k", "counting"]
     done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == (1 if num_broken else 0), done.stdout + done.stderr

@@ -29,7 +29,7 @@ def _changed(rows_ND: Tensor, min_amax: float) -> Tensor:
     return dequantize_1x128(quantize_1x128(rows_ND, power_of_two=True, min_amax=min_amax), rows_ND.dtype)
 
 
-@pytest.mark.parametrize("hidden_size", [1, 2, 4, 127, 128, 130, 256, 300])
+@pytest.mark.parametrize("hidden_size", [1, 128, 130])
 def test_packed_row_holds_codes_and_scales_and_nothing_else(hidden_size: int) -> None:
     generator = torch.Generator().manual_seed(hidden_size)
     for num_rows in (0, 1, 7):
@@ -97,12 +97,11 @@ def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
 def _check_setting(rank: int, world_size: int, setting: Setting) -> str:
     """Returns the failure, if any, after all ranks have finished."""
     plain, failures = maker(setting, _NUM_EXPERTS, watching())(InlineLane()), []
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for hidden_size in (256, 130):
-            try:
-                _check_equals_plain(plain, Case.make(rank, world_size, dtype, hidden_size))
-            except AssertionError:
-                failures.append(f"rank {rank}, {dtype}, hidden size {hidden_size}: {traceback.format_exc()}")
+    for dtype, hidden_size in ((torch.bfloat16, 256), (torch.float32, 130), (torch.float64, 130)):
+        try:
+            _check_equals_plain(plain, Case.make(rank, world_size, dtype, hidden_size))
+        except AssertionError:
+            failures.append(f"rank {rank}, {dtype}, hidden size {hidden_size}: {traceback.format_exc()}")
     return "\n".join(failures)
 
 
@@ -197,16 +196,6 @@ def _to_expert(rows_TD: Tensor) -> tuple[Tensor, Tensor]:
     return arrived.rows_AD, dispatcher.combine_backward(rows_TD, handle).wait()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_bad_number_arrives_as_nan_and_leaves_other_tiles_alone(bad: float) -> None:
-    rows_TD = torch.ones(3, 256, dtype=torch.bfloat16)
-    rows_TD[1, 200] = bad
-    for found_TD in _to_expert(rows_TD):
-        assert found_TD[1, 128:].isnan().all()
-        assert torch.equal(found_TD[1, :128], rows_TD[1, :128])
-        assert torch.equal(found_TD[::2], rows_TD[::2])
-
-
 def test_no_gradient_that_bfloat16_holds_is_flushed() -> None:
     """All positive bfloat16 numbers up to 2^127, each as the largest of its tile."""
     rows_TD = torch.arange(1, 0x7F01, dtype=torch.int16).view(torch.bfloat16)[:, None]
@@ -216,15 +205,3 @@ def test_no_gradient_that_bfloat16_holds_is_flushed() -> None:
     error_TD = (gradients_TD.double() / rows_TD.double() - 1).abs()
     assert error_TD[rows_TD >= 2.0**-131].max() <= 2.0**-4  # half a unit of a code's three bits
     assert plain_TD.count_nonzero() < len(rows_TD)  # the bound of activations would flush some
-
-
-def test_backward_treats_quantization_as_the_identity() -> None:
-    """The gradient of rows is the plain sum of the returned gradients, for any codes."""
-    generator = torch.Generator().manual_seed(0)
-    rows_TD, gradients_AD = torch.randn(2, 5, 128, generator=generator)
-    dispatcher = _local()
-    handle = dispatcher.plan(torch.zeros(5, 1, dtype=torch.int64))
-    arrived = dispatcher.dispatch(rows_TD, torch.ones(5, 1), handle).wait()
-    assert not torch.equal(arrived.rows_AD, rows_TD)
-    back_TD, _ = dispatcher.dispatch_backward(gradients_AD, torch.ones(5), handle).wait()
-    assert torch.equal(back_TD, gradients_AD)

@@ -29,8 +29,6 @@ from comm.layout import (
 )
 from comm.node_limit import limit_groups
 
-_PUBLISHED = Layout(ParallelismConfig(pipeline=16, data=128, expert=64), ranks_per_node=8)
-
 
 @st.composite
 def _layouts(draw: st.DrawFn) -> Layout:
@@ -102,28 +100,6 @@ def test_layout_middle_of_an_odd_pipeline_is_its_own_mirror() -> None:
     assert alone.stage_group(1, mirrored=True) == alone.expert_data_group(1, mirrored=True) == (0, 1)
 
 
-@given(_layouts())
-@settings(max_examples=40, deadline=None)
-def test_layout_expert_group_is_consecutive_by_expert_index(layout: Layout) -> None:
-    for rank in range(layout.world_size):
-        group = layout.expert_group(rank)
-        assert [layout.expert_index(member) for member in group] == list(range(layout.parallelism.expert))
-        assert group[-1] - group[0] == len(group) - 1
-        assert {layout.pipeline_index(member) for member in group} == {layout.pipeline_index(rank)}
-
-
-def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() -> None:
-    assert _PUBLISHED.world_size == 2048
-    assert _PUBLISHED.num_nodes == 256
-    for rank in range(0, 2048, 37):
-        nodes = {_PUBLISHED.node_of(member) for member in _PUBLISHED.expert_group(rank)}
-        assert len(nodes) == 8
-        assert len(_PUBLISHED.stage_group(rank, mirrored=True)) == 256
-        assert len(_PUBLISHED.expert_data_group(rank, mirrored=True)) == 4
-    groups = _partitions(_PUBLISHED, True)
-    assert all(groups[name][member] == group for name in groups for group in set(groups[name]) for member in group)
-
-
 @pytest.mark.parametrize(
     ("mesh", "ranks_per_node", "message"),
     [
@@ -150,7 +126,7 @@ def _by_walking(layout: Layout, group: Callable[[int], tuple[int, ...]]) -> list
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @given(layout=_layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_partitions_equal_the_groups_of_all_ranks(mirrored: bool, layout: Layout) -> None:
     assert _members(expert_partition(layout)) == _by_walking(layout, layout.expert_group)
     assert _members(context_partition(layout)) == _by_walking(layout, layout.context_group)
@@ -162,7 +138,7 @@ def test_partitions_equal_the_groups_of_all_ranks(mirrored: bool, layout: Layout
 
 
 @given(layout=_layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_partitions_into_nodes_and_rails_equal_the_splits_of_each_expert_group(layout: Layout) -> None:
     nodes, rails = set(), set()
     for group in {layout.expert_group(rank) for rank in range(layout.world_size)}:
@@ -175,7 +151,7 @@ def test_partitions_into_nodes_and_rails_equal_the_splits_of_each_expert_group(l
 
 
 @given(layout=_layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_distinct_expert_groups_cover_all_ways_to_lie_on_nodes(layout: Layout) -> None:
     def shape(group: Iterable[int]) -> tuple[int, ...]:
         nodes = [layout.node_of(rank) for rank in group]
@@ -206,6 +182,7 @@ def _brute_force(scores: list[float], num_groups: int, num_limited_groups: int, 
     return [expert // size in kept for expert in range(len(scores))]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shift", [0.0, -0.7, -5.0])
 @pytest.mark.parametrize(
     ("num_experts", "num_groups", "num_limited_groups", "num_per_group"),
@@ -219,19 +196,6 @@ def test_limit_groups_equals_brute_force(
     expected = [_brute_force(row, num_groups, num_limited_groups, num_per_group) for row in biased_TE.tolist()]
     assert mask_TE.dtype == torch.bool
     assert mask_TE.tolist() == expected
-
-
-def test_limit_groups_caps_groups_of_masked_choice_with_negative_scores() -> None:
-    biased_TE = torch.rand(500, 64, generator=torch.Generator().manual_seed(2)) - 2.0
-    masked_TE = biased_TE.masked_fill(~limit_groups(biased_TE, 8, 4, 2), -torch.inf)
-    groups_TK = masked_TE.topk(8, -1).indices // 8
-    assert max(len(set(groups)) for groups in groups_TK.tolist()) <= 4
-
-
-def test_limit_groups_keeps_leading_dims() -> None:
-    biased_BTE = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(3))
-    mask_BTE = limit_groups(biased_BTE, 4, 2, 2)
-    assert torch.equal(mask_BTE.flatten(0, 1), limit_groups(biased_BTE.flatten(0, 1), 4, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -259,12 +223,8 @@ def _brute_force_of_requirements(
     "nodes",
     [
         (0,),
-        (0, 1),
         (3, 4, 4),
-        (0, 0, 1),
-        (0, 1, 2, 3),
         (1, 1, 2, 2),
-        (0, 1, 1, 2),
         (0, 1, 1, 1, 1, 2),
         (0, 0, 0, 1, 2, 2),
         tuple(range(12)),
@@ -285,14 +245,6 @@ def test_most_nodes_is_the_published_cap_if_groups_are_nodes() -> None:
     assert most_nodes(256, 1, 1, 8, [rank // 8 for rank in range(64)]) == 8
     assert most_nodes(256, 8, 4, 8, [rank // 8 for rank in range(32)]) == 4
     assert most_nodes(256, 8, 4, 8, [rank // 4 for rank in range(64)]) == 8
-
-
-def test_most_nodes_is_never_exceeded_by_the_gate_and_is_reached_by_it() -> None:
-    for nodes in ((0, 0, 1, 1, 2, 2, 3, 3), (0, 1, 1, 1, 2, 2, 2, 3), tuple(range(8))):
-        biased_TE = torch.rand(4000, 16, generator=torch.Generator().manual_seed(4))
-        masked_TE = biased_TE.masked_fill(~limit_groups(biased_TE, 4, 2, 2), -torch.inf)
-        touched = max(len({nodes[expert // 2] for expert in ids}) for ids in masked_TE.topk(4, -1).indices.tolist())
-        assert touched == most_nodes(16, 4, 2, 4, nodes)
 
 
 def test_node_bound_needs_no_torch() -> None:
