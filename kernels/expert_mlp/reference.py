@@ -187,13 +187,13 @@ def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: E
 
 
 def extended_rows(count: int) -> int:
-    """Returns the rows of a product for `count` rows: at most 16 numbers between one power of two and the next."""
+    """Rounds a number of rows up to one of at most 16 between one power of two and the next."""
     step = max(SMALLEST_STEP, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
 
 def _extends(rows: Tensor) -> bool:
-    """Whether products are by oneDNN, which compiles each new number of rows for longer than it multiplies."""
+    """Returns whether oneDNN multiplies, which compiles each new number of rows."""
     return rows.device.type == "cpu" and rows.dtype.itemsize == 2
 
 
