@@ -5,9 +5,12 @@ YAML files of groups are in `conf/`, and next to plugin files.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from dualpipe.ir import ScheduleError
 from kernels.registry import PluginError, load_plugins, loaded_plugins
@@ -66,7 +69,7 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
         unread: values for dotted keys that the command does not read, used if they have none.
     """
-    config = _checked(command, overrides)
+    config = _checked(command, overrides).config
     for key, value in (unread or {}).items():
         group, _, name = key.rpartition(".")
         if group in config and OmegaConf.is_missing(config[group], name):
@@ -86,13 +89,13 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
 
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a command's values before interpolation. A value without a default stays `???`."""
-    return _string_keys(OmegaConf.to_container(_checked(command, overrides), resolve=False))
+    return _string_keys(OmegaConf.to_container(_checked(command, overrides).config, resolve=False))
 
 
 def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
     """Returns the option of each group, chosen by the command line, an experiment or the defaults."""
-    chosen = _checked(command, overrides, with_hydra=True).hydra.runtime.choices
-    return {group: str(chosen[group]) for group in default_groups(command)}
+    chosen = _checked(command, overrides).choices
+    return {group: chosen[group] for group in default_groups(command)}
 
 
 def switches(command: str) -> dict[str, str]:
@@ -118,7 +121,15 @@ def key_of(override: str) -> str:
     return str(_parse(override).key_or_group)
 
 
-def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+@dataclass(frozen=True, slots=True)
+class _Composed:
+    """Values of a command before interpolation, and the option of every group."""
+
+    config: DictConfig
+    choices: Mapping[str, str]
+
+
+def _checked(command: str, overrides: Sequence[str]) -> _Composed:
     """Composes the configuration and replaces Hydra's errors with this project's messages."""
     groups = default_groups(command)
     parsed = [_parse(text) for text in overrides]
@@ -132,7 +143,7 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
     for override in parsed:
         _check_override(override, groups)
     try:
-        return _compose(command, overrides, with_hydra=with_hydra)
+        return _compose(command, parsed)
     except _LIBRARY_ERRORS as error:
         _raise_unknown_key(command, groups, parsed)
         raise ConfigError(_inapplicable(command, groups, parsed)) from error
@@ -142,12 +153,55 @@ def _string_keys(values: object) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    first, *others = config_dirs()
+def _compose(command: str, overrides: Sequence[Override]) -> _Composed:
+    """Composes as Hydra does, but the same options only once, because that takes most of the time."""
+    folders = config_dirs()
+    is_choice = [any((folder / override.key_or_group).is_dir() for folder in folders) for override in overrides]
+    choices = tuple(override.input_line or "" for override in compress(overrides, is_choice))
+    options_alone = _compose_options(command, choices, folders, _stamps())
+    config = deepcopy(options_alone.config)
+    for override, has_option in zip(overrides, is_choice, strict=True):
+        if not has_option:
+            _set_value(config, override)
+    return replace(options_alone, config=config)
+
+
+def _stamps() -> Hashable:
+    """Returns path, size and time of every file that can be composed, so that edits are noticed."""
+    files = (file for folder in config_dirs() for file in folder.rglob("*.yaml"))
+    return tuple((str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=64)
+def _compose_options(command: str, choices: tuple[str, ...], folders: tuple[Path, ...], stamps: Hashable) -> _Composed:
+    """Composes options without further values. `stamps` makes an edited file be read again."""
+    first, *others = folders
     paths = ",".join(f"'file://{folder}'" for folder in others)
     search = [f"hydra.searchpath=[{paths}]"] if others else []
     with initialize_config_dir(str(first), version_base="1.3", job_name=command):
-        return hydra_compose(command, [*search, *overrides], return_hydra_config=with_hydra)
+        config = hydra_compose(command, [*search, *choices], return_hydra_config=True)
+    chosen = {group: str(option) for group, option in config.hydra.runtime.choices.items()}
+    with open_dict(config):
+        del config["hydra"]
+    return _Composed(config, chosen)
+
+
+def _set_value(config: DictConfig, override: Override) -> None:
+    """Applies an override as Hydra does: without `+`, its key must exist, and with one `+`, it must not."""
+    key = override.key_or_group
+    value = override.value()
+    current = OmegaConf.select(config, key) if override.is_delete() or override.is_add() else None
+    if override.is_delete():
+        if current is None or value not in (None, current):
+            raise ConfigKeyError(key)
+        parent, _, name = key.rpartition(".")
+        with open_dict(config):
+            del (OmegaConf.select(config, parent) if parent else config)[name]
+    elif current is not None and not isinstance(value, dict | list):
+        raise ConfigKeyError(key)
+    else:
+        is_new = override.is_add() or override.is_force_add()
+        OmegaConf.update(config, key, value, merge=True, force_add=is_new)
 
 
 def _parse(text: str) -> Override:
@@ -250,17 +304,17 @@ def _check_parents(key: str, known: Mapping[str, Any], groups: Mapping[str, str]
 
 def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> str:
     """Returns what is wrong with the first override that cannot be applied after those before it."""
-    lines = [override.input_line or "" for override in parsed if override.key_or_group in groups]
+    applied = [override for override in parsed if override.key_or_group in groups]
     for override in parsed:
         if override.key_or_group in groups:
             continue
-        valid_keys = _raw_keys(_compose(command, lines))
-        lines.append(override.input_line or "")
+        valid_keys = _raw_keys(_compose(command, applied).config)
+        applied.append(override)
         try:
-            _compose(command, lines)
+            _compose(command, applied)
         except _LIBRARY_ERRORS:
             return _broken_rule(override, valid_keys)
-    return f"{command}: the overrides must compose, do not: {' '.join(lines)}"
+    return f"{command}: the overrides must compose, do not: {' '.join(text.input_line or '' for text in applied)}"
 
 
 def _broken_rule(override: Override, known: Mapping[str, Any]) -> str:
@@ -334,7 +388,7 @@ def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
 @cache
 def _known_keys(command: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> Mapping[str, Any]:
     """Returns the keys, given also the folders in which options were searched."""
-    return _raw_keys(_compose(command, choices))
+    return _raw_keys(_compose(command, [_parse(text) for text in choices]).config)
 
 
 def _raw_keys(config: DictConfig) -> dict[str, Any]:
