@@ -22,14 +22,16 @@ from pathlib import Path
 from tests import ROOT
 from tests.ranks import fork_context
 
+Completed = subprocess.CompletedProcess[str]
+
 
 def run_command(
     command: Sequence[str], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240.0
-) -> subprocess.CompletedProcess[str]:
+) -> Completed:
     """Runs a command until it ends, like `subprocess.run` with `capture_output`.
 
     Args:
-        command: `-m`, a module and its arguments, optionally after the path of Python.
+        command: `-m`, a module and its arguments, optionally after the path of Python or `python`.
         env: complete environment; by default that of this process.
 
     Returns:
@@ -40,6 +42,13 @@ def run_command(
         return started.wait(timeout)
     finally:
         started.kill()
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, changes: Mapping[str, str] | None = None) -> Completed:
+    """Runs this Python in a new process, which imports what a user's does. `changes` are those of the environment."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(changes or {})}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 class StartedCommand:
@@ -57,7 +66,7 @@ class StartedCommand:
         self._command = list(command)
         self._folder = tempfile.TemporaryDirectory(prefix="command")
         self._outputs = [f"{self._folder.name}/stdout", f"{self._folder.name}/stderr"]
-        _, module, *arguments = command[1:] if command[0] == sys.executable else command
+        _, module, *arguments = command[1:] if command[0] in (sys.executable, "python") else command
         environment = dict(os.environ if env is None else env)
         work = (module, arguments, str(cwd), environment, *self._outputs, leads_session)
         self._process = fork_context().Process(target=_run, args=work)
@@ -65,7 +74,7 @@ class StartedCommand:
         assert self._process.pid is not None
         self.pid = self._process.pid
 
-    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
+    def wait(self, timeout: float) -> Completed:
         self._process.join(timeout)
         stdout, stderr = (Path(path).read_text() if Path(path).exists() else "" for path in self._outputs)
         if self._process.exitcode is None:
