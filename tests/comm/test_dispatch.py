@@ -25,7 +25,9 @@ from tests.comm.laws import LAWS, check_laws
 from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
-RARE = "two_hop-1 two_hop-2 two_hop-2+2 two_hop-2+2+2 two_hop-4+2 two_hop-1+2+2 all_to_all-1 deepep-1 deepep-1+1"
+RARE = """
+    two_hop-1 two_hop-2 two_hop-2+2 two_hop-2+2+2 two_hop-4+2 two_hop-1+2+2 all_to_all-1 deepep-1 deepep-1+1 deepep-4
+"""
 """Settings of which `make test` runs a like one: one node, equal nodes, unequal nodes."""
 
 

@@ -102,7 +102,7 @@ def test_adamw_names_a_tensor_that_it_cannot_take(place: int, wrong: Tensor, mes
 @interpreted
 def test_interpreted_adamw_equals_the_reference() -> None:
     # Whole blocks, a block begun, less than a block; and other blocks.
-    for num_weights, block in ((2049, 1024), (5, 1024), (64, 32)):
+    for num_weights, block in ((1025, 512), (5, 1024), (64, 32)):
         for by in STEPS:
             ours, theirs = tensors(num_weights), tensors(num_weights)
             for gradients in (ours[1], theirs[1]):
@@ -118,9 +118,8 @@ def test_interpreted_adamw_equals_the_reference() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_weights", [4096, 4097])
-def test_compiled_adamw_moves_16_bytes_at_a_time_and_fuses_nothing(num_weights: int) -> None:
-    launch = partial(module.adamw_bf16_moments, *tensors(num_weights), STEPS[0])
+def test_compiled_adamw_moves_16_bytes_at_a_time_and_fuses_nothing() -> None:
+    launch = partial(module.adamw_bf16_moments, *tensors(4097), STEPS[0])
     compiled: Compiled = compile_launch(module, "adamw_kernel", launch)
     compiled.assert_sound()
     assert compiled.registers <= 64

@@ -151,15 +151,12 @@ def test_load_plugins_missing_file_names_the_nearest(tmp_path: Path) -> None:
     assert str(error.value) == wanted
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "words"), [("OWN.register('two', 2)\n", 0, "1 passed"), ("", 4, "does not exist")]
-)
-def test_pytest_plugins_option_loads_files_for_suites(tmp_path: Path, text: str, code: int, words: str) -> None:
+def test_pytest_plugins_option_loads_files_for_suites(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
-    if text:
-        path.write_text("from kernels.registry import Registry\nOWN = Registry[int]('own')\n" + text, "utf-8")
+    text = "from kernels.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('two', 2)\n"
+    path.write_text(text, "utf-8")
     test = "tests/kernels/test_registry.py::test_registry_returns_what_was_registered_in_order"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--plugins={path}", test]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert words in done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout

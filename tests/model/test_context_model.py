@@ -143,7 +143,7 @@ SAVED_CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("exchange", "size"), [("gather", 4), ("ring", 2)])
+@pytest.mark.parametrize(("exchange", "size"), [("gather", 3), ("ring", 2)])
 def test_ranks_keep_what_the_account_counts(exchange: ContextExchange, size: int) -> None:
     results = run_ranks(size, _saved_by_all, SAVED_CASES, exchange)
     for place, case in enumerate(SAVED_CASES):
