@@ -15,7 +15,7 @@ from kernels.rms_norm.reference import inverse_rms
 from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
-from model.linear import Projection, WeightSink, deliver_gradient, widen
+from model.linear import Projection, WeightSink, deliver_gradient, deliver_product, widen
 from model.norm import RmsNorm
 from model.precision.linears import Linears
 
@@ -93,12 +93,11 @@ class _Merge(torch.autograd.Function):
         grad = grads[0]
         eps = ctx.eps
 
-        def gradient() -> Tensor:
+        def rows() -> Tensor:
             # Both norms again: [..., 2 D]. They are cheaper to compute than to keep until W.
-            both = _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps)
-            return grad.flatten(0, -2).t() @ both.flatten(0, -2)
+            return _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps).flatten(0, -2)
 
-        grad_projection = deliver_gradient(projection_DE, gradient, ctx.sink)
+        grad_projection = deliver_product(projection_DE, grad.flatten(0, -2), rows, ctx.sink)
         # The gradient of [norm(embedded), norm(hidden)], then back through each norm.
         grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
         grad_embedded, grad_enorm = normalize_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)

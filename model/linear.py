@@ -6,6 +6,7 @@ outputs.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -29,6 +30,47 @@ def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: Weigh
         return gradient().to(weight.dtype)
     sink.defer(weight, gradient)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightProduct:
+    """A weight's gradient as a product that can also be added to a sum, without memory for the product.
+
+    `compute` adds to the sum that it is given, and returns the gradient if that is None.
+    """
+
+    compute: Callable[[Tensor | None], Tensor]
+
+    def __call__(self) -> Tensor:
+        """Returns the gradient."""
+        return self.compute(None)
+
+
+def outer_product(grad_AN: Tensor, rows_AK: Tensor, total_NK: Tensor | None) -> Tensor:
+    """Returns grad^T rows, NK, or adds it to a total in the total's type and returns that."""
+    if total_NK is None:
+        return grad_AN.t() @ rows_AK
+    # One call accumulates in place if the types agree; else the product needs separate memory.
+    if total_NK.dtype == grad_AN.dtype:
+        return total_NK.addmm_(grad_AN.t(), rows_AK)
+    return total_NK.add_(grad_AN.t() @ rows_AK)
+
+
+def deliver_product(
+    weight_NK: Tensor, grad_AN: Tensor, rows: Callable[[], Tensor], sink: WeightSink | None
+) -> Tensor | None:
+    """Delivers the gradient of a linear map's weight; `rows` computes the map's input, AK."""
+    return deliver_gradient(weight_NK, WeightProduct(lambda total: outer_product(grad_AN, rows(), total)), sink)
+
+
+def deliver_products(
+    weights_NK: Sequence[Tensor], grad_AN: Tensor, rows: Callable[[], Tensor], sink: WeightSink | None
+) -> list[Tensor | None]:
+    """Delivers the gradients of several maps of one input, whose outputs are side by side."""
+    # The input stays until the last of the maps has read it.
+    rows = rows if len(weights_NK) == 1 else cache(rows)
+    grads_AN = grad_AN.split([len(weight_NK) for weight_NK in weights_NK], 1)
+    return [deliver_product(weight_NK, part, rows, sink) for weight_NK, part in zip(weights_NK, grads_AN, strict=True)]
 
 
 def deliver_parts(
@@ -64,7 +106,7 @@ class _SplitLinear(torch.autograd.Function):
         # The closure keeps only these two tensors until W: [A, N] and [A, K].
         grad_AN = grad.flatten(0, -2)
         x_AK = x.flatten(0, -2)
-        deliver_gradient(weight_NK, lambda: grad_AN.t() @ x_AK, ctx.sink)
+        deliver_product(weight_NK, grad_AN, lambda: x_AK, ctx.sink)
         return (grad @ weight_NK if ctx.needs_input_grad[0] else None), None, None
 
 
@@ -112,7 +154,10 @@ class WeightQueue:
         with torch.no_grad():
             while self._waiting:
                 weight, gradient = self._waiting.popleft()
-                store.add(weight, gradient())
+                if isinstance(gradient, WeightProduct):
+                    gradient.compute(store.gradient(weight))
+                else:
+                    store.add(weight, gradient())
 
 
 class GradientStore:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms, normalize
-from model.linear import WeightSink, deliver_parts
+from model.linear import WeightSink, deliver_products
 
 
 class RmsNorm(nn.Module):
@@ -94,7 +94,7 @@ class _NormedLinear(torch.autograd.Function):
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
             # The weight gradient waits for W, and recomputes the norm there unless it was kept.
             normal = _normal(x_AD, scale_A1, norm_weight_D, saved_normal)
-            grad_weights = deliver_parts(weights_ND, lambda: grad_AN.t() @ normal().to(grad_AN.dtype), options.sink)
+            grad_weights = deliver_products(weights_ND, grad_AN, lambda: normal().to(grad_AN.dtype), options.sink)
         grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
@@ -118,13 +118,12 @@ class _LinearOfNormal(torch.autograd.Function):
         options = ctx.options
         grad_AN = grads[0].flatten(0, -2)
 
-        def gradient() -> Tensor:
-            normal_AD: Tensor = kept_AD
-            if not options.keeps_normal:
-                normal_AD = normalize(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
-            return grad_AN.t() @ normal_AD
+        def rows() -> Tensor:
+            if options.keeps_normal:
+                return kept_AD  # type: ignore[no-any-return]
+            return normalize(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
 
-        grad_weights = deliver_parts(weights_ND, gradient, options.sink)
+        grad_weights = deliver_products(weights_ND, grad_AN, rows, options.sink)
         # The gradient of the norm's output; the norm's own backward belongs to the caller.
         grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights

@@ -41,7 +41,7 @@ expert_hidden = _operation(
     reference.expert_hidden, lambda rows_AD, gate_up_EHD, counts: (rows_AD.shape[1], gate_up_EHD.shape[1] // 2)
 )
 gate_up_gradient = _operation(
-    reference.gate_up_gradient, lambda grad_AH, rows_AD, counts: (rows_AD.shape[1], grad_AH.shape[1] // 2)
+    reference.gate_up_gradient, lambda grad_AH, rows_AD, *rest: (rows_AD.shape[1], grad_AH.shape[1] // 2)
 )
 down_gradient = _operation(
     reference.down_gradient, lambda grad_AD, weights, hidden_AH, *rest: (grad_AD.shape[1], hidden_AH.shape[1] // 2)

@@ -64,18 +64,27 @@ def expert_mlp_backward(
     return grad_rows_AD, grad_weights_A, (grad_gate_up, grouped_weight(grad_AD, plain_AM * weights_A[:, None], counts))
 
 
-def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
+def gate_up_gradient(
+    grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int], total_EHD: Tensor | None = None
+) -> Tensor:
     """Implements `reference.gate_up_gradient`."""
-    return grouped_weight(grad_hidden_AH, rows_AD, counts)
+    grad_EHD = grouped_weight(grad_hidden_AH, rows_AD, counts)
+    return grad_EHD if total_EHD is None else total_EHD.add_(grad_EHD)
 
 
 def down_gradient(
-    grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
+    grad_AD: Tensor,
+    weights_A: Tensor,
+    hidden_AH: Tensor,
+    counts: Sequence[int],
+    gated_AM: Tensor | None = None,
+    total_EDM: Tensor | None = None,
 ) -> Tensor:
     """Implements `reference.down_gradient`."""
     if gated_AM is None:
         gated_AM = swiglu(*hidden_AH.chunk(2, 1)).mul_(weights_A[:, None])
-    return grouped_weight(grad_AD, gated_AM, counts)
+    grad_EDM = grouped_weight(grad_AD, gated_AM, counts)
+    return grad_EDM if total_EDM is None else total_EDM.add_(grad_EDM)
 
 
 def _sorted(rows_ND: Tensor, tokens_A: Tensor | None) -> Tensor:

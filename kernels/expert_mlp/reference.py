@@ -29,6 +29,11 @@ class ExpertBlock:
         """Number of rows."""
         return int(self.rows.stop - self.rows.start)
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of rows of each expert."""
+        return [rows.stop - rows.start for _, rows in self.experts]
+
 
 def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     """Returns blocks of whole experts whose values between products, `width` per row, stay in the cache."""
@@ -136,29 +141,34 @@ def expert_mlp_backward(
     return grad_rows_AD, grad_weights_A, rest
 
 
-def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes the gradient of `expert_mlp` in gate_up, EHD; zero for an expert without rows."""
-    grad_EHD = rows_AD.new_empty(len(counts), grad_hidden_AH.shape[1], rows_AD.shape[1])
+def gate_up_gradient(
+    grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int], total_EHD: Tensor | None = None
+) -> Tensor:
+    """Computes the gradient of `expert_mlp` in gate_up, EHD, zero for an expert without rows; or adds it to a total."""
+    out_EHD = _empty_gradient(counts, grad_hidden_AH, rows_AD.shape[1]) if total_EHD is None else total_EHD
     for block in cut_into_blocks(counts, grad_hidden_AH.shape[1]):
-        _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], grad_EHD, block)
-    _clear_unused((grad_EHD,), counts)
-    return grad_EHD
+        _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], out_EHD, block, adds=total_EHD is not None)
+    return out_EHD
 
 
 def down_gradient(
-    grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
+    grad_AD: Tensor,
+    weights_A: Tensor,
+    hidden_AH: Tensor,
+    counts: Sequence[int],
+    gated_AM: Tensor | None = None,
+    total_EDM: Tensor | None = None,
 ) -> Tensor:
-    """Computes the gradient of `expert_mlp` in down, EDM; without `gated_AM`, computes it again."""
+    """Computes the gradient of `expert_mlp` in down, EDM, or adds it to a total; may compute `gated_AM` again."""
     width = hidden_AH.shape[1] // 2
-    grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
+    out_EDM = _empty_gradient(counts, grad_AD, width) if total_EDM is None else total_EDM
     for block in cut_into_blocks(counts, 2 * width):
         if gated_AM is None:
             gated_RM = swiglu(*hidden_AH[block.rows].split(width, 1)).mul_(weights_A[block.rows, None])
         else:
             gated_RM = gated_AM[block.rows]
-        _outer_products(grad_AD[block.rows], gated_RM, grad_EDM, block)
-    _clear_unused((grad_EDM,), counts)
-    return grad_EDM
+        _outer_products(grad_AD[block.rows], gated_RM, out_EDM, block, adds=total_EDM is not None)
+    return out_EDM
 
 
 def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: ExpertBlock) -> Tensor:
@@ -167,23 +177,38 @@ def _gather(rows_ND: Tensor, tokens_A: Tensor | None, block: ExpertBlock) -> Ten
 
 def _products(left_RK: Tensor, right_EKN: Tensor, out_RN: Tensor, block: ExpertBlock) -> Tensor:
     """Multiplies each expert's rows by its matrix, writes the result to out_RN and returns it."""
-    extends = _extends(left_RK)
+    matrices = right_EKN.unbind()
+    if not _extends(left_RK):
+        parts = zip(block.experts, left_RK.split(block.counts), out_RN.split(block.counts), strict=True)
+        for (expert, _), left, out in parts:
+            torch.mm(left, matrices[expert], out=out)
+        return out_RN
     for expert, rows in block.experts:
         # Rows after the expert's are multiplied too. The products of the experts that follow replace these results.
-        end = rows.start + extended_rows(rows.stop - rows.start) if extends else rows.stop
+        count = rows.stop - rows.start
+        end = rows.start + extended_rows(count)
         if end <= block.size:
-            torch.mm(left_RK[rows.start : end], right_EKN[expert], out=out_RN[rows.start : end])
+            torch.mm(left_RK[rows.start : end], matrices[expert], out=out_RN[rows.start : end])
         else:
-            out_RN[rows] = (_extended(left_RK[rows], end - rows.start) @ right_EKN[expert])[: rows.stop - rows.start]
+            out_RN[rows] = (_extended(left_RK[rows]) @ matrices[expert])[:count]
     return out_RN
 
 
-def _outer_products(left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: ExpertBlock) -> None:
-    """Writes each expert's transposed left rows times its right rows to its matrix of out_ENK."""
-    extends = _extends(left_RN)
-    for expert, rows in block.experts:
-        size = extended_rows(rows.stop - rows.start) if extends else 0
-        torch.mm(_extended(left_RN[rows], size).t(), _extended(right_RK[rows], size), out=out_ENK[expert])
+def _outer_products(
+    left_RN: Tensor, right_RK: Tensor, out_ENK: Tensor, block: ExpertBlock, *, adds: bool = False
+) -> None:
+    """Writes or adds each expert's transposed left rows times its right rows to its matrix of out_ENK."""
+    matrices = out_ENK.unbind()
+    parts = zip(block.experts, left_RN.split(block.counts), right_RK.split(block.counts), strict=True)
+    for (expert, _), left, right in parts:
+        if _extends(left):
+            left, right = _extended(left), _extended(right)
+        if not adds:
+            torch.mm(left.t(), right, out=matrices[expert])
+        elif left.dtype == out_ENK.dtype:
+            matrices[expert].addmm_(left.t(), right)
+        else:
+            matrices[expert].add_(left.t() @ right)
 
 
 def extended_rows(count: int) -> int:
@@ -197,9 +222,16 @@ def _extends(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.dtype.itemsize == 2
 
 
-def _extended(rows_RK: Tensor, size: int) -> Tensor:
-    """Appends rows of zeros up to a size; a smaller size adds none."""
-    return functional.pad(rows_RK, (0, 0, 0, size - len(rows_RK))) if size > len(rows_RK) else rows_RK
+def _extended(rows_RK: Tensor) -> Tensor:
+    """Appends rows of zeros up to `extended_rows`."""
+    count = len(rows_RK)
+    return functional.pad(rows_RK, (0, 0, 0, extended_rows(count) - count))
+
+
+def _empty_gradient(counts: Sequence[int], grad_AN: Tensor, num_inputs: int) -> Tensor:
+    grad_ENK = grad_AN.new_empty(len(counts), grad_AN.shape[1], num_inputs)
+    _clear_unused((grad_ENK,), counts)
+    return grad_ENK
 
 
 def _clear_unused(gradients: Sequence[Tensor], counts: Sequence[int]) -> None:

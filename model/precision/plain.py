@@ -21,7 +21,7 @@ from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from kernels.swiglu import swiglu, swiglu_backward
 from model.config import LAYER, Recomputed
-from model.linear import WeightSink, deliver_gradient
+from model.linear import WeightProduct, WeightSink, deliver_gradient, deliver_product
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
 from model.precision.linears import (
     ExpertWeights,
@@ -134,7 +134,7 @@ class _LatentLinears:
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self._weights.out
-        return grad_ND @ out, deliver_gradient(out, lambda: grad_ND.t() @ self.mixed(), self._options.sink)
+        return grad_ND @ out, deliver_product(out, grad_ND, self.mixed, self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
         weights = self._weights
@@ -153,7 +153,7 @@ class _LatentLinears:
         self, grad: Tensor, x_BTL: Tensor, norm: Tensor, up: Tensor, normal: Callable[[], Tensor], out_BTL: Tensor
     ) -> NormAndUpGradients:
         # The weight gradient waits for W and may compute the norm again there.
-        grad_up = deliver_gradient(up, lambda: grad.t() @ normal(), self._options.sink)
+        grad_up = deliver_product(up, grad, normal, self._options.sink)
         # Through the up-projection, then through the norm, into the part of BTX.
         x_NL = x_BTL.flatten(0, 1)
         scale_N1 = inverse_rms(x_NL, self._options.shape.eps)
@@ -285,10 +285,10 @@ class _GatedDown(torch.autograd.Function):
         hidden_AH, down_DM, *saved_gated = ctx.saved_tensors
         grad_AD = grad.flatten(0, -2)
 
-        def gradient() -> Tensor:
-            return grad_AD.t() @ (saved_gated[0] if saved_gated else swiglu(*hidden_AH.chunk(2, 1)))
+        def gated() -> Tensor:
+            return saved_gated[0] if saved_gated else swiglu(*hidden_AH.chunk(2, 1))
 
-        grad_down = deliver_gradient(down_DM, gradient, ctx.sink)
+        grad_down = deliver_product(down_DM, grad_AD, gated, ctx.sink)
         # Gradients of gate and up side by side, [A, 2 M].
         grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
         return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None, None
@@ -360,8 +360,12 @@ class _ExpertMlp(torch.autograd.Function):
 
         gated_AM = saved_gated[0] if saved_gated else None
 
-        grad_gate_up = deliver_gradient(gate_up_EHD, lambda: gate_up_gradient(rest[0], in_order(rows_ND), counts), sink)
-        grad_down = deliver_gradient(
-            down_EDM, lambda: down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM), sink
-        )
+        def add_gate_up(total_EHD: Tensor | None) -> Tensor:
+            return gate_up_gradient(rest[0], in_order(rows_ND), counts, total_EHD)
+
+        def add_down(total_EDM: Tensor | None) -> Tensor:
+            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM, total_EDM)
+
+        grad_gate_up = deliver_gradient(gate_up_EHD, WeightProduct(add_gate_up), sink)
+        grad_down = deliver_gradient(down_EDM, WeightProduct(add_down), sink)
         return grad_rows, grad_weights, grad_gate_up, grad_down, None
