@@ -1,6 +1,6 @@
 """Updates a replica: gradients, optimizer and average, with one learner for each size of a ramp."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -24,14 +24,18 @@ from train.world import World
 class ParameterEma:
     """The moving average of the weights that this rank holds (arXiv:2412.19437, section 3.2.3).
 
-    It owns the averages, a copy of the weights on the host, and a thread. After an update, the step waits only for the
-    copy; the thread averages during the next step. The router bias is not a weight and is copied without averaging.
+    It owns the averages, a copy of the weights on the host, and a thread. The copy follows an update on its lane, and
+    the thread averages during the next step. The router bias is not a weight and is copied without averaging.
     """
 
-    def __init__(self, model: Transformer, decay: float) -> None:
-        """Starts with the present weights; `decay`, from 0 to below 1, is the weight of the old average."""
+    def __init__(self, model: Transformer, decay: float, wait_for_updates: Callable[[], None] = lambda: None) -> None:
+        """Starts with the present weights; `decay`, from 0 to below 1, is the weight of the old average.
+
+        `wait_for_updates` waits until no call of `update` is pending on the lane of the weights' updates.
+        """
         self._model = model
         self._decay = decay
+        self._wait_for_updates = wait_for_updates
         weights = named_tensors(model)
         self._copies = {
             name: torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
@@ -43,16 +47,24 @@ class ParameterEma:
         self.follow_weights()
 
     def update(self) -> None:
-        """Waits for the average of the previous update, copies the weights, and starts to average them."""
-        self.wait()
-        for name, weight in named_tensors(self._model).items():
+        """Waits for the average of the previous update, copies the weights, and starts to average them.
+
+        Called on the lane of the weights' updates. On CUDA, the thread waits for the copy.
+        """
+        self._finish_average()
+        weights = named_tensors(self._model)
+        for name, weight in weights.items():
             self._copies[name].copy_(weight, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # host sync
-        self._under_way = self._worker.submit(self._average)
+        is_on_gpu = any(weight.is_cuda for weight in weights.values())
+        copied = torch.cuda.current_stream().record_event() if is_on_gpu else None
+        self._under_way = self._worker.submit(self._average_copies, copied)
 
     def wait(self) -> None:
         """Waits until the averages include the last update, and raises the error of the thread."""
+        self._wait_for_updates()
+        self._finish_average()
+
+    def _finish_average(self) -> None:
         if self._under_way is not None:
             under_way = self._under_way
             self._under_way = None
@@ -76,6 +88,11 @@ class ParameterEma:
         """Ends the thread."""
         self.wait()
         self._worker.shutdown()
+
+    def _average_copies(self, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        self._average()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -115,10 +132,9 @@ class Learner:
         return {**average, **self.comparison.extras}
 
     def update_average(self) -> None:
-        """Starts to update the moving average, if the run keeps one, after all updates of the weights."""
+        """Starts to update the moving average, if the run keeps one, behind all updates of the weights."""
         if self.ema is not None:
-            self.replica.weight_updates.wait_all()
-            self.ema.update()
+            self.optimizer.after_updates(self.ema.update)
 
     def close(self) -> None:
         """Closes optimizer, moving average and replica. All ranks call it at the same point."""
@@ -149,7 +165,7 @@ def open_learner(
         config=optim,
         store=store,
         optimizer=build_optimizer(units, store, world.groups.world, optim, background),
-        ema=None if ema.decay is None else ParameterEma(model, ema.decay),
+        ema=None if ema.decay is None else ParameterEma(model, ema.decay, replica.weight_updates.wait_all),
         comparison=comparison,
         hook=hook,
     )

@@ -1,9 +1,12 @@
 """AdamW with moments in bf16, resumed runs, and the moving average."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from comm.dispatch.build import open_lane
 from comm.dispatch.local import LocalDispatcher
+from comm.lane import ThreadLane
 from comm.watchdog.collective_log import CollectiveLog
 from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
@@ -27,6 +31,7 @@ from train.checkpoint.load import load
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError
 from train.learner import Learner, ParameterEma
+from train.optim import adamw
 from train.optim.adamw import (
     Bf16MomentsAdamW,
     ParameterGroups,
@@ -38,7 +43,7 @@ from train.optim.adamw import (
     split_into_units,
 )
 from train.optim.learning_rate import OptimConfig
-from train.optim.staged import Background, WeightUpdates, build_optimizer
+from train.optim.staged import Background, StagedAdamW, WeightUpdates, build_optimizer
 from train.step import train_step
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)
@@ -126,6 +131,19 @@ def follow(beta: float) -> float:
     return float(optimizer.moments(weight)["exp_avg_sq"].float().mean() / exact.mean())
 
 
+@contextmanager
+def _counted(name: str, sent: dict[str, int]) -> Iterator[None]:
+    """Counts the numbers that a collective reduces."""
+    run = getattr(dist, name)
+
+    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sent[name] = sent.get(name, 0) + tensor.numel()
+        return run(tensor, *args, **options)
+
+    with mock.patch.object(dist, name, counted):
+        yield
+
+
 def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, torch.dtype]]) -> list[dict[str, Any]]:
     """Three steps under each configuration, a rank adding its share of the parts of each gradient."""
     alone = [dist.new_group([member]) for member in range(world_size)][rank]
@@ -150,17 +168,19 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
         units = split_into_units(groups, replicas, stages, StageOrders(reduction=[1, 0], first_use=[0, 1]))
         optimizer = build_optimizer(units, store, world, config, background)
         norms = []
+        sent: dict[str, int] = {}
         for step in range(3):
             for part in range(rank, PARTS, world_size):
                 for name, gradient in exact_gradients(PARTS * step + part).items():
                     store.add(named[name], gradient)
-            for stage in range(2):
-                optimizer.reduce(stage)
-            norms.append(optimizer.norm())
+            with _counted("all_reduce", sent), _counted("reduce", sent):
+                for stage in range(2):
+                    optimizer.reduce(stage)
+                norms.append(optimizer.norm())
             optimizer.update(1e-2)
             background.updates.wait_all()
         weights = {name: parameter.detach() for name, parameter in named.items()}
-        results.append({"weights": weights, "norms": norms, "state": optimizer.state()})
+        results.append({"weights": weights, "norms": norms, "state": optimizer.state(), "sent": sent})
         optimizer.close()
     return results
 
@@ -206,6 +226,30 @@ def test_steps_of_every_sharding_are_those_of_plain_adamw(worlds: dict[int, Any]
             # The master copies are the same float32 numbers.
             assert torch.equal(in_bf16["weights"][name], parameter.bfloat16()), name
         assert in_float32["norms"] == in_bf16["norms"] == pytest.approx(norms, rel=1e-6)
+
+
+def test_sharded_gradients_are_sent_to_their_owner_alone(worlds: dict[int, Any]) -> None:
+    """An all-reduce, of twice the bytes, sums one number: the square of the norm."""
+    num_weights = sum(parameter.numel() for parameter in parameters().values())
+    for rank in worlds[4]:
+        for found in rank[:2]:
+            assert found["sent"] == {"reduce": 3 * num_weights, "all_reduce": 3}
+
+
+def test_sum_of_squares_widens_few_numbers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    norm = torch.linalg.vector_norm
+
+    def seen(values: Tensor, dtype: torch.dtype) -> Tensor:
+        sizes.append(values.numel())
+        return norm(values, dtype=dtype)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", seen)
+    monkeypatch.setattr(adamw, "_SQUARED_NUMBERS", 1000)
+    values = torch.randn(2, 1700, generator=torch.Generator().manual_seed(0)) * 1e25
+    assert float(adamw.sum_of_squares(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-12)
+    assert sizes == [1000, 1000, 1000, 400]
+    assert float(adamw.sum_of_squares(torch.zeros(0))) == 0
 
 
 Moments = Literal["float32", "bf16"]
@@ -331,6 +375,33 @@ def test_ema_update_returns_before_averaging_and_state_waits_for_it(monkeypatch:
     go_on.set()
     assert not any(torch.equal(tensor, before[name]) for name, tensor in ema.state().items() if BIAS not in name)
     ema.close()
+
+
+def test_ema_is_copied_behind_updates_while_the_step_goes_on() -> None:
+    """The lane is still updating weights when the next step asks for a stage, and when the average is read."""
+    model = _model()
+    updates = WeightUpdates()
+    is_updated = threading.Event()
+
+    def update() -> None:
+        assert is_updated.wait(30)
+        _move(model, 1)
+
+    with ThreadLane("reduction") as lane:
+        background = Background(lane=lane, updates=updates, log=CollectiveLog())
+        optimizer = StagedAdamW([], GradientStore([]), None, background)  # type: ignore[arg-type]
+        ema = ParameterEma(model, 0.5, updates.wait_all)
+        before = {name: tensor.clone() for name, tensor in ema.state().items()}
+        updates.add((0,), lane.submit(update))
+        optimizer.after_updates(ema.update)
+        updates.wait(1)  # of a stage that no update changes
+        assert all(torch.equal(ema._averages[name], tensor) for name, tensor in before.items())
+        is_updated.set()
+        for name, average in ema.state().items():
+            weight = named_tensors(model)[name].float()
+            expected = weight if name.endswith(BIAS) else 0.5 * before[name] + 0.5 * weight
+            assert torch.allclose(average, expected, rtol=1e-6, atol=1e-7), name
+        ema.close()
 
 
 def test_ema_error_in_the_background_is_raised_at_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:

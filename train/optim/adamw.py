@@ -285,7 +285,7 @@ class ReplicatedAdamW:
             gradients = [self._store.gradient(parameter) for parameter in parameters.values()]
             _sum_over(gradients, group)
             for gradient in gradients:
-                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / dist.get_world_size(group)
+                squares += sum_of_squares(gradient) / dist.get_world_size(group)
         return squares
 
     def update(self, learning_rate: float, norm: float) -> None:
@@ -317,6 +317,15 @@ class ReplicatedAdamW:
 
     def follow_weights(self) -> None:
         """Does nothing: weights are their own master copies."""
+
+
+_SQUARED_NUMBERS = 2**24
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Returns the sum of squares, a float64 scalar. It widens 16 million numbers at a time, not a copy of all."""
+    parts = values.detach().flatten().split(_SQUARED_NUMBERS)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square().sum()
 
 
 def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

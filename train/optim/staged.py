@@ -125,6 +125,10 @@ class StagedAdamW:
             work = self._background.lane.submit(partial(self._update, unit, optimizer, learning_rate, self._norm))
             self._background.updates.add(unit.stages, work)
 
+    def after_updates(self, function: Callable[[], None]) -> None:
+        """Runs a function that reads the weights behind all updates, before later reductions, on their lane."""
+        self._background.updates.add((), self._background.lane.submit(function))
+
     def discard(self) -> None:
         """Discards the gradients, reduced or not, and clears the store. Nothing else changes."""
         for work in self._reducing:

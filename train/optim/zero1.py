@@ -14,7 +14,16 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.linear import GradientStore
-from train.optim.adamw import MOMENTS, ParameterGroups, Slice, Unit, build_adamw, moments_of, spread_step
+from train.optim.adamw import (
+    MOMENTS,
+    ParameterGroups,
+    Slice,
+    Unit,
+    build_adamw,
+    moments_of,
+    spread_step,
+    sum_of_squares,
+)
 from train.optim.learning_rate import OptimConfig
 
 _EXPERTS = "routed_experts"
@@ -52,7 +61,7 @@ class Zero1AdamW:
         squares = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
         for parts in optimizer.averaged_gradients.values():
             for part in parts:  # exactly one rank of the job owns each element; padding is zero
-                squares += part.double().square().sum()
+                squares += sum_of_squares(part)
         return squares
 
     def update(self, learning_rate: float, norm: float) -> None:
@@ -158,6 +167,7 @@ def _build(unit: Unit, config: OptimConfig) -> Any:
         overlap_comm=False,
         contiguous_gradients=True,
         reduce_scatter=True,
+        use_multi_rank_bucket_allreduce=False,  # a sum goes to the rank that keeps it, half the bytes of an all-reduce
         clip_grad=config.clip_norm,
         communication_data_type=torch.float32,
         gradient_accumulation_dtype=torch.float32,
