@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from data.config import BatchSizes
 from data.loader import Loader
@@ -67,10 +66,11 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Balance:
-    """The loads and biases of all routers after a step's update, equal on all ranks.
+    """The loads and biases of all routers after a step's update.
 
-    `layers` has MTP modules last. `load_LE` are tokens of the step, and `bias_LS` are minimum, maximum and deviation of
-    the new biases. Both are float64 on the host.
+    `layers` has MTP modules last. `load_LE` are tokens of the step, equal on all ranks, and `bias_LS` are minimum,
+    maximum and deviation of the new biases: rows of layers that this rank does not hold are -inf, until the record of
+    the step takes maxima over all ranks. Both are float64, loads on the host.
     """
 
     layers: Sequence[int]
@@ -229,7 +229,6 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
     layers = range(shape.num_dense_layers, shape.num_layers + shape.mtp_depth)
     rows = [layers.index(layer) for layer in gates]
     load_LE = torch.zeros(len(layers), shape.num_routed_experts, dtype=torch.int64, device=world.device)
-    # Rows of layers that this rank does not hold stay -inf, so a maximum over all ranks fills every row.
     bias_LS = torch.full((len(layers), len(_BIAS)), -torch.inf, dtype=torch.float64, device=world.device)
     if gates:
         load_LE[rows] = torch.stack([gate.load for gate in gates.values()])
@@ -241,7 +240,6 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
             gate.load.zero_()
         bias_LE = torch.stack([gate.e_score_correction_bias for gate in gates.values()]).double()
         bias_LS[rows] = torch.stack([bias_LE.amin(1), bias_LE.amax(1), bias_LE.std(1, correction=0)], dim=1)
-    bias_LS = world.reduce(bias_LS, "router biases of all layers", dist.ReduceOp.MAX)
     return Balance(layers=layers, load_LE=load_LE.double(), bias_LS=bias_LS)
 
 

@@ -85,6 +85,23 @@ class World:
             dist.all_reduce(values, op=operation, group=self.groups.world)
         return values.cpu()  # host sync
 
+    def reduce_parts(self, parts: Sequence[tuple[Tensor, Tensor]], name: str) -> list[tuple[Tensor, Tensor]]:
+        """Returns for each part the sums of one and the maxima of another small flat tensor over all ranks.
+
+        All parts together need one sum and one maximum, which run at the same time. All ranks call it.
+        """
+        sums = torch.cat([numbers.to(self.device) for numbers, _ in parts])
+        maxima = torch.cat([numbers.to(self.device) for _, numbers in parts])
+        with self.log.collective("world", self.groups.world, name):
+            summing = dist.all_reduce(sums, group=self.groups.world, async_op=True)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.groups.world)
+            assert summing is not None
+            summing.wait()
+        all_sums, all_maxima = torch.cat([sums, maxima]).cpu().split([len(sums), len(maxima)])  # host sync
+        of_sums = all_sums.split([len(numbers) for numbers, _ in parts])
+        of_maxima = all_maxima.split([len(numbers) for _, numbers in parts])
+        return list(zip(of_sums, of_maxima, strict=True))
+
     def open_dispatcher(
         self, config: DispatchConfig, num_experts: int, observers: Observers, tokens: TokenSizes
     ) -> Dispatcher:

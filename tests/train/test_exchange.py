@@ -1,25 +1,28 @@
 """Training over every way of exchange: the same gradients as one rank, and records of what was sent that add up."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig, Payload, TwoHopDispatchConfig
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.registry import ScheduleConfig
+from model.transformer import routers
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_equality import assert_starved_equal_one_rank
 from train.config import TrainConfig
-from train.records.step_record import exchange_metrics
+from train.records.step_record import PipelineTimeline, exchange_metrics, record_of, traffic_parts
 from train.replica import StepBatch
-from train.step import accumulate, rates_of
+from train.step import accumulate, rates_of, train_step
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"
@@ -61,13 +64,9 @@ def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[di
     rates = rates_of(config.task, config.optim, loader.sizes, 0)
     accumulate(learner, config.task, StepBatch((lambda first, count: loader.batch(0, first, count),)), rates)
     model = config.model
-    metrics = exchange_metrics(
-        learner.replica.observers.traffic.take(),
-        learner.replica.observers.clips.take(),
-        model.num_layers + model.mtp_depth,
-        learner.world.groups.world,
-        learner.world.device,
-    )
+    observers, num_layers = learner.replica.observers, model.num_layers + model.mtp_depth
+    parts = [traffic_parts(observers.traffic.take(), observers.clips.take(), num_layers)]
+    metrics = exchange_metrics(*learner.world.reduce_parts(parts, "record")[0], num_layers, world_size)
     hashes = learner.world.log.order_hashes()
     dist.barrier()
     close_job(learner)
@@ -119,9 +118,48 @@ def _merge(rank: int, world_size: int) -> dict[str, Any]:
         num_context_bytes_across_nodes=500,
         num_context_bytes_within_node=7,
     )
-    world = dist.group.WORLD
-    assert world is not None
-    return exchange_metrics(snapshot, {2: rank}, 4, world, torch.device("cpu"))
+    summed, largest = traffic_parts(snapshot, {2: rank}, 4)
+    dist.all_reduce(summed)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return exchange_metrics(summed, largest, 4, world_size)
+
+
+def _record_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[list[str], list[str], dict[str, Any]]:
+    """World collectives of a step and of its record, and what the record says of routers and memory."""
+    learner, loader = open_job(config), open_loader(config)
+    timeline = PipelineTimeline(learner.world, config.name, Path(config.out_dir))
+    calls: list[str] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if group is learner.world.groups.world:
+            calls.append(str(op))
+        return reduce(tensor, op=op, group=group, async_op=async_op)
+
+    with mock.patch.object(dist, "all_reduce", counted):
+        result = train_step(learner, config.task, loader, 0)
+        of_step = calls[:]
+        record = record_of(learner.replica, timeline, 1, result, None)
+    biases = [gate.e_score_correction_bias for gate in routers(learner.replica.model).values()]
+    extremes = {"least": min(float(bias.min()) for bias in biases), "most": max(float(bias.max()) for bias in biases)}
+    close_job(learner)
+    return of_step, calls[len(of_step) :], {**record, **extremes}
+
+
+@pytest.mark.slow
+def test_step_needs_four_world_collectives_and_its_record_one_sum_and_one_maximum(folder: Path) -> None:
+    """Targets, losses, norm and loads decide the step; all other numbers are reduced together."""
+    config = over_nodes(folder, 2, 2, 2)
+    results = run_ranks(4, _record_one_step, config)
+    for of_step, of_record, record in results:
+        assert of_step == ["RedOpType.SUM"] * 4
+        assert of_record == ["RedOpType.SUM", "RedOpType.MAX"]
+        assert record["exchange"] == results[0][2]["exchange"]
+        assert record["router"] == results[0][2]["router"]
+    layers = results[0][2]["router"].values()
+    assert min(layer["bias_least"] for layer in layers) == min(record["least"] for _, _, record in results)
+    assert max(layer["bias_most"] for layer in layers) == max(record["most"] for _, _, record in results)
+    assert all(math.isfinite(layer["bias_std"]) for layer in layers)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.protocol import Label
@@ -138,7 +139,9 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
     for step in range(2):
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
-        seen.append(update_router_bias(learner.replica, rates.bias_update))
+        balance = update_router_bias(learner.replica, rates.bias_update)
+        biases = learner.world.reduce(balance.bias_LS, "biases", dist.ReduceOp.MAX)
+        seen.append(replace(balance, bias_LS=biases))
         learner.store.clear()
     close_job(learner)
     held = {layer: gate.e_score_correction_bias for layer, gate in routers(learner.replica.model).items()}

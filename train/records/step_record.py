@@ -11,13 +11,13 @@ import logging
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from comm.groups import make_group, open_communicators
@@ -67,12 +67,14 @@ def record_of(
     world = replica.world
     model = replica.config.model
     mesh = replica.world.layout.parallelism
-    traffic = replica.observers.traffic.take()
     use = watch.use(replica, result.execution)
-    with world.log.collective("world", world.groups.world, "sum of traffic"):
-        clipped = replica.observers.clips.take()
-        num_layers = model.num_layers + model.mtp_depth
-        exchange = exchange_metrics(traffic, clipped, num_layers, world.groups.world, world.device)
+    num_layers = model.num_layers + model.mtp_depth
+    sent = traffic_parts(replica.observers.traffic.take(), replica.observers.clips.take(), num_layers)
+    bias_LS = result.balance.bias_LS
+    parts = [sent, _usage_parts(world, use), (bias_LS.new_empty(0), bias_LS.flatten())]
+    sent, used, (_, bias) = world.reduce_parts(parts, "the step's record")
+    exchange = exchange_metrics(*sent, num_layers, mesh.world_size)
+    balance = replace(result.balance, bias_LS=bias.view_as(bias_LS))
     speed = result.tokens / result.seconds
     length = replica.config.batch.sequence_length_tokens
     losses = result.losses
@@ -91,8 +93,8 @@ def record_of(
         "step_seconds": result.seconds,
         "tokens_per_second": speed,
         **mfu(model, length, speed, None if peak_flops is None else peak_flops * mesh.world_size),
-        **_usage_metrics(world, use, result),
-        **result.balance.metrics(),
+        **_usage_metrics(world, *used, result),
+        **balance.metrics(),
         **({} if result.rollouts is None else {"rollouts": dict(result.rollouts)}),
         **exchange,
     }
@@ -111,14 +113,19 @@ def mfu(
     return {"mfu": training_flops_per_token(model, sequence_length_tokens) * tokens_per_second / peak_flops}
 
 
-def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[str, object]:
+def _usage_parts(world: World, use: RankBusyTime) -> tuple[Tensor, Tensor]:
+    """Returns this rank's numbers for `_usage_metrics`: those to be summed, then those whose maximum is taken."""
+    peak_bytes = _peak_memory_bytes(world.device)
+    slots = window_slots(use, world.layout.member_index(world.rank), world.layout.parallelism.stage_ranks)
+    sums = [use.busy_seconds, use.exposed_seconds, peak_bytes]
+    return torch.tensor(sums, dtype=torch.float64), torch.tensor([peak_bytes, *slots], dtype=torch.float64)
+
+
+def _usage_metrics(world: World, sums: Tensor, maxima: Tensor, result: StepResult) -> dict[str, object]:
     """Returns peak memory, the bubble and the parts of the step's time, over all ranks."""
     mesh = world.layout.parallelism
-    peak_bytes = _peak_memory_bytes(world.device)
-    sums = [use.busy_seconds, use.exposed_seconds, peak_bytes]
-    used_seconds, exposed, memory = _reduce(world, sums, dist.ReduceOp.SUM)
-    largest = [peak_bytes, *window_slots(use, world.layout.member_index(world.rank), mesh.stage_ranks)]
-    peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
+    used_seconds, exposed, memory = sums.tolist()
+    peak, *slots = maxima.tolist()
     return {
         "peak_memory_bytes": int(peak),
         "mean_peak_memory_bytes": int(memory / mesh.world_size),
@@ -147,30 +154,19 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
     }
 
 
-def _reduce(world: World, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-    reduced: list[float] = world.reduce(torch.tensor(values, dtype=torch.float64), "the step's record", how).tolist()
-    return reduced
-
-
 def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def exchange_metrics(
-    traffic: TrafficSnapshot,
-    clipped: Mapping[int | None, int],
-    num_layers: int,
-    world: ProcessGroup,
-    device: torch.device,
-) -> dict[str, object]:
-    """Returns metrics of the traffic of all ranks in a step. All ranks call it.
+def exchange_metrics(summed: Tensor, largest: Tensor, num_layers: int, world_size: int) -> dict[str, object]:
+    """Returns metrics of the traffic of all ranks in a step, from `traffic_parts` reduced over all ranks.
 
     Returns totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.
     NIC imbalance is the most bytes that a rank received from other nodes over the mean of the ranks that took part.
     """
-    job = _gather_traffic(traffic, clipped, num_layers, world, device)
+    job = _job_traffic(summed, largest, num_layers)
     all_layers = job.traffic
     received = job.traffic.total.num_bytes_from_nodes
     return {
@@ -178,7 +174,7 @@ def exchange_metrics(
         "inter_node_bytes": all_layers.num_bytes_across_nodes,
         "intra_node_bytes": all_layers.num_bytes_within_node,
         "lower_bound_share": all_layers.total.lower_bound_share,
-        "nic_imbalance": _imbalance(job.most_received[-1], received, dist.get_world_size(world)),
+        "nic_imbalance": _imbalance(job.most_received[-1], received, world_size),
         "clipped_tokens": sum(job.clipped),
         "exchange": {
             f"layer_{layer}": _layer_metrics(counts)
@@ -202,13 +198,10 @@ class _JobTraffic:
     most_received: list[float]
 
 
-def _gather_traffic(
-    traffic: TrafficSnapshot,
-    clipped: Mapping[int | None, int],
-    num_layers: int,
-    world: ProcessGroup,
-    device: torch.device,
-) -> _JobTraffic:
+def traffic_parts(
+    traffic: TrafficSnapshot, clipped: Mapping[int | None, int], num_layers: int
+) -> tuple[Tensor, Tensor]:
+    """Returns this rank's numbers for `exchange_metrics`: those to be summed, then those whose maximum is taken."""
     counts_LF = torch.zeros(num_layers, len(_FIELDS), dtype=torch.float64)
     held_L, clipped_L = torch.zeros(2, num_layers, dtype=torch.float64)
     for layer, counted in traffic.layers.items():
@@ -226,11 +219,14 @@ def _gather_traffic(
     ]
     messages = torch.tensor(others, dtype=torch.float64)
     received = counts_LF[:, _RECEIVED]
-    largest = torch.cat([received, received.sum(0, keepdim=True)]).to(device)
-    summed = torch.cat([counts_LF.flatten(), held_L, clipped_L, messages]).to(device)
-    dist.all_reduce(summed, group=world)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world)
-    flat, *parts = summed.cpu().to(torch.int64).split([counts_LF.numel(), num_layers, num_layers, len(messages)])
+    largest = torch.cat([received, received.sum(0, keepdim=True)])
+    return torch.cat([counts_LF.flatten(), held_L, clipped_L, messages]), largest
+
+
+def _job_traffic(summed: Tensor, largest: Tensor, num_layers: int) -> _JobTraffic:
+    num_counts = num_layers * len(_FIELDS)
+    sizes = [num_counts, num_layers, num_layers, len(summed) - num_counts - 2 * num_layers]
+    flat, *parts = summed.to(torch.int64).split(sizes)
     holders, clipped_of_all, (within, across, *context) = (part.tolist() for part in parts)
     rows = zip(flat.view(num_layers, len(_FIELDS)).tolist(), holders, strict=True)
     layers: dict[int | None, LayerTraffic] = {
