@@ -115,15 +115,26 @@ class ThreadLane(ClosesOnSuccess):
             del job  # else the last result would be kept until the next job
 
 
+class _HeldFunction:
+    """Function whose kernels may still read what it captured, until `done`."""
+
+    def __init__(self, function: Callable[[], object], done: torch.cuda.Event) -> None:
+        self.function: Callable[[], object] | None = function
+        self.done = done
+
+
 class _StreamWork(Generic[T]):
-    def __init__(self, job: Work[tuple[T, torch.cuda.Event]]) -> None:
+    def __init__(self, job: Work[tuple[T, _HeldFunction]], submitter: torch.cuda.Stream) -> None:
         self._job = job
+        self._submitter = submitter
 
     def wait(self) -> T:
         """Blocks the host until all kernels are enqueued, and the current stream until they have run."""
-        result, done = self._job.wait()
+        result, held = self._job.wait()
         stream = torch.cuda.current_stream()
-        stream.wait_event(done)
+        stream.wait_event(held.done)
+        if stream == self._submitter:
+            held.function = None  # memory of this stream that it captured is only used again after the event
         for tensor in _tensors_of(result):
             if tensor.is_cuda:
                 tensor.record_stream(stream)
@@ -133,6 +144,8 @@ class _StreamWork(Generic[T]):
 class StreamLane(ClosesOnSuccess):
     """CUDA stream and a thread that enqueues on it, each function after the work queued at its submission.
 
+    What a function captured is kept until its kernels have run, or until the stream that submitted it waits for them.
+
     Functions may wait for the device, as an exchange must read the number of incoming rows; meanwhile the submitter
     enqueues the computation that hides the exchange.
     """
@@ -140,24 +153,26 @@ class StreamLane(ClosesOnSuccess):
     def __init__(self, device: torch.device, name: str = "comm") -> None:
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadLane(name)
-        self._held: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
+        self._held: deque[_HeldFunction] = deque()
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
         """Queues `function` for the thread. `wait` raises its host errors."""
-        ready = torch.cuda.current_stream().record_event()
+        submitter = torch.cuda.current_stream()
+        ready = submitter.record_event()
 
-        def run() -> tuple[T, torch.cuda.Event]:
-            while self._held and self._held[0][0].query():
+        def run() -> tuple[T, _HeldFunction]:
+            while self._held and self._held[0].done.query():
                 self._held.popleft()
             self._stream.wait_event(ready)
             with torch.cuda.stream(self._stream):
                 result = function()
                 done = self._stream.record_event()
             # The function's tensors belong to other streams, whose allocator does not know that this stream uses them.
-            self._held.append((done, function))
-            return result, done
+            held = _HeldFunction(function, done)
+            self._held.append(held)
+            return result, held
 
-        return _StreamWork(self._thread.submit(run))
+        return _StreamWork(self._thread.submit(run), submitter)
 
     def close(self) -> None:
         """Waits on the host for the thread and for the stream."""

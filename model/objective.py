@@ -64,16 +64,23 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """Returns the micro-batch on a device."""
         return MicroBatch(
-            inputs_BT=tuple(tensor.to(device) for tensor in self.inputs_BT),
-            targets_BT=tuple(tensor.to(device) for tensor in self.targets_BT),
+            inputs_BT=tuple(_copy_to(tensor, device) for tensor in self.inputs_BT),
+            targets_BT=tuple(_copy_to(tensor, device) for tensor in self.targets_BT),
             documents=None if self.documents is None else self.documents.to(device),
-            extras={name: extra.to(device) for name, extra in self.extras.items()},
-            target_rows=tuple(None if tensor is None else tensor.to(device) for tensor in self.target_rows),
+            extras={name: _copy_to(extra, device) for name, extra in self.extras.items()},
+            target_rows=tuple(None if tensor is None else _copy_to(tensor, device) for tensor in self.target_rows),
         )
 
     def rows(self, depth: int) -> Tensor | None:
         """Returns the rows that the head of a depth reads; None: all."""
         return self.target_rows[depth] if self.target_rows else None
+
+
+def _copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory, the host does not wait for work that is queued on the device.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def find_target_rows(targets_BT: Tensor) -> Tensor | None:

@@ -343,13 +343,13 @@ class BatchReader:
         parts = self._replica.parts
         world = replica.world
         is_whole = len(parts.held) == 1
-        # Sequences are split on the host, where target rows can be found without waiting for the device.
-        batch = self._task.read(sequences, world.device if is_whole else torch.device("cpu"))
+        # Targets are counted, and sequences are split, on the host, without waiting for the device.
+        batch = self._task.read(sequences, torch.device("cpu"))
         if direction in replica.loss_directions and world.context_index == 0:
             self._counts[direction, first] = self._task.count(batch)
         for micro_batch in range(first, first + replica.schedule.slices):
-            part = batch if is_whole else held_part(batch, parts, replica.part_of(micro_batch)).to(world.device)
-            self._known[direction, micro_batch] = part
+            part = batch if is_whole else held_part(batch, parts, replica.part_of(micro_batch))
+            self._known[direction, micro_batch] = part.to(world.device)
 
     def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
         """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""

@@ -5,7 +5,9 @@ Copies of tokens are sorted by expert, then by token, so that the order never de
 
 # Shape legend: N = T K choices, A choices sent.
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -86,17 +88,49 @@ def dense(rows_ND: Tensor) -> Tensor:
     return rows_ND if rows_ND.stride(1) == 1 or rows_ND.shape[1] == 1 else rows_ND.contiguous()
 
 
-@dataclass(frozen=True, slots=True)
 class LocalHandle:
-    """Routing of one micro-batch."""
+    """Routing of one micro-batch. Its first use waits until the counts have been copied to the host."""
 
-    order: ExpertOrder
-    counts: tuple[int, ...]
+    num_tokens: int  # tokens routed, T
+
+    def __init__(self, choices: SortedChoices, read_counts: Callable[[], list[int]]) -> None:
+        self.num_tokens = choices.shape_TK[0]
+        self._choices = choices
+        self._read_counts = read_counts
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return self._read_counts()
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens routed, T."""
-        return self.order.places_TK.shape[0]
+    def counts(self) -> tuple[int, ...]:
+        """Number of rows of each expert."""
+        return tuple(self._numbers[1:])
+
+    @cached_property
+    def order(self) -> ExpertOrder:
+        """Order of the experts' rows."""
+        return self._choices.keep(self._numbers[0])
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[int]]:
+    """Starts to copy numbers to the host, and returns a function that waits for that copy alone and reads them.
+
+    Work that was queued on the device in between goes on.
+    """
+    if not numbers.is_cuda:
+        values: list[int] = numbers.tolist()
+        return lambda: values
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
+
+    def read() -> list[int]:
+        copied.synchronize()  # host sync
+        found: list[int] = host.tolist()
+        return found
+
+    return read
 
 
 class LocalDispatcher:
@@ -106,9 +140,9 @@ class LocalDispatcher:
         self.num_local_experts = num_experts
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Sorts the choices. On CUDA, reading the counts is a host synchronization."""
-        num_dropped, *counts = count_choices(ids_TK, self.num_local_experts).tolist()  # host sync
-        return LocalHandle(SortedChoices.sort(ids_TK).keep(num_dropped), tuple(counts))
+        """Sorts the choices. On CUDA, the first use of the handle waits for their counts."""
+        read_counts = read_later(count_choices(ids_TK, self.num_local_experts))
+        return LocalHandle(SortedChoices.sort(ids_TK), read_counts)
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Copies each token's row, with its weight, for each of the token's experts."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, distributed
 
 import kernels.permute.reference
 from comm.dispatch.all_to_all import DispatchError
+from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.registry import DISPATCHERS
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher
@@ -175,6 +177,31 @@ def test_exchange_reads_from_the_device_once(backend: str) -> None:
     for found, read in run_ranks(3, _count_reads, Setting(backend, (0, 1, 1), {"chunks": 2}, max_nodes=2)):
         assert found == []
         assert len(read) == 1
+
+
+def test_local_plan_waits_for_its_counts_at_the_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, the host does not wait for work that is queued between the plan and the exchange."""
+
+    class OnCuda(Tensor):
+        is_cuda = True
+
+    waits: list[str] = []
+    copied = SimpleNamespace(synchronize=lambda: waits.append("counts"))
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=lambda: copied))
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    ids_TK = torch.tensor([[2, -1], [0, 4], [4, 2]])
+    rows_TD, weights_TK = torch.rand(3, 6), torch.rand(3, 2)
+    dispatcher = LocalDispatcher(5)
+    expected = dispatcher.dispatch(rows_TD, weights_TK, dispatcher.plan(ids_TK)).wait()
+    handle = dispatcher.plan(ids_TK.as_subclass(OnCuda))
+    assert handle.num_tokens == 3
+    assert waits == []
+    arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
+    dispatcher.combine(arrived.rows_AD, handle).wait()
+    assert waits == ["counts"]
+    assert arrived.counts == expected.counts == (1, 0, 2, 0, 2)
+    assert torch.equal(arrived.rows_AD, expected.rows_AD)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,6 +191,29 @@ def test_stream_lane_does_not_block_its_caller_while_a_function_waits_for_the_de
     lane.close()
     assert comm.queue == ["wait for compute at 1", "exchange", "synchronized"]
     assert compute.queue == ["attend", "another micro-batch's experts", "wait for comm at 2"]
+
+
+@pytest.mark.parametrize("waits_elsewhere", [False, True])
+def test_stream_lane_frees_captured_tensors_once_their_stream_waits(
+    streams: tuple[_FakeStream, _FakeStream], waits_elsewhere: bool
+) -> None:
+    """Rows of the last exchange of a step do not stay through the update. Another stream's wait frees nothing."""
+    lane = StreamLane(torch.device("cuda"))
+    rows = torch.zeros(3)
+    freed = weakref.ref(rows)
+
+    def exchange(rows: torch.Tensor = rows) -> int:
+        return len(rows)
+
+    work = lane.submit(exchange)
+    del rows, exchange
+    if waits_elsewhere:
+        with torch.cuda.stream(_FakeStream("other")):  # type: ignore[arg-type]
+            assert work.wait() == 3
+        assert freed() is not None
+    assert work.wait() == 3
+    assert freed() is None
+    lane.close()
 
 
 def test_stream_lane_raises_errors_of_a_function_in_wait(streams: tuple[_FakeStream, _FakeStream]) -> None:

@@ -16,11 +16,11 @@ from model.transformer import named_tensors
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
-from tests.train.job import configured_schedule, make_world, open_loader
+from tests.train.job import configured_schedule, make_world, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import open_learner
 from train.listeners.validation import validate_pass
-from train.replica import Replica, open_replica
+from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
 from train.step import train_step
 from train.world import ReplicaConfig
@@ -99,3 +99,26 @@ def test_reference_passes_between_steps_change_nothing_bitwise(folder: Path, pip
         assert both.reference_losses == references.reference_losses, rank
         for losses in both.reference_losses.values():
             assert losses == [losses[0]] * STEPS, rank
+
+
+def _count_on_host(rank: int, world_size: int, config: TrainConfig) -> list[Tensor]:
+    """Denominators of losses, and those of a replica on a device from which nothing can be read."""
+    loader, schedule = open_loader(config), configured_schedule(config)
+    world = make_world(config, schedule)
+    replica = open_replica(world, ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement))
+    read = partial(loader.batch, 0)
+    expected = BatchReader(replica, task_of(config), read).count()
+    reader = BatchReader(replace(replica, world=replace(world, device=torch.device("meta"))), task_of(config), read)
+    for micro_batch in schedule.micro_batches_of(0):
+        batch = reader(0, micro_batch)
+        assert batch is not None
+        assert batch.targets_BT[0].is_meta
+    replica.close()
+    world.close()
+    return [expected, torch.stack(list(reader._counts.values())).sum(0)]
+
+
+def test_targets_are_counted_without_reading_the_device(folder: Path) -> None:
+    ((expected, on_host),) = run_ranks(1, _count_on_host, tiny_config(folder))
+    assert expected[0] > 0
+    assert torch.equal(on_host, expected)

@@ -60,7 +60,7 @@ class NextToken:
         counts = [self._weight_of(batch, depth) for depth in range(self._mtp_depth + 1)]
         sequences = len(batch.targets_BT[0]) if batch.documents is None else batch.documents.num_real
         counts.append(torch.tensor(float(sequences), dtype=torch.float64))
-        return torch.stack([count.to("cpu", torch.float64) for count in counts])  # host sync
+        return torch.stack([count.to("cpu", torch.float64) for count in counts])
 
     def objective(self, counts: Tensor, rates: StepRates) -> CrossEntropy:
         """Builds the step's cross-entropy. Each depth is a mean over its targets; MTP depths share one weight."""
@@ -132,7 +132,7 @@ class PolicyGradientTask:
     def count(self, batch: MicroBatch) -> Tensor:
         """Counts tokens or answers for the main loss and for means, targets of MTP depths, and sequences."""
         counts = self._targets.count(batch)
-        tokens, answers = counts[:1], AnswerIndex(batch, None).count().to("cpu", torch.float64)[None]  # host sync
+        tokens, answers = counts[:1], AnswerIndex(batch, None).count().to("cpu", torch.float64)[None]
         main = tokens if self._config.loss.normalizer == "tokens" else answers
         num_token_means = self.names.index(OFF_POLICY) - len(counts)
         return torch.cat([main, counts[1:], *[tokens] * num_token_means, answers])

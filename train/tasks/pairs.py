@@ -76,8 +76,7 @@ class DirectPreference:
         pair_BT = batch.extras[PAIR]
         depths = range(1, self._mtp_depth + 1)
         chosen = [
-            float((depth_weights(pair_BT > 0, depth) & (batch.targets_BT[depth] != IGNORE)).sum())  # host sync
-            for depth in depths
+            float((depth_weights(pair_BT > 0, depth) & (batch.targets_BT[depth] != IGNORE)).sum()) for depth in depths
         ]
         pairs = [count_pairs(pair_BT)] * (len(self.names) - 1 - self._mtp_depth)
         return torch.tensor([*pairs, *chosen, count_documents(batch)], dtype=torch.float64)
@@ -108,7 +107,7 @@ class DirectPreference:
 
 def count_pairs(pair_BT: Tensor) -> float:
     """Returns the number of pairs with both answers, +k and -k at tokens of pair k, else 0."""
-    return float(PairIndex.of(pair_BT).is_pair_BK.sum())  # host sync
+    return float(PairIndex.of(pair_BT).is_pair_BK.sum())
 
 
 def count_documents(batch: MicroBatch) -> int:
