@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -240,16 +241,27 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 
 def initialize_weights(model: Transformer, seed: int) -> None:
-    """Draws N(0, initializer_range^2) by seed and name; norms are 1, router bias and score head 0."""
+    """Draws N(0, initializer_range^2) by seed and name; norms are 1, router bias and score head 0.
+
+    Weights are drawn on the host, one at a time on each of torch's threads: any device starts with the same numbers.
+    """
+    drawn: list[tuple[str, Tensor]] = []
     for name, weight in named_tensors(model).items():
         if name.endswith("norm.weight"):
             weight.fill_(1.0)
         elif name.endswith(BIAS) or name == SCORE:
             weight.zero_()
         else:
-            # Each weight has its own generator, so any split into ranks draws the same numbers.
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            # Drawn in float32 and then rounded, so that all types of weights start alike.
-            draw = torch.empty(weight.shape, dtype=torch.float32)
-            weight.copy_(draw.normal_(0.0, model.config.initializer_range, generator=generator))
+            drawn.append((name, weight))
+
+    def draw(named: tuple[str, Tensor]) -> None:
+        name, weight = named
+        # Each weight has its own generator, so any split into ranks draws the same numbers.
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # Drawn in float32 and then rounded, so that all types of weights start alike.
+        numbers = torch.empty(weight.shape, dtype=torch.float32)
+        weight.copy_(numbers.normal_(0.0, model.config.initializer_range, generator=generator))
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="initialize") as threads:
+        list(threads.map(draw, drawn))

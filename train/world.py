@@ -283,10 +283,11 @@ def build_model(
 ) -> Transformer:
     """Builds a part of a model on a device, with the initial weights of the seed if there is one."""
     dtype = weight_dtype(config.precision)
-    model = Transformer(config.model, dispatcher, dtype, part, config.computing, context=context)
+    with device:  # the host never holds the weights
+        model = Transformer(config.model, dispatcher, dtype, part, config.computing, context=context)
     if config.seed is not None:
         initialize_weights(model, config.seed)
-    return model.to(device)
+    return model
 
 
 def build_stages(model: Transformer, held: set[int], cut: Sequence[range]) -> dict[int, Stage]:

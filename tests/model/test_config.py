@@ -14,7 +14,7 @@ from launch.config.run_config import compose_run, read_config, write_config
 from model.config import CutError, ModelConfig, cut_layers, ladder
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.size import count_parameters
-from model.transformer import Transformer, initialize_weights
+from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.tiny import MODEL
 from train.errors import ConfigError
 from train.tasks.next_token import to_micro_batch
@@ -206,3 +206,11 @@ def test_logits_of_packed_documents_with_the_mask_are_those_of_each_alone() -> N
     torch.testing.assert_close(logits[batch.positions_BT >= 0], torch.cat(rows), rtol=1e-12, atol=1e-13)
     without = model(batch.tokens_BT)[batch.positions_BT >= 0]
     assert (without - torch.cat(rows)).abs().max() > 1e-2
+
+
+def test_initial_weights_are_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for num_threads in (1, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        models.append(named_tensors(make_model(MODEL, torch.bfloat16)))
+    assert all(torch.equal(models[1][name], weight) for name, weight in models[0].items())

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
+from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import TrafficSnapshot
 from dualpipe.registry import ScheduleConfig
-from model.transformer import named_tensors
+from model.transformer import named_tensors, whole
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
@@ -23,7 +24,7 @@ from train.listeners.validation import validate_pass
 from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
 from train.step import train_step
-from train.world import ReplicaConfig
+from train.world import ReplicaConfig, build_model
 
 STEPS = 2
 REFERENCES = {"same shape": MODEL, "wider": replace(MODEL, hidden_size=48, num_routed_experts=16)}
@@ -122,3 +123,20 @@ def test_targets_are_counted_without_reading_the_device(folder: Path) -> None:
     ((expected, on_host),) = run_ranks(1, _count_on_host, tiny_config(folder))
     assert expected[0] > 0
     assert torch.equal(on_host, expected)
+
+
+def test_weights_are_allocated_on_the_device_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of a large model would otherwise hold its weights on the host first, and move them."""
+    devices: list[str] = []
+    register = torch.nn.Module.register_parameter
+
+    def seen(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        devices.extend([] if parameter is None else [parameter.device.type])
+        register(module, name, parameter)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", seen)
+    config = ReplicaConfig.of_run(tiny_config(tmp_path))
+    dispatcher = LocalDispatcher(config.model.num_routed_experts)
+    model = build_model(config, dispatcher, whole(config.model), torch.device("meta"))
+    assert set(devices) == {"meta"}
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
