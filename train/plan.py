@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
@@ -32,6 +33,9 @@ from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.probe import measure
 from train.schedule.timing import nominal_costs
+
+if TYPE_CHECKING:
+    from kernels.gemm.tuned import TunedProduct
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 
@@ -90,6 +94,29 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     return Plan(
         schedule=from_json(received.schedule), reason=received.reason, cut=received.cut, ramp=sizes, times=times
     )
+
+
+def tune_kernels(config: TrainConfig, layout: Layout, device: torch.device, *, has_probed: bool) -> None:
+    """Chooses the tilings of FP8 products on a GPU before the first step. All ranks call it.
+
+    The probe computes every product of the run's shapes, unless it already has. A product that is tuned inside the
+    schedule would be compiled and measured while other ranks wait, next to exchanges that distort its times.
+    """
+    if device.type != "cuda" or config.precision.kind != "fp8":
+        return
+    if not has_probed:
+        measure(config, layout, device)
+    from kernels.gemm.tuned import PRODUCTS
+
+    adopt_first_ranks_tilings(PRODUCTS)
+
+
+def adopt_first_ranks_tilings(products: "Mapping[str, TunedProduct[Any]]") -> None:
+    """Replaces the tilings that this rank measured by those of rank 0, so that no rank is slower than others."""
+    sent = [{name: product.choices for name, product in products.items()} if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(sent, src=0)
+    for name, choices in sent[0].items():
+        products[name].adopt(choices)
 
 
 def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:

@@ -42,7 +42,7 @@ from train.files.json_lines import try_append_event
 from train.files.run_files import RankFiles, State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
-from train.plan import Plan, plan
+from train.plan import Plan, plan, tune_kernels
 from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
 from train.records.display import PhaseLines, report_breaks
@@ -205,6 +205,8 @@ class _TrainingRank:
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
         _write_probe(config, planned, device)
+        with self._phase("tuning of kernels"):
+            tune_kernels(config, layout, device, has_probed=planned.times is not None)
         with self._phase("creation of process groups"):
             groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
         end = _RunOutcome("done", 0)

@@ -7,10 +7,11 @@ do not have.
 
 import logging
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any, Generic, ParamSpec
 
 import torch
@@ -85,6 +86,15 @@ class TunedProduct(Generic[P]):
         if key not in self._chosen:
             self._chosen[key] = self._fastest(call)
         return call(tiling=self._chosen[key])
+
+    @property
+    def choices(self) -> dict[Hashable, int]:
+        """Number of the candidate that was chosen for each shape."""
+        return {key: self._candidates.index(tiling) for key, tiling in self._chosen.items()}
+
+    def adopt(self, choices: Mapping[Hashable, int]) -> None:
+        """Takes the candidates that another rank chose, instead of this rank's and of later measurements."""
+        self._chosen |= {key: self._candidates[number] for key, number in choices.items()}
 
     def _fastest(self, call: Callable[..., Tensor]) -> Tiling:
         """Returns the candidate that runs a product fastest; the first of equally fast ones."""
@@ -176,3 +186,12 @@ WEIGHT_CANDIDATES = (
 )
 grouped_rows_fp8 = TunedProduct(triton_fp8.grouped_rows_fp8, rows_key, GROUPED_CANDIDATES)
 grouped_weight_fp8 = TunedProduct(triton_fp8.grouped_weight_fp8, weight_key, WEIGHT_CANDIDATES)
+
+PRODUCTS: Mapping[str, TunedProduct[Any]] = MappingProxyType(
+    {
+        "gemm_fp8": gemm_fp8,
+        "gemm_fp8_columns": gemm_fp8_columns,
+        "grouped_rows_fp8": grouped_rows_fp8,
+        "grouped_weight_fp8": grouped_weight_fp8,
+    }
+)

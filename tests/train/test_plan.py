@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import Cut, ParallelismConfig
@@ -15,13 +16,17 @@ from dualpipe.build import build
 from dualpipe.ir import Op, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.validate import validate, validate_passes
+from kernels.gemm import tuned
+from kernels.gemm.tuned import TunedProduct
+from kernels.launch import Tiling
+from kernels.quantize.layout import Quantized
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
 from tests.train.job import make_world
 from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_manifest
-from train.config import TrainConfig
-from train.plan import Plan, plan
+from train.config import Fp8PrecisionConfig, TrainConfig
+from train.plan import Plan, plan, tune_kernels
 from train.replica import open_replica
 from train.schedule.timing import few_micro_batches, nominal_costs, planning_schedule
 from train.world import ReplicaConfig
@@ -223,3 +228,43 @@ def test_other_costs_are_planned_without_the_shortcut(tmp_path: Path) -> None:
 
 def test_few_micro_batches_are_odd_if_the_run_has_an_odd_number() -> None:
     assert [few_micro_batches(4, number) for number in (3, 16, 17, 1000, 1001)] == [3, 16, 17, 16, 17]
+
+
+_TILINGS = (Tiling(rows=64), Tiling(), Tiling(outputs=64))
+
+
+def _tuned(rank: int, world_size: int, config: TrainConfig) -> tuple[list[int], list[str]]:
+    """Tilings that this rank uses for three shapes, the last of which only rank 1 has measured, and its calls."""
+    times = [{64: 1.0, 128: 2.0}, {64: 2.0, 128: 1.0}][rank]
+    calls: list[str] = []
+
+    def multiply(left: Quantized, shape: int, *, tiling: Tiling) -> Tensor:
+        return torch.tensor(tiling.rows)
+
+    product = TunedProduct(multiply, lambda left, shape: shape, _TILINGS, lambda call: times[int(call())])
+    left = Quantized(torch.empty(0), torch.empty(0))
+
+    def probe(*arguments: object) -> None:
+        calls.append("probe")
+        for shape in range(2 + rank):
+            product(left, shape)
+
+    cuda = torch.device("cuda")
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.plan.measure", probe)
+        patch.setattr(tuned, "PRODUCTS", {"product": product})
+        tune_kernels(config, layout, cuda, has_probed=False)  # bf16 has nothing to tune
+        tune_kernels(config, layout, torch.device("cpu"), has_probed=False)
+        assert calls == []
+        fp8 = replace(config, precision=Fp8PrecisionConfig(kind="fp8", scales="float32"))
+        tune_kernels(fp8, layout, cuda, has_probed=False)
+        tune_kernels(fp8, layout, cuda, has_probed=True)
+    return [int(product(left, shape)) for shape in range(3)], calls
+
+
+def test_tilings_are_measured_before_the_first_step_and_are_those_of_rank_0(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _tuned, config_of(tmp_path, "dualpipe_split"))
+    assert first[0] == [64, 64, 64]
+    assert second[0] == [64, 64, 128]  # rank 0 has no product of the last shape
+    assert first[1] == second[1] == ["probe"]
