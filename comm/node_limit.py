@@ -26,4 +26,4 @@ def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, nu
     # The best groups of each token, TM, as a mask over groups, TG, then over experts, TE.
     kept_TM = scores_TG.topk(num_limited_groups, -1, sorted=False).indices
     mask_TG = torch.zeros_like(scores_TG, dtype=torch.bool).scatter_(-1, kept_TM, value=True)
-    return mask_TG.repeat_interleave(size, -1)
+    return mask_TG.unsqueeze(-1).expand(*mask_TG.shape, size).flatten(-2)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
+from comm.protocol import RankLocalDispatcher
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
+from kernels.few_rows import MOST_CHOICES, few_rows_linear
 from model.attention.form import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
 from model.block import Attended, Block, Mlp, Moe
 from model.config import ModelConfig
@@ -165,6 +166,9 @@ class PartDecoder:
         self._config = config
         self._dtype = weight.dtype
         self._layers = tuple(range(config.num_layers) if layers is None else layers)
+        # Few tokens need no exchange if all experts are here and decode in the weights' own type.
+        self._is_whole = isinstance(model.dispatcher, RankLocalDispatcher) and not model.decodes_as_trained
+        self._most_few = MOST_CHOICES // config.num_experts_per_token
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
@@ -229,12 +233,12 @@ class PartDecoder:
 
     def final_norm(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the states for the MTP module and the states for the head, both ND, after the last layer."""
-        normal_ND = self._model.final_norm(0)(hidden_ND)
+        normal_ND = self._model.final_norm(0).decode(hidden_ND)
         return (normal_ND if self._config.mtp_hidden == "post_norm" else hidden_ND), normal_ND
 
     def logits(self, normal_ND: Tensor) -> Tensor:
         """Returns the logits of the shared output head, NV, in float32 or wider."""
-        return widen(functional.linear(normal_ND, self._model.head_weight))
+        return widen(few_rows_linear(normal_ND, self._model.head_weight))
 
     def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
         """Runs the MTP module over prompts of at least one next token, and fills empty rows of its cache."""
@@ -250,7 +254,7 @@ class PartDecoder:
         views = self.over_rows(self.mtp, range(len(self.mtp.lengths)), next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
-        return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
+        return self.logits(self._model.final_norm(1).decode(hidden_ND[chosen_N]))
 
     def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of the layers of this part in a pass."""
@@ -293,6 +297,11 @@ class PartDecoder:
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
         if isinstance(block.mlp, Mlp):
             return block.mlp.decode(residual_ND, block.post_attention_layernorm)
+        if self._is_whole and len(residual_ND) <= self._most_few:
+            out_ND, routing = block.decode_few(residual_ND)
+            if layer is not None:
+                self.recorder.write(layer, view, routing.ids_TK)
+            return out_ND
         attended = block.route(residual_ND[None])
         if layer is not None:
             self.recorder.write(layer, view, attended.routing.ids_TK)

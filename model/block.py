@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from comm.protocol import ALONE, ContextGroup, Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
+from kernels.few_rows import few_rows_experts, few_rows_linear
 from kernels.swiglu.reference import swiglu
 from model.attention.form import Attention
 from model.config import ModelConfig
-from model.linear import Projection, WeightSink
+from model.linear import Projection, WeightSink, widen
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linears import ExpertWeights, Linears, LocalRows, Rows, Wire
 from model.router import Route, Router, Routing
@@ -123,6 +125,20 @@ class Block(nn.Module):
         normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
         rows = self._linears.make_rows(normal_BTD)
         return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
+
+    def decode_few(self, residual_ND: Tensor) -> tuple[Tensor, Routing]:
+        """Returns a MoE layer's output of few tokens after attention, ND, and their routing.
+
+        All experts must be on this rank, and the linear layers must not have to decode as they were trained.
+        """
+        assert isinstance(self.mlp, Moe)
+        gate, experts, shared = self.mlp.gate, self.mlp.experts, self.mlp.shared_experts
+        normal_ND = self.post_attention_layernorm.decode(residual_ND)
+        routing = gate.route(few_rows_linear(widen(normal_ND), widen(gate.weight))[None])
+        weights_TK = routing.weights_TK.to(normal_ND.dtype)
+        routed_ND = few_rows_experts(normal_ND, routing.ids_TK, weights_TK, experts.gate_up_proj, experts.down_proj)
+        out_ND = routed_ND.add_(residual_ND)
+        return (out_ND if shared is None else out_ND.add_(shared.decode_rows(normal_ND))), routing
 
     def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
         """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
@@ -250,8 +266,14 @@ class Mlp(nn.Module):
         if self._linears.decodes_as_trained:
             return self.add(x, norm, None) if rows is None else self.add_to(x, rows, norm, None)
         # Joining the weights for one product, as training does, would copy them for every token.
-        out: Tensor = x + self(norm(x) if rows is None else rows.values, None)
-        return out
+        normal = norm.decode(x) if rows is None else rows.values
+        return x + self.decode_rows(normal.flatten(0, -2)).view_as(x)
+
+    def decode_rows(self, x_AD: Tensor) -> Tensor:
+        """Returns the network of x, AD, without gradients."""
+        gated_AM = functional.silu(few_rows_linear(x_AD, self.gate_proj.weight))
+        gated_AM.mul_(few_rows_linear(x_AD, self.up_proj.weight))
+        return few_rows_linear(gated_AM, self.down_proj.weight)
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
         """Returns x plus the network of norm(x), [..., D]."""

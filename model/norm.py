@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms, normalize
@@ -28,6 +29,13 @@ class RmsNorm(nn.Module):
         options = _Options(eps=self.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=False)
         (normal,) = _NormedLinear.apply(x, self.weight, options)  # type: ignore[no-untyped-call]
         return normal  # type: ignore[no-any-return]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Returns `forward` of x without gradients; torch's fused norm is rounded alike unless x is narrow."""
+        weight = self.weight
+        if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        return rms_norm(x, weight, self.eps)[0]
 
 
 @dataclass(frozen=True, slots=True)

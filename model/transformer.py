@@ -110,6 +110,11 @@ class Transformer(nn.Module):
         self.lm_head = head if config.head == "tokens" else None
         self.score = head if config.head == "score" else None
 
+    @property
+    def decodes_as_trained(self) -> bool:
+        """Whether decoding must compute layers in the form of training (`Linears`)."""
+        return self._linears.decodes_as_trained
+
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight changes, so that each is quantized only once."""
         return self._linears.weights_unchanged()

@@ -9,7 +9,7 @@ of all, T positions, C values per token and layer, P rotated pairs, R rotated va
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import torch
@@ -114,12 +114,15 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; cos and sin may begin with B."""
-    wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
+    return _turn(x_BTHR, torch.complex(cos_TP, sin_TP).unsqueeze(-2), cos_TP.dtype)
+
+
+def _turn(x_BTHR: Tensor, turns_T1P: Tensor, dtype: torch.dtype) -> Tensor:
+    wide_BTHR = x_BTHR.to(dtype).contiguous()
     # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
     # A rotation of a pair is a product of complex numbers: [..., R / 2].
-    pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
-    turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
+    turned = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2))) * turns_T1P
     return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
 
 
@@ -133,14 +136,26 @@ def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cos and sin of each token's position, NP each."""
+    """Cos and sin of each token's position, NP each, and both as complex numbers, which all layers of a pass use."""
 
     cos_NP: Tensor
     sin_NP: Tensor
+    turns_N1P: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns_N1P", torch.complex(self.cos_NP, self.sin_NP).unsqueeze(-2))
 
     def turn(self, x_NHR: Tensor) -> Tensor:
         """Returns every head of every token rotated by the token's position, with the same shape and type."""
-        return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
+        return _turn(x_NHR, self.turns_N1P, self.cos_NP.dtype)
+
+    def turn_(self, x_NHR: Tensor) -> None:
+        """Applies `turn` in place; x may be a part of each row of a larger tensor."""
+        if x_NHR.dtype == self.cos_NP.dtype and _holds_pairs(x_NHR):
+            num_tokens, num_heads, size = x_NHR.shape
+            torch.view_as_complex(x_NHR.view(num_tokens, num_heads, size // 2, 2)).mul_(self.turns_N1P)
+        else:
+            x_NHR.copy_(self.turn(x_NHR))
 
 
 def _holds_pairs(x: Tensor) -> bool:
@@ -271,6 +286,10 @@ class StepView:
 
     def write(self, values_NC: Tensor) -> None:
         """Writes the cached values of each new token."""
+        # Without a mask, the only new token of each sequence is at the last position.
+        if self.future_BST is None:
+            self.read()[:, -1] = values_NC
+            return
         values_BSC = values_NC.view(*self.positions_BS.shape, -1)
         self.cache.write_step(self.layer, self.first_row, self.positions_BS, values_BSC)
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
+from kernels.few_rows import few_rows_linear
 from model.attention.context import mix_in_context
 from model.attention.core import mix
 from model.attention.form import (
@@ -78,6 +79,7 @@ class LatentAttention(Attention):
             eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
         )
+        self._latent_sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
         self._options = partial(LatentOptions, shape=self._shape, kernel=kernel)
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -120,7 +122,7 @@ class LatentAttention(Attention):
         """Implements `Attention.decode`: expanded over whole prompts, absorbed over the cache."""
         if self._linears.decodes_as_trained:
             return self._decode_as_trained(hidden_ND, norm, view)
-        x_ND: Tensor = norm(hidden_ND)
+        x_ND = norm.decode(hidden_ND)
         # New tokens enter the cache first, because they attend to themselves too.
         values_NC = self.latent_rows(x_ND, view.rotation)
         view.write(values_NC)
@@ -135,9 +137,10 @@ class LatentAttention(Attention):
 
     def latent_rows(self, x_ND: Tensor, rotation: Rotation) -> Tensor:
         """Computes what the cache keeps of each token: normalized latent and rotated shared key, NC."""
-        both_NC = functional.linear(x_ND, self.kv_a_proj_with_mqa.weight)
-        latent_NL, key_NR = both_NC.split([self._config.kv_lora_rank, self._config.qk_rope_head_dim], -1)
-        return torch.cat((self.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
+        both_NC = few_rows_linear(x_ND, self.kv_a_proj_with_mqa.weight)
+        latent_NL, key_NR = both_NC.split_with_sizes(self._latent_sizes, -1)
+        rotation.turn_(key_NR.unsqueeze(1))
+        return torch.cat((self.kv_a_layernorm.decode(latent_NL), key_NR), -1)
 
     def attend_absorbed(
         self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor | None
@@ -148,28 +151,27 @@ class LatentAttention(Attention):
             x_ND: normalized hidden states, N = B S, sequence by sequence.
             future_BST: True if a token must not see a position; None if every token sees every position.
         """
-        num_sequences = len(cached_BTC)
-        num_heads = self._config.num_heads
-        rank = self._config.kv_lora_rank
+        num_sequences, num_positions, cache_width = cached_BTC.shape
+        num_heads, rank = self._shape.num_heads, self._shape.latent
         # The up-projection of each head: keys without position, then values.
         up_HKL = self.kv_b_proj.weight.view(num_heads, -1, rank)
-        key_up_HKL, value_up_HVL = up_HKL.split([self._config.qk_nope_head_dim, self._config.v_head_dim], 1)
+        key_up_HKL, value_up_HVL = up_HKL.split_with_sizes((self._shape.nope, self._shape.value), 1)
         plain_NHK, rope_NHR = self._query(x_ND, rotation)
-        # q^T (W c) = (W^T q)^T c: queries enter the latent space, and no key is expanded. [H, N, C].
+        # q^T (W c) = (W^T q)^T c: queries enter the latent space, and no key is expanded. [H, N, L].
         latent_HNL = torch.bmm(plain_NHK.transpose(0, 1), key_up_HKL)
-        query_HNC = torch.cat((latent_HNL, rope_NHR.transpose(0, 1)), -1) * self._shape.scale
-        # All heads of a sequence are rows of one product, as they read the same keys: M = H S.
-        query_BMC = query_HNC.view(num_heads, num_sequences, -1, query_HNC.shape[-1]).transpose(0, 1).flatten(1, 2)
-        scores_BHST = widen(torch.bmm(query_BMC, cached_BTC.transpose(1, 2))).unflatten(1, (num_heads, -1))
+        query_NHC = torch.cat((latent_HNL.transpose(0, 1), rope_NHR), -1).mul_(self._shape.scale)
+        # All heads of a sequence are rows of one product, as they read the same keys: M = S H.
+        query_BMC = query_NHC.view(num_sequences, -1, cache_width)
+        scores_BMT = widen(torch.bmm(query_BMC, cached_BTC.transpose(1, 2)))
         if future_BST is not None:
-            scores_BHST = scores_BHST.masked_fill(future_BST[:, None], -torch.inf)
-        # Mix latents instead of values: [B, H, S, L].
-        weights_BMT = scores_BHST.softmax(-1).to(x_ND.dtype).flatten(1, 2)
-        mixed_BHSL = torch.bmm(weights_BMT, cached_BTC[..., :rank]).unflatten(1, (num_heads, -1))
-        mixed_HNL = mixed_BHSL.transpose(0, 1).flatten(1, 2)
+            scores_BSHT = scores_BMT.view(num_sequences, -1, num_heads, num_positions)
+            scores_BMT = scores_BSHT.masked_fill(future_BST.unsqueeze(2), -torch.inf).flatten(1, 2)
+        # Mix latents instead of values: [B, M, L].
+        weights_BMT = scores_BMT.softmax(-1).to(x_ND.dtype)
+        mixed_NHL = torch.bmm(weights_BMT, cached_BTC[..., :rank]).view(-1, num_heads, rank)
         # Values are expanded after the mixing: one vector per head and new token.
-        out_HNV = torch.bmm(mixed_HNL, value_up_HVL.transpose(1, 2))
-        return functional.linear(out_HNV.transpose(0, 1).flatten(1), self.o_proj.weight)
+        out_HNV = torch.bmm(mixed_NHL.transpose(0, 1), value_up_HVL.transpose(1, 2))
+        return few_rows_linear(out_HNV.transpose(0, 1).flatten(1), self.o_proj.weight)
 
     def attend_expanded(self, x_ND: Tensor, rotation: Rotation, cached_NC: Tensor, counts: Sequence[int]) -> Tensor:
         """Computes causal attention within each of several consecutive prompts of `counts` tokens, ND."""
@@ -206,17 +208,18 @@ class LatentAttention(Attention):
 
     def _query(self, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Computes each head's query: the part without position, and the rotated part."""
-        config = self._config
-        if config.q_lora_rank is None:
-            query = functional.linear(x_ND, self.q_proj.weight)
+        shape = self._shape
+        if self._config.q_lora_rank is None:
+            query = few_rows_linear(x_ND, self.q_proj.weight)
         else:
             # Down, norm, up: [N, H Q].
-            low = self.q_a_layernorm(functional.linear(x_ND, self.q_a_proj.weight))
-            query = functional.linear(low, self.q_b_proj.weight)
+            low = self.q_a_layernorm.decode(few_rows_linear(x_ND, self.q_a_proj.weight))
+            query = few_rows_linear(low, self.q_b_proj.weight)
         # Only the last part of each head has a position.
-        query_NHQ = query.unflatten(-1, (config.num_heads, config.qk_head_dim))
-        plain_NHK, rope_NHR = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        return plain_NHK, rotation.turn(rope_NHR)
+        query_NHQ = query.view(-1, shape.num_heads, shape.nope + shape.rope)
+        plain_NHK, rope_NHR = query_NHQ.split_with_sizes((shape.nope, shape.rope), -1)
+        rotation.turn_(rope_NHR)
+        return plain_NHK, rope_NHR
 
     def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
         """Decodes with the products of training, which start from latents before their norm."""
