@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.covering import exhaustive
 from tests.docs.pages import PAGES, ROOT, Block, blocks, runners_of
 
@@ -32,6 +34,8 @@ LEFT_OUT = re.compile(
     r"outputs/(scores|reward|second)|search=true|what_if|advice=true|schedule=auto"
 )
 """Commands that only `make test-exhaustive` runs."""
+SHELL = re.compile(r"[|&;<>$~*`]")
+"""What only a shell understands, or might, if it is not quoted."""
 TIME = re.compile(r"outputs/(\w+)/TIME")
 """A run's folder as pages write it; the reader inserts the time."""
 
@@ -79,22 +83,32 @@ def make_shell() -> dict[str, str]:
 
 
 def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: tuple[int, ...] = (0,)) -> str:
-    """Runs one command and returns what it prints. A `make` target is only looked up, by tests/docs/test_pages.py."""
+    """Runs one command and returns what it prints, in a fork if it needs no shell.
+
+    A `make` target is only looked up, by tests/docs/test_pages.py.
+    """
     if command.startswith("make "):
         return ""
     line = with_times(command, folder)
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=shell, capture_output=True, text=True, timeout=600, check=False
-    )
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["python", "-m"] and not SHELL.search(line):
+        done = run_command(words, cwd=folder, env=shell, timeout=600)
+    else:
+        done = subprocess.run(["bash", "-c", line], cwd=folder, env=shell, capture_output=True, text=True, timeout=600)
     shown = done.stdout + done.stderr
     assert done.returncode in codes, f"{block}: {line}\nexit code {done.returncode}\n{shown[-3000:]}"
     return shown
 
 
 def run_shortened(block: Block, command: str, folder: Path, shell: dict[str, str], trained: Path) -> None:
-    """Runs a command; a training does two steps, or two more if it resumes. Equal ones that read no files run once."""
+    """Runs a command; a training does two steps, or two more if it resumes. Equal ones that read no files run once.
+
+    A training under torchrun has two ranks, because the imports of each take seconds.
+    """
     if command.startswith("make train"):
         command = "python -m launch.train experiment=quickstart"
+    if "--nproc-per-node 8" in command:
+        command = _with_override(command.replace("-node 8", "-node 2"), "parallelism=two_ranks")
     if not TRAINS.search(command) or STARTS_NOTHING.search(command):
         run(block, command, folder, shell)
         return

@@ -15,6 +15,7 @@ from launch.config.compose import compose
 from launch.config.run_config import compose_run
 from tests import ROOT
 from tests.commands import run_command
+from tests.refusals import assert_refused
 from tests.tiny import write_text
 from train.errors import ConfigError
 from train.optim.learning_rate import LR_SCHEDULES
@@ -113,13 +114,7 @@ def test_plugin_that_cannot_be_loaded_is_rejected_in_one_line(
     text: str, plugin: str, parts: list[str], tmp_path: Path
 ) -> None:
     place(tmp_path, text)
-    with pytest.raises(ConfigError) as refused:
-        compose("train", [f"plugins=['{tmp_path / plugin}']"])
-    said = str(refused.value)
-    assert said.startswith("plugins: ")
-    assert "\n" not in said
-    for part in parts:
-        assert part in said
+    assert_refused(ConfigError, ["plugins: ", *parts], lambda: compose("train", [f"plugins=['{tmp_path / plugin}']"]))
 
 
 def test_plugin_error_ends_the_command_with_code_2(tmp_path: Path) -> None:
@@ -184,9 +179,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in_folder(command: str, cwd: Path) -> str:
-    words = [sys.executable, *shlex.split(command)[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    done = run_command(shlex.split(command), cwd=cwd, env=environment, timeout=500)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
