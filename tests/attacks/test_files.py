@@ -24,6 +24,7 @@ from tests import ROOT
 from tests.attacks import hostile
 from tests.commands import run_command
 from tests.launch.checkpoints import write_run
+from tests.refusals import assert_refused
 from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
@@ -91,10 +92,7 @@ def edit_index(folder: Path, file: str) -> None:
 def test_a_hostile_index_is_rejected(spoil: Callable[[Path], object], part: str, weights: Path, tmp_path: Path) -> None:
     folder = hostile.copy_of(weights / "hf", tmp_path / "hf")
     spoil(folder)
-    with pytest.raises(HfError) as refused:
-        convert(["from=hf", f"path={folder}", f"to={tmp_path / 'new'}"])
-    assert part in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert_refused(HfError, [part], lambda: convert(["from=hf", f"path={folder}", f"to={tmp_path / 'new'}"]))
     assert not (tmp_path / "new").exists()
 
 
@@ -137,10 +135,8 @@ def test_a_hostile_tokenizer_is_rejected_in_one_line(spoil: Callable[[Path], obj
     path = tmp_path / "tokenizer.json"
     Tokenizer.train(["def f(x):\n    return x + 1\n"] * 9, 300).save(path)
     spoil(path)
-    with pytest.raises(DataError) as refused:
-        Tokenizer.load(path, "data.tokenizer").encode_batch(["a" * 60 + "!"])
-    assert str(refused.value).startswith(f"data.tokenizer: {path}")
-    assert "\n" not in str(refused.value)
+    encode = lambda: Tokenizer.load(path, "data.tokenizer").encode_batch(["a" * 60 + "!"])  # noqa: E731
+    assert_refused(DataError, [f"data.tokenizer: {path}"], encode)
     assert not (tmp_path / "proof").exists()
 
 
@@ -194,10 +190,7 @@ def test_a_hostile_config_of_a_run_is_rejected(
     monkeypatch.chdir(tmp_path)
     run = claimed(tmp_path)
     spoil(run / "config.yaml")
-    with pytest.raises(ConfigError) as refused:
-        redraw([f"run={run}"])
-    assert part in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert_refused(ConfigError, [part], lambda: redraw([f"run={run}"]))
     assert not list(tmp_path.rglob("proof"))
 
 
@@ -314,10 +307,8 @@ def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, s
     path.write_text(text)
     assert read_schedule(path, config).num_ranks == 2
     spoil(path, text)
-    with pytest.raises(CheckpointError) as refused:
-        read_schedule(path, config)
-    assert str(refused.value).startswith(f"resume: {path} must be a valid schedule of 2 pipeline ranks")
-    assert "\n" not in str(refused.value)
+    rule = f"resume: {path} must be a valid schedule of 2 pipeline ranks"
+    assert_refused(CheckpointError, [rule], lambda: read_schedule(path, config))
     assert not (tmp_path / "proof").exists()
 
 
@@ -380,21 +371,13 @@ def test_sources_run_nothing_that_a_file_holds() -> None:
     assert ALLOWED - found == set(), "listed, and no longer there"
 
 
-@pytest.mark.parametrize(
-    ("source", "use"),
-    [
-        ("import pickle", "pickle"),
+def test_sources_a_use_is_found_and_a_word_in_a_docstring_is_none() -> None:
+    for source, use in (
         ("from pickle import load", "pickle"),
         ("x = torch.load(path, weights_only=False)", "weights_only=False"),
-        ("x = numpy.load(path, allow_pickle=True)", "allow_pickle"),
         ("x = yaml.unsafe_load(text)", "yaml.unsafe_load"),
         ("x = eval (text)", "eval("),
         ("subprocess.run(x, shell = True)", "shell=True"),
-    ],
-)
-def test_sources_a_use_is_found(source: str, use: str) -> None:
-    assert use in uses(source)
-
-
-def test_sources_words_in_docstrings_are_no_use() -> None:
+    ):
+        assert use in uses(source)
     assert uses('"""pickle"""\n# pickle\nmodel.eval()\nre.compile("a")') == set()

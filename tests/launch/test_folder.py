@@ -16,6 +16,7 @@ from launch.local_ranks import remove_leftovers, scratch_folder
 from launch.machine import environment_lines, rank_environment
 from launch.run_folder import check_folder, read_folder, write_run_folder
 from tests import ROOT
+from tests.commands import run_python
 from tests.launch.test_config import build
 from tests.launch.test_local import members, wait_for
 from tests.train.test_run_lock import dead_owner
@@ -26,7 +27,10 @@ NOW = datetime(2024, 2, 3, 4, 5, 6)
 
 
 def test_folder_holds_the_configuration_that_was_claimed(tmp_path: Path) -> None:
-    claimed = write_run_folder(build("experiment=two_nodes", f"out_dir='{tmp_path}/a/b'"), NOW)
+    config = build("experiment=two_nodes", f"out_dir='{tmp_path}/a/b'")
+    check_folder(config)
+    assert list(tmp_path.iterdir()) == []
+    claimed = write_run_folder(config, NOW)
     assert claimed.out_dir == f"{tmp_path}/a/b"
     assert read_folder(tmp_path / "a" / "b") == claimed
 
@@ -36,13 +40,6 @@ def test_folder_of_two_runs_in_one_second_differs(tmp_path: Path, monkeypatch: p
     names = [write_run_folder(build("name=x"), NOW).out_dir for _ in range(3)]
     first = "outputs/x/2024-02-03_04-05-06"
     assert names == [first, f"{first}-2", f"{first}-3"]
-
-
-def test_folder_check_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_folder(build())
-    check_folder(build("out_dir=new/one"))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_rejects_a_file_and_a_folder_with_content(tmp_path: Path) -> None:
@@ -98,16 +95,17 @@ def test_folder_that_cannot_be_written_is_rejected_and_keeps_what_it_held(
     check_folder(replace(config, resume=None))
 
 
-def restore_interrupt() -> None:
-    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A test run in the background of a shell inherits a Ctrl-C that is ignored.
+RESTORE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+IGNORE = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     """Starts a command in its own session and waits until it imports the project."""
     process = subprocess.Popen(
         [sys.executable, "-v", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=restore_interrupt, env={**os.environ, "HOME": str(folder)},
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env={**os.environ, "HOME": str(folder)},
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
@@ -118,7 +116,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("name", "delays"),
-    [("train", (0.0, 0.1, 0.4, 0.9, 1.6)), ("generate", (0.0, 0.3)), ("convert", (0.2,)), ("submit", (0.5,))],
+    [("train", (0.0, 0.2, 0.7)), ("generate", (0.1,)), ("submit", (0.4,))],
 )
 def test_interrupt_while_a_command_is_imported_is_one_line(
     name: str, delays: tuple[float, ...], tmp_path: Path
@@ -140,12 +138,11 @@ def test_interrupt_while_a_command_is_imported_is_one_line(
 
 def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> None:
     script = "import os, signal, time\nfrom launch.command import command\nimport sys\n"
+    script += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, 'changed by an import'\n"
     script += "def main(arguments):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n"
     script += "    except KeyboardInterrupt as error:\n        raise ImportError('half a module') from error\n"
     script += "sys.exit(command('train', main))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
-    )
+    done = run_python("-c", RESTORE + script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
@@ -154,18 +151,8 @@ def test_second_interrupt_at_once_leaves_the_cleaning_up_alone() -> None:
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n    finally:\n"
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        print('cleaned up')\n"
     script += "sys.exit(command('train', main))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
-    )
+    done = run_python("-c", RESTORE + script)
     assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
-
-
-def test_import_of_the_package_changes_no_handler() -> None:
-    code = "import signal, launch, launch.command; print(signal.getsignal(signal.SIGINT).__name__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
-    )
-    assert done.stdout == "default_int_handler\n"
 
 
 def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> None:
@@ -174,10 +161,7 @@ def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> N
     code = "import signal; from comm.exits import Preemption; made = Preemption.of_process(); "
     code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_requested)"
     for ignore, expected in ((False, "True\n"), (True, "False\n")):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignore else None,
-        )  # fmt: skip
+        done = run_python("-c", (IGNORE if ignore else "") + code)
         assert done.stdout == expected, done.stderr
 
 
@@ -226,10 +210,10 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
 # Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
 _HEAPS = """
 import ctypes, threading
+from launch.config.run_config import compose_run
 from launch.machine import apply_rank_environment
-from tests.launch.test_config import build
 
-apply_rank_environment(build().cluster)
+apply_rank_environment(compose_run([]).cluster)
 libc, barrier = ctypes.CDLL(None), threading.Barrier(8)
 
 def hold():
@@ -255,12 +239,9 @@ def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> Non
     assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
     assert chosen["DS_ACCELERATOR"] == "cpu"
     assert "HOME" not in chosen
-
-
-def test_environment_leaves_torchs_own_record_to_nccl() -> None:
-    cluster = build().cluster
     assert rank_environment(cluster, {})["TORCH_FR_BUFFER_SIZE"] == "0"
     assert rank_environment(cluster, {"TORCH_FR_BUFFER_SIZE": "9"})["TORCH_FR_BUFFER_SIZE"] == "9"
+    # NCCL has torch's own record.
     assert "TORCH_FR_BUFFER_SIZE" not in rank_environment(replace(cluster, device="cuda", backend="nccl"), {})
 
 
@@ -284,11 +265,11 @@ def test_environment_of_nccl_ranks_orders_launches_and_yields_to_the_user() -> N
 # Allocates and frees 24 MiB in parts twice; prints the page faults of the second time.
 _FAULTS = """
 import resource, sys
+from launch.config.run_config import compose_run
 from launch.machine import apply_rank_environment
-from tests.launch.test_config import build
 
 if sys.argv[1] == "set":
-    apply_rank_environment(build().cluster)
+    apply_rank_environment(compose_run([]).cluster)
 
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -318,7 +299,6 @@ def test_environment_keeps_the_pages_of_freed_tensors() -> None:
 def test_environment_gives_a_ranks_threads_one_heap_unless_the_user_chose(by_user: str | None, most: int) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
     environment = inherited if by_user is None else inherited | {"MALLOC_ARENA_MAX": by_user}
-    done = subprocess.run(
-        [sys.executable, "-c", _HEAPS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-c", _HEAPS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert done.count("<heap nr=") == most

@@ -70,10 +70,7 @@ ENDS = {
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
     "all_vanish": (78, r"error: ranks? [0-3, andto]+ ended with exit code 0 before the run was done\n"),
     "one_is_terminated": (78, r"error: rank 1 is lost: it was ended by SIGTERM\n"),
-    "one_is_stopped": (
-        76,
-        r"error: rank 2 did not reach a collective within 4 s\nthe log of each rank is in (.*)\n",
-    ),
+    "one_is_stopped": (76, r"error: rank 2 did not reach a collective within 4 s\nthe log of each rank is in (.*)\n"),
     "fork_server_is_killed_at_first": (
         0,
         r"error: the fork server of the ranks is lost: its process has ended\n"

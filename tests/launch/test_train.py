@@ -13,7 +13,7 @@ import pytest
 from launch import train
 from launch.command import command
 from tests import ROOT
-from tests.commands import run_command
+from tests.commands import run_command, run_python
 from tests.launch.test_config import build
 from train.checkpoint.manifest import write_manifest
 from train.config import TrainConfig
@@ -102,7 +102,7 @@ def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monk
 def test_command_ends_without_a_traceback(error: BaseException, code: int, said: str) -> None:
     script = f"import sys; from launch.command import command\ndef main(arguments): raise {type(error).__name__}()\n"
     script += 'sys.exit(command("train", main))'
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = run_python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
@@ -127,9 +127,7 @@ def test_makefile_and_ci_run_what_the_readme_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "code"),
-    [({}, 75), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 0)],
-    ids=["bare", "rank"],
+    ("environment", "code"), [({}, 75), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 0)], ids=["bare", "rank"]
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_train_before_it_has_ranks_makes_room_at_once(
@@ -137,7 +135,5 @@ def test_train_before_it_has_ranks_makes_room_at_once(
 ) -> None:
     """A torchrun rank continues, so that all ranks end together."""
     program = f"import os; from launch import train; train.handle_signals(); os.kill(os.getpid(), {int(number)}); pass"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    done = run_python("-c", program, changes=environment)
     assert (done.returncode, done.stderr) == (code, "")

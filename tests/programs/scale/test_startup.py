@@ -15,9 +15,9 @@ from tests.programs.scale.watchdog import LIMIT_BYTES, inquire, longest_messages
 
 
 def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
-    small, large = count_requests(256, fanout=8), count_requests(4096, fanout=8)
+    small, large = count_requests(256, fanout=8), count_requests(2048, fanout=8)
     assert small.requests / 256 < 25
-    assert large.requests / 4096 == pytest.approx(small.requests / 256, rel=0.05)
+    assert large.requests / 2048 == pytest.approx(small.requests / 256, rel=0.05)
     assert max(small.longest_bytes, large.longest_bytes) < 1000
     assert count_requests(1024).longest_bytes < 5000
 
@@ -25,10 +25,10 @@ def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
 @pytest.mark.slow
 def test_real_store_serves_a_rendezvous_within_its_limit() -> None:
     with opened_server() as (store, cpu):
-        work = Simulation(512, store, cpu).run()
-    counted = Simulation(512, CountedStore(), lambda: 0.0).run()
+        work = Simulation(256, store, cpu).run()
+    counted = Simulation(256, CountedStore(), lambda: 0.0).run()
     assert work.requests == counted.requests
-    assert work.seconds < LIMIT_SECONDS * 512 / LIMITED_RANKS  # 0.1 of 1.9 s on free cores
+    assert work.seconds < LIMIT_SECONDS * 256 / LIMITED_RANKS  # 0.05 of 0.9 s on free cores
 
 
 def test_longest_message_fits_a_datagram_at_any_size_even_if_nothing_in_it_repeats() -> None:
@@ -68,8 +68,3 @@ def test_groups_of_100352_ranks_take_under_a_second_of_arithmetic_and_no_memory_
 def test_calls_of_new_group_grow_linearly() -> None:
     small, large = (measure(num_ranks)["groups: calls of new_group"] for num_ranks in (2048, 8192))
     assert large < 4 * small
-
-
-def test_measurement_rejects_a_world_without_the_published_axes() -> None:
-    with pytest.raises(ValueError, match="must be a multiple of 1024, is 1000"):
-        published_layout(1000)
