@@ -13,7 +13,7 @@ ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,lane.py transport.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py) tests/launch/test_local.py \
 	tests/infer/scoring/test_sleepers.py
-LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py) \
+LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py test_stopping.py) \
 	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/train/planner/measured/test_sleeping_run.py
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder

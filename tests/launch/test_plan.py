@@ -236,9 +236,9 @@ def test_driver_knows_the_memory_of_its_gpus() -> None:
 SEARCH_SMALL = (
     "experiment=v2_lite_16b",
     "search=true",
-    "ranks=2",
-    "batch.global_sequences=4",
-    "validation.sequences=4",
+    "ranks=4",
+    "batch.global_sequences=8",
+    "validation.sequences=8",
     "cluster.memory_bytes=180000000000",
 )
 
@@ -271,7 +271,7 @@ def test_candidates_are_plans_of_their_overrides_and_their_table_has_at_most_100
     assert steps == sorted(steps)
     assert found["candidates"][0]["pareto"]
     for each in found["rejected"]:
-        assert each["layout"]["ranks"] == 2
+        assert each["layout"]["ranks"] == 4
         assert each["reason"]
     for each in found["candidates"][:2]:
         overrides = [text for text in SEARCH_SMALL if not text.startswith(("search", "ranks"))]

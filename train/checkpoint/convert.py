@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
@@ -64,6 +65,7 @@ from train.checkpoint.sources import (
 ValueT = TypeVar("ValueT")
 Say = Callable[[str], None]
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WEIGHTS = PREFIXES["trained"]
 _WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16"}
 
@@ -254,9 +256,11 @@ class _Shards:
     def run(self, jobs: Sequence[Callable[[], ValueT]], shards: Sequence[Iterable[str]]) -> list[ValueT]:
         """Returns the result of each job, which writes the file of a shard with tensors of these names."""
         results: dict[int, ValueT] = {}
-        for index, result in run_in_processes(jobs, self._num_processes):
-            results[index] = result
-            self._add(shards[index])
+        # Closed before an error removes the folder, so that no process writes into it any more.
+        with closing(run_in_processes(jobs, self._num_processes)) as finished:
+            for index, result in finished:
+                results[index] = result
+                self._add(shards[index])
         return [results[index] for index in range(len(jobs))]
 
     def _add(self, names: Iterable[str]) -> None:
@@ -268,7 +272,9 @@ class _Shards:
             self._say(f"read {self._num_tensors} of {len(self._sizes)} tensors, {how_far}")
 
 
-def run_in_processes(jobs: Sequence[Callable[[], ValueT]], num_processes: int) -> Iterator[tuple[int, ValueT]]:
+def run_in_processes(
+    jobs: Sequence[Callable[[], ValueT]], num_processes: int
+) -> Generator[tuple[int, ValueT], None, None]:
     """Yields the index and the result of each job as it ends, at most `num_processes` at a time.
 
     Each job runs in a fork of this process. An error of a job is raised here, and the other processes are ended. With
@@ -286,7 +292,8 @@ def run_in_processes(jobs: Sequence[Callable[[], ValueT]], num_processes: int) -
                 index, job = waiting.pop()
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_send_result, args=(job, theirs), daemon=True)
-                process.start()
+                with _signals_held():
+                    process.start()
                 theirs.close()
                 running[ours] = index, process
             for ended in connection.wait(list(running)):
@@ -299,9 +306,21 @@ def run_in_processes(jobs: Sequence[Callable[[], ValueT]], num_processes: int) -
             process.join()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Delays signals: Python ignores an exception that a handler raises while a process forks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _send_result(job: Callable[[], object], result: Connection) -> None:
-    # Ctrl-C reaches all processes of a terminal; the one that started this one ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _ENDING:
+        # Ctrl-C reaches all processes of a terminal; the one that started this one ends it.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     torch.set_num_threads(1)
     try:
         result.send((job(), None))
