@@ -193,12 +193,18 @@ class GenerationBatch:
 
     def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         _, logits_B1V = self._decoder.step(self._last_tokens(active))
-        for row in range(len(active)):
-            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1)
+        for row, length in enumerate(self._decoder.main.lengths):
+            self._decoder.main.resize(row, length + 1)
         return self._choose(active, logits_B1V[:, 0])
 
     def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
         adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
+        if self._sampling.temperature == 0 and not self._request.keeps_sets:
+            # The most probable token needs neither a distribution nor random numbers.
+            tokens_B = adjusted_BV.argmax(-1)
+            log_probs_B = log_probs(logits_BV, tokens_B, self._sampling)
+            pairs = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), strict=True)  # host sync
+            return [[_checked(sequence, ChosenToken(token, log_prob))] for sequence, token, log_prob in pairs]
         target_BV = distribution(adjusted_BV, self._sampling)
         tokens_B = draw(target_BV, self._uniform(sequences, 1)[:, 0])
         chosen_tokens = zip(sequences, self._with_log_probs(logits_BV, target_BV, tokens_B), strict=True)

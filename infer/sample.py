@@ -52,7 +52,9 @@ def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: 
     Penalties do not change it, and top-k, top-p and min-p only by their set `kept_BV`, among which probabilities sum to
     1. At temperature 0 it is that of temperature 1.
     """
-    scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
+    # Only a division needs logits without their maximum: the logarithm of the softmax subtracts it anyway.
+    divisor = sampling.temperature or 1.0
+    scaled_BV = widen(logits_BV) if divisor == 1 else _scale(logits_BV, divisor)
     if kept_BV is not None:
         scaled_BV = scaled_BV.masked_fill(~kept_BV, -torch.inf)
     return scaled_BV.log_softmax(-1).gather(-1, tokens_B[:, None])[:, 0]

@@ -13,6 +13,7 @@ from tests.cluster.namespaces import missing, open_cluster
 from tests.programs.bench import report
 from tests.programs.bench.blocks import Workload
 from tests.programs.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
+from tests.programs.bench.decoding import decoding_text, measure_decoding
 from tests.programs.bench.forecast import forecast_text
 from tests.programs.bench.grouped_stages import CASES, grouped_text, measure_grouped
 from tests.programs.bench.grpo import grpo_text, measure_grpo
@@ -35,6 +36,7 @@ SECTIONS = (
     "exchange",
     "overlap",
     "training",
+    "decoding",
     "sft",
     "grpo",
     "plan",
@@ -83,6 +85,10 @@ def main() -> None:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if "training" in arguments.sections:
         found["training"] = {precision: _training(precision, arguments.rounds) for precision in PRECISIONS}
+    if "decoding" in arguments.sections:
+        samples = measure_decoding(arguments.rounds)
+        found["decoding"] = [asdict(sample) for sample in samples]
+        print("\n" + decoding_text(samples), flush=True)
     for section, (measure_steps, text) in _WITH_TRL.items():
         if section in arguments.sections:
             found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
