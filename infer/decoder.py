@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comm.protocol import RankLocalDispatcher
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
-from kernels.few_rows import MOST_CHOICES, few_rows_linear
+from kernels.few_rows import MOST_CHOICES, few_rows_linear, has_few_rows_forms
 from model.attention.form import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
 from model.block import Attended, Block, Mlp, Moe
 from model.config import ModelConfig
@@ -167,8 +167,9 @@ class PartDecoder:
         self._dtype = weight.dtype
         self._layers = tuple(range(config.num_layers) if layers is None else layers)
         # Few tokens need no exchange if all experts are here and decode in the weights' own type.
-        self._is_whole = isinstance(model.dispatcher, RankLocalDispatcher) and not model.decodes_as_trained
-        self._most_few = MOST_CHOICES // config.num_experts_per_token
+        has_experts = isinstance(model.dispatcher, RankLocalDispatcher) and not model.decodes_as_trained
+        is_few = has_experts and has_few_rows_forms(weight)
+        self._most_few = MOST_CHOICES // config.num_experts_per_token if is_few else 0
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
@@ -297,7 +298,7 @@ class PartDecoder:
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
         if isinstance(block.mlp, Mlp):
             return block.mlp.decode(residual_ND, block.post_attention_layernorm)
-        if self._is_whole and len(residual_ND) <= self._most_few:
+        if 0 < len(residual_ND) <= self._most_few:
             out_ND, routing = block.decode_few(residual_ND)
             if layer is not None:
                 self.recorder.write(layer, view, routing.ids_TK)

@@ -20,10 +20,18 @@ _SLICES = 16
 _TYPES = (torch.float32, torch.float64)
 
 
+def has_few_rows_forms(operand: Tensor) -> bool:
+    """Whether products of few rows have separate forms here.
+
+    Other types compile a kernel for each shape, and a loop on another device would wait for the host.
+    """
+    return operand.device.type == "cpu" and operand.dtype in _TYPES
+
+
 def few_rows_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     """Computes `functional.linear` of rows, RO, contiguous; in the fastest form for their number on a CPU."""
     num_rows, num_inputs = x_RI.shape
-    if num_rows > _MOST_COLUMNS or x_RI.dtype not in _TYPES or x_RI.device.type != "cpu":
+    if num_rows > _MOST_COLUMNS or not has_few_rows_forms(x_RI):
         return functional.linear(x_RI, weight_OI)
     if num_rows == 1 and not len(weight_OI) % _SLICES:
         slices = weight_OI.view(_SLICES, -1, num_inputs)
@@ -35,7 +43,7 @@ def few_rows_linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
 def few_rows_experts(
     rows_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor
 ) -> Tensor:
-    """Computes each token's sum over its chosen SwiGLU experts, TD, weighted as in `expert_mlp`, which it equals.
+    """Computes each token's weighted sum over its chosen SwiGLU experts, TD, as `expert_mlp`.
 
     Args:
         gate_up_EHD: gate and up projections, gate rows first, H = 2 M.

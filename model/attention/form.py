@@ -136,7 +136,7 @@ def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cos and sin of each token's position, NP each, and both as complex numbers, which all layers of a pass use."""
+    """Cos and sin of each token's position, NP each; both as complex numbers, for all layers of a pass."""
 
     cos_NP: Tensor
     sin_NP: Tensor

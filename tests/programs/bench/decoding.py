@@ -60,7 +60,7 @@ def measure_decoding(num_rounds: int) -> list[DecodingSample]:
 def decoding_text(samples: list[DecodingSample]) -> str:
     """Formats a table of the contenders relative to the fastest mode of transformers."""
     lines = [
-        f"Greedy decoding, prompt {PROMPT_TOKENS}, {NEW_TOKENS} new tokens, float32, one thread, equal ids, interleaved",
+        f"Greedy decoding: prompt {PROMPT_TOKENS}, {NEW_TOKENS} new tokens, float32, one thread, equal ids, in turns",
         f"{'':28}{'batch':>6}{'CPU s':>8}{'least':>8}{'prefill':>9}{'over':>6}{'least':>7}{'goal':>6}",
     ]
     for sample in samples:
@@ -85,7 +85,7 @@ def _build() -> dict[str, Decode]:
     from model.transformer import Transformer, initialize_weights
 
     keys: dict[str, Any] = {**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}
-    config = parse_config(keys, "config")
+    config = parse_config(keys, Path("config"))
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     initialize_weights(model, 0)
 
@@ -112,6 +112,6 @@ def _decode_with(model: Any) -> Decode:
     def decode(prompts_BT: Tensor, num_new: int) -> list[list[int]]:
         options = {"max_new_tokens": num_new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         ids_BT = model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), **options)
-        return ids_BT[:, PROMPT_TOKENS:].tolist()  # type: ignore[no-any-return]
+        return ids_BT[:, PROMPT_TOKENS:].tolist()
 
     return decode
