@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.operation import runs_as_on_cuda
+
 
 class WeightSink(Protocol):
     """Takes closures that compute weight gradients later."""
@@ -53,6 +55,9 @@ def outer_product(grad_AN: Tensor, rows_AK: Tensor, total_NK: Tensor | None) -> 
     # One call accumulates in place if the types agree; else the product needs separate memory.
     if total_NK.dtype == grad_AN.dtype:
         return total_NK.addmm_(grad_AN.t(), rows_AK)
+    if runs_as_on_cuda(total_NK.device) and total_NK.dtype == torch.float32:
+        # A product of 16-bit types is added to a float32 sum before it is rounded.
+        return torch.addmm(total_NK, grad_AN.t(), rows_AK, out_dtype=torch.float32, out=total_NK)
     return total_NK.add_(grad_AN.t() @ rows_AK)
 
 
@@ -77,6 +82,8 @@ def deliver_parts(
     weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
     """Delivers to each of several maps of one input its rows of a joint gradient, which is computed once."""
+    if len(weights_NK) == 1:
+        return [deliver_gradient(weights_NK[0], gradient, sink)]
     # The joint gradient stays until the last of its maps has taken its rows.
     joint = cache(gradient)
     gradients: list[Tensor | None] = []

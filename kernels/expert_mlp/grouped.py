@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kernels.gemm.reference import check_rows, check_weight
 from kernels.operation import runs_as_on_cuda
-from kernels.swiglu.reference import swiglu, swiglu_backward
+from kernels.swiglu import swiglu, swiglu_backward
 
 
 def expert_mlp(

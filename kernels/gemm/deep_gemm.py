@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm import tuned
-from kernels.gemm.reference import check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
+from kernels.gemm.reference import add_to, check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
 from kernels.gemm.triton import copy_to_device
 from kernels.launch import ALIGNMENT_BYTES
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
@@ -49,16 +49,17 @@ def gemm_fp8_columns(
     left: QuantizedColumns,
     right: QuantizedColumns,
     *,
+    total: Tensor | None = None,
     fallback: Callable[[QuantizedColumns, QuantizedColumns], Tensor] = tuned.gemm_fp8_columns,
 ) -> Tensor:
     """Implements `reference.gemm_fp8_columns`."""
     num_rows, num_outputs, depth = check_columns("gemm_fp8_columns", left, right)
     suits = is_multiple(num_rows, OUTPUTS_MULTIPLE) and is_multiple(num_outputs, OUTPUTS_MULTIPLE)
-    if not suits or not is_multiple(depth, TILE) or not are_in_order(*left, *right):
-        return fallback(left, right)
+    if not suits or not is_multiple(depth, TILE) or not are_in_order(*left, *right) or not _can_add_to(total):
+        return add_to(total, fallback(left, right))
     from deep_gemm import fp8_gemm_nt
 
-    out_MN = left.scales.new_zeros(num_rows, num_outputs)
+    out_MN = left.scales.new_zeros(num_rows, num_outputs) if total is None else total
     fp8_gemm_nt(tuple(left), tuple(right), out_MN, c=out_MN, recipe=ROWS_BY_ROWS)
     return out_MN
 
@@ -73,6 +74,11 @@ def make_rows_contiguous(rows: Quantized) -> Quantized:
 def is_multiple(size: int, multiple: int) -> bool:
     """Whether a size is a multiple of another one, and not 0."""
     return size > 0 and size % multiple == 0
+
+
+def _can_add_to(total: Tensor | None) -> bool:
+    """Whether the package can add a product to a total."""
+    return total is None or (total.dtype == torch.float32 and are_in_order(total))
 
 
 def are_in_order(*tensors: Tensor) -> bool:
@@ -112,15 +118,16 @@ def grouped_weight_fp8(
     rows: QuantizedColumns,
     counts: Sequence[int],
     *,
+    total: Tensor | None = None,
     fallback: Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor] = tuned.grouped_weight_fp8,
 ) -> Tensor:
     """Implements `reference.grouped_weight_fp8`."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
-    if not supports_weight(grad, rows):
-        return fallback(grad, rows, counts)
+    if not supports_weight(grad, rows) or not _can_add_to(total):
+        return add_to(total, fallback(grad, rows, counts))
     from deep_gemm import k_grouped_fp8_gemm_nt_contiguous
 
-    out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
+    out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs) if total is None else total
     sizes = [TILE * num_tiles(count) for count in counts]
     left, right = ((_group_by_group(columns.codes, sizes), _across(columns.scales)) for columns in (grad, rows))
     device = out_ENK.device

@@ -142,8 +142,10 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
     return out_AN
 
 
-def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """Computes `gemm_fp8_columns` of each group, ENK: its matrix's gradient; zeros without rows."""
+def grouped_weight_fp8(
+    grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, total: Tensor | None = None
+) -> Tensor:
+    """Computes `gemm_fp8_columns` of each group, ENK: its matrix's gradient, zeros without rows; or adds to a total."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
     # Codes are padded to whole tiles by group, so a group's columns begin at a multiple of 128.
@@ -158,7 +160,12 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
             )
             out_ENK[group] = _multiply_columns(left, right)
         first += size
-    return out_ENK
+    return add_to(total, out_ENK)
+
+
+def add_to(total: Tensor | None, product: Tensor) -> Tensor:
+    """Adds a product to a total and returns that, or the product itself without one."""
+    return product if total is None else total.add_(product)
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
@@ -178,10 +185,13 @@ def _multiply_by_blocks(left: Quantized, right: QuantizedBlocks, dtype: torch.dt
     return torch.mm(left_MK, right_NK.t()).to(dtype)
 
 
-def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-    """Multiplies over all groups' rows, `left right^T`: float32 [M, N], a weight's gradient (3.3.2)."""
+def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns, *, total: Tensor | None = None) -> Tensor:
+    """Multiplies over all groups' rows, `left right^T`: float32 [M, N], a weight's gradient (3.3.2).
+
+    With a total, [M, N] in float32, the product is added to it, without memory for the product if a kernel can.
+    """
     check_columns("gemm_fp8_columns", left, right)
-    return _multiply_columns(left, right)
+    return add_to(total, _multiply_columns(left, right))
 
 
 def _multiply_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from kernels.gemm import triton_fp8
+from kernels.gemm.reference import add_to
 from kernels.gemm.triton import is_stored_at_once
 from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -76,16 +77,20 @@ class TunedProduct(Generic[P]):
         self._logged: set[Tiling] = set()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        """Computes the product; raises TuningError with all causes if every candidate of its shape fails."""
+        """Computes the product; raises TuningError with all causes if every candidate of its shape fails.
+
+        With `total`, it is added to that tensor, once, after all candidates have run.
+        """
+        total: Any = kwargs.pop("total", None)
         left: Any = args[0]
         is_measured = left.codes.device.type == "cuda" or self._milliseconds is not None
         key = self._key_of(*args, **kwargs) if is_measured else None
         call = partial(self._product, *args, **kwargs)
         if key is None:
-            return call()
+            return add_to(total, call())
         if key not in self._chosen:
             self._chosen[key] = self._fastest(call)
-        return call(tiling=self._chosen[key])
+        return add_to(total, call(tiling=self._chosen[key]))
 
     @property
     def choices(self) -> dict[Hashable, int]:

@@ -21,7 +21,7 @@ from kernels.quantize import pack_e5m6, quantize_1x128, quantize_columns, requan
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
-from model.linear import WeightSink, deliver_gradient, deliver_parts
+from model.linear import WeightProduct, WeightSink, deliver_gradient, deliver_parts
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8_rows import (
     Fp8Maps,
@@ -455,13 +455,14 @@ class ExpertMlp(torch.autograd.Function):
         hidden_columns = quantize_columns(grad_AH, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX)
         gated_columns = quantize_columns(gated_AM, counts, power_of_two=power_of_two)
 
-        def gate_up_gradient() -> Tensor:
+        def gate_up_gradient(total_EHD: Tensor | None) -> Tensor:
             rows = unpack(_sort(packed, order), gate_up_EHD.shape[2])
-            return grouped_weight_fp8(hidden_columns, requantize_columns(rows, counts, power_of_two=True), counts)
+            columns = requantize_columns(rows, counts, power_of_two=True)
+            return grouped_weight_fp8(hidden_columns, columns, counts, total=total_EHD)
 
-        def down_gradient() -> Tensor:
+        def down_gradient(total_EDM: Tensor | None) -> Tensor:
             columns = requantize_columns(grad, counts, power_of_two=True, min_amax=GRADIENTS_MIN_AMAX)
-            return grouped_weight_fp8(columns, gated_columns, counts)
+            return grouped_weight_fp8(columns, gated_columns, counts, total=total_EDM)
 
         assert grad_weights_A is not None
         grad_weights = grad_weights_A
@@ -469,6 +470,6 @@ class ExpertMlp(torch.autograd.Function):
         if order is not None:
             grad_rows = order.sum_rows(grad_rows)
             grad_weights = order.restore_weights(grad_weights)
-        grad_gate_up = deliver_gradient(gate_up_EHD, gate_up_gradient, sink)
-        grad_down = deliver_gradient(down_EDM, down_gradient, sink)
+        grad_gate_up = deliver_gradient(gate_up_EHD, WeightProduct(gate_up_gradient), sink)
+        grad_down = deliver_gradient(down_EDM, WeightProduct(down_gradient), sink)
         return grad_rows, None, grad_weights.to(ctx.weights_dtype), grad_gate_up, grad_down, None, None, None

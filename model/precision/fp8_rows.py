@@ -6,7 +6,7 @@ gradient in their place, and rounding counts as the identity (arXiv:2412.19437, 
 tokens or outputs, A received rows, K inputs, B bytes of a packed row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from kernels.quantize import (
 )
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks, pack
 from kernels.rms_norm import rms_norm
+from model.linear import WeightProduct
 from model.norm import NormSource
 from model.precision.linears import Rows
 
@@ -88,16 +89,20 @@ class Fp8Maps:
 
     def weight_gradient(
         self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
-    ) -> Callable[[], Tensor]:
-        """Returns a closure for the gradient of all those maps, NK in float32; operands wait in FP8."""
+    ) -> WeightProduct:
+        """Returns the gradient of all those maps, NK in float32, to be computed later; operands wait in FP8."""
         # The sum runs over rows here, so scales are along columns: one group of all rows.
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
         grad = quantize_columns(_dense(grad_AN), counts, power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
         if isinstance(rows, Tensor):
             columns = quantize_columns(rows, counts, power_of_two=rounds)
-            return lambda: gemm_fp8_columns(grad, columns)
-        return lambda: gemm_fp8_columns(grad, requantize_columns(rows, counts, power_of_two=rounds))
+            return WeightProduct(lambda total: gemm_fp8_columns(grad, columns, total=total))
+
+        def add(total: Tensor | None) -> Tensor:
+            return gemm_fp8_columns(grad, requantize_columns(rows, counts, power_of_two=rounds), total=total)
+
+        return WeightProduct(add)
 
     def _pieces(self, weights: Sequence[Tensor]) -> list[_Piece]:
         # Within `weights_unchanged`, the object identifies the weight's numbers.

@@ -5,6 +5,7 @@ Shape legend: N rows given, A rows in the experts' order, D hidden size, E exper
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from kernels.expert_mlp import (
     expert_mlp_backward,
     gate_up_gradient,
 )
+from kernels.launch import without_launches
+from kernels.swiglu import triton as triton_swiglu
 from tests.kernels.plain import expert_rows, near, randn, strided
 
 COUNTS = [(3, 0, 4, 1), (0, 0, 0, 0), (1,), (70, 3, 0, 65), (2, 290, *[0] * 14)]
@@ -275,3 +278,27 @@ def test_hidden_values_alone_have_the_same_bits(implementation: ExpertImplementa
         _, hidden_AH = expert_mlp.by(implementation)(*given)
         alone_AH = expert_hidden.by(implementation)(case.rows_ND, case.gate_up_EHD, case.counts)
         assert torch.equal(alone_AH, hidden_AH), counts
+
+
+def test_grouped_experts_apply_the_gate_by_one_kernel_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, seen on tensors without memory: plain PyTorch would read and write the hidden values several times."""
+    launched: list[str] = []
+    for name in ("swiglu", "swiglu_backward"):
+        launcher = getattr(triton_swiglu, name)
+
+        def counted(*operands: Tensor, name: str = name, launcher: Any = launcher) -> Tensor:
+            launched.append(name)
+            result: Tensor = launcher(*operands)
+            return result
+
+        monkeypatch.setattr(triton_swiglu, name, counted)
+    counts = (3, 5)
+    rows_AD, weights_A = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, dtype=torch.bfloat16)
+    gate_up_EHD, down_EDM = (torch.empty(2, *size, dtype=torch.bfloat16) for size in ((48, 16), (16, 24)))
+    operands = [tensor.to("meta") for tensor in (rows_AD, weights_A, gate_up_EHD, down_EDM)]
+    with without_launches():
+        out_AD, hidden_AH = expert_mlp(*operands, counts)
+        assert out_AD.shape == (8, 16)
+        assert launched == ["swiglu"]
+        expert_mlp_backward(out_AD, operands[1], hidden_AH, *operands[2:], counts)
+    assert launched == ["swiglu", "swiglu", "swiglu_backward"]

@@ -151,6 +151,17 @@ def test_tuner_chooses_what_is_left_if_others_or_the_default_fail() -> None:
     assert fastest({DEFAULT: FAILURES[0]}) == [SMALL.rows] * 3
 
 
+def test_tuner_adds_a_product_to_a_sum_once() -> None:
+    def gemm_fp8(left: object, *, tiling: Tiling) -> Tensor:
+        return torch.full((2,), 3.0)
+
+    product: Any = TunedProduct(gemm_fp8, lambda left: 1, CANDIDATES, lambda call: float(call().sum()))
+    total = torch.ones(2)
+    for step in (1, 2):
+        assert product(Quantized(torch.empty(0), torch.empty(0)), total=total) is total
+        assert total.tolist() == [1 + 3 * step] * 2
+
+
 def test_tuner_lists_candidates_and_causes_if_none_is_left() -> None:
     failing: dict[Tiling, Exception] = dict(zip(CANDIDATES, FAILURES, strict=False))
     failing[SMALL] = RuntimeError("line\n" * 10_000)

@@ -151,6 +151,23 @@ def test_deep_gemm_gets_aligned_groups(calls: Calls, counts: tuple[int, ...]) ->
     assert calls.num_weights == 1
 
 
+def test_gradients_are_added_to_a_sum_in_its_memory(calls: Calls) -> None:
+    """By the package, by its fallback for a sum that it cannot write, and by the reference."""
+    counts = (3, 130)
+    grad, inputs = column_operands(counts, 64, 128)
+    expected = grouped_weight_fp8(grad, inputs, counts) + 1
+    for fallback, total in (
+        (refuse, torch.ones(2, 64, 128)),
+        (grouped_weight_fp8, torch.ones(2, 128, 64).transpose(1, 2)),
+    ):
+        assert deep_gemm.grouped_weight_fp8(grad, inputs, counts, total=total, fallback=fallback) is total
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+    assert calls.num_weights == 1
+    total = torch.ones(2, 64, 128)
+    assert grouped_weight_fp8(grad, inputs, counts, total=total) is total
+    assert torch.equal(total, expected)
+
+
 def test_deep_gemm_keeps_nan_within_its_group(calls: Calls) -> None:
     rows, weights = operands((3, 130), 64, 128)
     rows.scales[0] = torch.nan

@@ -165,7 +165,11 @@ def test_products_of_an_emulated_deep_gemm_are_the_reference_s(monkeypatch: pyte
     columns = requantize_columns(rows, [130], power_of_two=False)
     made_TK: Tensor = gemm_fp8_columns.by("deep_gemm")(grad, columns)
     torch.testing.assert_close(made_TK, gemm_fp8_columns(grad, columns), rtol=1e-4, atol=1e-3)
-    assert (calls.num_blocks, calls.num_rows) == (1, 1)
+    # Added to a sum, in its memory.
+    total_TK = torch.ones_like(made_TK)
+    assert gemm_fp8_columns.by("deep_gemm")(grad, columns, total=total_TK) is total_TK
+    torch.testing.assert_close(total_TK, made_TK + 1, rtol=1e-4, atol=1e-3)
+    assert (calls.num_blocks, calls.num_rows) == (1, 2)
 
 
 def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch() -> None:

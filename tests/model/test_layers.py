@@ -3,19 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
+from kernels.launch import without_launches
 from model.attention.form import inverse_frequencies, rotate, rotation_table, softmax_scale
 from model.block import Mlp
 from model.config import Recomputed, RopeScaling, YarnRope
 from model.hf.config import write_config
-from model.linear import GradientStore, Projection, WeightQueue, WeightSink, linear
+from model.linear import GradientStore, Projection, WeightQueue, WeightSink, linear, outer_product
 from model.norm import RmsNorm, norm_and_map, normed_linear
 from model.precision.plain import PlainLinears
 from tests.kernels import plain
@@ -249,3 +252,27 @@ def test_store_keeps_float32_sums_of_bf16_gradients() -> None:
     assert float(store.gradient(weight)) == 1000.0  # bf16 alone would stop at 256
     store.clear()
     assert float(store.gradient(weight)) == 0.0
+
+
+def test_gradient_in_16_bits_is_added_to_its_sum_by_the_product_on_cuda() -> None:
+    """Seen on tensors without memory; other devices need a product in memory of its own."""
+    grad_AN, rows_AK = (torch.empty(8, size, dtype=torch.bfloat16, device="meta") for size in (4, 6))
+    total_NK = torch.empty(4, 6, device="meta")
+    with without_launches(), Names() as names:
+        assert outer_product(grad_AN, rows_AK, total_NK) is total_NK
+    assert names.found == ["t", "addmm"]
+    with Names() as names:
+        outer_product(grad_AN, rows_AK, total_NK)
+    assert names.found == ["t", "mm", "add_"]
+
+
+class Names(TorchDispatchMode):
+    """Lists the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
