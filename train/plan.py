@@ -112,7 +112,7 @@ def tune_kernels(config: TrainConfig, layout: Layout, device: torch.device, *, h
 
 
 def adopt_first_ranks_tilings(products: "Mapping[str, TunedProduct[Any]]") -> None:
-    """Replaces the tilings that this rank measured by those of rank 0, so that no rank is slower than others."""
+    """Replaces this rank's tilings by those of rank 0, so that no rank is slower than others."""
     sent = [{name: product.choices for name, product in products.items()} if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(sent, src=0)
     for name, choices in sent[0].items():

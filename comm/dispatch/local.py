@@ -114,9 +114,9 @@ class LocalHandle:
 
 
 def read_later(numbers: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy numbers to the host, and returns a function that waits for that copy alone and reads them.
+    """Starts to copy numbers to the host, and returns a function that waits for them alone.
 
-    Work that was queued on the device in between goes on.
+    It does not wait for work that is queued on the device in between.
     """
     if not numbers.is_cuda:
         values: list[int] = numbers.tolist()

@@ -145,7 +145,7 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
 def grouped_weight_fp8(
     grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, total: Tensor | None = None
 ) -> Tensor:
-    """Computes `gemm_fp8_columns` of each group, ENK: its matrix's gradient, zeros without rows; or adds to a total."""
+    """Computes `gemm_fp8_columns` of each group, ENK, zeros without rows, or adds it to a total."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
     # Codes are padded to whole tiles by group, so a group's columns begin at a multiple of 128.

@@ -293,12 +293,13 @@ def test_grouped_experts_apply_the_gate_by_one_kernel_each_way(monkeypatch: pyte
 
         monkeypatch.setattr(triton_swiglu, name, counted)
     counts = (3, 5)
-    rows_AD, weights_A = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, dtype=torch.bfloat16)
-    gate_up_EHD, down_EDM = (torch.empty(2, *size, dtype=torch.bfloat16) for size in ((48, 16), (16, 24)))
-    operands = [tensor.to("meta") for tensor in (rows_AD, weights_A, gate_up_EHD, down_EDM)]
+    with torch.device("meta"):
+        rows_AD, weights_A = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, dtype=torch.bfloat16)
+        gate_up_EHD = torch.empty(2, 48, 16, dtype=torch.bfloat16)
+        down_EDM = torch.empty(2, 16, 24, dtype=torch.bfloat16)
     with without_launches():
-        out_AD, hidden_AH = expert_mlp(*operands, counts)
+        out_AD, hidden_AH = expert_mlp(rows_AD, weights_A, gate_up_EHD, down_EDM, counts)
         assert out_AD.shape == (8, 16)
         assert launched == ["swiglu"]
-        expert_mlp_backward(out_AD, operands[1], hidden_AH, *operands[2:], counts)
+        expert_mlp_backward(out_AD, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts)
     assert launched == ["swiglu", "swiglu", "swiglu_backward"]

@@ -323,7 +323,7 @@ _SQUARED_NUMBERS = 2**24
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
-    """Returns the sum of squares, a float64 scalar. It widens 16 million numbers at a time, not a copy of all."""
+    """Returns the sum of squares, a float64 scalar; widens 16 million numbers at a time."""
     parts = values.detach().flatten().split(_SQUARED_NUMBERS)
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square().sum()
 

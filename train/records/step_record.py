@@ -114,7 +114,7 @@ def mfu(
 
 
 def _usage_parts(world: World, use: RankBusyTime) -> tuple[Tensor, Tensor]:
-    """Returns this rank's numbers for `_usage_metrics`: those to be summed, then those whose maximum is taken."""
+    """Returns this rank's sums and maxima for `_usage_metrics`, before their reduction."""
     peak_bytes = _peak_memory_bytes(world.device)
     slots = window_slots(use, world.layout.member_index(world.rank), world.layout.parallelism.stage_ranks)
     sums = [use.busy_seconds, use.exposed_seconds, peak_bytes]
@@ -201,7 +201,7 @@ class _JobTraffic:
 def traffic_parts(
     traffic: TrafficSnapshot, clipped: Mapping[int | None, int], num_layers: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns this rank's numbers for `exchange_metrics`: those to be summed, then those whose maximum is taken."""
+    """Returns this rank's sums and maxima for `exchange_metrics`, before their reduction."""
     counts_LF = torch.zeros(num_layers, len(_FIELDS), dtype=torch.float64)
     held_L, clipped_L = torch.zeros(2, num_layers, dtype=torch.float64)
     for layer, counted in traffic.layers.items():
