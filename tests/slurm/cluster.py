@@ -1,4 +1,4 @@
-"""Runs a real Slurm with two nodes on one machine: munged, slurmctld and two slurmd in private namespaces.
+"""Runs a real Slurm with five nodes on one machine: munged, slurmctld and five slurmd in private namespaces.
 
 Mounts, network and process ids are private. The nodes' names exist only inside, ports cannot clash, and all processes
 inside (daemons, jobs, ranks) end with the first process inside, which ends with the test's process.
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _TOOLS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip", "mount")
-_NUM_NODES = 2
+_NUM_NODES = 5
 _START_SECONDS = 60.0
 
 _CONFIGURATION = """
@@ -74,7 +74,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A cluster with the nodes n1 and n2, created by `open_slurm`."""
+    """A cluster with the nodes n1 to n5, created by `open_slurm`."""
 
     def __init__(self, base: Path) -> None:
         self.base = base

@@ -1,126 +1,126 @@
-"""Tests of jobs on a real Slurm with two nodes: they equal runs of the built-in launcher, even after preemption."""
+"""Tests of jobs on a real Slurm: they end as a run of the built-in launcher, even after preemptions and a lost rank."""
 
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.finished_run import assert_same_end, choices, logs, num_steps_recorded, run_bare
+from tests.finished_run import assert_same_end, choices, logs, num_steps_recorded, run_bare, waiting_plugin
 from tests.slurm.cluster import Slurm, SlurmError
 from tests.tiny import write_text
 
 pytestmark = pytest.mark.long
 
-NUM_STEPS = 60
+NUM_STEPS = 7
 SECONDS = 400.0
 SUBMIT = (sys.executable, "-m", "launch.submit")
-JOB = ("slurm.time=20", "slurm.signal_seconds=60", "slurm.cpus_per_node=4")
+JOB = (
+    *("slurm.time=20", "slurm.signal_seconds=60", "slurm.cpus_per_node=4", "slurm.max_requeues=1"),
+    "cluster.ranks_per_node=1",
+)
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creates the text, and the run that all others must equal."""
     folder = tmp_path_factory.mktemp("jobs")
     write_text(folder)
-    run_bare(folder, "bare", NUM_STEPS)
     return folder
 
 
-def submit(slurm: Slurm, folder: Path, name: str, *overrides: str) -> str:
-    """Submits the run and returns the job's number."""
-    said = slurm.run(*SUBMIT, *choices(folder, name, NUM_STEPS), *JOB, *overrides)
-    assert said.startswith("submitted job "), said
-    return said.split()[2].rstrip(":")
+@dataclass(frozen=True)
+class Job:
+    """A submitted run in the folder `run`. It waits in its steps 4 and 6."""
 
+    slurm: Slurm
+    number: str
+    run: Path
 
-def wait_until_over(slurm: Slurm, number: str, run: Path) -> dict[str, str]:
-    """Returns Slurm's record of the job at its end."""
-    try:
-        slurm.wait_for(f"end of job {number}", lambda: slurm.job(number)["JobState"] in FINAL, SECONDS)
-    except SlurmError as error:
-        raise AssertionError(f"{error}\n{logs(run / 'log')}") from error
-    return slurm.job(number)
+    @classmethod
+    def submit(cls, slurm: Slurm, folder: Path, name: str, parallelism: str, *options: str) -> "Job":
+        """Submits a run with these options of sbatch."""
+        overrides = [*JOB, waiting_plugin(folder / f"{name}-plugin"), "checkpointing.every_steps=5"]
+        overrides.append(f"slurm.extra={json.dumps(options)}")
+        said = slurm.run(*SUBMIT, *choices(folder, name, NUM_STEPS, parallelism), *overrides)
+        assert said.startswith("submitted job "), said
+        return cls(slurm, said.split()[2].rstrip(":"), folder / name)
 
+    @property
+    def state(self) -> dict[str, str]:
+        return self.slurm.job(self.number)
 
-def test_job_of_two_nodes_ends_as_under_the_built_in_launcher(slurm: Slurm, folder: Path) -> None:
-    number, run = submit(slurm, folder, "uninterrupted"), folder / "uninterrupted"
-    job = wait_until_over(slurm, number, run)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), logs(run / "log")
-    assert_same_end(run, folder / "bare")
-    # Ranks follow the nodes' names: the first of them, which speaks, is on n1.
-    assert "4 ranks" in (run / "log" / f"slurm-{number}-node-0.log").read_text()
-    assert "4 ranks" not in (run / "log" / f"slurm-{number}-node-1.log").read_text()
-    assert (run / "log" / "rank_00003.log").is_file()
-    assert "resume=auto" in (run / "overrides.txt").read_text().splitlines()
+    def wait_for_steps(self, number: int) -> None:
+        self.slurm.wait_for(f"step {number}", lambda: num_steps_recorded(self.run) >= number, SECONDS)
 
+    def go_on(self, step: int) -> None:
+        self.run.with_name(f"{self.run.name}-plugin").joinpath(f"step_{step}").touch()
 
-def test_job_that_is_preempted_saves_is_requeued_and_ends_the_same(slurm: Slurm, folder: Path) -> None:
-    number, run = submit(slurm, folder, "preempted"), folder / "preempted"
-    slurm.wait_for("first steps", lambda: num_steps_recorded(run) >= 3, SECONDS)
-    slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    job = wait_until_over(slurm, number, run)
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), logs(run / "log")
-    assert int(job["Restarts"]) >= 1, logs(run / "log")
-    assert (run / "log" / f"slurm-{number}-0.exit").read_text() == "75\n", logs(run / "log")
-    said = (run / "log" / f"slurm-{number}.log").read_text()
-    assert "preempted; ranks save" in said
-    assert f"attempt {number}-0 ended with exit code 75" in said
-    assert "resumed after step" in (run / "log" / f"slurm-{number}-node-0.log").read_text()
-    assert_same_end(run, folder / "bare")
+    def end(self) -> tuple[str, str, str]:
+        """Returns the job's state, exit code and number of restarts at its end."""
+        try:
+            self.slurm.wait_for(f"end of job {self.number}", lambda: self.state["JobState"] in FINAL, SECONDS)
+        except SlurmError as error:
+            raise AssertionError(f"{error}\n{logs(self.run / 'log')}") from error
+        state = self.state
+        return state["JobState"], state["ExitCode"], state["Restarts"]
 
-
-def test_job_preempted_while_it_starts_is_requeued(slurm: Slurm, folder: Path) -> None:
-    number, log = submit(slurm, folder, "early"), folder / "early" / "log"
-    slurm.wait_for("start on a node", lambda: (log / f"slurm-{number}-node-0.log").exists(), SECONDS)
-    slurm.run("scancel", "--signal=USR1", number)
-    slurm.wait_for("its return to the queue", lambda: slurm.job(number)["Restarts"] == "1", SECONDS)
-    assert f"attempt {number}-0 ended with exit code 75" in (log / f"slurm-{number}.log").read_text()
-    slurm.run("scancel", number)
-    slurm.wait_for("its end", lambda: not slurm.run("squeue", "--noheader"), SECONDS)
-
-
-def test_job_that_loses_a_rank_is_requeued_and_ends_the_same(slurm: Slurm, folder: Path) -> None:
-    number, run = submit(slurm, folder, "lost", "checkpointing.every_steps=5"), folder / "lost"
-    slurm.wait_for("a checkpoint", lambda: num_steps_recorded(run) >= 8, SECONDS)
-    slurm.run("pkill", "--newest", "--signal", "KILL", "--full", f"^{sys.executable} .*-m launch.train .*name=lost")
-    job = wait_until_over(slurm, number, run)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), logs(run / "log")
-    assert f"attempt {number}-0 ended with exit code 78" in (run / "log" / f"slurm-{number}.log").read_text()
-    assert "resumed after step" in (run / "log" / f"slurm-{number}-node-0.log").read_text()
-    assert_same_end(run, folder / "bare")
+    def log(self, name: str = "") -> str:
+        """Returns a log of the job: of its script, or `-node-0.log` of its first node."""
+        return (self.run / "log" / f"slurm-{self.number}{name or '.log'}").read_text()
 
 
 def test_job_on_a_node_that_fails_its_check_starts_no_rank(slurm: Slurm, folder: Path) -> None:
-    number = submit(slurm, folder, "unhealthy", "slurm.max_requeues=1", 'slurm.extra=["--hold"]')
-    run = folder / "unhealthy"
-    (run / ".health-n2").mkdir()  # so n2 cannot write the file of its check
-    slurm.run("scontrol", "release", number)
-    job = wait_until_over(slurm, number, run)
-    said = (run / "log" / f"slurm-{number}.log").read_text()
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "78:0", "1"), said
-    assert said.count(f"error: node n2: out_dir: '{run}' must be writable, is not:") == 2
-    assert "error: node n1" not in said
+    job = Job.submit(slurm, folder, "unhealthy", "two_ranks", "--nodelist=n4,n5", "--hold")
+    (job.run / ".health-n5").mkdir()  # so n5 cannot write the file of its check
+    slurm.run("scontrol", "release", job.number)
+    assert job.end() == ("FAILED", "78:0", "1"), job.log()
+    said = job.log()
+    assert said.count(f"error: node n5: out_dir: '{job.run}' must be writable, is not:") == 2
+    assert "error: node n4" not in said
     assert "ended 2 times without a new checkpoint; not requeued" in said
-    assert not list((run / "log").glob("*-node-*.log"))
+    assert not list((job.run / "log").glob("*-node-*.log"))
+
+
+def test_job_that_is_preempted_twice_and_loses_a_rank_ends_as_under_the_built_in_launcher(
+    slurm: Slurm, folder: Path
+) -> None:
+    run_bare(folder, "bare", NUM_STEPS, "two_ranks")
+    job = Job.submit(slurm, folder, "interrupted", "two_ranks", "--nodelist=n1,n2")
+    log = job.run / "log"
+    # Preempted while it starts.
+    slurm.wait_for("start on a node", lambda: (log / f"slurm-{job.number}-node-0.log").exists(), SECONDS)
+    slurm.run("scancel", "--signal=USR1", job.number)
+    slurm.wait_for("its return to the queue", lambda: job.state["Restarts"] == "1", SECONDS)
+    assert f"attempt {job.number}-0 ended with exit code 75" in job.log()
+    # Preempted in step 4 by another job.
+    job.wait_for_steps(3)
+    slurm.run("sbatch", "--partition=high", "--nodelist=n1,n2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    slurm.wait_for("its second return", lambda: int(job.state["Restarts"]) >= 2, SECONDS)
+    assert job.log("-1.exit") == "75\n", logs(log)
+    assert "preempted; ranks save" in job.log()
+    assert f"attempt {job.number}-1 ended with exit code 75" in job.log()
+    # Killed in step 6.
+    job.wait_for_steps(5)
+    restarts = int(job.state["Restarts"])
+    slurm.run("pkill", "--newest", "--signal", "KILL", "--full", f"^{sys.executable} .*-m launch.train .*name=inter")
+    job.go_on(6)
+    assert job.end() == ("COMPLETED", "0:0", str(restarts + 1)), logs(log)
+    assert f"attempt {job.number}-{restarts} ended with exit code 78" in job.log()
+    assert job.log("-node-0.log").count("resumed after step") == 2
+    assert_same_end(job.run, folder / "bare")
+    # Ranks follow the nodes' names: the first of them, which speaks, is on n1.
+    assert "2 ranks" in job.log("-node-0.log")
+    assert "2 ranks" not in job.log("-node-1.log")
+    assert (log / "rank_00001.log").is_file()
+    assert "resume=auto" in (job.run / "overrides.txt").read_text().splitlines()
 
 
 def test_job_that_is_cancelled_stays_so(slurm: Slurm, folder: Path) -> None:
-    number, run = submit(slurm, folder, "cancelled"), folder / "cancelled"
-    slurm.wait_for("first steps", lambda: num_steps_recorded(run) >= 3, SECONDS)
-    slurm.run("scancel", number)
-    job = wait_until_over(slurm, number, run)
-    assert job["JobState"] == "CANCELLED"
+    job = Job.submit(slurm, folder, "cancelled", "one_rank", "--nodelist=n3")
+    job.wait_for_steps(3)
+    slurm.run("scancel", job.number)
+    assert job.end()[0] == "CANCELLED"
     slurm.wait_for("end of its processes", lambda: not slurm.run("squeue", "--noheader"), SECONDS)
-    assert slurm.job(number)["JobState"] == "CANCELLED"
-    assert slurm.job(number)["Restarts"] == "0"
-
-
-def test_job_that_slurm_rejects_is_one_line_and_leaves_nothing(slurm: Slurm, folder: Path) -> None:
-    done = slurm.attempt(*SUBMIT, *choices(folder, "refused", NUM_STEPS), *JOB, "slurm.partition=none")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: slurm: sbatch must accept the job, did not: ")
-    assert "invalid partition" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (folder / "refused").exists()
+    assert job.state["JobState"] == "CANCELLED"
