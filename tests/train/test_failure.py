@@ -131,7 +131,7 @@ def test_operations_of_every_group_have_one_order_on_all_its_ranks(
 
 
 def ends(folder: Path, seconds: float, port: int) -> list[tuple[int, str]]:
-    """Runs two ranks, each in a separate process, with a timeout of 5 seconds. Returns exit codes and outputs."""
+    """Runs two ranks, each in a separate process, with a timeout of 4 seconds. Returns exit codes and outputs."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = ["-m", "tests.train.preparing_rank", str(seconds), str(folder)]
 
@@ -146,11 +146,11 @@ def ends(folder: Path, seconds: float, port: int) -> list[tuple[int, str]]:
 
 def test_preparation_longer_than_the_timeout_is_no_hang_and_a_rank_lost_meanwhile_is_detected(tmp_path: Path) -> None:
     """Two jobs wait at the same time."""
-    jobs = {"long": 6.5, "lost": 60.0}
+    jobs = {"long": 5.5, "lost": 60.0}
     for name in jobs:
         write_text(tmp_path / name)
         (tmp_path / name / "run").mkdir()
-    (tmp_path / "lost" / "victim").write_text("1")
+    (tmp_path / "lost" / "victim").touch()
     with ThreadPoolExecutor(2) as pool, reserved_port() as first, reserved_port() as second:
         ran = pool.map(ends, [tmp_path / name for name in jobs], jobs.values(), (first, second))
         long, ((code, _), (lost, _)) = ran
