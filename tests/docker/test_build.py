@@ -76,7 +76,9 @@ def test_image_trains_the_quickstart_as_its_user(images: Images, container: Cont
     assert config["Volumes"] == {"/app/outputs": {}}
     assert config["Cmd"] == ["python", "-m", "launch.train", "experiment=quickstart"]
     tmp_path.chmod(0o1777)
-    printed = container.run([*config["Cmd"], "task.steps=2"], [*VOLUMES, f"{tmp_path}:/app/outputs"])
+    printed = container.run(
+        [*config["Cmd"], "task.steps=2", "parallelism=two_ranks"], [*VOLUMES, f"{tmp_path}:/app/outputs"]
+    )
     assert "step     2  checkpoint outputs/quickstart/" in printed
     (folder,) = (tmp_path / "quickstart").iterdir()
     assert folder.stat().st_uid == UID
