@@ -74,16 +74,29 @@ def exchange_reports(report: str | None, group: ProcessGroup | None = None) -> R
 
 def compare_with_first_rank(text: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
     """Returns the text of the group's first rank, and the reports of the ranks whose text differs."""
-    expected = [text]
-    distributed.broadcast_object_list(expected, src=_global_rank(0, group), group=group)
-    return expected[0], exchange_reports(text if text != expected[0] else None, group)
+    expected = broadcast_first(text, group)
+    return expected, exchange_reports(text if text != expected else None, group)
+
+
+def broadcast_first(value: ValueT, group: ProcessGroup | None = None) -> ValueT:
+    """Returns the value of the group's first rank. A rank alone gets its own object."""
+    if distributed.get_world_size(group) == 1:
+        return value
+    shared = [value]
+    distributed.broadcast_object_list(shared, src=_global_rank(0, group), group=group)
+    return shared[0]
 
 
 def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> list[ValueT]:
-    """Returns the values of the ranks that have one on every rank, in order, none padded to the longest."""
-    content = b"" if value is None else pickle.dumps(value)
+    """Returns the values of the ranks that have one on every rank, in order, none padded to the longest.
+
+    A rank alone gets its own object.
+    """
     rank = distributed.get_rank(group)
     size = distributed.get_world_size(group)
+    if size == 1:
+        return [] if value is None else [value]
+    content = b"" if value is None else pickle.dumps(value)
     device = _device(group)
     lengths_R = torch.zeros(size, dtype=torch.int64, device=device)
     lengths_R[rank] = len(content)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol, Self, TypeVar, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualpipe.ir import Placement, ValueKind
@@ -52,14 +54,15 @@ class RoundPlan:
         """The rows with new tokens."""
         return tuple(row for row, count in enumerate(self.counts) if count)
 
-    def to_numbers(self) -> list[int]:
-        """Returns the plan as numbers."""
-        rows = zip(self.sources, self.lengths, self.counts, self.places, strict=True)
-        return [_KINDS.index(self.kind), len(self.counts), *(number for row in rows for number in row)]
+    def write(self, numbers: NDArray[np.int64]) -> None:
+        """Writes the plan to the start of an array of enough numbers."""
+        columns = np.array((self.sources, self.lengths, self.counts, self.places), dtype=np.int64)
+        numbers[:_HEADER_NUMBERS] = _KINDS.index(self.kind), len(self.counts)
+        numbers[_HEADER_NUMBERS : _HEADER_NUMBERS + columns.size] = columns.ravel(order="F")
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> Self:
-        """Reads what `to_numbers` returned. Further numbers may follow."""
+        """Reads what `write` wrote. Further numbers may follow."""
         end = _HEADER_NUMBERS + _NUMBERS_PER_ROW * numbers[1]
         sources, lengths, counts, places = (
             tuple(numbers[_HEADER_NUMBERS + at : end : _NUMBERS_PER_ROW]) for at in range(_NUMBERS_PER_ROW)
@@ -99,9 +102,9 @@ class RoundFormat:
 
     def pack(self, plan: RoundPlan, rows: Tensor | None, device: torch.device) -> Tensor:
         """Returns a plan and its rows (ids [N] or states [N, D], None if empty) as bytes, a flat uint8 tensor."""
-        numbers = plan.to_numbers()
-        padding = [0] * (self.plan_bytes // _BYTES_PER_NUMBER - len(numbers))
-        head = torch.tensor([*numbers, *padding], dtype=torch.int64).view(torch.uint8).to(device)
+        numbers = np.zeros(self.plan_bytes // _BYTES_PER_NUMBER, dtype=np.int64)
+        plan.write(numbers)
+        head = torch.from_numpy(numbers).view(torch.uint8).to(device)
         return head if rows is None else torch.cat((head, rows.contiguous().flatten().view(torch.uint8)))
 
     def unpack(self, value: Tensor) -> tuple[RoundPlan, Tensor]:
@@ -291,13 +294,15 @@ class CohortDecoder(Decoder):
     def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Returns the input of the last stage, ND, after the tokens have passed all others."""
         assert self.exchange is not None
-        new = dict(zip(rows, counts, strict=True))
         lengths = self.main.lengths
+        new = [0] * len(lengths)
+        for row, count in zip(rows, counts, strict=True):
+            new[row] = count
         plan = RoundPlan(
             kind=kind,
             sources=tuple(self._sources),
             lengths=tuple(lengths),
-            counts=tuple(new.get(row, 0) for row in range(len(lengths))),
+            counts=tuple(new),
             places=tuple(self._places),
         )
         self._sources = list(range(len(lengths)))

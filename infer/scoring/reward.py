@@ -205,6 +205,8 @@ def combine(
     config: RewardConfig, groups: Sequence[AnswerGroup], host: Sequence[GroupSheets] | None, models: ModelScores
 ) -> list[GroupSheets]:
     """Returns the sheets of all groups with every part: those of `host_parts`, if any, and of models."""
+    if host is not None and not models:
+        return list(host)
     scores: dict[str, Sequence[Sequence[Score]]] = {
         kind: [[checked_score(kind, score) for score in group] for group in groups_of_scores]
         for kind, groups_of_scores in models.items()

@@ -152,7 +152,10 @@ def _to_plain(number: int, group: Group) -> dict[str, Any]:
                 "finish": answer.finish,
                 "outcome": answer.sheet.outcome,
                 "total": answer.sheet.total,
-                "parts": {kind: asdict(score) for kind, score in answer.sheet.parts.items()},
+                "parts": {
+                    kind: {"value": score.value, "outcome": score.outcome, "detail": score.detail}
+                    for kind, score in answer.sheet.parts.items()
+                },
                 "reward": answer.reward,
                 "advantage": answer.advantage,
                 "version": answer.version,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from comm.agreement import broadcast_first
 from data.loader import Batch, Loader
 from data.prepare import Prepared
 from infer.config import Sampling
@@ -250,8 +251,7 @@ class PolicySampler(TaskHook):
     def _broadcast(self, shared: list[ValueT]) -> ValueT:
         world = self._replica.world
         with world.phase("journal of the rollout"):
-            dist.broadcast_object_list(shared, src=0, group=world.groups.world)
-        return shared[0]
+            return broadcast_first(shared[0], world.groups.world)
 
     def _with_old(self, rollout: ScoredRollout, loader: Loader) -> ScoredRollout:
         """Returns a rollout with log-probabilities before the first update, packed as each update does."""
@@ -369,23 +369,33 @@ def fingerprint(replica: Replica) -> str:
     world = replica.world
     names = [name for name, _ in weights(replica.config.model)]
     numbers = {name: number for number, name in enumerate(names)}
+    tensors = named_tensors(replica.model)
     # Replicas hold equal tensors, so the largest value is that of any rank that holds the tensor.
     sums = torch.full((len(names),), _ABSENT)
-    for name, tensor in named_tensors(replica.model).items():
-        sums[numbers[name]] = _sum_of_bits(tensor)
+    sums[[numbers[name] for name in tensors]] = _sums_of_bits(list(tensors.values()))
     sums = world.reduce(sums, "fingerprint of the weights", dist.ReduceOp.MAX)
     present = {name: value for name, value in zip(names, sums.tolist(), strict=True) if value != _ABSENT}
     return hashlib.sha256(repr(sorted(present.items())).encode()).hexdigest()[:16]
 
 
-def _sum_of_bits(tensor: Tensor) -> int:
-    """Returns a sum of the bits of evenly spaced elements, each times its odd position, modulo 2^64."""
-    flat = tensor.detach().flatten()
-    chosen = flat[:: max(1, len(flat) // _ELEMENTS)].contiguous()
-    if chosen.element_size() > 1:
-        chosen = chosen.view(_INTEGERS[chosen.element_size()])
-    factors = torch.arange(len(chosen), device=chosen.device) * 2 + 1
-    return int((chosen.to(torch.int64) * factors).sum())  # host sync
+def _sums_of_bits(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a sum of the bits of each tensor's evenly spaced elements, N, modulo 2^64.
+
+    Each element is multiplied by twice its position plus 1.
+    """
+    chosen = []
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        part = flat[:: max(1, len(flat) // _ELEMENTS)]
+        chosen.append(part if part.element_size() == 1 else part.view(_INTEGERS[part.element_size()]))
+    # All tensors are summed at once, so that a device is read once.
+    bits = torch.cat(chosen).to(torch.int64)
+    counts_N = torch.tensor([len(part) for part in chosen])
+    owners = torch.arange(len(chosen)).repeat_interleave(counts_N)
+    positions = torch.arange(len(bits)) - (counts_N.cumsum(0) - counts_N)[owners]
+    sums_N = torch.zeros(len(chosen), dtype=torch.int64, device=bits.device)
+    sums_N.index_add_(0, owners.to(bits.device), bits * (positions * 2 + 1).to(bits.device))
+    return sums_N.cpu()  # host sync
 
 
 class StudentSampler(TaskHook):

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from torch import distributed as dist
-
+from comm.agreement import broadcast_first
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from data.tokenizer import Tokenizer
@@ -105,10 +104,9 @@ class WholeRater(RewardModelPart):
 
     def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Implements `RewardModelPart.rate`."""
-        shared = [score_answers(self.model, sequences, self.batch_size) if self.model is not None else []]
+        scores = [] if self.model is None else score_answers(self.model, sequences, self.batch_size)
         with self.world.log.collective("world", self.world.groups.world, "scores of answers"):
-            dist.broadcast_object_list(shared, src=0, group=self.world.groups.world)
-        return shared[0]
+            return broadcast_first(scores, self.world.groups.world)
 
 
 def open_reward_model(
@@ -210,17 +208,17 @@ def _open_judge(
 
 def with_constitutions(config: RewardConfig, world: World) -> RewardConfig:
     """Returns a reward whose judges have the text of their constitutions. Rank 0 reads the files."""
-    shared: list[RewardConfig | ScoringError] = [config]
+    result: RewardConfig | ScoringError = config
     if world.rank == 0:
         try:
-            shared = [replace(config, parts=tuple(_with_text(part) for part in config.parts))]
+            result = replace(config, parts=tuple(_with_text(part) for part in config.parts))
         except ScoringError as error:
-            shared = [error]
+            result = error
     with world.phase("constitution of the judge"):
-        dist.broadcast_object_list(shared, src=0, group=world.groups.world)
-    if isinstance(shared[0], ScoringError):
-        raise shared[0]
-    return shared[0]
+        result = broadcast_first(result, world.groups.world)
+    if isinstance(result, ScoringError):
+        raise result
+    return result
 
 
 def _with_text(part: ScorerConfig) -> ScorerConfig:
@@ -293,15 +291,14 @@ class PendingScores:
         Raises:
             ScoringError: on every rank, if the scorers failed.
         """
-        shared = [None if self.host is None else self.host.result()]
+        scored = None if self.host is None else self.host.result()
         with self.world.phase("scores of the answers"):
-            dist.broadcast_object_list(shared, src=0, group=self.world.groups.world)
-        outcome = shared[0]
+            outcome = broadcast_first(scored, self.world.groups.world)
         assert outcome is not None
         if outcome.error:
             raise ScoringError(outcome.error)
-        scored = combine(self.config, self.groups, outcome.sheets, self.models)
-        return [_with_sheets(group, sheets) for group, sheets in zip(self.groups, scored, strict=True)]
+        joined = combine(self.config, self.groups, outcome.sheets, self.models)
+        return [_with_sheets(group, sheets) for group, sheets in zip(self.groups, joined, strict=True)]
 
 
 def _with_sheets(group: Group, scored: GroupSheets) -> Group:
