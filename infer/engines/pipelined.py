@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dualpipe.ir import Placement
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
 from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
@@ -162,6 +163,9 @@ class _StageRun(ForwardOnlyRun):
         return value
 
 
+FEW_ROWS = 32
+"""Number of rows up to which a pass costs about as much as with one row, so that few rows are not divided."""
+
 MAX_ROUNDS = 32  # rounds after which the ranks agree on whether to continue
 
 _FAILED = 1 << 40
@@ -172,7 +176,8 @@ class CohortSizes:
     """Sizes of cohorts. They change no token.
 
     Attributes:
-        cohorts: cohorts of each direction; None for 2 in flight for each rank, or 1 on a rank alone.
+        cohorts: cohorts of each direction; None for 2 in flight for each rank, fewer if one would have fewer than
+            `FEW_ROWS` rows, and 1 on a rank alone.
         max_rows: maximum number of continuations of a cohort.
         prefill_tokens: maximum number of tokens of a prompt in one round; a longer one is read in chunks.
     """
@@ -180,6 +185,15 @@ class CohortSizes:
     cohorts: int | None = None
     max_rows: int = 64
     prefill_tokens: int = PROMPT_TOKENS
+
+    def num_cohorts(self, placement: Placement, num_rows: int) -> int:
+        """Returns the number of cohorts of a direction that continues at most `num_rows` sequences."""
+        if self.cohorts is not None:
+            return self.cohorts
+        ranks = 1 + max(placement[0])
+        # A rank alone waits for no other, so that its cohort can be as large as possible.
+        most = 1 if ranks == 1 else -(-2 * ranks // len(placement))
+        return max(1, min(most, -(-num_rows // min(FEW_ROWS, self.max_rows))))
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -214,11 +228,7 @@ class PipelinedEngine:
         self._stop_condition = stop_condition
         self._min_seconds = min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
-        directions = len(pipeline.place.placement)
-        ranks = 1 + max(pipeline.place.placement[0])
-        # A rank alone waits for no other, so that its cohort can be as large as possible.
-        self.num_cohorts = sizes.cohorts or (1 if ranks == 1 else -(-2 * ranks // directions))
-        self.num_rounds = self.plan_bytes = 0
+        self.num_cohorts = self.num_rounds = self.plan_bytes = 0
         self.executions: list[Execution] = []
 
     @torch.no_grad()
@@ -242,6 +252,7 @@ class PipelinedEngine:
         pipeline = self._pipeline
         num_shares = pipeline.place.num_data * len(pipeline.place.placement)
         most = -(-len(prompts) // num_shares) * request.samples
+        self.num_cohorts = self._sizes.num_cohorts(pipeline.place.placement, most)
         config = pipeline.model.config
         form = RoundFormat(
             max_rows=max(1, min(self._sizes.max_rows, -(-most // self.num_cohorts))),

@@ -255,3 +255,16 @@ def test_cohort_keeps_errors_of_the_user_and_raises_others(error: Exception) -> 
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(GenerateError, match=f"{name}: must be at least 1, is 0; nearest valid: 1"):
         CohortSizes(**{name: 0})
+
+
+def test_few_rows_are_not_divided_into_cohorts() -> None:
+    def counts(ranks: int, directions: int, **sizes: int) -> list[int]:
+        placement = tuple(tuple(range(ranks)) for _ in range(directions))
+        return [CohortSizes(**sizes).num_cohorts(placement, rows) for rows in (0, 1, 32, 33, 64, 65, 1000)]
+
+    assert counts(1, 2) == [1] * 7
+    assert counts(2, 2) == [1, 1, 1, 2, 2, 2, 2]
+    assert counts(4, 1) == [1, 1, 1, 2, 2, 3, 8]
+    # Rows of which a cohort holds few need as many cohorts as before.
+    assert counts(4, 1, max_rows=8) == [1, 1, 4, 5, 8, 8, 8]
+    assert counts(4, 1, cohorts=3) == [3] * 7

@@ -21,10 +21,11 @@ PROMPTS = tuple(NumberedPrompt(number=number, tokens=(number + 1, 5)) for number
 def measure(rank: int, world_size: int, folder: Path, layout: Layout) -> float:
     """Returns this rank's idle share in a program of 16 rounds."""
     with opened(config_of(layout, folder)) as (replica, pipeline):
-        sizes = CohortSizes(cohorts=layout.cohorts)
+        # Two in flight for each rank, in two directions. By default so few prompts are one cohort.
+        sizes = CohortSizes(cohorts=layout.pipeline)
         engine = PipelinedEngine(pipeline, speculative=False, sizes=sizes, min_seconds=STAGE_SECONDS)
-        program = compile_decode_program(replica, engine.num_cohorts, 16)
         engine.generate(PROMPTS, REQUEST)
+        program = compile_decode_program(replica, engine.num_cohorts, 16)
         spans = engine.executions[0].spans
     busy = sum(
         end - start for step, (start, end) in zip(program.steps, spans, strict=True) if step.action is Action.FORWARD
