@@ -20,7 +20,7 @@ from tests.programs.bench.turns import (
     trl_tokenizer,
 )
 
-MOST_OF_TRL = 0.75
+MOST_OF_TRL = 0.85
 PROMPTS, SAMPLES, NEW_TOKENS = 8, 8, 10
 _PACKED, _PROMPT_TOKENS = 4, 12
 _LEARNING_RATE, _KL_WEIGHT = 1e-4, 0.001
