@@ -144,7 +144,10 @@ def expert_mlp_backward(
 def gate_up_gradient(
     grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[int], total_EHD: Tensor | None = None
 ) -> Tensor:
-    """Computes the gradient of `expert_mlp` in gate_up, EHD, zero for an expert without rows; or adds it to a total."""
+    """Computes the gradient of `expert_mlp` in gate_up, EHD, or adds it to a total.
+
+    It is zero for an expert without rows.
+    """
     out_EHD = _empty_gradient(counts, grad_hidden_AH, rows_AD.shape[1]) if total_EHD is None else total_EHD
     for block in cut_into_blocks(counts, grad_hidden_AH.shape[1]):
         _outer_products(grad_hidden_AH[block.rows], rows_AD[block.rows], out_EHD, block, adds=total_EHD is not None)
@@ -159,7 +162,10 @@ def down_gradient(
     gated_AM: Tensor | None = None,
     total_EDM: Tensor | None = None,
 ) -> Tensor:
-    """Computes the gradient of `expert_mlp` in down, EDM, or adds it to a total; may compute `gated_AM` again."""
+    """Computes the gradient of `expert_mlp` in down, EDM, or adds it to a total.
+
+    Without `gated_AM`, computes that again.
+    """
     width = hidden_AH.shape[1] // 2
     out_EDM = _empty_gradient(counts, grad_AD, width) if total_EDM is None else total_EDM
     for block in cut_into_blocks(counts, 2 * width):

@@ -24,10 +24,9 @@ from tests.programs.bench.planned_cpu import cpu_text, measure_cpu, quickstart
 from tests.programs.bench.planned_layouts import SECONDS_PER_SEQUENCE, layouts_text, measure_layouts, small_layouts
 from tests.programs.bench.planned_stages import KINDS, measure_planned, planned_text
 from tests.programs.bench.sft import measure_sft, sft_text
-from tests.programs.bench.training import Precision, measure_training, training_rows, training_text
+from tests.programs.bench.training import SHAPES, measure_training, training_rows, training_text
 from tests.programs.bench.turns import StepSample, missing_trl, step_rows
 
-PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 SECTIONS = (
     "sleep",
     "products",
@@ -84,7 +83,7 @@ def main() -> None:
     if "overlap" in arguments.sections:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if "training" in arguments.sections:
-        found["training"] = {precision: _training(precision, arguments.rounds) for precision in PRECISIONS}
+        found["training"] = {name: _training(name, arguments.rounds) for name in SHAPES}
     if "decoding" in arguments.sections:
         samples = measure_decoding(arguments.rounds)
         found["decoding"] = [asdict(sample) for sample in samples]
@@ -102,10 +101,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _training(precision: Precision, num_rounds: int) -> list[dict[str, Any]]:
-    samples = measure_training(precision, num_rounds)
-    print("\n" + training_text(precision, samples), flush=True)
-    return training_rows(samples)
+def _training(name: str, num_rounds: int) -> list[dict[str, Any]]:
+    rows = training_rows(SHAPES[name], measure_training(SHAPES[name], num_rounds))
+    print("\n" + training_text(name, rows), flush=True)
+    return rows
 
 
 def _with_trl(

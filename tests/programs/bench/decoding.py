@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.programs.bench.training import _RELEASED_KEYS, VOCAB
+from tests.programs.bench.training import SHAPES, architecture
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 48
 GOALS = {1: 1.3, 8: 1.5, 32: 2.0}
@@ -38,9 +38,10 @@ def measure_decoding(num_rounds: int) -> list[DecodingSample]:
     torch.set_num_threads(1)
     contenders = _build()
     samples = []
+    vocab = architecture(SHAPES["11.5M"]).vocab_size
     for batch_size in GOALS:
         generator = torch.Generator().manual_seed(batch_size)
-        prompts_BT = torch.randint(VOCAB, (batch_size, PROMPT_TOKENS), generator=generator)
+        prompts_BT = torch.randint(vocab, (batch_size, PROMPT_TOKENS), generator=generator)
         seconds: dict[tuple[str, int], list[float]] = {}
         for number in range(1 + num_rounds):
             ids = {}
@@ -80,12 +81,10 @@ def _build() -> dict[str, Decode]:
 
     from comm.dispatch.local import LocalDispatcher
     from infer.generate import generate
-    from model.hf.config import parse_config
     from model.hf.writer import save_hf
     from model.transformer import Transformer, initialize_weights
 
-    keys: dict[str, Any] = {**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}
-    config = parse_config(keys, Path("config"))
+    config = architecture(SHAPES["11.5M"])
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     initialize_weights(model, 0)
 
