@@ -164,7 +164,7 @@ class _StageRun(ForwardOnlyRun):
 
 
 FEW_ROWS = 32
-"""Number of rows up to which a pass costs about as much as with one row, so that few rows are not divided."""
+"""Number of rows up to which one pass costs much less than two of half the rows, so that few rows are not divided."""
 
 MAX_ROUNDS = 32  # rounds after which the ranks agree on whether to continue
 
