@@ -49,9 +49,9 @@ test-long: .venv/installed-dev
 test-exhaustive: .venv/installed-dev
 	$(PYTEST) $(TWO) -m exhaustive --durations=20
 
-# Quick tests only.
+# Tests of less than a second, without those that need a quiet machine: two minutes on two cores.
 test-fast: .venv/installed-dev
-	$(PYTEST) $(TWO) -m 'not slow and not long and not exhaustive' -x -q --durations=20
+	$(PYTEST) $(TWO) -m 'not slow and not long and not exhaustive' -x -q $(ALONE:%=--ignore=%)
 
 # Ranks in network namespaces with rate-limited links, and jobs on a real Slurm. Needs Linux and root, and for the jobs
 # slurm-wlm and munge; tests that cannot run are skipped with the reason.

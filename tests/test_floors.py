@@ -88,6 +88,7 @@ def sources() -> list[Path]:
     return sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
 
 
+@pytest.mark.slow
 def test_floors_no_file_imports_upward() -> None:
     files = sources()
     assert {path.relative_to(ROOT).parts[0] for path in files} == set(FLOORS)
@@ -117,6 +118,7 @@ def circle_of(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_no_files_and_no_folders_import_each_other_in_a_circle() -> None:
     graph = imported_files()
     assert circle_of(graph) == []
@@ -134,6 +136,7 @@ def test_a_circle_is_found() -> None:
     assert circle_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+@pytest.mark.slow
 def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
     modules = "model.transformer, model.precision.fp8_linears, infer.generate, train.run"
     code = f"import sys, {modules}; print('triton' in sys.modules)"
@@ -186,6 +189,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
@@ -201,6 +205,7 @@ def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_comm_of_the_checkout_is_ours() -> None:
     done = run_python("import comm.protocol; print(comm.__file__)", ROOT)
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ def make(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
+@pytest.mark.slow
 def test_make_of_a_run_installs_no_extra_and_of_tests_the_one_they_need(tmp_path: Path) -> None:
     printed = make(tmp_path, "train", "post", "life")
     assert "-e .\n" in printed
@@ -88,6 +89,7 @@ def test_lock_names_the_package_index_alone_and_has_every_requirement() -> None:
     assert {name for name, _ in recorded} == {canonicalize_name(found.name) for _, found in requirements()}
 
 
+@pytest.mark.slow
 def test_sizes_on_the_page_are_those_of_the_lock() -> None:
     page = (ROOT / "docs" / "install.md").read_text("utf-8")
     rows = re.findall(r"\| ([\d,.]+) \| (\d+) \|", page)

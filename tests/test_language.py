@@ -123,6 +123,7 @@ def first_line_problem(text: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_language_is_plain_and_first_lines_of_docstrings_are_complete() -> None:
     """Lists all places that break a rule."""
     files = prose_files()

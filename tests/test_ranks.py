@@ -26,6 +26,7 @@ def _fail_on_one(rank: int, world_size: int, how: str) -> None:
         distributed.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -70,6 +71,7 @@ def test_ranks_serve_the_next_call_too() -> None:
     assert set(first) == set(second)
 
 
+@pytest.mark.slow
 def test_rank_on_which_a_call_left_something_behind_or_failed_serves_no_other() -> None:
     for what in ("variable", "dtype", "thread", "definition", "directory"):
         used = run_ranks(2, _leave, what)
@@ -115,6 +117,7 @@ def test_command_in_a_fork_ends_as_another(tmp_path: Path, how: str) -> None:
     assert found.stderr.splitlines()[-1] == expected.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_command_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import time\nprint('begins', flush=True)\ntime.sleep(60)\n")
     with pytest.raises(subprocess.TimeoutExpired) as caught:

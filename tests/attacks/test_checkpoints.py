@@ -184,6 +184,7 @@ def _frugal() -> Any:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MOST_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_frugal")
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_a_hostile_checkpoint_is_rejected_in_one_line(spoil: Spoil, part: str, sources: Path, tmp_path: Path) -> None:
@@ -234,6 +235,7 @@ def test_resume_runs_nothing_and_every_rank_rejects_alike(sources: Path, tmp_pat
     assert not list(tmp_path.rglob("proof"))
 
 
+@pytest.mark.slow
 def test_resume_command_runs_nothing_and_ends_with_code_2(tmp_path: Path) -> None:
     """Repeats the attack that was found: a crafted file with correct hashes, whose code ran on every rank."""
     write_text(tmp_path)

@@ -56,6 +56,7 @@ def refusal(act: Callable[..., object], *arguments: object) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "name"), [("hf", "hf"), ("checkpoint", "converted")])
 def test_a_pickle_in_any_file_of_weights_does_not_run(form: str, name: str, weights: Path, tmp_path: Path) -> None:
     files = sorted(path.name for path in (weights / name).iterdir())
@@ -183,6 +184,7 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "part"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS])
 def test_a_hostile_config_of_a_run_is_rejected(
     spoil: Callable[[Path], object], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -363,6 +365,7 @@ def uses(source: str) -> set[str]:
     return {found.group() for pattern in PATTERNS for found in re.finditer(pattern, code)}
 
 
+@pytest.mark.slow
 def test_sources_run_nothing_that_a_file_holds() -> None:
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     assert len(files) > 100

@@ -281,6 +281,7 @@ def test_planted_locks_have_no_effect_but_a_living_owner(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="mounting a read-only disk needs root and unshare")
 def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()

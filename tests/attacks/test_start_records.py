@@ -126,6 +126,7 @@ def records() -> dict[str, bytes]:
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_start_during_an_attack_that_ends_has_the_true_addresses(attack: Attack, records: dict[str, bytes]) -> None:
     store = HashStore()

@@ -139,6 +139,7 @@ def _agree(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_sums_reports_and_values() -> None:
     ranks = run_ranks(_SIZE, _agree)
     for rank, found in enumerate(ranks):

@@ -99,6 +99,7 @@ def _exchange(
     return forward, backward, gradient, summed, observers.log.order_hashes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exchange", "size"), [("gather", 2), ("gather", 4), ("ring", 3), ("ring", 4)])
 def test_rows_and_gradients_reach_their_ranks_and_bytes_are_as_predicted(exchange: ContextExchange, size: int) -> None:
     for dtype in (torch.float64, torch.bfloat16):

@@ -299,6 +299,7 @@ def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     return run_ranks(machines.num_ranks, _check, machines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", list(LAWS))
 def test_deepep_with_an_emulation_keeps_its_laws(law: str, failures: list[dict[str, str]]) -> None:
     broken = [found[law] for found in failures if law in found]

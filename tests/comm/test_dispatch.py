@@ -84,6 +84,7 @@ def findings(request: pytest.FixtureRequest) -> list[Findings]:
     return run_ranks(len(setting.nodes), check_contract, setting, plugin_files(request.config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", list(LAWS))
 def test_dispatcher_keeps_the_law(law: str, findings: list[Findings]) -> None:
     broken = [found.failures[law] for found in findings if law in found.failures]
@@ -241,7 +242,7 @@ def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     assert int(counts.split(" passed")[0].split()[-1]) == len(LAWS) + 3 - num_broken, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_takes_a_dispatcher_from_a_file_outside(counting: Path) -> None:
     command = [sys.executable, "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
     done = subprocess.run(

@@ -130,6 +130,7 @@ def test_content_other_than_a_small_json_object_is_rejected(body: bytes) -> None
         wire.decompress_object(body)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "group", "block", "other"]), JSON))
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -126,6 +126,7 @@ def _spread(setting: Setting, links: Counter[tuple[int, int]], rank: int, back: 
     return Spread(on_member=kept, within_node=within, across_nodes=across)
 
 
+@pytest.mark.slow
 def test_exchanges_send_the_rows_that_loops_over_tokens_enumerate(counted: tuple[Setting, list[list[Counted]]]) -> None:
     setting, cases = counted
     wide = " float32" if setting.fields.get("partial_sums") == "float32" else ""

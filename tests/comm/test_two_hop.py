@@ -4,6 +4,7 @@ Shape legend: T tokens, K experts per token, D hidden size, A arrived rows."""
 
 from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor, distributed
 
@@ -57,6 +58,7 @@ def _vary_chunks(rank: int, world_size: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_number_of_chunks_changes_no_bit() -> None:
     assert run_ranks(4, _vary_chunks) == [[]] * 4
 

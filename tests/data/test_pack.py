@@ -42,6 +42,7 @@ def documents_of(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(LENGTHS, st.integers(2, 17))
 def test_packing_loses_and_invents_no_token(lengths: list[int], length: int) -> None:

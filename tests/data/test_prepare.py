@@ -147,6 +147,7 @@ def test_changed_text_is_read_again(config: DataConfig, tmp_path: Path) -> None:
     assert prepare(config, 16).fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["absent", "broken"])
 def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, tmp_path: Path, before: str) -> None:
     if before == "broken":
@@ -193,6 +194,7 @@ def test_what_one_process_opened_no_other_moves_away(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["meta_garbage", "meta_list", "meta_missing", "array_cut", "array_missing"])
 @pytest.mark.parametrize("level", ["packed", "encoded"])
 def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: str, level: str) -> None:

@@ -84,6 +84,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert pages <= linked, pages - linked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "figures"),
     [
@@ -120,10 +121,12 @@ def test_recipes_table_has_the_steps_and_memory_of_the_present_code() -> None:
     assert sorted(row.split("`")[1] for row in rows[2:]) == sorted(recipes)
 
 
+@pytest.mark.slow
 def test_keys_page_is_what_the_commands_say() -> None:
     assert keys.PAGE.read_text("utf-8") == keys.page(), "python -m docs.keys --write"
 
 
+@pytest.mark.slow
 def test_v3_command_of_the_pages_is_a_run_that_nothing_warns_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,6 +128,7 @@ class Exhaustive:
         return max(own, ends[maker] + (self.costs.latency if is_sent else 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("empty", "exchange", "latency", "cap", "optimum"),
     [

@@ -159,6 +159,7 @@ def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
         before = makespan
 
 
+@pytest.mark.slow
 def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
     costs = uniform(SEARCH_COSTS, 4, 8)
     many = dualpipe_interleaved(4, 200, costs)

@@ -178,6 +178,7 @@ def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
     return list(first)
 
 
+@pytest.mark.slow
 def test_alternatives_are_all_other_kinds_under_the_runs_costs_and_changed_as_the_run_is(
     alternatives: list[TimedSchedule | UnavailableSchedule],
 ) -> None:
@@ -193,6 +194,7 @@ def test_alternatives_are_all_other_kinds_under_the_runs_costs_and_changed_as_th
             assert all(len(group) == 1 for groups in row.schedule.ranks for group in groups)
 
 
+@pytest.mark.slow
 def test_alternative_that_needs_a_long_search_is_left_out() -> None:
     schedule = build("1f1b", 16, 32)
     rows = Alternatives({}).timed(schedule, measured_costs(schedule, measured_run(schedule)))

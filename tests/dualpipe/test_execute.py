@@ -29,6 +29,7 @@ def assert_values(schedule: Schedule, ran: list[Ran], *, trained: bool) -> None:
                 assert sorted(stage.weights.get(key, [])) == (phases if trained else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
 def test_interpreter_computes_values_and_keeps_only_the_activations_of_the_schedule(

@@ -48,6 +48,7 @@ def test_dualpipe_v_3_ranks_7_micro_batches_is_the_published_order() -> None:
     assert json.loads(to_json(dualpipe_v(3, 7))) == json.loads((GOLDEN / "dualpipe_v_3_7.json").read_text())
 
 
+@pytest.mark.slow
 def test_dualpipe_v_is_the_published_order() -> None:
     for size, expected in SHA256_V.items():
         num_ranks, num_micro_batches = map(int, size.split(","))
@@ -227,6 +228,7 @@ def test_interleaved_idles_by_its_formula_without_exchange(num_ranks: int, chunk
     assert overhead(num_ranks, 4 * num_ranks, equal_times(0), chunks) <= most + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunks", "exchange", "most"), [(2, 0.5, 8.0), *exhaustive((4, 0.5, 6.0), (4, 1.0, 12.0), (4, 1.5, 30.0))]
 )

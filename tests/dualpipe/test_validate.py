@@ -159,6 +159,7 @@ def test_oracle_accepts_every_original() -> None:
         assert refusal(schedule, training) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutate", "least_incorrect", "least_correct"),
     [

@@ -159,6 +159,7 @@ def prompts_of(config: ModelConfig, count: int, seed: int) -> list[list[int]]:
     return [torch.randint(0, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_speculative_greedy_is_greedy_on_fifty_prompts(dtype: torch.dtype) -> None:
     model = make_foresighted(dtype=dtype)
@@ -194,6 +195,7 @@ def test_statistics_count_what_happened() -> None:
         assert f"({statistics.drafts_accepted} of {statistics.drafts_offered})" in statistics.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, mtp_hidden="pre_norm")])
 def test_drafts_are_those_of_whole_passes(config: ModelConfig) -> None:
     """The accepted drafts equal those of the MTP module's best tokens over the whole text without a cache."""

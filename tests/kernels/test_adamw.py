@@ -99,6 +99,7 @@ def test_adamw_names_a_tensor_that_it_cannot_take(place: int, wrong: Tensor, mes
         reference.adamw_bf16_moments(given[0], given[1], given[2], given[3], STEPS[0])
 
 
+@pytest.mark.slow
 @interpreted
 def test_interpreted_adamw_equals_the_reference() -> None:
     # Whole blocks, a block begun, less than a block; and other blocks.

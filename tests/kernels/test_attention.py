@@ -79,6 +79,7 @@ AS_THEY_ARE = [
 """Kernels that take values without padding."""
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("places", [None, *PLACES])

@@ -129,6 +129,7 @@ def test_cross_entropy_is_finite_if_logits_are_large() -> None:
     torch.testing.assert_close(found.rows_ND, torch.tensor([[2.0], [0.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_cross_entropy_among_kept_tokens_equals_formula(dtype: torch.dtype) -> None:
     for shape in ((33, 5, 300), (130, 3, LARGE), (0, 4, 9)):
@@ -198,6 +199,7 @@ def buckets(logs_NV: Tensor, ids_NK: Tensor) -> Tensor:
     return torch.cat((kept_NK, rest_N[:, None]), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("vocab", [11, LARGE])

@@ -196,6 +196,7 @@ def _garbage() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_garbage")
 @pytest.mark.parametrize("keeps_gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

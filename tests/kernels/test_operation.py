@@ -172,6 +172,7 @@ def test_products_of_an_emulated_deep_gemm_are_the_reference_s(monkeypatch: pyte
     assert (calls.num_blocks, calls.num_rows) == (1, 2)
 
 
+@pytest.mark.slow
 def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch() -> None:
     code = (
         "import sys\n"

@@ -61,6 +61,7 @@ def expected_packed(rows_ND: Tensor) -> PackedE5M6:
     return PackedE5M6(torch.from_numpy(np.stack(codes)), torch.tensor(scales, dtype=torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("num_columns", [1, 2, 127, 129, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -151,6 +151,7 @@ def test_load_plugins_missing_file_names_the_nearest(tmp_path: Path) -> None:
     assert str(error.value) == wanted
 
 
+@pytest.mark.slow
 def test_pytest_plugins_option_loads_files_for_suites(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     text = "from kernels.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('two', 2)\n"

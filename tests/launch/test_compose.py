@@ -53,6 +53,7 @@ def test_compose_gives_plain_values() -> None:
     assert compose("train", ["name=run-${seed}", "seed=5"])["name"] == "run-5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -97,6 +98,7 @@ def test_compose_reads_a_file_again_that_was_edited(tmp_path: Path, monkeypatch:
     assert compose("train", ["experiment=quickstart"])["name"] == "edited"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -343,6 +345,7 @@ def refusal(config: TrainConfig) -> str:
     return assert_refused(ConfigError, (), lambda: check_memory(config, check_rules))
 
 
+@pytest.mark.slow
 def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
     check_memory(make_config(*V3), check_rules)
     message = refusal(make_config(*V3, "batch.micro_sequences=2"))
@@ -394,6 +397,7 @@ def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_tor
     assert predict_alone(tmp_path / "without", *V3, has_triton=False)[1:] == ["True", read]
 
 
+@pytest.mark.slow
 def test_sizes_that_were_cut_or_changed_are_measured_again(tmp_path: Path) -> None:
     config = make_config("model=quickstart", f"data.cache_dir={tmp_path}")
     forget()
@@ -433,6 +437,7 @@ def test_without_memory_bytes_nothing_is_checked() -> None:
     assert time.process_time() - started < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "overrides", "nearest"),
     [

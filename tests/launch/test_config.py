@@ -202,6 +202,7 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> Non
     assert found == checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -349,6 +350,7 @@ def test_config_rejects_what_no_run_can_follow(overrides: list[str], parts: list
     assert_refused(user_errors(), parts, lambda: check(build(*overrides)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_sizes", "overrides", "lines"),
     [

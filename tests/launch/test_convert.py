@@ -51,6 +51,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sources(tmp_path_factory.mktemp("sources"))
 
 
+@pytest.mark.slow
 def test_convert_there_and_back_gives_the_same_bytes(sources: Path, tmp_path: Path) -> None:
     checkpoint = sources / "of_plain"
     assert len(list(checkpoint.glob("*.safetensors"))) > 3
@@ -226,6 +227,7 @@ def test_convert_reads_a_tensor_without_a_search_through_all(sources: Path, monk
     assert reader.tensor("lm_head.weight", torch.float32).isfinite().all()
 
 
+@pytest.mark.slow
 def test_convert_memory_does_not_depend_on_the_size_of_files(tmp_path: Path) -> None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs Linux's /proc/self/clear_refs to measure memory")

@@ -114,6 +114,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "delays"),
     [("train", (0.0, 0.2, 0.7)), ("generate", (0.1,)), ("submit", (0.4,))],
@@ -281,6 +282,7 @@ print(fill())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="pages are kept by glibc's allocator, which is Linux's"
 )
@@ -294,6 +296,7 @@ def test_environment_keeps_the_pages_of_freed_tensors() -> None:
     assert faults("set") < 100
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="heaps of threads are glibc's, which is Linux's")
 @pytest.mark.parametrize(("by_user", "most"), [(None, 1), ("3", 3)])
 def test_environment_gives_a_ranks_threads_one_heap_unless_the_user_chose(by_user: str | None, most: int) -> None:

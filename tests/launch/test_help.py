@@ -59,6 +59,7 @@ def test_commands_the_nearest_of_a_typo_is_named(name: str) -> None:
     assert unknown_command(name).endswith("nearest valid: python -m launch.train")
 
 
+@pytest.mark.slow
 def test_commands_examples_compose() -> None:
     for found in find_commands():
         for line in found.examples:
@@ -68,6 +69,7 @@ def test_commands_examples_compose() -> None:
             compose(found.name, overrides, UNREAD if found.name == "plan" else None)
 
 
+@pytest.mark.slow
 def test_package_lists_the_commands_and_starts_one() -> None:
     assert run_command(["-m", "launch"]).stdout.strip() == listing().strip()
     done = run_command(["-m", "launch", "schedule", "num_ranks=2", "num_micro_batches=4", "format=json"])
@@ -75,6 +77,7 @@ def test_package_lists_the_commands_and_starts_one() -> None:
     assert '"num_ranks": 2' in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_all_lists_every_key_once_with_its_value(name: str) -> None:
     text = help_text(name, ["all"])
@@ -124,6 +127,7 @@ def test_help_all_shows_the_keys_of_chosen_options() -> None:
     assert re.search(r"^  init_from=null +weights to start from", text, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words", "parts"),
     [
@@ -169,12 +173,14 @@ def test_help_of_a_wrong_choice_or_an_unknown_word_is_an_error(override: str, ne
         help_text("train", [override])
 
 
+@pytest.mark.slow
 def test_help_of_an_unknown_word_ends_with_2_and_one_line() -> None:
     done = run_command(["-m", "launch.train", "--help", "learnign"])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "'learnign'; nearest valid: optim.learning_rate" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_is_plain_text_in_a_pipe_and_ends_with_its_reader() -> None:
     whole = run_command(["-m", "launch.train", "--help", "all", "model=tiny"])
     assert (whole.returncode, whole.stderr) == (0, "")
@@ -192,6 +198,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "experiment=saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -113,6 +113,7 @@ def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) 
         check_packages(build("cluster=one_gpu", "precision=bf16", "attention=flash_attention"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_driver(), reason="this machine has NVIDIA's driver")
 @pytest.mark.parametrize("rank", ["0", "8", "9"])
 def test_rank_of_torchrun_says_it_once_on_each_node(rank: str, tmp_path: Path) -> None:
@@ -168,6 +169,7 @@ def test_host_memory_must_be_free() -> None:
     assert problem.startswith("memory: 1000000000.0 GB must be free, ")
 
 
+@pytest.mark.slow
 def test_nodes_must_reach_the_first_one() -> None:
     found: dict[int, list[str]] = {}
 
@@ -331,6 +333,7 @@ def test_aliases_are_few_no_key_has_their_name_and_what_they_recommend_composes(
         compose("train", list(batch.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [

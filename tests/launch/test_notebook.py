@@ -93,6 +93,7 @@ def kernel(folder: Path) -> Iterator[Kernel]:
         manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 def test_kernel_in_the_checkout_imports_every_package_and_keeps_its_own_comm() -> None:
     with kernel(ROOT) as notebook:
         assert notebook.run(IMPORTS).startswith("78 [")

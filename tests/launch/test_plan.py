@@ -107,6 +107,7 @@ def test_command_starts_within_a_second_of_cpu_time_without_torch(tmp_path: Path
     assert best <= 1.0
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_silently() -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -118,6 +119,7 @@ def test_a_closed_pipe_ends_silently() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line() -> None:
     with subprocess.Popen(
         [*COMMAND, *PUBLISHED, "advice=true"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -164,6 +166,7 @@ LARGE = ("cluster=h100", "cluster.memory_bytes=200000000", "cluster.memory_reser
          "batch.micro_sequences=4")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"), [("train", ()), ("submit", ("dry_run=true",)), ("train", ("config_only=true",))]
 )
@@ -182,6 +185,7 @@ def test_plan_gives_the_reason_of_the_other_commands(capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["reasons"] == [reason]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_driver(), reason="this machine has NVIDIA's driver")
 def test_commands_without_the_check_go_on_and_the_job_skips_it_too(tmp_path: Path) -> None:
     given = [*LARGE, "plan.check=false", f"out_dir={tmp_path / 'run'}"]
@@ -200,6 +204,7 @@ def with_devices(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
     monkeypatch.setattr(machine, "device_memory_bytes", lambda: sizes)
 
 
+@pytest.mark.slow
 def test_memory_of_the_gpus_is_asked_if_the_cluster_does_not_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = one_gpu()
     needed = predict_memory(fitted_config(config)).worst.total
@@ -249,7 +254,7 @@ def run_search(tmp_path: Path, *overrides: str) -> str:
     return out.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_candidates_are_plans_of_their_overrides_and_their_table_has_at_most_100_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +371,7 @@ def test_overrides_may_repeat_the_run_and_change_devices_and_prices(folder: Path
     assert read_request([f"run={folder}", "cluster=h800"]).config.cluster.memory_bytes == 84943110144
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -400,6 +406,7 @@ def test_hostile_folder_is_refused_in_one_line(folder: Path) -> None:
     assert_refused(ConfigError, ["rates: "], lambda: main([f"run={folder}"]))
 
 
+@pytest.mark.slow
 def test_command_does_not_import_torch_again(folder: Path) -> None:
     write_times(folder, compose_run(RUN), is_probe=True)
     code = "import sys; from launch.plan import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"

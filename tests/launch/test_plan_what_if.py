@@ -121,6 +121,7 @@ def test_wrong_what_if_is_refused_with_key_rule_value_and_nearest(
     assert re.search(r"nearest|valid|did you mean|write|least is|belongs to", text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "named"), WRONG_LAYOUTS, ids=[override for override, _ in WRONG_LAYOUTS])
 def test_wrong_layout_ends_with_one_line_and_exit_code_2(
     override: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -213,6 +214,7 @@ def test_a_better_machine_is_never_slower_under_a_searched_order(tmp_path: Path)
         assert speedup >= 1.0, item
 
 
+@pytest.mark.slow
 def test_json_has_what_ifs_and_advice_and_is_read_back(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     items = "what_if=['rates.latency_seconds*4','precision.kind=float32']"

@@ -62,6 +62,7 @@ def run(folder: Path, command: str, *overrides: str) -> "subprocess.CompletedPro
     return run_command(["-m", f"launch.{command}", *overrides], cwd=folder, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "submit"])
 def test_plugin_is_chosen_by_a_group_option_next_to_it(command: str, tmp_path: Path) -> None:
     place(tmp_path)

@@ -67,6 +67,7 @@ def assert_carried(target: Path, source: Path) -> None:
     assert (target / "LICENSE-MODEL").read_text() == LICENCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_conversion_into_other_files_keeps_every_byte_and_key(
     name: str, published: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path

@@ -71,6 +71,7 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
     return compose_run([f"experiment={name}", *paths, *given, *overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS])
 def test_recipe_after_fine_tuning_starts_from_random_weights_only_if_told(name: str, tmp_path: Path) -> None:
     config = compose_run([f"experiment={name}", "init_from=random"])
@@ -102,6 +103,7 @@ def test_a_folder_that_is_called_random_has_a_path(tmp_path: Path, monkeypatch: 
         compose_run(["model=of_checkpoint", "init_from=random"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAPTOP, *SIZES])
 def test_recipe_passes_the_whole_check(folder: Path, name: str) -> None:
     config = build(folder, name)
@@ -191,12 +193,12 @@ def extension(folder: Path, name: str) -> TrainConfig:
     return compose_run([f"experiment={name}", f"init_from={weights}", *given])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         *(name for name in options("experiment") if name not in (*PHASES_OF_V3, "none")),
-        *(pytest.param(name, marks=pytest.mark.long) for name in PHASES_OF_V3),
-        "v3_sft interleaved",
+        *(pytest.param(name, marks=pytest.mark.long) for name in (*PHASES_OF_V3, "v3_sft interleaved")),
     ],
 )
 def test_recipe_is_the_same_run_for_train_plan_and_submit(
@@ -308,6 +310,7 @@ def test_tokenizer_of_the_initial_weights_may_be_small(tmp_path: Path) -> None:
         check_text(replace(config, init_from=None), 701)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "length", "sequences"), [("v3_32k", 32_768, 1920), ("v3_128k", 131_072, 480)])
 def test_recipe_v3_extension_is_the_published_phase_and_fits(
     folder: Path, name: str, length: int, sequences: int
@@ -337,6 +340,7 @@ def test_recipe_quickstart_yarn_extends_a_quickstart_by_eight(folder: Path) -> N
     assert replace(config.model, rope_scaling=before.model.rope_scaling, max_position_tokens=4096) == before.model
 
 
+@pytest.mark.slow
 def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
     """The values equal those of arXiv:2412.19437, section 5.1: two epochs, and a cosine from 5e-6 to 1e-6."""
     lines = [f'{{"prompt": "question {number}", "answer": "answer {number}"}}' for number in range(1500)]

@@ -102,6 +102,7 @@ def test_sample_journal_holds_what_the_engine_generates_with_scores(
         assert read_conversation(record, "line").messages[-1].content == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.97])
 def test_sample_that_was_interrupted_at_any_byte_ends_with_the_same_files(
     run: Path, rollouts: list, tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]

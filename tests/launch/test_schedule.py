@@ -97,6 +97,7 @@ def test_schedule_file_is_what_is_printed(form: str, tmp_path: Path, capsys: pyt
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture"]
 
 
+@pytest.mark.slow
 def test_schedule_reader_that_leaves_early_ends_it_quietly() -> None:
     choices = "schedule=dualpipe num_ranks=16 num_micro_batches=400 format=json"
     command = f"{sys.executable} -m launch.schedule {choices} | head -c 10"

@@ -80,6 +80,7 @@ def test_script_asks_for_what_the_layout_needs(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> None:
     kinds: tuple[list[str], ...] = (
         [],
@@ -100,6 +101,7 @@ def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> No
     assert not [option for script in scripts[1:] for option in options_of(script) if "gpus" in option]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [

@@ -95,6 +95,7 @@ def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monk
     assert seen[1].out_dir == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [(KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted\n"), (BrokenPipeError(), 128 + signal.SIGPIPE, "")],
@@ -126,6 +127,7 @@ def test_makefile_and_ci_run_what_the_readme_says() -> None:
         assert places == sorted(places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "code"), [({}, 75), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 0)], ids=["bare", "rank"]
 )

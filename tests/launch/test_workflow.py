@@ -62,6 +62,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeCommand]:
     return FakeCommand
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", options("workflow"))
 def test_every_command_of_a_workflow_composes_and_reads_what_an_earlier_one_wrote(name: str) -> None:
     config = read_workflow([f"workflow={name}"])

@@ -52,6 +52,7 @@ def check(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens:
     assert kept == counted_bytes(config, dtype, computing, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("recomputed", [*SUBSETS, LAYERS], ids=lambda some: "+".join(sorted(some)) or "none")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -59,6 +60,7 @@ def test_phases_keep_what_is_counted(recomputed: frozenset[Recomputed], dtype: t
     check(MODEL, dtype, Computing(recomputed=recomputed), 24)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "config",
@@ -92,6 +94,7 @@ def test_phases_in_fp8_keep_what_is_counted(
     check(config, torch.bfloat16, Computing(recomputed=recomputed, products=products), 24)
 
 
+@pytest.mark.slow
 def test_each_kind_of_recomputation_keeps_less() -> None:
     """What kinds save adds up."""
 

@@ -113,6 +113,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exchange", "size"), [("gather", 4), ("ring", 2)])
 def test_loss_and_gradients_of_all_ranks_add_up_to_those_of_one(exchange: ContextExchange, size: int) -> None:
     """Documents cross borders of segments, MTP modules read the tokens behind them, one sequence has padding."""
@@ -151,6 +152,7 @@ def test_ranks_keep_what_the_account_counts(exchange: ContextExchange, size: int
         assert [result[place] for result in results] == [predicted] * size, f"case {place}, {exchange}"
 
 
+@pytest.mark.slow
 def test_activations_of_32k_tokens_on_four_ranks_are_those_of_8k_on_one() -> None:
     """DeepSeek-V3 keeps at most 2 % more on each rank: latents of three other ranks, and logarithms of 128 heads."""
     config = compose_run(["model=v3_671b"]).model
@@ -255,6 +257,7 @@ def joined(parts: list[dict[str, Tensor]], name: str) -> Tensor:
     return torch.stack([each.double() for each in tensors]).sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exchange", "size"), [("gather", 2), ("gather", 4), ("ring", 4)])
 def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, size: int) -> None:
     results = run_ranks(size, _attend_all, ATTENTION_CASES, exchange)
@@ -265,6 +268,7 @@ def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, si
             assert_near(joined(parts, name), exact, 1e-10, f"{name}, {exchange}, {size} ranks, {case}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exchange", "size"), [("gather", 4), ("ring", 2)])
 def test_attention_in_narrow_types_is_as_near_to_the_exact_as_on_one_rank(exchange: ContextExchange, size: int) -> None:
     """Errors are of the same size but differ: each rank rounds its part of a gradient with scales of this part."""

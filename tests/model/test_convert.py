@@ -65,6 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_equal_those_of_transformers_both_ways(changes: dict[str, Any], tmp_path: Path) -> None:
     reference, tokens_BT = reference_model(**changes), random_tokens()

@@ -196,6 +196,7 @@ FP8_FUNCTIONS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("products", "config", "is_packed"),
     [
@@ -323,6 +324,7 @@ def test_gate_reads_the_residual_and_no_codes(monkeypatch: pytest.MonkeyPatch) -
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, found[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
@@ -351,6 +353,7 @@ def test_what_is_no_number_makes_a_loss_that_is_none(weight: str, value: float) 
         assert not made.loss(batch, objective, sums).isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sequences", "size"), [(1, 1), (1, 129)])
 def test_any_number_of_tokens_gives_gradients_of_numbers(sequences: int, size: int) -> None:
     """Also a single token, whose weight gradients have one summand.

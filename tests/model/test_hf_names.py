@@ -43,6 +43,7 @@ def released_tensors() -> dict[str, Stored]:
     return stored_tensors(preset("v3_671b"), dtype="BF16", fp8=True)
 
 
+@pytest.mark.slow
 def test_the_released_file_has_exactly_these_tensors() -> None:
     stored = released_tensors()
     assert len(stored) == 91_991
@@ -97,6 +98,7 @@ def test_the_network_has_exactly_these_tensors(changes: dict[str, Any]) -> None:
     assert_the_network_agrees(replace(MODEL, **changes))
 
 
+@pytest.mark.slow
 def test_the_network_of_671b_has_exactly_these_tensors() -> None:
     assert_the_network_agrees(preset("v3_671b"))
 

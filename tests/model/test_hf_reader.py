@@ -200,6 +200,7 @@ def test_every_weight_is_asked_for_once_and_copies_follow(tmp_path: Path) -> Non
         assert torch.equal(stored, named[copied_from(name) or name]), name
 
 
+@pytest.mark.slow
 def test_known_scales_are_kept_and_the_others_are_made(tmp_path: Path) -> None:
     named = named_tensors(random_model())
     names = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1, 2)]

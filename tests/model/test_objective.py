@@ -211,6 +211,7 @@ def some_targets(shape: tuple[int, ...], vocab: int) -> Tensor:
     return targets
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("frozen", [(), ("lm_head.weight",)])
 @pytest.mark.parametrize("is_split", [False, True])

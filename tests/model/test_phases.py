@@ -284,6 +284,7 @@ def test_offload_changes_no_bit_of_the_gradients(
         assert torch.equal(made, plainly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [SUBSETS[0], SUBSETS[-1]])
 def test_release_frees_nearly_all_that_a_forward_keeps(
     recomputed: frozenset[Recomputed], link: ThreadHostCopies

@@ -75,6 +75,7 @@ def assert_same(made: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(ours, theirs), index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_recomputed_layer_changes_no_bit(case: str) -> None:
     batch = make_batch(is_packed=True)
@@ -127,6 +128,7 @@ def test_a_recomputed_layer_replays_the_same_choices() -> None:
     assert not torch.equal(made[0][0], expected[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_garbage_collection_disabled")
 def test_a_recomputed_layer_leaves_nothing() -> None:
     """Neither a whole pass nor one that ends after its forward leaves a tensor; less is kept than without."""

@@ -245,6 +245,7 @@ def test_phased_equals_plain_of_another_form(num_stages: int, is_packed: bool) -
         torch.testing.assert_close(store.gradient(ours[name]), parameter.grad, rtol=1e-10, atol=1e-14, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["own", "fp8"])
 def test_it_trains_in_stages(products: Products) -> None:
     """Its input projections are the model's own linear layers, in both precisions."""

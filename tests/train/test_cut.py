@@ -213,6 +213,7 @@ def random_model(draw: random.Random, num_stages: int) -> ModelWork:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: f"{placement[0]}x{len(placement)}")
 def test_balanced_cut_is_within_tolerance_of_the_best_of_all_cuts(placement: Placement) -> None:
     draw, tolerance = random.Random(0), LOCKSTEP_TOLERANCE if runs_in_lockstep(placement) else TOLERANCE
@@ -332,6 +333,7 @@ def make_config(folder: Path, kind: str, num_layers: int, chunks: int | None = N
     return replace(config, model=model, batch=batch, schedule=schedule)
 
 
+@pytest.mark.slow
 def test_chunks_are_those_of_the_fastest_schedule(tmp_path: Path) -> None:
     config = make_config(tmp_path, "dualpipe_interleaved", 16)
     chosen = with_chunks(config).schedule.chunks

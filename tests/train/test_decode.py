@@ -69,6 +69,7 @@ drawings = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # other work on the machine may take longer
 @given(drawings)
 def test_decode_inverts_encode(drawing: Drawing) -> None:

@@ -242,6 +242,7 @@ def assert_equal(ours: Sequence[Sample], theirs: Sequence[Sample], where: object
         assert mine.log_probs == pytest.approx(other.log_probs, rel=0, abs=1e-12), where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [

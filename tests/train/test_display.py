@@ -88,6 +88,7 @@ def test_piped_output_is_whole_lines() -> None:
     assert "saving: 5 s\n" in text
 
 
+@pytest.mark.slow
 def test_terminal_shows_a_bar_with_rate_and_remaining_time_and_a_line_per_second() -> None:
     text = run_on_terminal(
         {"TERM": "xterm-256color", "COLUMNS": "160", "PAUSE_SECONDS": "1.2"}

@@ -184,6 +184,7 @@ def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job], num_st
             assert_same(rank[index], rank[len(jobs) + place])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "dualpipe" else pytest.mark.slow) for kind in SCHEDULES.names()]
 )
@@ -193,6 +194,7 @@ def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: st
     assert_schedules_equal_one_rank(2, [scheduled(folder, build(kind, 2, next(sizes)))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_schedules", "cuts"),
     [
@@ -231,6 +233,7 @@ def keeps_sums(schedule: Schedule) -> bool:
     return bool(groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "make_schedules"),
     [
@@ -265,6 +268,7 @@ def test_any_schedule_equals_one_rank(folder: Path, data: int, make_schedules: C
     assert_schedules_equal_one_rank(schedules[0].num_ranks * data, jobs, num_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_schedule", "data"),
     [
@@ -298,6 +302,7 @@ def test_zero1_in_float32_equals_one_rank(folder: Path, pipeline: int, data: int
     assert_zero1_equal(run_ranks(pipeline * data, run_jobs, [Job(config=config, starved=1)], STEPS), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "data"),
     [

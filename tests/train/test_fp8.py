@@ -134,6 +134,7 @@ def count_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[d
     return [count_one_step(rank, world_size, config)[0]["exchange"] for config in configs]
 
 
+@pytest.mark.slow
 def test_rows_are_dispatched_in_fp8_combined_in_bf16_and_sent_once_more_if_recomputed(folder: Path) -> None:
     """Bytes as the run's own account has them, predicted and counted, in FP8 and in bf16."""
     hidden = 256
@@ -197,6 +198,7 @@ def masked_recomputed(config: TrainConfig) -> TrainConfig:
     return replace(config, batch=replace(config.batch, document_mask=True, sequence_length_tokens=40))
 
 
+@pytest.mark.slow
 def test_recomputed_layers_change_no_bit_over_exchanges(folder: Path) -> None:
     """Two ranks share the experts: in one hop, in FP8, and over two nodes with choices that are clipped."""
     plain = layout_config(folder, 1, 2, 2)
@@ -210,6 +212,7 @@ def test_recomputed_layers_change_no_bit_over_exchanges(folder: Path) -> None:
     check_bits(2, [Job(config=plain, starved=4), Job(config=bf16), Job(config=fp8, starved=1)])
 
 
+@pytest.mark.slow
 def test_recomputed_layers_change_no_bit_in_a_pipeline(folder: Path) -> None:
     """Both directions with MTP, I and W apart, activations offloaded, documents masked, members in sequence."""
     schedule = random_schedule(bidirectional(2), 4, 0, split_share=0.5)

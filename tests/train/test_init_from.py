@@ -251,6 +251,7 @@ def test_check_accepts_what_fits(folder_of_weights: Path) -> None:
     check(of_checkpoint(folder_of_weights / "plain", "+model.mtp_depth=1", "init_mtp=fresh"))
 
 
+@pytest.mark.slow
 def test_check_needs_no_torch(folder_of_weights: Path) -> None:
     code = f"""
 import sys

@@ -130,6 +130,7 @@ def whole(config: TrainConfig) -> TrainConfig:
     return replace(config, parallelism=mesh, schedule=replace(config.schedule, kind="1f1b", slices=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pipeline", "data", "slices", "document_mask", "recompute"),
     [

@@ -177,6 +177,7 @@ def test_manifest_without_a_model_is_another_architecture(tmp_path: Path) -> Non
         check_compatible(tmp_path, replace(build(), name="x"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (1024, 8), (1032, 8), (100_352, 8)])
 def test_names_of_all_ranks_sort_by_rank_and_folders_are_small(num_ranks: int, ranks_per_node: int) -> None:
     parent = Path("log")
@@ -278,6 +279,7 @@ def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_large_job_has_a_folder_per_node_and_loads_like_a_flat_one(tmp_path: Path) -> None:
     write_text(tmp_path)
     (tmp_path / "run").mkdir()

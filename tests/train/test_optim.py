@@ -195,6 +195,7 @@ def worlds() -> dict[int, list[list[dict[str, Any]]]]:
     return {size: run_ranks(size, sharded_steps, configs) for size in (1, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_ranks_shard_4_bytes_per_weight(worlds: dict[int, Any], size: int) -> None:
     num_weights = sum(parameter.numel() for parameter in parameters().values())

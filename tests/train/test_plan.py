@@ -46,6 +46,7 @@ def _planned(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str,
     return to_json(found.schedule), found.reason, found.cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dualpipe_split", "auto"])
 def test_plan_is_the_same_on_every_rank(kind: str, tmp_path: Path) -> None:
     first, second = run_ranks(2, _planned, config_of(tmp_path, kind))
@@ -140,6 +141,7 @@ def test_plan_under_auto_keeps_the_cap(tmp_path: Path) -> None:
     assert "of the 2 allowed" in reason
 
 
+@pytest.mark.slow
 def test_plan_reuses_the_schedule_and_the_cut_of_the_checkpoint(tmp_path: Path) -> None:
     """Another order would sum gradients in another order: a resumed run would no longer be bitwise the same."""
     config = config_of(tmp_path, "auto")
@@ -190,6 +192,7 @@ def peaks(schedule: Schedule, pending: float) -> tuple[float, ...]:
     return tuple(found)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 @pytest.mark.parametrize("pipeline", [2, 4])

@@ -132,6 +132,7 @@ def run_one(config: TrainConfig, run_step: Callable[[Learner, TrainConfig, Any, 
     return Seen(norms, values, hashes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "runs"), [*RUNS, *exhaustive(*MORE_RUNS)])
 def test_refused_and_overlapped_steps_equal_sequential_ones_bitwise(
     size: int, runs: list[tuple[Layout, tuple[str, str]]], folder: Path

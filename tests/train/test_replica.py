@@ -78,6 +78,7 @@ def run(rank: int, world_size: int, config: TrainConfig, trains: bool, refers: b
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "data"), [(2, 2), *exhaustive((4, 1))])
 def test_reference_passes_between_steps_change_nothing_bitwise(folder: Path, pipeline: int, data: int) -> None:
     """In both directions of DualPipe."""
@@ -125,6 +126,7 @@ def test_targets_are_counted_without_reading_the_device(folder: Path) -> None:
     assert torch.equal(on_host, expected)
 
 
+@pytest.mark.slow
 def test_weights_are_allocated_on_the_device_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank of a large model would otherwise hold its weights on the host first, and move them."""
     devices: list[str] = []

@@ -102,6 +102,7 @@ def test_lock_whose_pid_was_reused_is_stale(tmp_path: Path, sleeper: subprocess.
     RunLock(tmp_path, print).release()
 
 
+@pytest.mark.slow
 def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: Path) -> None:
     there = replace(Owner.of_this_process(), host="node7", machine="another boot")
     path = plant(tmp_path, there, age=100)
@@ -348,6 +349,7 @@ def test_nested_values() -> None:
     assert redact_values(deep) == {**deep, **hidden}
 
 
+@pytest.mark.slow
 def test_folder_variables_of_a_shell_are_no_passwords() -> None:
     environment = {"PWD": "/home/user/a-folder", "OLDPWD": "/home/user/another", "DB_PWD": "a-long-password"}
     text = "in /home/user/a-folder, before in /home/user/another, with a-long-password"

@@ -383,6 +383,7 @@ def test_integrity_sizes_alone_do_not_detect_a_flipped_bit(tmp_path: Path) -> No
     assert not is_whole(folder)
 
 
+@pytest.mark.slow
 def test_integrity_command_refuses_a_named_damaged_checkpoint(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
     flip(folder / PART, 5)

@@ -166,6 +166,7 @@ def run(rank: int, world_size: int, config: TrainConfig, fails: Call | None) -> 
     return calls, records, error
 
 
+@pytest.mark.slow
 def test_callbacks_are_called_on_rank_0_with_the_recorded_values(folder: Path) -> None:
     config = config_of(folder, "whole")
     (calls, records, error), other = run_ranks(2, run, config, None)
@@ -180,6 +181,7 @@ def test_callbacks_are_called_on_rank_0_with_the_recorded_values(folder: Path) -
     assert [("validation_loss" in record) for record in records] == [False, True, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [("on_step", 3), ("on_validation", 2), ("on_checkpoint", 2)])
 def test_callback_that_fails_ends_the_run_on_all_ranks(folder: Path, fails: Call) -> None:
     name, _ = fails

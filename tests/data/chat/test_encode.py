@@ -28,6 +28,7 @@ def tokenizer() -> Tokenizer:
     return chat_tokenizer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_targets_are_exactly_the_assistants_tokens_of_200_conversations(name: str, tokenizer: Tokenizer) -> None:
     rng = random.Random(name)
@@ -226,6 +227,7 @@ def draw_plain(rng: random.Random, *, thoughts: bool) -> Conversation:
     return Conversation(messages=tuple(messages), tools=drawn.tools)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v3", "r1", "r1_distill", "v3_1"])
 def test_transformers_gives_the_ids_of_60_conversations_and_their_prompts(name: str, tmp_path: Path) -> None:
     rng, template, tokenizer = random.Random(f"jinja {name}"), CHAT_TEMPLATES.get(name), chat_tokenizer()

@@ -154,6 +154,7 @@ def test_python_file_that_changes_during_a_run_gives_errors(tmp_path: Path) -> N
     assert (found.outcome, "changed during the run" in found.detail) == ("error", True)
 
 
+@pytest.mark.slow
 def test_reward_loses_the_groups_of_failed_workers_and_ends_if_all_fail(tmp_path: Path) -> None:
     part = config_of(write(tmp_path, SOURCE), num_workers=2)
     config = RewardConfig(parts=(part,), num_threads=4)

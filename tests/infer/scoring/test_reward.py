@@ -111,6 +111,7 @@ def test_reward_of_a_faulty_scorer_drops_one_group_with_a_reason(
     assert math.isfinite(dropped.sheets[1].total)
 
 
+@pytest.mark.slow
 def test_reward_of_a_scorer_that_hangs_drops_one_group_and_names_the_thread(
     score: Callable[..., list[GroupSheets]],
 ) -> None:

@@ -14,6 +14,7 @@ from tests.programs.scale.rendezvous import (
 from tests.programs.scale.watchdog import LIMIT_BYTES, inquire, longest_messages, training_messages
 
 
+@pytest.mark.slow
 def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
     small, large = count_requests(256, fanout=8), count_requests(2048, fanout=8)
     assert small.requests / 256 < 25
@@ -55,6 +56,7 @@ def test_one_rank_asks_each_rank_once_and_names_the_silent_one() -> None:
     assert figures.seconds < 6
 
 
+@pytest.mark.long
 def test_groups_of_100352_ranks_take_under_a_second_of_arithmetic_and_no_memory_that_grows() -> None:
     layout = published_layout(100_352)
     found = measure(layout.world_size)
@@ -65,6 +67,7 @@ def test_groups_of_100352_ranks_take_under_a_second_of_arithmetic_and_no_memory_
     assert found["groups: of them for groups of the rank"] == 6 + 4 * 2
 
 
+@pytest.mark.slow
 def test_calls_of_new_group_grow_linearly() -> None:
     small, large = (measure(num_ranks)["groups: calls of new_group"] for num_ranks in (2048, 8192))
     assert large < 4 * small

@@ -95,6 +95,7 @@ EVERY_PAIR = tuple(product(SHAPES, PRECISIONS))
 FEW_PAIRS = (("all features", "float32"), ("two MTP modules", "bf16"), ("no shared experts", "fp8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [pytest.param(FEW_PAIRS, id="few"), pytest.param(EVERY_PAIR, id="every", marks=pytest.mark.exhaustive)]
 )
@@ -146,6 +147,7 @@ def test_activations_of_one_micro_batch_are_exact(
         assert abs(alive - predicted) <= 0.01 * alive, f"{case}: between I and W {alive} bytes, predicted {predicted}"
 
 
+@pytest.mark.slow
 def test_recomputed_layers_keep_what_is_predicted(folder: Path) -> None:
     """Live bytes after every step, for F, I and W, and inside operations in float32."""
     shapes = ("all features", "no query rank", "no shared experts")
@@ -160,6 +162,7 @@ def test_recomputed_layers_keep_what_is_predicted(folder: Path) -> None:
     assert max(results[0].predicted_peaks) == pytest.approx(max(results[0].peaks), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_offloaded_activations_are_not_kept(folder: Path) -> None:
     """Every micro-batch leaves the device and returns at random places of the schedule."""
     schedule = random_schedule(straight(1), 6, 0, split_share=1.0)
@@ -171,6 +174,7 @@ def test_offloaded_activations_are_not_kept(folder: Path) -> None:
     assert max(moves.after) < 0.95 * max(stays.after)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> None:
     """Two pipeline ranks, both directions, experts over two data ranks, rows exchanged in both ways."""
     mesh = ParallelismConfig(pipeline=2, data=2, expert=2)
@@ -206,6 +210,7 @@ def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None
             check(each, f"rank {rank}, {job.precision.kind}", 0.05)
 
 
+@pytest.mark.slow
 def test_ranks_with_chunks_and_a_shared_embedding_keep_what_is_predicted(folder: Path) -> None:
     """First and last stage on different ranks, and both directions, with two chunks."""
     model = replace(BASE, num_layers=4)
@@ -254,6 +259,7 @@ def test_peaks_of_ranks_that_share_sequences_are_those_of_the_reference_kernels(
             assert max(each.predicted_peaks) == pytest.approx(max(each.peaks), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_slices_keep_what_is_predicted(folder: Path) -> None:
     """Live bytes after every step of forwards and backwards of two micro-batches in four slices each."""
     configs = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -110,6 +111,7 @@ def compare_wide(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[tu
         return [(each, hidden_bytes(planning_sizes(job))) for each, job in zip(compared, jobs, strict=True)]
 
 
+@pytest.mark.slow
 def test_residual_stream_of_twice_the_width_is_predicted_without_a_change(tmp_path: Path) -> None:
     write_text(tmp_path)
     model = replace(BASE, num_layers=3, mtp_depth=0)

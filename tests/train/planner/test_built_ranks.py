@@ -123,7 +123,7 @@ def test_arithmetic_equals_built_ranks(cases: Sequence[tuple[str, int, str]], at
     assert num_ranks >= at_least
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_distinct_ranks_of_2048_hold_what_the_plan_says() -> None:
     config = fitted_config(compose_run(["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]))
     built = build_ranks(config)

@@ -187,6 +187,7 @@ def lines_of(name: str) -> list[str]:
     return plan_text(plan, plan_values(plan, request_of(*RUNS[name]).planner))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_no_line_is_longer_than_100_columns(name: str) -> None:
     lines = lines_of(name)

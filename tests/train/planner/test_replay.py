@@ -101,6 +101,7 @@ def test_replay_of_the_published_step_agrees_with_the_plan(published: Planned) -
 BETWEEN = {CASES[2], CASES[3], CASES[6], CASES[7], CASES[8], CASES[13]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.change, marks=pytest.mark.exhaustive if case in BETWEEN else ()) for case in CASES],
@@ -119,6 +120,7 @@ def test_what_if_of_half_the_pipeline_agrees_with_the_replay_and_the_derivation(
     assert gain == pytest.approx(0.052, abs=POINTS)
 
 
+@pytest.mark.slow
 def test_derivation_differs_where_it_leaves_heads_and_links_within_nodes_out(published: Planned) -> None:
     """Without SMs for communication, heads compute faster too; with a fast link, that within a node limits."""
     assert published.gain("cluster.communication_sms=0") > 0.078 + POINTS

@@ -33,6 +33,7 @@ def ranked(request: PlanRequest, space: SearchSpace) -> list[RankedLayout]:
     return Search(space, request.planner, check_rules).waiting
 
 
+@pytest.mark.slow
 def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
     """For layouts of all kinds."""
     request, space = make_space(tmp_path, 16, 32)
@@ -100,6 +101,7 @@ def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     assert [found.order for found in result.found] == sorted(found.order for found in result.found)
 
 
+@pytest.mark.slow
 def test_no_layout_fits_only_if_all_are_compared(tmp_path: Path) -> None:
     """Without time, nothing is found and everything is open; with time, nothing fits."""
     request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=64000000000")

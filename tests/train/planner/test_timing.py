@@ -46,6 +46,7 @@ def test_parts_of_published_rank_0(part: str, published: float) -> None:
     assert getattr(time.ranks[0], part) == pytest.approx(published, rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_each_rank_add_up_to_the_step(kind: str) -> None:
     timed = timed_of(*SMALL, f"schedule={kind}")
@@ -256,6 +257,7 @@ def test_ranks_of_one_node_send_nothing_across() -> None:
     assert rows.within_node == pytest.approx(8 * 63 / 64, abs=0.03)
 
 
+@pytest.mark.slow
 def test_one_expert_rank_sends_nothing() -> None:
     assert rows_of("parallelism.expert=1", "dispatch=local") == RowsPerToken(across_nodes=0.0, within_node=0.0)
 

@@ -164,6 +164,7 @@ def test_report_shows_least_and_most_of_many_steps_as_a_band(tmp_path: Path) -> 
     assert total["mean"][1] == pytest.approx(9 - (first + last) / 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", *exhaustive("dark")])
 def test_report_is_drawn_by_a_browser_from_a_file(tmp_path: Path, scheme: str) -> None:
     """Its script runs under its own content policy, draws every chart and maps, and logs no error."""
@@ -453,6 +454,7 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_runs", [2, *exhaustive(1)])
 def test_report_is_usable_by_keyboard_and_narrow(tmp_path: Path, num_runs: int) -> None:
     configs = [place_timed_run(tmp_path / str(run), f"run {run}", 30 + run, 2.0) for run in range(num_runs)]

@@ -100,6 +100,7 @@ def first_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", *exhaustive("float32")])
 def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path, kind: Literal["float32", "bf16"]) -> None:
     """Several precisions and layouts, with MTP modules in the policy but not in the reference."""
@@ -150,6 +151,7 @@ def resume(rank: int, world_size: int, config: TrainConfig) -> Resumed:
     return Resumed(whole=dict(whole), resumed=dict(resumed), refused=refused)
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_reference_of_its_checkpoint(folder: Path) -> None:
     task = replace(DPO, steps=4)
     for rank in run_ranks(2, resume, run_config(folder, task, 2, 1, 1, "dualpipe_split")):
@@ -197,6 +199,7 @@ def start_from(rank: int, world_size: int, base: TrainConfig, starts: list[Train
     return str(folder), found
 
 
+@pytest.mark.slow
 def test_reward_model_starts_from_any_task_with_a_head_of_zeros(folder: Path) -> None:
     """All other tensors are those of the policy. The policy's checkpoint cannot be resumed as a reward model."""
     rm, dpo = replace(run_config(folder, RM), out_dir=str(folder / "rm_of_dpo")), run_config(folder, DPO)
@@ -238,6 +241,7 @@ def test_rules_reject_a_head_that_does_not_fit_the_task(
         check_rules(replace(config, model=replace(config.model, **changes)))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_reward_model_keeps_the_memory_that_is_predicted(folder: Path) -> None:
     """Rows are so wide that tables of pairs, which no account has, do not count."""
     config = run_config(folder, RM)

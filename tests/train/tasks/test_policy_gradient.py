@@ -150,6 +150,7 @@ def assert_near(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert relative_error(ours[name], gradient) <= 1e-10, f"gradient of {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_process_equals_autograd_on_whole_logits(tmp_path: Path, name: str) -> None:
     form = VARIANTS[name]
