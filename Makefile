@@ -15,6 +15,8 @@ ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
 	tests/infer/scoring/test_sleepers.py
 LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py test_stopping.py) \
 	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/train/planner/measured/test_sleeping_run.py
+# Files with long tests, so that not all are imported for them.
+LONG = $(filter-out $(LONG_ALONE) $(LONG_ALONE:%=%/%),$(sort $(shell grep -rl --include='test_*.py' mark.long tests)))
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -42,7 +44,7 @@ test: .venv/installed-dev
 # Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
 # `gpu-day`, documentation blocks.
 test-long: .venv/installed-dev
-	$(PYTEST) $(TWO) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE:%=--ignore=%)
+	$(PYTEST) $(TWO) -m 'long and not exhaustive' --durations=20 $(LONG)
 	$(PYTEST) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE)
 
 # All parameters of tests of which `make test` and `make test-long` run a sample that covers every kind.

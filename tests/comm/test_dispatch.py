@@ -242,7 +242,7 @@ def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     assert int(counts.split(" passed")[0].split()[-1]) == len(LAWS) + 3 - num_broken, done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_run_takes_a_dispatcher_from_a_file_outside(counting: Path) -> None:
     command = [sys.executable, "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
     done = subprocess.run(

@@ -83,7 +83,7 @@ def make_shell() -> dict[str, str]:
 
 
 def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: tuple[int, ...] = (0,)) -> str:
-    """Runs one command and returns what it prints, in a fork if it needs no shell.
+    """Runs one command and returns what it prints, in a fork if it needs no shell and builds no ranks for a plan.
 
     A `make` target is only looked up, by tests/docs/test_pages.py.
     """
@@ -91,7 +91,7 @@ def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: 
         return ""
     line = with_times(command, folder)
     words = shlex.split(line, comments=True)
-    if words[:2] == ["python", "-m"] and not SHELL.search(line):
+    if words[:2] == ["python", "-m"] and not SHELL.search(line) and "dry_run=true" not in words:
         done = run_command(words, cwd=folder, env=shell, timeout=600)
     else:
         done = subprocess.run(["bash", "-c", line], cwd=folder, env=shell, capture_output=True, text=True, timeout=600)

@@ -353,7 +353,7 @@ def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
     assert message.endswith("; nearest: batch.micro_sequences=1")
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_deepseek_v3_at_128k_names_the_ranks_that_must_share_a_sequence() -> None:
     message = refusal(make_config(*V3, "batch.sequence_length_tokens=131072"))
     assert re.match(r"memory: rank \d+ needs 16\d\d\.\d GB of 84\.9 \(activations 1456\.3, ", message), message

@@ -84,7 +84,7 @@ def test_ranks_read_slices_of_a_hugging_face_folder(tmp_path: Path, capsys: pyte
     assert " ".join(map(str, json.loads(line)["tokens"])) == written(capsys, *common).strip()
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_torchrun_ranks_write_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.generate"]
     overrides = [f"ckpt={run}", "prompt=def", "max_new_tokens=8", "temperature=0"]

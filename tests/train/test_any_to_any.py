@@ -58,7 +58,7 @@ def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> 
         assert worst_difference(found, uninterrupted) <= TOLERANCE
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_any_to_any_other_cut_resumes_as_if_uninterrupted(folder: Path) -> None:
     """With MTP. The second cut leaves only MTP and the heads in the last stage."""
     places = [Place(2, 1, 1, "dualpipe_split", cut=Cut("listed", sizes)) for sizes in ((3, 1), (4, 0))]

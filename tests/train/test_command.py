@@ -209,7 +209,7 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, precis
     assert "<h2>Learning</h2>" in (folder / f"wild_{precision}" / "report.html").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("four_ranks")
 def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path) -> None:
     job = choices_of(folder, "torchrun", "task.steps=2", "samples.prompt=", *FLOAT64)

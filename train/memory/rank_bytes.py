@@ -378,7 +378,8 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
     """Returns the bytes of the optimizer step's temporary tensors.
 
     With `zero1` a bucket is filled and flattened again for each group while gradients are reduced to the rank's shard;
-    later the shard's gradients are flattened before they are applied. With `replicated` one flat copy is reduced.
+    later each group's gradients in the shard are flattened before they are applied. With `replicated` one flat copy is
+    reduced.
 
     Args:
         held: numbers of parameters on the rank.
@@ -389,8 +390,8 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
         return max(summed, default=0) * sizes.wide_bytes
     bucket = min(config.optim.bucket_elements, held.total)
     flattened = min(bucket, max(count for count, _ in _parts(held, replicas)))
-    shard = _shard_elements(held, replicas)
-    return _MASTER_BYTES * (shard + max(bucket + flattened, shard))
+    applied = max(ceil(count / group) for count, group in _parts(held, replicas))
+    return _MASTER_BYTES * (_shard_elements(held, replicas) + max(bucket + flattened, applied))
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:

@@ -61,7 +61,7 @@ def test_measure_multiplies_in_every_contender() -> None:
     assert "<= 1.15" in report.products_text(plan, rows)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_step_of_grouped_sleeping_stages_is_not_faster_than_simulated() -> None:
     steps = measure_grouped(8, 16, 0.24, CASES[2:3], 1)
     assert all(step.triples for step in steps), grouped_text(steps)
