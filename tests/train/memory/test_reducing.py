@@ -37,13 +37,13 @@ def test_total_covers_passes_and_reductions_next_to_the_last_of_them(kind: str, 
 @pytest.mark.parametrize(
     ("bucket", "expected"),
     [
-        # Shards of 1000 / 4 and 400 / 2 elements. A bucket is filled and flattened, or the larger shard's gradients are.
+        # Shards of 1000 / 4 and 400 / 2 elements. A bucket is filled and flattened, or the larger shard is.
         (500, 4 * (450 + 500 + 500)),
         (100, 4 * (450 + 250)),
         (2000, 4 * (450 + 1400 + 1000)),
     ],
 )
-def test_update_needs_a_shard_and_two_buckets_or_the_larger_part_of_another(bucket: int, expected: int, tmp_path: Path) -> None:
+def test_update_needs_a_shard_and_two_buckets_or_its_larger_part(bucket: int, expected: int, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config = replace(config, optim=replace(config.optim, sharding="zero1", bucket_elements=bucket))
     held = HeldParameters(ordinary=1000, embedding=0, routed=400, num_blocks=1, num_routers=0, code_bytes=0)
