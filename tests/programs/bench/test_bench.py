@@ -22,7 +22,7 @@ from tests.programs.bench.schedules import Case, Found, found_schedules
 from tests.tiny import write_text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_measure_counts_the_same_work_for_every_contender() -> None:
     plan = Plan(
         contenders=(ALONE, *OWN_KINDS, *TORCH_KINDS),
@@ -95,7 +95,7 @@ def test_step_of_uneven_sleeping_stages_is_not_faster_than_predicted() -> None:
     assert min(off.values()) >= -MOST_OFF, planned_text(steps)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cpu_time_of_ranks_is_not_below_the_predicted_one(tmp_path: Path) -> None:
     write_text(tmp_path)
     small = ["parallelism=four_ranks", "batch.global_sequences=8", "data=files", f"data.paths=[{tmp_path / 'text'}]"]
