@@ -84,7 +84,6 @@ def findings(request: pytest.FixtureRequest) -> list[Findings]:
     return run_ranks(len(setting.nodes), check_contract, setting, plugin_files(request.config))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("law", list(LAWS))
 def test_dispatcher_keeps_the_law(law: str, findings: list[Findings]) -> None:
     broken = [found.failures[law] for found in findings if law in found.failures]
