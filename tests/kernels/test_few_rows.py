@@ -1,4 +1,4 @@
-"""Products of few rows equal those of many rows, for every number of rows that has a form of its own."""
+"""Products of few rows equal those of many rows, for every number of rows that has a separate form."""
 
 import pytest
 import torch

@@ -255,7 +255,7 @@ def test_store_keeps_float32_sums_of_bf16_gradients() -> None:
 
 
 def test_gradient_in_16_bits_is_added_to_its_sum_by_the_product_on_cuda() -> None:
-    """Seen on tensors without memory; other devices need a product in memory of its own."""
+    """Seen on tensors without memory; other devices need separate memory for the product."""
     grad_AN, rows_AK = (torch.empty(8, size, dtype=torch.bfloat16, device="meta") for size in (4, 6))
     total_NK = torch.empty(4, 6, device="meta")
     with without_launches(), Names() as names:

@@ -246,7 +246,9 @@ class _Shards:
         shapes = held_weights(source.config)
         stored = {name: Stored(shape, source.dtypes[name]) for name, shape in shapes.items()}
         self._sizes = {name: item.num_elements * TORCH_DTYPES[item.dtype].itemsize for name, item in stored.items()}
-        self._num_processes = conversion.processes or len(os.sched_getaffinity(0))
+        # The cores that a batch system gave this process, where the system can tell.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._num_processes = conversion.processes or cores or 1
         self._say = say
         self._began = time.monotonic()
         self._num_tensors = 0
