@@ -246,7 +246,7 @@ class _Shards:
         shapes = held_weights(source.config)
         stored = {name: Stored(shape, source.dtypes[name]) for name, shape in shapes.items()}
         self._sizes = {name: item.num_elements * TORCH_DTYPES[item.dtype].itemsize for name, item in stored.items()}
-        # The cores that a batch system gave this process, where the system can tell.
+        # The cores that a batch system gave this process, where the system states them.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._num_processes = conversion.processes or cores or 1
         self._say = say
