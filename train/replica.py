@@ -115,7 +115,7 @@ class Replica:
         """Runs forward of a global batch, and adds the losses to `sums`."""
         stages = self.bind_stages(batches, objective, sums, None, routes)
         with self.network.weights_unchanged():
-            return execute(self.forward_program, stages, self.links)
+            return execute(self.forward_program, stages, self.links, open_clock(self.world.device))
 
     def record(
         self, batches: Batches, objective: Objective, routes: Routes | None = None

@@ -4,6 +4,7 @@ Cheap marks time the steps. They are read when the program has ended.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,12 @@ class Clock(Protocol[MarkT]):
     def mark(self) -> MarkT:
         """Records a mark without waiting."""
 
+    def wait(self, mark: MarkT) -> None:
+        """Blocks the host until the lane has passed a mark."""
+
+    def drain(self) -> None:
+        """Blocks the host until the lane has ended all its work."""
+
     def seconds(self, marks: Sequence[MarkT]) -> list[float]:
         """Waits for the last mark and returns the seconds from the first mark to each mark."""
 
@@ -35,6 +42,12 @@ class HostClock:
     def mark(self) -> float:
         """Returns seconds on a clock of this process."""
         return time.perf_counter()
+
+    def wait(self, mark: float) -> None:
+        """Returns at once: what the host has marked has run."""
+
+    def drain(self) -> None:
+        """Returns at once."""
 
     def seconds(self, marks: Sequence[float]) -> list[float]:
         """Returns the seconds from the first mark to each mark."""
@@ -50,9 +63,17 @@ class CudaClock:
         event.record()
         return event
 
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """Waits for an event."""
+        mark.synchronize()  # host sync
+
+    def drain(self) -> None:
+        """Waits for the current stream."""
+        torch.cuda.current_stream().synchronize()  # host sync
+
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
         """Waits for the last event and returns the seconds from the first event to each event."""
-        marks[-1].synchronize()  # host sync
+        self.wait(marks[-1])
         return [marks[0].elapsed_time(mark) / 1000 for mark in marks]
 
 
@@ -60,6 +81,15 @@ def open_clock(device: torch.device) -> Clock[Any]:
     """Opens a clock with events on CUDA and host time on other devices."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
+
+MOST_AHEAD = 6
+"""Phases that the host may have started and the compute lane not ended.
+
+A phase starts up to 150 kernels, and CUDA queues about 1,000. Behind a receive that waits for its peer, a full queue
+would block the host before it starts what that peer waits for (nccl#1766).
+"""
+
+_PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 _OFFLOADED = {Action.RELEASE: 1, Action.RELOAD: -1}
 """Change of the number of offloaded runs in a step."""
@@ -102,7 +132,9 @@ def execute(
     follow: Callable[[tuple[Step, ...]], Iterable[Step]] = iter,
     reduce: Callable[[int], None] = lambda stage: None,
 ) -> Execution:
-    """Runs every step in order.
+    """Runs every step in order, at most `MOST_AHEAD` phases ahead of the compute lane.
+
+    At the end the host waits for the lane, which waits for all exchanges and messages of the program.
 
     Args:
         stages: stages that the rank holds, by number.
@@ -115,6 +147,7 @@ def execute(
     peak = num_offloaded = 0
     origin = time.time()
     marks = [clock.mark()]
+    ahead = deque[Any]()  # marks of phases that may still run
     for step in follow(program.steps):
         if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
@@ -122,7 +155,12 @@ def execute(
         peak = max(peak, len(runs) - num_offloaded)
         _perform(step, runs, receives, transport, reduce)
         marks.append(clock.mark())
+        if step.action in _PHASES:
+            ahead.append(marks[-1])
+        if len(ahead) > MOST_AHEAD:
+            clock.wait(ahead.popleft())
     transport.flush()
+    clock.drain()
     assert not runs, f"not finished by the program: {sorted(runs, key=str)}"
     assert not receives, f"never accepted: {', '.join(map(str, receives))}"
     return Execution(peak, origin, partial(clock.seconds, marks))

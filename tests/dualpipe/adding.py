@@ -16,7 +16,7 @@ from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
-from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.execute import Execution, HostClock, execute
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Lane, PendingReceive, Program
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
@@ -249,7 +249,30 @@ class Ran:
     execution: Execution
 
 
-def run_threads(schedule: Schedule, pairing: Pairing) -> list[Ran]:
+class LaneClock(HostClock):
+    """Clock of a lane that, as a device at worst, ends its work only when the host waits for it."""
+
+    def __init__(self) -> None:
+        self.num_waits = 0
+        self.is_running = False
+        self._num_marks = 0
+        self._last_waited = 0.0
+
+    def mark(self) -> float:
+        self.is_running = True
+        self._num_marks += 1
+        return float(self._num_marks)
+
+    def wait(self, mark: float) -> None:
+        assert mark > self._last_waited, "the host waits for marks in their order"
+        self._last_waited = mark
+        self.num_waits += 1
+
+    def drain(self) -> None:
+        self.is_running = False
+
+
+def run_threads(schedule: Schedule, pairing: Pairing, clocks: Sequence[HostClock] | None = None) -> list[Ran]:
     """Runs the schedule on adding stages with one thread per rank. Raises the error of a thread."""
     queues: Queues = defaultdict(queue.Queue)
     results: dict[int, Ran] = {}
@@ -261,7 +284,9 @@ def run_threads(schedule: Schedule, pairing: Pairing) -> list[Ran]:
         stages = {stage: AddingStage(stage, schedule.num_stages, journal) for stage in held}
         try:
             program = lower(schedule, rank, pairing)
-            results[rank] = Ran(stages, journal, execute(program, stages, QueueTransport(queues, journal)))
+            transport = QueueTransport(queues, journal)
+            clock = None if clocks is None else clocks[rank]
+            results[rank] = Ran(stages, journal, execute(program, stages, transport, clock))
         except BaseException as error:
             errors.append(error)
 

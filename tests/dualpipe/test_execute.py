@@ -5,10 +5,22 @@ import pytest
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
+from dualpipe.runtime.execute import MOST_AHEAD
 from dualpipe.runtime.pairing import overlapped
+from dualpipe.runtime.program import Action
 from dualpipe.simulate.timing import peak_activations
 from dualpipe.validate import validate
-from tests.dualpipe.adding import PAIRINGS, SCHEDULES, Ran, lanes_of, name_of, run_threads
+from tests.dualpipe.adding import (
+    PAIRINGS,
+    PUBLISHED,
+    SCHEDULES,
+    LaneClock,
+    Ran,
+    lanes_of,
+    lower,
+    name_of,
+    run_threads,
+)
 
 
 def assert_values(schedule: Schedule, ran: list[Ran], *, trained: bool) -> None:
@@ -49,6 +61,19 @@ def test_forward_only_program_keeps_at_most_a_group(schedule: Schedule) -> None:
     ran = run_threads(forwards, overlapped)
     assert_values(forwards, ran, trained=False)
     assert all(rank.execution.peak_runs <= peak for rank, peak in zip(ran, peak_activations(forwards), strict=True))
+
+
+_PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
+
+
+def test_host_runs_few_phases_ahead_of_the_lane_and_leaves_nothing_running() -> None:
+    for schedule in PUBLISHED:
+        clocks = [LaneClock() for _ in range(schedule.num_ranks)]
+        run_threads(schedule, overlapped, clocks)
+        for rank, clock in enumerate(clocks):
+            num_phases = sum(step.action in _PHASES for step in lower(schedule, rank, overlapped).steps)
+            assert clock.num_waits == max(0, num_phases - MOST_AHEAD)
+            assert not clock.is_running
 
 
 def two_ranks(first: tuple[Group, ...], second: tuple[Group, ...], num_micro_batches: int = 2) -> Schedule:
