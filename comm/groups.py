@@ -117,7 +117,7 @@ class Groups:
 
 
 def open_communicators(exchanging: Iterable[ProcessGroup], reducing: Iterable[ProcessGroup] = ()) -> None:
-    """Runs the first collectives of this rank's groups on NCCL, an all-to-all or sums of both sizes.
+    """Runs the first collectives of this rank's groups on NCCL: an all-to-all, or sums and gathers.
 
     NCCL creates a communicator at its first collective, and connects ranks when an algorithm or a pair first needs it.
     Both block the host until all members arrive. Inside a schedule that can be a deadlock, because receives that wait
@@ -132,8 +132,14 @@ def open_communicators(exchanging: Iterable[ProcessGroup], reducing: Iterable[Pr
         sent_R1 = torch.zeros(distributed.get_world_size(group), 1, device=device)
         distributed.all_to_all_single(torch.empty_like(sent_R1), sent_R1, group=group)
     for group in reducing:
+        members = distributed.get_process_group_ranks(group)
         for size in (1, _LARGE_SUM):
-            distributed.all_reduce(torch.zeros(size, device=device), group=group)
+            # NCCL chooses an algorithm for each kind and size. ZeRO-1 reduces to owners and gathers their weights.
+            numbers = torch.zeros(size, device=device)
+            distributed.all_reduce(numbers, group=group)
+            distributed.reduce(numbers, members[0], group=group)
+            shard = numbers[: -(-size // len(members))]
+            distributed.all_gather([torch.empty_like(shard) for _ in members], shard, group=group)
     torch.cuda.synchronize(device)  # host sync
 
 

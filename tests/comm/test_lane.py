@@ -309,9 +309,9 @@ def _gloo_as_nccl(calls: list[tuple[str, tuple[int, ...]]], options: dict[tuple[
     def counted(name: str) -> Callable[..., object]:
         run = getattr(distributed, name)
 
-        def call(*tensors: torch.Tensor, group: distributed.ProcessGroup) -> object:
+        def call(*operands: Any, group: distributed.ProcessGroup) -> object:
             calls.append((name, tuple(distributed.get_process_group_ranks(group))))
-            return run(*tensors, group=group)
+            return run(*operands, group=group)
 
         return call
 
@@ -322,6 +322,9 @@ def _gloo_as_nccl(calls: list[tuple[str, tuple[int, ...]]], options: dict[tuple[
         mock.patch.object(distributed, "ProcessGroupNCCL", nccl, create=True),
         mock.patch.object(distributed, "new_group", create),
         mock.patch.object(distributed, "all_reduce", counted("all_reduce")),
+        mock.patch.object(distributed, "reduce", counted("reduce")),
+        mock.patch.object(distributed, "all_gather", counted("all_gather")),
+        mock.patch("comm.groups._LARGE_SUM", 64),
         mock.patch.object(distributed, "all_to_all_single", counted("all_to_all_single")),
         mock.patch.object(torch, "zeros", lambda *size, device, dtype=None: zeros(*size, dtype=dtype)),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
@@ -350,7 +353,7 @@ def test_communicators_are_opened_before_the_first_step_in_one_order() -> None:
         assert calls == [
             ("all_to_all_single", expert),
             ("all_to_all_single", context),
-            *(("all_reduce", group) for group in sums for _ in range(2)),
+            *((name, group) for group in sums for name in ("all_reduce", "reduce", "all_gather") * 2),
             ("synchronize", ()),
             ("all_to_all_single", rail),
             ("all_to_all_single", node),
