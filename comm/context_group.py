@@ -103,19 +103,19 @@ class ContextLink:
 
     def start_shift(self, sent: Tensor, name: str) -> "Shift":
         """Starts to send a tensor to the next member and to receive an equally large one from the one before."""
-        size = len(self.members)
         received = torch.empty_like(sent)
-        after = (self.index + 1) % size
-        before = (self.index - 1) % size
-        self._count([sent.nbytes if member == after else 0 for member in range(size)])
-        # One batch, because NCCL would deadlock if every member sent first.
-        works = distributed.batch_isend_irecv(
-            [
-                distributed.P2POp(distributed.isend, sent, self.members[after], self._group),
-                distributed.P2POp(distributed.irecv, received, self.members[before], self._group),
-            ]
+        to_splits = [0] * len(self.members)
+        from_splits = to_splits.copy()
+        to_splits[(self.index + 1) % len(self.members)] = sent.nbytes
+        from_splits[self.index - 1] = sent.nbytes
+        self._count(to_splits)
+        # An all-to-all of one part: a send alone would deadlock on NCCL, and gloo sends nothing from a GPU's memory.
+        sent_B, received_B = (tensor.flatten().view(torch.uint8) for tensor in (sent, received))
+        work = distributed.all_to_all_single(
+            received_B, sent_B, from_splits, to_splits, group=self._group, async_op=True
         )
-        return Shift(LoggedWork(self, name, works, (sent,)), received)
+        assert work is not None
+        return Shift(LoggedWork(self, name, [work], (sent_B,)), received)
 
     def sum(self, values: Tensor) -> Tensor:
         """Implements `ContextGroup.sum`."""
