@@ -246,8 +246,9 @@ class _DeviceLink:
                 distributed.recv(first, peer, group=group)
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
+        # A send that failed is complete, too: its error names the message now, not when the schedule has ended.
         while self._sends and self._sends[0][1].is_completed():
-            self._sends.popleft()
+            self._finish_first()
         collective = self._log.start(key)
         payload = as_bytes(tensor)
         work = distributed.isend(payload, self._peer, group=self._group)
@@ -263,9 +264,12 @@ class _DeviceLink:
 
     def flush(self) -> None:
         while self._sends:
-            collective, work, _ = self._sends.popleft()
-            with self._log.awaiting(collective):
-                work.wait()
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        collective, work, _ = self._sends.popleft()
+        with self._log.awaiting(collective):
+            work.wait()
 
     def close(self) -> None:
         return

@@ -2,6 +2,7 @@ import os
 import threading
 import time
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.transfers import HEADER_BYTES, Header, MessageKey, PipelineTransport, TransferError
+from comm.transfers import (
+    HEADER_BYTES,
+    Header,
+    LinkLog,
+    MessageKey,
+    PipelineTransport,
+    TransferError,
+    _DeviceLink,
+)
 from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress
 from tests.ranks import RanksFailedError, run_ranks
 
@@ -243,3 +252,27 @@ def test_header_survives_its_encoding() -> None:
         header = Header(key, like.dtype, tuple(like.shape))
         assert Header.decode(header.encode()) == header
         assert len(header.encode()) == HEADER_BYTES
+
+
+class _FailedWork:
+    """Send that has ended with an error, which only a wait raises."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise RuntimeError("NCCL: connection closed by remote peer")
+
+
+def test_failed_send_between_devices_is_raised_by_the_next_send_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "send", lambda *args, **kwargs: None)
+    monkeypatch.setattr(distributed, "isend", lambda *args, **kwargs: _FailedWork())
+    log = CollectiveLog()
+    link_log = LinkLog(log, "activation", (0, 1))
+    link = _DeviceLink(mock.Mock(), 1, torch.device("cpu"), link_log, is_source=True)
+    link.send(_key(0, 1, 0), torch.zeros(2))
+    with pytest.raises(RuntimeError, match="connection closed"):
+        link.send(_key(0, 1, 1), torch.zeros(2))
+    assert [str(collective) for collective, _ in log.failed()] == [
+        "transfer of activation 0->1 of direction 0, stage 1, micro-batch 0 (number 1 of group activation 0->1)"
+    ]
