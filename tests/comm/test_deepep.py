@@ -59,6 +59,12 @@ def test_package_that_is_too_old_or_broken_is_rejected(monkeypatch: pytest.Monke
     with pytest.raises(DeepEPError, match=r"deep_ep 1\.2\.1 has no ElasticBuffer.*dispatch=two_hop"):
         load_package()
 
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(ElasticBuffer=None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    with pytest.raises(DeepEPError, match=r"needs NCCL 2\.30\.4 or later, and torch has loaded 2\.28\.9; nearest"):
+        load_package()
+
     def fail(name: str) -> None:
         raise ImportError("libnccl.so.2: cannot open")
 

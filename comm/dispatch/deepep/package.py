@@ -8,6 +8,7 @@ from typing import Any
 PACKAGE = "deep_ep"
 _HIDDEN_MULTIPLE = 256
 _MOST_CHOICES = 32
+_NCCL = (2, 30, 4)  # first version that the package supports
 
 
 class DeepEPError(ValueError):
@@ -52,11 +53,16 @@ def load_package() -> Any:
     check_available()
     try:
         package = importlib.import_module(PACKAGE)
-    except ImportError as error:
+    except (ImportError, AssertionError) as error:  # it asserts that the loaded NCCL is the one that it was built with
         raise DeepEPError(_missing(f"does not load ({error})")) from error
     if not hasattr(package, "ElasticBuffer"):
         version = getattr(package, "__version__", "of an unknown version")
         raise DeepEPError(_missing(f"{version} has no ElasticBuffer, as 2.1.0 has"))
+    from torch.cuda import is_available, nccl
+
+    if is_available() and (loaded := nccl.version()) < _NCCL:
+        need, have = (".".join(map(str, numbers)) for numbers in (_NCCL, loaded))
+        raise DeepEPError(_missing(f"needs NCCL {need} or later, and torch has loaded {have}"))
     return package
 
 
