@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from dualpipe.ir import Message
-from dualpipe.runtime.program import Action, PendingReceive, PipelineStage, Program, Run, RunKey, Step, Transport
+from dualpipe.runtime.program import (
+    MOST_AHEAD,
+    Action,
+    PendingReceive,
+    PipelineStage,
+    Program,
+    Run,
+    RunKey,
+    Step,
+    Transport,
+)
 
 MarkT = TypeVar("MarkT")
 
@@ -81,13 +91,6 @@ def open_clock(device: torch.device) -> Clock[Any]:
     """Opens a clock with events on CUDA and host time on other devices."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
-
-MOST_AHEAD = 6
-"""Phases that the host may have started and the compute lane not ended.
-
-A phase starts up to 150 kernels, and CUDA queues about 1,000. Behind a receive that waits for its peer, a full queue
-would block the host before it starts what that peer waits for (nccl#1766).
-"""
 
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:  # programs are compiled before torch is imported, to predict 
 
 Lane = Literal["compute", "comm"]
 
+PHASE_KERNELS = 150  # most kernels that a phase of a layer starts, counted
+MOST_AHEAD = 6
+"""Phases that the host may have started and the compute lane not ended.
+
+CUDA queues about 1,000 kernels. Behind a receive that waits for its peer, a full queue would block the host before it
+starts what that peer waits for (nccl#1766).
+"""
+
 
 class Run(Protocol):
     """Forward and backward of one micro-batch through one stage, in order of the phases and in reverse.

@@ -5,9 +5,8 @@ import pytest
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
-from dualpipe.runtime.execute import MOST_AHEAD
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.runtime.program import Action
+from dualpipe.runtime.program import MOST_AHEAD, Action
 from dualpipe.simulate.timing import peak_activations
 from dualpipe.validate import validate
 from tests.dualpipe.adding import (
