@@ -5,6 +5,14 @@ from typing import Literal, Self
 
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+# Most SMs of a device that kernels of NCCL occupy, by what they do. A kernel may wait for its peers while it occupies
+# them, so all groups of a rank together must leave some free: else what a peer waits for might not start.
+LINK_CTAS = 2  # of a pipeline link, from the post of a receive on
+EXCHANGE_CTAS = 24  # of dispatch and combine without `cluster.communication_sms`
+CONTEXT_CTAS = 16  # of a context group
+REDUCTION_CTAS = 16  # of sums of gradients and gathers of weights, which run one after the other
+SMALL_CTAS = 4  # of sums of few numbers on the main thread
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
@@ -27,7 +35,7 @@ class ClusterConfig:
     # streaming multiprocessors of a rank's device; None as those of the planner's rates.
     num_sms: PositiveInt | None = None
     # how many of them dispatch and combine use, while products leave them free, in jobs of several ranks on NCCL; None:
-    # the planner assumes as many as for the rates, and a run sets no limit.
+    # the planner assumes as many as for the rates, and a run leaves none (`EXCHANGE_CTAS`).
     communication_sms: NonNegativeInt | None = None
     # rate of a rank's link to other nodes in each direction; None as for the rates.
     inter_node_bytes_per_second: PositiveFloat | None = None

@@ -6,9 +6,10 @@ torch's own rendezvous start a TCP server that listens on all addresses of the m
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import distributed
@@ -25,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from comm.config import ClusterConfig
+from comm.config import CONTEXT_CTAS, EXCHANGE_CTAS, REDUCTION_CTAS, SMALL_CTAS, ClusterConfig
 from comm.layout import Layout, Slices, context_partition, expert_data_partition, expert_partition, stage_partition
 from kernels.launch import reserve_sms
 
@@ -46,10 +47,21 @@ class ClusterError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UrgentKernels:
-    """NCCL runs a group's kernels before others that are ready, because the schedule waits for them."""
+class GroupKernels:
+    """How NCCL runs a group's kernels."""
 
-    max_ctas: int | None  # most SMs that a kernel occupies, also while it waits for a peer; None as NCCL chooses
+    max_ctas: int = SMALL_CTAS  # most SMs that a kernel occupies, also while it waits for a peer
+    is_urgent: bool = False  # whether they run before others that are ready, because the schedule waits for them
+
+
+_REDUCING = GroupKernels(max_ctas=REDUCTION_CTAS)
+EXCHANGING = GroupKernels(max_ctas=EXCHANGE_CTAS, is_urgent=True)
+_SHARING_CONTEXT = GroupKernels(max_ctas=CONTEXT_CTAS, is_urgent=True)
+
+
+def exchange_kernels(communication_sms: int | None) -> GroupKernels:
+    """Returns how NCCL runs dispatch and combine, given `cluster.communication_sms`."""
+    return replace(EXCHANGING, max_ctas=communication_sms or EXCHANGE_CTAS)
 
 
 class Groups:
@@ -76,7 +88,7 @@ class Groups:
     embedding: ProcessGroup
     context: ProcessGroup | None
     world: ProcessGroup
-    exchange_kernels: UrgentKernels
+    exchange_kernels: GroupKernels
 
     def __init__(
         self,
@@ -99,15 +111,15 @@ class Groups:
                 f"is {layout.world_size} for {distributed.get_world_size()} ranks"
             )
         self.rank = distributed.get_rank()
-        self.exchange_kernels = UrgentKernels(max_ctas=communication_sms or None)
+        self.exchange_kernels = exchange_kernels(communication_sms)
         self.expert = join_one(expert_partition(layout), timeout_seconds, self.exchange_kernels)
-        self.stage = join_one(stage_partition(layout, mirrored=mirrored), timeout_seconds)
-        self.expert_data = join_one(expert_data_partition(layout, mirrored=mirrored), timeout_seconds)
+        self.stage = join_one(stage_partition(layout, mirrored=mirrored), timeout_seconds, _REDUCING)
+        self.expert_data = join_one(expert_data_partition(layout, mirrored=mirrored), timeout_seconds, _REDUCING)
         holders = layout.ranks_at(embedding)
         is_stage_group = set(holders) <= set(layout.stage_group(holders[0], mirrored=mirrored))
-        self.embedding = (None if is_stage_group else make_group(holders, timeout_seconds)) or self.stage
+        self.embedding = (None if is_stage_group else make_group(holders, timeout_seconds, _REDUCING)) or self.stage
         shares = layout.parallelism.context > 1
-        self.context = join_one(context_partition(layout), timeout_seconds) if shares else None
+        self.context = join_one(context_partition(layout), timeout_seconds, _SHARING_CONTEXT) if shares else None
         world = distributed.group.WORLD
         assert world is not None
         self.world = world
@@ -143,7 +155,9 @@ def open_communicators(exchanging: Iterable[ProcessGroup], reducing: Iterable[Pr
     torch.cuda.synchronize(device)  # host sync
 
 
-def join_one(partition: Iterable[Slices], timeout_seconds: float, kernels: UrgentKernels | None = None) -> ProcessGroup:
+def join_one(
+    partition: Iterable[Slices], timeout_seconds: float, kernels: GroupKernels = GroupKernels()
+) -> ProcessGroup:
     """Creates all groups of a partition of the world and returns this rank's group. See `make_group`."""
     own_group = None
     for slices in partition:
@@ -153,7 +167,7 @@ def join_one(partition: Iterable[Slices], timeout_seconds: float, kernels: Urgen
 
 
 def make_group(
-    members: Sequence[int], timeout_seconds: float, kernels: UrgentKernels | None = None
+    members: Sequence[int], timeout_seconds: float, kernels: GroupKernels = GroupKernels()
 ) -> ProcessGroup | None:
     """Creates a group of global ranks, ascending, and returns it on its members, None elsewhere.
 
@@ -163,18 +177,17 @@ def make_group(
     communication. `GROUP_TIMEOUT_MARGIN_SECONDS` is added to the timeout of each collective. Only NCCL has `kernels`.
     """
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-    options = _nccl_options(kernels, timeout) if kernels is not None and distributed.get_backend() == "nccl" else None
+    options = _nccl_options(kernels, timeout) if distributed.get_backend() == "nccl" else None
     group = distributed.new_group(list(members), timeout=timeout, pg_options=options)
     return group if isinstance(group, ProcessGroup) else None
 
 
-def _nccl_options(kernels: UrgentKernels, timeout: timedelta) -> object:
+def _nccl_options(kernels: GroupKernels, timeout: timedelta) -> Any:
     options = distributed.ProcessGroupNCCL.Options()
     options._timeout = timeout  # torch warns if it differs from `new_group`'s
-    options.is_high_priority_stream = True
-    if kernels.max_ctas is not None:
-        options.config.min_ctas = 1
-        options.config.max_ctas = kernels.max_ctas
+    options.is_high_priority_stream = kernels.is_urgent
+    options.config.min_ctas = 1
+    options.config.max_ctas = kernels.max_ctas
     return options
 
 
@@ -213,12 +226,14 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     device = _device(cluster, int(os.environ["LOCAL_RANK"]))
     if cluster.backend == "nccl" and os.environ["WORLD_SIZE"] != "1":
         reserve_sms(device, cluster.communication_sms or 0)
+    timeout = timedelta(seconds=cluster.timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     distributed.init_process_group(
         cluster.backend,
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=cluster.timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS),
+        timeout=timeout,
+        pg_options=_nccl_options(GroupKernels(), timeout) if cluster.backend == "nccl" else None,
     )
     return device
 

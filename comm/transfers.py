@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.groups import UrgentKernels, make_group
+from comm.config import LINK_CTAS
+from comm.groups import GroupKernels, make_group
 from comm.lane import ClosesOnSuccess, ThreadLane
 from comm.layout import Layout, pipeline_partition
 from comm.protocol import Work
@@ -32,7 +33,7 @@ DECODING_KINDS: tuple[MessageKind, ...] = ("activation", "tokens")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64)
 _MAX_DIMS = 8
 # A receive is posted long before its message is sent, and occupies its SMs from then on.
-_LINK_KERNELS = UrgentKernels(max_ctas=2)
+_LINK_KERNELS = GroupKernels(max_ctas=LINK_CTAS, is_urgent=True)
 _FORMAT = struct.Struct(f"<{8 + _MAX_DIMS}q")
 HEADER_BYTES = _FORMAT.size
 

@@ -59,16 +59,6 @@ def torch_has_cuda() -> bool:
     return False
 
 
-def driver_cuda_version(libraries: Sequence[str] = _DRIVERS) -> tuple[int, int]:
-    """Returns the newest CUDA version of NVIDIA's driver, (0, 0) without one. Does not initialize CUDA."""
-    number = ctypes.c_int(0)
-    for library in libraries:
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(number))
-            break
-    return number.value // 1000, number.value % 1000 // 10
-
-
 def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
     """Rejects the device cuda without a driver, or with a torch without CUDA, in milliseconds."""
     if device != "cuda":
@@ -281,11 +271,8 @@ def reach_problems(
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # its name before torch 2.10, which torch still reads
-# From this driver on, NCCL orders kernels of several communicators by their starts. Before, it runs them in turn.
-_ORDERED_STARTS = (12, 3)
 HEAPS = "MALLOC_ARENA_MAX"
 # Bytes from which an allocation gets its own pages, and free bytes at the heap's end from which pages are returned.
 OWN_PAGES = "MALLOC_MMAP_THRESHOLD_"
@@ -293,13 +280,8 @@ RETURNED = "MALLOC_TRIM_THRESHOLD_"
 _OPTIONS = {HEAPS: -8, OWN_PAGES: -3, RETURNED: -1}  # glibc, malloc.h
 
 
-def rank_environment(
-    cluster: ClusterConfig, inherited: Mapping[str, str], cuda_version: tuple[int, int] = (0, 0)
-) -> dict[str, str]:
-    """Returns variables for a process that will import torch. Those that the user has set are kept.
-
-    `cuda_version` is that of the driver.
-    """
+def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Returns variables for a process that will import torch. Those that the user has set are kept."""
     wanted = {
         # Spinning threads cost several times the work itself if ranks share cores.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -324,9 +306,6 @@ def rank_environment(
         # By default, a device's streams share eight queues. A rank has about 16 streams, and behind a receive that
         # waits for its peer a queue would hold the message that this peer waits for.
         wanted[CONNECTIONS] = "32"
-        # Lanes launch kernels of different communicators, of which not all may fit on the device. Every torch that is
-        # supported has an NCCL that knows the variable (2.26).
-        wanted |= {LAUNCH_ORDER: "1"} if cuda_version >= _ORDERED_STARTS else {}
     if cluster.device == "cuda" and _OLD_ALLOCATOR not in inherited:
         # Numbers of rows change in each micro-batch; blocks of fixed size would fragment.
         wanted[ALLOCATOR] = "expandable_segments:True"
@@ -336,7 +315,7 @@ def rank_environment(
 
 def environment_lines(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Yields one line with the variables of CUDA, NCCL and the allocator that ranks on GPUs run with."""
-    names = (CONNECTIONS, LAUNCH_ORDER, ALLOCATOR, _OLD_ALLOCATOR) if cluster.device == "cuda" else ()
+    names = (CONNECTIONS, ALLOCATOR, _OLD_ALLOCATOR) if cluster.device == "cuda" else ()
     chosen = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
     if chosen:
         yield f"environment: {chosen}"
@@ -354,7 +333,7 @@ def local_rank_environment(store_file: Path) -> dict[str, str]:
 
 def apply_rank_environment(cluster: ClusterConfig) -> None:
     """Sets the variables of `rank_environment` in this process and its future child processes."""
-    os.environ.update(rank_environment(cluster, os.environ, driver_cuda_version()))
+    os.environ.update(rank_environment(cluster, os.environ))
     # glibc read its variables when this process started, so they must also be set by calls.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     for name, option in _OPTIONS.items():

@@ -34,9 +34,6 @@ _RECORDED = {
     ),
     "deep_ep.destroy": "",
     "deep_ep.get_logical_domain_size": "",
-    "deep_ep.get_theoretical_num_sms": (
-        "num_experts, num_topk, num_scaleout_topk=0, rdma_gbs=0, nvlink_gbs=0, sm_read_gbs=200, sm_write_gbs=50"
-    ),
     "deep_ep.dispatch": (
         "x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None, "
         f"num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, {_EVENTS}, "

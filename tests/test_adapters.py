@@ -66,7 +66,6 @@ def _call_deepep(calls: RecordedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*args: Any, **kwargs: Any) -> SimpleNamespace:
         rows = torch.zeros(3, 256)
         results = {
-            "get_theoretical_num_sms": 24,
             "get_logical_domain_size": (1, 2),
             "dispatch": (rows, torch.zeros(3, 2), None, None, None),
             "combine": (rows, None, None),

@@ -14,7 +14,7 @@ from comm.dispatch.local import dense
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.registry import DISPATCHERS, TokenSizes
-from comm.groups import UrgentKernels
+from comm.groups import EXCHANGING, GroupKernels
 from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
@@ -31,7 +31,7 @@ class DispatcherParts:
         group: process group of the ranks that share a layer's experts, `layout.expert_group`.
         timeout_seconds: timeout of each collective in groups that the dispatcher creates.
         tokens: sizes of a rank's micro-batch, for which a dispatcher may allocate buffers.
-        kernels: how NCCL runs the exchanges; None as NCCL chooses.
+        kernels: how NCCL runs the exchanges.
     """
 
     num_experts: int
@@ -41,7 +41,7 @@ class DispatcherParts:
     observers: Observers
     timeout_seconds: float
     tokens: TokenSizes
-    kernels: UrgentKernels | None = None
+    kernels: GroupKernels = EXCHANGING
 
 
 def open_lane(device: torch.device, name: str = "comm") -> Lane:

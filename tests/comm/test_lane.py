@@ -19,7 +19,15 @@ import torch
 from torch import distributed
 
 from comm.agreement import sum_over_ranks
-from comm.config import ClusterConfig, ParallelismConfig
+from comm.config import (
+    CONTEXT_CTAS,
+    EXCHANGE_CTAS,
+    LINK_CTAS,
+    REDUCTION_CTAS,
+    SMALL_CTAS,
+    ClusterConfig,
+    ParallelismConfig,
+)
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import ClusterError, Groups, make_host_group, start
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
@@ -359,12 +367,18 @@ def test_communicators_are_opened_before_the_first_step_in_one_order() -> None:
             ("all_to_all_single", node),
             ("synchronize", ()),
         ]
-        # Dispatch has 20 SMs, a link has 2, and reductions run as NCCL chooses, after what the schedule waits for.
+        # Dispatch has 20 SMs and a link 2. Reductions have few enough, and run after what the schedule waits for.
         assert (True, 20) in options[expert]
         assert (True, 20) in options[rail]
-        assert options[embedding] == [None]
+        assert options[embedding] == [(False, REDUCTION_CTAS)]
         links = [kinds for members, kinds in options.items() if len(members) == 2 and (True, 2) in kinds]
         assert [kinds.count((True, 2)) for kinds in links] == [4] * 4
+
+
+def test_kernels_that_wait_for_peers_leave_sms_to_what_the_peers_wait_for() -> None:
+    """Two neighbors with two kinds of messages each way, the hops of a dispatcher, context, reductions and numbers."""
+    waiting = 8 * LINK_CTAS + 2 * EXCHANGE_CTAS + CONTEXT_CTAS + REDUCTION_CTAS + SMALL_CTAS
+    assert waiting <= 108 - 8  # an A100 has fewer SMs than later devices
 
 
 def _count_connections(rank: int, world_size: int, most_connected: int) -> tuple[int, list[int]]:
@@ -409,10 +423,13 @@ def test_start_keeps_sms_for_exchanges_between_ranks(
     counts: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **options: None)
+    given: list[Any] = []
+    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **options: given.append(options["pg_options"]))
+    monkeypatch.setattr(distributed, "ProcessGroupNCCL", SimpleNamespace(Options=_FakeOptions), raising=False)
     monkeypatch.setattr("comm.groups.reserve_sms", lambda device, count: counts.append(count))
     start(replace(_CPU, device="cuda", backend=backend, threads_per_rank=0, communication_sms=20))
     assert counts == reserved
+    assert [options and options.summary() for options in given] == [(False, SMALL_CTAS) if backend == "nccl" else None]
 
 
 def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

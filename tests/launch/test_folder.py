@@ -246,20 +246,18 @@ def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> Non
     assert "TORCH_FR_BUFFER_SIZE" not in rank_environment(replace(cluster, device="cuda", backend="nccl"), {})
 
 
-def test_environment_of_nccl_ranks_orders_launches_and_yields_to_the_user() -> None:
+def test_environment_of_nccl_ranks_yields_to_the_user() -> None:
     cluster = replace(build().cluster, device="cuda", backend="nccl")
-    chosen = rank_environment(cluster, {}, (12, 3))
-    line = "CUDA_DEVICE_MAX_CONNECTIONS=32, NCCL_LAUNCH_ORDER_IMPLICIT=1, PYTORCH_ALLOC_CONF=expandable_segments:True"
+    chosen = rank_environment(cluster, {})
+    line = "CUDA_DEVICE_MAX_CONNECTIONS=32, PYTORCH_ALLOC_CONF=expandable_segments:True"
     assert list(environment_lines(cluster, chosen)) == [f"environment: {line}"]
-    # Before CUDA 12.3, NCCL would run all communicators in turn.
-    assert "NCCL_LAUNCH_ORDER_IMPLICIT" not in rank_environment(cluster, {}, (12, 2))
     by_user = {"CUDA_DEVICE_MAX_CONNECTIONS": "16", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
-    kept = {**by_user, **rank_environment(cluster, by_user, (13, 0))}
+    kept = {**by_user, **rank_environment(cluster, by_user)}
     assert kept["CUDA_DEVICE_MAX_CONNECTIONS"] == "16"
     assert "PYTORCH_ALLOC_CONF" not in kept
     assert "max_split_size_mb:64" in next(environment_lines(cluster, kept))
-    gloo = rank_environment(replace(cluster, backend="gloo"), {}, (13, 0))
-    assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_LAUNCH_ORDER_IMPLICIT"} & set(gloo)
+    gloo = rank_environment(replace(cluster, backend="gloo"), {})
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in gloo
     assert list(environment_lines(build().cluster, chosen)) == []
 
 

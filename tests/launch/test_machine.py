@@ -24,7 +24,6 @@ from launch.machine import (
     check_gpus,
     check_node,
     check_packages,
-    driver_cuda_version,
     gpu_problems,
     has_driver,
     host_problems,
@@ -42,10 +41,6 @@ from tests.refusals import assert_refused
 def test_driver_is_found_by_its_library() -> None:
     assert has_driver(["libc.so.6"])
     assert not has_driver(["lib-unknown.so.1"])
-
-
-def test_driver_without_a_cuda_version_has_none() -> None:
-    assert driver_cuda_version(["lib-unknown.so.1", "libc.so.6"]) == (0, 0)
 
 
 def test_torch_build_is_that_of_torch_itself() -> None:

@@ -16,7 +16,7 @@ from comm.context_group import open_context
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
-from comm.groups import UrgentKernels, join_one
+from comm.groups import exchange_kernels, join_one
 from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
 from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
@@ -41,7 +41,7 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     exist only during the call. The run's random state does not change.
     """
     timeout = config.cluster.timeout_seconds
-    kernels = UrgentKernels(max_ctas=config.cluster.communication_sms or None)
+    kernels = exchange_kernels(config.cluster.communication_sms)
     experts = join_one(expert_partition(layout), timeout, kernels)
     pipeline = join_one(pipeline_partition(layout), timeout)
     shared = join_one(context_partition(layout), timeout) if layout.parallelism.context > 1 else None

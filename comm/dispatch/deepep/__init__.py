@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from comm.config import DeepEPDispatchConfig
+from comm.config import EXCHANGE_CTAS, DeepEPDispatchConfig
 from comm.dispatch.deepep.package import PACKAGE, BufferShape, DeepEPError, check_available
 from comm.dispatch.registry import (
     DISPATCHERS,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatcher":
     from comm.dispatch.deepep.dispatcher import DeepEPDispatcher
 
-    shape = _shape(parts.tokens, parts.timeout_seconds, None if parts.kernels is None else parts.kernels.max_ctas)
+    shape = _shape(parts.tokens, parts.timeout_seconds, parts.kernels.max_ctas)
     max_nodes = config.max_nodes if config.node_cap == "verify" else None
     return DeepEPDispatcher(parts.group, parts.num_experts, parts.layout, parts.lane, parts.observers, shape, max_nodes)
 
@@ -52,7 +52,7 @@ def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
         raise DispatchRequirementError(str(error)) from error
 
 
-def _shape(tokens: TokenSizes, timeout_seconds: float, num_sms: int | None = None) -> BufferShape:
+def _shape(tokens: TokenSizes, timeout_seconds: float, num_sms: int = EXCHANGE_CTAS) -> BufferShape:
     return BufferShape(
         max_tokens=tokens.max_tokens,
         hidden_size=tokens.hidden_size,

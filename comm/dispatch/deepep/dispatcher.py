@@ -123,8 +123,7 @@ class ExpertBuffer:
         )
         self._num_experts = num_experts
         # DeepEP's own number is not made for routers that limit groups of experts. Kernels run on pairs of SMs.
-        own = self._buffer.get_theoretical_num_sms(num_experts, shape.num_choices)
-        self._num_sms = shape.num_sms // 2 * 2 if shape.num_sms is not None and shape.num_sms >= 2 else own
+        self._num_sms = max(2, shape.num_sms // 2 * 2)
         self.ids_dtype = library.topk_idx_t
         self.hops_between_nodes = self._buffer.get_logical_domain_size()[0] > 1
 

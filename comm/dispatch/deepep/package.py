@@ -5,6 +5,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from comm.config import EXCHANGE_CTAS
+
 PACKAGE = "deep_ep"
 _HIDDEN_MULTIPLE = 256
 _MOST_CHOICES = 32
@@ -23,7 +25,7 @@ class BufferShape:
     hidden_size: int  # width of a row
     num_choices: int  # experts per token
     timeout_seconds: float  # time after which a kernel stops waiting for another rank
-    num_sms: int | None = None  # SMs that the kernels occupy; None as DeepEP chooses
+    num_sms: int = EXCHANGE_CTAS  # most SMs that the kernels occupy
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -24,7 +24,7 @@ from comm.dispatch.local import ExpertOrder, dense, restore_values
 from comm.dispatch.process_group import ExchangeGroup, Observers, PendingExchange, RowFormat, RowPart
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.plan import CountLayout, Hop, RelayOrder, RowRouter, TwoHopCounts, TwoHopPlanner, TwoHopRoute
-from comm.groups import UrgentKernels, join_one, open_communicators
+from comm.groups import GroupKernels, join_one, open_communicators
 from comm.lane import Lane
 from comm.layout import Layout, Relays, node_partition, rail_partition
 from comm.protocol import Arrived, Handle, Label, Work, own_handle
@@ -42,9 +42,7 @@ class TwoHopGroups:
     node: ProcessGroup  # ranks of the expert group on this rank's node
 
     @classmethod
-    def join(
-        cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float, kernels: UrgentKernels | None = None
-    ) -> Self:
+    def join(cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float, kernels: GroupKernels) -> Self:
         """Creates the rail and node groups. Every rank of the job calls it at the same point."""
         rail = join_one(rail_partition(layout), timeout_seconds, kernels)
         node = join_one(node_partition(layout), timeout_seconds, kernels)

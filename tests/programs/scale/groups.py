@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from comm import groups, transfers
 from comm.config import ParallelismConfig
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
-from comm.groups import Groups, join_one
+from comm.groups import EXCHANGING, Groups, join_one
 from comm.layout import (
     Layout,
     expert_data_partition,
@@ -54,7 +54,9 @@ def measure(num_ranks: int) -> dict[str, float]:
 
         found["groups: expert, stage and expert-data groups, s"] = _seconds(join)
         expert = joined[0].expert
-        found["groups: rails and nodes, s"] = _seconds(lambda: TwoHopGroups.join(expert, layout, _TIMEOUT_SECONDS))
+        found["groups: rails and nodes, s"] = _seconds(
+            lambda: TwoHopGroups.join(expert, layout, _TIMEOUT_SECONDS, EXCHANGING)
+        )
         found["groups: pipelines (probe and gloo links), s"] = _seconds(
             lambda: join_one(pipeline_partition(layout), _TIMEOUT_SECONDS)
         )
