@@ -36,6 +36,17 @@ GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 MOST_CONNECTED_RANKS = 256
 """Largest number of ranks whose gloo group connects every pair of ranks at once."""
 
+GLOO_STAGES = frozenset(
+    ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "broadcast", "gather", "reduce")
+)
+"""Collectives with tensors of a GPU that torch's gloo passes through pinned host memory, as `cluster=one_gpu` needs."""
+
+GLOO_ON_HOST = frozenset(("barrier", "broadcast_object_list", "gather_object", "scatter_object_list"))
+"""Collectives of gloo whose tensors torch itself keeps on the host.
+
+Sends and receives need tensors on the host: `comm.transfers.HostLink` copies them there, and so does the probe.
+"""
+
 _LARGE_SUM = 2**24
 """Numbers for which NCCL takes the algorithm of large sums, which are limited by bandwidth."""
 

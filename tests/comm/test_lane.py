@@ -1,6 +1,8 @@
 """Lanes and process groups."""
 
+import ast
 import os
+import re
 import statistics
 import threading
 import time
@@ -29,12 +31,13 @@ from comm.config import (
     ParallelismConfig,
 )
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
-from comm.groups import ClusterError, Groups, make_host_group, start
+from comm.groups import GLOO_ON_HOST, GLOO_STAGES, ClusterError, Groups, make_host_group, start
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
 from comm.layout import Layout
 from comm.protocol import Arrived, CompletedWork
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
+from tests import ROOT
 from tests.ranks import run_ranks
 
 _LANES = [InlineLane, lambda: ThreadLane("test")]
@@ -438,3 +441,31 @@ def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     wrong = replace(_CPU, backend="nccl", threads_per_rank=0)
     with pytest.raises(ClusterError, match=r"nccl needs cluster.device=cuda, is cpu"):
         start(wrong)
+
+
+_SENDING = {"send", "recv", "isend", "irecv"}
+_SENDING_FILES = {"comm/transfers.py", "train/schedule/probe.py"}  # from host memory unless the backend is NCCL
+_NO_COLLECTIVES = re.compile(r"[A-Z]|get_|is_|new_group|init_|destroy_")
+
+
+def _called(path: Path) -> set[str]:
+    """Returns which functions of `torch.distributed` a source calls, in its own words."""
+    tree = ast.walk(ast.parse(path.read_text()))
+    functions = [node.func for node in tree if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    of_torch = [
+        call for call in functions if isinstance(call.value, ast.Name) and call.value.id in ("dist", "distributed")
+    ]
+    return {call.attr for call in of_torch if not _NO_COLLECTIVES.match(call.attr)}
+
+
+def test_every_collective_runs_with_gloo_and_tensors_of_a_gpu() -> None:
+    """Also those of DeepSpeed's ZeRO: a reduction to the owner, and a gather of weights."""
+    assert {"reduce", "all_gather_into_tensor"} <= GLOO_STAGES
+    used = set[str]()
+    for path in (path for package in ("comm", "train", "infer", "launch") for path in (ROOT / package).rglob("*.py")):
+        called = _called(path)
+        name = path.relative_to(ROOT).as_posix()
+        allowed = GLOO_STAGES | GLOO_ON_HOST | (_SENDING if name in _SENDING_FILES else set())
+        assert called <= allowed, f"{name}: gloo has no {called - allowed} for tensors of a GPU"
+        used |= called
+    assert GLOO_STAGES - used <= {"all_gather_into_tensor"}
