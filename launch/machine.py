@@ -25,7 +25,7 @@ from typing import Literal
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from infer.scoring.reward import check_reward, host_parts
-from kernels.attention import ATTENTION, AUTO
+from kernels.attention import ATTENTION, AUTO, DETERMINISTIC
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from train.config import TrainConfig
@@ -107,7 +107,14 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
 def check_packages(config: TrainConfig) -> None:
     """Rejects an attention kernel whose package is not installed."""
     name = config.attention
-    if name != AUTO and not ATTENTION.get(name).is_installed:
+    device = config.cluster.device
+    if name == DETERMINISTIC:
+        if not any(kernel.is_installed and kernel.is_deterministic(device) for _, kernel in ATTENTION.items()):
+            raise MachineError(
+                f"attention: {name} needs a package of FlashAttention (docs/memory.md), none is installed, is {name}; "
+                "nearest valid: attention=auto"
+            )
+    elif name != AUTO and not ATTENTION.get(name).is_installed:
         raise MachineError(
             f"attention: {name} needs the package {ATTENTION.get(name).package}, which is not installed, is {name}; "
             "nearest valid: attention=auto"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """Name that selects the best installed kernel for the tensors."""
+DETERMINISTIC = "deterministic"
+"""Name that selects the best installed kernel whose backward gives the same bits each time."""
 SIZED_CPU = "sized_cpu"
 SIZED_CUDA = "sized_cuda"
 SIZED_CUDA_PADDED = "sized_cuda_padded"
@@ -50,6 +52,7 @@ class AttentionKernel:
         pads_values: function of the device type: whether values must be padded to the width of keys.
         makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
         has_blocks: whether a context group may use it: `kernels.attention` computes the same by blocks.
+        is_deterministic: function of the device type: whether the backward gives the same bits each time.
         suits: function of the device type, the name of a dtype, and whether documents are packed: whether `auto` may
             choose the kernel. The kernel that was registered last is tried first.
     """
@@ -63,6 +66,7 @@ class AttentionKernel:
     pads_values: Callable[[str], bool] = lambda device: False
     makes_dense_masks: Callable[[str], bool] = lambda device: False
     has_blocks: bool = False
+    is_deterministic: Callable[[str], bool] = lambda device: False
     suits: Callable[[str, str, bool], bool] = lambda device, dtype, is_packed: False
 
     @property
@@ -86,38 +90,55 @@ def module_folder(package: str, name: str) -> Path | None:
     return next((folder for folder in folders if (folder / name).exists()), None)
 
 
-ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",), also=(AUTO,))
+ATTENTION = Registry[AttentionKernel](
+    "attention", modules=("kernels.attention.implementations",), also=(AUTO, DETERMINISTIC)
+)
 SIZED = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",))
 """Kernels for tensors without memory."""
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
-    """Returns the attention kernel of a name, or the one that `auto` chooses; raises UnknownNameError."""
+    """Returns the attention kernel of a name, or the one that `auto` or `deterministic` chooses.
+
+    Raises:
+        UnknownNameError: there is no such kernel.
+        NoKernelError: no kernel is deterministic.
+    """
     if device.type == "meta":
         return SIZED.get(name)
-    if name != AUTO:
+    if name not in (AUTO, DETERMINISTIC):
         return ATTENTION.get(name)
-    return _automatic(device.type, str(dtype).removeprefix("torch."), is_packed=is_packed)
+    return _automatic(name, device.type, str(dtype).removeprefix("torch."), is_packed=is_packed)
 
 
 def makes_dense_masks(name: str, device: str) -> bool:
-    """Whether document masks store a number for each pair of tokens; for `auto` on CUDA always False."""
-    if name == AUTO:
-        return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks(device)
+    """Whether document masks store a number for each pair of tokens; for a choice on CUDA always False."""
+    if name in (AUTO, DETERMINISTIC):
+        return device == "cpu" and _automatic(name, device, "float32", is_packed=True).makes_dense_masks(device)
     return ATTENTION.get(name).makes_dense_masks(device)
 
 
 def pads_values(name: str, device: str) -> bool:
-    """Whether values are padded to the width of keys; for `auto` on CUDA, whether every choice pads."""
-    if name == AUTO:
-        return device == "cpu" and _automatic(device, "float32", is_packed=False).pads_values(device)
+    """Whether values are padded to the width of keys; for a choice on CUDA, whether every one pads."""
+    if name in (AUTO, DETERMINISTIC):
+        return device == "cpu" and _automatic(name, device, "float32", is_packed=False).pads_values(device)
     return ATTENTION.get(name).pads_values(device)
 
 
-def _automatic(device: str, dtype: str, *, is_packed: bool) -> AttentionKernel:
-    kernels = [kernel for _, kernel in ATTENTION.items()]
-    return next(
-        kernel for kernel in reversed(kernels) if kernel.suits(device, dtype, is_packed) and kernel.is_installed
+class NoKernelError(ValueError):
+    """Raised if no installed attention kernel is deterministic."""
+
+
+def _automatic(name: str, device: str, dtype: str, *, is_packed: bool) -> AttentionKernel:
+    is_strict = name == DETERMINISTIC
+    for _, kernel in reversed(tuple(ATTENTION.items())):
+        # A kernel that suits documents alone is slower without them, but valid.
+        suits = kernel.suits(device, dtype, is_packed or is_strict) and kernel.is_installed
+        if suits and (kernel.is_deterministic(device) or not is_strict):
+            return kernel
+    raise NoKernelError(
+        f"attention: {name} needs FlashAttention for this GPU and precision=bf16 or fp8, is {name} with {dtype} on "
+        f"{device}; nearest valid: auto"
     )
 
 
@@ -131,7 +152,8 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
     On a CPU it is torch's flash kernel. On CUDA it is torch's flash kernel for types of 16 bits, its memory-efficient
     kernel for float32, and the reference for float64, which fused kernels do not support.
     """
-    if device.type != "meta" and not has_blocks(name):
+    is_unsafe = name == DETERMINISTIC and device.type == "cuda"  # torch's kernels add in any order
+    if is_unsafe or (device.type != "meta" and not has_blocks(name)):
         nearest = ", ".join(valid for valid in (AUTO, *ATTENTION.names()) if has_blocks(valid))
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
@@ -146,4 +168,4 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
 
 def has_blocks(name: str) -> bool:
     """Whether an attention kernel, or `auto`, can compute attention by blocks."""
-    return name == AUTO or ATTENTION.get(name).has_blocks
+    return name in (AUTO, DETERMINISTIC) or ATTENTION.get(name).has_blocks

@@ -16,6 +16,7 @@ from kernels.attention import (
     SIZED_CUDA,
     SIZED_CUDA_PADDED,
     AttentionKernel,
+    NoKernelError,
     module_folder,
 )
 from kernels.operation import HOPPER
@@ -146,11 +147,13 @@ def _rows(result: Any) -> Tensor:
 
 @cache
 def _offered(package: str, function: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset[str]]:
-    """Returns a function, with a deterministic backward if it has one, and its parameters' names."""
+    """Returns a function with a deterministic backward, and its parameters; refuses one without."""
     names = frozenset(signature(function).parameters)
     if "deterministic" not in names:
-        LOGGER.warning("attention: %s, whose backward in this version is not deterministic", package)
-        return function, names
+        raise NoKernelError(
+            f"attention: {package} must have a deterministic backward, this version has none; nearest valid: a newer "
+            "version, or attention=sdpa"
+        )
     LOGGER.info("attention: %s with a deterministic backward", package)
     return partial(function, deterministic=True), names
 
@@ -181,6 +184,7 @@ ATTENTION.register(
         summary="torch's scaled_dot_product_attention",
         attend=scaled_dot_product,
         has_blocks=True,
+        is_deterministic=lambda device: device == "cpu",  # of a GPU's kernels, cuDNN's and others add in any order
         pads_values=lambda device: device == "cpu",
         makes_dense_masks=lambda device: device != "cpu",
         suits=lambda device, dtype, is_packed: True,
@@ -204,6 +208,7 @@ ATTENTION.register(
         package="flash_attn",
         module="flash_attn_2_cuda",  # FlashAttention-4 has the same import name
         dtypes=_16_BITS,
+        is_deterministic=lambda device: True,
         pads_values=lambda device: True,
         # It is compiled for GPUs before Hopper, where torch has cuDNN's kernel except for documents.
         suits=lambda device, dtype, is_packed: (
@@ -219,6 +224,7 @@ ATTENTION.register(
         devices=("cuda",),
         package="flash_attn.cute",
         dtypes=_16_BITS,
+        is_deterministic=lambda device: _capability() != HOPPER or _has_deterministic_hopper_backward(),
         suits=_suits_flash_4,
     ),
 )
@@ -230,6 +236,7 @@ ATTENTION.register(
         devices=("cuda",),
         package="flash_attn_interface",
         dtypes=_16_BITS,
+        is_deterministic=lambda device: True,
         suits=lambda device, dtype, is_packed: device == "cuda" and dtype in _16_BITS and _capability() == HOPPER,
     ),
 )

@@ -13,7 +13,7 @@ from dualpipe.build import build, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from infer.scoring.scorers import JudgeConfig
-from kernels.attention import ATTENTION, AUTO, AttentionKernel
+from kernels.attention import ATTENTION, AUTO, DETERMINISTIC, AttentionKernel
 from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomputed
 from train.config import TrainConfig
 from train.config.tasks import TASKS
@@ -410,12 +410,18 @@ def check_optim(config: TrainConfig) -> None:
             raise broken(f"optim.{name}", rule, beta, f"{_MOST_BETA_OF_BF16}, or optim.moments=float32")
 
 
+_HALF = ("bf16", "fp8")
+
+
 def check_attention(config: TrainConfig) -> None:
     """Rejects an attention kernel that does not support the device or the precision."""
     name = config.attention
     device = config.cluster.device
     precision = config.precision.kind
-    if name == AUTO:
+    if name == DETERMINISTIC and device == "cuda" and (config.parallelism.context > 1 or precision not in _HALF):
+        rule = f"{name} needs precision=bf16 or fp8 and parallelism.context=1 on a GPU"
+        raise broken("attention", rule, f"precision={precision}, context={config.parallelism.context}", AUTO)
+    if name in (AUTO, DETERMINISTIC):
         return
     kernel = ATTENTION.get(name)
     installed = [name for name, spec in ATTENTION.items() if spec.package is None and device in spec.devices]

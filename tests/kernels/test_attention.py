@@ -17,6 +17,7 @@ from kernels.attention import (
     ATTENTION,
     AttentionKernel,
     BlockKernelError,
+    NoKernelError,
     block_kernels,
     choose_attention,
     choose_block_kernel,
@@ -195,6 +196,14 @@ def test_auto_takes_the_best_that_is_installed(
     assert choose_attention("auto", torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(expected)
     for name in ATTENTION.names():
         assert choose_attention(name, torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(name)
+    try:
+        chosen = choose_attention("deterministic", torch.device(device), dtype, is_packed=is_packed)
+    except NoKernelError:
+        assert (device, not installed or dtype == torch.float32) == ("cuda", True)
+    else:
+        flash = {"flash_attention", "flash_attention_3", "flash_attention_4"}
+        names = {"sdpa"} if device == "cpu" else ({expected} & flash or {"flash_attention"})
+        assert chosen in map(ATTENTION.get, names)
 
 
 def test_packages_of_one_import_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,19 +224,18 @@ def test_packages_of_one_import_name_are_told_apart(tmp_path: Path, monkeypatch:
         cached.cache_clear()
 
 
-def test_version_without_a_deterministic_backward_is_called_without_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_version_without_a_deterministic_backward_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     def older(q: Tensor, softmax_scale: float, causal: bool) -> None: ...
 
     def newer(q: Tensor, softmax_scale: float, causal: bool, deterministic: bool = False) -> None: ...
 
+    with pytest.raises(NoKernelError, match=r"^attention: flash_attn must have a deterministic .* attention=sdpa$"):
+        implementations._offered("flash_attn", older)
     with caplog.at_level("INFO", "kernels"):
-        for function in (older, newer, older, newer):
+        for function in (newer, newer):
             attend, _ = implementations._offered("flash_attn", function)
             attend(torch.zeros(1), softmax_scale=1.0, causal=True)
-    assert [record.message for record in caplog.records] == [
-        "attention: flash_attn, whose backward in this version is not deterministic",
-        "attention: flash_attn with a deterministic backward",
-    ]
+    assert [record.message for record in caplog.records] == ["attention: flash_attn with a deterministic backward"]
 
 
 def test_torchs_kernel_on_cuda_is_pinned_and_logged_once(

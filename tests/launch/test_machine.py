@@ -17,6 +17,7 @@ import torch
 from launch import machine, train
 from launch.command import command
 from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
+from launch.config.rules import check_attention
 from launch.help import alias_overrides, aliases
 from launch.machine import (
     MachineError,
@@ -36,6 +37,7 @@ from tests.commands import run_python
 from tests.launch.test_config import build
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
+from train.errors import ConfigError
 
 
 def test_driver_is_found_by_its_library() -> None:
@@ -106,6 +108,12 @@ def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("kernels.attention.has_module", lambda name: False)
     with pytest.raises(MachineError, match=r"^attention: flash_attention needs the package flash_attn"):
         check_packages(build("cluster=one_gpu", "precision=bf16", "attention=flash_attention"))
+    check_packages(build("attention=deterministic"))
+    on_gpu = ("cluster=one_gpu", "attention=deterministic")
+    with pytest.raises(MachineError, match=r"^attention: deterministic needs a package of .*attention=auto$"):
+        check_packages(build(*on_gpu, "precision=bf16"))
+    with pytest.raises(ConfigError, match=r"^attention: deterministic needs precision=bf16 .*valid: auto$"):
+        check_attention(build(*on_gpu, "precision=float32"))
 
 
 @pytest.mark.slow

@@ -208,7 +208,8 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     log = _RankLog(files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(log)
-    logging.getLogger("train").setLevel(logging.INFO)
+    for name in ("kernels", "train"):  # the log has the choice of attention's kernel and of tilings
+        logging.getLogger(name).setLevel(logging.INFO)
     if rank != 0:
         return Reporter(None, [])
     display = Display(open_console(sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
