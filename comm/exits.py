@@ -12,6 +12,7 @@ EXIT_PREEMPTED = 75  # preempted after saving
 EXIT_HANG = 76  # a rank did not reach a collective within the timeout
 EXIT_NON_FINITE = 77  # the guard stopped the run
 EXIT_LOST = 78  # a rank's process has ended
+EXIT_MEMORY = 79  # a rank's device had too little memory
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # signals that a scheduler or a closing terminal sends

@@ -26,11 +26,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from comm.config import ClusterConfig
-from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, SIGNALS, Preemption, handled_signals
+from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, EXIT_MEMORY, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
 from launch import EXIT_INTERRUPTED, signals_handled
 from launch.config.compose import load_plugin_files, user_errors
+from launch.config.memory_rules import is_out_of_memory, out_of_memory_line
+from launch.config.rules import check_rules
 from launch.machine import apply_rank_environment, local_rank_environment
 from launch.run_folder import read_folder, write_run_folder
 from train.checkpoint.locate import AUTO
@@ -124,7 +126,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
                 print_redacted(f"error: ranks cannot restart: {error}")
                 break
     _write_status(folder, code, reason)
-    if code in (1, *VERDICT_CODES) and folder.is_dir():
+    if code in (1, EXIT_MEMORY, *VERDICT_CODES) and folder.is_dir():
         from train.report.page import Report
 
         Report(config).try_to_write()  # it says at its top that the run has failed
@@ -229,7 +231,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         load_plugin_files([str(path) for path in plugins])
         return entry(read_folder(Path(folder)))
     except Exception as error:
-        code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1
+        code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else EXIT_MEMORY if is_out_of_memory(error) else 1
         text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
         first_line = next(iter(text.splitlines()), type(error).__name__)
         rank = int(os.environ["RANK"])
@@ -412,9 +414,11 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
         return report_lost(folder, exit_code, f"rank {rank} ended with exit code {exit_code}")
     path, report = reports[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
-    prefix = "" if report.code == EXIT_CONFIGURATION else f"rank {first}: "
-    print_redacted(f"error: {prefix}{report.text}", f"the full traceback is in {path}")
-    return report.code, f"{prefix}{report.text}"
+    text = report.text if report.code == EXIT_CONFIGURATION else f"rank {first}: {report.text}"
+    if report.code == EXIT_MEMORY:
+        text = out_of_memory_line(read_folder(folder), check_rules, first, report.text)
+    print_redacted(f"error: {text}", f"the full traceback is in {path}")
+    return report.code, text
 
 
 def print_redacted(*lines: str) -> None:

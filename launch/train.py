@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from comm.exits import EXIT_PREEMPTED, Preemption, handled_signals
+from comm.exits import EXIT_MEMORY, EXIT_PREEMPTED, Preemption, handled_signals
 from data.progress import progress_on
 from launch.command import command, experiment_text
 from launch.config.compose import system_errors
+from launch.config.memory_rules import is_out_of_memory, out_of_memory_line
+from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, write_config
 from launch.local_ranks import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.machine import (
@@ -48,7 +50,7 @@ def main(overrides: Sequence[str]) -> int:
     """Trains a model. All user errors are reported before a process starts or a file is written.
 
     Returns the exit code: 0 done, 75 preempted after saving, 76 a rank did not reach a collective within the timeout,
-    77 stopped by the guard, 78 a rank was lost, 128 + n ended by signal n.
+    77 stopped by the guard, 78 a rank was lost, 79 a device had too little memory, 128 + n ended by signal n.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -181,7 +183,7 @@ def _run_as_rank(config: TrainConfig) -> int:
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         check_device_memory(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
-        return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
+        return _train_as_rank(config)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):
         # Restarted ranks would start a new run instead of the one whose folder is gone.
         raise ConfigError(
@@ -191,7 +193,18 @@ def _run_as_rank(config: TrainConfig) -> int:
     check_folder(config)
     _print_environment(config)
     with locked_run_folder(config, datetime.now()) as (config, _):
+        return _train_as_rank(config)
+
+
+def _train_as_rank(config: TrainConfig) -> int:
+    try:
         return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        line = out_of_memory_line(config, check_rules, int(os.environ["RANK"]), str(error))
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return EXIT_MEMORY
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Rejects a run that does not fit its devices, and suggests the nearest change that fits. No torch."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError, broken
-from train.memory import JobMemory, fitted_config, parts, predict_memory
+from train.memory import JobMemory, fitted_config, gigabytes, parts, predict_memory
 from train.planner.layouts import context_sizes
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]  # overrides as a user writes them, and the resulting configuration
 
 _GB = 1e9
+_SMALLER_SHARE = 0.9  # of the predicted memory, which a change must not exceed if the prediction was too small
 
 
 def check_memory(config: TrainConfig, rules: Rules) -> None:
@@ -34,6 +36,26 @@ def check_memory(config: TrainConfig, rules: Rules) -> None:
             f"memory: rank {worst.pipeline_rank} needs {need} GB of {have}{_batch(config, job)} ({parts(worst)}); "
             f"nearest: {_nearest(config, rules, room)}"
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether a device had too little memory, by the class's name: torch may not be loaded."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
+def out_of_memory_line(config: TrainConfig, rules: Rules, rank: int, error: str) -> str:
+    """Returns one line about a rank whose device had too little memory, given torch's error."""
+    request = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
+    begin = f"memory: rank {rank} requested {request[1] if request else 'memory'} that its device did not have"
+    room = config.cluster.memory_bytes
+    try:
+        job = predict_memory(fitted_config(config))
+        own = job.ranks[rank // config.parallelism.stage_ranks]
+        nearest = _nearest(config, rules, int(_SMALLER_SHARE * job.worst.total))
+    except ValueError as unpredicted:
+        return f"{begin}; not predicted: {unpredicted}"
+    of_room = "" if room is None else f" of {room / _GB:.1f}"
+    return f"{begin}, predicted {gigabytes(own.total)}{of_room} ({parts(own)}); nearest: {nearest}"
 
 
 def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:

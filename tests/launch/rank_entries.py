@@ -68,6 +68,16 @@ def done(config: TrainConfig) -> int:
     return 0
 
 
+def one_needs_memory(config: TrainConfig) -> int:
+    import torch
+
+    if rank() == 3:
+        text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+        raise torch.OutOfMemoryError(f"{text}\nmore lines")
+    sleep_on_visibly(config)
+    return 0
+
+
 def all_reduced(config: TrainConfig) -> int:
     import torch
     from torch import distributed as dist

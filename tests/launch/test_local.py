@@ -65,6 +65,11 @@ ENDS = {
     "all_reduced": (6, ""),
     "one_raises": (1, r"error: rank 2: RuntimeError: the first line\nthe full traceback is in (.*)\n"),
     "one_refuses": (2, r"error: task\.steps: must be luckier\nthe full traceback is in (.*)\n"),
+    "one_needs_memory": (
+        79,
+        r"error: memory: rank 3 requested 2\.00 GiB that its device did not have, predicted [\d.]+ [GM]B \(.*\); "
+        r"nearest: [\w.]+=.*\nthe full traceback is in (.*)\n",
+    ),
     "one_exits": (75, r"error: rank 1 ended with exit code 75\n"),
     "one_is_killed": (78, r"error: rank 3 is lost: it was ended by SIGKILL\n"),
     "one_vanishes": (78, r"error: rank 1 ended with exit code 0 before the run was done\n"),
@@ -104,6 +109,7 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(start:
     assert len(list((tmp_path / "done").glob("ran_*"))) == 4
     logs = sorted(tmp_path.rglob("*.error.log"))
     assert [log.relative_to(tmp_path).as_posix() for log in logs if "_is_" not in log.parts[-3]] == [
+        "one_needs_memory/log/rank_00003.error.log",
         "one_raises/log/rank_00002.error.log",
         "one_refuses/log/rank_00001.error.log",
     ]

@@ -3,13 +3,14 @@
 Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
-from train.memory.fit import fitted_config, memory_lines, memory_table, parts, summary_line
+from train.memory.fit import fitted_config, gigabytes, memory_lines, memory_table, parts, summary_line
 from train.memory.predict import JobMemory, RankMemory, predict_memory
 
 __all__ = [
     "JobMemory",
     "RankMemory",
     "fitted_config",
+    "gigabytes",
     "memory_lines",
     "memory_table",
     "parts",
