@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,26 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
         The exit code: 0 if the run is done, 1 if its folder took no checkpoint or its answers cannot be scored, 2 if
         ranks have different configurations, 75 if it was preempted and saved, 77 if the guard stopped it.
     """
+
+    def train(joined: JoinedRank) -> int:
+        return _TrainingRank(joined, callbacks).run(config)
+
+    return run_in_job(config, train, reports_on_stderr=reports_on_stderr)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinedRank:
+    """What a rank has from joining its job on, before it communicates."""
+
+    job: Job
+    log: CollectiveLog
+    crash_reporter: "CrashReporter"
+    preemption: Preemption
+    lines: PhaseLines
+
+
+def run_in_job(config: TrainConfig, run: Callable[[JoinedRank], int], *, reports_on_stderr: bool = False) -> int:
+    """Joins the job, runs a function on this rank, leaves the job, and returns the function's exit code."""
     preemption = Preemption.of_process()
     member = Membership.from_environment()
     log = CollectiveLog()
@@ -88,7 +109,7 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     with lines.timed("start of the ranks"):
         job = _join(config, member, log, crash_reporter, reports_on_stderr=reports_on_stderr)
     try:
-        code = _TrainingRank(job, log, crash_reporter, preemption, callbacks, lines).run(config)
+        code = run(JoinedRank(job=job, log=log, crash_reporter=crash_reporter, preemption=preemption, lines=lines))
     except BaseException as error:
         if isinstance(error, CallbackError) or member.world_size == 1:  # no other rank waits for this one
             job.close()
@@ -122,8 +143,8 @@ def _join(
         raise
 
 
-def _write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> None:
-    """Writes the times for which the schedule was chosen into the run's folder. Only rank 0 writes."""
+def write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> None:
+    """Writes the times that the probe measured, if it ran, into the run's folder. Only rank 0 writes."""
     if planned.times is None or dist.get_rank() != 0:
         return
     facts = RunFacts(
@@ -165,21 +186,13 @@ class _RunOutcome:
 class _TrainingRank:
     """One rank of a training run that has joined its job."""
 
-    def __init__(
-        self,
-        job: Job,
-        log: CollectiveLog,
-        crash_reporter: "CrashReporter",
-        preemption: Preemption,
-        callbacks: Callbacks | None,
-        lines: PhaseLines,
-    ) -> None:
-        self._job = job
-        self._log = log
-        self._crash_reporter = crash_reporter
-        self._preemption = preemption
+    def __init__(self, joined: JoinedRank, callbacks: Callbacks | None) -> None:
+        self._job = joined.job
+        self._log = joined.log
+        self._crash_reporter = joined.crash_reporter
+        self._preemption = joined.preemption
+        self._lines = joined.lines
         self._callbacks = callbacks
-        self._lines = lines
         self._world: World | None = None
         self._learner: Learner | None = None
         self._rejected_checkpoints: tuple[str, ...] = ()
@@ -204,7 +217,7 @@ class _TrainingRank:
             self._log.follow_streams(cuda_mark(device))
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
-        _write_probe(config, planned, device)
+        write_probe(config, planned, device)
         with self._phase("tuning of kernels"):
             tune_kernels(config, layout, device, has_probed=planned.times is not None)
         with self._phase("creation of process groups"):

@@ -7,13 +7,14 @@ import os
 import platform
 import socket
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
-from comm.agreement import compare_with_first_rank, exchange_reports, sum_over_ranks
+from comm.agreement import compare_with_first_rank, exchange_reports, gather_present, sum_over_ranks
 from comm.exits import Preemption
 from comm.groups import Groups
 from comm.watchdog.collective_log import CollectiveLog
@@ -34,18 +35,20 @@ from train.learner import Learner
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
-_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
+_PACKAGES = ("torch", "triton", "deepspeed", "numpy", "tokenizers")
+_VERSION = "version of "
+_SOURCES_KEY = "sources"
 _MOST_KEYS = 8
 
 
 def compare_ranks(config: TrainConfig) -> str:
     """Compares every rank's configuration, sources and packages with those of rank 0. All ranks call it.
 
-    The result names nodes, keys and values that differ. Other ranks than rank 0 may leave `out_dir` empty.
+    The result names ranks, nodes, keys and values that differ. Other ranks than rank 0 may leave `out_dir` empty.
     """
-    identity = _identity(config)
+    identity = identity_of(config)
     node = f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
-    first = [hashlib.sha256(json.dumps(identity).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
+    first = [hash_text(json.dumps(identity)), str(Path(config.out_dir).expanduser())]
     digest = first[0]
     dist.broadcast_object_list(first, src=0)
     identity["out_dir"] = str(Path(config.out_dir).expanduser()) if config.out_dir else first[1]
@@ -55,10 +58,11 @@ def compare_ranks(config: TrainConfig) -> str:
         return ""
     expected: list[Any] = [node, identity]
     dist.broadcast_object_list(expected, src=0)
-    # The ranks of a node run the same command, so the first one reports for all.
-    is_reporter = not is_same and os.environ.get("LOCAL_RANK", "0") == "0"
-    reports = exchange_reports(f"on {node} {_differences(identity, expected[1])}" if is_reporter else None)
-    nodes = "; ".join(report.text for report in reports.first)
+    # The ranks of a node usually run the same command, so the lowest of the ranks that differ in the same way reports.
+    text = f"on {node} {_differences(identity, expected[1])}"
+    others = dict(reversed(gather_present(None if is_same else (hash_text(text), dist.get_rank()))))
+    reports = exchange_reports(text if others.get(hash_text(text)) == dist.get_rank() else None)
+    nodes = "; ".join(f"rank {report.rank} {report.text}" for report in reports.first)
     return redact(
         f"ranks: must all have the configuration, sources and packages of rank 0 on {expected[0]}, {nodes}; "
         f"{num_others} of {dist.get_world_size()} ranks differ; nearest valid: the same overrides, sources and "
@@ -66,16 +70,41 @@ def compare_ranks(config: TrainConfig) -> str:
     )
 
 
-def _identity(config: TrainConfig) -> dict[str, str]:
+def hash_text(text: str) -> str:
+    """Returns the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_of(config: TrainConfig) -> dict[str, str]:
     """Returns what must be equal on all ranks: every key but `out_dir`, the sources, and the packages."""
     sources = hashlib.sha256()
     for path in sorted(path for package in _SOURCES for path in (_ROOT / package).rglob("*.py")):
         sources.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
-    versions = {"python": ".".join(platform.python_version_tuple()[:2]), **{name: version(name) for name in _PACKAGES}}
+    versions = {"python": ".".join(platform.python_version_tuple()[:2]), "NCCL": _nccl_version()}
+    versions |= {name: version_of(name) for name in _PACKAGES}
     values = encode(dataclasses.replace(config, out_dir=""))
     # On the command line, the keys of a source of data are those of `data`.
     keys = {key.replace("data.source.", "data.", 1): json.dumps(value) for key, value in flatten(values)}
-    return {**keys, **{f"version of {name}": text for name, text in versions.items()}, "sources": sources.hexdigest()}
+    named = {f"{_VERSION}{name}": text for name, text in versions.items()}
+    return {**keys, **named, _SOURCES_KEY: sources.hexdigest()}
+
+
+def is_version(key: str) -> bool:
+    """Returns whether a key of `identity_of` is a version or the sources, not a key of the configuration."""
+    return key.startswith(_VERSION) or key == _SOURCES_KEY
+
+
+def version_of(package: str) -> str:
+    """Returns the installed version of a package; `absent` if there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _nccl_version() -> str:
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "absent"
 
 
 def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.dispatch.build import Fp8Dispatcher
-from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
-from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import Prepared
@@ -23,17 +20,15 @@ from dualpipe.build import build
 from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
-from model.block import RoutedExperts
-from model.objective import LossSums, MicroBatch
+from model.objective import LossSums, MicroBatch, Objective
 from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.pairs import REFERENCE
-from model.transformer import Transformer, initialize_weights, named_tensors, routers
+from model.transformer import Transformer, named_tensors
 from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
 from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
-from train.optim.adamw import group_parameters
 from train.plan import ramp_schedules
 from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
@@ -42,6 +37,7 @@ from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.distill import DistillConfig, is_scores_folder
 from train.tasks.registry import TASKS, StepRates, Task, open_task
+from train.verify.steps import PlainModel, StepValues, local_dispatcher, run_step, start_biases
 from train.world import ReplicaConfig, World, open_world, weight_dtype
 
 
@@ -52,24 +48,6 @@ class Job:
     config: TrainConfig
     starved: int = 0
     schedule: Schedule | None = None
-
-
-@dataclass(slots=True)
-class Seen:
-    """The results of one step on one rank or of the plain model, with tensors by released name."""
-
-    losses: list[float]
-    norm: float
-    gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-
-def start_biases(model: Transformer, starved: int) -> None:
-    """The first `starved` experts of every layer are never chosen; the others start a little apart."""
-    for layer, router in routers(model).items():
-        bias = torch.linspace(-0.05, 0.05, len(router.e_score_correction_bias)) * (1 + layer % 3)
-        bias[:starved] = -10.0
-        router.e_score_correction_bias.copy_(bias)
 
 
 def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
@@ -135,12 +113,12 @@ def read_corpus(config: TrainConfig) -> Prepared:
     return prepare_corpus(config)
 
 
-def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> list[list[Seen]]:
+def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> list[list[StepValues]]:
     """Runs one job after the other; what this rank saw of each step of each."""
     return [_run_one(job, num_steps) for job in jobs]
 
 
-def _run_one(job: Job, num_steps: int) -> list[Seen]:
+def _run_one(job: Job, num_steps: int) -> list[StepValues]:
     config = job.config
     whole, loader = open_job(config, job.schedule), open_loader(config)
     learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
@@ -148,20 +126,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     whole.comparison.follow(whole.replica)
     seen = []
     for step in range(num_steps):
-        learner = learners.for_step(step)
-        model = learner.replica.model
-        rates = rates_of(config.task, config.optim, loader.sizes, step)
-        batch = learner.hook.prepare(loader, step)
-        losses = accumulate(learner, config.task, batch, rates).losses
-        learner.hook.finish()
-        gradients = by_released_name(model, learner.store.gradient)
-        norm = learner.optimizer.norm()
-        learner.optimizer.update(rates.learning_rate)
-        update_router_bias(learner.replica, rates.bias_update)
-        flat = [*losses.by_name.values(), losses.total]
-        weights = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
-        learner.comparison.refresh(learner.replica, step + 1)
-        seen.append(Seen(flat, norm, gradients, weights))
+        seen.append(run_step(learners.for_step(step), config, loader, step))
     dist.barrier()
     close_job(whole)
     return seen
@@ -194,60 +159,13 @@ def sequential_step(learner: Learner, config: TrainConfig, loader: Loader, step:
     return norm
 
 
-def by_released_name(model: Transformer, of: object) -> dict[str, Tensor]:
-    """Applies `of` to every parameter and names what it gives as the checkpoint names the parameter."""
-    named: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, RoutedExperts):
-            stacked = replace_parameters(module, of)
-            named |= {f"{path}.{name}": tensor.clone() for name, tensor in stacked}
-        else:
-            named |= {
-                f"{path}.{name}": of(parameter).clone()  # type: ignore[operator]
-                for name, parameter in module.named_parameters(recurse=False)
-            }
-    return named
-
-
-def replace_parameters(experts: RoutedExperts, of: object) -> list[tuple[str, Tensor]]:
-    """The per-expert names with `of`'s tensors in place of the weights."""
-    gate_up, down = of(experts.gate_up_proj), of(experts.down_proj)  # type: ignore[operator]
-    half = gate_up.shape[1] // 2
-    named = []
-    for index, expert in enumerate(experts.experts):
-        named.append((f"{expert}.gate_proj.weight", gate_up[index, :half]))
-        named.append((f"{expert}.up_proj.weight", gate_up[index, half:]))
-        named.append((f"{expert}.down_proj.weight", down[index]))
-    return named
-
-
-def _local_dispatcher(config: TrainConfig) -> Dispatcher:
-    """Returns a dispatcher with all experts in this process. It quantizes rows if the run does."""
-    dispatcher: Dispatcher = LocalDispatcher(config.model.num_routed_experts)
-    return Fp8Dispatcher(dispatcher) if config.dispatch.payload == "fp8" else dispatcher
-
-
-def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
+def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[StepValues]:
     """The whole model in this process under ordinary autograd and torch's own optimizer and clipping."""
-    model = Transformer(config.model, _local_dispatcher(config), weight_dtype(config.precision))
-    initialize_weights(model, config.seed)
-    start_biases(model, starved)
-    groups = group_parameters(model)
-    decayed = [*groups.matrices.values(), *groups.experts.values()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.optim.weight_decay},
-            {"params": list(groups.vectors.values()), "weight_decay": 0.0},
-        ],
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
-    loader, seen = open_loader(config), []
-    hook = plain_hook(config, model)
-    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference(config.task) else load_teacher(config)
-    for step in range(num_steps):
-        seen.append(_plain_step(config, model, optimizer, loader, step, reference, hook))
-    return seen
+    plain, loader = PlainModel(config, starved), open_loader(config)
+    hook = plain_hook(config, plain.model)
+    has_reference = TASKS.get(config.task.kind).has_reference(config.task)
+    reference = deepcopy(plain.model) if has_reference else load_teacher(config)
+    return [_plain_step(config, plain, loader, step, reference, hook) for step in range(num_steps)]
 
 
 class PlainEngine(LocalEngine):
@@ -269,7 +187,7 @@ def load_teacher(config: TrainConfig) -> Transformer | None:
     if not isinstance(config.task, DistillConfig) or is_scores_folder(config.task.teacher):
         return None
     source = open_source(config.task.teacher, "task.teacher", drop_mtp=True)
-    teacher = Transformer(source.config, _local_dispatcher(config), weight_dtype(config.precision))
+    teacher = Transformer(source.config, local_dispatcher(config), weight_dtype(config.precision))
     source.fill(named_tensors(teacher))
     return teacher
 
@@ -289,15 +207,8 @@ def with_reference(batch: MicroBatch, reference: Transformer) -> MicroBatch:
 
 
 def _plain_step(
-    config: TrainConfig,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
-    step: int,
-    reference: Transformer | None,
-    hook: TaskHook,
-) -> Seen:
-    rates = rates_of(config.task, config.optim, loader.sizes, step)
+    config: TrainConfig, plain: PlainModel, loader: Loader, step: int, reference: Transformer | None, hook: TaskHook
+) -> StepValues:
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
@@ -306,24 +217,13 @@ def _plain_step(
     if reference is not None:
         scored = with_reference if TASKS.get(config.task.kind).has_reference(config.task) else with_states
         batches = [scored(batch, reference) for batch in batches]
-    counts = torch.stack([task.count(batch) for batch in batches]).sum(0)
-    objective, sums = task.objective(counts, rates), LossSums(task.names)
-    if isinstance(objective, Distillation) and reference is not None:
-        objective = replace(objective, teacher_head_VS=reference.head_weight.detach())
-    for batch in batches:
-        model.loss(batch, objective, sums).backward()
-    gradients = by_released_name(model, lambda parameter: parameter.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm))
-    for options in optimizer.param_groups:
-        options["lr"] = rates.learning_rate
-    optimizer.step()
-    optimizer.zero_grad()
-    for router in routers(model).values():
-        router.update_bias(router.load, rates.bias_update)
-        router.load.zero_()
-    means = dict(zip(task.names, (sums.settle() / counts).tolist(), strict=True))
-    weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
-    return Seen([*means.values(), task.total(means, rates)], norm, gradients, weights)
+
+    def adapt(objective: Objective) -> Objective:
+        if isinstance(objective, Distillation) and reference is not None:
+            return replace(objective, teacher_head_VS=reference.head_weight.detach())
+        return objective
+
+    return plain.step(batches, loader.sizes, step, adapt)
 
 
 def save_checkpoint(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -> Path:

@@ -1,6 +1,6 @@
 """Many ranks equal one rank: losses, every gradient, norm, router bias and weights, step by step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from comm.config import Cut, ParallelismConfig
 from dualpipe.build import build
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
-from dualpipe.ir import Op, Schedule
+from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
 from model.config import cut_at
@@ -21,9 +21,11 @@ from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
-from tests.train.job import Job, Seen, run_jobs, run_plain
+from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 from train.schedule.cut import with_cut
+from train.verify.equality import keeps_sums
+from train.verify.steps import Difference, StepValues, rank_differences, tensor_differences
 
 STEPS = 2
 
@@ -48,29 +50,33 @@ def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainC
     )
 
 
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest value."""
-    return float((ours.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
-
-
-def assert_equal(ranks: list[Seen], plain: Seen, tolerance: float) -> None:
-    for rank, seen in enumerate(ranks):
-        assert seen.losses == pytest.approx(plain.losses, rel=tolerance), f"rank {rank}"
-        assert seen.norm == pytest.approx(plain.norm, rel=tolerance), f"rank {rank}"
+def assert_equal(ranks: list[StepValues], plain: StepValues, tolerance: float) -> None:
     names = set().union(*(seen.weights for seen in ranks))
     assert names == set(plain.weights)
-    for name, expected in plain.gradients.items():
-        total = sum(seen.gradients[name] for seen in ranks if name in seen.gradients)
-        assert isinstance(total, torch.Tensor)
-        assert relative_error(total, expected) <= tolerance, f"gradient of {name}"
+    assert_none("all ranks", tensor_differences("gradient", sum_gradients(ranks), plain.gradients, tolerance))
+    loss_names = [f"loss {index}" for index in range(len(plain.losses) - 1)]
     for rank, seen in enumerate(ranks):
+        assert_none(f"rank {rank}", rank_differences(seen, plain, loss_names, tolerance))
         for name, weight in seen.weights.items():
-            assert relative_error(weight, plain.weights[name]) <= tolerance, f"rank {rank}: weight {name}"
             first = next(other.weights[name] for other in ranks if name in other.weights)
             assert torch.equal(weight, first), f"rank {rank}: weight {name} is not bitwise that of other holders"
 
 
-def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
+def assert_none(subject: str, differences: Iterable[Difference]) -> None:
+    for difference in differences:
+        raise AssertionError(f"{subject}: {difference}")
+
+
+def sum_gradients(ranks: Sequence[StepValues]) -> dict[str, torch.Tensor]:
+    """The gradients of the batch, from the parts of all ranks."""
+    totals: dict[str, torch.Tensor] = {}
+    for seen in ranks:
+        for name, gradient in seen.gradients.items():
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    return totals
+
+
+def assert_same(ours: list[StepValues], theirs: list[StepValues]) -> None:
     """Bitwise, step by step."""
     for one, other in zip(ours, theirs, strict=True):
         assert one.losses == other.losses
@@ -86,8 +92,8 @@ _plain_steps = lru_cache(maxsize=8)(run_plain)
 
 
 def assert_equal_one_rank(
-    ranks: Sequence[list[Seen]], config: TrainConfig, starved: int = 0, tolerance: float = 1e-10
-) -> list[Seen]:
+    ranks: Sequence[list[StepValues]], config: TrainConfig, starved: int = 0, tolerance: float = 1e-10
+) -> list[StepValues]:
     """Compares each step of all ranks with the whole model in this process, whose steps are returned."""
     alone = replace(
         config,
@@ -168,13 +174,18 @@ def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) 
     return Job(config=replace(config, model=model, batch=sizes), starved=1, schedule=schedule)
 
 
+def is_repeated(schedule: Schedule) -> bool:
+    """Whether groups have several members whose order changes no sum."""
+    return keeps_sums(schedule) and any(len(group) > 1 for groups in schedule.ranks for group in groups)
+
+
 def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job], num_steps: int = STEPS) -> None:
     """Compares every job with the plain model, and its overlapped run with its sequential one.
 
     The second comparison is bitwise, if groups have several members and none adds to one sum twice. Otherwise the order
     of additions may differ.
     """
-    again = [index for index, job in enumerate(jobs) if job.schedule is not None and keeps_sums(job.schedule)]
+    again = [index for index, job in enumerate(jobs) if job.schedule is not None and is_repeated(job.schedule)]
     repeated = [replace(jobs[index], config=in_sequence(jobs[index].config)) for index in again]
     results = run_ranks(world_size, run_jobs, [*jobs, *repeated], num_steps)
     for index, job in enumerate(jobs):
@@ -217,20 +228,6 @@ def test_uneven_cut_equals_one_rank(
         model = replace(job.config.model, num_layers=sum(cut), mtp_depth=1)
         jobs.append(replace(job, config=with_cut(replace(job.config, model=model), cut_at(cut))))
     assert_schedules_equal_one_rank(jobs[0].config.parallelism.pipeline, jobs)
-
-
-def keeps_sums(schedule: Schedule) -> bool:
-    """Returns whether groups have several members, and no B is next to another backward of its stage.
-
-    That would reorder weight gradients.
-    """
-    groups = [group for groups in schedule.ranks for group in groups if len(group) > 1]
-    for group in groups:
-        backwards = [op for op in group if op.kind is not Op.FORWARD]
-        full = {op.stage for op in backwards if op.kind is Op.BACKWARD}
-        if any(op.stage in full and op.kind is not Op.BACKWARD for op in backwards):
-            return False
-    return bool(groups)
 
 
 @pytest.mark.slow
@@ -326,6 +323,6 @@ def zero1(config: TrainConfig) -> TrainConfig:
     return replace(config, precision=PrecisionConfig(kind="float32"), optim=optim)
 
 
-def assert_zero1_equal(results: list[list[list[Seen]]], config: TrainConfig) -> None:
+def assert_zero1_equal(results: list[list[list[StepValues]]], config: TrainConfig) -> None:
     replicated = replace(config, optim=replace(config.optim, sharding="replicated"))
     assert_equal_one_rank([rank[0] for rank in results], replicated, 1, 1e-5)

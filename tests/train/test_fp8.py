@@ -16,13 +16,14 @@ from model.config import LAYER
 from tests.dualpipe.random_schedules import bidirectional, offloaded, random_schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
-from tests.train.job import Job, Seen, run_jobs
-from tests.train.test_equality import assert_same, in_sequence, layout_config, relative_error, scheduled
+from tests.train.job import Job, run_jobs
+from tests.train.test_equality import assert_same, in_sequence, layout_config, scheduled
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim import assert_equal, go_on
 from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
+from train.verify.steps import StepValues, relative_error
 
 SHAPE = replace(
     MODEL,
@@ -64,7 +65,7 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def total(ranks: list[Seen], name: str) -> torch.Tensor:
+def total(ranks: list[StepValues], name: str) -> torch.Tensor:
     return torch.stack([seen.gradients[name] for seen in ranks if name in seen.gradients]).sum(0)
 
 

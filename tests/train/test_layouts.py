@@ -20,7 +20,7 @@ from model.transformer import Transformer, initialize_weights
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
-from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
 from tests.train.test_command import read_metrics, run_train
 from tests.train.test_equality import assert_equal_one_rank, assert_zero1_equal, zero1
 from train.config import TokenSchedule, TrainConfig
@@ -29,6 +29,7 @@ from train.listeners.validation import validate_pass
 from train.replica import BatchReader
 from train.step import rates_of
 from train.tasks.next_token import to_micro_batch
+from train.verify.steps import StepValues
 
 STEPS = 2
 
@@ -65,7 +66,7 @@ def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tenso
     return losses.main, log_probs_BT
 
 
-def train_and_score(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Seen], float, Tensor]:
+def train_and_score(rank: int, world_size: int, config: TrainConfig) -> tuple[list[StepValues], float, Tensor]:
     """Returns the results of each step, and loss and log-probabilities of the initial weights."""
     (seen,) = run_jobs(rank, world_size, [Job(config=config, starved=1)], STEPS)
     return seen, *score(rank, world_size, config)
@@ -147,7 +148,7 @@ def test_sequences_in_slices_equal_whole_ones(
     check_scores(config, whole(config), whole(config))
 
 
-def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float]:
+def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[StepValues]], float]:
     """Returns the results of each step on this rank, and the validation loss of the initial weights."""
     learner, loader = open_job(config), open_loader(config)
     losses, _ = validate_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))

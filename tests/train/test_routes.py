@@ -17,12 +17,13 @@ from model.router import RecordedRoutes, ReplayedRoutes, RouteError, Routes
 from model.transformer import routers
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
-from tests.train.job import by_released_name, close_job, open_job, open_loader, start_biases, task_of
+from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
 from train.records.reporter import LoadLines
 from train.replica import BatchReader, StepBatch
 from train.step import Balance, accumulate, rates_of, update_router_bias
+from train.verify.steps import by_released_name, start_biases
 
 
 @dataclass(slots=True)

@@ -36,7 +36,7 @@ from train.startup import compare_ranks
 def compared(rank: int, world_size: int, configs: list[TrainConfig], versions: list[str]) -> str:
     """Compares the configurations of ranks, each a node, which claim to have these versions of torch."""
     kept, version = dict(os.environ), startup.version  # type: ignore[attr-defined]
-    os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "MY_API_KEY": "abc0123456789"}
+    os.environ |= {"GROUP_RANK": str(rank), "MY_API_KEY": "abc0123456789"}
     startup.version = lambda name: versions[rank] if name == "torch" else version(name)  # type: ignore[assignment, attr-defined]
     try:
         return compare_ranks(configs[rank])
@@ -54,7 +54,8 @@ def test_ranks_that_differ_name_nodes_keys_and_values(tmp_path: Path) -> None:
     texts = run_ranks(3, compared, [first, second, first], ["1", "1", "2"])
     assert len(set(texts)) == 1
     assert "rank 0 on node 0 (" in texts[0]
-    assert "on node 1 (" in texts[0]
+    assert "rank 1 on node 1 (" in texts[0]
+    assert "rank 2 on node 2 (" in texts[0]
     for part in ("seed is 8 instead of 7", "optim.learning_rate is 0.5 instead of 0.01", 'name is "***"'):
         assert part in texts[0]
     assert "version of torch is 2 instead of 1" in texts[0]
@@ -74,15 +75,15 @@ def test_identity_holds_every_key_as_on_the_command_line_and_the_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path)
-    identity = startup._identity(config)
+    identity = startup.identity_of(config)
     assert identity["data.paths"] == f'["{tmp_path / "text"}"]'
     assert {"data.kind", "task.steps", "model.vocab_size", "cluster.timeout_seconds"} <= identity.keys()
     for name in startup._SOURCES:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(startup, "_ROOT", tmp_path)
-    digests = [startup._identity(config)["sources"]]
+    digests = [startup.identity_of(config)["sources"]]
     (tmp_path / "model" / "head.py").write_text("a = 1\n")
-    digests.append(startup._identity(config)["sources"])
+    digests.append(startup.identity_of(config)["sources"])
     assert len({identity["sources"], *digests}) == 3
 
 

@@ -19,9 +19,10 @@ from model.transformer import BIAS, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.rollouts import ROLLOUT, rollout_config
 from tests.tiny import tiny_config
-from tests.train.job import Job, opened_replica, run_jobs, start_biases
+from tests.train.job import Job, opened_replica, run_jobs
 from tests.train.post.test_policy import journals
 from train.post.pipeline import GatheredEngine, ReplicaEngine
+from train.verify.steps import start_biases
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from tests.covering import exhaustive
 from tests.marked_samples import sft_config
 from tests.ranks import run_ranks
 from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, answer_of, group_of, header_of, rollout_config
-from tests.train.job import Job, Seen, run_jobs, task_of
+from tests.train.job import Job, run_jobs, task_of
 from tests.train.tasks.test_distillation import TASK
 from tests.train.tasks.test_policy_gradient import run_config
 from tests.train.test_decoding import PROMPTS, opened, sorted_ids
@@ -36,6 +36,7 @@ from train.post.pack import BatchShape, PackedStep, answer_log_probs, find_promp
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import RolloutRoutes, ScoredRollout, has_equal_rewards
 from train.post.sampler import StudentSampler
+from train.verify.steps import StepValues
 
 STEPS = 3
 
@@ -77,7 +78,7 @@ def jobs(folder: Path, layout: tuple[int, int, int]) -> list[Job]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job], list[list[Seen]]]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job], list[list[StepValues]]]:
     """One rank's results of each variant."""
     folder = tmp_path_factory.mktemp("policy")
     made = jobs(folder, (1, 1, 1))
@@ -88,7 +89,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job],
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_policy_of_many_ranks_is_that_of_one(
-    layout: tuple[int, int, int], one_rank: tuple[Path, list[Job], list[list[Seen]]]
+    layout: tuple[int, int, int], one_rank: tuple[Path, list[Job], list[list[StepValues]]]
 ) -> None:
     folder, alone, expected = one_rank
     made = jobs(folder, layout)

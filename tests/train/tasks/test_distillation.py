@@ -19,7 +19,7 @@ from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import sft_config
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, start_biases, task_of
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
 from train.corpus import prepare_corpus
@@ -29,6 +29,7 @@ from train.post.comparison import Teacher
 from train.replica import BatchReader
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS
+from train.verify.steps import start_biases
 
 TEMPERATURE = 2.0
 TASK = DistillConfig(

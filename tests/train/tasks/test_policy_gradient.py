@@ -20,8 +20,7 @@ from model.transformer import Transformer, initialize_weights
 from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
-from tests.train.job import by_released_name, close_job, configured_schedule, make_world
-from tests.train.test_equality import relative_error
+from tests.train.job import close_job, configured_schedule, make_world
 from train.config import TokenSchedule, TrainConfig
 from train.errors import ConfigError
 from train.learner import open_learner
@@ -30,6 +29,7 @@ from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
+from train.verify.steps import by_released_name, relative_error
 from train.world import ReplicaConfig
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)

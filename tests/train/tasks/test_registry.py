@@ -24,11 +24,12 @@ from tests.model.mtp_logits import mtp_logits
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
-from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, run_plain, start_biases
-from tests.train.test_equality import assert_equal_one_rank, relative_error
+from tests.train.job import Job, open_loader, run_jobs, run_plain
+from tests.train.test_equality import assert_equal_one_rank
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.tasks.registry import TASKS
+from train.verify.steps import StepValues, by_released_name, relative_error, start_biases
 
 STEPS = 2
 WEIGHT = 3.5
@@ -80,7 +81,7 @@ def write_teacher(folder: Path) -> str:
 
 def run_task(
     rank: int, world_size: int, config: TrainConfig, kind: str, plugins: list[str], balance: float
-) -> list[Seen]:
+) -> list[StepValues]:
     """Returns the results of each step on this rank. It builds the plugin's dataclass like a rank of a run does."""
     return run_jobs(rank, world_size, [Job(config=with_task(config, kind, plugins, balance))], STEPS)[0]
 

@@ -1,0 +1,1 @@
+"""Verifies a job's ranks, links and numbers before a run: the checks of `python -m launch.verify`."""

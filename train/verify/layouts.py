@@ -1,0 +1,281 @@
+"""Chooses the small runs whose steps are compared with one rank's.
+
+They add one axis at a time, then follow the configured layout, then random ones. All of them use every rank of the
+job, and the backend, dispatcher, recomputation and seed of the configured run. No torch here.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+from typing import Literal
+
+from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispatchConfig, ParallelismConfig
+from dualpipe.ir import ScheduleError
+from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
+from dualpipe.simulate.costs import Costs
+from model.config import RECOMPUTED, CutError, ModelConfig, PlainRope
+from train.config import (
+    NO_EVALUATION,
+    BatchConfig,
+    CheckpointingConfig,
+    EmaConfig,
+    PrecisionConfig,
+    SamplesConfig,
+    TokenSchedule,
+    TrainConfig,
+    ValidationConfig,
+)
+from train.errors import ConfigError
+from train.optim.learning_rate import ConstantRate, Duration
+from train.schedule.cut import num_stages
+from train.tasks.pretrain import PretrainConfig
+
+CONFIGURED = "configured layout"
+NUM_STEPS = 3
+_SEQUENCES_PER_RANK = 4
+_LEAST_TOKENS = 24
+_LARGEST_AXIS = 8  # of experts, stages and parts of sequences in small runs
+_NUM_EXPERTS = 8
+_NUM_GROUPS = 4
+_HIDDEN_SIZES = (32, 512, 2048, 7168)  # some dispatchers need large rows
+_DRAWS_PER_SAMPLE = 50
+_REFUSALS = (ConfigError, CutError, ScheduleError)
+
+Check = Callable[[TrainConfig], None]
+"""Raises a ConfigError, CutError or ScheduleError if a configuration breaks a rule."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A small run. `axis` is what it adds to the trials before it; empty if it adds several things."""
+
+    name: str
+    axis: str
+    config: TrainConfig
+
+    def __str__(self) -> str:
+        run = self.config
+        mesh = run.parallelism
+        return (
+            f"{mesh.axes()} x expert {mesh.expert}, {run.schedule.kind} with {run.num_micro_batches} micro-batches, "
+            f"MTP {run.model.mtp_depth}, {run.dispatch.kind}"
+        )
+
+
+def choose_trials(config: TrainConfig, num_sampled: int, check: Check) -> list[Trial]:
+    """Returns the trials of a run, in the order in which they run. Every process computes the same ones.
+
+    Raises:
+        ConfigError: no small run has the configured layout.
+    """
+    base = _small_run(config)
+    trials = [trial for trial in _axes(base) if _is_valid(trial.config, check)]
+    trials.append(Trial(name=CONFIGURED, axis="", config=_configured(config, base, check)))
+    generator = random.Random(f"{config.seed} {config.parallelism.axes()}")
+    for _ in range(_DRAWS_PER_SAMPLE * num_sampled):
+        if sum(not trial.axis for trial in trials) > num_sampled:
+            break
+        drawn = _draw(base, generator)
+        if _is_valid(drawn, check) and drawn not in [trial.config for trial in trials]:
+            trials.append(Trial(name=f"sampled layout {len(trials)}", axis="", config=drawn))
+    return trials
+
+
+def _is_valid(config: TrainConfig, check: Check) -> bool:
+    try:
+        check(config)
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _small_run(config: TrainConfig) -> TrainConfig:
+    """Returns the run with a small model, batch and task; its layout has only a data axis."""
+    world = config.parallelism.world_size
+    on_cpu = config.cluster.device == "cpu"
+    # FP8 products are not exact enough to be compared, so such a run is verified in bf16.
+    kind: Literal["float64", "float32", "bf16"] = "float64"
+    if not on_cpu:
+        kind = "bf16" if config.precision.kind == "fp8" else config.precision.kind
+    unit = lcm(2 * config.parallelism.context, 2 * _LARGEST_AXIS)
+    length = unit * -(-_LEAST_TOKENS // unit)
+    sequences = _SEQUENCES_PER_RANK * world
+    # The run's values may amplify rounding.
+    optim = replace(
+        config.optim,
+        learning_rate=1e-2,
+        schedule=ConstantRate(kind="constant", warmup=Duration(amount=1, unit="steps")),
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        sharding="zero1" if kind == "bf16" else "replicated",
+        moments="float32",
+    )
+    return replace(
+        config,
+        resume=None,
+        init_from=None,
+        parallelism=ParallelismConfig(pipeline=1, data=world, expert=1),
+        model=_small_model(length),
+        task=PretrainConfig(
+            kind="pretrain",
+            steps=NUM_STEPS,
+            mtp_loss_weight=TokenSchedule.constant(0.3),
+            balance_loss_weight=0.01,
+            bias_update_rate=TokenSchedule.constant(0.05),
+        ),
+        batch=BatchConfig(
+            sequence_length_tokens=length, global_sequences=sequences, ramp=None, micro_sequences=2, document_mask=False
+        ),
+        validation=ValidationConfig(every_steps=0, sequences=0),
+        checkpointing=CheckpointingConfig(every_steps=0, keep=None),
+        samples=SamplesConfig(prompt="", held_out=0, tokens=0, temperature=0.0),
+        rollout=None,
+        reward=None,
+        optim=optim,
+        ema=EmaConfig(decay=None),
+        precision=PrecisionConfig(kind=kind),
+        schedule=ScheduleConfig(kind="1f1b", chunks=None, pairing="overlapped"),
+        costs=Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0),
+        memory_cap=None,
+        evaluation=NO_EVALUATION,
+    )
+
+
+def _small_model(length: int) -> ModelConfig:
+    """Returns a small DeepSeek-V3: MLA, expert groups, a shared expert, a dense layer, an MTP module."""
+    return ModelConfig(
+        vocab_size=320,
+        hidden_size=_HIDDEN_SIZES[0],
+        num_layers=3,
+        num_dense_layers=1,
+        dense_intermediate_size=48,
+        num_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        num_routed_experts=_NUM_EXPERTS,
+        num_shared_experts=1,
+        num_experts_per_token=4,
+        expert_intermediate_size=16,
+        num_expert_groups=_NUM_GROUPS,
+        num_limited_groups=2,
+        routed_scaling_factor=2.5,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=PlainRope(kind="plain"),
+        max_position_tokens=max(64, length),
+        mtp_depth=1,
+        mtp_hidden="post_norm",
+        initializer_range=0.1,
+        head="tokens",
+    )
+
+
+def _axes(base: TrainConfig) -> tuple[Trial, ...]:
+    """Returns runs that each add one axis to one rank, or to a run before."""
+    world = base.parallelism.world_size
+    size = gcd(world, _LARGEST_AXIS)
+    alone = replace(base, model=replace(base.model, mtp_depth=0))
+    whole = replace(alone.batch, micro_sequences=_SEQUENCES_PER_RANK)
+    experts = ParallelismConfig(pipeline=1, data=world, expert=size)
+    context = ParallelismConfig(pipeline=1, data=world // size, expert=1, context=size)
+    rungs = (
+        ("data", world, replace(alone, batch=whole)),
+        ("micro-batch", 2, alone),
+        ("expert", size, replace(alone, parallelism=experts, dispatch=_exchange(base, size))),
+        ("MTP", 2, replace(alone, model=base.model)),
+        ("pipeline", size, _staged(alone, size, 1, 1, "1f1b")),
+        ("context", size, replace(alone, parallelism=context)),
+    )
+    return tuple(Trial(name=f"{axis} axis", axis=axis, config=run) for axis, ranks, run in rungs if ranks > 1)
+
+
+def _exchange(config: TrainConfig, expert: int) -> DispatchConfig:
+    """Returns the run's dispatcher, or one that works with this number of expert ranks."""
+    if expert == 1 or config.dispatch.kind != "local":
+        return config.dispatch
+    return AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
+
+
+def _staged(
+    base: TrainConfig, pipeline: int, context: int, expert: int, kind: str, chunks: int | None = None
+) -> TrainConfig:
+    """Returns a run with stages, and at least one layer in each."""
+    world = base.parallelism.world_size
+    mesh = ParallelismConfig(
+        pipeline=pipeline, data=world // pipeline // context, expert=expert, cut=Cut("even"), context=context
+    )
+    stages = num_stages(base.model, pipeline, kind, chunks)
+    return replace(
+        base,
+        parallelism=mesh,
+        schedule=replace(base.schedule, kind=kind, chunks=chunks),
+        model=replace(base.model, num_layers=max(base.model.num_layers, stages)),
+    )
+
+
+def _configured(config: TrainConfig, base: TrainConfig, check: Check) -> TrainConfig:
+    """Returns a small run with the layout, schedule and dispatcher of the configured one."""
+    mesh = config.parallelism
+    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    run = _staged(base, mesh.pipeline, mesh.context, mesh.expert, kind, config.schedule.chunks)
+    # As many micro-batches as the schedule needs, with one or two sequences each.
+    run = replace(run, schedule=replace(config.schedule, kind=kind))
+    problem: ValueError | None = None
+    nodes = -(-mesh.expert // config.cluster.ranks_per_node)
+    experts = lcm(_NUM_EXPERTS, mesh.expert)
+    for hidden in _HIDDEN_SIZES:
+        for groups in dict.fromkeys((_NUM_GROUPS, nodes, 1)):
+            for factor in (1, 2, 4):
+                model = replace(
+                    run.model,
+                    hidden_size=hidden,
+                    num_routed_experts=experts,
+                    num_expert_groups=groups,
+                    num_limited_groups=min(2, groups),
+                )
+                batch = replace(run.batch, micro_sequences=1, global_sequences=factor * base.batch.global_sequences)
+                tried = replace(run, model=model, batch=batch)
+                try:
+                    check(tried)
+                    return tried
+                except _REFUSALS as error:
+                    problem = problem or error
+    raise ConfigError(f"verification: no small run has the configured layout: {problem}") from problem
+
+
+def _draw(base: TrainConfig, generator: random.Random) -> TrainConfig:
+    """Returns a random layout with a random schedule, which may break a rule."""
+    world = base.parallelism.world_size
+    pipeline = generator.choice(_axis_sizes(world))
+    context = generator.choice(_axis_sizes(world // pipeline))
+    expert = generator.choice([size for size in _axis_sizes(world // pipeline) if _NUM_EXPERTS % size == 0])
+    kind = generator.choice(sorted(SCHEDULES.names()))
+    chunks = generator.choice([None, *SCHEDULES.get(kind).chunks[:2]])
+    run = _staged(base, pipeline, context, expert, kind, chunks)
+    slices = generator.choice((1, 2)) if SCHEDULES.get(kind).takes_slices else 1
+    schedule = replace(run.schedule, pairing=generator.choice(("overlapped", "sequential")), slices=slices)
+    if pipeline == 1:
+        schedule = replace(base.schedule, pairing=schedule.pairing)
+    dispatch = _exchange(base, expert)
+    if expert == 1 and generator.random() < 0.3:
+        dispatch = LocalDispatchConfig(kind="local", payload="full")
+    return replace(
+        run,
+        schedule=schedule,
+        dispatch=dispatch,
+        batch=replace(base.batch, micro_sequences=generator.choice((1, 2))),
+        model=replace(run.model, mtp_depth=generator.choice((0, 1, 2))),
+        recompute=tuple(sorted(generator.sample(RECOMPUTED, generator.randrange(len(RECOMPUTED) + 1)))),
+        seed=generator.randrange(2**31),
+    )
+
+
+def _axis_sizes(ranks: int) -> list[int]:
+    return [size for size in range(1, min(ranks, _LARGEST_AXIS) + 1) if ranks % size == 0]

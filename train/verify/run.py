@@ -1,0 +1,79 @@
+"""Verifies a job on all of its ranks: `verify_job` runs every check and writes the certificate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import distributed as dist
+
+from comm.agreement import broadcast_first
+from comm.exits import EXIT_UNVERIFIED
+from comm.groups import start
+from comm.watchdog.collective_log import cuda_mark
+from train.config import TrainConfig
+from train.run import JoinedRank, run_in_job
+from train.verify.certificate import Certificate
+from train.verify.checks import CheckEntry, Verification, run_checks
+from train.verify.equality import check_copies, check_equality, check_overlap
+from train.verify.layouts import Trial
+from train.verify.places import check_order, check_peers, check_versions
+
+_SAME = ("peers", "versions")
+
+CHECKS = (
+    CheckEntry(name="peers", about="ranks see each other, each on its device, with equal clocks", run=check_peers),
+    CheckEntry(
+        name="versions",
+        about="configuration, sources and packages are equal on all ranks",
+        run=check_versions,
+        needs=("peers",),
+    ),
+    CheckEntry(name="equality", about="steps of many ranks equal those of one rank", run=check_equality, needs=_SAME),
+    CheckEntry(name="copies", about="copies of a weight are equal on all ranks", run=check_copies, needs=_SAME),
+    CheckEntry(
+        name="overlap",
+        about="overlapped groups equal sequential ones",
+        run=check_overlap,
+        needs=(*_SAME, "equality"),
+    ),
+    CheckEntry(name="order", about="ranks agree on the order of collectives", run=check_order, needs=_SAME),
+)
+"""All checks, in their order. A new check is one entry."""
+
+
+def verify_job(config: TrainConfig, trials: Sequence[Trial], *, reports_on_stderr: bool = False) -> int:
+    """Runs all checks on this rank of the job. Every rank calls it.
+
+    Returns the exit code: 0 if all checks passed, 3 if one failed. A rank that is lost or does not respond ends all
+    ranks with 78 or 76, as in training.
+    """
+
+    def verify(joined: JoinedRank) -> int:
+        return _verify(joined, config, trials)
+
+    return run_in_job(config, verify, reports_on_stderr=reports_on_stderr)
+
+
+def _verify(joined: JoinedRank, config: TrainConfig, trials: Sequence[Trial]) -> int:
+    device = start(config.cluster, joined.job.store)
+    folder = Path(broadcast_first(config.out_dir))
+    joined.crash_reporter.out_dir = folder
+    if device.type == "cuda":
+        joined.log.follow_streams(cuda_mark(device))
+    verification = Verification(
+        config=config,
+        device=device,
+        log=joined.log,
+        trials=trials,
+        folder=folder,
+        preemption=joined.preemption,
+    )
+    certificate = Certificate(verification, CHECKS) if dist.get_rank() == 0 else None
+    outcomes = []
+    for outcome in run_checks(CHECKS, verification):
+        outcomes.append(outcome)
+        if certificate is not None:
+            certificate.add(outcome)
+    if certificate is not None:
+        certificate.close()
+    dist.barrier()
+    return 0 if all(outcome.verdict == "passed" for outcome in outcomes) else EXIT_UNVERIFIED
