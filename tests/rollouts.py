@@ -122,13 +122,13 @@ def header_of(step: int = 1, **values: Any) -> RolloutHeader:
 
 
 def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, **changes: Any) -> TrainConfig:
-    """Returns a float64 run of two steps, with as few micro-batches as its schedule takes."""
+    """Returns a float64 run of two steps, with as few micro-batches as its schedule takes, and two answers in a row."""
     config = tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
         model=replace(MODEL, num_layers=max(3, pipeline), vocab_size=32),
-        batch=replace(BATCH, global_sequences=2 * pipeline * data, document_mask=True),
+        batch=replace(BATCH, global_sequences=2 * pipeline * data, sequence_length_tokens=48, document_mask=True),
         task=GRPO,
         rollout=ROLLOUT,
         reward=REWARD,

@@ -165,6 +165,7 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
         0,
     )
     training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches
+    training._listeners = training._listeners[1:]  # without pictures, which take longer than a step
     _spoil(job, training)
 
     def judged_batch(hook: TaskHook, loader: Loader, step: int) -> StepBatch:
