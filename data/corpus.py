@@ -7,6 +7,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -240,7 +241,9 @@ def _nearest(path: Path) -> str:
     return f"; the nearest folder that exists is {str(missing.parent)!r}"
 
 
+@cache
 def _embedded_files(source: EmbeddedSource) -> tuple[CorpusFile, ...]:
+    """Lists the library's files once in a process, because a check and every estimate need them."""
     return tuple(_search(Path(sysconfig.get_path("stdlib")), EMBEDDED_SUFFIXES, EMBEDDED_SKIPPED_FOLDERS))
 
 
