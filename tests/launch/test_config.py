@@ -83,12 +83,24 @@ def place_weights(folder: Path) -> str:
     return str(folder)
 
 
+INDEPENDENT = ("cluster", "optim/schedule", "optim", "schedule", "guard", "track", "profile", "batch", "validation",
+               "evaluation", "checkpointing", "samples", "cost")  # fmt: skip
+"""Groups any options of which go together, so that one composition has an option of each."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", range(max(len(options(group)) for group in INDEPENDENT)))
+def test_config_options_of_independent_groups_compose_and_pass(row: int) -> None:
+    check(build(*(f"{group}={(names := options(group))[row % len(names)]}" for group in INDEPENDENT)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     # Experiments are in tests/launch/test_recipes.py.
-    [f"{group}={option}" for group in default_groups("train") if group != "experiment" for option in options(group)],
-)
+    [f"{group}={option}" for group in default_groups("train") if group not in (*INDEPENDENT, "experiment")
+     for option in options(group)],
+)  # fmt: skip
 def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: Path) -> None:
     needs = NEEDS.get(choice, [])
     if choice.startswith("data=files"):
