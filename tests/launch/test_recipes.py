@@ -21,6 +21,7 @@ from launch.plan_request import read_request
 from launch.run_folder import write_run_folder
 from launch.train import preview
 from model.config import YarnRope
+from tests.covering import exhaustive
 from tests.data.released_tokenizer import write_released
 from tests.launch.test_submit import place_sbatch
 from train.checkpoint.manifest import write_weights_manifest
@@ -47,6 +48,16 @@ SIZES = {
 }
 EXTENSIONS = ("v3_32k", "v3_128k")
 PHASES_OF_V3 = (*EXTENSIONS, "v3_sft", "v3_grpo")
+SAME_RUNS = (
+    "quickstart",
+    "two_nodes",
+    "arithmetic_sft",
+    "arithmetic_grpo",
+    "quickstart_yarn",
+    "v3_671b",
+    "v2_lite_16b",
+)
+"""Recipes that differ in how their steps, chunks, weights and tokenizer come about."""
 T = 10**12
 
 
@@ -197,8 +208,9 @@ def extension(folder: Path, name: str) -> TrainConfig:
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in options("experiment") if name not in (*PHASES_OF_V3, "none")),
+        *SAME_RUNS,
         *(pytest.param(name, marks=pytest.mark.long) for name in (*PHASES_OF_V3, "v3_sft interleaved")),
+        *exhaustive(*(name for name in options("experiment") if name not in (*SAME_RUNS, *PHASES_OF_V3, "none"))),
     ],
 )
 def test_recipe_is_the_same_run_for_train_plan_and_submit(
