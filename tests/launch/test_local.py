@@ -96,15 +96,15 @@ ENDS = {
 @pytest.mark.slow
 def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(start: Start, tmp_path: Path) -> None:
     names = list(ENDS)
-    middle = names.index("fork_server_is_killed_at_first")
-    # Two commands at the same time, because much of this is waiting.
-    halves = [(half, start(",".join(half), tmp_path)) for half in (names[:middle], names[middle:])]
-    for half, process in halves:
+    killed = names.index("fork_server_is_killed_at_first")
+    # Three commands at the same time, because much of this is waiting.
+    thirds = [(third, start(",".join(third), tmp_path)) for third in (names[:5], names[5:killed], names[killed:])]
+    for third, process in thirds:
         ended = process.wait(120)
-        said = "".join(f"{error}{entry}: {code}\n" for entry, (code, error) in ENDS.items() if entry in half)
+        said = "".join(f"{error}{entry}: {code}\n" for entry, (code, error) in ENDS.items() if entry in third)
         assert re.fullmatch(said, ended.stderr), ended.stderr
-        assert ended.returncode == ENDS[half[-1]][0]
-        assert ended.stdout == ("threads 1\n" * 4 if "done" in half else "")
+        assert ended.returncode == ENDS[third[-1]][0]
+        assert ended.stdout == ("threads 1\n" * 4 if "done" in third else "")
         assert wait_for(lambda: not members(process.pid), 20), members(process.pid)  # noqa: B023  called now
     assert len(list((tmp_path / "done").glob("ran_*"))) == 4
     logs = sorted(tmp_path.rglob("*.error.log"))
