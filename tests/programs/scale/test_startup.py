@@ -16,9 +16,9 @@ from tests.programs.scale.watchdog import LIMIT_BYTES, inquire, longest_messages
 
 @pytest.mark.slow
 def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
-    small, large = count_requests(256, fanout=8), count_requests(2048, fanout=8)
-    assert small.requests / 256 < 25
-    assert large.requests / 2048 == pytest.approx(small.requests / 256, rel=0.05)
+    small, large = count_requests(128, fanout=8), count_requests(1024, fanout=8)
+    assert small.requests / 128 < 25
+    assert large.requests / 1024 == pytest.approx(small.requests / 128, rel=0.05)
     assert max(small.longest_bytes, large.longest_bytes) < 1000
     assert count_requests(1024).longest_bytes < 5000
 
@@ -45,14 +45,14 @@ def test_longest_message_fits_a_datagram_at_any_size_even_if_nothing_in_it_repea
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_one_rank_asks_each_rank_once_and_names_the_silent_one() -> None:
-    figures = inquire(1000)
+    figures = inquire(500)
     assert figures.verdict.text == (
-        "rank 998 did not reach a collective within 0.2 s and did not respond: stopped or disconnected; "
-        "ranks 0 to 997 and 999 waited for sum of losses (number 0 of group world [0 to 999])"
+        "rank 498 did not reach a collective within 0.2 s and did not respond: stopped or disconnected; "
+        "ranks 0 to 497 and 499 waited for sum of losses (number 0 of group world [0 to 499])"
     )
-    assert tuple(figures.verdict.culprits) == (998,)
+    assert tuple(figures.verdict.culprits) == (498,)
     # A request and a reply of each rank, some requests to the silent one, and rank 0's notices and verdicts.
-    assert figures.num_datagrams < 2 * 1000 + 10 * 126
+    assert figures.num_datagrams < 2 * 500 + 10 * 64
     assert figures.seconds < 6
 
 
@@ -69,5 +69,5 @@ def test_groups_of_100352_ranks_take_under_a_second_of_arithmetic_and_no_memory_
 
 @pytest.mark.slow
 def test_calls_of_new_group_grow_linearly() -> None:
-    small, large = (measure(num_ranks)["groups: calls of new_group"] for num_ranks in (2048, 8192))
+    small, large = (measure(num_ranks)["groups: calls of new_group"] for num_ranks in (1024, 4096))
     assert large < 4 * small
