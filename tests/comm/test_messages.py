@@ -131,7 +131,7 @@ def test_content_other_than_a_small_json_object_is_rejected(body: bytes) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "group", "block", "other"]), JSON))
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_message_with_any_fields_is_decoded_or_rejected_without_another_error(

@@ -202,13 +202,7 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["experiment=quickstart"],
-        ["experiment=four_nodes"],
-        pytest.param(
-            ["experiment=v3_671b", "data=embedded", "accept=[small_tokenizer,repeated_corpus]"],
-            marks=pytest.mark.slow,
-            id="v3_671b",
-        ),
+        ["experiment=v3_671b", "data=embedded", "accept=[small_tokenizer,repeated_corpus]"],
         [
             "model=ladder_20m",
             "accept=[small_tokenizer]",

@@ -74,11 +74,10 @@ def test_pipeline_with_experts_over_data_ranks_gives_the_same_bits_in_every_orde
     config = make_config(folder, 2, 2)
     # payload=fp8 changes nothing, because the rows are already FP8.
     asked = replace(config, dispatch=replace(config.dispatch, payload="fp8"))
-    runs = [config, in_sequence(asked), masked(config), in_sequence(masked(config))]
+    runs = [config, masked(config), in_sequence(masked(asked))]
     results = run_ranks(4, run_jobs, [Job(config=run, starved=1) for run in runs], 1)
     for rank in results:
-        assert_same(rank[0], rank[1])
-        assert_same(rank[2], rank[3])
+        assert_same(rank[1], rank[2])
     alone = make_config(folder, 1, 1, batch=config.batch)
     plain = run_ranks(1, run_jobs, [Job(config=alone, starved=1)], 1)[0][0][0]
     for rank in results:
