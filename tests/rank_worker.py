@@ -164,8 +164,14 @@ def _definitions(name: str, module: Any) -> dict[str, Any]:
         if kind is FunctionType or issubclass(kind, type):
             found[f"{name}.{attribute}"] = value
         if issubclass(kind, type) and value.__module__ == name:
-            found |= {f"{name}.{attribute}.{key}": each for key, each in vars(value).items() if callable(each)}
+            methods = {key: _unhooked(method) for key, method in vars(value).items() if callable(method)}
+            found |= {f"{name}.{attribute}.{key}": method for key, method in methods.items()}
     return found
+
+
+def _unhooked(method: Any) -> Any:
+    """Returns the method that torch replaces when an optimizer of a class is created for the first time."""
+    return method.__wrapped__ if getattr(method, "hooked", False) else method
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

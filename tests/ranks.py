@@ -27,6 +27,7 @@ _PRELOADED = [
     "numpy",
     "pytest",
     "torch._dynamo",
+    "setuptools",  # extends the search path, and DeepSpeed imports it for an optimizer
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "train.run",
