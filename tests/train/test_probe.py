@@ -16,7 +16,7 @@ from dualpipe.simulate.costs import StageCosts
 from model.config import cut_layers
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.schedule.layer_times import LayerTimes, PartTimes, stage_costs
@@ -177,9 +177,8 @@ def _train(
 def test_probed_run_equals_another_bitwise(tmp_path: Path) -> None:
     write_text(tmp_path)
     mesh = ParallelismConfig(pipeline=2, data=1, expert=1)
-    config = tiny_config(
-        tmp_path, parallelism=mesh, schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
-    )
+    schedule = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
+    config = tiny_config(tmp_path, parallelism=mesh, schedule=schedule, batch=replace(BATCH, global_sequences=4))
     plain, probed = (run_ranks(2, _train, config, probed) for probed in (False, True))
     for rank, (ours, theirs) in enumerate(zip(probed, plain, strict=True)):
         (numbers, weights, state), (expected, expected_weights, expected_state) = ours, theirs

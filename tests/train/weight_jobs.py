@@ -16,7 +16,7 @@ from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
-from tests.tiny import TASK, tiny_config
+from tests.tiny import BATCH, TASK, tiny_config
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.checkpoint.manifest import CheckpointError
@@ -43,6 +43,7 @@ def run_config(folder: Path, source: str, layout: str, name: str, **changes: Any
         init_from=str(folder / source),
         model=HfReader(folder / source).config,
         parallelism=parallelism,
+        batch=replace(BATCH, global_sequences=8),
         schedule=ScheduleConfig(kind=schedule, chunks=None, pairing="overlapped"),
         task=replace(TASK, bias_update_rate=TokenSchedule.constant(0.01)),
     )

@@ -23,7 +23,7 @@ from tests.marked_samples import MarkedSource
 from tests.model.mtp_logits import mtp_logits
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal_one_rank
 from train.config import TrainConfig
@@ -90,6 +90,7 @@ def two_ranks(folder: Path, pipeline: int, data: int) -> TrainConfig:
     return tiny_config(
         folder,
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        batch=replace(BATCH, global_sequences=8),
         schedule=ScheduleConfig(kind="1f1b" if data > 1 else "dualpipe", chunks=None, pairing="overlapped"),
     )
 
