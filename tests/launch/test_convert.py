@@ -458,7 +458,6 @@ def test_convert_names_what_the_system_rejects_to_look_at(sources: Path, tmp_pat
     ("number", "process", "shard_bytes"),
     [
         (signal.SIGINT, "getpid", "null"),
-        (signal.SIGTERM, "getpid", "null"),
         (signal.SIGTERM, "getppid", "200000"),
     ],
 )
