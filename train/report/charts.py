@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,13 @@ class ChartedRun:
     marks: Sequence[Mark]
 
 
+@cache
+def _sections() -> dict[str, list[dict[str, Any]]]:
+    """Reads the charts of every section once in a process, because reports are written often."""
+    sections: dict[str, list[dict[str, Any]]] = yaml.safe_load(_SECTIONS.read_text(encoding="utf-8"))
+    return sections
+
+
 class ChartWriter:
     """Writes the charts of one or several runs, and collects which numbers they show."""
 
@@ -96,8 +104,7 @@ class ChartWriter:
 
     def figures(self, section: str) -> list[str]:
         """Returns a `<figure>` for each chart of a section; an empty text for one of which no run has numbers."""
-        charts = yaml.safe_load(_SECTIONS.read_text(encoding="utf-8"))[section]
-        return [self.figure(chart) for values in charts for chart in self._expanded(Chart(**values))]
+        return [self.figure(chart) for values in _sections()[section] for chart in self._expanded(Chart(**values))]
 
     def figure(self, chart: Chart) -> str:
         """Returns a `<figure>`; empty text if no run has its numbers."""
