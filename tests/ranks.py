@@ -35,6 +35,7 @@ _PRELOADED = [
     "launch.local_ranks",
     "tests.train.job",
     "tests.comm.laws",
+    "tests.short_pictures",
 ]
 _GRACE_SECONDS = 0.3
 _MOST_IDLE_RANKS = 8
