@@ -3,17 +3,14 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.config.run_config import check, compose_run
-from tests import ROOT
 from tests.commands import run_command
 from tests.covering import exhaustive
-from tests.ports import reserved_port
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, TrainConfig
 from train.errors import ConfigError
@@ -186,30 +183,6 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, precis
     assert done.returncode == 77, done.stdout + done.stderr
     assert re.search("error: (loss|gradient norm) is (inf|nan)", done.stdout + done.stderr)
     assert "<h2>Learning</h2>" in (folder / f"wild_{precision}" / "report.html").read_text()
-
-
-@pytest.mark.exhaustive
-@pytest.mark.usefixtures("four_ranks")
-def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path) -> None:
-    job = choices_of(folder, "torchrun", "task.steps=2", "samples.prompt=", *FLOAT64)
-    with reserved_port() as port:
-        rendezvous = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
-        nodes = [
-            subprocess.Popen(
-                [*command, f"--node-rank={node}", *job], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            for node in range(2)
-        ]
-        try:
-            outputs = [node.communicate(timeout=200)[0].decode() for node in nodes]
-        finally:
-            for node in nodes:
-                node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    ours, theirs = read_metrics(folder, "torchrun"), read_metrics(folder, "files")[:2]
-    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
-    assert ours[-1]["validation_loss"] == theirs[-1]["validation_loss"]
 
 
 def composed(*overrides: str) -> TrainConfig:

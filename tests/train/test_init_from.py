@@ -20,13 +20,14 @@ from model.config import ModelConfig
 from model.hf.files import HfError
 from model.hf.reader import HfReader
 from model.transformer import BIAS
+from tests import ROOT
 from tests.data.released_tokenizer import write_released
 from tests.launch.test_config import build
 from tests.model.hf_checkpoints import read_tensors, reference_logits
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, TASK
 from tests.train.job import open_loader
-from tests.train.test_command import ROOT, run_train
+from tests.train.test_command import run_train
 from tests.train.weight_jobs import FILE_LIMITS_BYTES, LAYOUTS, Started, run_config, start_jobs, use_broken
 from tests.train.weight_sources import make_sources
 from train.checkpoint.load import load_whole

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
+from tests import ROOT
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, tiny_config
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
-from tests.train.test_command import ROOT
 from tests.train.test_manifest import build, equal
 from tests.train.test_optim import copied
 from train.checkpoint import load as checkpoint
