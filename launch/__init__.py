@@ -40,6 +40,20 @@ def signals_handled(handlers: Mapping[int, Callable[[int, FrameType | None], obj
             signal.signal(number, handler)
 
 
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into SystemExit until exit, so that cleanup code removes partial files."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        raise SystemExit(128 + number)
+
+    # A signal that is ignored, as under nohup, stays ignored.
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    with signals_handled(dict.fromkeys(ending, unwind)):
+        yield
+
+
 class Interrupts:
     """Handler for Ctrl-C while a command runs. The first one raises KeyboardInterrupt for a cleanup."""
 

@@ -166,6 +166,17 @@ def _dump(values: Mapping[str, Any]) -> str:
     return text
 
 
+def check_new_folder(key: str, path: str) -> None:
+    """Rejects a path, the value of a key, at which no new folder can be created."""
+    folder = Path(path).expanduser()
+    if not path or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "a file" if folder.is_file() else "not empty"
+        raise ConfigError(f"{key}: must be a new or empty folder, {path!r} is {what if path else 'none'}")
+    file = next((parent for parent in folder.parents if parent.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"{key}: must be a new or empty folder, {path!r} lies below the file {file}")
+
+
 def write_output(text: str, out: str) -> None:
     """Writes the text to a file atomically, or to standard output if `out` is empty."""
     if not out:

@@ -3,14 +3,12 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from launch import signals_handled
-from launch.command import command, plain_text
+from launch import unwound_by_signals
+from launch.command import check_new_folder, command, plain_text
 from launch.config.compose import compose, system_errors
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
@@ -20,9 +18,7 @@ from train.errors import ConfigError, broken
 def main(overrides: Sequence[str]) -> int:
     """Converts weights tensor by tensor. If they cannot be read or written, nothing is left at `to`."""
     config = _read(overrides)
-    # A signal that is ignored, as under nohup, stays ignored.
-    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    with system_errors(), signals_handled(dict.fromkeys(ending, _unwind)):
+    with system_errors(), unwound_by_signals():
         _check(config)
         # Printed first: importing torch takes a second or more.
         print(f"reading {config.path}", file=sys.stderr, flush=True)
@@ -30,12 +26,6 @@ def main(overrides: Sequence[str]) -> int:
 
         print(convert(config, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
-
-
-def _unwind(number: int, frame: FrameType | None) -> None:
-    """Turns a signal into SystemExit, so that cleanup code removes partial files."""
-    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
-    raise SystemExit(128 + number)
 
 
 def _read(overrides: Sequence[str]) -> Conversion:
@@ -60,18 +50,8 @@ def _check(config: Conversion) -> None:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     if config.processes is not None and config.processes < 1:
         raise ConfigError(f"processes: must be above 0, is {config.processes}; the least is 1")
-    _check_target(config.to)
+    check_new_folder("to", config.to)
     source_config(config.path, "path", drop_mtp=config.drop_mtp)
-
-
-def _check_target(to: str) -> None:
-    folder = Path(to).expanduser()
-    if not to or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "a file" if folder.is_file() else "not empty"
-        raise ConfigError(f"to: must be a new or empty folder, {to!r} is {what if to else 'none'}")
-    file = next((parent for parent in folder.parents if parent.is_file()), None)
-    if file is not None:
-        raise ConfigError(f"to: must be a new or empty folder, {to!r} lies below the file {file}")
 
 
 def _check_path(config: Conversion) -> None:

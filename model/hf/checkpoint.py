@@ -83,8 +83,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {name: _entry(path, name, value, start) for name, value in values.items()}
 
 
-def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Returns where each tensor's data begins in a file, widest types first, and the file's first bytes."""
+def lay_out(tensors: Mapping[str, Stored], *, keeps_order: bool = False) -> tuple[dict[str, int], bytes]:
+    """Returns where each tensor's data begins in a file, widest types first, and the file's first bytes.
+
+    The header names tensors in the order of their data, or in the given one with `keeps_order`.
+    """
     ordered = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -95,7 +98,8 @@ def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
         entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
         begins[name] = begin
         begin = end
-    header = json.dumps(entries, separators=(",", ":")).encode()
+    listed = {name: entries[name] for name in ("__metadata__", *tensors)} if keeps_order else entries
+    header = json.dumps(listed, separators=(",", ":")).encode()
     header += b" " * (-len(header) % LENGTH_BYTES)
     content = len(header).to_bytes(LENGTH_BYTES, "little") + header
     return {name: len(content) + offset for name, offset in begins.items()}, content

@@ -1,0 +1,164 @@
+"""Writes a training step that other trainers can compare themselves with: `python -m launch.golden`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launch import unwound_by_signals
+from launch.command import check_new_folder, command, plain_text
+from launch.config.compose import compose, system_errors
+from launch.job import local_cluster, run_on_local_ranks
+from model.hf.checkpoint import lay_out
+from model.hf.files import create_folder_atomically
+from model.hf.names import Stored, StoredDtype
+from train.config.decode import decode, encode
+from train.errors import ConfigError
+from train.golden_config import GoldenConfig, GoldenRun, Precision, read_golden
+
+NAME = "golden"
+CHECKER = "check.py"
+_HERE = Path(__file__).parent
+_COPIES = {
+    "README.md": _HERE / "golden_readme.md",
+    CHECKER: _HERE / "golden_check.py",
+    "LICENSE": _HERE.parent / "LICENSE",
+}
+_DTYPES: dict[str, StoredDtype] = {"float64": "F64", "float32": "F32", "int64": "I64"}
+# Of an axis, step 1 has no updated weights and step 2 no gradients: each depends on the other.
+_LEFT_OUT = {1: ("weight/", "exp_avg", "average/"), 2: ("gradient/", "exp_avg", "average/")}
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldenFolderConfig:
+    """Configuration of the command; see `conf/golden.yaml`."""
+
+    out: str
+    precisions: tuple[Precision, ...]
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Runs the step on local ranks and writes the folder. After an error or a signal, nothing is left."""
+    config = _read(overrides)
+    out = Path(config.out).expanduser()
+    with system_errors(), unwound_by_signals(), create_folder_atomically(out) as folder:
+        _write(folder, config.precisions)
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {num_bytes / 1e6:.1f} MB; to compare results: python {out / CHECKER} RESULTS")
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the configuration as YAML, and raises the errors of `main`."""
+    return plain_text(NAME, encode(_read(overrides)))
+
+
+def _read(overrides: Sequence[str]) -> GoldenFolderConfig:
+    config = decode(GoldenFolderConfig, compose(NAME, overrides))
+    chosen = config.precisions
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"precisions: must name at least one, each once, is {list(chosen)}; nearest valid: [float64]")
+    check_new_folder("out", config.out)
+    return config
+
+
+def _write(folder: Path, precisions: Sequence[Precision]) -> None:
+    golden, values = read_golden()
+    plain: dict[str, GoldenRun] = {precision: golden.plain_run(precision) for precision in precisions}
+    axes = golden.axes if "float64" in precisions else {}
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    _say(f"running {golden.task.steps} steps in {', '.join(plain)}; axes: {', '.join(axes) or 'none'}")
+    _record(golden, {**plain, **axes}, scratch)
+    order: dict[str, int] = {}
+    for name in (*plain, *axes):
+        place = folder / (name if name in plain else f"axes/{name}")
+        place.mkdir(parents=True)
+        for step in range(1, golden.task.steps + 1):
+            arrays = _merge([_load(path) for path in sorted(scratch.glob(f"{name}-{step}-*.npz"))])
+            # Ranks hold parts of a step, so the order is that of one rank with all of it.
+            order = order or {key: number for number, key in enumerate(arrays)}
+            left_out = _LEFT_OUT[step] if name in axes else ()
+            keys = sorted(
+                (key for key in arrays if not key.startswith(left_out)), key=lambda key: order.get(key, 10**6)
+            )
+            wide = "float64" if name in axes else {"fp8": "float32"}.get(name, name)
+            typed = {key: arrays[key].astype(wide) if arrays[key].dtype == "float64" else arrays[key] for key in keys}
+            _write_arrays(place / f"step_{step}.safetensors", typed)
+    _write_arrays(folder / "batch.safetensors", _load(scratch / "batch.npz"))
+    (scratch / "model").rename(folder / "model")
+    shutil.rmtree(scratch)
+    for name, source in _COPIES.items():
+        shutil.copyfile(source, folder / name)
+    del values["model"]  # config.json has it
+    (folder / "settings.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = [f"{sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _record(golden: GoldenConfig, runs: Mapping[str, GoldenRun], scratch: Path) -> None:
+    """Makes the runs. Those with equally many ranks share processes; a single rank makes the inputs."""
+    from train.golden import record_runs
+
+    def report(name: str, losses: Sequence[float], norm: float) -> None:
+        _say(f"{name}: loss {', '.join(f'{loss:.6f}' for loss in losses)}; norm of the first gradient {norm:.6f}")
+
+    for num_ranks in sorted({run.parallelism.world_size for run in runs.values()}):
+        # One thread, so that sums have one order.
+        cluster = replace(local_cluster("cpu", num_ranks), threads_per_rank=1)
+        alike = {name: run for name, run in runs.items() if run.parallelism.world_size == num_ranks}
+        function = partial(record_runs, golden, alike, scratch, cluster)
+        run_on_local_ranks(function, cluster, num_ranks, ["train.golden"], report)
+
+
+def _load(path: Path) -> Arrays:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _merge(parts: Sequence[Arrays]) -> Arrays:
+    """Joins what the ranks hold; if several hold a number, it must be the same to the bit."""
+    merged: Arrays = {}
+    for name, array in (item for part in parts for item in part.items()):
+        first = merged.setdefault(name, array)
+        # What a rank does not hold is NaN, or -1 among experts.
+        is_absent, is_new = (
+            np.isnan(values) | ((values == -1) & (values.dtype == "int64")) for values in (first, array)
+        )
+        is_shared = ~is_absent & ~is_new
+        assert np.array_equal(first[is_shared], array[is_shared]), f"ranks differ in {name}"
+        merged[name] = np.where(is_absent, array, first)
+    return merged
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes a safetensors file whose header has the order of the arrays."""
+    plan = {name: Stored(array.shape, _DTYPES[array.dtype.name]) for name, array in arrays.items()}
+    offsets, header = lay_out(plan, keeps_order=True)
+    with path.open("xb") as file:
+        file.write(header)
+        for name, array in arrays.items():
+            file.seek(offsets[name])
+            file.write(array.tobytes())
+
+
+if __name__ == "__main__":
+    sys.exit(command(NAME, main, preview))

@@ -1,0 +1,79 @@
+"""Compares a trainer's results with this folder: python check.py RESULTS [SECTION ...].
+
+It needs numpy alone. RESULTS has files of the same names; a section is the start of tensors' names: gradient/.
+Exit codes: 0 everything compared is equal, 1 something differs, is missing or is unknown, 2 nothing can be compared.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+# Largest norm of a difference, as a share of the tensor's norm; of whole numbers, the share that differs.
+TOLERANCES = {"<f8": 1e-9, "<f4": 1e-4, "<i8": 0.0}
+FP8_TOLERANCE = 0.05
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns the tensors of a safetensors file by name, in the order of its header."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            tensors[name] = np.frombuffer(content[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def difference(ours: Any, reference: Any) -> tuple[float, str]:
+    """Returns how far a tensor is from the reference, and a text that says where most."""
+    if ours.shape != reference.shape:
+        return np.inf, f": has shape {list(ours.shape)}, must have {list(reference.shape)}"
+    distance = (ours != reference).astype(float)
+    share = float(distance.mean())
+    if reference.dtype.kind == "f":
+        distance = np.nan_to_num(abs(ours.astype(float) - reference), nan=np.inf, posinf=np.inf)
+        share = float(np.linalg.norm(distance)) / max(float(np.linalg.norm(reference.astype(float))), 1e-300)
+    index = np.unravel_index(distance.argmax(), distance.shape)
+    return share, f"{list(map(int, index)) or ''}: is {ours[index]:.9g}, must be {reference[index]:.9g}"
+
+
+def compare(name: str, ours: dict[str, Any], reference: dict[str, Any], sections: tuple[str, ...]) -> bool:
+    """Prints how a file differs, the first tensor in the order of execution, and returns whether it does."""
+    wanted = [key for key in reference if key.startswith(sections)]
+    missing = [key for key in wanted if key not in ours and not key.startswith("rank_")]
+    unknown = [key for key in ours if key not in reference and key.startswith(sections)]
+    lines: dict[str, list[str]] = {"differ": [], "are missing": missing, "are unknown": unknown}
+    largest = 0.0
+    for key in (key for key in wanted if key in ours):
+        tolerance = FP8_TOLERANCE if name.startswith("fp8/") else TOLERANCES[reference[key].dtype.str]
+        share, text = difference(ours[key], reference[key])
+        if share <= tolerance:
+            largest = max(largest, share)
+        else:
+            lines["differ"].append(f"{key}{text}; error {share:.2g}, tolerance {tolerance:.2g}")
+    print(f"{name}: {len(wanted)} tensors, largest error within tolerance {largest:.2g}")
+    print("".join(f"  {len(items)} {kind}, first {items[0]}\n" for kind, items in lines.items() if items), end="")
+    return any(lines.values())
+
+
+def main(folder: Path, *sections: str) -> int:
+    """Compares all files that the results have, precisions before axes, and returns the exit code."""
+    paths = [*sorted(HERE.glob("f*/step_*")), *sorted(HERE.glob("axes/*/step_*"))]
+    names = [name for name in (path.relative_to(HERE).as_posix() for path in paths) if (folder / name).is_file()]
+    failed = [name for name in names if compare(name, read(folder / name), read(HERE / name), sections or ("",))]
+    print(f"{len(failed)} of {len(names)} files differ{', first ' if failed else ''}{''.join(failed[:1])}")
+    return 1 if failed else 0 if names else 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        sys.stderr.write(f"{__doc__}\nerror: RESULTS must hold safetensors files of {', '.join(DTYPES)}: {error!r}\n")
+        sys.exit(2)
