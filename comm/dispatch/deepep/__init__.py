@@ -1,12 +1,17 @@
 """Registers the dispatcher that uses DeepEP's kernels. Does not import torch."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from comm.config import EXCHANGE_CTAS, DeepEPDispatchConfig
 from comm.dispatch.deepep.package import PACKAGE, BufferShape, DeepEPError, check_available
 from comm.dispatch.registry import (
+    COUNTS,
     DISPATCHERS,
     INDEX_BYTES,
+    NO_CALLS,
+    Call,
+    Calls,
     Contract,
     ContractSetting,
     DispatcherEntry,
@@ -15,6 +20,7 @@ from comm.dispatch.registry import (
     DispatchSite,
     RowBytes,
     TokenSizes,
+    exchange_calls,
     order_bytes,
     require_node_cap,
 )
@@ -72,6 +78,20 @@ def _memory(config: DeepEPDispatchConfig, site: DispatchSite, rows: RowBytes) ->
     )
 
 
+def _calls(config: DeepEPDispatchConfig, nodes: Sequence[int]) -> Calls:
+    # The kernels run on the lane's stream; an exchange with itself is logged, too.
+    names = {method: method.replace("_", " ") for method in NO_CALLS}
+    calls = {
+        method: (Call("start", "deepep", name, on_lane=True), Call("wait", "deepep", name))
+        for method, name in names.items()
+    }
+    checks_cap = config.node_cap == "verify" and config.max_nodes < len(set(nodes))
+    calls["plan"] = exchange_calls("expert", COUNTS) if checks_cap else ()
+    # The first dispatch waits for the plan's numbers, then for the counts in the package.
+    start, wait = calls["dispatch"]
+    return {**calls, "dispatch": (Call("read"), start, Call("hold"), wait)}
+
+
 DISPATCHERS.register(
     "deepep",
     DispatcherEntry(
@@ -93,5 +113,6 @@ DISPATCHERS.register(
             hidden_size=256,
             package=PACKAGE,
         ),
+        calls=_calls,
     ),
 )
