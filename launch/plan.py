@@ -5,10 +5,12 @@ if not __package__:
 
 import gc
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from train.planner.forms import (
     advice_values,
     built_text,
     comparison_text,
+    labeled,
     plan_text,
     plan_values,
     search_text,
@@ -69,6 +72,7 @@ from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recomput
 from train.planner.page import plan_page
 from train.planner.search import SearchResult, search_layouts
 from train.schedule.timing import MeasuredRates
+from train.streams.check import check_streams
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -104,6 +108,8 @@ def _planned(request: PlanRequest) -> tuple[JobPlan, dict[str, Any]]:
     else:
         plan, comparison = compared_plan(request.config, request.planner, Path(request.options.run))
         asked["compared"] = comparison.values()
+    if plan.config.cluster.backend == "nccl" and plan.config.parallelism.world_size > 1:
+        asked["streams"] = check_streams(plan.config, os.environ)
     asked["what_if"] = [what_if_values(plan_what_if(request, plan, run)) for run in changed]
     if request.options.advice:
         asked["advice"] = advise_hardware(request, plan)
@@ -133,6 +139,7 @@ def _plan_output(plan: JobPlan, asked: dict[str, Any], request: PlanRequest) -> 
         case "text":
             formats: dict[str, Callable[[Any], Iterable[str]]] = {
                 "compared": comparison_text,
+                "streams": partial(labeled, "streams"),
                 "what_if": what_if_text,
                 "advice": advice_text,
                 "dry_run": built_text,

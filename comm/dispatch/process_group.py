@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.registry import COUNTS
 from comm.dispatch.traffic import ClipCount, Spread, Traffic
 from comm.layout import Layout
 from comm.protocol import Label
@@ -135,7 +134,7 @@ class ExchangeGroup:
         if len(self.members) == 1:
             return PendingExchange(None, numbers_RC, numbers_RC, None, log)
         received_RC = torch.empty_like(numbers_RC)
-        collective = self._start(COUNTS, label)
+        collective = self._start("exchange of counts", label)
         work = distributed.all_to_all_single(received_RC, numbers_RC, group=self._group, async_op=True)
         assert work is not None
         return PendingExchange(work, numbers_RC, received_RC, collective, log)

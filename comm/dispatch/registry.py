@@ -117,7 +117,7 @@ def most_nodes(
 
 INDEX_BYTES = 8
 COUNTS = "exchange of counts"
-"""Name of the collective that every plan starts, in the log."""
+"""Name in the log of the collective in which ranks exchange numbers of rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +160,7 @@ class Call:
     """
 
     action: Literal["start", "wait", "read", "hold"]
-    group: str = ""  # kind of the collective's group: expert, rail, node, or another with a communicator of its own
+    group: str = ""  # kind of the collective's group, as in the log: expert, rail, node, ...
     name: str = ""  # the collective's name in the log
     on_lane: bool = False  # whether it runs on the lane's stream instead of the communicator's
 
@@ -169,9 +169,9 @@ Calls = Mapping[str, tuple[Call, ...]]
 """The calls of each method of a dispatcher, by its name."""
 
 
-def exchange_calls(group: str, name: str) -> tuple[Call, ...]:
+def exchange_calls(group: str, name: str, *, on_lane: bool = False) -> tuple[Call, Call]:
     """Returns the calls of a collective for which the lane waits."""
-    return Call("start", group, name), Call("wait", group, name)
+    return Call("start", group, name, on_lane), Call("wait", group, name)
 
 
 NO_CALLS: Calls = dict.fromkeys(

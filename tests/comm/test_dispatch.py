@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +17,14 @@ from torch import Tensor, distributed
 
 import kernels.permute.reference
 from comm.dispatch.all_to_all import DispatchError
+from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
-from comm.dispatch.registry import DISPATCHERS
+from comm.dispatch.process_group import Observers
+from comm.dispatch.registry import DISPATCHERS, NO_CALLS
+from comm.dispatch.traffic import Traffic
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher
+from comm.watchdog.collective_log import Collective, CollectiveLog
 from kernels.registry import load_plugins
 from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
@@ -35,10 +41,11 @@ RARE = """
 
 @dataclass(frozen=True)
 class Findings:
-    """Failures of one rank by law, and the order of its collectives by group."""
+    """Failures of one rank by law, the order of its collectives by group, and its calls without and with FP8."""
 
     failures: dict[str, str]
     orders: dict[str, str]
+    calls: list[list[tuple[str, ...]]]
 
 
 def _settings() -> Iterator[object]:
@@ -70,7 +77,54 @@ def check_contract(rank: int, world_size: int, setting: Setting, plugins: tuple[
             failures = check_laws(bench)
         for dispatcher in opened:
             dispatcher.close()
-    return Findings(failures, observers.log.order_hashes())
+        calls = [_calls(setting, rank, wrap) for wrap in (lambda dispatcher: dispatcher, Fp8Dispatcher)]
+    return Findings(failures, observers.log.order_hashes(), calls)
+
+
+class _CallLog(CollectiveLog):
+    """Log that lists starts and waits, and outside of waits also reads by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, ...]] = []
+        self._is_waiting = False
+
+    def start(self, group: str, *args: Any, **options: Any) -> Collective:
+        collective = super().start(group, *args, **options)
+        self.calls.append(("start", group.split()[0], collective.name))
+        return collective
+
+    @contextmanager
+    def awaiting(self, collective: Collective) -> Iterator[None]:
+        self._is_waiting = True
+        with super().awaiting(collective):
+            yield
+        self._is_waiting = False
+        self.calls.append(("wait", collective.group.split()[0], collective.name))
+
+    def read(self) -> None:
+        if not self._is_waiting:
+            self.calls.append(("read", "", ""))
+
+
+def _calls(setting: Setting, rank: int, wrap: Callable[[Dispatcher], Dispatcher]) -> list[tuple[str, ...]]:
+    """Returns what one plan and all methods of a dispatcher do."""
+    log = _CallLog()
+    dispatcher = wrap(maker(setting, num_experts_for(len(setting.nodes)), Observers(Traffic(), log))(InlineLane()))
+    log.calls.clear()
+    ids_TK = torch.tensor([[0, 1], [num_experts_for(len(setting.nodes)) - 1, 2]])
+    rows_TD = torch.ones(2, 256, dtype=torch.bfloat16)
+    weights_TK = torch.ones(2, 2)
+    to_list = Tensor.tolist
+    with mock.patch.object(Tensor, "tolist", lambda tensor: (log.read(), to_list(tensor))[1]):
+        handle = dispatcher.plan(ids_TK, weights_TK)
+        arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
+        dispatcher.dispatch_again(rows_TD, handle).wait()
+        dispatcher.combine(arrived.rows_AD, handle).wait()
+        dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
+        dispatcher.combine_backward(rows_TD, handle).wait()
+    dispatcher.close()
+    return log.calls
 
 
 def plugin_files(config: pytest.Config) -> tuple[str, ...]:
@@ -97,6 +151,17 @@ def test_dispatcher_has_one_order_of_collectives_in_each_group(findings: list[Fi
             orders.setdefault(group, {})[rank] = order
     assert len(findings) == 1 or orders
     assert {group: found for group, found in orders.items() if len(set(found.values())) > 1} == {}
+
+
+def test_dispatcher_makes_the_calls_that_it_declares(findings: list[Findings], request: pytest.FixtureRequest) -> None:
+    """The model of NCCL's rules reads the declaration. Quantizing rows adds no call."""
+    setting: Setting = request.node.callspec.params["findings"]
+    declared = setting.entry.calls(setting.config, setting.nodes)
+    expected = [(c.action, c.group, c.name) for method in NO_CALLS for c in declared[method] if c.action != "hold"]
+    for rank, found in enumerate(findings):
+        is_alone = setting.nodes.count(setting.nodes[rank]) == 1  # on its node
+        made = [call for call in expected if not (is_alone and call[1] == "node")]
+        assert found.calls == [made, made], f"rank {rank}"
 
 
 @pytest.mark.parametrize("kind", capped_kinds())

@@ -1,8 +1,7 @@
-"""Records what one rank's host threads launch on its streams, what waits for what, and who uses which tensor.
+"""Records what one rank launches on its streams, what waits for what, and who uses which tensor.
 
-A node is something that happens once: a host call returns, or an operation of the device starts or ends. `needs` lists
-the nodes that happened before in every execution. Nodes are numbered as the program reaches them, so a node only needs
-earlier ones of its rank.
+A node is something that happens once: a host call returns, or an operation of the device starts or ends. It needs
+nodes of its rank that happen before it in every execution, all of which were recorded earlier.
 """
 
 from collections import defaultdict
@@ -10,8 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+Event = tuple[int, ...]
+"""Nodes after which a stream or a host thread may continue."""
+
 HOST = "host"
-"""Stream of operations that a host thread itself runs: the creation of communicators."""
+"""Stream of what a host thread itself runs: the creation of a communicator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +21,21 @@ class Communicator:
     """Communicator of NCCL. Its operations run in order on a stream of the same name.
 
     Attributes:
-        members: ranks of the model that take part.
+        members: ranks of the model that take part; with `spans_copies`, also ranks that one of them represents.
         ctas: most SMs that one of its operations occupies.
-        spans_copies: whether further ranks take part that launch the same as a member, so the model leaves them out.
         is_open: whether it exists before the step; else its first operation creates it.
     """
 
     name: str
     members: tuple[int, ...]
     ctas: int
-    spans_copies: bool = False
-    is_open: bool = True
-
-    def __str__(self) -> str:
-        return self.name
+    spans_copies: bool
+    is_open: bool
 
 
 @dataclass(slots=True, eq=False)
 class DeviceOperation:
-    """Operation on a stream, or the creation of a communicator, with its nodes."""
+    """Operation on a stream, with the nodes of its launch, start and end."""
 
     rank: int
     thread: str
@@ -49,74 +47,61 @@ class DeviceOperation:
     end: int
 
     def __str__(self) -> str:
-        by = "" if self.communicator is None else f", communicator {self.communicator}"
+        by = "" if self.communicator is None else f" (communicator {self.communicator.name})"
         return f"rank {self.rank}, stream {self.stream}, {self.name}{by}"
 
 
 @dataclass(slots=True)
-class _Accesses:
-    """Operations that used a tensor since it was allocated, and the streams for which its memory waits when freed."""
+class _Uses:
+    """Last uses of a tensor.
+
+    The allocator waits for `streams` before it uses the memory again, and waited for `free` before this use.
+    """
 
     streams: set[str]
-    write: DeviceOperation | None = None  # the last one
-    reads: dict[str, DeviceOperation] = field(default_factory=dict)  # the last one of each stream since then
-
-    def __iter__(self) -> Iterator[DeviceOperation]:
-        yield from () if self.write is None else (self.write,)
-        yield from self.reads.values()
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Nodes after which a stream or a host thread may continue."""
-
-    nodes: tuple[int, ...]
+    free: Event
+    write: DeviceOperation | None = None
+    reads: dict[str, DeviceOperation] = field(default_factory=dict)  # by stream, since the last write
 
 
 class Trace:
     """One rank's step. `problems` are uses of tensors that no event orders."""
 
     def __init__(self, rank: int, launch_queue: int, dropped: int | None = None) -> None:
-        """Starts an empty trace.
-
-        Args:
-            launch_queue: kernels that the host can launch ahead of the device.
-            dropped: number of the event for which no stream waits; None: streams wait for all.
-        """
+        """Starts a trace for a device that queues `launch_queue` kernels, without the event `dropped`."""
         self.rank = rank
-        self.needs: list[tuple[int, ...]] = []
-        self.before: list[int] = []  # bits of the nodes of this rank that happen before a node
+        self.needs: list[Event] = []
+        self.before: list[int] = []  # bits of the nodes that happen before a node
         self.operations: list[DeviceOperation] = []
-        self.lasting: list[tuple[int, str, int]] = []  # host node, thread and end of a call that stops other threads
+        self.lasting: list[tuple[int, str, int]] = []  # node and thread of a call that stops other threads, and its end
         self.problems: list[str] = []
-        self.num_events = 0
+        self.waits: list[str] = []  # streams that wait for events
         self._queue = launch_queue
         self._dropped = dropped
-        self._host: dict[str, int] = {}
-        self._streams: dict[str, tuple[int, ...]] = defaultdict(tuple)
-        self._of_stream: dict[str, list[DeviceOperation]] = defaultdict(list)
-        self._launched: list[tuple[int, int]] = []  # kernels up to an operation of the main thread, and its end
+        self._threads: dict[str, int] = {}
+        self._streams: dict[str, Event] = defaultdict(tuple)
+        self._last: dict[str, DeviceOperation] = {}
+        self._launched: list[tuple[int, DeviceOperation]] = []  # number of kernels up to an operation
         self._opened: set[Communicator] = set()
-        self._tensors: dict[str, _Accesses] = {}
+        self._uses: dict[str, _Uses] = {}
 
     def _node(self, needs: Iterable[int]) -> int:
-        needed = tuple(dict.fromkeys(needs))
         bits = 0
-        for node in needed:
+        for node in needs:
             bits |= self.before[node] | 1 << node
-        self.needs.append(needed)
+        self.needs.append(tuple(needs))
         self.before.append(bits)
-        return len(self.needs) - 1
+        return len(self.before) - 1
 
     def is_before(self, first: int, second: int) -> bool:
-        """Returns whether one node of this rank happens before another in every execution."""
+        """Returns whether a node happens before another in every execution."""
         return bool(self.before[second] >> first & 1)
 
-    def host(self, thread: str, needs: Iterable[int] = ()) -> int:
-        """Adds a call of a host thread, which returns after all `needs`."""
-        previous = (self._host[thread],) if thread in self._host else ()
-        self._host[thread] = self._node((*previous, *needs))
-        return self._host[thread]
+    def host(self, thread: str, needs: Event = ()) -> int:
+        """Adds a call of a host thread, which returns after `needs`."""
+        previous = (self._threads[thread],) if thread in self._threads else ()
+        self._threads[thread] = self._node((*previous, *needs))
+        return self._threads[thread]
 
     def launch(
         self,
@@ -129,33 +114,26 @@ class Trace:
         reads: Sequence[str] = (),
         writes: Sequence[str] = (),
     ) -> DeviceOperation:
-        """Launches an operation on a stream; `kernels` of the main thread fill the queue of launches."""
-        host = self._launch_host(thread, kernels)
-        # Two threads that launch on one stream decide its order by a race, unless something orders their calls.
-        last = self._of_stream[stream][-1:]
-        is_ordered = all(self.is_before(operation.host, host) for operation in last)
-        start = self._node((host, *(self._streams[stream] if is_ordered else ())))
-        end = self._node((start,))
-        operation = DeviceOperation(self.rank, thread, stream, name, communicator, host, start, end)
-        if self._launched and self._launched[-1][1] < 0:
-            self._launched[-1] = (self._launched[-1][0], end)
-        self._streams[stream] = (end,)
-        self._of_stream[stream].append(operation)
-        self.operations.append(operation)
-        self._use(operation, reads, writes)
-        return operation
-
-    def _launch_host(self, thread: str, kernels: int) -> int:
-        if not kernels:
-            return self.host(thread)
+        """Launches an operation. The launch blocks while `kernels` and those before them do not fit the queue."""
         total = kernels + (self._launched[-1][0] if self._launched else 0)
-        full = next((end for at, end in reversed(self._launched) if total - at >= self._queue), None)
+        full = next((o.end for at, o in reversed(self._launched) if kernels and total - at >= self._queue), None)
         host = self.host(thread)
         if full is not None and not self.is_before(full, host):
             self.lasting.append((host, thread, full))
-            host = self.host(thread, [full])
-        self._launched.append((total, -1))
-        return host
+            host = self.host(thread, (full,))
+        # Two threads that launch on one stream decide its order by a race, unless something orders their calls.
+        last = self._last.get(stream)
+        is_ordered = last is None or self.is_before(last.host, host)
+        start = self._node((host, *(self._streams[stream] if is_ordered else ())))
+        operation = DeviceOperation(self.rank, thread, stream, name, communicator, host, start, self._node((start,)))
+        self._streams[stream] = (operation.end,)
+        self._last[stream] = operation
+        self.operations.append(operation)
+        if kernels:
+            self._launched.append((total, operation))
+        for tensor in (*reads, *writes):
+            self._use(operation, tensor, is_write=tensor in writes)
+        return operation
 
     def start_collective(
         self,
@@ -165,97 +143,91 @@ class Trace:
         name: str,
         reads: Sequence[str],
         writes: Sequence[str],
-    ) -> DeviceOperation:
-        """Starts a collective or transfer after what `stream` holds, without waiting for it."""
+    ) -> Event:
+        """Starts a collective or transfer behind a stream, which does not wait; returns its end."""
         if not communicator.is_open and communicator not in self._opened:
             self._opened.add(communicator)
             self._create(thread, communicator)
         for tensor in writes:
-            if tensor not in self._tensors:
+            if tensor not in self._uses:
                 self.allocate(tensor, stream)
         self.wait(communicator.name, self.event(stream))
-        return self.launch(thread, communicator.name, name, communicator, reads=reads, writes=writes)
+        return (self.launch(thread, communicator.name, name, communicator, reads=reads, writes=writes).end,)
 
     def _create(self, thread: str, communicator: Communicator) -> None:
         """Creates a communicator: the host waits for the device, then for all members (nccl#1082)."""
         call = self.host(thread)
-        running = [operation.end for operation in self.operations if self.is_before(operation.host, call)]
-        start = self._node((call, *running))
-        end = self._node((start,))
-        name = f"creation of {communicator}"
-        self.operations.append(DeviceOperation(self.rank, thread, HOST, name, communicator, call, start, end))
-        self.lasting.append((call, thread, end))
-        self.host(thread, [end])
+        start = self._node((call, *(o.end for o in self.operations if self.is_before(o.host, call))))
+        name = f"creation of {communicator.name}"
+        operation = DeviceOperation(self.rank, thread, HOST, name, communicator, call, start, self._node((start,)))
+        self.operations.append(operation)
+        self.lasting.append((call, thread, operation.end))
+        self.host(thread, (operation.end,))
 
     def event(self, stream: str) -> Event:
         """Records an event after everything launched on a stream so far."""
-        return Event(self._streams[stream])
+        return self._streams[stream]
 
     def wait(self, stream: str, event: Event) -> None:
-        """Makes later operations of a stream wait for an event, unless that one is dropped."""
-        if set(event.nodes) <= set(self._streams[stream]):
-            return
-        self.num_events += 1
-        if self.num_events - 1 != self._dropped:
-            self._streams[stream] = (*self._streams[stream], *event.nodes)
+        """Makes later operations of a stream wait for an event."""
+        if not set(event) <= set(self._streams[stream]):
+            self.waits.append(stream)
+            if len(self.waits) - 1 != self._dropped:
+                self._streams[stream] += event
 
     @contextmanager
-    def job(self, lane: str, thread: str = "main", stream: str = "compute") -> Iterator[list[Event]]:
+    def job(self, lane: str) -> Iterator[list[Event]]:
         """Submits what is recorded inside to the thread and stream `lane`; `finish` takes the yielded list."""
-        self.host(lane, [self.host(thread)])
-        self.wait(lane, self.event(stream))
+        self.host(lane, (self.host("main"),))
+        self.wait(lane, self.event("compute"))
         done: list[Event] = []
         yield done
-        done += [self.event(lane), Event((self._host[lane],))]
+        done += [self.event(lane), (self._threads[lane],)]
 
-    def finish(self, done: Sequence[Event], thread: str = "main", stream: str = "compute") -> None:
-        """Waits for a job: the host until it has been launched, and the stream until it has run."""
+    def finish(self, done: Sequence[Event]) -> None:
+        """Waits for a job: the main thread until it has been launched, and its stream until it has run."""
         after, launched = done
-        self.host(thread, launched.nodes)
-        self.wait(stream, after)
+        self.host("main", launched)
+        self.wait("compute", after)
 
     def synchronize(self, thread: str, event: Event, *, holds_gil: bool = False) -> None:
-        """Blocks a host thread, or with the interpreter's lock all of them, until the device has passed an event."""
+        """Blocks a host thread until the device has passed an event; with the GIL, all threads."""
         call = self.host(thread)
         if holds_gil:
-            self.lasting += [(call, thread, node) for node in event.nodes]
-        self.host(thread, event.nodes)
+            self.lasting += [(call, thread, node) for node in event]
+        self.host(thread, event)
 
     def allocate(self, tensor: str, stream: str) -> None:
-        """Allocates a tensor from the memory of a stream."""
-        self._tensors[tensor] = _Accesses({stream})
+        """Allocates a tensor from the memory of a stream, which earlier work of the stream may still use."""
+        self._uses[tensor] = _Uses({stream}, self.event(stream))
 
     def record_stream(self, tensor: str, stream: str) -> None:
-        """Makes the allocator wait for a stream before it uses the tensor's memory again, as torch's call does."""
-        self._tensors[tensor].streams.add(stream)
+        """Makes the allocator wait for a stream before it uses the memory again, as in torch."""
+        self._uses[tensor].streams.add(stream)
 
     def free(self, thread: str, tensors: Iterable[str]) -> None:
-        """Frees tensors; operations that the host launches later on the stream of the memory may overwrite them."""
+        """Frees tensors. What the host launches later on the stream of the memory may overwrite them."""
         host = self.host(thread)
         for tensor in tensors:
-            accesses = self._tensors.pop(tensor)
+            uses = self._uses.pop(tensor)
             ended = self.before[host]
-            for node in (node for stream in accesses.streams for node in self._streams[stream]):
+            for node in (node for stream in uses.streams for node in self._streams[stream]):
                 ended |= self.before[node] | 1 << node
-            for operation in accesses:
-                if not ended >> operation.end & 1:
-                    self._report(f"{operation} may use {tensor} after {thread} frees it")
+            for operation in (uses.write, *uses.reads.values()):
+                if operation is not None and not ended >> operation.end & 1:
+                    self.problems.append(f"{operation} may use {tensor} after thread {thread} frees it")
 
-    def _use(self, operation: DeviceOperation, reads: Sequence[str], writes: Sequence[str]) -> None:
-        for tensor in reads:
-            accesses = self._tensors[tensor]
-            self._require([] if accesses.write is None else [accesses.write], operation, tensor)
-            accesses.reads[operation.stream] = operation
-        for tensor in writes:
-            accesses = self._tensors.setdefault(tensor, _Accesses({operation.stream}))
-            self._require(accesses, operation, tensor)
-            accesses.write = operation
-            accesses.reads = {}
-
-    def _require(self, earlier: Iterable[DeviceOperation], operation: DeviceOperation, tensor: str) -> None:
-        for other in earlier:
-            if other is not operation and not self.is_before(other.end, operation.start):
-                self._report(f"{operation} uses {tensor} without an event after {other}")
-
-    def _report(self, problem: str) -> None:
-        self.problems.append(problem)
+    def _use(self, operation: DeviceOperation, tensor: str, *, is_write: bool) -> None:
+        if is_write and tensor not in self._uses:
+            self._uses[tensor] = _Uses({operation.stream}, ())
+        uses = self._uses[tensor]
+        for other in (uses.write, *(uses.reads.values() if is_write else ())):
+            if other not in (None, operation) and not self.is_before(other.end, operation.start):
+                self.problems.append(f"{operation} uses {tensor} without an event after {other}")
+        if not all(self.is_before(node, operation.start) for node in uses.free):
+            self.problems.append(f"{operation} uses {tensor} without an event after the last use of its memory")
+        if is_write:
+            uses.write = operation
+            uses.reads = {}
+        else:
+            uses.reads[operation.stream] = operation

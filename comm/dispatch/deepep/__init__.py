@@ -79,17 +79,14 @@ def _memory(config: DeepEPDispatchConfig, site: DispatchSite, rows: RowBytes) ->
 
 
 def _calls(config: DeepEPDispatchConfig, nodes: Sequence[int]) -> Calls:
-    # The kernels run on the lane's stream; an exchange with itself is logged, too.
-    names = {method: method.replace("_", " ") for method in NO_CALLS}
-    calls = {
-        method: (Call("start", "deepep", name, on_lane=True), Call("wait", "deepep", name))
-        for method, name in names.items()
-    }
+    # The kernels run on the lane's stream. An exchange of one rank with itself is logged, too.
+    calls = {}
+    for method in NO_CALLS:
+        start, wait = exchange_calls("deepep", method.replace("_", " "), on_lane=True)
+        # The first dispatch waits for the plan's numbers, then for the counts in the package.
+        calls[method] = (Call("read"), start, Call("hold"), wait) if method == "dispatch" else (start, wait)
     checks_cap = config.node_cap == "verify" and config.max_nodes < len(set(nodes))
-    calls["plan"] = exchange_calls("expert", COUNTS) if checks_cap else ()
-    # The first dispatch waits for the plan's numbers, then for the counts in the package.
-    start, wait = calls["dispatch"]
-    return {**calls, "dispatch": (Call("read"), start, Call("hold"), wait)}
+    return {**calls, "plan": exchange_calls("expert", COUNTS) if checks_cap else ()}
 
 
 DISPATCHERS.register(
