@@ -7,9 +7,10 @@ do not have.
 
 import logging
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from math import log2
 from textwrap import shorten
 from types import MappingProxyType
 from typing import Any, Generic, ParamSpec
@@ -25,6 +26,7 @@ from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS,
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
 P = ParamSpec("P")
+ShapeKey = tuple[Any, ...]  # a product's type, then its sizes
 
 LOGGER = logging.getLogger("kernels")
 Milliseconds = Callable[[Callable[[], Any]], float]  # measures a call
@@ -64,7 +66,7 @@ class TunedProduct(Generic[P]):
     def __init__(
         self,
         product: Callable[..., Tensor],
-        key_of: Callable[P, Hashable | None],
+        key_of: Callable[P, ShapeKey | None],
         candidates: Sequence[Tiling],
         milliseconds: Milliseconds | None = None,
     ) -> None:
@@ -73,8 +75,9 @@ class TunedProduct(Generic[P]):
         self._key_of = key_of
         self._candidates = candidates
         self._milliseconds = milliseconds
-        self._chosen: dict[Hashable, Tiling] = {}
+        self._chosen: dict[ShapeKey, Tiling] = {}
         self._logged: set[Tiling] = set()
+        self._is_settled = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Computes the product; raises TuningError with all causes if every candidate of its shape fails.
@@ -89,17 +92,30 @@ class TunedProduct(Generic[P]):
         if key is None:
             return add_to(total, call())
         if key not in self._chosen:
-            self._chosen[key] = self._fastest(call)
+            self._chosen[key] = self._nearest(key) if self._is_settled else self._fastest(call)
         return add_to(total, call(tiling=self._chosen[key]))
 
     @property
-    def choices(self) -> dict[Hashable, int]:
+    def choices(self) -> dict[ShapeKey, int]:
         """Number of the candidate that was chosen for each shape."""
         return {key: self._candidates.index(tiling) for key, tiling in self._chosen.items()}
 
-    def adopt(self, choices: Mapping[Hashable, int]) -> None:
-        """Takes the candidates that another rank chose, instead of this rank's and of later measurements."""
+    def adopt(self, choices: Mapping[ShapeKey, int]) -> None:
+        """Takes the candidates that another rank chose, instead of this rank's. Nothing is measured afterwards.
+
+        Numbers of rows change: another size takes the candidate of the nearest one. A rank that compiled and measured
+        inside the schedule would let all others wait.
+        """
         self._chosen |= {key: self._candidates[number] for key, number in choices.items()}
+        self._is_settled = True
+
+    def _nearest(self, key: ShapeKey) -> Tiling:
+        """Returns the tiling of the known size of the same type whose factors to a size are smallest."""
+        alike = [known for known in self._chosen if known[0] == key[0]]
+        if not alike:
+            return self._candidates[0]
+        factors = {known: sum(abs(log2(a / b)) for a, b in zip(known[1:], key[1:], strict=True)) for known in alike}
+        return self._chosen[min(alike, key=factors.__getitem__)]
 
     def _fastest(self, call: Callable[..., Tensor]) -> Tiling:
         """Returns the candidate that runs a product fastest; the first of equally fast ones."""
@@ -133,7 +149,7 @@ def round_up(num_rows: int) -> int:
 
 def gemm_key(
     left: Quantized | QuantizedColumns, right: QuantizedBlocks | QuantizedColumns, dtype: torch.dtype = torch.float32
-) -> Hashable | None:
+) -> ShapeKey | None:
     """Returns sizes and type of a product."""
     num_outputs, depth = right.codes.shape
     sizes = (round_up(len(left.codes)), num_outputs, depth)
@@ -161,18 +177,18 @@ gemm_fp8 = TunedProduct(triton_fp8.gemm_fp8, gemm_key, CANDIDATES)
 gemm_fp8_columns = TunedProduct(triton_fp8.gemm_fp8_columns, gemm_key, COLUMN_CANDIDATES)
 
 
-def rows_key(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Hashable | None:
+def rows_key(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> ShapeKey | None:
     """Returns sizes and type of `grouped_rows_fp8`."""
     _, num_outputs, depth = weights.codes.shape
     return _key(len(counts), round_up(len(rows.codes)), depth, num_outputs, dtype)
 
 
-def weight_key(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Hashable | None:
+def weight_key(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> ShapeKey | None:
     """Returns the sizes of `grouped_weight_fp8`."""
     return _key(len(counts), round_up(sum(counts)), len(grad.codes), len(rows.codes), torch.float32)
 
 
-def _key(num_groups: int, num_rows: int, depth: int, num_columns: int, dtype: torch.dtype) -> Hashable | None:
+def _key(num_groups: int, num_rows: int, depth: int, num_columns: int, dtype: torch.dtype) -> ShapeKey | None:
     sizes = (num_groups, num_rows, depth, num_columns)
     return (dtype, *sizes) if all(sizes) and is_stored_at_once(num_columns) else None
 

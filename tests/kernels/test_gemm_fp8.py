@@ -155,11 +155,28 @@ def test_tuner_adds_a_product_to_a_sum_once() -> None:
     def gemm_fp8(left: object, *, tiling: Tiling) -> Tensor:
         return torch.full((2,), 3.0)
 
-    product: Any = TunedProduct(gemm_fp8, lambda left: 1, CANDIDATES, lambda call: float(call().sum()))
+    product: Any = TunedProduct(gemm_fp8, lambda left: (1,), CANDIDATES, lambda call: float(call().sum()))
     total = torch.ones(2)
     for step in (1, 2):
         assert product(Quantized(torch.empty(0), torch.empty(0)), total=total) is total
         assert total.tolist() == [1 + 3 * step] * 2
+
+
+def test_tuner_measures_nothing_after_it_took_another_rank_s_choices() -> None:
+    taken: list[Tiling] = []
+
+    def gemm_fp8(key: object, *, tiling: Tiling) -> Tensor:
+        taken.append(tiling)
+        return torch.empty(0)
+
+    def fail(call: Callable[[], Any]) -> float:
+        pytest.fail("a rank must not measure inside the schedule")
+
+    product: Any = TunedProduct(gemm_fp8, lambda operands: operands.scales, CANDIDATES, fail)
+    product.adopt({("bf16", 256, 64): 1, ("bf16", 4096, 64): 2})
+    for key in (("bf16", 256, 64), ("bf16", 512, 64), ("bf16", 2048, 64), ("float32", 256, 64)):
+        product(Quantized(torch.empty(0), key))  # type: ignore[arg-type]
+    assert taken == [WIDE, WIDE, SMALL, DEFAULT]
 
 
 def test_tuner_lists_candidates_and_causes_if_none_is_left() -> None:
