@@ -2,10 +2,11 @@
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
-from dualpipe.runtime.pairing import overlapped
+from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import MOST_AHEAD, Action
 from dualpipe.simulate.timing import peak_activations
 from dualpipe.validate import validate
@@ -73,6 +74,19 @@ def test_host_runs_few_phases_ahead_of_the_lane_and_leaves_nothing_running() -> 
             num_phases = sum(step.action in _PHASES for step in lower(schedule, rank, overlapped).steps)
             assert clock.num_waits == max(0, num_phases - MOST_AHEAD)
             assert not clock.is_running
+
+
+def test_both_kinds_of_messages_of_one_way_have_no_common_order() -> None:
+    """So a link of one kind has a communicator of its own: NCCL's has one order on both ends."""
+    schedule = build("dualpipe", 6, 16)
+    orders = [
+        [step.message for step in lower(schedule, rank, sequential).steps if step.action is action]
+        for rank, action in ((0, Action.SEND), (1, Action.RECEIVE))
+    ]
+    sent, needed = ([message for message in order if message and message.link[:2] == (0, 1)] for order in orders)
+    assert sent != needed
+    for kind in ("activation", "gradient"):
+        assert [each for each in sent if each.kind == kind] == [each for each in needed if each.kind == kind]
 
 
 def two_ranks(first: tuple[Group, ...], second: tuple[Group, ...], num_micro_batches: int = 2) -> Schedule:
