@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The first hours on a GPU, in three parts of at most ten minutes: PART=1|2|3 bash tests/programs/gpu/day.sh (make gpu-day PART=1)
-#   1  does it run: versions, every kernel compiled and held against its reference, one rank trains in bf16 and FP8
-#   2  how fast: attention's kernels, one V3 layer by phases with a trace, every kernel next to torch's
-#   3  many ranks on one GPU over gloo, the same on the CPU, resume to the bit, races (compute-sanitizer)
+#   1  are kernels right: versions, every kernel compiled and held against its reference, races (compute-sanitizer)
+#   2  is training right: many ranks on one GPU over gloo, the same on the CPU, resume to the bit, NCCL, bf16, FP8
+#   3  how fast: attention's kernels, one V3 layer by phases with a trace, every kernel next to torch's
 # Each step has its own limit, and its failure does not end the part; the exit code is 1 if any step failed.
+# The log has what a step prints as it prints it, and part*.tsv a line for each step that has ended: name, code, seconds.
 # Without a GPU it is a dry run: the same steps on the smallest shapes, on the CPU; multi-rank runs are only checked.
 #   OUT     results, a log for each part          WHEELS  wheels that the machine lacks, without a network
 #   PYTHON  the interpreter                       LAST    seconds that the part may take
@@ -15,7 +16,7 @@ SITE=${SITE:-${TMPDIR:-/tmp}/gpu_day_site} BEGUN=$SECONDS FAILED=0
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled HYDRA_FULL_ERROR=1
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 case $PART in 1 | 2 | 3) ;; *) echo "PART: must be 1, 2 or 3, is $PART; nearest valid: 1" >&2; exit 2 ;; esac
-LOG=$OUT/part$PART.log
+LOG=$OUT/part$PART.log TABLE=$OUT/part$PART.tsv
 
 if ls "$WHEELS"/*.whl > /dev/null 2>&1 && [ ! -d "$SITE" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl ||
@@ -38,10 +39,10 @@ step() {
     fi
     if [ -n "$DRY" ] || [ "$limit" -gt "$rest" ]; then limit=$rest; fi
     echo "## $name ($limit s)" | tee -a "$LOG"
-    timeout -k 5 "$limit" "$@" > "$OUT/.step" 2>&1
-    rc=$?
-    [ $rc = 0 ] || FAILED=$((FAILED + 1))
-    tail -c 60000 "$OUT/.step" >> "$LOG"
+    timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$LOG" > "$OUT/.step"
+    rc=${PIPESTATUS[0]}
+    [ "$rc" = 0 ] || FAILED=$((FAILED + 1))
+    printf '%s\t%s\t%s\n' "$name" "$rc" "$((SECONDS - from))" >> "$TABLE"
     tail -n "${TAIL:-12}" "$OUT/.step"
     echo "## $name: rc $rc, $((SECONDS - from)) s" | tee -a "$LOG"
 }
@@ -118,20 +119,29 @@ if [ "${1:-}" = run ]; then
 fi
 mkdir -p "$OUT"
 : > "$LOG"
+: > "$TABLE"
 [ -z "$DRY" ] || echo "no GPU: a dry run on the CPU" | tee -a "$LOG"
 
 case $PART in
 1)
     ONLY=${DRY:+adamw} WORKERS=${WORKERS:-4}
     [ -z "$DRY" ] || WORKERS=0
-    step environment 60 "$PYTHON" -m tests.programs.gpu.day.environment
-    step "kernels compiled" 240 "$PYTHON" -m tests.programs.gpu.day.compile_launches --only "$ONLY" ${DRY:+--processes 1}
-    step "kernels against references" 300 "$PYTHON" -m pytest tests/programs/gpu -q --maxfail=20 -n "$WORKERS" \
+    step environment 30 "$PYTHON" -m tests.programs.gpu.day.environment
+    step "kernels compiled" 170 "$PYTHON" -m tests.programs.gpu.day.compile_launches --only "$ONLY" ${DRY:+--processes 1}
+    step "kernels against references" 250 "$PYTHON" -m pytest tests/programs/gpu -q --maxfail=20 -n "$WORKERS" \
         --ignore=tests/programs/gpu/bench --ignore=tests/programs/gpu/day -p no:cacheprovider
-    step "one rank, bf16" 100 bash "$SELF" run train_one_rank one_bf16 precision=bf16
-    step "one rank, FP8" 140 bash "$SELF" run train_one_rank one_fp8 precision=fp8
+    step "races in FP8 products" 90 bash "$SELF" run sanitize racecheck tests/programs/gpu/test_gemm_fp8.py
+    step "bad accesses in grouped products" 90 bash "$SELF" run sanitize memcheck tests/programs/gpu/test_grouped_gemm.py
     ;;
 2)
+    step "four ranks share the GPU, float32" 150 bash "$SELF" run on_gpu
+    step "the same on the CPU" 120 bash "$SELF" run on_cpu
+    step "resumed to the bit" 90 bash "$SELF" run resumed
+    step "one rank over NCCL" 70 bash "$SELF" run nccl
+    step "one rank, bf16" 60 bash "$SELF" run train_one_rank one_bf16 precision=bf16
+    step "one rank, FP8" 80 bash "$SELF" run train_one_rank one_fp8 precision=fp8
+    ;;
+3)
     BENCH=(--sections gemm --rounds 11 --json "$OUT/products.json")
     OTHERS=(--sections quantize permute swiglu rms_norm cross_entropy adamw --rounds 7 --json "$OUT/others.json")
     TAIL=30 step attention 60 "$PYTHON" -m tests.programs.gpu.day.attention
@@ -141,14 +151,6 @@ case $PART in
         TAIL=40 step "FP8 products" 150 "$PYTHON" -m tests.programs.gpu.bench "${BENCH[@]}"
         TAIL=40 step "all other kernels" 120 "$PYTHON" -m tests.programs.gpu.bench "${OTHERS[@]}"
     fi
-    ;;
-3)
-    step "one rank over NCCL" 90 bash "$SELF" run nccl
-    step "four ranks share the GPU, float32" 150 bash "$SELF" run on_gpu
-    step "the same on the CPU" 150 bash "$SELF" run on_cpu
-    step "resumed to the bit" 90 bash "$SELF" run resumed
-    step "races in FP8 products" 120 bash "$SELF" run sanitize racecheck tests/programs/gpu/test_gemm_fp8.py
-    step "bad accesses in grouped products" 120 bash "$SELF" run sanitize memcheck tests/programs/gpu/test_grouped_gemm.py
     ;;
 esac
 rm -f "$OUT/.step"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def test_dry_run_of_a_part_goes_through(part: str, tmp_path: Path) -> None:
     assert log.startswith("no GPU: a dry run on the CPU")
     assert f"## part {part} took" in log
     assert "0 steps failed" in log
-    if part == "1":
+    if part == "2":
         for name in ("one_bf16", "one_fp8"):
             assert len(losses.losses_of(tmp_path / "runs" / name)) == 2
-    if part == "2":
+    if part == "3":
         found = json.loads((tmp_path / "layer_fp8.json").read_text())
         assert found["expert_layer"] > 0
 
@@ -47,10 +48,30 @@ def test_a_step_that_fails_is_reported_and_does_not_end_the_part(tmp_path: Path)
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no interpreter >&2\nexit 1\n")
     broken.chmod(0o755)
-    done = run_part("3", tmp_path / "out", PYTHON=str(broken))
+    done = run_part("2", tmp_path / "out", PYTHON=str(broken))
     assert done.returncode == 1
     assert "## the same on the CPU: rc 1" in done.stdout
-    assert "3 steps failed" in done.stdout
+    table = [line.split("\t") for line in (tmp_path / "out/part2.tsv").read_text().splitlines()]
+    assert sum(code == "1" for _, code, _ in table) == 5  # comparing with nothing is not run
+    assert "5 steps failed" in done.stdout
+
+
+def test_a_part_that_is_cut_off_has_written_what_it_had(tmp_path: Path) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\ncase $* in *environment*) echo versions ;; *) echo half a result; sleep 5 ;; esac\n")
+    slow.chmod(0o755)
+    out = tmp_path / "out"
+    given = {"PART": "1", "OUT": str(out), "PYTHON": str(slow), "DRY": "1"}
+    part = subprocess.Popen(["bash", str(SCRIPT)], env={**os.environ, **given}, stdout=subprocess.DEVNULL)
+    log = out / "part1.log"
+    until = time.monotonic() + 20
+    while not (log.exists() and "half a result" in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    part.kill()
+    part.wait()
+    assert "versions" in log.read_text()
+    assert "half a result" in log.read_text()
+    assert (out / "part1.tsv").read_text().startswith("environment\t0\t")
 
 
 def test_an_unknown_part_exits_2_with_one_line(tmp_path: Path) -> None:
