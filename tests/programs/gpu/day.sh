@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first hours on a GPU, in three parts of at most ten minutes: PART=1|2|3 bash tests/programs/gpu/day.sh (make gpu-day PART=1)
 #   1  are kernels right: versions, every kernel compiled and held against its reference, races (compute-sanitizer)
-#   2  is training right: many ranks on one GPU over gloo, the same on the CPU, resume to the bit, NCCL, bf16, FP8
+#   2  is training right: launch.verify and many ranks on one GPU over gloo, the same on the CPU, resume to the bit, NCCL, bf16, FP8
 #   3  how fast: attention's kernels, one V3 layer by phases with a trace, every kernel next to torch's
 # Each step has its own limit, and its failure does not end the part; the exit code is 1 if any step failed.
 # The log has what a step prints as it prints it, and part*.tsv a line for each step that has ended: name, code, seconds.
@@ -86,6 +86,9 @@ losses() {
 
 FOUR=(parallelism=four_ranks precision=float32)
 ON_GPU=(cluster=one_gpu cluster.ranks_per_node=2)
+verified() {
+    "$PYTHON" -m launch.verify "out_dir=$OUT/runs/verify" "${ON_GPU[@]}" "${FOUR[@]}" ${DRY:+config_only=true}
+}
 nccl() {
     train_ranks nccl cluster=h100 cluster.ranks_per_node=1 "${ONE_RANK[@]}" precision=bf16 && losses "$OUT/runs/nccl"
 }
@@ -134,12 +137,13 @@ case $PART in
     step "bad accesses in grouped products" 90 bash "$SELF" run sanitize memcheck tests/programs/gpu/test_grouped_gemm.py
     ;;
 2)
-    step "four ranks share the GPU, float32" 150 bash "$SELF" run on_gpu
-    step "the same on the CPU" 120 bash "$SELF" run on_cpu
-    step "resumed to the bit" 90 bash "$SELF" run resumed
-    step "one rank over NCCL" 70 bash "$SELF" run nccl
-    step "one rank, bf16" 60 bash "$SELF" run train_one_rank one_bf16 precision=bf16
-    step "one rank, FP8" 80 bash "$SELF" run train_one_rank one_fp8 precision=fp8
+    step "four ranks share the GPU, verified against one rank" 150 bash "$SELF" run verified
+    step "four ranks share the GPU, float32" 100 bash "$SELF" run on_gpu
+    step "the same on the CPU" 100 bash "$SELF" run on_cpu
+    step "resumed to the bit" 60 bash "$SELF" run resumed
+    step "one rank over NCCL" 50 bash "$SELF" run nccl
+    step "one rank, bf16" 50 bash "$SELF" run train_one_rank one_bf16 precision=bf16
+    step "one rank, FP8" 60 bash "$SELF" run train_one_rank one_fp8 precision=fp8
     ;;
 3)
     BENCH=(--sections gemm --rounds 11 --json "$OUT/products.json")

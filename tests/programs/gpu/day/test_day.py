@@ -52,8 +52,8 @@ def test_a_step_that_fails_is_reported_and_does_not_end_the_part(tmp_path: Path)
     assert done.returncode == 1
     assert "## the same on the CPU: rc 1" in done.stdout
     table = [line.split("\t") for line in (tmp_path / "out/part2.tsv").read_text().splitlines()]
-    assert sum(code == "1" for _, code, _ in table) == 5  # comparing with nothing is not run
-    assert "5 steps failed" in done.stdout
+    assert sum(code == "1" for _, code, _ in table) == 6  # comparing with nothing is not run
+    assert "6 steps failed" in done.stdout
 
 
 def test_a_part_that_is_cut_off_has_written_what_it_had(tmp_path: Path) -> None:
