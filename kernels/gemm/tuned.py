@@ -101,7 +101,7 @@ class TunedProduct(Generic[P]):
         return {key: self._candidates.index(tiling) for key, tiling in self._chosen.items()}
 
     def adopt(self, choices: Mapping[ShapeKey, int]) -> None:
-        """Takes the candidates that another rank chose, instead of this rank's. Nothing is measured afterwards.
+        """Takes the candidates that another rank chose. Nothing is measured afterwards.
 
         Numbers of rows change: another size takes the candidate of the nearest one. A rank that compiled and measured
         inside the schedule would let all others wait.

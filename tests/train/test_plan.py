@@ -244,7 +244,9 @@ def _tuned(rank: int, world_size: int, config: TrainConfig) -> tuple[list[int], 
     def multiply(left: Quantized, shape: int, *, tiling: Tiling) -> Tensor:
         return torch.tensor(tiling.rows)
 
-    product = TunedProduct(multiply, lambda left, shape: (torch.bfloat16, 1 + shape), _TILINGS, lambda call: times[int(call())])
+    product = TunedProduct(
+        multiply, lambda left, shape: (torch.bfloat16, 1 + shape), _TILINGS, lambda call: times[int(call())]
+    )
     left = Quantized(torch.empty(0), torch.empty(0))
 
     def probe(*arguments: object) -> None:
