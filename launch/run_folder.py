@@ -41,9 +41,11 @@ _FILES = frozenset(
         "job.sbatch",
         "overrides.txt",
         "lock.json",
+        "certificate.json",
+        "certificate.html",
     ]
 )
-_FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb"))
+_FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb", "checkpoint_check"))
 
 
 def check_folder(config: TrainConfig) -> None:

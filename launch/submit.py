@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ _OWN_OPTIONS = (
     "wrap",
 )
 _MOST_SIGNAL_SECONDS = 65535  # a limit of sbatch
+_VERIFY_TIME = "01:00:00"
+_VERIFY_SIGNAL_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +101,7 @@ def main(overrides: Sequence[str]) -> int:
     """Submits a run, or prints its batch script. All user errors are reported before the job is submitted."""
     with system_errors():
         overrides = with_cluster(overrides)
-        values, slurm, is_dry = _composed(overrides)
+        values, slurm, is_dry, is_verified = _composed(overrides)
         config = read_run({**values, "out_dir": str(_folder_of(values, datetime.now())), "resume": "auto"})
         check(config)
         check_slurm(slurm)
@@ -107,8 +109,20 @@ def main(overrides: Sequence[str]) -> int:
         _check_path(config.out_dir)
         job = job_overrides(overrides, config.out_dir)
         plan = plan_job(config, planner_config(compose_defaults("plan")))
-        script = render(config, slurm, job, Path.cwd(), plan.memory.worst.total)
-        print(script if is_dry else _submit(config, script, job), end="" if is_dry else "\n", flush=True)
+        rank_bytes = plan.memory.worst.total
+        options: tuple[str, ...] = ()
+        if is_verified:
+            before = _verification(config, slurm, overrides, rank_bytes)
+            if is_dry:
+                print(before.script, end="", flush=True)
+            else:
+                number = _submit(before)
+                options = (f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes")
+        own = BatchJob(config=config, overrides=job, script=render(config, slurm, job, Path.cwd(), rank_bytes))
+        if is_dry:
+            print(own.script, end="", flush=True)
+        else:
+            _submit(own, options)
         for line in predicted_lines(plan, slurm):
             print(line, file=sys.stderr)
         return 0
@@ -118,19 +132,41 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the configuration of the job and of its run, as YAML for `conf/experiment/`. Writes nothing."""
     with system_errors():
         overrides = with_cluster(overrides)
-        values, slurm, is_dry = _composed(overrides)
+        values, slurm, is_dry, is_verified = _composed(overrides)
         config = read_run(values)
         check(config)
         check_slurm(slurm)
-    job_values = {"dry_run": is_dry, "slurm": encode(slurm)}
+    job_values = {"dry_run": is_dry, "verify": is_verified, "slurm": encode(slurm)}
     return experiment_text("submit", overrides, {**write_config(config), **job_values}, memory_lines(config))
 
 
-def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bool]:
-    """Returns the composed values, the unchecked Slurm options, and whether to only print the script."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchJob:
+    """A job of a run's layout, with its script and what its command runs with."""
+
+    config: TrainConfig
+    overrides: Sequence[str]
+    script: str
+
+
+def _verification(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], rank_bytes: int) -> BatchJob:
+    """Returns the job that verifies a run's ranks before it, in a folder next to the run's."""
+    folder = f"{config.out_dir}-verify"
+    cluster = replace(config.cluster, max_restarts=0)
+    config = replace(config, out_dir=folder, cluster=cluster)
+    check_folder(config)
+    slurm = replace(slurm, time=_VERIFY_TIME, signal_seconds=_VERIFY_SIGNAL_SECONDS, requeue=False)
+    job = job_overrides(overrides, folder)
+    script = render(config, slurm, job, Path.cwd(), rank_bytes, module="launch.verify")
+    return BatchJob(config=config, overrides=job, script=script)
+
+
+def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bool, bool]:
+    """Returns composed values, unchecked Slurm options, whether to only print, and to verify first."""
     values = compose("submit", overrides)
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")
+    is_verified = decode(bool, values["verify"], "verify")
     resume = values["resume"]
     if resume not in (None, "auto"):
         raise ConfigError(
@@ -138,7 +174,7 @@ def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bo
             f"is {resume!r}; to continue that run, use out_dir={resume}; "
             f"to start from its weights, use init_from={resume}"
         )
-    return values, slurm, is_dry
+    return values, slurm, is_dry, is_verified
 
 
 def with_cluster(overrides: Sequence[str]) -> list[str]:
@@ -217,23 +253,25 @@ def _check_path(out_dir: str) -> None:
         )
 
 
-def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
-    """Writes the script into the run's folder and submits it. Returns a line that describes the job."""
+def _submit(job: BatchJob, options: Sequence[str] = ()) -> str:
+    """Writes a script into the run's folder, submits it, prints a line, and returns the job's number."""
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
-    folder = Path(config.out_dir)
+    folder = Path(job.config.out_dir)
     is_new = not folder.exists()
     log = folder / LOG_FOLDER
     path = folder / SCRIPT_NAME
     # The lock is held only while writing, because the job locks the folder when it starts.
-    with locked_run_folder(config, datetime.now()):
+    with locked_run_folder(job.config, datetime.now()):
         log.mkdir(exist_ok=True)
-        write_private(path, script)
-        write_private(folder / OVERRIDES_NAME, "".join(f"{override}\n" for override in overrides))
-    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
+        write_private(path, job.script)
+        write_private(folder / OVERRIDES_NAME, "".join(f"{override}\n" for override in job.overrides))
+    done = subprocess.run([sbatch, "--parsable", *options, str(path)], capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return f"submitted job {done.stdout.strip().partition(';')[0]}: {path}; it writes to {log}"
+        number = done.stdout.strip().partition(";")[0]
+        print(f"submitted job {number}: {path}; it writes to {log}", flush=True)
+        return number
     if is_new:
         shutil.rmtree(folder)
     reason = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
@@ -317,8 +355,15 @@ def _check_extra(key: str, option: str) -> None:
         )
 
 
-def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], folder: Path, rank_bytes: int) -> str:
-    """Returns the batch script of a run.
+def render(
+    config: TrainConfig,
+    slurm: SlurmConfig,
+    overrides: Sequence[str],
+    folder: Path,
+    rank_bytes: int,
+    module: str = "launch.train",
+) -> str:
+    """Returns the batch script of a run, or of another command (`module`) with its layout.
 
     Args:
         config: the run's configuration; `out_dir` is an absolute path that all attempts of the job share.
@@ -329,6 +374,7 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
     cpus = slurm.cpus_per_node if slurm.cpus_per_node is not None else ranks * config.cluster.threads_per_rank
     checkout = config_dir().parent
     words = {
+        "module": module,
         "name": config.name,
         "nodes": str(config.parallelism.world_size // ranks),
         "ranks_per_node": str(ranks),

@@ -68,13 +68,13 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, int]:
-    """Returns the checked configuration, which never resumes or restarts, and the number of layouts."""
+    """Returns the checked configuration, whose ranks never restart, and the number of random layouts."""
     with system_errors():
         values = compose("verify", overrides)
         layouts = decode(NonNegativeInt, values.pop(_KEY), _KEY)
         config = read_run(values)
         check(config)
-        config = replace(config, resume=None, cluster=replace(config.cluster, max_restarts=0))
+        config = replace(config, cluster=replace(config.cluster, max_restarts=0))
         choose_trials(config, layouts, check_rules)
         return config, layouts
 

@@ -213,6 +213,21 @@ def test_submit_hands_the_script_in_the_folder_to_sbatch(
     assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
 
 
+def test_run_starts_only_after_its_verification_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place_sbatch(tmp_path, monkeypatch, f'echo "$@" >> {tmp_path}/calls; echo 17')
+    run = tmp_path / "run"
+    assert main([f"out_dir={run}", "experiment=quickstart", "verify=true"]) == 0
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"--parsable {run}-verify/job.sbatch",
+        f"--parsable --dependency=afterok:17 --kill-on-invalid-dep=yes {run}/job.sbatch",
+    ]
+    before, after = ((folder / "job.sbatch").read_text() for folder in (Path(f"{run}-verify"), run))
+    assert '-m launch.verify "$@"' in before
+    assert "may_requeue=0" in before.splitlines()
+    assert '-m launch.train "$@"' in after
+    assert f"out_dir={run}-verify" in (Path(f"{run}-verify") / "overrides.txt").read_text()
+
+
 def test_script_is_readable_by_its_user_alone_from_its_creation_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

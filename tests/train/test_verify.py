@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comm.config import ParallelismConfig
+from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.registry import ScheduleConfig
 from launch.config.rules import check_rules
@@ -16,8 +17,10 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from tests.train.verify_faults import PLANTED
 from train.config import TrainConfig
-from train.verify.checks import Outcome, Verification, run_checks
+from train.verify.checks import Outcome, Place, Verification, run_checks
 from train.verify.layouts import choose_trials
+from train.verify.places import misplaced
+from train.verify.rates import below_preset, partners, slow_places
 from train.verify.run import CHECKS
 
 NONE = "none"
@@ -31,15 +34,18 @@ def run_config(folder: Path) -> TrainConfig:
     )
 
 
-def verify(rank: int, world_size: int, config: TrainConfig, faults: list[str]) -> list[list[Outcome]]:
+def verify(
+    rank: int, world_size: int, config: TrainConfig, faults: list[str], num_sampled: int = 0
+) -> list[list[Outcome]]:
     """Returns the outcomes of a verification with each fault in turn; `none` is no fault."""
-    trials = choose_trials(config, 0, check_rules)
+    trials = choose_trials(config, num_sampled, check_rules)
     outcomes = []
     for fault in faults:
         with ExitStack() as stack:
             if fault != NONE:
                 PLANTED[fault].plant(rank, stack)
             folder = Path(config.out_dir)
+            folder.mkdir(exist_ok=True)
             log = CollectiveLog()
             device = torch.device("cpu")
             verification = Verification(config=config, device=device, log=log, trials=trials, folder=folder)
@@ -73,6 +79,48 @@ def assert_all_named(config: TrainConfig, faults: list[str]) -> None:
     assert not problems, "\n\n".join(problems)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 13, 17, 40])
+def test_partners_of_a_round_have_each_other(world: int) -> None:
+    rounds = list(zip(*(partners(rank, world) for rank in range(world)), strict=True))
+    for others in rounds:
+        assert all(other is None or others[other] == rank != other for rank, other in enumerate(others))
+    pairs = {frozenset((rank, other)) for others in rounds for rank, other in enumerate(others) if other is not None}
+    assert len(pairs) == world * (world - 1) // 2 or (world > 16 and len(set().union(*pairs)) == world)
+
+
+def test_slow_places_are_links_or_ranks_whose_links_are_all_slow() -> None:
+    pairs: dict[tuple[int, ...], float] = {(one, other): 8.0 for other in range(4) for one in range(other)}
+    assert slow_places(pairs, 0.5) == {}
+    assert slow_places({**pairs, (1, 2): 1.0}, 0.5) == {(1, 2): 0.125}
+    assert slow_places({pair: 2.0 if 2 in pair else 8.0 for pair in pairs}, 0.5) == {(2,): 0.25}
+    assert slow_places({(0,): 1.0, (1,): 8.0}, 0.5) == {(0,): 0.125}
+
+
+def test_rates_below_half_of_the_preset_are_named_with_its_key() -> None:
+    cluster = replace(tiny_config(Path()).cluster, ranks_per_node=1, peak_flops=4.0, inter_node_bytes_per_second=10.0)
+    layout = Layout(ParallelismConfig(pipeline=1, data=2, expert=1), 1)
+    found = list(below_preset({"product": {(0,): 3.0, (1,): 1.0}, "link": {(0, 1): 4.0}}, cluster, layout))
+    assert [(one.rank, one.difference) for one in found] == [
+        (1, "is 0.25 of cluster.peak_flops=4"),
+        (0, "is 0.4 of cluster.inter_node_bytes_per_second=10"),
+    ]
+
+
+def test_ranks_on_wrong_devices_and_hosts_are_named() -> None:
+    cluster = replace(tiny_config(Path()).cluster, device="cuda", backend="nccl", ranks_per_node=2)
+    place = Place(rank=0, local_rank=0, host="a", device_type="cuda", device_index=0, device="x")
+    other = replace(place, rank=1, local_rank=1, device_index=1, device="y")
+    assert list(misplaced([place, other], cluster)) == []
+    wrong = {
+        "device": [replace(other, device="x"), replace(other, device_index=0), replace(other, device_type="cpu")],
+        "host": [replace(other, host="b")],
+    }
+    for subject, places in wrong.items():
+        for moved in places:
+            (failure,) = misplaced([place, moved], cluster)
+            assert (failure.rank, failure.subject) == (1, subject)
+
+
 @pytest.mark.slow
 def test_faults_of_two_ranks_are_named(tmp_path: Path) -> None:
     config = replace(run_config(tmp_path), parallelism=ParallelismConfig(pipeline=1, data=2, expert=2))
@@ -82,3 +130,13 @@ def test_faults_of_two_ranks_are_named(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_planted_faults_are_named(tmp_path: Path) -> None:
     assert_all_named(run_config(tmp_path), [NONE, *PLANTED])
+
+
+@pytest.mark.exhaustive
+def test_no_check_fails_over_forty_random_layouts(tmp_path: Path) -> None:
+    for seed in range(2):
+        config = replace(run_config(tmp_path), seed=seed)
+        trials = choose_trials(config, 20, check_rules)
+        assert sum(not trial.axis for trial in trials) == 21
+        (outcomes,) = run_ranks(4, verify, config, [NONE], 20, timeout_seconds=500)[0]
+        assert_named(NONE, outcomes)

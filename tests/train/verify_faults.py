@@ -1,8 +1,10 @@
 """Faults that tests plant in rank processes, each by replacing one function, and how a verification names them."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,10 +14,13 @@ from torch import Tensor
 from comm.watchdog.collective_log import CollectiveLog
 from model.block import RoutedExperts
 from train import learner, startup, step, world
+from train.checkpoint import locate
+from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
+from train.optim import staged
 from train.optim.adamw import EMBEDDING, ReplicatedAdamW
 from train.replica import BatchReader, Replica
-from train.verify import places, runs, steps
+from train.verify import places, rates, runs, steps
 
 Plant = Callable[[int, ExitStack], None]
 """Plants a fault on a rank until the stack closes."""
@@ -135,6 +140,34 @@ def other_schedule(original: Any, config: TrainConfig, *rest: Any) -> Any:
 
 def renamed(original: Any, log: CollectiveLog, group: str, ranks: Any, name: str, *rest: Any, **keys: Any) -> Any:
     return original(log, group, ranks, "sum of loads" if name == "sum of router loads" else name, *rest, **keys)
+
+
+def slow_pair(original: Any, rows: Tensor, partner: int, rank: int) -> None:
+    time.sleep(0.05 * ({partner, rank} == {1, 2}))
+    original(rows, partner, rank)
+
+
+def slow_runs(original: Any, device: torch.device, run: Callable[[], object]) -> float:
+    def slower() -> None:
+        time.sleep(0.05)
+        run()
+
+    return original(device, slower)
+
+
+def corrupted(original: Any, saver: CheckpointSaver) -> Path | None:
+    folder: Path | None = original(saver)
+    if folder is not None and saver._rank == 0:
+        path = next(iter(sorted(folder.glob("*.safetensors"))))
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    return folder
+
+
+def forget_moments(original: Any, optimizer: staged.StagedAdamW) -> None:
+    original(optimizer)
+    for name, moment in optimizer.state().items():
+        if name.endswith("exp_avg_sq"):
+            moment.local.mul_(2)  # type: ignore[union-attr]
 
 
 ONE = "model.layers.1.self_attn.o_proj.weight"
@@ -279,6 +312,41 @@ PLANTED: dict[str, Planted] = {
         ranks=(0, 1, 2, 3),
         subject="gradient norm",
         cause="norm counts",
+    ),
+    "slow link": Planted(
+        plant=wrapped(rates, "_ping_pong", slow_pair),
+        check="rates",
+        ranks=(1,),
+        subject="link between ranks 1 and 2",
+        cause="slower cable",
+    ),
+    "slow rank": Planted(
+        plant=wrapped(rates, "_best", slow_runs, (2,)),
+        check="rates",
+        ranks=(2,),
+        subject="product rate",
+        cause="throttled",
+    ),
+    "corrupted checkpoint": Planted(
+        plant=wrapped(CheckpointSaver, "close", corrupted),
+        check="checkpoint",
+        ranks=(0,),
+        subject="checkpoint file .*safetensors",
+        cause="changed a file",
+    ),
+    "damaged checkpoint accepted": Planted(
+        plant=wrapped(locate, "_check_file", lambda original, *args, **keys: None),
+        check="checkpoint",
+        ranks=(0,),
+        subject="safetensors",
+        cause="not compared with the hashes",
+    ),
+    "moments of a checkpoint are not loaded": Planted(
+        plant=wrapped(staged.StagedAdamW, "loaded", forget_moments),
+        check="checkpoint",
+        ranks=(0, 1, 2, 3),
+        subject="weight of ",
+        cause="not saved",
     ),
     "sequences of another rank": Planted(
         plant=wrapped(

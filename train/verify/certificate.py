@@ -19,7 +19,8 @@ _STYLE = """
 :root{color-scheme:light dark;font:15px/1.45 system-ui,sans-serif}
 body{max-width:72rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%;margin:1rem 0}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #8885;vertical-align:top;overflow-wrap:anywhere}
+th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #8885;vertical-align:top;overflow-wrap:break-word}
+th,td:nth-child(-n+2){white-space:nowrap}
 .passed{color:#1a7f37}.failed{color:#cf222e;font-weight:600}.not{opacity:.6}
 .wide{overflow-x:auto}td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 """
@@ -100,7 +101,7 @@ def page_of(values: dict[str, Any]) -> str:
     parts = [
         f"<h1>Verification of {escape(values['name'])}: "
         f"<span class={str(values['verdict']).split()[0]}>{escape(values['verdict'])}</span></h1>",
-        f"<p>{escape(values['created'])}, {values['seconds']} s, layout {escape(json.dumps(values['layout']))}</p>",
+        f"<p>{escape(values['created'])}, {values['seconds']} s, {escape(_listed(values['layout']))}</p>",
         _table(("verdict", "check", "about", "result", "measured", "tolerance", "seconds"), checks),
         "<h2>Failures</h2>" + _table(("check", "rank", "subject", "difference", "likely cause"), failures)
         if failures
@@ -114,6 +115,10 @@ def page_of(values: dict[str, Any]) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _facts(title: str, facts: dict[str, Any] | list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -137,8 +137,3 @@ def _run(entry: CheckEntry, verification: Verification) -> Outcome:
         seconds=time.perf_counter() - started,
         failures=tuple(failures[:MOST_FAILURES]),
     )
-
-
-def with_cause(failures: Sequence[Failure], cause: str) -> list[Failure]:
-    """Returns failures with another likely cause."""
-    return [replace(failure, cause=cause) for failure in failures]

@@ -20,7 +20,7 @@ from train.tasks.registry import open_task
 from train.verify.causes import Evidence, Share, explain
 from train.verify.checks import Failure, Findings, Verification
 from train.verify.layouts import CONFIGURED, Trial
-from train.verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, opened_learner
+from train.verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, loss_names, opened_learner
 from train.verify.steps import (
     Difference,
     PlainModel,
@@ -110,7 +110,7 @@ class _Comparison:
             for step, expected in enumerate(self._plain.steps):
                 values = run_step(learner, config, self._loader, step).on_host()
                 totals = list(self._totals(values, expected))
-                own = list(rank_differences(values, expected, _loss_names(config), self._tolerance))
+                own = list(rank_differences(values, expected, loss_names(config), self._tolerance))
                 own = [one for one in own if one.kind != "weight"]
                 own += self._weights(values.weights, expected.weights, before)
                 by_rank = self._gather(own)
@@ -272,10 +272,6 @@ class _Parts:
         return found
 
 
-def _loss_names(config: TrainConfig) -> tuple[str, ...]:
-    return open_task(config.task, config.model, config.batch).names
-
-
 def differing_copies(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[Failure]:
     """Compares each tensor bit by bit with the copy of the lowest rank that holds one. All ranks call it."""
     rank = dist.get_rank()
@@ -322,7 +318,7 @@ def check_overlap(verification: Verification) -> Findings:
     failures = []
     for step, (one, other) in enumerate(zip(steps["overlapped"], steps["sequential"], strict=True), 1):
         reduced = replace(other, gradients=other.reduced)
-        differing = list(rank_differences(one, reduced, _loss_names(trial.config), tolerance))
+        differing = list(rank_differences(one, reduced, loss_names(trial.config), tolerance))
         differing += tensor_differences("gradient", one.gradients, other.gradients, tolerance)
         failures += [
             Failure(

@@ -1,21 +1,25 @@
 """Verifies a job on all of its ranks: `verify_job` runs every check and writes the certificate."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import distributed as dist
 
 from comm.agreement import broadcast_first
-from comm.exits import EXIT_UNVERIFIED
+from comm.exits import EXIT_PREEMPTED, EXIT_UNVERIFIED
 from comm.groups import start
 from comm.watchdog.collective_log import cuda_mark
 from train.config import TrainConfig
+from train.errors import PreemptedError
 from train.run import JoinedRank, run_in_job
 from train.verify.certificate import Certificate
 from train.verify.checks import CheckEntry, Verification, run_checks
 from train.verify.equality import check_copies, check_equality, check_overlap
 from train.verify.layouts import Trial
 from train.verify.places import check_order, check_peers, check_versions
+from train.verify.rates import check_rates
+from train.verify.resuming import check_checkpoint
 
 _SAME = ("peers", "versions")
 
@@ -35,6 +39,13 @@ CHECKS = (
         run=check_overlap,
         needs=(*_SAME, "equality"),
     ),
+    CheckEntry(
+        name="checkpoint",
+        about="a damaged checkpoint is refused, a whole one resumes in another layout",
+        run=check_checkpoint,
+        needs=(*_SAME, "equality"),
+    ),
+    CheckEntry(name="rates", about="no link or rank is slow; times for the planner", run=check_rates, needs=_SAME),
     CheckEntry(name="order", about="ranks agree on the order of collectives", run=check_order, needs=_SAME),
 )
 """All checks, in their order. A new check is one entry."""
@@ -43,12 +54,16 @@ CHECKS = (
 def verify_job(config: TrainConfig, trials: Sequence[Trial], *, reports_on_stderr: bool = False) -> int:
     """Runs all checks on this rank of the job. Every rank calls it.
 
-    Returns the exit code: 0 if all checks passed, 3 if one failed. A rank that is lost or does not respond ends all
-    ranks with 78 or 76, as in training.
+    Returns the exit code: 0 if all checks passed, 3 if one failed, 75 if it was preempted. A rank that is lost or does
+    not respond ends all ranks with 78 or 76, as in training.
     """
 
     def verify(joined: JoinedRank) -> int:
-        return _verify(joined, config, trials)
+        try:
+            return _verify(joined, replace(config, resume=None), trials)
+        except PreemptedError as error:  # on all ranks, between two steps
+            joined.lines.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
+            return EXIT_PREEMPTED
 
     return run_in_job(config, verify, reports_on_stderr=reports_on_stderr)
 

@@ -85,6 +85,11 @@ def loader_of(config: TrainConfig) -> Loader:
     return Loader(corpus_of(config), sizes=config.batch_sizes, seed=config.data.seed)
 
 
+def loss_names(config: TrainConfig) -> tuple[str, ...]:
+    """Returns the names of the losses of a small run."""
+    return open_task(config.task, config.model, config.batch).names
+
+
 class ScheduleDiffersError(Exception):
     """Raised on all ranks if some of them would follow another schedule than rank 0."""
 
