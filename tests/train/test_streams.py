@@ -16,6 +16,7 @@ from dualpipe.simulate.costs import Costs, uniform
 from tests.comm.backends import Setting
 from tests.dualpipe.random_schedules import offloaded
 from tests.launch.test_config import build as build_run
+from train.errors import ConfigError
 from train.streams.check import check_streams, group_ctas
 from train.streams.rules import DeviceRules, find_cycle
 from train.streams.step import StepRecorder, StepShape, record_step
@@ -276,3 +277,7 @@ def test_configured_run_is_checked_with_its_environment() -> None:
     assert "proved that all ranks make progress" in check_streams(config, {})
     for environment in ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}):
         assert "ranks can wait for each other: rank " in check_streams(config, environment)
+    with pytest.raises(
+        ConfigError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be a whole number, is x; nearest valid"
+    ):
+        check_streams(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "x"})

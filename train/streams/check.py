@@ -13,6 +13,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.program import Lane
 from model.config import LAYER, ModelConfig
 from train.config import TrainConfig
+from train.errors import broken
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.schedule.timing import planning_schedule
 from train.streams.rules import DeviceRules, find_cycle
@@ -20,12 +21,14 @@ from train.streams.step import StepShape, record_step
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
-_RANK_CONNECTIONS = "32"  # as the launcher sets it
 _NUM_SMS = 132
 
 
 def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> str:
     """Checks a run with at most two micro-batches for each rank, and returns the result in one line."""
+    connections = environment.get(_CONNECTIONS, "32")  # as the launcher sets it
+    if not connections.isdecimal():
+        raise broken(_CONNECTIONS, "must be a whole number", connections, "32, or unset it")
     slices = config.schedule.slices
     few = -(-2 * config.parallelism.pipeline // slices) * slices
     schedule = planning_schedule(config, min(config.num_micro_batches, few))
@@ -36,7 +39,7 @@ def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> str:
         return f"{size}: {len(problems)} uses of tensors have no order, the first: {problems[0]}"
     rules = DeviceRules(
         sms=config.cluster.num_sms or _NUM_SMS,
-        queues=int(environment.get(_CONNECTIONS, _RANK_CONNECTIONS)),
+        queues=int(connections),
         orders_starts=environment.get(_LAUNCH_ORDER, "0") != "0",
     )
     cycle = find_cycle(traces, rules)
