@@ -277,7 +277,5 @@ def test_configured_run_is_checked_with_its_environment() -> None:
     assert "proved that all ranks make progress" in check_streams(config, {})
     for environment in ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}):
         assert "ranks can wait for each other: rank " in check_streams(config, environment)
-    with pytest.raises(
-        ConfigError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be a whole number, is x; nearest valid"
-    ):
+    with pytest.raises(ConfigError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be a whole number, is x; nearest valid"):
         check_streams(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "x"})
