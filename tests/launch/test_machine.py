@@ -354,3 +354,16 @@ def test_advice_takes_less_than_3_seconds_of_cpu_time(arguments: list[str], advi
     assert advice in done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rank_of_torchrun_whose_device_has_too_little_memory_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object, *, reports_on_stderr: bool) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train_rank", fail)
+    monkeypatch.setattr(train, "out_of_memory_line", lambda config, rules, rank, error: f"memory: rank {rank}: {error}")
+    monkeypatch.setenv("RANK", "3")
+    assert train._train_as_rank(build()) == 79
+    assert capsys.readouterr().err == "error: memory: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB\n"
