@@ -213,7 +213,8 @@ class Transformer(nn.Module):
                 if routing is not None:
                     balance = routing.balance(batch.documents, self.context)
                     sums.add(BALANCE, balance)
-                    total = total + objective.balance * balance
+                    if objective.balance:
+                        total = total + objective.balance * balance
             loss, onward = self.head_loss(depth, hidden, batch, objective, sums, None)
             total = total + loss
             if onward is not None:

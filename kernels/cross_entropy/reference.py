@@ -77,17 +77,18 @@ def linear_cross_entropy(
         logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
         if kept_ids_NK is not None:
             exclude_dropped_(logits_CV, kept_ids_NK[chunk])
-        logs_CV = torch.log_softmax(logits_CV, -1)
-        del logits_CV
-        log_probs_C1 = logs_CV.gather(1, places_C1).masked_fill_(targets_C1 == IGNORE, 0)
+        # The most probable token has probability 1 / sum(exp(x - max)), so one pass of exponentials gives both.
+        probs_CV = torch.softmax(logits_CV, -1)
+        log_sums_C1 = logits_CV.amax(-1, keepdim=True) - probs_CV.amax(-1, keepdim=True).log_()
+        log_probs_C1 = (logits_CV.gather(1, places_C1) - log_sums_C1).masked_fill_(targets_C1 == IGNORE, 0)
         scores.log_probs_N[chunk] = log_probs_C1[:, 0]
-        if not wants_rows and not wants_head:
-            del logs_CV  # frees memory before the next chunk's logits are computed
-            continue
-        # Derivative of -log p in each logit: softmax minus 1 at the target, also for ignored targets.
-        slopes_CV = logs_CV.exp_().scatter_add_(1, places_C1, logs_CV.new_full(places_C1.shape, -1.0))
-        add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_slopes)
-        del logs_CV, slopes_CV  # frees memory before the next chunk's logits are computed
+        del logits_CV
+        if wants_rows or wants_head:
+            # Derivative of -log p in each logit: softmax minus 1 at the target, also for ignored targets.
+            slopes_CV = probs_CV.scatter_add_(1, places_C1, probs_CV.new_full(places_C1.shape, -1.0))
+            add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_slopes)
+            del slopes_CV
+        del probs_CV  # frees memory before the next chunk's logits are computed
     return scores
 
 

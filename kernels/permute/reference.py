@@ -49,13 +49,13 @@ def unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = No
     dtype = dtype or rows_AD.dtype
     wide = torch.float64 if rows_AD.dtype == torch.float64 else torch.float32
     num_columns = rows_AD.shape[1]
+    # Without absent places one call sums all tokens, if rows are in the type of the sum.
+    is_ready = rows_AD.dtype == wide and rows_AD.is_contiguous()
+    if is_ready and dtype == wide and rows_AD.numel() and places_TK.numel() and int(places_TK.min()) >= 0:
+        return functional.embedding_bag(places_TK, rows_AD, mode="sum")
     out_ND = rows_AD.new_zeros(places_TK.shape[0], num_columns, dtype=dtype)
     if rows_AD.numel() == 0:
         return out_ND
-    # Without absent places one call sums all tokens, if rows are in the type of the sum.
-    is_ready = rows_AD.dtype == wide and rows_AD.is_contiguous()
-    if is_ready and dtype == wide and places_TK.numel() and int(places_TK.min()) >= 0:
-        return functional.embedding_bag(places_TK, rows_AD, mode="sum")
     chunk_tokens = max(1, CHUNK_NUMBERS // max(1, num_columns * places_TK.shape[1]))
     for places_CK, out_CD in zip(places_TK.split(chunk_tokens), out_ND.split(chunk_tokens), strict=True):
         # The places in use, P, of C tokens in order, and where those of each token begin.
