@@ -17,7 +17,7 @@ from kernels.few_rows import few_rows_experts, few_rows_linear
 from kernels.swiglu.reference import swiglu
 from model.attention.form import Attention
 from model.config import ModelConfig
-from model.linear import Projection, WeightSink, widen
+from model.linear import Projection, WeightSink, join_storage, widen
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linears import ExpertWeights, Linears, LocalRows, Rows, Wire
 from model.router import Route, Router, Routing
@@ -254,6 +254,7 @@ class Mlp(nn.Module):
         self._linears = linears
         self.gate_proj = Projection(hidden, intermediate, dtype)
         self.up_proj = Projection(hidden, intermediate, dtype)
+        join_storage(self.gate_proj, self.up_proj)
         self.down_proj = Projection(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import RowScores, RowSlopes
-from kernels.rms_norm import normalize_backward, rms_norm
-from kernels.rms_norm.reference import inverse_rms
+from kernels.rms_norm import inverse_rms, normalize_backward, rms_norm
 from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
@@ -100,8 +99,10 @@ class _Merge(torch.autograd.Function):
         grad_projection = deliver_product(projection_DE, grad.flatten(0, -2), rows, ctx.sink)
         # The gradient of [norm(embedded), norm(hidden)], then back through each norm.
         grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
-        grad_embedded, grad_enorm = normalize_backward(grad_left, embedded, inverse_rms(embedded, eps), enorm_D)
-        grad_hidden, grad_hnorm = normalize_backward(grad_right, hidden, inverse_rms(hidden, eps), hnorm_D)
+        grad_embedded, grad_enorm = normalize_backward(
+            grad_left, embedded, inverse_rms(embedded, enorm_D, eps), enorm_D
+        )
+        grad_hidden, grad_hnorm = normalize_backward(grad_right, hidden, inverse_rms(hidden, hnorm_D, eps), hnorm_D)
         return grad_embedded, grad_hidden, grad_enorm, grad_hnorm, grad_projection, None, None
 
 

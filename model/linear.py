@@ -140,6 +140,29 @@ class Projection(nn.Module):
         return linear(x, self.weight, sink)
 
 
+def join_storage(*maps: Projection) -> None:
+    """Makes the weights of maps of one input parts of one matrix, so that `join_weights` need not copy them."""
+    weights = [projection.weight for projection in maps]
+    joint_NK = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], requires_grad=False)
+    for projection, part in zip(maps, joint_NK.split([len(weight) for weight in weights]), strict=True):
+        projection.weight = nn.Parameter(part)
+
+
+def join_weights(weights_NK: Sequence[Tensor]) -> Tensor:
+    """Returns several maps as one: a view if they follow each other in memory, else a copy."""
+    # Separate products of narrow matrices would read all rows several times.
+    first = weights_NK[0]
+    if len(weights_NK) == 1:
+        return first
+    storage = first.untyped_storage()._cdata
+    end = first.storage_offset()
+    for weight in weights_NK:
+        if weight.untyped_storage()._cdata != storage or weight.storage_offset() != end or not weight.is_contiguous():
+            return torch.cat(tuple(weights_NK))
+        end += weight.numel()
+    return first.as_strided((sum(map(len, weights_NK)), first.shape[1]), first.stride())
+
+
 def widen(x: Tensor) -> Tensor:
     """Returns x in float32, or unchanged if it is wider: norms, router and losses compute in this type."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

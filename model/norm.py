@@ -3,7 +3,7 @@
 Shape legend: A rows, N outputs of a linear map.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.rms_norm import normalize_backward, rms_norm
-from kernels.rms_norm.reference import inverse_rms, normalize
-from model.linear import WeightSink, deliver_products
+from kernels.rms_norm import normalize, normalize_backward, rms_norm
+from model.linear import WeightSink, deliver_products, join_weights
 
 
 class RmsNorm(nn.Module):
@@ -80,7 +79,7 @@ class _NormedLinear(torch.autograd.Function):
         # All maps of the norm as one product: [A, N].
         outs = [normal_AD.view_as(x)] if options.gives_normal else []
         if weights_ND:
-            weight_ND = _join(weights_ND, options.type_of(weights_ND[0]))
+            weight_ND = join_weights(weights_ND).to(options.type_of(weights_ND[0]))
             out_AN = normal_AD.to(weight_ND.dtype) @ weight_ND.t()
             outs.append(out_AN.view(*x.shape[:-1], out_AN.shape[1]))
         return tuple(outs)
@@ -98,11 +97,16 @@ class _NormedLinear(torch.autograd.Function):
         if weights_ND:
             grad_AN = grads_AX[-1]
             # Both ways into the norm's output are summed, then the norm's own backward follows.
-            part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
+            part_AD = grad_AN @ join_weights(weights_ND).to(grad_AN.dtype)
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
             # The weight gradient waits for W, and recomputes the norm there unless it was kept.
-            normal = _normal(x_AD, scale_A1, norm_weight_D, saved_normal)
-            grad_weights = deliver_products(weights_ND, grad_AN, lambda: normal().to(grad_AN.dtype), options.sink)
+
+            def rows() -> Tensor:
+                if saved_normal:
+                    return saved_normal[0].to(grad_AN.dtype)  # type: ignore[no-any-return]
+                return normalize(x_AD, norm_weight_D, options.eps, lambda: scale_A1).to(grad_AN.dtype)
+
+            grad_weights = deliver_products(weights_ND, grad_AN, rows, options.sink)
         grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
@@ -117,7 +121,7 @@ class _LinearOfNormal(torch.autograd.Function):
         ctx.save_for_backward(normal_AD if options.keeps_normal else x.flatten(0, -2), norm_weight_D, *weights_ND)
         ctx.options = options
         ctx.shape = normal.shape
-        out_AN = normal_AD @ _join(weights_ND, normal.dtype).t()
+        out_AN = normal_AD @ join_weights(weights_ND).to(normal.dtype).t()
         return out_AN.view(*normal.shape[:-1], out_AN.shape[1])
 
     @staticmethod
@@ -129,21 +133,12 @@ class _LinearOfNormal(torch.autograd.Function):
         def rows() -> Tensor:
             if options.keeps_normal:
                 return kept_AD  # type: ignore[no-any-return]
-            return normalize(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
+            return rms_norm(kept_AD, norm_weight_D, options.eps)[0]
 
         grad_weights = deliver_products(weights_ND, grad_AN, rows, options.sink)
         # The gradient of the norm's output; the norm's own backward belongs to the caller.
-        grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
+        grad = (grad_AN @ join_weights(weights_ND).to(grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights
-
-
-def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Joins several maps into one product: separate narrow matrices would read all rows several times."""
-    return (weights_ND[0] if len(weights_ND) == 1 else torch.cat(tuple(weights_ND))).to(dtype)
-
-
-def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, saved: Sequence[Tensor]) -> Callable[[], Tensor]:
-    return lambda: saved[0] if saved else normalize(x_AD, scale_A1, norm_weight_D)
 
 
 def normed_linear(

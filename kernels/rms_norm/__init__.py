@@ -3,9 +3,11 @@
 Triton's kernels hold whole rows: plain PyTorch runs instead if a row does not fit a program or is not contiguous.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from kernels.operation import operation
+from kernels.operation import operation, runs_as_on_cuda
 from kernels.rms_norm import reference
 
 
@@ -24,3 +26,13 @@ rms_norm_quantize = operation(reference.rms_norm_quantize, cuda="triton", fits=l
 rms_norm_backward_from_codes = operation(
     reference.rms_norm_backward_from_codes, cuda="triton", fits=lambda grad_AD, *rest: _fit_program(grad_AD)
 )
+
+
+def inverse_rms(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Computes the second result of `rms_norm` alone, in one kernel where that computes both."""
+    return rms_norm(x, weight_D, eps)[1] if runs_as_on_cuda(x.device) else reference.inverse_rms(x, eps)
+
+
+def normalize(x: Tensor, weight_D: Tensor, eps: float, scale: Callable[[], Tensor]) -> Tensor:
+    """Computes the first result of `rms_norm` again, from the second if that takes less time."""
+    return rms_norm(x, weight_D, eps)[0] if runs_as_on_cuda(x.device) else reference.normalize(x, scale(), weight_D)

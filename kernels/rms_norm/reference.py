@@ -14,7 +14,7 @@ LARGEST_COLUMNS = 2**13  # above this, the sums for the weight do not fit a prog
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """Computes 1 / sqrt(mean(x^2) + eps) over the last dim, [..., 1], in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 

@@ -17,7 +17,7 @@ from comm.protocol import Rows
 from kernels.attention import choose_block_kernel
 from kernels.attention.block_kernels import BlockKernel
 from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
-from model.attention.core import HeadLayout, Rotated
+from model.attention.core import HeadLayout
 from model.linear import deliver_gradient
 from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears, NormAndUpGradients
 
@@ -80,12 +80,12 @@ class _MixInContext(torch.autograd.Function):
             if merged is None:
                 # Rows of other ranks travel meanwhile.
                 query = layout.new_query()
-                layout.fill_query(ends, blocks.rotation(context.index), query)
+                layout.fill_query(ends, blocks.turns_of(context.index), query)
                 merged = MergedAttention(query, layout.value_width)
             # Keys and values of one rank at a time, so memory does not grow with the group.
             key, value = keys_and_values.of(index)
             keys = linears.restore_keys(rows, weights, options)
-            layout.fill_key_and_value(keys, blocks.rotation(index), key, value)
+            layout.fill_key_and_value(keys, blocks.turns_of(index), key, value)
             # Softmax over parts of the keys: the merge keeps a running maximum and sum for each query.
             merged.add(blocks.tiles(index), (query, key, value), blocks.kernel, options.shape.scale)
             # A slice's earlier rows are kept here. Ranks that share a sequence exchange them again in the backward.
@@ -132,8 +132,8 @@ class _MixInContext(torch.autograd.Function):
         # Gradients of rows travel while those of queries pass their projection.
         out_BTR, _, _ = options.split(grad_BTX)
         grad_heads = backward.grad_query_BTHQ.to(grad_BTX.dtype)
-        rotation = blocks.rotation(options.context.index)
-        query = ends.queries_backward(blocks.layout.query_gradient(grad_heads, rotation), out_BTR)
+        turns = blocks.turns_of(options.context.index)
+        query = ends.queries_backward(blocks.layout.query_gradient(grad_heads, turns), out_BTR)
         grad_BTX[..., out_BTR.shape[-1] :] = work.wait()
         return grad_BTD, grad_BTX, None, None, *query, *latents.gradients(), grad_out
 
@@ -153,10 +153,9 @@ class _Blocks:
         starts = None if options.documents is None else options.documents.first_tokens
         self._cut = SegmentCut(num_sequences=batch, edges=self.parts.edges, starts=starts)
 
-    def rotation(self, index: int) -> Rotated:
-        """Returns cos and sin of the positions of a rank's tokens."""
-        cos, sin = (self.parts.take(table, index, 0) for table in self._options.rotation)
-        return cos, sin
+    def turns_of(self, index: int) -> Tensor:
+        """Returns the turns of the positions of a rank's tokens."""
+        return self.parts.take(self._options.turns_TP, index, 0)
 
     def tiles(self, index: int) -> list[VisibleTile]:
         return visible_tiles(self._cut, self.parts.held[self._options.context.index], self.parts.held[index])
@@ -170,7 +169,7 @@ class _Blocks:
             query = saved[1]
         else:
             query = layout.new_query()
-            layout.fill_query(ends, self.rotation(self._options.context.index), query)
+            layout.fill_query(ends, self.turns_of(self._options.context.index), query)
         # The kernel's backward reads the output in its padded layout.
         mixed_BTHW = layout.new_value()
         layout.fill_mixed(ends.mixed(), mixed_BTHW.transpose(1, 2))
@@ -234,17 +233,17 @@ class _LatentBackward:
     def contribute(self, index: int, rows: Rows) -> Tensor:
         """Returns this rank's part of the gradient of a rank's rows, BTC."""
         layout = self._blocks.layout
-        rotation = self._blocks.rotation(index)
+        turns = self._blocks.turns_of(index)
         key, value = self._keys_and_values.of(index)
         keys = self._linears.restore_keys(rows, self._weights, replace(self._options, sink=self._up))
         # Keys and values of this rank's tokens again: [B, T, H, ...].
-        layout.fill_key_and_value(keys, rotation, key, value)
+        layout.fill_key_and_value(keys, turns, key, value)
         # Adds to the query's gradient, and returns those of these keys and values.
         grad_key, grad_value = self._backward.add(self._blocks.tiles(index), key, value)
         shape = self._options.shape
         # Back through the up-projection into the latent (L), and through the rotation into the shared key.
         grad_BTC = key.new_empty(*key.shape[:2], shape.latent + shape.rope)
-        grad_TE = layout.key_gradient(grad_key, grad_value, rotation, grad_BTC[..., shape.latent :])
+        grad_TE = layout.key_gradient(grad_key, grad_value, turns, grad_BTC[..., shape.latent :])
         gradients = keys.keys_and_values_backward(grad_TE, grad_BTC[..., : shape.latent])
         if gradients.norm is not None:
             self._norm = gradients.norm if self._norm is None else self._norm + gradients.norm

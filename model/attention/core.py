@@ -127,8 +127,8 @@ class _MixHeads(torch.autograd.Function):
         ctx.inner_tensors = ()
         # The up-projections: each writes its part of the gradient of the compressed values, BTX.
         out_BTR, out_BTL, out_key = options.split(grad_BTX)
-        query = ends.queries_backward(kernel.layout.query_gradient(grad_heads[0], options.rotation), out_BTR)
-        grad_TE = kernel.layout.key_gradient(grad_heads[1], grad_heads[2], options.rotation, out_key)
+        query = ends.queries_backward(kernel.layout.query_gradient(grad_heads[0], options.turns_TP), out_BTR)
+        grad_TE = kernel.layout.key_gradient(grad_heads[1], grad_heads[2], options.turns_TP, out_key)
         latent = ends.keys_and_values_backward(grad_TE, out_BTL)
         return grad_BTD, grad_BTX, None, None, *query, *latent, grad_out
 
@@ -185,11 +185,11 @@ class _Kernel:
 
     def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
         layout = self.layout
-        rotation = self._options.rotation
+        turns = self._options.turns_TP
         heads = (layout.new_query(), layout.new_query(), layout.new_value()) if into is None else into
         query, key, value = heads
-        layout.fill_query(ends, rotation, query)
-        layout.fill_key_and_value(ends, rotation, key, value)
+        layout.fill_query(ends, turns, query)
+        layout.fill_key_and_value(ends, turns, key, value)
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -198,10 +198,6 @@ class _Kernel:
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
         return self._attend(query, key, value, self._options.shape.scale, self._options.documents)
-
-
-Rotated = tuple[Tensor, Tensor]
-"""Cos and sin of each token's position."""
 
 
 class HeadLayout:
@@ -230,11 +226,10 @@ class HeadLayout:
         batch, num_tokens = self._like.shape[:2]
         return self._like.new_empty(batch, num_tokens if tokens is None else tokens, self._shape.num_heads, width)
 
-    def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
+    def fill_query(self, ends: LatentLinears, turns: Tensor, query: Tensor) -> None:
         """Computes queries into the given memory."""
         # A head is its part without position, then the rotated part.
         shape = self._shape
-        cos, sin = rotation
         size = shape.nope + shape.rope
         # Queries are projected directly to their place unless padding separates them; then their end is rotated.
         if size == query.shape[-1]:
@@ -243,22 +238,21 @@ class HeadLayout:
             plain = query.new_empty(*query.shape[:3], size)
             ends.queries(plain.flatten(0, 1).flatten(1))
             query[..., :size] = plain
-        rotate_(query[..., shape.nope : size], cos, sin)
-        query[..., size:] = 0
+        rotate_(query[..., shape.nope : size], turns)
+        _clear_padding(query, size)
 
-    def fill_key_and_value(self, ends: LatentLinears, rotation: Rotated, key: Tensor, value: Tensor) -> None:
+    def fill_key_and_value(self, ends: LatentLinears, turns: Tensor, key: Tensor, value: Tensor) -> None:
         """Computes keys and values into the given memory."""
         shape = self._shape
-        cos, sin = rotation
         size = shape.nope + shape.rope
         # A head's key is its own part without position, then the rotated key that all heads share.
         expanded = ends.keys_and_values().view(*key.shape[:3], shape.nope + shape.value)
         key[..., : shape.nope] = expanded[..., : shape.nope]
-        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
+        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], turns)
         value[..., : shape.value] = expanded[..., shape.nope :]
         # Padding, if the kernel requires one width.
-        key[..., size:] = 0
-        value[..., shape.value :] = 0
+        _clear_padding(key, size)
+        _clear_padding(value, shape.value)
 
     def rows(self, mixed_BHTW: Tensor) -> Tensor:
         """Returns all heads' values of a token side by side, NV."""
@@ -269,7 +263,7 @@ class HeadLayout:
         mixed_BTHW = mixed_BHTW.transpose(1, 2)
         value = self._shape.value
         mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
-        mixed_BTHW[..., value:] = 0
+        _clear_padding(mixed_BTHW, value)
 
     def pad(self, rows_NV: Tensor) -> Tensor:
         """Reverses `rows` for gradients, BHTW."""
@@ -281,21 +275,24 @@ class HeadLayout:
         padded[..., :value] = rows_BTHV
         return padded.transpose(1, 2)
 
-    def query_gradient(self, grad_BTHQ: Tensor, rotation: Rotated) -> Tensor:
+    def query_gradient(self, grad_BTHQ: Tensor, turns: Tensor) -> Tensor:
         """Computes the gradient of queries before rotation, [N, H Q]."""
         shape = self._shape
-        cos, sin = rotation
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
-        rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
+        rotate_(grad_BTHQ[..., shape.nope :], turns.conj())
         return grad_BTHQ.flatten(2).flatten(0, 1)
 
-    def key_gradient(self, grad_key: Tensor, grad_value: Tensor, rotation: Rotated, out_key: Tensor) -> Tensor:
+    def key_gradient(self, grad_key: Tensor, grad_value: Tensor, turns: Tensor, out_key: Tensor) -> Tensor:
         """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
         shape = self._shape
-        cos, sin = rotation
         expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
         expanded[..., : shape.nope] = grad_key[..., : shape.nope]
         expanded[..., shape.nope :] = grad_value[..., : shape.value]
         shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
-        out_key.copy_(rotate(shared, cos, -sin)[:, :, 0])
+        out_key.copy_(rotate(shared, turns.conj())[:, :, 0])
         return expanded.flatten(2).flatten(0, 1)
+
+
+def _clear_padding(heads: Tensor, size: int) -> None:
+    if heads.shape[-1] > size:
+        heads[..., size:] = 0

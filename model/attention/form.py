@@ -112,9 +112,9 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; cos and sin may begin with B."""
-    return _turn(x_BTHR, torch.complex(cos_TP, sin_TP).unsqueeze(-2), cos_TP.dtype)
+def rotate(x_BTHR: Tensor, turns_TP: Tensor) -> Tensor:
+    """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; turns, cos + i sin, may begin with B."""
+    return _turn(x_BTHR, turns_TP.unsqueeze(-2), turns_TP.dtype.to_real())
 
 
 def _turn(x_BTHR: Tensor, turns_T1P: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,12 +126,12 @@ def _turn(x_BTHR: Tensor, turns_T1P: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
 
 
-def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
+def rotate_(x_BTHR: Tensor, turns_TP: Tensor) -> None:
     """Applies `rotate` in place; x may be a part of each row of a larger tensor."""
-    if x_BTHR.dtype == cos_TP.dtype and _holds_pairs(x_BTHR):
-        torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
+    if x_BTHR.dtype == turns_TP.dtype.to_real() and _holds_pairs(x_BTHR):
+        torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(turns_TP.unsqueeze(-2))
     else:
-        x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))
+        x_BTHR.copy_(rotate(x_BTHR, turns_TP))
 
 
 @dataclass(frozen=True, slots=True)

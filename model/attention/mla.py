@@ -31,7 +31,7 @@ from model.attention.form import (
     softmax_scale,
 )
 from model.config import ModelConfig
-from model.linear import Projection, WeightSink, widen
+from model.linear import Projection, WeightSink, join_storage, widen
 from model.norm import RmsNorm
 from model.precision.linears import LatentOptions, LatentShape, LatentWeights, Linears, rows_of_heads
 
@@ -66,6 +66,7 @@ class LatentAttention(Attention):
         # One matrix gives the latent of keys and values and the shared key.
         latent = config.kv_lora_rank
         self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
+        join_storage(self.q_proj if config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
         self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
         self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
         self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
@@ -81,7 +82,7 @@ class LatentAttention(Attention):
         )
         self._latent_sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
         self._options = partial(LatentOptions, shape=self._shape, kernel=kernel)
-        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(
         self,
@@ -94,7 +95,7 @@ class LatentAttention(Attention):
         """Implements `Attention.forward`."""
         compressed_BTX, weights = self._compress(x_BTD, norm, sink)
         options = self._options(
-            rotation=self._rotation(x_BTD, context),
+            turns_TP=self._turns(x_BTD, context),
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
@@ -229,16 +230,16 @@ class LatentAttention(Attention):
         rotated_NR = rows_NC[:, self._config.kv_lora_rank :]
         rotated_NR.copy_(view.rotation.turn(rotated_NR[:, None])[:, 0])
         view.write(rows_NC)
-        rotation = (view.rotation.cos_NP, view.rotation.sin_NP)
-        options = self._options(rotation=rotation, documents=None, sink=None, records=False)
+        turns_NP = view.rotation.turns_N1P.squeeze(-2)
+        options = self._options(turns_TP=turns_NP, documents=None, sink=None, records=False)
         if isinstance(view, StepView):
             return self._add_over_cache(hidden_ND, compressed_NX, view, weights, options)
         prompts: list[Tensor] = []
-        tensors = (hidden_ND, compressed_NX, *rotation)
+        tensors = (hidden_ND, compressed_NX, turns_NP)
         # Each prompt is one sequence, padded as in training: [1, T, ...].
         for parts in zip(*(tensor.split(list(view.counts)) for tensor in tensors), strict=True):
-            hidden_TD, compressed_TX, *turns = map(_pad_tokens, parts)
-            prompt_options = replace(options, rotation=(turns[0], turns[1]))
+            hidden_TD, compressed_TX, turns_TP = map(_pad_tokens, parts)
+            prompt_options = replace(options, turns_TP=turns_TP)
             mixed_1TD = mix(hidden_TD[None], compressed_TX[None], weights, prompt_options, self._linears)
             prompts.append(mixed_1TD[0, : len(parts[0])])
         return torch.cat(prompts)
@@ -271,7 +272,7 @@ class LatentAttention(Attention):
         new = self._linears.compress_latents(compressed_NX[None], weights, options)
         query_NHQ = compressed_NX.new_empty(len(compressed_NX), shape.num_heads, shape.nope + shape.rope)
         new.queries(query_NHQ.flatten(1))
-        rotate_(query_NHQ[..., shape.nope :], *options.rotation)
+        rotate_(query_NHQ[..., shape.nope :], options.turns_TP)
         # Rows of the cache have no queries before their latents.
         cached = self._linears.compress_latents(cached_BTC, weights._replace(query_norm=None, query_up=None), options)
         key_NHQ, value_NHV = _to_heads(
@@ -283,15 +284,15 @@ class LatentAttention(Attention):
         mixed_BHSV = functional.scaled_dot_product_attention(query, key, value, mask_B1ST, scale=shape.scale)
         return new.add(hidden_ND, rows_of_heads(mixed_BHSV, shape.value))
 
-    def _rotation(self, x_BTD: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""
+    def _turns(self, x_BTD: Tensor, context: ContextGroup) -> Tensor:
+        """Returns cos + i sin of all positions of the sequences, of which this rank may hold a part."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         num_positions = context.parts(x_BTD.shape[1]).num_tokens
         # One table at a time, because the micro-batches of a run have one length.
         key = (num_positions, x_BTD.device, dtype)
         if key not in self._tables:
-            cos, sin = rotation_table(self._config, num_positions, dtype)
-            self._tables = {key: (cos.to(x_BTD.device), sin.to(x_BTD.device))}
+            table = torch.complex(*rotation_table(self._config, num_positions, dtype))
+            self._tables = {key: table.to(x_BTD.device)}
         return self._tables[key]
 
 

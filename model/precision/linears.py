@@ -51,11 +51,11 @@ class LatentWeights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentOptions:
-    """Arguments that are not tensors of the graph; rotation and documents are of whole sequences."""
+    """Arguments that are not tensors of the graph; turns and documents are of whole sequences."""
 
     shape: LatentShape
     kernel: str
-    rotation: tuple[Tensor, Tensor]
+    turns_TP: Tensor  # cos + i sin of each position
     documents: Documents | None
     sink: WeightSink | None
     records: bool

@@ -17,8 +17,7 @@ from kernels.expert_mlp import (
     expert_mlp_backward,
     gate_up_gradient,
 )
-from kernels.rms_norm import normalize_backward, rms_norm
-from kernels.rms_norm.reference import inverse_rms
+from kernels.rms_norm import inverse_rms, normalize, normalize_backward
 from kernels.swiglu import swiglu, swiglu_backward
 from model.config import LAYER, Recomputed
 from model.linear import WeightProduct, WeightSink, deliver_gradient, deliver_product
@@ -96,9 +95,13 @@ class _LatentLinears:
         # Other ranks' latents arrive before their norm, and all are treated alike.
         if options.context.size > 1:
             normals.insert(0, None)
-        self._normal_latent = _normal(self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1])
+        self._normal_latent, self._latent_scale = _normal(
+            self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1]
+        )
         if weights.query_norm is not None:
-            self._normal_query = _normal(self._query.flatten(0, 1), weights.query_norm, eps, normals[1:])
+            self._normal_query, self._query_scale = _normal(
+                self._query.flatten(0, 1), weights.query_norm, eps, normals[1:]
+            )
 
     def queries(self, out: Tensor) -> None:
         if self._weights.query_up is None:
@@ -141,32 +144,36 @@ class _LatentLinears:
         if weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
             return NormAndUpGradients(None, None)
-        return self._backward(grad, self._query, weights.query_norm, weights.query_up, self._normal_query, out_BTR)
+        grad_up = deliver_product(weights.query_up, grad, self._normal_query, self._options.sink)
+        scale_N1 = self._query_scale()
+        grad_norm = _norm_backward(grad @ weights.query_up, self._query, scale_N1, weights.query_norm, out_BTR)
+        return NormAndUpGradients(grad_norm, grad_up)
 
     def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         weights = self._weights
-        return self._backward(
-            grad_TE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
-        )
-
-    def _backward(
-        self, grad: Tensor, x_BTL: Tensor, norm: Tensor, up: Tensor, normal: Callable[[], Tensor], out_BTL: Tensor
-    ) -> NormAndUpGradients:
         # The weight gradient waits for W and may compute the norm again there.
-        grad_up = deliver_product(up, grad, normal, self._options.sink)
+        grad_up = deliver_product(weights.latent_up, grad_TE, self._normal_latent, self._options.sink)
         # Through the up-projection, then through the norm, into the part of BTX.
-        x_NL = x_BTL.flatten(0, 1)
-        scale_N1 = inverse_rms(x_NL, self._options.shape.eps)
-        grad_NL, grad_norm = normalize_backward(grad @ up, x_NL, scale_N1, norm)
-        out_BTL.copy_(grad_NL.view_as(out_BTL))
+        scale_N1 = self._latent_scale()
+        grad_norm = _norm_backward(grad_TE @ weights.latent_up, self._latent, scale_N1, weights.latent_norm, out_BTL)
         return NormAndUpGradients(grad_norm, grad_up)
 
 
-def _normal(x: Tensor, weight: Tensor, eps: float, saved: Sequence[Tensor | None]) -> Callable[[], Tensor]:
-    """Returns norm(x), computed at the first call unless it was kept, in a closure of tensors only."""
+def _norm_backward(grad_NL: Tensor, x_BTL: Tensor, scale_N1: Tensor, norm_L: Tensor, out_BTL: Tensor) -> Tensor:
+    """Writes the gradient of a norm's input, and returns that of its weight."""
+    grad_x_NL, grad_norm_L = normalize_backward(grad_NL, x_BTL.flatten(0, 1), scale_N1, norm_L)
+    out_BTL.copy_(grad_x_NL.view_as(out_BTL))
+    return grad_norm_L
+
+
+def _normal(
+    x: Tensor, weight: Tensor, eps: float, saved: Sequence[Tensor | None]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Returns norm(x) and its inverse RMS, computed at the first call unless kept, in closures of tensors only."""
+    scale = cache(lambda: inverse_rms(x, weight, eps))
     if saved and (normal := saved[0]) is not None:
-        return lambda: normal
-    return cache(lambda: rms_norm(x, weight, eps)[0])
+        return lambda: normal, scale
+    return cache(lambda: normalize(x, weight, eps, scale)), scale
 
 
 class PlainLinears:

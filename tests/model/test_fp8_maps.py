@@ -241,9 +241,9 @@ class Core:
         query, both, key = (
             each.view(BATCH, TOKENS, -1, size) for each, size in zip(self.leaves, _sizes(config), strict=True)
         )
-        cos, sin = rotation_table(config, TOKENS, torch.float64)
-        query = torch.cat([query[..., :nope], rotate(query[..., nope:], cos, sin)], -1)
-        shared_key = rotate(key, cos, sin).expand(-1, -1, heads, -1)
+        turns = torch.complex(*rotation_table(config, TOKENS, torch.float64))
+        query = torch.cat([query[..., :nope], rotate(query[..., nope:], turns)], -1)
+        shared_key = rotate(key, turns).expand(-1, -1, heads, -1)
         parts = query, torch.cat([both[..., :nope], shared_key], -1), both[..., nope:]
         self._parts = [part.transpose(1, 2) for part in parts]
         query, key, value = (part.detach() for part in self._parts)

@@ -175,7 +175,7 @@ def test_yarn_softmax_scale_equals_anchor() -> None:
 def test_rotation_is_the_complex_product_of_interleaved_pairs() -> None:
     cos, sin = rotation_table(MODEL, 3, torch.float64)
     x = torch.arange(12.0, dtype=torch.float64).view(1, 3, 1, 4)
-    turned = rotate(x, cos, sin)
+    turned = rotate(x, torch.complex(cos, sin))
     for position in range(3):
         for pair in range(2):
             angle = position * 10000.0 ** (-pair / 2)
@@ -190,10 +190,10 @@ def test_rotation_is_the_complex_product_of_interleaved_pairs() -> None:
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 @pytest.mark.parametrize("width", [8, 9])
 def test_rotation_takes_a_part_of_a_single_row_from_any_place(first: int, width: int) -> None:
-    cos, sin = rotation_table(MODEL, 3, torch.float32)
+    turns = torch.complex(*rotation_table(MODEL, 3, torch.float32))
     row = torch.randn(1, 1, 1, width, generator=torch.Generator().manual_seed(0))
     part = row[..., first : first + 4]
-    assert torch.equal(rotate(part, cos[2:], sin[2:]), rotate(part.clone(), cos[2:], sin[2:]))
+    assert torch.equal(rotate(part, turns[2:]), rotate(part.clone(), turns[2:]))
 
 
 @pytest.mark.parametrize("scaling", [MODEL.rope_scaling, YARN, replace(YARN, factor=8.0, mscale=0.0)])

@@ -71,10 +71,8 @@ def _weight_bytes(learner: Learner) -> int:
     for module in network.modules():
         if isinstance(module, LatentAttention):
             rows = torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision))
-            module._rotation(rows, network.context)
-    tables = [
-        table for module in network.modules() for pair in getattr(module, "_tables", {}).values() for table in pair
-    ]
+            module._turns(rows, network.context)
+    tables = [table for module in network.modules() for table in getattr(module, "_tables", {}).values()]
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *tables))
 
 
