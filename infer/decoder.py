@@ -19,7 +19,7 @@ from torch import Tensor
 from comm.protocol import RankLocalDispatcher
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from kernels.few_rows import MOST_CHOICES, few_rows_linear, has_few_rows_forms
-from model.attention.form import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
+from model.attention.form import CacheView, KvCache, PromptView, StepView, rotation_table
 from model.block import Attended, Block, Mlp, Moe
 from model.config import ModelConfig
 from model.linear import widen
@@ -173,15 +173,14 @@ class PartDecoder:
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
-        cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
-        self._cos_TP = cos.to(weight.device)
-        self._sin_TP = sin.to(weight.device)
+        table = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
+        self._turns_TP = torch.complex(*table).to(weight.device)
         self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
-        return self._cos_TP.device
+        return self._turns_TP.device
 
     @property
     def vocab_size(self) -> int:
@@ -271,8 +270,8 @@ class PartDecoder:
 
     def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of attention within prompts, which start at position 0."""
-        rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
-        return lambda layer: PromptView(cache, layer, rows, counts, rotation)
+        turns_NP = self._turns_TP[torch.cat([torch.arange(count) for count in counts]).to(self.device)]
+        return lambda layer: PromptView(cache, layer, rows, counts, turns_NP)
 
     def over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
         """Returns the views of attention of `num_new` tokens of each row over its cached tokens."""
@@ -281,12 +280,12 @@ class PartDecoder:
         num_positions = longest + num_new
         # New tokens follow the cached ones: position = length of the sequence + number of the new token.
         positions_BS = self._tensor(lengths)[:, None] + torch.arange(num_new, device=self.device)
-        rotation = self._rotation(positions_BS.flatten())
+        turns_NP = self._turns_TP[positions_BS.flatten()]
         # A mask is needed if there are several new tokens, or if sequences differ in length.
         future_BST = None
         if num_new > 1 or min(lengths) < longest:
             future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
-        return lambda layer: StepView(cache, layer, rows.start, positions_BS, num_positions, future_BST, rotation)
+        return lambda layer: StepView(cache, layer, rows.start, positions_BS, num_positions, future_BST, turns_NP)
 
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)
@@ -328,9 +327,6 @@ class PartDecoder:
         if moe.shared_experts is not None:
             base_1ND = moe.shared_experts.decode(base_1ND, block.post_attention_layernorm, rows)
         return base_1ND[0] + dispatcher.combine(routed_AD, handle).wait()
-
-    def _rotation(self, positions_N: Tensor) -> Rotation:
-        return Rotation(self._cos_TP[positions_N], self._sin_TP[positions_N])
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)

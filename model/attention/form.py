@@ -9,7 +9,7 @@ of all, T positions, C values per token and layer, P rotated pairs, R rotated va
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -114,48 +114,21 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 def rotate(x_BTHR: Tensor, turns_TP: Tensor) -> Tensor:
     """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; turns, cos + i sin, may begin with B."""
-    return _turn(x_BTHR, turns_TP.unsqueeze(-2), turns_TP.dtype.to_real())
-
-
-def _turn(x_BTHR: Tensor, turns_T1P: Tensor, dtype: torch.dtype) -> Tensor:
-    wide_BTHR = x_BTHR.to(dtype).contiguous()
+    wide_BTHR = x_BTHR.to(turns_TP.dtype.to_real()).contiguous()
     # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
     # A rotation of a pair is a product of complex numbers: [..., R / 2].
-    turned = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2))) * turns_T1P
+    turned = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2))) * turns_TP.unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
 
 
 def rotate_(x_BTHR: Tensor, turns_TP: Tensor) -> None:
     """Applies `rotate` in place; x may be a part of each row of a larger tensor."""
     if x_BTHR.dtype == turns_TP.dtype.to_real() and _holds_pairs(x_BTHR):
-        torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(turns_TP.unsqueeze(-2))
+        pairs = x_BTHR.view(*x_BTHR.shape[:-1], x_BTHR.shape[-1] // 2, 2)
+        torch.view_as_complex(pairs).mul_(turns_TP.unsqueeze(-2))
     else:
         x_BTHR.copy_(rotate(x_BTHR, turns_TP))
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Cos and sin of each token's position, NP each; both as complex numbers, for all layers of a pass."""
-
-    cos_NP: Tensor
-    sin_NP: Tensor
-    turns_N1P: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "turns_N1P", torch.complex(self.cos_NP, self.sin_NP).unsqueeze(-2))
-
-    def turn(self, x_NHR: Tensor) -> Tensor:
-        """Returns every head of every token rotated by the token's position, with the same shape and type."""
-        return _turn(x_NHR, self.turns_N1P, self.cos_NP.dtype)
-
-    def turn_(self, x_NHR: Tensor) -> None:
-        """Applies `turn` in place; x may be a part of each row of a larger tensor."""
-        if x_NHR.dtype == self.cos_NP.dtype and _holds_pairs(x_NHR):
-            num_tokens, num_heads, size = x_NHR.shape
-            torch.view_as_complex(x_NHR.view(num_tokens, num_heads, size // 2, 2)).mul_(self.turns_N1P)
-        else:
-            x_NHR.copy_(self.turn(x_NHR))
 
 
 def _holds_pairs(x: Tensor) -> bool:
@@ -257,7 +230,7 @@ class PromptView:
     layer: int
     rows: Sequence[int]
     counts: Sequence[int]
-    rotation: Rotation
+    turns_NP: Tensor
 
     def write(self, values_NC: Tensor) -> None:
         """Writes the cached values of each token."""
@@ -282,7 +255,7 @@ class StepView:
     positions_BS: Tensor
     num_positions: int
     future_BST: Tensor | None
-    rotation: Rotation
+    turns_NP: Tensor
 
     def write(self, values_NC: Tensor) -> None:
         """Writes the cached values of each new token."""

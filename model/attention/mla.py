@@ -24,7 +24,6 @@ from model.attention.form import (
     AttentionForm,
     CacheView,
     PromptView,
-    Rotation,
     StepView,
     rotate_,
     rotation_table,
@@ -125,27 +124,25 @@ class LatentAttention(Attention):
             return self._decode_as_trained(hidden_ND, norm, view)
         x_ND = norm.decode(hidden_ND)
         # New tokens enter the cache first, because they attend to themselves too.
-        values_NC = self.latent_rows(x_ND, view.rotation)
+        values_NC = self.latent_rows(x_ND, view.turns_NP)
         view.write(values_NC)
         match view:
             case PromptView():
-                return hidden_ND + self.attend_expanded(x_ND, view.rotation, values_NC, view.counts)
+                return hidden_ND + self.attend_expanded(x_ND, view.turns_NP, values_NC, view.counts)
             case StepView() if view.positions_BS.shape[1] >= EXPANDED_TOKENS:
                 assert view.future_BST is not None
-                return hidden_ND + self._attend_cached(x_ND, view.rotation, view.read(), view.future_BST)
+                return hidden_ND + self._attend_cached(x_ND, view.turns_NP, view.read(), view.future_BST)
             case StepView():
-                return hidden_ND + self.attend_absorbed(x_ND, view.rotation, view.read(), view.future_BST)
+                return hidden_ND + self.attend_absorbed(x_ND, view.turns_NP, view.read(), view.future_BST)
 
-    def latent_rows(self, x_ND: Tensor, rotation: Rotation) -> Tensor:
+    def latent_rows(self, x_ND: Tensor, turns_NP: Tensor) -> Tensor:
         """Computes what the cache keeps of each token: normalized latent and rotated shared key, NC."""
         both_NC = few_rows_linear(x_ND, self.kv_a_proj_with_mqa.weight)
         latent_NL, key_NR = both_NC.split_with_sizes(self._latent_sizes, -1)
-        rotation.turn_(key_NR.unsqueeze(1))
+        rotate_(key_NR.unsqueeze(1), turns_NP)
         return torch.cat((self.kv_a_layernorm.decode(latent_NL), key_NR), -1)
 
-    def attend_absorbed(
-        self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor | None
-    ) -> Tensor:
+    def attend_absorbed(self, x_ND: Tensor, turns_NP: Tensor, cached_BTC: Tensor, future_BST: Tensor | None) -> Tensor:
         """Computes attention of S new tokens of each sequence over the cache, which already holds them, ND.
 
         Args:
@@ -157,7 +154,7 @@ class LatentAttention(Attention):
         # The up-projection of each head: keys without position, then values.
         up_HKL = self.kv_b_proj.weight.view(num_heads, -1, rank)
         key_up_HKL, value_up_HVL = up_HKL.split_with_sizes((self._shape.nope, self._shape.value), 1)
-        plain_NHK, rope_NHR = self._query(x_ND, rotation)
+        plain_NHK, rope_NHR = self._query(x_ND, turns_NP)
         # q^T (W c) = (W^T q)^T c: queries enter the latent space, and no key is expanded. [H, N, L].
         latent_HNL = torch.bmm(plain_NHK.transpose(0, 1), key_up_HKL)
         query_NHC = torch.cat((latent_HNL.transpose(0, 1), rope_NHR), -1).mul_(self._shape.scale)
@@ -174,19 +171,19 @@ class LatentAttention(Attention):
         out_HNV = torch.bmm(mixed_NHL.transpose(0, 1), value_up_HVL.transpose(1, 2))
         return few_rows_linear(out_HNV.transpose(0, 1).flatten(1), self.o_proj.weight)
 
-    def attend_expanded(self, x_ND: Tensor, rotation: Rotation, cached_NC: Tensor, counts: Sequence[int]) -> Tensor:
+    def attend_expanded(self, x_ND: Tensor, turns_NP: Tensor, cached_NC: Tensor, counts: Sequence[int]) -> Tensor:
         """Computes causal attention within each of several consecutive prompts of `counts` tokens, ND."""
         # Prompts are split, because none may see another: lists of [T, H, Q].
-        query_NHQ = torch.cat(self._query(x_ND, rotation), -1)
+        query_NHQ = torch.cat(self._query(x_ND, turns_NP), -1)
         tensors = (query_NHQ, *self._expand(cached_NC))
         prompts = zip(*(tensor.split(list(counts)) for tensor in tensors), strict=True)
         mixed = [self._mix_heads(query, key, value, None) for query, key, value in prompts]
         return functional.linear(torch.cat(mixed), self.o_proj.weight)
 
-    def _attend_cached(self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor) -> Tensor:
+    def _attend_cached(self, x_ND: Tensor, turns_NP: Tensor, cached_BTC: Tensor, future_BST: Tensor) -> Tensor:
         """Computes `attend_absorbed` from expanded keys and values, for many new tokens, ND."""
         # Sequence by sequence, so that the keys of only one are expanded at a time.
-        query_BSHQ = torch.cat(self._query(x_ND, rotation), -1).unflatten(0, (len(cached_BTC), -1))
+        query_BSHQ = torch.cat(self._query(x_ND, turns_NP), -1).unflatten(0, (len(cached_BTC), -1))
         sequences = zip(query_BSHQ, cached_BTC, future_BST, strict=True)
         mixed = [self._mix_heads(query, *self._expand(cached), future) for query, cached, future in sequences]
         return functional.linear(torch.cat(mixed), self.o_proj.weight)
@@ -207,7 +204,7 @@ class LatentAttention(Attention):
         up_NE = functional.linear(latent_NL, self.kv_b_proj.weight)
         return _to_heads(up_NE, shared_NR, self._shape.num_heads, self._shape.value)
 
-    def _query(self, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def _query(self, x_ND: Tensor, turns_NP: Tensor) -> tuple[Tensor, Tensor]:
         """Computes each head's query: the part without position, and the rotated part."""
         shape = self._shape
         if self._config.q_lora_rank is None:
@@ -219,7 +216,7 @@ class LatentAttention(Attention):
         # Only the last part of each head has a position.
         query_NHQ = query.view(-1, shape.num_heads, shape.nope + shape.rope)
         plain_NHK, rope_NHR = query_NHQ.split_with_sizes((shape.nope, shape.rope), -1)
-        rotation.turn_(rope_NHR)
+        rotate_(rope_NHR, turns_NP)
         return plain_NHK, rope_NHR
 
     def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
@@ -228,14 +225,13 @@ class LatentAttention(Attention):
         # The cache holds latents before their norm here, since the products of training start there.
         rows_NC = compressed_NX[:, -values_per_token(self._config) :].clone()
         rotated_NR = rows_NC[:, self._config.kv_lora_rank :]
-        rotated_NR.copy_(view.rotation.turn(rotated_NR[:, None])[:, 0])
+        rotate_(rotated_NR[:, None], view.turns_NP)
         view.write(rows_NC)
-        turns_NP = view.rotation.turns_N1P.squeeze(-2)
-        options = self._options(turns_TP=turns_NP, documents=None, sink=None, records=False)
+        options = self._options(turns_TP=view.turns_NP, documents=None, sink=None, records=False)
         if isinstance(view, StepView):
             return self._add_over_cache(hidden_ND, compressed_NX, view, weights, options)
         prompts: list[Tensor] = []
-        tensors = (hidden_ND, compressed_NX, turns_NP)
+        tensors = (hidden_ND, compressed_NX, view.turns_NP)
         # Each prompt is one sequence, padded as in training: [1, T, ...].
         for parts in zip(*(tensor.split(list(view.counts)) for tensor in tensors), strict=True):
             hidden_TD, compressed_TX, turns_TP = map(_pad_tokens, parts)

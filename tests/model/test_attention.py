@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
-from model.attention.form import KvCache, Rotation, rotation_table
+from model.attention.form import KvCache, rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
 from model.block import Block
 from model.config import Computing, ModelConfig, Recomputed, YarnRope
@@ -194,17 +194,17 @@ SHAPES = {
 TOKENS = 11
 
 
-def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Rotation]:
-    """Returns a layer, states, their norm, and the rotation of their positions."""
+def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Tensor]:
+    """Returns a layer, states, their norm, and the turns of their positions."""
     block = make_model(config, dtype).block(0)
     with torch.no_grad():
         for parameter in block.self_attn.parameters():
             parameter.mul_(3.0)
     hidden = torch.randn(TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    rotation = Rotation(*rotation_table(config, TOKENS, torch.promote_types(dtype, torch.float32)))
+    turns_NP = torch.complex(*rotation_table(config, TOKENS, torch.promote_types(dtype, torch.float32)))
     hidden_TD = hidden.to(dtype)
     with torch.no_grad():
-        return block, hidden_TD, block.input_layernorm(hidden_TD), rotation
+        return block, hidden_TD, block.input_layernorm(hidden_TD), turns_NP
 
 
 def trained_form(block: Block, hidden_TD: Tensor) -> Tensor:
@@ -213,13 +213,13 @@ def trained_form(block: Block, hidden_TD: Tensor) -> Tensor:
     return out
 
 
-def absorb(attention: LatentAttention, x_TD: Tensor, rotation: Rotation, first: int) -> Tensor:
+def absorb(attention: LatentAttention, x_TD: Tensor, turns_NP: Tensor, first: int) -> Tensor:
     """Decodes the tokens from `first` on at once, over a cache with every token and garbage behind them."""
-    cached = attention.latent_rows(x_TD, rotation)
+    cached = attention.latent_rows(x_TD, turns_NP)
     cached_1TC = torch.cat((cached, torch.full_like(cached[:2], 3.0)))[None]
     positions = torch.arange(first, TOKENS)
     future = torch.arange(TOKENS + 2) > positions[None, :, None]
-    tail = Rotation(rotation.cos_NP[first:], rotation.sin_NP[first:])
+    tail = turns_NP[first:]
     return attention.attend_absorbed(x_TD[first:], tail, cached_1TC, future)
 
 
@@ -228,24 +228,24 @@ def absorb(attention: LatentAttention, x_TD: Tensor, rotation: Rotation, first: 
 @torch.no_grad()
 def test_absorbed_equals_expanded_and_training_form(shape: str, dtype: torch.dtype, tolerance: float) -> None:
     config = SHAPES[shape]
-    block, hidden_TD, x_TD, rotation = rows(config, dtype)
+    block, hidden_TD, x_TD, turns_NP = rows(config, dtype)
     attention = block.self_attn
     assert isinstance(attention, LatentAttention)
-    cached = attention.latent_rows(x_TD, rotation)
-    whole = attention.attend_expanded(x_TD, rotation, cached, [TOKENS])
+    cached = attention.latent_rows(x_TD, turns_NP)
+    whole = attention.attend_expanded(x_TD, turns_NP, cached, [TOKENS])
     torch.testing.assert_close(whole, trained_form(block, hidden_TD), rtol=tolerance, atol=tolerance)
     for first in (0, TOKENS - 2, TOKENS - 1):
-        made = absorb(attention, x_TD, rotation, first)
+        made = absorb(attention, x_TD, turns_NP, first)
         torch.testing.assert_close(made, whole[first:], rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
 def test_expanded_prompts_do_not_see_each_other() -> None:
-    block, hidden_TD, x_TD, rotation = rows(MODEL, torch.float64)
+    block, hidden_TD, x_TD, turns_NP = rows(MODEL, torch.float64)
     attention = block.self_attn
     assert isinstance(attention, LatentAttention)
-    first = Rotation(rotation.cos_NP[:4], rotation.sin_NP[:4])
-    both = Rotation(*(torch.cat((table[:4], table[: TOKENS - 4])) for table in (rotation.cos_NP, rotation.sin_NP)))
+    first = turns_NP[:4]
+    both = torch.cat((turns_NP[:4], turns_NP[: TOKENS - 4]))
     made = attention.attend_expanded(x_TD, both, attention.latent_rows(x_TD, both), [4, TOKENS - 4])
     alone = attention.attend_expanded(x_TD[:4], first, attention.latent_rows(x_TD[:4], first), [4])
     torch.testing.assert_close(made[:4], alone, rtol=1e-12, atol=1e-12)
