@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.operation import runs_as_on_cuda
 from kernels.rms_norm import normalize, normalize_backward, rms_norm
 from model.linear import WeightSink, deliver_products, join_weights
 
@@ -79,8 +80,7 @@ class _NormedLinear(torch.autograd.Function):
         # All maps of the norm as one product: [A, N].
         outs = [normal_AD.view_as(x)] if options.gives_normal else []
         if weights_ND:
-            weight_ND = join_weights(weights_ND).to(options.type_of(weights_ND[0]))
-            out_AN = normal_AD.to(weight_ND.dtype) @ weight_ND.t()
+            out_AN = _product(normal_AD, join_weights(weights_ND), options.type_of(weights_ND[0]))
             outs.append(out_AN.view(*x.shape[:-1], out_AN.shape[1]))
         return tuple(outs)
 
@@ -139,6 +139,13 @@ class _LinearOfNormal(torch.autograd.Function):
         # The gradient of the norm's output; the norm's own backward belongs to the caller.
         grad = (grad_AN @ join_weights(weights_ND).to(grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights
+
+
+def _product(rows_AD: Tensor, weight_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    if rows_AD.dtype == weight_ND.dtype != dtype and runs_as_on_cuda(rows_AD.device):
+        # Products of 16-bit numbers are exact in float32, so nothing is rounded, and no wider copy is read.
+        return torch.mm(rows_AD, weight_ND.t(), out_dtype=dtype)
+    return rows_AD.to(dtype) @ weight_ND.t().to(dtype)
 
 
 def normed_linear(

@@ -108,8 +108,8 @@ def record(
     tensors = values.tensors()
     entry = _Entry(len(tensors))
     with torch.enable_grad():
-        # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient.
-        anchor = torch.zeros((), requires_grad=True)
+        # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient. Nothing reads it.
+        anchor = torch.empty((), requires_grad=True)
         if tensors:
             values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
         computed = function(values, sink)

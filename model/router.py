@@ -5,7 +5,7 @@ Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ class Routing:
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
         )
-        frequency_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens))
+        slopes_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens**2))
         # P_i: mean normalized score of an expert in a sequence. Only it has a gradient.
-        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1) * (scores_BTE.shape[1] / tokens)
-        return (frequency_BE * share_BE).sum()
+        balance: Tensor = _WeightedShares.apply(scores_BTE, slopes_BE)  # type: ignore[no-untyped-call]
+        return balance
 
     def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
         scores_NE = self.scores_BTE.flatten(0, 1)
@@ -106,6 +106,24 @@ class Routing:
         counts = scores_NE.new_zeros(num_sequences * num_experts)
         counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
         return counts.view(num_sequences, num_experts)
+
+
+class _WeightedShares(torch.autograd.Function):
+    """Computes the sum over tokens of slopes * scores / sum(scores), whose gradient takes few operations."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_BTE: Tensor, slopes_BE: Tensor) -> Tensor:
+        sums_BT1 = scores_BTE.sum(-1, keepdim=True)
+        # Weighted mean of the slopes for each token: [B, T, 1].
+        means_BT1 = torch.bmm(scores_BTE, slopes_BE.unsqueeze(-1)).div_(sums_BT1)
+        ctx.save_for_backward(slopes_BE, sums_BT1, means_BT1)
+        return means_BT1.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        slopes_BE, sums_BT1, means_BT1 = ctx.saved_tensors
+        # A score's slope is by how much its own exceeds the mean, divided by the sum.
+        return (slopes_BE.unsqueeze(1) - means_BT1).mul_(grads[0] / sums_BT1), None
 
 
 Route = Callable[["Router", Tensor], Routing]

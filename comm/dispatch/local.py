@@ -39,6 +39,8 @@ class ExpertOrder:
 
     def restore_weights(self, weights_A: Tensor) -> Tensor:
         """Returns the value of each choice, 0 if the choice is dropped; TK."""
+        if len(self.order_A) == self.places_TK.numel():
+            return weights_A.index_select(0, self.places_TK.flatten()).view(self.places_TK.shape)
         return restore_values(weights_A, self.places_TK)
 
 
@@ -58,7 +60,8 @@ class SortedChoices:
         """Returns the order of the choices that are sent: all except the first `num_dropped`."""
         # Dropped choices, -1, come first in the order, and get negative positions.
         order_A = self.order_N[num_dropped:]
-        places_N = inverse_permutation(self.order_N) - num_dropped
+        places_N = inverse_permutation(self.order_N)
+        places_N = places_N - num_dropped if num_dropped else places_N
         return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
 
 
