@@ -18,6 +18,7 @@ from tests.programs.bench.forecast import forecast_text
 from tests.programs.bench.grouped_stages import CASES, grouped_text, measure_grouped
 from tests.programs.bench.grpo import grpo_text, measure_grpo
 from tests.programs.bench.interpreter import microseconds_per_operation
+from tests.programs.bench.launches import launches_text, measure_launches, num_launches
 from tests.programs.bench.measure import Plan, make_schedule, measure
 from tests.programs.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
 from tests.programs.bench.planned_cpu import cpu_text, measure_cpu, quickstart
@@ -35,6 +36,7 @@ SECTIONS = (
     "exchange",
     "overlap",
     "training",
+    "launches",
     "decoding",
     "sft",
     "grpo",
@@ -84,6 +86,10 @@ def main() -> None:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if "training" in arguments.sections:
         found["training"] = {name: _training(name, arguments.rounds) for name in SHAPES}
+    if "launches" in arguments.sections:
+        launches = measure_launches()
+        found["launches"] = {name: num_launches(counts) for name, counts in launches.items()}
+        print("\n" + launches_text(launches), flush=True)
     if "decoding" in arguments.sections:
         samples = measure_decoding(arguments.rounds)
         found["decoding"] = [asdict(sample) for sample in samples]

@@ -13,6 +13,7 @@ from tests.programs.bench import report
 from tests.programs.bench.blocks import Workload
 from tests.programs.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.programs.bench.grouped_stages import CASES, MOST_OVER, grouped_text, measure_grouped
+from tests.programs.bench.launches import Products, count_launches, num_launches
 from tests.programs.bench.measure import Plan, measure
 from tests.programs.bench.overlap import is_pair, steps_of
 from tests.programs.bench.planned_cpu import MOST_OFF as MOST_CPU_OFF
@@ -112,3 +113,11 @@ def test_table_has_every_kind_or_the_reason_why_not() -> None:
         if isinstance(each, Found):
             assert each.peak <= 4
             assert each.bound <= each.overhead + 1e-9
+
+
+@pytest.mark.parametrize(("products", "most"), [("own", 167), ("fp8", 212)])
+def test_expert_layer_launches_no_more_kernels_than_recorded(products: Products, most: int) -> None:
+    counts = count_launches(products)
+    assert num_launches(counts) <= most
+    # The host reads the counts of the dispatch plan and nothing else.
+    assert {place: count for (name, place), count in counts.items() if name == "reads"} == {"F": 1}
