@@ -80,11 +80,11 @@ def _counted_kernels(counter: _Counter) -> Iterator[None]:
         counter.add()
         return launcher_of(kernel, grid)
 
-    KernelInterface.__getitem__ = launcher  # type: ignore[method-assign]
+    KernelInterface.__getitem__ = launcher
     try:
         yield
     finally:
-        KernelInterface.__getitem__ = launcher_of  # type: ignore[method-assign]
+        KernelInterface.__getitem__ = launcher_of
 
 
 def count_launches(products: Products) -> LaunchCounts:
