@@ -141,7 +141,7 @@ class Projection(nn.Module):
 
 
 def join_storage(*maps: Projection) -> None:
-    """Makes the weights of maps of one input parts of one matrix, so that `join_weights` need not copy them."""
+    """Makes the weights of several maps parts of one matrix, which `join_weights` need not copy."""
     weights = [projection.weight for projection in maps]
     joint_NK = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], requires_grad=False)
     for projection, part in zip(maps, joint_NK.split([len(weight) for weight in weights]), strict=True):

@@ -113,7 +113,7 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 
 def rotate(x_BTHR: Tensor, turns_TP: Tensor) -> Tensor:
-    """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; turns, cos + i sin, may begin with B."""
+    """Rotates pairs (x0, x1), (x2, x3), ... by turns, cos + i sin, which may begin with B."""
     wide_BTHR = x_BTHR.to(turns_TP.dtype.to_real()).contiguous()
     # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)

@@ -169,7 +169,7 @@ def _norm_backward(grad_NL: Tensor, x_BTL: Tensor, scale_N1: Tensor, norm_L: Ten
 def _normal(
     x: Tensor, weight: Tensor, eps: float, saved: Sequence[Tensor | None]
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Returns norm(x) and its inverse RMS, computed at the first call unless kept, in closures of tensors only."""
+    """Returns closures of tensors only, which compute norm(x), unless it was kept, and its inverse RMS."""
     scale = cache(lambda: inverse_rms(x, weight, eps))
     if saved and (normal := saved[0]) is not None:
         return lambda: normal, scale
