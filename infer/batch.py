@@ -4,17 +4,19 @@ Shape legend: B active sequences, S new tokens of each, N prompt tokens of all, 
 """
 
 import math
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from infer.config import Finish, GenerateError, Statistics
+from infer.config import Finish, GenerateError, Speculative, Statistics
 from infer.decoder import Decoder
 from infer.protocol import Request
-from infer.sample import SequenceRandom, TokenHistory, distribution, draw, log_probs, penalize, verify
+from infer.sample import SequenceRandom, TokenHistory, distribution, draw, log_probs, num_times, penalize, verify
 
 StopCondition = Callable[[int, int], bool]
 """Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
@@ -40,6 +42,7 @@ class PromptEnd:
 
     state_1D: Tensor
     logits_V: Tensor
+    has_pairs: bool  # whether the MTP module has read the prompt
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +92,62 @@ class ActiveSequence:
         return True
 
 
+class DraftChoice:
+    """Chooses whether a pass has drafts: always, never, or (`auto`) if they save time.
+
+    Numbers of rows are grouped by powers of two. Both kinds of passes are timed while they generate: at first two of
+    each, then one of the slower kind so rarely that it costs less than 1 % of the time.
+    """
+
+    def __init__(self, wanted: Speculative, *, is_timed: bool = True) -> None:
+        """Starts without times. If none are taken, `auto` always drafts, with the tokens of no drafts."""
+        self.keeps_tokens = wanted == "auto"
+        self.wanted: Speculative = True if self.keeps_tokens and not is_timed else wanted
+        # Seconds per row of the last passes, by power of two and by whether there were drafts.
+        self._seconds: dict[tuple[int, bool], deque[float]] = defaultdict(lambda: deque(maxlen=4))
+        # Tokens per second with drafts, divided by those without, by power of two.
+        self._gains: dict[int, float] = {}
+        # Counts of recent drafts. Two accepted ones are assumed at the start, so that a few are tried.
+        self._offered = self._accepted = 2.0
+        self._num_passes = 0  # since the last one of the slower kind
+
+    def pays(self, num_rows: int) -> bool:
+        """Whether drafts make tokens faster, as far as was measured."""
+        return self.wanted if self.wanted != "auto" else self._gains.get((num_rows - 1).bit_length(), 0.0) > 1
+
+    def choose(self, num_rows: int) -> bool:
+        """Returns whether the next pass has drafts."""
+        if self.wanted != "auto":
+            return self.wanted
+        num_plain, num_drafted = (len(self._seconds[(num_rows - 1).bit_length(), kind]) for kind in (False, True))
+        if num_plain < 2 or (num_drafted < 2 and self._accepted > self._offered / 8):
+            return num_plain >= 2
+        gain = self._gains.get((num_rows - 1).bit_length(), 0.5)
+        self._num_passes += 1
+        is_probe = self._num_passes > _LEAST_PASSES + 100 * (max(gain, 1 / gain) - 1)
+        self._num_passes *= not is_probe
+        return self.pays(num_rows) != is_probe
+
+    def record(self, num_rows: int, seconds: float, num_tokens: int, *, is_drafted: bool) -> None:
+        """Records a pass."""
+        power = (num_rows - 1).bit_length()
+        self._seconds[power, is_drafted].append(seconds / num_rows)
+        if is_drafted:
+            kept_share = _RECENT_DRAFTS / max(self._offered, _RECENT_DRAFTS)
+            self._offered = self._offered * kept_share + num_rows
+            self._accepted = self._accepted * kept_share + num_tokens - num_rows
+        if self._seconds[power, False] and self._seconds[power, True]:
+            ratio = min(self._seconds[power, False]) / min(self._seconds[power, True])
+            self._gains[power] = (1 + self._accepted / self._offered) * ratio
+
+    def summary(self) -> str:
+        """Returns the measured gains."""
+        gains = ", ".join(f"{gain:.2f} at {2**power}" for power, gain in sorted(self._gains.items()))
+        return f"speed with drafts by rows: {gains}" if gains else ""
+
+
+_LEAST_PASSES = 4  # between passes of the slower kind, if both are equally fast
+_RECENT_DRAFTS = 64
 PROMPT_TOKENS = 8192  # maximum number of prompt tokens that are admitted together
 
 
@@ -101,15 +160,18 @@ class GenerationBatch:
         request: Request,
         stop_condition: StopCondition,
         *,
-        speculative: bool,
+        drafts: DraftChoice,
         prefill_tokens: int = PROMPT_TOKENS,
     ) -> None:
         self._decoder = decoder
         self._request = request
         self._stop_condition = stop_condition
         self._sampling = request.sampling
-        self._speculative = speculative
+        self._drafts = drafts
+        # Other work on the machine adds no CPU time. A device is waited for at the end of each pass.
+        self._clock = time.process_time if decoder.device.type == "cpu" else time.perf_counter
         self._prefill_tokens = prefill_tokens
+        self._reads_pairs = False  # whether the MTP module reads the prompts that are admitted
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
@@ -119,7 +181,7 @@ class GenerationBatch:
 
     def statistics(self, seconds: float) -> Statistics:
         """Returns the statistics of all tokens so far, generated in the given number of seconds."""
-        return Statistics(**self._counts, seconds=seconds)
+        return Statistics(**self._counts, seconds=seconds, choice=self._drafts.summary())
 
     def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
         """Generates until no sequence is left. Yields the results of each pass."""
@@ -137,11 +199,15 @@ class GenerationBatch:
         }
         sources = {sequence.index: row for row, sequence in enumerate(self._active)} | unread
         self._active += sequences
+        self._reads_pairs = self._drafts.pays(len(self._active))
         self._read_prompts([(row, self._active[row]) for row in sorted(unread.values())])
         for row, sequence in zip(rows, sequences, strict=True):
             if sources[sequence.index] != row:
                 self._decoder.copy_prompt(sources[sequence.index], row, len(sequence.prompt))
-            sequence.states_TD = self._prompt_ends[sequence.index].state_1D
+            prompt_end = self._prompt_ends[sequence.index]
+            sequence.states_TD = prompt_end.state_1D
+            if not prompt_end.has_pairs:
+                self._decoder.mtp.resize(row, 0)
         logits_BV = torch.stack([self._prompt_ends[sequence.index].logits_V for sequence in sequences])
         new_tokens = self._take(sequences, self._choose(sequences, logits_BV))
         self._drop_finished()
@@ -162,8 +228,8 @@ class GenerationBatch:
         for row, sequence, states_TD, logits_V in zip(rows, sequences, states, logits_BV, strict=True):
             self._decoder.main.resize(row, len(sequence.prompt))
             # A copy, so that the states of the whole prompt are freed.
-            self._prompt_ends[sequence.index] = PromptEnd(states_TD[-1:].clone(), logits_V)
-        if self._speculative:
+            self._prompt_ends[sequence.index] = PromptEnd(states_TD[-1:].clone(), logits_V, self._reads_pairs)
+        if self._reads_pairs:
             self._read_pairs(rows, prompts, states)
 
     def _read_long_prompt(self, row: int, prompt: Sequence[int]) -> PromptEnd:
@@ -175,10 +241,10 @@ class GenerationBatch:
             states_TD, last_1D = decoder.read_chunk(row, tokens)
             decoder.main.resize(row, first + len(tokens))
             next_tokens = prompt[first + 1 : first + 1 + size]
-            if self._speculative and next_tokens:
+            if self._reads_pairs and next_tokens:
                 decoder.read_chunk_mtp(row, next_tokens, states_TD[: len(next_tokens)])
                 decoder.mtp.resize(row, first + len(next_tokens))
-        return PromptEnd(states_TD[-1:].clone(), decoder.logits(last_1D)[0])
+        return PromptEnd(states_TD[-1:].clone(), decoder.logits(last_1D)[0], self._reads_pairs)
 
     def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
         """Runs one pass of the main model over all sequences. Returns the new tokens of each, one or two."""
@@ -186,62 +252,81 @@ class GenerationBatch:
         self._counts["passes"] += len(active)
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
         # would depend on the other sequences in its batch.
-        chosen = self._advance_with_drafts(active) if self._speculative else self._advance_by_one(active)
+        is_drafted = self._drafts.choose(len(active))
+        began = self._clock()
+        chosen = self._advance_with_drafts(active) if is_drafted else self._advance_by_one(active)
+        self._drafts.record(len(active), self._clock() - began, sum(map(len, chosen)), is_drafted=is_drafted)
         new_tokens = self._take(active, chosen)
         self._drop_finished()
         return new_tokens
 
     def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
-        _, logits_B1V = self._decoder.step(self._last_tokens(active))
-        for row, length in enumerate(self._decoder.main.lengths):
-            self._decoder.main.resize(row, length + 1)
+        state_B1D, logits_B1V = self._decoder.step(self._last_tokens(active))
+        for row, (sequence, state_1D) in enumerate(zip(active, state_B1D, strict=True)):
+            # The MTP module skips the tokens of passes without drafts, except the last.
+            sequence.states_TD = state_1D
+            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1)
         return self._choose(active, logits_B1V[:, 0])
 
     def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
-        adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
+        tokens_B, target_BV = self._draw(sequences, logits_BV, self._history(sequences), 0)
+        return [[token] for token in self._with_log_probs(sequences, logits_BV, target_BV, tokens_B)]
+
+    def _draw(
+        self, sequences: Sequence[ActiveSequence], logits_BV: Tensor, history: TokenHistory | None, ahead: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns tokens, B, and the distribution that they are drawn from; None if that is not needed.
+
+        Args:
+            ahead: whose random numbers are used: of each sequence's next token, 0, or the one after, 1. None: new ones.
+        """
+        adjusted_BV = penalize(logits_BV, history, self._sampling)
         if self._sampling.temperature == 0 and not self._request.keeps_sets:
             # The most probable token needs neither a distribution nor random numbers.
-            tokens_B = adjusted_BV.argmax(-1)
-            log_probs_B = log_probs(logits_BV, tokens_B, self._sampling)
-            pairs = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), strict=True)  # host sync
-            return [[_checked(sequence, ChosenToken(token, log_prob))] for sequence, token, log_prob in pairs]
+            return adjusted_BV.argmax(-1), None
         target_BV = distribution(adjusted_BV, self._sampling)
-        tokens_B = draw(target_BV, self._uniform(sequences, 1)[:, 0])
-        chosen_tokens = zip(sequences, self._with_log_probs(logits_BV, target_BV, tokens_B), strict=True)
-        return [[_checked(sequence, chosen)] for sequence, chosen in chosen_tokens]
+        return draw(target_BV, self._times(sequences, ahead)), target_BV
 
-    def _with_log_probs(self, logits_BV: Tensor, target_BV: Tensor, tokens_B: Tensor) -> list[ChosenToken]:
+    def _times(self, sequences: Sequence[ActiveSequence], ahead: int | None) -> Tensor:
+        size = num_times(self._decoder.vocab_size)
+        numbers = [None if ahead is None else len(sequence.chosen) + ahead for sequence in sequences]
+        times = [sequence.random.times(size, number) for sequence, number in zip(sequences, numbers, strict=True)]
+        return torch.from_numpy(np.stack(times)).to(self._decoder.device)
+
+    def _with_log_probs(
+        self, sequences: Sequence[ActiveSequence], logits_BV: Tensor, target_BV: Tensor | None, tokens_B: Tensor
+    ) -> list[ChosenToken]:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""
         # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.
-        kept_BV = target_BV > 0 if self._request.keeps_sets else None
+        kept_BV = target_BV > 0 if target_BV is not None and self._request.keeps_sets else None
         log_probs_B = log_probs(logits_BV, tokens_B, self._sampling, kept_BV)
         sets: Sequence[tuple[int, ...]] = [()] * len(tokens_B)
         if kept_BV is not None:
             rows_and_ids = kept_BV.nonzero().cpu()  # host sync
             counts = torch.bincount(rows_and_ids[:, 0], minlength=len(tokens_B)).tolist()
             sets = [tuple(ids.tolist()) for ids in rows_and_ids[:, 1].split(counts)]
-        rows = zip(tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
-        return [ChosenToken(token, log_prob, kept_ids) for token, log_prob, kept_ids in rows]
+        rows = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
+        return [_checked(sequence, ChosenToken(*values)) for sequence, *values in rows]
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
-        # Draft one token for each sequence.
-        sampling = self._sampling
-        uniform_B3 = self._uniform(active, 3)
+        # Draft one token for each sequence. If drafts must change no token, the main model uses the random numbers of a
+        # pass without drafts. A draft that is drawn with the same ones is often the same token.
+        is_coupled = self._drafts.keeps_tokens
         history = self._history(active)
-        draft_BV = distribution(penalize(self._read_new_pairs(active), history, sampling), sampling)
-        drafts_B = draw(draft_BV, uniform_B3[:, 0])
-        # Run the main model over [last token, draft], and accept or replace the draft.
-        tokens_B2 = torch.cat((self._last_tokens(active), drafts_B[:, None]), 1)
-        state_B2D, logits_B2V = self._decoder.step(tokens_B2)
-        target_BV = distribution(penalize(logits_B2V[:, 0], history, sampling), sampling)
+        drafts_B, draft_BV = self._draw(active, self._read_new_pairs(active), history, 0 if is_coupled else None)
+        # Run the main model over [last token, draft].
+        state_B2D, logits_B2V = self._decoder.step(torch.cat((self._last_tokens(active), drafts_B[:, None]), 1))
+        # Choose the next token, and the one after it, which counts if the draft is right.
+        if is_coupled or draft_BV is None:
+            first_B, target_BV = self._draw(active, logits_B2V[:, 0], history, 0)
+            accepted_B = first_B == drafts_B
+        else:
+            target_BV = distribution(penalize(logits_B2V[:, 0], history, self._sampling), self._sampling)
+            accepted_B, first_B = verify(target_BV, draft_BV, drafts_B, self._times(active, None))
         after = None if history is None else history.after(drafts_B)
-        after_BV = distribution(penalize(logits_B2V[:, 1], after, sampling), sampling)
-        accepted_B, tokens_B = verify(target_BV, draft_BV, drafts_B, after_BV, uniform_B3[:, 1:])
-        # The chosen token follows the draft if that is kept, and else the last token.
-        final_BV = torch.where(accepted_B[:, None], logits_B2V[:, 1], logits_B2V[:, 0])
-        final_target_BV = torch.where(accepted_B[:, None], after_BV, target_BV)
-        drafts = self._with_log_probs(logits_B2V[:, 0], target_BV, drafts_B)
-        tokens = self._with_log_probs(final_BV, final_target_BV, tokens_B)
+        second_B, after_BV = self._draw(active, logits_B2V[:, 1], after, 1 if is_coupled else None)
+        first = self._with_log_probs(active, logits_B2V[:, 0], target_BV, first_B)
+        second = self._with_log_probs(active, logits_B2V[:, 1], after_BV, second_B)
         chosen = []
         for row, (sequence, is_accepted) in enumerate(zip(active, accepted_B.tolist(), strict=True)):
             sequence.states_TD = state_B2D[row, : 1 + is_accepted]
@@ -250,8 +335,7 @@ class GenerationBatch:
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
                 self._counts["drafts_accepted"] += is_accepted
-            new_tokens = [drafts[row], tokens[row]] if is_accepted else [tokens[row]]
-            chosen.append([_checked(sequence, token) for token in new_tokens])
+            chosen.append([first[row], second[row]][: 1 + is_accepted])
         return chosen
 
     def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
@@ -297,9 +381,6 @@ class GenerationBatch:
 
     def _last_tokens(self, active: Sequence[ActiveSequence]) -> Tensor:
         return torch.tensor([[sequence.chosen[-1].token] for sequence in active], device=self._decoder.device)
-
-    def _uniform(self, sequences: Sequence[ActiveSequence], count: int) -> Tensor:
-        return torch.stack([sequence.random.uniform(count) for sequence in sequences]).to(self._decoder.device)
 
     def _take(
         self, sequences: Sequence[ActiveSequence], chosen: Sequence[Sequence[ChosenToken]]

@@ -11,7 +11,7 @@ from model.config import ModelConfig
 Finish = Literal["stop", "length"]  # why a sequence ended: a stop token or the stop condition, or the maximum length
 
 Speculative = Literal[True, False, "auto"]
-"""Whether an MTP module drafts tokens that the main model verifies; auto: if the model has an MTP module."""
+"""Whether an MTP module drafts tokens that the main model verifies; auto: if that is faster."""
 
 
 class RuleError(ValueError):
@@ -89,6 +89,7 @@ class Statistics:
         tokens: chosen tokens, including stop tokens; without drafts, equal to `passes`.
         drafts_offered: drafts of the MTP module that could be used.
         seconds: time from reading the first prompt to the last token.
+        choice: measured gains by which `speculative=auto` chose; empty if nothing was measured.
     """
 
     passes: int = 0
@@ -96,6 +97,7 @@ class Statistics:
     drafts_offered: int = 0
     drafts_accepted: int = 0
     seconds: float = 0.0
+    choice: str = ""
 
     @property
     def acceptance_rate(self) -> float:
@@ -104,11 +106,12 @@ class Statistics:
 
     def summary(self) -> str:
         """Returns a sentence about accepted drafts and passes."""
+        choice = f"; {self.choice}" if self.choice else ""
         if not self.drafts_offered:
-            return f"no drafts, {self.passes} passes"
+            return f"no drafts, {self.passes} passes{choice}"
         return (
             f"drafts accepted {self.acceptance_rate * 100:.0f} % ({self.drafts_accepted} of {self.drafts_offered}), "
-            f"{self.passes} passes instead of {self.tokens}"
+            f"{self.passes} passes instead of {self.tokens}{choice}"
         )
 
 
@@ -126,7 +129,7 @@ def _numbers(number: int, prompt: Any) -> list[int]:
 
 def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
     """Returns the joint statistics of parts that ran at the same time, `seconds` in all."""
-    names = [entry.name for entry in fields(Statistics) if entry.name != "seconds"]
+    names = [entry.name for entry in fields(Statistics) if entry.type is int]
     return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)
 
 

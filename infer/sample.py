@@ -3,12 +3,15 @@
 Shape legend: B rows, V vocabulary, K kept tokens.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from infer.config import Sampling
 from model.linear import widen
@@ -69,20 +72,35 @@ def _scale(logits_BV: Tensor, temperature: float) -> Tensor:
     return (wide_BV - wide_BV.amax(-1, keepdim=True)) / divisor
 
 
-def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws one token per row by inverting the cumulative distribution; returns B, int64.
+def draw(weights_BV: Tensor, times_BN: Tensor) -> Tensor:
+    """Draws a token per row, B, int64: a group of consecutive tokens by its sum, then one of them.
+
+    What comes first is drawn if each comes at an exponential time with its weight as rate. With equal times, similar
+    weights mostly draw the same token (arXiv:2408.07978, section 3). Groups need fewer random numbers.
 
     Args:
         weights_BV: non-negative weights, not all zero in a row; they need not sum to one.
-        uniform_B: uniform random numbers in [0, 1), float64.
+        times_BN: exponential random numbers of rate 1, float64, `num_times(V)` per row.
     """
-    below_BV = weights_BV.to(torch.float64).cumsum(-1)
-    total_B1 = below_BV[:, -1:].contiguous()
-    chosen_B1 = torch.searchsorted(below_BV, uniform_B[:, None] * total_B1, right=True)
-    # Rounding may raise the product to the total. Then the last token with a positive weight is chosen.
-    last_B1 = torch.searchsorted(below_BV, total_B1)
-    # NaN weights give an index out of range. Any token is fine then, because the caller checks the logits.
-    return torch.minimum(chosen_B1, last_B1)[:, 0].clamp(max=weights_BV.shape[1] - 1)
+    num_rows, vocab = weights_BV.shape
+    size = _group_size(vocab)
+    # [B, number of groups, size]
+    grouped = functional.pad(weights_BV, (0, -vocab % size)).view(num_rows, -1, size)
+    groups_B = (grouped.sum(-1, dtype=torch.float64) / times_BN[:, size:-1]).argmax(-1)
+    chosen_BS = grouped[torch.arange(num_rows, device=groups_B.device), groups_B]
+    tokens_B = groups_B * size + (chosen_BS / times_BN[:, :size]).argmax(-1)
+    # NaN weights may give an index out of range. Any token is fine then, because the caller checks the logits.
+    return tokens_B.clamp(max=vocab - 1)
+
+
+def num_times(vocab: int) -> int:
+    """Returns the number of times of a draw: of tokens in a group, of groups, and one for `verify`."""
+    size = _group_size(vocab)
+    return size + -(-vocab // size) + 1
+
+
+def _group_size(vocab: int) -> int:
+    return 1 << vocab.bit_length() // 2
 
 
 class SequenceRandom:
@@ -93,10 +111,20 @@ class SequenceRandom:
         # CPU would only use the low 32 bits of a seed.
         philox = np.random.Philox(key=seed % 2**128, counter=[0, prompt, sample, step])
         self._generator = np.random.Generator(philox)
+        self._last: deque[NDArray[np.float64]] = deque(maxlen=2)
+        self._num_draws = 0
 
     def uniform(self, count: int) -> Tensor:
         """Returns `count` uniform numbers in [0, 1), float64, on the CPU."""
         return torch.from_numpy(self._generator.random(count))
+
+    def times(self, count: int, number: int | None) -> NDArray[np.float64]:
+        """Returns `count` exponential numbers above 0 of a draw: by number of the last two, or the next."""
+        number = self._num_draws if number is None else number
+        while self._num_draws <= number:
+            self._last.append(self._generator.standard_exponential(count) + 2.0**-1000)
+            self._num_draws += 1
+        return self._last[number - self._num_draws]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +171,24 @@ def penalize(logits_BV: Tensor, history: TokenHistory | None, sampling: Sampling
     return logits_BV - sampling.presence_penalty * is_in_continuation_BV
 
 
-def verify(
-    target_BV: Tensor, draft_BV: Tensor, drafts_B: Tensor, after_BV: Tensor, uniform_B2: Tensor
-) -> tuple[Tensor, Tensor]:
+def verify(target_BV: Tensor, draft_BV: Tensor, drafts_B: Tensor, times_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Accepts draft x with probability min(1, p(x) / q(x)), or else draws from max(p - q, 0), normalized.
 
-    With one-hot distributions (temperature 0), a draft is accepted if and only if it is the most probable token.
     Source: arXiv:2211.17192, algorithm 1; the drafts are the MTP module's (arXiv:2412.19437, sections 2.2 and 5.4.3).
 
     Args:
         target_BV: p, the main model's distribution of the drafted token.
         draft_BV: q, the distribution that the draft was drawn from.
-        after_BV: the main model's distribution of the token after the draft.
-        uniform_B2: uniform random numbers in [0, 1), float64: one for acceptance, one for drawing.
+        times_BN: random numbers as of `draw`, not those that drew the draft.
 
     Returns:
-        Whether each draft is accepted, B; and the token after an accepted draft or in place of a rejected one, B.
+        Whether each draft is accepted, B; and the draft or the token in place of it, B.
     """
     target_B = target_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)
     draft_B = draft_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)
-    # Accept if u < p(x) / q(x), without a division by zero.
-    kept_B = uniform_B2[:, 0] * draft_B < target_B
+    # Accept if u < p(x) / q(x), without a division by zero. The exponential of minus a time is uniform.
+    accepted_B = times_BN[:, -1].neg().exp() * draft_B < target_B
     rest_BV = (target_BV - draft_BV).clamp(min=0)
     # If p equals q, a draft is rejected only by rounding. Then draw from p itself.
     rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, target_BV)
-    return kept_B, draw(torch.where(kept_B[:, None], after_BV, rest_BV), uniform_B2[:, 1])
+    return accepted_B, torch.where(accepted_B, drafts_B, draw(rest_BV, times_BN))

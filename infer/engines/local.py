@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
+from infer.batch import PROMPT_TOKENS, ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
@@ -42,7 +42,7 @@ class LocalEngine:
         self._wanted: Speculative = speculative
         self._batch_size = batch_size
         self._prefill_tokens = prefill_tokens
-        self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
+        self._drafts = DraftChoice(speculative if model.config.mtp_depth > 0 else False)
         self.statistics = Statistics()
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
@@ -73,12 +73,12 @@ class LocalEngine:
         # The capacity includes a draft: the model reads it together with the last token, which is not in the cache yet.
         capacity = max(sequence.max_length for sequence in waiting)
         size = min(self._batch_size, len(waiting))
-        decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative, routes=store)
+        decoder = Decoder(self._model, size, capacity, with_mtp=self._drafts.wanted is not False, routes=store)
         batch = GenerationBatch(
             decoder,
             request,
             self._stop_condition,
-            speculative=self._speculative,
+            drafts=self._drafts,
             prefill_tokens=self._prefill_tokens,
         )
         began = time.perf_counter()

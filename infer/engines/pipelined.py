@@ -16,7 +16,7 @@ from torch import Tensor
 from dualpipe.ir import Placement
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
-from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
+from infer.batch import PROMPT_TOKENS, ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder, RouteStore, join_routes
 from infer.engines.local import start_sequences, to_rollouts
@@ -324,7 +324,7 @@ class PipelinedEngine:
                 decoder,
                 request,
                 self._stop_condition,
-                speculative=self._speculative,
+                drafts=DraftChoice(self._speculative and self._wanted, is_timed=False),
                 prefill_tokens=self._sizes.prefill_tokens,
             )
             cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from comm.dispatch.local import LocalDispatcher
+from infer.batch import DraftChoice
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.engines.vllm import VllmEngine
@@ -144,6 +146,67 @@ def test_recorded_experts_are_those_of_a_training_pass(speculative: bool, batch_
     num_tokens = sum(len(prompt.tokens) for prompt in prompts) + sum(len(each.tokens) - 1 for each in made.rollouts)
     assert made.routes.num_bytes == num_tokens * len(layers) * model.config.num_experts_per_token
     assert all(array.base is None for array in ids.values())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "batch_size", "prefill"),
+    [
+        (Sampling(), 48, 8192),
+        (Sampling(temperature=1.0, seed=3), 5, 4),
+        (Sampling(temperature=0.8, top_k=200, repetition_penalty=1.2, seed=5), 7, 8192),
+    ],
+)
+def test_drafts_chosen_by_time_change_no_token(
+    sampling: Sampling, batch_size: int, prefill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes with and without drafts alternate at random, and so do prompts that the MTP module reads or not."""
+    model = make_foresighted(dtype=torch.float64)
+    request = replace(REQUEST, sampling=sampling, samples=3, record_routes=True)
+    plain = LocalEngine(model, speculative=False).generate(PROMPTS, request)
+    times = Random(2)
+    monkeypatch.setattr(DraftChoice, "choose", lambda *_: times.random() < 0.6)
+    monkeypatch.setattr(DraftChoice, "pays", lambda *_: times.random() < 0.5)
+    made = LocalEngine(model, speculative="auto", batch_size=batch_size, prefill_tokens=prefill).generate(
+        PROMPTS, request
+    )
+    assert 0 < made.statistics.drafts_accepted < made.statistics.drafts_offered < plain.statistics.tokens / 2
+    for ours, theirs in zip(made.rollouts, plain.rollouts, strict=True):
+        assert ours.tokens == theirs.tokens, (ours.prompt, ours.sample)
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-12)
+    assert made.routes is not None
+    assert plain.routes is not None
+    assert made.routes.ids.keys() == plain.routes.ids.keys()
+    for key, ids_TK in plain.routes.ids.items():
+        assert np.array_equal(np.sort(made.routes.ids[key], -1), np.sort(ids_TK, -1)), key
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 32])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("cost", [1.1, 1.4, 1.9])
+def test_auto_is_as_fast_as_the_better_of_drafts_and_none(num_rows: int, rate: float, cost: float) -> None:
+    """A pass with drafts takes `cost` times as long, and each is right with probability `rate`; noise of 5 %."""
+    choice = DraftChoice("auto")
+    chance = Random(num_rows)
+    seconds = tokens = 0.0
+    for _ in range(1000):
+        is_drafted = choice.choose(num_rows)
+        took = num_rows * (cost if is_drafted else 1) * (1 + 0.05 * chance.random())
+        num_tokens = num_rows + (sum(chance.random() < rate for _ in range(num_rows)) if is_drafted else 0)
+        choice.record(num_rows, took, num_tokens, is_drafted=is_drafted)
+        seconds += took
+        tokens += num_tokens
+    assert tokens / seconds > 0.97 * max(1, (1 + rate) / cost) / 1.025
+    assert choice.pays(num_rows) == (1 + rate > cost) or abs((1 + rate) / cost - 1) < 0.06
+    assert choice.summary().startswith("speed with drafts by rows: ")
+
+
+def test_drafts_are_chosen_for_each_number_of_rows() -> None:
+    choice = DraftChoice("auto")
+    for num_rows in (32, 2) * 200:
+        is_drafted = choice.choose(num_rows)
+        took = num_rows * (1.0 if not is_drafted else 1.2 if num_rows == 2 else 2.5)
+        choice.record(num_rows, took, num_rows + is_drafted * num_rows * 3 // 4, is_drafted=is_drafted)
+    assert (choice.pays(32), choice.pays(17), choice.pays(2), choice.pays(1)) == (False, False, True, False)
 
 
 def test_requests_without_records_have_none() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infer.config import GenerateError, Sampling
 from infer.generate import generate
-from infer.sample import SequenceRandom, distribution, draw, log_probs, verify
+from infer.sample import SequenceRandom, distribution, draw, log_probs, num_times, verify
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.infer.models import SHAPES, SMALL, chi_square, make_foresighted, make_model, whole_pass
@@ -73,16 +73,38 @@ def test_top_p_that_tokens_reach_exactly_keeps_no_further_token(top_p: float, co
 
 def test_draws_follow_their_distribution() -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.01, 0.5, 0.0])
-    uniform = SequenceRandom(seed=4, prompt=0).uniform(100_000)
-    counts = torch.bincount(draw(weights.expand(100_000, 7), uniform), minlength=7)
+    counts = torch.bincount(draw(weights.expand(100_000, 7), times_of(100_000, 7)), minlength=7)
     statistic, limit = chi_square(counts, (weights / weights.sum()).to(torch.float64))
     assert statistic < limit
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53, 0.5])
-def test_draw_never_gives_what_has_no_weight(uniform: float) -> None:
+@pytest.mark.parametrize("time", [2.0**-1000, 1.0, 50.0])
+def test_draw_never_gives_what_has_no_weight(time: float) -> None:
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1e-30], [1e-3, 0.0, 0.0]])
-    assert draw(weights, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [1, 2, 0]
+    times = torch.full((3, num_times(3)), time, dtype=torch.float64)
+    times[:, ::2] = 50.0
+    assert draw(weights, times).tolist() == [1, 2, 0]
+
+
+def test_equal_times_mostly_draw_the_same_token_from_similar_weights() -> None:
+    """Without groups the probability is at least (1 - d) / (1 + d), d the variation distance. Groups cost a bit."""
+    generator = torch.Generator().manual_seed(6)
+    target = (2 * torch.randn(1, 300, generator=generator, dtype=torch.float64)).softmax(-1).expand(20_000, 300)
+    times = times_of(20_000, 300)
+    assert draw(target, times).equal(draw(7 * target, times))
+    for noise in (0.1, 0.5):
+        near = target[:1].log() + noise * torch.randn(1, 300, generator=generator, dtype=torch.float64)
+        draft = near.softmax(-1).expand(20_000, 300)
+        distance = float((target[0] - draft[0]).abs().sum()) / 2
+        same = float((draw(target, times) == draw(draft, times)).double().mean())
+        assert (1 - distance) / (1 + distance) - 0.05 < same < 1 - distance
+
+
+def test_random_numbers_of_a_draw_are_read_twice() -> None:
+    random, again = SequenceRandom(4, 1), SequenceRandom(4, 1)
+    first = [random.times(5, number).tolist() for number in (0, 1, 0, 1, 3, 2)]
+    assert [again.times(5, None).tolist() for _ in range(4)] == [*first[:2], first[5], first[4]]
+    assert first[:2] == first[2:4]
 
 
 def test_draws_of_prompts_and_seeds_differ() -> None:
@@ -146,6 +168,11 @@ def test_log_probs_are_those_of_all_tokens_at_the_temperature(temperature: float
 def test_min_p_and_penalties_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(GenerateError, match=f"^{re.escape(message)}$"):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+def times_of(rows: int, vocab: int) -> Tensor:
+    numbers = SequenceRandom(seed=4, prompt=0).times(rows * num_times(vocab), None)
+    return torch.from_numpy(numbers).view(rows, num_times(vocab))
 
 
 VOCAB = 8
@@ -218,43 +245,34 @@ def test_drafts_are_those_of_whole_passes(config: ModelConfig) -> None:
 
 
 def test_verified_tokens_are_distributed_as_without_drafts() -> None:
-    """The first token follows p, and the second the main model's distribution, for different p and q with zeros."""
+    """The token follows p, for different p and q with zeros."""
     rows = 200_000
     generator = torch.Generator().manual_seed(8)
     target = torch.tensor([0.5, 0.2, 0.0, 0.05, 0.25], dtype=torch.float64)
     draft = torch.tensor([0.1, 0.5, 0.2, 0.0, 0.2], dtype=torch.float64)
-    after = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     drafts = torch.multinomial(draft, rows, replacement=True, generator=generator)
-    uniform = torch.rand(rows, 2, generator=generator, dtype=torch.float64)
-    spread = [x.expand(rows, 5) for x in (target, draft, after)]
-    kept, tokens = verify(spread[0], spread[1], drafts, spread[2], uniform)
-    first = torch.where(kept, drafts, tokens)
-    statistic, limit = chi_square(torch.bincount(first, minlength=5), target)
+    accepted, tokens = verify(target.expand(rows, 5), draft.expand(rows, 5), drafts, times_of(rows, 5))
+    statistic, limit = chi_square(torch.bincount(tokens, minlength=5), target)
     assert statistic < limit
+    assert tokens[accepted].equal(drafts[accepted])
     # The acceptance rate is the overlap of p and q.
     overlap = float(torch.minimum(target, draft).sum())
-    assert float(kept.double().mean()) == pytest.approx(overlap, abs=5 * (overlap * (1 - overlap) / rows) ** 0.5)
-    # What follows a kept draft does not depend on which draft it was.
-    pairs = torch.bincount((drafts * 5 + tokens)[kept], minlength=25).view(5, 5)
-    shares = pairs.sum(1, keepdim=True) / pairs.sum()
-    statistic, limit = chi_square(pairs, shares * after)
-    assert statistic < limit
+    assert float(accepted.double().mean()) == pytest.approx(overlap, abs=5 * (overlap * (1 - overlap) / rows) ** 0.5)
 
 
 def test_verify_of_one_hot_distributions_keeps_the_right_draft_alone() -> None:
-    best, other, last = torch.eye(3)[[0, 1, 2]]
-    target, draft, after = torch.stack((best, best)), torch.stack((best, other)), torch.stack((last, last))
-    kept, tokens = verify(
-        target, draft, torch.tensor([0, 1]), after, torch.full((2, 2), 1 - 2**-53, dtype=torch.float64)
-    )
-    assert kept.tolist() == [True, False]
-    assert tokens.tolist() == [2, 0]
+    best, other, _ = torch.eye(3)[[0, 1, 2]]
+    target, draft = torch.stack((best, best)), torch.stack((best, other))
+    for time in (2.0**-50, 50.0):
+        times = torch.full((2, num_times(3)), time, dtype=torch.float64)
+        accepted, tokens = verify(target, draft, torch.tensor([0, 1]), times)
+        assert accepted.tolist() == [True, False]
+        assert tokens.tolist() == [0, 0]
 
 
 def test_verify_equal_distributions_always_keep() -> None:
     same = torch.tensor([[0.3, 0.7]]).expand(1000, 2)
-    uniform = torch.rand(1000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert verify(same, same, torch.ones(1000, dtype=torch.int64), same, uniform)[0].all()
+    assert verify(same, same, torch.ones(1000, dtype=torch.int64), times_of(1000, 2))[0].all()
 
 
 @torch.no_grad()

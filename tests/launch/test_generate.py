@@ -173,7 +173,7 @@ def test_hugging_face_folder_is_read_with_its_tokenizer_and_its_ends(
     save_hf(model, tmp_path / "hf")
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**values, "eos_token_id": [free.tokens[5], 1]}))
-    choices = [f"ckpt={tmp_path / 'hf'}", "max_new_tokens=12", "temperature=0"]
+    choices = [f"ckpt={tmp_path / 'hf'}", "max_new_tokens=12", "temperature=0", "speculative=true"]
     main([*choices, "prompt_ids=[0,5,9]"])
     printed = capsys.readouterr()
     assert printed.out.split() == [str(token) for token in free.tokens[: free.tokens.index(free.tokens[5])]]

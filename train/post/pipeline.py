@@ -264,6 +264,11 @@ def _replica_config(config: InferenceConfig) -> ReplicaConfig:
 _HASH_BYTES = 32
 
 
+def _drafts(replica: Replica) -> bool:
+    """Returns whether MTP modules draft, which no clock decides: a resumed run samples the same bits."""
+    return replica.config.model.mtp_depth > 0
+
+
 class TrainingEngine(Engine, Protocol):
     """Protocol of an engine that a training run opens and closes."""
 
@@ -281,7 +286,7 @@ class ReplicaEngine:
         # Dispatchers are built for the tokens of a micro-batch.
         most = replica.config.tokens.max_tokens
         sizes = CohortSizes(max_rows=min(CohortSizes().max_rows, most), prefill_tokens=min(PROMPT_TOKENS, most))
-        self._engine = PipelinedEngine(self._pipeline, sizes=sizes)
+        self._engine = PipelinedEngine(self._pipeline, speculative=_drafts(replica), sizes=sizes)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
         """Implements `Engine.generate`. Every rank returns all rollouts."""
@@ -364,7 +369,7 @@ class GatheredEngine:
         """Allocates the copy. All ranks of the job call it; weights may change between calls."""
         self._world = replica.world
         self.copy = WholeCopy(replica)
-        self._engine = LocalEngine(self.copy.model)
+        self._engine = LocalEngine(self.copy.model, speculative=_drafts(replica))
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
         """Implements `Engine.generate`. Every rank returns all rollouts.

@@ -14,6 +14,7 @@ from tests.programs.bench import report
 from tests.programs.bench.blocks import Workload
 from tests.programs.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.programs.bench.decoding import decoding_text, measure_decoding
+from tests.programs.bench.drafts import drafts_text, measure_drafts
 from tests.programs.bench.forecast import forecast_text
 from tests.programs.bench.grouped_stages import CASES, grouped_text, measure_grouped
 from tests.programs.bench.grpo import grpo_text, measure_grpo
@@ -38,6 +39,7 @@ SECTIONS = (
     "training",
     "launches",
     "decoding",
+    "drafts",
     "sft",
     "grpo",
     "plan",
@@ -94,6 +96,10 @@ def main() -> None:
         samples = measure_decoding(arguments.rounds)
         found["decoding"] = [asdict(sample) for sample in samples]
         print("\n" + decoding_text(samples), flush=True)
+    if "drafts" in arguments.sections:
+        made = measure_drafts(arguments.rounds)
+        found["drafts"] = [asdict(sample) for sample in made]
+        print("\n" + drafts_text(made), flush=True)
     for section, (measure_steps, text) in _WITH_TRL.items():
         if section in arguments.sections:
             found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
