@@ -129,6 +129,7 @@ def test_golden_checker_names_the_first_difference(
     code, output = check(reference, results)
     assert (code, text in output) == (1, True), output
     assert check(reference, results, "weight/a", "rank_")[0] == 0
+    assert check(reference, results, "weights/")[0] == 2
     (results / "float64" / "step_1.safetensors").write_bytes(b"no safetensors")
     assert check(reference, results)[0] == 2
 
