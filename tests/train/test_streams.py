@@ -43,7 +43,8 @@ def lanes_of(schedule: Schedule) -> dict[int, Sequence[Lane]]:
 def shape_of(schedule: Schedule, dispatcher: str = "all_to_all", **changes: Any) -> StepShape:
     setting = Setting(dispatcher, NODES, {"chunks": 2} if dispatcher == "two_hop" else {})
     is_local = dispatcher == "local"
-    first, *_, last = schedule.placement[0]
+    first = schedule.placement[0][0]
+    last = schedule.placement[0][-1]
     shape = StepShape(
         schedule=schedule,
         pairing=overlapped,
