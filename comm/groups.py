@@ -5,7 +5,9 @@ torch's own rendezvous start a TCP server that listens on all addresses of the m
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
@@ -16,6 +18,7 @@ from torch import distributed
 from torch.distributed import (  # type: ignore[attr-defined]
     HashStore,
     ProcessGroup,
+    ProcessGroupGloo,
 )
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import (
@@ -51,6 +54,9 @@ _LARGE_SUM = 2**24
 """Numbers for which NCCL takes the algorithm of large sums, which are limited by bandwidth."""
 
 _LAZY_VARIABLE = "TORCH_GLOO_LAZY_INIT"
+
+_SHARED_GLOO = "gloo_on_world_device"
+"""Name under which torch makes the groups of `_open_on_world_device`: it has no argument for gloo's devices."""
 
 
 class ClusterError(ValueError):
@@ -188,9 +194,28 @@ def make_group(
     communication. `GROUP_TIMEOUT_MARGIN_SECONDS` is added to the timeout of each collective. Only NCCL has `kernels`.
     """
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-    options = _nccl_options(kernels, timeout) if distributed.get_backend() == "nccl" else None
-    group = distributed.new_group(list(members), timeout=timeout, pg_options=options)
+    backend = distributed.get_backend()
+    if backend == "gloo":
+        distributed.Backend.register_backend(_SHARED_GLOO, _open_on_world_device, devices=["cpu", "cuda"])
+        group = distributed.new_group(list(members), timeout=timeout, backend=_SHARED_GLOO)
+    else:
+        options = _nccl_options(kernels, timeout) if backend == "nccl" else None
+        group = distributed.new_group(list(members), timeout=timeout, pg_options=options)
     return group if isinstance(group, ProcessGroup) else None
+
+
+def _open_on_world_device(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+    """Creates a gloo group on the world's device, whose one thread then serves both.
+
+    Otherwise each group has a device with a thread that wakes a hundred times a second.
+    """
+    world = distributed.group.WORLD
+    assert world is not None
+    backend: Any = world._get_backend(torch.device("cpu"))
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = getattr(backend, "wrapped_pg", backend).options._devices  # wrapped under torch's debug level
+    return ProcessGroupGloo(store, rank, size, options)
 
 
 def _nccl_options(kernels: GroupKernels, timeout: timedelta) -> Any:
@@ -238,15 +263,34 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     if cluster.backend == "nccl" and os.environ["WORLD_SIZE"] != "1":
         reserve_sms(device, cluster.communication_sms or 0)
     timeout = timedelta(seconds=cluster.timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-    distributed.init_process_group(
-        cluster.backend,
-        store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timeout,
-        pg_options=_nccl_options(GroupKernels(), timeout) if cluster.backend == "nccl" else None,
-    )
+    with _batch_priority_threads():
+        distributed.init_process_group(
+            cluster.backend,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            pg_options=_nccl_options(GroupKernels(), timeout) if cluster.backend == "nccl" else None,
+        )
     return device
+
+
+@contextmanager
+def _batch_priority_threads() -> Iterator[None]:
+    """Starts threads inside with SCHED_BATCH on Linux, so that they do not preempt others on wake-up.
+
+    gloo's event thread polls a connection's lock while a sender holds it. With fewer cores than threads, it would
+    preempt that sender and then spin for milliseconds.
+    """
+    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    unprivileged = os.sched_param(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, unprivileged)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, unprivileged)
 
 
 def stop() -> None:

@@ -5,13 +5,11 @@ Messages have headers and enter the log. With gloo they pass through host memory
 
 import itertools
 import math
-import os
 import struct
-import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, get_args
 
@@ -306,13 +304,11 @@ def host_links(
 ) -> dict[tuple[int, int, str], "HostLink"]:
     """Opens the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
-    All links share a communicator and differ by their tags, because each gloo communicator runs a thread that wakes a
-    hundred times a second.
+    All links share a communicator and differ by their tags.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
     for (members,) in pipeline_partition(layout):
-        with _batch_priority_threads():
-            group = make_group(members, timeout_seconds)
+        group = make_group(members, timeout_seconds)
         if group is not None:
             rank_pairs = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
             for (source, destination), kind in itertools.product(rank_pairs, kinds):
@@ -320,24 +316,6 @@ def host_links(
                 link_log = LinkLog(log, kind, (members[source], members[destination]))
                 links[source, destination, kind] = HostLink(group, peer, kind, device, link_log)
     return links
-
-
-@contextmanager
-def _batch_priority_threads() -> Iterator[None]:
-    """Starts threads inside with SCHED_BATCH on Linux, so that they do not preempt others on wake-up.
-
-    gloo's event thread polls a connection's lock while a sender holds it. With fewer cores than threads, it would
-    preempt that sender and then spin for milliseconds.
-    """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    unprivileged = os.sched_param(0)
-    os.sched_setscheduler(0, os.SCHED_BATCH, unprivileged)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, unprivileged)
 
 
 class HostLink:

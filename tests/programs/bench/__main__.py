@@ -22,6 +22,7 @@ from tests.programs.bench.interpreter import microseconds_per_operation
 from tests.programs.bench.launches import launches_text, measure_launches, num_launches
 from tests.programs.bench.measure import Plan, make_schedule, measure
 from tests.programs.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.programs.bench.pipeline import conversion_text, measure_pipeline, pipeline_text
 from tests.programs.bench.planned_cpu import cpu_text, measure_cpu, quickstart
 from tests.programs.bench.planned_layouts import SECONDS_PER_SEQUENCE, layouts_text, measure_layouts, small_layouts
 from tests.programs.bench.planned_stages import KINDS, measure_planned, planned_text
@@ -42,6 +43,7 @@ SECTIONS = (
     "drafts",
     "sft",
     "grpo",
+    "pipeline",
     "plan",
     "groups",
 )
@@ -103,6 +105,11 @@ def main() -> None:
     for section, (measure_steps, text) in _WITH_TRL.items():
         if section in arguments.sections:
             found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
+    if "pipeline" in arguments.sections:
+        config = quickstart("parallelism=four_ranks", "batch.global_sequences=16")
+        costs = measure_pipeline(config, 2 * arguments.rounds)
+        found["pipeline"] = [asdict(cost) for cost in costs]
+        print("\n" + pipeline_text(config, costs) + "\n" + conversion_text(max(1, arguments.rounds // 2)), flush=True)
     if "plan" in arguments.sections:
         found["plan"] = _planned(arguments.rounds)
     if "groups" in arguments.sections:
