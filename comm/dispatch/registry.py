@@ -225,6 +225,7 @@ class DispatcherEntry:
         memory: function that predicts its memory. It assumes the largest counts that a routing can have: a token of K
             experts reaches K ranks, and as many nodes as the cap allows.
         calls: function of the config and the node of each member that returns what each method does on the lane.
+            Without it, a plan does not check the dispatcher's order of collectives, and prints so.
     """
 
     name: str
@@ -234,7 +235,7 @@ class DispatcherEntry:
     requirements: tuple[Callable[[Any, DispatchSite], None], ...]
     memory: Callable[[Any, DispatchSite, RowBytes], DispatchMemory]
     contract: Contract
-    calls: Callable[[Any, Sequence[int]], Calls]
+    calls: Callable[[Any, Sequence[int]], Calls] | None = None
 
     def check(self, config: DispatchConfig, site: DispatchSite) -> None:
         """Raises DispatchRequirementError if a requirement is not met."""

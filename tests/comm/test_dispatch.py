@@ -156,6 +156,8 @@ def test_dispatcher_has_one_order_of_collectives_in_each_group(findings: list[Fi
 def test_dispatcher_makes_the_calls_that_it_declares(findings: list[Findings], request: pytest.FixtureRequest) -> None:
     """The model of NCCL's rules reads the declaration. Quantizing rows adds no call."""
     setting: Setting = request.node.callspec.params["findings"]
+    if setting.entry.calls is None:
+        pytest.skip(f"dispatcher {setting.kind} declares no calls")
     declared = setting.entry.calls(setting.config, setting.nodes)
     expected = [(c.action, c.group, c.name) for method in NO_CALLS for c in declared[method] if c.action != "hold"]
     for rank, found in enumerate(findings):

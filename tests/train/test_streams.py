@@ -43,13 +43,15 @@ def lanes_of(schedule: Schedule) -> dict[int, Sequence[Lane]]:
 def shape_of(schedule: Schedule, dispatcher: str = "all_to_all", **changes: Any) -> StepShape:
     setting = Setting(dispatcher, NODES, {"chunks": 2} if dispatcher == "two_hop" else {})
     is_local = dispatcher == "local"
+    calls = setting.entry.calls
+    assert calls is not None
     first = schedule.placement[0][0]
     last = schedule.placement[0][-1]
     shape = StepShape(
         schedule=schedule,
         pairing=overlapped,
         lanes=lanes_of(schedule),
-        calls=None if is_local else setting.entry.calls(setting.config, NODES),
+        calls=None if is_local else calls(setting.config, NODES),
         num_replicas=4,
         expert=1 if is_local else 4,
         context=2,

@@ -29,10 +29,13 @@ def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> str:
     connections = environment.get(_CONNECTIONS, "32")  # as the launcher sets it
     if not connections.isdecimal():
         raise broken(_CONNECTIONS, "must be a whole number", connections, "32, or unset it")
+    kind = config.dispatch.kind
+    if DISPATCHERS.get(kind).calls is None:
+        return f"not checked: dispatcher {kind} declares no calls in its DispatcherEntry"
     slices = config.schedule.slices
     few = -(-2 * config.parallelism.pipeline // slices) * slices
     schedule = planning_schedule(config, min(config.num_micro_batches, few))
-    size = f"{schedule.kind} with {schedule.num_micro_batches} micro-batches and {config.dispatch.kind}"
+    size = f"{schedule.kind} with {schedule.num_micro_batches} micro-batches and {kind}"
     traces = record_step(step_shape(config, schedule))
     problems = [problem for trace in traces for problem in trace.problems]
     if problems:
@@ -65,13 +68,13 @@ def step_shape(config: TrainConfig, schedule: Schedule) -> StepShape:
     layout = Layout(mesh, config.cluster.ranks_per_node)
     holders = embedding_ranks(schedule, config.model.mtp_depth)
     replicas = layout.stage_group(layout.rank(holders[0], 0), mirrored=is_mirrored(schedule))
-    kind = config.dispatch.kind
+    calls = DISPATCHERS.get(config.dispatch.kind).calls
     nodes = [layout.node_of(rank) for rank in layout.expert_group(0)]
     return StepShape(
         schedule=schedule,
         pairing={"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing],
         lanes=dict(enumerate(stage_lanes(config.model, run_cut(config, schedule.placement)))),
-        calls=None if kind == "local" else DISPATCHERS.get(kind).calls(config.dispatch, nodes),
+        calls=None if calls is None or config.dispatch.kind == "local" else calls(config.dispatch, nodes),
         num_replicas=mesh.stage_ranks,
         expert=mesh.expert,
         context=mesh.context,
