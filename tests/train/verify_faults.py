@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comm.watchdog.collective_log import CollectiveLog
 from model.block import RoutedExperts
+from model.transformer import named_tensors
 from train import learner, startup, step, world
 from train.checkpoint import locate
 from train.checkpoint.save import CheckpointSaver
@@ -20,7 +21,7 @@ from train.config import TrainConfig
 from train.optim import staged
 from train.optim.adamw import EMBEDDING, ReplicatedAdamW
 from train.replica import BatchReader, Replica
-from train.verify import places, rates, runs, steps
+from train.verify import places, rates, resuming, runs, steps
 
 Plant = Callable[[int, ExitStack], None]
 """Plants a fault on a rank until the stack closes."""
@@ -168,6 +169,20 @@ def forget_moments(original: Any, optimizer: staged.StagedAdamW) -> None:
     for name, moment in optimizer.state().items():
         if name.endswith("exp_avg_sq"):
             moment.local.mul_(2)  # type: ignore[union-attr]
+
+
+def swap_layers(original: Any, learner: Any, folder: Path) -> None:
+    original(learner, folder)
+    weights = named_tensors(learner.replica.model)
+    one, other = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2))
+    if one in weights and other in weights:
+        kept = weights[one].clone()
+        weights[one].copy_(weights[other])
+        weights[other].copy_(kept)
+
+
+def first_part(original: Any, replica: Replica, micro_batch: int) -> int:
+    return 0 if replica.world.layout.parallelism.context > 1 else original(replica, micro_batch)
 
 
 ONE = "model.layers.1.self_attn.o_proj.weight"
@@ -347,6 +362,20 @@ PLANTED: dict[str, Planted] = {
         ranks=(0, 1, 2, 3),
         subject="weight of ",
         cause="not saved",
+    ),
+    "layers swapped by a resume": Planted(
+        plant=wrapped(resuming, "load", swap_layers),
+        check="checkpoint",
+        ranks=(0, 1, 2, 3),
+        subject="weight of model.layers.[12].self_attn.o_proj",
+        cause="not saved, or is given to another",
+    ),
+    "part of a sequence of another context rank": Planted(
+        plant=wrapped(Replica, "part_of", first_part, (1,)),
+        check="equality",
+        ranks=(None,),
+        subject="gradient of ",
+        cause="context axis",
     ),
     "sequences of another rank": Planted(
         plant=wrapped(
