@@ -196,7 +196,8 @@ def make_group(
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     backend = distributed.get_backend()
     if backend == "gloo":
-        distributed.Backend.register_backend(_SHARED_GLOO, _open_on_world_device, devices=["cpu", "cuda"])
+        if _SHARED_GLOO not in distributed.Backend.backend_list:  # older torch refuses a second registration
+            distributed.Backend.register_backend(_SHARED_GLOO, _open_on_world_device, devices=["cpu", "cuda"])
         group = distributed.new_group(list(members), timeout=timeout, backend=_SHARED_GLOO)
     else:
         options = _nccl_options(kernels, timeout) if backend == "nccl" else None
