@@ -156,7 +156,7 @@ def test_compose_rejects_and_names_the_nearest(override: str, parts: list[str]) 
 def test_compose_submit_takes_over_training_with_its_own_cluster() -> None:
     ours = compose("submit", [])
     assert {key: ours[key] for key in ours if key not in own_keys("submit")} == compose("train", ["cluster=slurm"])
-    assert set(own_keys("submit")) == {"dry_run", "slurm"}
+    assert set(own_keys("submit")) == {"dry_run", "slurm", "verify"}
     assert default_groups("submit") == {**default_groups("train"), "cluster": "slurm"}
     assert included_roots("submit") == ["train"]
 

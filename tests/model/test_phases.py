@@ -134,7 +134,7 @@ def test_nothing_stays_of_a_pass_that_is_done_or_given_up(
     kept: dict[str, int] = {}
     with LiveMemory() as memory:
         run_stage(model, batch, store, lambda moment: kept.update({moment: memory.live_bytes()}))
-    assert memory.num_made > 500
+    assert memory.num_made > 400
     assert kept["forward"] > 0
     assert [storage.nbytes() for storage in memory.live()] == []
     assert all(weight.grad is None for weight in model.parameters())

@@ -20,6 +20,7 @@ from dualpipe.build import build
 from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
+from kernels.cross_entropy import linear_cross_entropy
 from model.objective import LossSums, MicroBatch, Objective
 from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.pairs import REFERENCE
@@ -179,7 +180,8 @@ def plain_hook(config: TrainConfig, model: Transformer) -> TaskHook:
     """Returns the hook of a run, which may train on the plain model's answers."""
     if not isinstance(config.task, DistillConfig) or config.task.answers == "data":
         return TaskHook()
-    return StudentSampler(PlainEngine(model, batch_size=5), config.task, config.seed)
+    engine = PlainEngine(model, speculative=model.config.mtp_depth > 0, batch_size=5)
+    return StudentSampler(engine, config.task, config.seed)
 
 
 def load_teacher(config: TrainConfig) -> Transformer | None:
@@ -200,10 +202,14 @@ def with_states(batch: MicroBatch, teacher: Transformer) -> MicroBatch:
 
 @torch.no_grad()
 def with_reference(batch: MicroBatch, reference: Transformer) -> MicroBatch:
-    """Returns the micro-batch with the targets' log-probabilities, from whole logits of the plain reference."""
-    logs_BTV, targets_BT = reference(batch.inputs_BT[0], batch.documents).log_softmax(-1), batch.targets_BT[0]
-    found_BT = logs_BTV.gather(2, targets_BT.clamp_min(0)[..., None])[..., 0] * (targets_BT >= 0)
-    return replace(batch, extras={**batch.extras, REFERENCE: found_BT})
+    """Returns the micro-batch with the targets' log-probabilities of the plain reference.
+
+    They are bit by bit those of equal weights in training, as counts of pairs with a positive margin need.
+    """
+    states_BTS, targets_BT = reference.final_states(batch.inputs_BT[0], batch.documents), batch.targets_BT[0]
+    rows_ND, targets_N = states_BTS.flatten(0, 1), targets_BT.flatten()
+    scores = linear_cross_entropy(rows_ND, reference.head_weight, targets_N, wants_rows=False, wants_head=False)
+    return replace(batch, extras={**batch.extras, REFERENCE: scores.log_probs_N.view_as(targets_BT)})
 
 
 def _plain_step(
