@@ -77,7 +77,7 @@ def test_host_runs_few_phases_ahead_of_the_lane_and_leaves_nothing_running() -> 
 
 
 def test_both_kinds_of_messages_of_one_way_have_no_common_order() -> None:
-    """So a link of one kind has a communicator of its own: NCCL's has one order on both ends."""
+    """So each kind of link has a separate communicator: one of NCCL's has the same order on both ends."""
     schedule = build("dualpipe", 6, 16)
     orders = [
         [step.message for step in lower(schedule, rank, sequential).steps if step.action is action]

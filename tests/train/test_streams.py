@@ -141,7 +141,7 @@ class LoadsOverStage(StepRecorder):
 
 
 class LocalOrder(StepRecorder):
-    """Each rank sums gradients in the order of its own stages."""
+    """Ranks sum the gradients of their stages in different orders."""
 
     def split_units(self) -> list[Any]:
         order = [stage for _, stage in self.shape.schedule.stages_of(self.index)]
