@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.draw.svg import Cell, measured_cells, planned_cells
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
@@ -67,7 +67,7 @@ THEMES = (
 def simulated_panel(kind: str, num_ranks: int = NUM_RANKS, num_micro_batches: int = NUM_MICRO_BATCHES) -> "Panel":
     """Returns the panel of a schedule whose stages are equal and whose exchange takes as long as a forward."""
     costs = uniform(COSTS, num_ranks, num_ranks)
-    schedule = build(kind, num_ranks, num_micro_batches, costs)
+    schedule = build_schedule(kind, num_ranks, num_micro_batches, costs)
     simulation = simulate(schedule, costs)
     return Panel(
         heading=f"{_TITLES[kind]}, simulated: {simulation.makespan:g} units",
@@ -79,7 +79,7 @@ def measured_panel(kind: str) -> "Panel":
     """Returns the panel of a run of gloo ranks whose stages sleep."""
     seconds = {name: value * UNIT_SECONDS for name, value in asdict(COSTS).items() if value is not None}
     costs = uniform(Costs(**seconds), NUM_RANKS, NUM_RANKS)
-    schedule = build(kind, NUM_RANKS, NUM_MICRO_BATCHES, costs)
+    schedule = build_schedule(kind, NUM_RANKS, NUM_MICRO_BATCHES, costs)
     measured = measure_spans(schedule, costs, BLOCKS)
     cells = [
         replace(cell, start=cell.start / UNIT_SECONDS, end=cell.end / UNIT_SECONDS)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dualpipe.build import best_of_kind, choose, schedules_folder, survey
-from dualpipe.build import decode as decode_schedule
+from dualpipe.builder import best_of_kind, choose, schedules_folder, survey
+from dualpipe.builder import decode as decode_schedule
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import decode_summary, grid, html, summary, table

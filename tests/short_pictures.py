@@ -3,6 +3,6 @@
 A search takes up to a second while all other ranks wait. `tests/dualpipe/test_draw_table.py` compares with them.
 """
 
-import dualpipe.build
+import dualpipe.builder
 
-dualpipe.build._MOST_SEARCHED = 0
+dualpipe.builder._MOST_SEARCHED = 0

@@ -27,7 +27,7 @@ from comm.watchdog.membership import STORE_FILE_VARIABLE
 from data.config import BatchSizes
 from data.loader import Batch
 from data.pack import WEIGHTS
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from model.config import Computing, cut_layers
 from model.hf.names import HEAD, layer_of, stored_tensors
 from model.hf.writer import write_hf
@@ -236,7 +236,7 @@ def _open(golden: GoldenConfig, run: GoldenRun, cluster: ClusterConfig) -> Any:
     mesh = run.parallelism
     batch = replace(golden.batch, micro_sequences=run.micro_sequences)
     num_micro_batches = batch.global_sequences // (mesh.data * run.micro_sequences)
-    schedule = build("1f1b" if mesh.pipeline == 1 else "dualpipe", mesh.pipeline, num_micro_batches)
+    schedule = build_schedule("1f1b" if mesh.pipeline == 1 else "dualpipe", mesh.pipeline, num_micro_batches)
     layout = Layout(mesh, cluster.ranks_per_node)
     groups = build_groups(layout, schedule, golden.model.mtp_depth, cluster)
     world = open_world(layout, groups, torch.device("cpu"), cluster.timeout_seconds, CollectiveLog())

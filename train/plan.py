@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.config import Cut
 from comm.layout import Layout
-from dualpipe.build import build, choose, schedules_folder, survey
+from dualpipe.builder import build_schedule, choose, schedules_folder, survey
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel
@@ -130,7 +130,9 @@ def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[
         kind = sized.schedule.kind
         assert kind != "auto"
         size_costs = costs or nominal_costs(sized, kind)
-        schedules[sequences] = build(kind, pipeline, sized.num_micro_batches, size_costs, ramp_memory_cap(sized), cache)
+        schedules[sequences] = build_schedule(
+            kind, pipeline, sized.num_micro_batches, size_costs, ramp_memory_cap(sized), cache
+        )
     return schedules
 
 
@@ -161,7 +163,7 @@ def _choose(config: TrainConfig, times: LayerTimes | None) -> tuple[Plan, CostMo
     if kind != "auto":
         cut = fitted_cut(config, kind)
         costs = nominal_costs(with_cut(config, cut), kind)
-        schedule = build(kind, pipeline, micro_batches, costs, config.memory_cap, cache)
+        schedule = build_schedule(kind, pipeline, micro_batches, costs, config.memory_cap, cache)
         return Plan(schedule=schedule, reason="the configured one", cut=cut, ramp={}), None
     assert times is not None
     cuts: dict[tuple[str, int], tuple[range, ...]] = {}

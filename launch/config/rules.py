@@ -9,7 +9,7 @@ from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import ramp_sizes
 from data.registry import DATA_SOURCES
-from dualpipe.build import build, schedules_folder
+from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from infer.scoring.scorers import JudgeConfig
@@ -161,7 +161,7 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
     run_cut(config, run_placement(config, kind))
     if config.memory_cap is not None:
         costs = nominal_costs(with_cut(config, fitted_cut(config, kind)), kind)
-        build(kind, pipeline, count, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
+        build_schedule(kind, pipeline, count, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
 def _check_ramp(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ import pytest
 from comm.config import ParallelismConfig
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import to_json
 from launch.convert import main as convert
 from launch.redraw import main as redraw
@@ -295,8 +295,8 @@ SCHEDULES: list[tuple[str, Callable[[Path, str], object]]] = [
     ("not JSON", lambda path, text: path.write_text(text[:-9])),
     ("100,000 deep", lambda path, text: path.write_text("[" * 10**5)),
     ("an order in which ranks wait for each other", lambda path, text: path.write_text(reversed_groups(text))),
-    ("one for other ranks", lambda path, text: path.write_text(to_json(build("1f1b", 4, 16)))),
-    ("one for other micro-batches", lambda path, text: path.write_text(to_json(build("1f1b", 2, 4)))),
+    ("one for other ranks", lambda path, text: path.write_text(to_json(build_schedule("1f1b", 4, 16)))),
+    ("one for other micro-batches", lambda path, text: path.write_text(to_json(build_schedule("1f1b", 2, 4)))),
     ("1 TiB", lambda path, text: hostile.sparse(path)),
     ("a pickle", lambda path, text: path.write_bytes(hostile.payload_bytes(path.with_name("proof")))),
 ]
@@ -305,7 +305,7 @@ SCHEDULES: list[tuple[str, Callable[[Path, str], object]]] = [
 @pytest.mark.parametrize("spoil", [case[1] for case in SCHEDULES], ids=[case[0] for case in SCHEDULES])
 def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, str], object], tmp_path: Path) -> None:
     config, path = of_two_ranks(tmp_path), tmp_path / "schedule.json"
-    text = to_json(build("1f1b", 2, config.num_micro_batches))
+    text = to_json(build_schedule("1f1b", 2, config.num_micro_batches))
     path.write_text(text)
     assert read_schedule(path, config).num_ranks == 2
     spoil(path, text)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Message, Schedule
@@ -26,16 +26,16 @@ PAIRINGS = [overlapped, sequential]
 PLACEMENTS = [straight(4), v_shaped(1), v_shaped(3), bidirectional(1), bidirectional(3), bidirectional(4), looped(3, 2)]
 RANDOM = [random_schedule(placement, 5, 1) for placement in PLACEMENTS]
 PUBLISHED = [
-    *(build("dualpipe", *sizes) for sizes in ((2, 4), (4, 8), (6, 16))),
-    *(build("1f1b", *sizes) for sizes in ((1, 2), (3, 5))),
+    *(build_schedule("dualpipe", *sizes) for sizes in ((2, 4), (4, 8), (6, 16))),
+    *(build_schedule("1f1b", *sizes) for sizes in ((1, 2), (3, 5))),
     *(dualpipe_v(*sizes) for sizes in ((1, 2), (3, 7))),
     *(zb_v(*sizes) for sizes in ((1, 3), (3, 7), (4, 3))),
     *(zb_h1(*sizes) for sizes in ((1, 3), (3, 7))),
 ]
 OFFLOADED = [
     *(offloaded(random_schedule(placement, 5, 0), seed) for seed, placement in enumerate(PLACEMENTS)),
-    offloaded(build("dualpipe", 4, 8), 1),
-    offloaded(build("1f1b", 3, 5), 2, share=1.0),
+    offloaded(build_schedule("dualpipe", 4, 8), 1),
+    offloaded(build_schedule("1f1b", 3, 5), 2, share=1.0),
 ]
 SCHEDULES = PUBLISHED + RANDOM + OFFLOADED
 

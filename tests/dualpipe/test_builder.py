@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from dualpipe import build
-from dualpipe.build import load_or_make
+from dualpipe import builder
+from dualpipe.builder import load_or_make
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, dualpipe_split, empty
 from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline
@@ -92,7 +92,7 @@ def test_cache_makes_once_for_the_same_inputs_and_again_for_others(tmp_path: Pat
 def test_cache_of_another_program_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counting()
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
-    monkeypatch.setattr(build, "_program_digest", lambda make: "another")
+    monkeypatch.setattr(builder, "_program_digest", lambda make: "another")
     load_or_make(make, 2, 4, COSTS, None, tmp_path)
     assert len(make.calls) == 2
 

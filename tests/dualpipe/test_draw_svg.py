@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.draw import style
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import natural_scale, svg
@@ -42,9 +42,9 @@ def in_a_v() -> Schedule:
 
 
 SCHEDULES = [
-    (build("dualpipe", 8, 20), UNEVEN),
-    (build("1f1b", 3, 5), UNIT),
-    (build("1f1b", 1, 1), UNIT),
+    (build_schedule("dualpipe", 8, 20), UNEVEN),
+    (build_schedule("1f1b", 3, 5), UNIT),
+    (build_schedule("1f1b", 1, 1), UNIT),
     (in_a_v(), UNIT),
 ]
 
@@ -98,7 +98,7 @@ def test_svg_draws_every_operation_once_at_its_time(schedule: Schedule, costs: C
 
 
 def test_svg_stacks_the_members_of_a_group_and_fills_the_row() -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     simulation = simulate(schedule, UNIT)
     root = ElementTree.fromstring(svg(schedule, simulation))
     heights = [
@@ -120,7 +120,7 @@ def test_svg_in_a_v_shows_the_stage_and_shades_the_later_one() -> None:
 
 
 def test_svg_names_size_times_peak_and_bound() -> None:
-    schedule = build("dualpipe", 8, 20)
+    schedule = build_schedule("dualpipe", 8, 20)
     shown = time_schedule(schedule, UNIT)
     root = ElementTree.fromstring(svg(schedule, shown.simulation, bound=shown.bound))
     text = all_text(root)
@@ -136,7 +136,7 @@ def test_svg_names_size_times_peak_and_bound() -> None:
 
 
 def test_svg_escapes_its_title_and_is_self_contained() -> None:
-    schedule = build("1f1b", 2, 2)
+    schedule = build_schedule("1f1b", 2, 2)
     hostile = '</text><script>alert("1")</script> & "so"'
     drawn = svg(schedule, simulate(schedule, UNIT), title=hostile)
     root = ElementTree.fromstring(drawn)
@@ -149,7 +149,7 @@ def test_svg_escapes_its_title_and_is_self_contained() -> None:
 
 
 def test_svg_of_512_micro_batches_on_16_ranks_is_small_and_reports_what_it_omits() -> None:
-    schedule = build("dualpipe", 16, 512)
+    schedule = build_schedule("dualpipe", 16, 512)
     drawn = svg(schedule, simulate(schedule, UNIT))
     root = ElementTree.fromstring(drawn)
     assert len(drawn) < 1_000_000
@@ -166,7 +166,7 @@ def measured_picture(schedule: Schedule) -> tuple[ElementTree.Element, Simulatio
 
 
 def test_svg_draws_a_run_below_its_plan_on_one_time_scale() -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     root, simulation = measured_picture(schedule)
     run = measured_run(schedule)
     scale = natural_scale(schedule, simulation, run)
@@ -184,7 +184,7 @@ SLOW = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency
 
 
 def moved() -> Schedule:
-    schedule = build("1f1b", 3, 6, uniform(SLOW, 3, 3), 2.0)
+    schedule = build_schedule("1f1b", 3, 6, uniform(SLOW, 3, 3), 2.0)
     assert schedule.has_offload
     return schedule
 

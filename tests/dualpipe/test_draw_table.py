@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.build import Alternatives, build, by_makespan
+from dualpipe.builder import Alternatives, build_schedule, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.text import COLUMNS, cells, html, table
 from dualpipe.passes import ungroup
@@ -22,7 +22,7 @@ REASON = "needs an even number of micro-batches, half for each direction, has 13
 
 def test_table_gives_the_numbers_of_each_schedule() -> None:
     lines = table(
-        [time_schedule(build("dualpipe", 8, 20), UNIT), time_schedule(build("1f1b", 8, 20), UNIT)]
+        [time_schedule(build_schedule("dualpipe", 8, 20), UNIT), time_schedule(build_schedule("1f1b", 8, 20), UNIT)]
     ).splitlines()
     assert lines[0].split()[:4] == ["schedule", "chunks", "overhead", "makespan"]
     assert lines[1].split() == ["dualpipe", "1", "6", "66", "9.09", "0", "9", "2x", "63", "3"]
@@ -32,7 +32,7 @@ def test_table_gives_the_numbers_of_each_schedule() -> None:
 
 def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
-    shown = time_schedule(build("dualpipe", 4, 8), costs, memory_cap=5)
+    shown = time_schedule(build_schedule("dualpipe", 4, 8), costs, memory_cap=5)
     # Of an overhead of 13, each rank idles 3 and leaves 10 of exchange in the open.
     assert table([shown]).splitlines()[1].split() == ["dualpipe", "1", "13", "37", "8.11", "10", "5", "2x", "31", "6"]
 
@@ -40,7 +40,7 @@ def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
 @pytest.mark.parametrize("width", [84, 160])
 def test_table_tells_why_a_kind_is_absent_within_the_width(width: int) -> None:
     text = table(
-        [UnavailableSchedule(kind="dualpipe", reason=REASON), time_schedule(build("1f1b", 5, 13), UNIT)], width
+        [UnavailableSchedule(kind="dualpipe", reason=REASON), time_schedule(build_schedule("1f1b", 5, 13), UNIT)], width
     )
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -56,8 +56,8 @@ def test_table_is_ascii_whatever_the_reason() -> None:
 
 
 ENTRIES = [
-    time_schedule(build("dualpipe", 4, 12), UNIT),
-    time_schedule(build("1f1b", 4, 12), UNIT),
+    time_schedule(build_schedule("dualpipe", 4, 12), UNIT),
+    time_schedule(build_schedule("1f1b", 4, 12), UNIT),
     UnavailableSchedule(kind="odd<kind>", reason="needs <more> & better ranks"),
 ]
 
@@ -122,7 +122,7 @@ def test_page_escapes_what_it_is_given(text: str) -> None:
 
 
 def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> None:
-    schedule = build("1f1b", 2, 3)
+    schedule = build_schedule("1f1b", 2, 3)
     shown = html([time_schedule(schedule, UNIT, measured=measured_run(schedule))])
     operations = sum(len(group) for groups in schedule.ranks for group in groups)
     assert shown.count("<title>") == 2 * operations + 1
@@ -157,7 +157,7 @@ addEventListener("load", () => {
 
 @pytest.mark.slow
 def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path) -> None:
-    page = html([time_schedule(build("dualpipe", 8, 40), UNIT), *ENTRIES])  # type: ignore[list-item]
+    page = html([time_schedule(build_schedule("dualpipe", 8, 40), UNIT), *ENTRIES])  # type: ignore[list-item]
     shown = browse(page, tmp_path, "--window-size=500,900", script=CHECKS)
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title is not None
@@ -167,7 +167,7 @@ def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path)
 @pytest.fixture(scope="module")
 def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
     """Returns the other schedules of a run that overlaps nothing; the search for them takes seconds."""
-    schedule = ungroup(build("dualpipe", 2, 4))
+    schedule = ungroup(build_schedule("dualpipe", 2, 4))
     costs = measured_costs(schedule, measured_run(schedule))
     made = Alternatives({"1f1b": "not this one"}, ungroup)
     first, second = made.timed(schedule, costs), made.timed(schedule, costs)
@@ -182,7 +182,7 @@ def alternatives() -> list[TimedSchedule | UnavailableSchedule]:
 def test_alternatives_are_all_other_kinds_under_the_runs_costs_and_changed_as_the_run_is(
     alternatives: list[TimedSchedule | UnavailableSchedule],
 ) -> None:
-    schedule = ungroup(build("dualpipe", 2, 4))
+    schedule = ungroup(build_schedule("dualpipe", 2, 4))
     costs = measured_costs(schedule, measured_run(schedule))
     kinds = {row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in alternatives}
     assert kinds == candidates().keys() - {"dualpipe"}
@@ -196,7 +196,7 @@ def test_alternatives_are_all_other_kinds_under_the_runs_costs_and_changed_as_th
 
 @pytest.mark.slow
 def test_alternative_that_needs_a_long_search_is_left_out() -> None:
-    schedule = build("1f1b", 16, 32)
+    schedule = build_schedule("1f1b", 16, 32)
     rows = Alternatives({}).timed(schedule, measured_costs(schedule, measured_run(schedule)))
     reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
     assert "search takes too long" in reasons["dualpipe_split"]
@@ -205,7 +205,7 @@ def test_alternative_that_needs_a_long_search_is_left_out() -> None:
 def test_page_of_a_run_compares_it_and_shows_its_own_picture_only(
     alternatives: list[TimedSchedule | UnavailableSchedule],
 ) -> None:
-    schedule = build("dualpipe", 2, 4)
+    schedule = build_schedule("dualpipe", 2, 4)
     run = measured_run(schedule)
     costs = measured_costs(schedule, run)
     shown = time_schedule(schedule, costs, measured=run)

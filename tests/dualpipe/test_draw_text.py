@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.draw.entry import TimedSchedule, explanation, time_schedule
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
@@ -39,7 +39,7 @@ def rows_of(text: str, num_ranks: int) -> list[str]:
 def test_grid_shows_every_group_in_order_at_its_time(
     kind: str, num_ranks: int, num_micro_batches: int, costs: Costs, width: int
 ) -> None:
-    schedule = build(kind, num_ranks, num_micro_batches)
+    schedule = build_schedule(kind, num_ranks, num_micro_batches)
     simulation = simulate(schedule, costs)
     text = grid(schedule, simulation, width=width)
     assert text.isascii()
@@ -58,14 +58,14 @@ def test_grid_shows_every_group_in_order_at_its_time(
 
 
 def test_grid_draws_idle_time_as_dots() -> None:
-    schedule = build("dualpipe", 8, 20)
+    schedule = build_schedule("dualpipe", 8, 20)
     rows = rows_of(grid(schedule, simulate(schedule, UNIT), width=10_000), 8)
     columns_per_unit = 3
     assert [row.count(".") for row in rows] == [6 * columns_per_unit] * 8
 
 
 def test_summary_gives_makespan_idle_peak_and_formula() -> None:
-    schedule = build("dualpipe", 8, 20)
+    schedule = build_schedule("dualpipe", 8, 20)
     text = summary(schedule, simulate(schedule, UNIT), UNIT)
     assert re.search(r"makespan +66\n", text)
     assert re.search(r"idle per rank +6\n", text)
@@ -79,7 +79,7 @@ def test_summary_gives_makespan_idle_peak_and_formula() -> None:
 
 
 def test_summary_bounds_under_the_cap_that_it_is_given() -> None:
-    schedule = build("dualpipe", 8, 20)
+    schedule = build_schedule("dualpipe", 8, 20)
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
     text = summary(schedule, simulate(schedule, costs), costs, memory_cap=9)
     assert re.search(r"lower bound +79; this schedule is 8 ", text)
@@ -95,7 +95,8 @@ EXPLAIN_UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1,
 
 def entries() -> list[TimedSchedule]:
     return [
-        time_schedule(build(kind, 4, 16), EXPLAIN_UNIT) for kind in ("dualpipe", "zb_v", "zb_h1", "1f1b", "dualpipe_v")
+        time_schedule(build_schedule(kind, 4, 16), EXPLAIN_UNIT)
+        for kind in ("dualpipe", "zb_v", "zb_h1", "1f1b", "dualpipe_v")
     ]
 
 
@@ -110,7 +111,7 @@ def test_explanation_has_every_rank_and_the_three_next_best_schedules() -> None:
 
 
 def test_explanation_of_few_micro_batches_says_so() -> None:
-    assert "too few micro-batches" in explanation([time_schedule(build("1f1b", 4, 1), EXPLAIN_UNIT)])
+    assert "too few micro-batches" in explanation([time_schedule(build_schedule("1f1b", 4, 1), EXPLAIN_UNIT)])
     assert explanation([]) == ""
 
 
@@ -118,7 +119,7 @@ COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, 
 
 
 def events_of(kind: str, ranks: int, batches: int, measured: Measured | None = None) -> list[dict[str, Any]]:
-    schedule = build(kind, ranks, batches)
+    schedule = build_schedule(kind, ranks, batches)
     shown = time_schedule(schedule, COSTS)
     record = json.loads(trace(schedule, shown.simulation, shown.costs, measured))
     return list(record["traceEvents"])
@@ -131,7 +132,7 @@ def threads_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], str]:
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_trace_names_every_process_and_thread_that_it_uses(measured: bool) -> None:
-    run = measured_run(build("dualpipe", 4, 8)) if measured else None
+    run = measured_run(build_schedule("dualpipe", 4, 8)) if measured else None
     events = events_of("dualpipe", 4, 8, run)
     used = {(event["pid"], event["tid"]) for event in events if event["ph"] != "M"}
     threads = threads_of(events)
@@ -143,7 +144,7 @@ def test_trace_names_every_process_and_thread_that_it_uses(measured: bool) -> No
 
 
 def test_trace_never_overlaps_events_of_one_thread() -> None:
-    run = measured_run(build("1f1b", 3, 5))
+    run = measured_run(build_schedule("1f1b", 3, 5))
     lanes: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for event in events_of("1f1b", 3, 5, run):
         if event["ph"] == "X":
@@ -157,7 +158,7 @@ def test_trace_never_overlaps_events_of_one_thread() -> None:
 
 @pytest.mark.parametrize("category", ["planned", "measured"])
 def test_trace_has_an_arrow_per_message_that_begins_and_ends_within_events(category: str) -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     events = [event for event in events_of("dualpipe", 4, 8, measured_run(schedule)) if event.get("cat") == category]
     arrows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for event in events:

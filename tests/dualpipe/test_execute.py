@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
@@ -78,7 +78,7 @@ def test_host_runs_few_phases_ahead_of_the_lane_and_leaves_nothing_running() -> 
 
 def test_both_kinds_of_messages_of_one_way_have_no_common_order() -> None:
     """So each kind of link has a separate communicator: one of NCCL's has the same order on both ends."""
-    schedule = build("dualpipe", 6, 16)
+    schedule = build_schedule("dualpipe", 6, 16)
     orders = [
         [step.message for step in lower(schedule, rank, sequential).steps if step.action is action]
         for rank, action in ((0, Action.SEND), (1, Action.RECEIVE))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.generate.one_f_one_b import one_f_one_b
@@ -35,13 +35,15 @@ def sha256(schedule: Schedule) -> str:
 
 
 def test_dualpipe_4_ranks_8_micro_batches_is_the_published_order() -> None:
-    assert json.loads(to_json(build("dualpipe", 4, 8))) == json.loads((GOLDEN / "dualpipe_4_8.json").read_text())
+    assert json.loads(to_json(build_schedule("dualpipe", 4, 8))) == json.loads(
+        (GOLDEN / "dualpipe_4_8.json").read_text()
+    )
 
 
 def test_dualpipe_is_the_published_order() -> None:
     for size, expected in SHA256.items():
         num_ranks, num_micro_batches = map(int, size.split(","))
-        assert sha256(build("dualpipe", num_ranks, num_micro_batches)) == expected, size
+        assert sha256(build_schedule("dualpipe", num_ranks, num_micro_batches)) == expected, size
 
 
 def test_dualpipe_v_3_ranks_7_micro_batches_is_the_published_order() -> None:
@@ -85,7 +87,7 @@ def test_published_kind_is_valid_within_its_activations(
     for num_micro_batches in range(2 * num_ranks if is_double else 1, 3 * num_ranks + 3):
         if SCHEDULES.get(kind).limit(num_ranks, num_micro_batches) is not None:
             continue
-        schedule = build(kind, num_ranks, num_micro_batches)
+        schedule = build_schedule(kind, num_ranks, num_micro_batches)
         validate(schedule, memory_cap=most_alive(num_ranks))
         validate(forward_only(schedule), forward_only=True)
         if kind == "1f1b":
@@ -118,12 +120,12 @@ def test_split_backwards_reach_the_published_overhead_and_peak(
 def test_dualpipe_large_is_made_and_proven_within_seconds() -> None:
     # A bound on the order of growth: the work takes about half a second, quadratic work would take minutes.
     start = time.process_time()
-    validate(build("dualpipe", 16, 512), memory_cap=17)
+    validate(build_schedule("dualpipe", 16, 512), memory_cap=17)
     assert time.process_time() - start < 5
 
 
 def test_forward_only_keeps_the_order_of_forwards_and_nothing_else() -> None:
-    schedule = build("dualpipe", 6, 14)
+    schedule = build_schedule("dualpipe", 6, 14)
     kept = forward_only(schedule)
     for groups, before in zip(kept.ranks, schedule.ranks, strict=True):
         assert all(groups)
@@ -164,7 +166,7 @@ def test_rejected_sizes_name_key_rule_value_and_nearest(
     with pytest.raises(ScheduleError, match=message):
         check_size(kind, num_ranks, num_micro_batches, ranks_key="here", micro_batches_key="there")
     with pytest.raises(ScheduleError, match=r"^num_(ranks|micro_batches): "):
-        build(kind, num_ranks, num_micro_batches)
+        build_schedule(kind, num_ranks, num_micro_batches)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

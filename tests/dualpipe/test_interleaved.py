@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe_interleaved import dualpipe_split
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only, split_backwards
@@ -29,7 +29,7 @@ def costs_of(exchange: float, latency: float = 0.0, backward_input: float = 1.0)
 
 
 def overhead(num_ranks: int, num_micro_batches: int, model: CostModel, memory_cap: float | None = None) -> float:
-    schedule = build("interleaved_1f1b", num_ranks, num_micro_batches, model, memory_cap)
+    schedule = build_schedule("interleaved_1f1b", num_ranks, num_micro_batches, model, memory_cap)
     validate(schedule, memory_cap)
     work = [stage.forward + stage.backward_input + stage.backward_weight for stage in model.stages]
     return simulate(schedule, model).makespan - num_micro_batches * sum(work) / num_ranks
@@ -87,7 +87,7 @@ def test_interleaved_1f1b_orders_stages_of_unequal_costs() -> None:
         for index in range(8)
     )
     model = CostModel(stages=stages, latency=0.1)
-    schedule = build("interleaved_1f1b", 4, 7, model, 5.0)
+    schedule = build_schedule("interleaved_1f1b", 4, 7, model, 5.0)
     validate(schedule)
     assert max(simulate(schedule, model).peaks) <= 5.0 + 1e-9
 
@@ -97,7 +97,7 @@ COSTS = Costs(forward=1.0, backward_input=1.25, backward_weight=0.75, exchange=0
 
 def sliced(num_ranks: int, num_sequences: int, slices: int) -> Schedule:
     costs = replace(uniform(COSTS, num_ranks, num_ranks), slices=slices)
-    return build("sliced_1f1b", num_ranks, num_sequences * slices, costs)
+    return build_schedule("sliced_1f1b", num_ranks, num_sequences * slices, costs)
 
 
 def test_every_small_size_is_valid_within_its_memory_and_idle_time() -> None:
@@ -158,7 +158,7 @@ def test_sizes_that_slices_do_not_divide_are_refused() -> None:
     with pytest.raises(ScheduleError, match=r"num_micro_batches: must be a multiple of schedule.slices=4.*nearest: 12"):
         check_slices("sliced_1f1b", 13, 4)
     with pytest.raises(ScheduleError, match=r"schedule.slices: schedule 'dualpipe' runs whole sequences.*sliced_1f1b"):
-        build("dualpipe", 4, 8, replace(uniform(COSTS, 4, 4), slices=2))
+        build_schedule("dualpipe", 4, 8, replace(uniform(COSTS, 4, 4), slices=2))
     with pytest.raises(ScheduleError, match=r"slices: must be at least 1 and divide the 6 micro-batches, is 4"):
         validate(replace(sliced(2, 3, 2), slices=4))
 

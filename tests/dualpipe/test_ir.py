@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dualpipe.build import MARGIN, best_of_kind, build, choose, survey
+from dualpipe.builder import MARGIN, best_of_kind, build_schedule, choose, survey
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
@@ -18,7 +18,7 @@ from tests import ROOT
 
 
 def test_json_has_the_documented_keys_and_group_form() -> None:
-    record = json.loads(to_json(build("dualpipe", 4, 8)))
+    record = json.loads(to_json(build_schedule("dualpipe", 4, 8)))
     assert list(record) == ["kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"]
     assert record["placement"] == [[0, 1, 2, 3], [3, 2, 1, 0]]
     assert record["ranks"][0][:2] == [[["F", 0, 0, 0]], [["F", 0, 0, 1]]]
@@ -26,7 +26,7 @@ def test_json_has_the_documented_keys_and_group_form() -> None:
 
 
 def good() -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(to_json(build("1f1b", 2, 2)))
+    record: dict[str, Any] = json.loads(to_json(build_schedule("1f1b", 2, 2)))
     return record
 
 
@@ -84,7 +84,7 @@ def test_schedule_draws_itself_in_a_notebook() -> None:
 
 
 def test_schedule_that_cannot_run_has_no_picture() -> None:
-    schedule = build("1f1b", 1, 1)
+    schedule = build_schedule("1f1b", 1, 1)
     assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None  # type: ignore[attr-defined]
 
 
@@ -181,7 +181,7 @@ def test_survey_has_one_row_for_each_kind_with_its_best_number_of_chunks() -> No
         assert row.chunks in spec.chunks
         for chunks in spec.chunk_choices(None):
             costs = uniform(EQUAL, 4, 4 * chunks)
-            assert row.simulation.makespan <= simulate(build(kind, 4, 8, costs), costs).makespan + 1e-9
+            assert row.simulation.makespan <= simulate(build_schedule(kind, 4, 8, costs), costs).makespan + 1e-9
 
 
 def test_survey_gives_the_reason_of_a_kind_without_the_number_of_chunks() -> None:
@@ -240,7 +240,7 @@ def test_memory_cap_counts_the_copies_of_the_weights() -> None:
 
 def test_memory_cap_below_the_weights_names_the_least_that_fits() -> None:
     with pytest.raises(MemoryCapError, match="2 x 5 of weights leave no memory for activations") as refused:
-        build("dualpipe", 4, 8, with_weights(5.0, 4), memory_cap=9)
+        build_schedule("dualpipe", 4, 8, with_weights(5.0, 4), memory_cap=9)
     assert refused.value.least == 11
     with pytest.raises(MemoryCapError, match="no schedule of 4 ranks fits the cap, which is 4") as refused:
         survey(4, 8, lambda kind, num_stages: with_weights(5.0, num_stages), memory_cap=4)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.measured import (
     LaneSpan,
@@ -21,7 +21,7 @@ from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import StageCosts
 from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, spans_of
 
-SCHEDULES = [build("dualpipe", 4, 8), build("1f1b", 3, 5), build("1f1b", 1, 2)]
+SCHEDULES = [build_schedule("dualpipe", 4, 8), build_schedule("1f1b", 3, 5), build_schedule("1f1b", 1, 2)]
 
 
 def span(lane: SpanLane, start: float, end: float) -> LaneSpan:
@@ -91,7 +91,7 @@ def test_bubble_of_each_ranks_busy_time_is_that_of_its_spans(schedule: Schedule)
 
 @pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
 def test_costs_of_a_run_are_the_times_of_its_clock(kind: str) -> None:
-    schedule = build(kind, 3, 6)
+    schedule = build_schedule(kind, 3, 6)
     costs = measured_costs(schedule, measured_run(schedule))
     assert costs.latency == 0
     assert len(costs.stages) == schedule.num_stages
@@ -105,7 +105,7 @@ def test_costs_of_a_run_are_the_times_of_its_clock(kind: str) -> None:
 
 
 def test_costs_of_full_backwards_separate_inputs_and_weights() -> None:
-    schedule = build("1f1b", 2, 4)
+    schedule = build_schedule("1f1b", 2, 4)
     programs = programs_of(schedule)
     # Weight gradients take twice as long, and every later step is later by that time.
     spans = []
@@ -131,7 +131,7 @@ def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> Non
     kinds, seconds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), (5.0, 3.0, 30.0)
     spans = [at(kind, index, "compute", time) for kind in kinds for index, time in enumerate(seconds)]
     spans += [at(kind, index, "comm", time) for kind in kinds[:2] for index, time in enumerate(seconds)]
-    costs = measured_costs(build("zb_h1", 1, 3), Measured(ranks=(tuple(spans),)))
+    costs = measured_costs(build_schedule("zb_h1", 1, 3), Measured(ranks=(tuple(spans),)))
     expected = StageCosts(
         forward=5.0,
         backward_input=5.0,

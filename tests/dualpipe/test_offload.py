@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.build import build, decode
+from dualpipe.builder import build_schedule, decode
 from dualpipe.ir import (
     MemoryCapError,
     Op,
@@ -55,7 +55,7 @@ def least_cap(schedule: Schedule, costs: CostModel) -> float:
 @pytest.mark.parametrize("time", [0.0, 0.7, 3.0])
 @pytest.mark.parametrize("kind", SIZES)
 def test_offload_keeps_every_cap_that_the_operations_in_use_allow(kind: str, time: float) -> None:
-    schedule = build(kind, *SIZES[kind])
+    schedule = build_schedule(kind, *SIZES[kind])
     costs = costs_of(schedule, time)
     peak = max(peak_memory(schedule, costs))
     for cap in {peak, (peak + least_cap(schedule, costs)) / 2, least_cap(schedule, costs)}:
@@ -85,7 +85,7 @@ def test_offload_of_random_schedules_is_valid_or_refused(schedule: Schedule) -> 
 @pytest.mark.parametrize(("kind", "exchange"), [("1f1b", 0.0), ("dualpipe", 0.0), ("dualpipe", 1.0)])
 def test_half_of_the_peak_costs_no_time_if_a_copy_takes_as_long_as_a_forward(kind: str, exchange: float) -> None:
     """The claim of arXiv:2503.01328: about half of all activations can be offloaded at nearly no cost."""
-    schedule = build(kind, 8, 32)
+    schedule = build_schedule(kind, 8, 32)
     costs = costs_of(schedule, 1.0, exchange)
     moved = offload(schedule, costs, 4.0)
     assert moved is not None
@@ -94,7 +94,7 @@ def test_half_of_the_peak_costs_no_time_if_a_copy_takes_as_long_as_a_forward(kin
 
 
 def test_offload_keeps_the_order_and_waits_for_a_slow_link() -> None:
-    schedule = build("1f1b", 4, 8)
+    schedule = build_schedule("1f1b", 4, 8)
     fast, slow = (offload(schedule, costs_of(schedule, time), 2.0) for time in (0.5, 6.0))
     assert fast is not None
     assert slow is not None
@@ -106,7 +106,7 @@ def test_offload_keeps_the_order_and_waits_for_a_slow_link() -> None:
 
 
 def test_stages_that_must_stay_are_not_offloaded() -> None:
-    schedule = build("1f1b", 3, 6)
+    schedule = build_schedule("1f1b", 3, 6)
     costs = costs_of(schedule, 1.0)
     first = replace(costs, stages=(replace(costs.stages[0], offload=None), *costs.stages[1:]))
     assert offload(schedule, costs, 2.0) is not None
@@ -114,17 +114,17 @@ def test_stages_that_must_stay_are_not_offloaded() -> None:
 
 
 def test_build_offloads_only_if_costs_allow_it_and_a_cap_asks_for_it() -> None:
-    costs = costs_of(build("1f1b", 4, 8), 1.0)
-    assert not build("1f1b", 4, 8, costs).has_offload
-    assert not build("1f1b", 4, 8, costs, 4.0).has_offload
-    assert build("1f1b", 4, 8, costs, 2.0).has_offload
+    costs = costs_of(build_schedule("1f1b", 4, 8), 1.0)
+    assert not build_schedule("1f1b", 4, 8, costs).has_offload
+    assert not build_schedule("1f1b", 4, 8, costs, 4.0).has_offload
+    assert build_schedule("1f1b", 4, 8, costs, 2.0).has_offload
     with pytest.raises(MemoryCapError, match="keeps 4 live activations"):
-        build("1f1b", 4, 8, costs.without_offload(), 2.0)
+        build_schedule("1f1b", 4, 8, costs.without_offload(), 2.0)
 
 
 def one_by_one(num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None) -> Schedule:
     """Returns 1F1B, or one micro-batch after the other if the cap is too small for it."""
-    schedule = build("1f1b", num_ranks, num_micro_batches)
+    schedule = build_schedule("1f1b", num_ranks, num_micro_batches)
     if memory_cap is None or memory_cap >= num_ranks:
         return schedule
     ordered = (sorted(groups, key=lambda group: group[0].micro_batch) for groups in schedule.ranks)
@@ -136,18 +136,18 @@ def test_build_offloads_if_that_takes_less_time_than_a_schedule_for_the_cap() ->
     try:
         makespans = []
         for time in (0.5, 20.0):
-            costs = costs_of(build("1f1b", 4, 8), time)
-            best = build("either", 4, 8, costs, 2.0)
+            costs = costs_of(build_schedule("1f1b", 4, 8), time)
+            best = build_schedule("either", 4, 8, costs, 2.0)
             validate(best, 2.0)
             makespans.append(simulate(best, costs).makespan)
             assert best.has_offload == (time < 1)
-        assert makespans[0] == simulate(build("1f1b", 4, 8), costs).makespan < makespans[1]
+        assert makespans[0] == simulate(build_schedule("1f1b", 4, 8), costs).makespan < makespans[1]
     finally:
         SCHEDULES.remove(["either"])
 
 
 def test_host_memory_holds_what_the_device_does_not() -> None:
-    schedule = build("1f1b", 4, 8)
+    schedule = build_schedule("1f1b", 4, 8)
     costs = costs_of(schedule, 0.5)
     moved = offload(schedule, costs, 2.0)
     assert moved is not None

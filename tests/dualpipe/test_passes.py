@@ -6,7 +6,7 @@ from itertools import groupby
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
@@ -132,8 +132,8 @@ COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0
 SIZES = ((2, 4), (4, 8), (6, 16), (8, 24))
 
 MIRRORED = [
-    *(build(kind, *sizes) for kind in ("dualpipe", "dualpipe_split") for sizes in SIZES),
-    *(build("dualpipe_interleaved", *sizes, uniform(COSTS, sizes[0], 2 * sizes[0])) for sizes in SIZES[:2]),
+    *(build_schedule(kind, *sizes) for kind in ("dualpipe", "dualpipe_split") for sizes in SIZES),
+    *(build_schedule("dualpipe_interleaved", *sizes, uniform(COSTS, sizes[0], 2 * sizes[0])) for sizes in SIZES[:2]),
 ]
 
 

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size, kind_for_size
@@ -44,7 +44,7 @@ def schedules_of(kind: str) -> tuple[Schedule, ...]:
 
 
 def build_shape(kind: str, num_ranks: int, num_micro_batches: int, chunks: int) -> Schedule:
-    return build(kind, num_ranks, num_micro_batches, uniform(EQUAL, num_ranks, num_ranks * chunks))
+    return build_schedule(kind, num_ranks, num_micro_batches, uniform(EQUAL, num_ranks, num_ranks * chunks))
 
 
 def name_of(schedule: Schedule) -> str:
@@ -108,10 +108,10 @@ def test_registered_kind_keeps_the_memory_cap_or_rejects_it(kind: str) -> None:
         size = schedule.num_ranks, schedule.num_micro_batches
         costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
         peak = max(simulate(schedule, costs).peaks)
-        validate(build(kind, *size, costs, memory_cap=peak), memory_cap=peak)
+        validate(build_schedule(kind, *size, costs, memory_cap=peak), memory_cap=peak)
         with pytest.raises(MemoryCapError, match="nearest: ") as refused:
-            build(kind, *size, costs, memory_cap=0.25)
-        validate(build(kind, *size, costs, memory_cap=refused.value.least), memory_cap=refused.value.least)
+            build_schedule(kind, *size, costs, memory_cap=0.25)
+        validate(build_schedule(kind, *size, costs, memory_cap=refused.value.least), memory_cap=refused.value.least)
 
 
 @EVERY_KIND

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.draw.entry import Pace, pace_of
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, published_idle
 from dualpipe.generate.dualpipe_interleaved import empty
@@ -44,7 +44,7 @@ def test_dualpipe_reaches_the_published_overhead_and_memory(
     num_ranks: int, unit: int, exchanging: int, peak: int
 ) -> None:
     for num_micro_batches in (2 * num_ranks, 3 * num_ranks):
-        schedule = build("dualpipe", num_ranks, num_micro_batches)
+        schedule = build_schedule("dualpipe", num_ranks, num_micro_batches)
         simulation = simulate(schedule, UNIT)
         assert simulation.makespan - 3 * num_micro_batches == unit == published_idle(num_ranks, UNIT)
         assert simulation.peaks == (peak,) * num_ranks
@@ -59,7 +59,7 @@ def test_dualpipe_idles_by_the_published_formula_if_forward_and_backward_input_c
         num_ranks = generator.choice([2, 4, 6, 8, 10])
         forward = generator.uniform(1, 10)
         costs = without_exchange(forward, forward, generator.uniform(0, forward))
-        schedule = build("dualpipe", num_ranks, 2 * num_ranks + 2 * generator.randrange(4))
+        schedule = build_schedule("dualpipe", num_ranks, 2 * num_ranks + 2 * generator.randrange(4))
         expected = published_idle(num_ranks, costs)
         assert simulate(schedule, costs).idle == pytest.approx((expected,) * num_ranks, abs=1e-9)
 
@@ -78,7 +78,7 @@ def test_groups_cost_the_longer_lane_or_their_longest_member() -> None:
 
 def test_simulation_starts_each_group_as_soon_as_it_can() -> None:
     costs = Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0.5)
-    simulation = simulate(build("1f1b", 2, 1), costs)
+    simulation = simulate(build_schedule("1f1b", 2, 1), costs)
     assert simulation.starts == ((0, 6), (1.5, 2.5))
     assert simulation.ends == ((1, 9), (2.5, 5.5))
     assert simulation.makespan == 9
@@ -103,7 +103,7 @@ def test_costs_reject_invalid_times(value: float) -> None:
 
 @pytest.mark.parametrize("alone", [1.0, 0.8])
 def test_exposed_exchange_is_that_of_lone_groups_also_if_they_compute_faster(alone: float) -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     simulation = simulate(schedule, replace(uniform(EXCHANGING, 4, 4), alone=alone))
     # A pair computes for three units and exchanges for two, so only lone F and I (or B) expose their exchange.
     lone = [
@@ -155,7 +155,7 @@ def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(placemen
 
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 def test_event_clock_agrees_with_the_simulator_on_generated_schedules(kind: str) -> None:
-    schedule = build(kind, 4, 12)
+    schedule = build_schedule(kind, 4, 12)
     check_agreement(schedule, random_costs(Random(kind), schedule.num_stages))
 
 
@@ -218,7 +218,7 @@ def costs_of(num_stages: int, exchange: float = 0.0, latency: float = 0.0) -> Co
 
 def state_of(kind: str, exchange: float = 0.0, latency: float = 0.0, cap: float | None = None) -> Pace:
     costs = costs_of(SCHEDULES.get(kind).num_stages(4), exchange, latency)
-    schedule = build(kind, 4, 32, costs)
+    schedule = build_schedule(kind, 4, 32, costs)
     state = pace_of(schedule, costs, simulate(schedule, costs), cap)
     assert state is not None
     return state
@@ -229,7 +229,7 @@ def state_of(kind: str, exchange: float = 0.0, latency: float = 0.0, cap: float 
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 def test_losses_of_a_rank_are_its_time_without_computation(kind: str, exchange: float) -> None:
     costs = costs_of(SCHEDULES.get(kind).num_stages(4), exchange)
-    schedule = build(kind, 4, 32, costs)
+    schedule = build_schedule(kind, 4, 32, costs)
     simulation = simulate(schedule, costs)
     state = pace_of(schedule, costs, simulation)
     assert state is not None
@@ -250,7 +250,7 @@ def test_limit_is_the_cost_without_which_the_order_is_shorter() -> None:
 
 def test_schedule_with_few_micro_batches_has_no_steady_state() -> None:
     costs = costs_of(4)
-    schedule = build("1f1b", 4, 1)
+    schedule = build_schedule("1f1b", 4, 1)
     assert pace_of(schedule, costs, simulate(schedule, costs)) is None
 
 

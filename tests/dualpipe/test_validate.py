@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
@@ -32,8 +32,8 @@ def schedules() -> tuple[Schedule, ...]:
         *(zb_v(*size) for size in ((1, 3), (2, 3), (3, 7), (4, 4))),
         *(dualpipe(*size) for size in ((2, 4), (4, 8), (6, 14))),
         *(dualpipe_v(*size) for size in ((1, 2), (2, 5), (3, 7))),
-        build("dualpipe_split", 3, 5),
-        build("dualpipe_split", 5, 7),
+        build_schedule("dualpipe_split", 3, 5),
+        build_schedule("dualpipe_split", 5, 7),
         mirror(zb_v(2, 3)),
         mirror(zb_v(3, 4)),
     ]
@@ -210,7 +210,7 @@ def put_out_of_range(lists: Lists, generator: random.Random) -> None:
 
 @pytest.mark.parametrize("mutate", [change_kind, put_out_of_range])
 def test_validator_detects_operations_of_another_kind_and_out_of_range(mutate: Mutation) -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     generator = random.Random(0)
     for _ in range(40):
         with pytest.raises(ScheduleError, match=r"^rank \d+: "):
@@ -292,7 +292,7 @@ def test_validator_names_the_rank_that_keeps_most() -> None:
 
 
 def test_validator_distinguishes_training_from_forward_only() -> None:
-    schedule = build("dualpipe", 4, 8)
+    schedule = build_schedule("dualpipe", 4, 8)
     with pytest.raises(ScheduleError, match="has F but no backward"):
         validate(forward_only(schedule))
     with pytest.raises(ScheduleError, match="has a backward in a forward-only schedule"):
@@ -312,4 +312,4 @@ def test_validator_distinguishes_training_from_forward_only() -> None:
 )
 def test_validator_rejects_contradictory_sizes(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(ScheduleError, match=problem):
-        validate(replace(build("dualpipe", 2, 4), **changes))  # type: ignore[arg-type]
+        validate(replace(build_schedule("dualpipe", 2, 4), **changes))  # type: ignore[arg-type]

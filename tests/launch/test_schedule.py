@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import ScheduleError, from_json
 from dualpipe.registry import SCHEDULES, candidates
 from launch.schedule import main
@@ -25,7 +25,7 @@ def test_schedule_json_is_the_public_form(
     arguments = [f"schedule={kind}", f"num_ranks={ranks}", f"num_micro_batches={micro_batches}", "format=json"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert from_json(printed) == build(kind, ranks, micro_batches)
+    assert from_json(printed) == build_schedule(kind, ranks, micro_batches)
     assert set(json.loads(printed)) == {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
 
 
@@ -114,7 +114,7 @@ def test_schedule_shows_the_program_that_decodes(format: str, capsys: pytest.Cap
     if format == "json":
         schedule = from_json(printed)
         assert schedule.cohorts == 4
-        assert schedule.placement == build("dualpipe", 4, 8).placement
+        assert schedule.placement == build_schedule("dualpipe", 4, 8).placement
     if format == "text":
         assert "cohorts in flight  8, 8 rounds of each" in printed
         assert "bubble             3.03 % of all ranks' time" in printed

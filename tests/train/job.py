@@ -16,7 +16,7 @@ from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import Prepared
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
@@ -90,7 +90,7 @@ def configured_schedule(config: TrainConfig) -> Schedule:
     assert config.schedule.kind != "auto"
     if config.schedule.slices > 1:
         return sliced_1f1b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
-    return build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    return build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
 
 
 def task_of(config: TrainConfig) -> Task:

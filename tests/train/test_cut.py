@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from comm.config import Cut, ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Placement, mirrored_placement, straight_placement, v_placement
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
@@ -340,7 +340,9 @@ def test_chunks_are_those_of_the_fastest_schedule(tmp_path: Path) -> None:
     makespans = {}
     for chunks in (1, 2, 3, 4):
         costs = nominal_costs(replace(config, schedule=replace(config.schedule, chunks=chunks)), config.schedule.kind)
-        makespans[chunks] = simulate(build(config.schedule.kind, 4, config.num_micro_batches, costs), costs).makespan
+        makespans[chunks] = simulate(
+            build_schedule(config.schedule.kind, 4, config.num_micro_batches, costs), costs
+        ).makespan
     assert chosen is not None
     assert makespans[chosen] <= min(makespans.values()) * 1.04
     assert makespans[chosen] < makespans[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comm.config import Cut, ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Schedule
@@ -35,7 +35,7 @@ EXHAUSTIVE = pytest.mark.exhaustive
 def split(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns dualpipe_split for costs under which neighbors are fused."""
     costs = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
-    return build("dualpipe_split", num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
+    return build_schedule("dualpipe_split", num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
 
 
 def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainConfig:
@@ -202,7 +202,7 @@ def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job], num_st
 def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: str) -> None:
     """The smallest size that the kind accepts with more micro-batches than ranks; plugins' kinds too."""
     sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
-    assert_schedules_equal_one_rank(2, [scheduled(folder, build(kind, 2, next(sizes)))])
+    assert_schedules_equal_one_rank(2, [scheduled(folder, build_schedule(kind, 2, next(sizes)))])
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: st
     [
         (lambda: [split(2, 3)], [(4, 0)]),
         pytest.param(
-            lambda: [zb_v(2, 3), build("dualpipe", 2, 4), build("1f1b", 2, 3)],
+            lambda: [zb_v(2, 3), build_schedule("dualpipe", 2, 4), build_schedule("1f1b", 2, 3)],
             [(0, 2, 1, 1), (1, 3), (4, 0)],
             marks=pytest.mark.slow,
         ),
@@ -270,7 +270,9 @@ def test_any_schedule_equals_one_rank(folder: Path, data: int, make_schedules: C
     ("make_schedule", "data"),
     [
         (lambda: random_schedule(bidirectional(2), 4, 0), 1),
-        *exhaustive((lambda: build("dualpipe_split", 1, 3), 1), (lambda: random_schedule(v_shaped(2), 3, 0), 2)),
+        *exhaustive(
+            (lambda: build_schedule("dualpipe_split", 1, 3), 1), (lambda: random_schedule(v_shaped(2), 3, 0), 2)
+        ),
     ],
 )
 def test_offload_to_host_memory_changes_no_bit(folder: Path, make_schedule: Callable[[], Schedule], data: int) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.process_group import RowFormat, RowPart
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig, candidates
 from kernels.quantize.layout import packed_bytes
 from model.config import LAYER
@@ -237,4 +237,4 @@ def test_recomputed_layers_change_no_bit_of_ranks_that_share_sequences(folder: P
 @pytest.mark.parametrize("kind", candidates())
 def test_recomputed_layers_change_no_bit_under_a_schedule(folder: Path, kind: str) -> None:
     sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
-    check_bits(2, [scheduled(folder, build(kind, 2, next(sizes)))])
+    check_bits(2, [scheduled(folder, build_schedule(kind, 2, next(sizes)))])

@@ -11,7 +11,7 @@ from torch import Tensor
 from comm.config import Cut, ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.config import BatchRamp
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import ScheduleConfig
 from model.config import Recomputed
@@ -271,7 +271,7 @@ def test_ramp_in_fp8_resumed_across_changes_of_size_equals_uninterrupted_bitwise
 def _misplaced(rank: int, world_size: int, config: TrainConfig) -> str:
     learner = open_job(config)
     try:
-        LearnersByBatchSize(learner, config.batch_sizes, {4: build("zb_v", 1, 4)})
+        LearnersByBatchSize(learner, config.batch_sizes, {4: build_schedule("zb_v", 1, 4)})
     except ScheduleError as error:
         return str(error)
     finally:

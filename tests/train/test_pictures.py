@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.draw.svg import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
@@ -145,7 +145,7 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
     # The wall clock's seconds have a resolution of a quarter of a microsecond.
     assert ranks[0][0] == pytest.approx(idle / sum(makespans), abs=1e-5)
     assert 0 <= ranks[0][0] < 1
-    schedule = build(kind, pipeline, config.num_micro_batches)
+    schedule = build_schedule(kind, pipeline, config.num_micro_batches)
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     check_measured(tmp_path / "run", config, runs[0], schedule)
     twice = sorted(2 * operations_of(schedule))
@@ -160,7 +160,7 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
 
 @pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
 def test_pictures_show_a_cell_per_group_and_replace_earlier_ones(tmp_path: Path, kind: str) -> None:
-    schedule = build(kind, 3, 5)
+    schedule = build_schedule(kind, 3, 5)
     for name in PICTURES:
         (tmp_path / name).write_text("of an earlier step")
     run = measured_run(schedule)
@@ -205,7 +205,7 @@ def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) 
     assert {path.name for path in run.iterdir()} >= FILES
     assert not list(run.glob("*.partial"))
     assert "drawn, step 5: dualpipe_split, 2 ranks, 4 micro-batches" in (run / SVG_NAME).read_text()
-    assert shapes_of((run / SVG_NAME).read_text()) == sorted(2 * operations_of(build("dualpipe_split", 2, 4)))
+    assert shapes_of((run / SVG_NAME).read_text()) == sorted(2 * operations_of(build_schedule("dualpipe_split", 2, 4)))
     bubbles = [line["pipeline_bubble"] for line in read_metrics(tmp_path, "drawn")]
     assert len(bubbles) == 5
     assert all(0 < bubble < 1 for bubble in bubbles)

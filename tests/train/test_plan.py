@@ -12,7 +12,7 @@ from torch import distributed as dist
 from comm.config import Cut, ParallelismConfig
 from comm.layout import Layout
 from data.config import BatchRamp
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Op, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.validate import validate, validate_passes
@@ -92,7 +92,7 @@ def _planned_after_a_change(rank: int, world_size: int, config: TrainConfig) -> 
     def change(sent: list[Any], src: int) -> None:
         broadcast(sent, src=src)
         if rank == 1:
-            sent[0] = replace(sent[0], schedule=to_json(build("dualpipe_split", 2, 3)))
+            sent[0] = replace(sent[0], schedule=to_json(build_schedule("dualpipe_split", 2, 3)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "broadcast_object_list", change)
@@ -122,10 +122,14 @@ def test_plan_under_auto_builds_every_size_of_a_ramp_with_one_placement(tmp_path
     assert first == second
     assert [schedule.num_micro_batches for schedule in first.ramp.values()] == [4, 8, 12]
     assert {schedule.placement for schedule in first.ramp.values()} == {first.schedule.placement}
-    saved = {4: build("dualpipe_split", 2, 4), 8: build("dualpipe", 2, 8), 12: build("dualpipe", 2, 12)}
+    saved = {
+        4: build_schedule("dualpipe_split", 2, 4),
+        8: build_schedule("dualpipe", 2, 8),
+        12: build_schedule("dualpipe", 2, 12),
+    }
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
-    (folder / SCHEDULE_NAME).write_text(to_json(build("dualpipe", 2, 16)))
+    (folder / SCHEDULE_NAME).write_text(to_json(build_schedule("dualpipe", 2, 16)))
     for size, schedule in saved.items():
         (folder / ramp_schedule_name(size)).write_text(to_json(schedule))
     write_manifest(folder, 1, config, "f00d")
@@ -145,7 +149,7 @@ def test_plan_under_auto_keeps_the_cap(tmp_path: Path) -> None:
 def test_plan_reuses_the_schedule_and_the_cut_of_the_checkpoint(tmp_path: Path) -> None:
     """Another order would sum gradients in another order: a resumed run would no longer be bitwise the same."""
     config = config_of(tmp_path, "auto")
-    begun = build("dualpipe", 2, config.num_micro_batches)
+    begun = build_schedule("dualpipe", 2, config.num_micro_batches)
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / SCHEDULE_NAME).write_text(to_json(begun))
@@ -201,7 +205,7 @@ def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipe
     config = make_config(tmp_path, kind, pipeline, many)
     planned = planning_schedule(config, many)
     costs = nominal_costs(config, kind)
-    whole = build(kind, pipeline, many, costs)
+    whole = build_schedule(kind, pipeline, many, costs)
     assert whole.num_micro_batches == many
     spec = SCHEDULES.get(kind)
     is_whole = spec.grows or (spec.takes_costs and kind != FALLBACK)
@@ -215,7 +219,7 @@ def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_ord
     tmp_path: Path, pipeline: int, micro_batches: int
 ) -> None:
     config = make_config(tmp_path, "dualpipe_split", pipeline, micro_batches)
-    whole = build("dualpipe_split", pipeline, micro_batches, nominal_costs(config, "dualpipe_split"))
+    whole = build_schedule("dualpipe_split", pipeline, micro_batches, nominal_costs(config, "dualpipe_split"))
     for pending in PENDING_WEIGHTS:
         assert max(peaks(planning_schedule(config, micro_batches), pending)) == max(peaks(whole, pending))
 
@@ -223,7 +227,7 @@ def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_ord
 def test_other_costs_are_planned_without_the_shortcut(tmp_path: Path) -> None:
     """Without exchange, W fills gaps and many are deferred, so the published order would predict too little."""
     config = make_config(tmp_path, "dualpipe_split", 4, 8, expert=1)
-    whole = build("dualpipe_split", 4, 8, nominal_costs(config, "dualpipe_split"))
+    whole = build_schedule("dualpipe_split", 4, 8, nominal_costs(config, "dualpipe_split"))
     planned = planning_schedule(config, 8)
     assert peaks(planned, 1.5) == peaks(whole, 1.5)
     assert max(peaks(planned, 1.5)) > max(peaks(planning_schedule(make_config(tmp_path, "dualpipe", 4, 8), 8), 1.5))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
@@ -75,7 +75,7 @@ def schedule_of(config: TrainConfig) -> Schedule:
     """Builds the schedule of a run; an interleaved one has two chunks."""
     kind, pipeline = config.schedule.kind, config.parallelism.pipeline
     num_stages = pipeline * (2 if kind == "dualpipe_interleaved" else 1)
-    return build(kind, pipeline, config.num_micro_batches, uniform(COSTS, pipeline, num_stages))
+    return build_schedule(kind, pipeline, config.num_micro_batches, uniform(COSTS, pipeline, num_stages))
 
 
 def overlapped_step(learner: Learner, config: TrainConfig, loader: Any, step: int) -> float:

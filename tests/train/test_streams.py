@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Message, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, check_size
@@ -71,7 +71,7 @@ def scheduled(kind: str, num_ranks: int, chunks: int | None = None) -> Schedule:
             check_size(kind, num_ranks, num_micro_batches)
         except ScheduleError:
             continue
-        return build(kind, num_ranks, num_micro_batches, uniform(EQUAL, num_ranks, num_ranks * chunks))
+        return build_schedule(kind, num_ranks, num_micro_batches, uniform(EQUAL, num_ranks, num_ranks * chunks))
     pytest.skip(f"{kind} has no schedule for {num_ranks} ranks")
 
 
@@ -220,9 +220,9 @@ def test_launches_far_ahead_alone_are_no_hazard() -> None:
 @pytest.mark.parametrize(
     ("schedule", "dispatcher"),
     [
-        (offloaded(build("dualpipe", 2, 4), 1, share=1.0), "two_hop"),
-        pytest.param(build("zb_v", 2, 4), "deepep", marks=pytest.mark.exhaustive),
-        pytest.param(build("dualpipe_interleaved", 4, 8), "all_to_all", marks=pytest.mark.long),
+        (offloaded(build_schedule("dualpipe", 2, 4), 1, share=1.0), "two_hop"),
+        pytest.param(build_schedule("zb_v", 2, 4), "deepep", marks=pytest.mark.exhaustive),
+        pytest.param(build_schedule("dualpipe_interleaved", 4, 8), "all_to_all", marks=pytest.mark.long),
     ],
     ids=["offload", "deepep", "interleaved"],
 )
@@ -271,7 +271,7 @@ class ReleasedEarly(StepRecorder):
 
 @pytest.mark.parametrize("recorder", [UnrecordedStream, FreedAtOnce, ReleasedEarly])
 def test_memory_that_is_freed_too_early_is_found(recorder: type[StepRecorder]) -> None:
-    shape = shape_of(offloaded(build("dualpipe", 2, 4), 1, share=1.0))
+    shape = shape_of(offloaded(build_schedule("dualpipe", 2, 4), 1, share=1.0))
     assert any("frees it" in problem for trace in record_step(shape, recorder) for problem in trace.problems)
 
 

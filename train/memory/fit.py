@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from dualpipe.build import build, schedules_folder
+from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import Placement, ScheduleError
 from dualpipe.registry import FALLBACK
 from model.config import cut_at, cut_layers
@@ -94,7 +94,7 @@ def _ranks_over(config: TrainConfig, cut: tuple[range, ...]) -> frozenset[int] |
             kind = config.schedule.kind
             cache = schedules_folder(config.data.cache_dir)
             costs = nominal_costs(config, kind)
-            build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
+            build_schedule(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
         if room is None:
             return frozenset()
         return frozenset(rank.pipeline_rank for rank in predict_memory(config).ranks if rank.total > room)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from comm.dispatch.registry import DISPATCHERS, INDEX_BYTES, RowBytes
 from comm.layout import num_kept_ranks
-from dualpipe.build import write_if_possible
+from dualpipe.builder import write_if_possible
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing

@@ -27,7 +27,7 @@ from comm.protocol import Dispatcher
 from comm.transfers import DECODING_KINDS, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from dualpipe.build import build, decode
+from dualpipe.builder import build_schedule, decode
 from dualpipe.ir import Message, Schedule, linked_pairs
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute, open_clock
@@ -212,7 +212,7 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     store = dist.FileStore(store_file, world_size) if store_file else None  # type: ignore[attr-defined]
     device = start(config.cluster, store)
     # The schedule only defines the placement; twice as many micro-batches as ranks are valid for every kind.
-    schedule = build(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
+    schedule = build_schedule(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     seconds = config.cluster.timeout_seconds
     groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster)

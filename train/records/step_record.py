@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from comm.groups import make_group, open_communicators
-from dualpipe.build import Alternatives, by_makespan
+from dualpipe.builder import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import html

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from dualpipe.build import build, schedules_folder
+from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
@@ -183,7 +183,9 @@ def time_plan(
     if schedule is None:
         order = costs if measures else nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
-        schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches, order, config.memory_cap, cache)
+        schedule = build_schedule(
+            kind, config.parallelism.pipeline, config.num_micro_batches, order, config.memory_cap, cache
+        )
     simulation = simulate(schedule, costs)
     time = _step_time(rates, efficiency, config, schedule, simulation)
     return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)
@@ -289,7 +291,7 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     costs = nominal_costs(config, kind)
     if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
         return split_backwards(dualpipe(pipeline, few))
-    return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
+    return build_schedule(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
 def few_micro_batches(pipeline: int, num_micro_batches: int, slices: int = 1) -> int:
@@ -354,6 +356,6 @@ def _makespan(config: TrainConfig) -> float:
         count = count if count <= most else most + count % pipeline
         costs = nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
-        return simulate(build(kind, pipeline, count, costs, config.memory_cap, cache), costs).makespan
+        return simulate(build_schedule(kind, pipeline, count, costs, config.memory_cap, cache), costs).makespan
     except (ScheduleError, CutError, ZeroDivisionError):
         return float("inf")

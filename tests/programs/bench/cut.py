@@ -10,7 +10,7 @@ for F, I and W at 650 TFLOP/s. MTP is a MoE layer with a projection, and a head.
 import sys
 import time
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.simulate.timing import simulate
 from launch.config.run_config import compose_run
 from train.config import TrainConfig
@@ -63,7 +63,7 @@ def measure(config: TrainConfig, kind: str, num_micro_batches: int) -> str:
     work = times_of_ranks(stage_works(sizes, model_work(times, config)), placement)
     costs = stage_costs(times, config, cut)
     begin = time.perf_counter()
-    schedule = build(kind, config.parallelism.pipeline, num_micro_batches, costs)
+    schedule = build_schedule(kind, config.parallelism.pipeline, num_micro_batches, costs)
     simulation = simulate(schedule, costs)
     return (
         f"{config.parallelism.cut.to_plain()!s:>5}  {max(work) * len(work) / sum(work):.4f}  "

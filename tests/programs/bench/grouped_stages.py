@@ -18,7 +18,7 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule, linked_pairs
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
@@ -94,7 +94,7 @@ def measure_grouped(
     """Simulates and runs a step of every case, in interleaved rounds."""
     costs = [case.costs(num_ranks, unit_seconds) for case in cases]
     schedules = [
-        build(case.kind, num_ranks, num_micro_batches, model) for case, model in zip(cases, costs, strict=True)
+        build_schedule(case.kind, num_ranks, num_micro_batches, model) for case, model in zip(cases, costs, strict=True)
     ]
     jobs = list(zip(cases, schedules, costs, strict=True))
     ranks = run_ranks(num_ranks, _run_rank, jobs, num_rounds, timeout_seconds=900.0)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule, from_json, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES
@@ -56,7 +56,7 @@ def build_row(kind: str, chunks: int, size: tuple[int, int], exchange: float) ->
     for first, last in ((0.0, 0.0), (-0.3, 0.5)):
         case = Case(num_ranks=size[0], num_micro_batches=size[1], exchange=exchange, first=first, last=last)
         costs = case.costs_of(SCHEDULES.get(kind).num_stages(size[0], chunks))
-        seconds, schedule = cpu_seconds(lambda costs=costs: build(kind, *size, costs))  # type: ignore[misc]
+        seconds, schedule = cpu_seconds(lambda costs=costs: build_schedule(kind, *size, costs))  # type: ignore[misc]
         overhead = makespan_of(schedule, costs) - most_work(schedule, costs)
         texts.append(f"{seconds:.2f} s, overhead {overhead:.4g}")
     return f"{kind} {chunks} {size}, x {exchange:g}: equal stages {texts[0]}; uneven {texts[1]}"
@@ -73,7 +73,7 @@ def _print_builds(chunks: Sequence[int], sizes: Sequence[tuple[int, int]]) -> No
 def _print_handling(kinds: Sequence[str], sizes: Sequence[tuple[int, int]]) -> None:
     for kind in kinds:
         for size in sizes:
-            seconds, schedule = cpu_seconds(lambda kind=kind, size=size: build(kind, *size))  # type: ignore[misc]
+            seconds, schedule = cpu_seconds(lambda kind=kind, size=size: build_schedule(kind, *size))  # type: ignore[misc]
             count = sum(len(group) for groups in schedule.ranks for group in groups)
             parts = [("build", seconds), *handling_seconds(schedule)]
             shown = ", ".join(f"{name} {value:.3f} s" for name, value in parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs, uniform
@@ -74,7 +74,7 @@ def measure(plan: Plan) -> dict[str, list[Sample]]:
 def make_schedule(kind: str, num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns the project's schedule for stages whose F, I and W take one unit of model/`num_ranks` each."""
     costs = uniform(COSTS, num_ranks, SCHEDULES.get(kind).num_stages(num_ranks))
-    return build(kind, num_ranks, num_micro_batches, costs)
+    return build_schedule(kind, num_ranks, num_micro_batches, costs)
 
 
 def _measure_rank(rank: int, num_ranks: int, plan: Plan, schedules: dict[str, Schedule]) -> dict[str, list[RankSample]]:

@@ -23,7 +23,7 @@ from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import Pairing, compile_rank, run_key
@@ -139,7 +139,7 @@ def _typical_pair(steps: Sequence[RankStep]) -> PairTimes:
 def _measure_rank(rank: int, world_size: int, plan: OverlapPlan) -> dict[str, list[RankStep]]:
     layout = plan.layout
     groups = Groups(layout, mirrored=True, timeout_seconds=_TIMEOUT_SECONDS)
-    schedule = build("dualpipe", layout.parallelism.pipeline, plan.num_micro_batches)
+    schedule = build_schedule("dualpipe", layout.parallelism.pipeline, plan.num_micro_batches)
     transport = PipelineTransport(layout, [(0, 1)], torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
     with ExitStack() as stack:
         stack.enter_context(transport)

@@ -14,7 +14,7 @@ from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule, linked_pairs
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
@@ -79,7 +79,7 @@ def measure_planned(
     """Simulates and runs a step of every kind, in interleaved rounds."""
     base = uneven_costs(num_ranks, unit_seconds)
     costs = {kind: resampled(base, SCHEDULES.get(kind).num_stages(num_ranks)) for kind in kinds}
-    schedules = {kind: build(kind, num_ranks, num_micro_batches, costs[kind]) for kind in kinds}
+    schedules = {kind: build_schedule(kind, num_ranks, num_micro_batches, costs[kind]) for kind in kinds}
     ranks = run_ranks(num_ranks, _run_rank, schedules, costs, num_rounds, timeout_seconds=600.0)
     return [
         PlannedStep(

@@ -20,7 +20,7 @@ from unittest.mock import patch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from dualpipe.simulate.costs import uniform
 from model.stage import StageRun
@@ -126,7 +126,7 @@ def main() -> int:
                 precision=PrecisionConfig(kind="bf16"),
                 optim=replace(OPTIM, sharding="zero1"),
             )
-            schedule = build(kind, NUM_RANKS, NUM_MICRO_BATCHES, uniform(COSTS, NUM_RANKS, NUM_RANKS * chunks))
+            schedule = build_schedule(kind, NUM_RANKS, NUM_MICRO_BATCHES, uniform(COSTS, NUM_RANKS, NUM_RANKS * chunks))
             ranks = run_ranks(NUM_RANKS, measure, config, schedule, timeout_seconds=900)
             print(f"{kind}, chunks: {chunks}")
             _print(ranks)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
@@ -142,7 +142,7 @@ def found_schedules(case: Case, kinds: Sequence[str], chunks: Sequence[int], cap
 def _found(case: Case, kind: str, chunks: int, cap: float) -> Found:
     costs = case.costs_of(SCHEDULES.get(kind).num_stages(case.num_ranks, chunks))
     begin = time.perf_counter()
-    schedule = build(kind, case.num_ranks, case.num_micro_batches, costs, cap)
+    schedule = build_schedule(kind, case.num_ranks, case.num_micro_batches, costs, cap)
     seconds = time.perf_counter() - begin
     validate(schedule, cap)
     played, work = EventClock(schedule, costs), most_work(schedule, costs)

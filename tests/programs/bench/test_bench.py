@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import Pairing, compile_rank
@@ -74,7 +74,7 @@ _LANES: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 
 @pytest.mark.parametrize("order", [pairing.sequential, pairing.overlapped])
 def test_steps_of_a_pair_are_its_forward_and_its_backward(order: Pairing) -> None:
-    schedule = build("dualpipe", 2, 8)
+    schedule = build_schedule("dualpipe", 2, 8)
     program = compile_rank(schedule, 0, dict.fromkeys(range(2), _LANES), order)
     pairs = [group for group in schedule.ranks[0] if is_pair(group)]
     assert len(pairs) == 5

@@ -5,7 +5,7 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from launch import plan
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
@@ -100,7 +100,7 @@ def test_order_is_the_one_that_the_run_builds() -> None:
     overrides = (*SMALL, "schedule=dualpipe_split", "costs.backward_weight=3")
     config = plan_of(*overrides).config
     pipeline, costs = config.parallelism.pipeline, nominal_costs(config, "dualpipe_split")
-    built = build("dualpipe_split", pipeline, config.num_micro_batches, costs)
+    built = build_schedule("dualpipe_split", pipeline, config.num_micro_batches, costs)
     assert timed_of(*overrides).schedule == built
     assert timed_of(*SMALL, "schedule=auto", "costs.backward_weight=3").schedule != built
 

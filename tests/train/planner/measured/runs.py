@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from launch.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.schedule.cut import run_cut
@@ -29,7 +29,7 @@ TIMES = LayerTimes(
 
 def facts_of(config: TrainConfig, device: str = "cpu") -> RunFacts:
     kind = config.schedule.kind
-    schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches)
+    schedule = build_schedule(kind, config.parallelism.pipeline, config.num_micro_batches)
     return RunFacts(
         model=config.model,
         precision=config.precision.kind,
@@ -43,7 +43,7 @@ def facts_of(config: TrainConfig, device: str = "cpu") -> RunFacts:
 def write_times(folder: Path, config: TrainConfig, *, is_probe: bool, device: str = "cpu", alone: float = 1.0) -> None:
     """Writes `probe.json` or `measured.json`."""
     facts = facts_of(config, device)
-    schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    schedule = build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
     step = drawn(StepTimes(times=TIMES, alone=alone, phases=()), facts, 7)
     try_to_write(folder, MeasuredRun(measured=probed(TIMES, facts) if is_probe else step, schedule=schedule))
 

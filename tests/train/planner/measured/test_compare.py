@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from comm.config import ParallelismConfig
-from dualpipe.build import build
+from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured
@@ -212,7 +212,7 @@ def test_phases_of_stages_are_those_of_their_layers_and_ends() -> None:
 @pytest.mark.parametrize(("kind", "size"), [("dualpipe", 4), ("dualpipe_split", 4), ("1f1b", 3), ("zb_v", 4)])
 def test_times_are_those_of_the_clock(kind: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_only(monkeypatch)
-    schedule = build(kind, size, 4 * size)
+    schedule = build_schedule(kind, size, 4 * size)
     found = step_times(LAYERS, schedule, cut_of(schedule), measured_run(schedule))
     compute = 2 * SECONDS["compute"]
     assert found.alone == pytest.approx(1.0)
@@ -243,7 +243,7 @@ def slowed(schedule: Schedule, measured: Measured, factor: float) -> Measured:
 
 def test_computation_next_to_another_operation_is_told_from_that_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_only(monkeypatch)
-    schedule = build("dualpipe", 4, 16)
+    schedule = build_schedule("dualpipe", 4, 16)
     found = step_times(LAYERS, schedule, cut_of(schedule), slowed(schedule, measured_run(schedule), 1.25))
     assert found.alone == pytest.approx(0.8)
     assert found.times.moe.forward == pytest.approx(2.5 * SECONDS["compute"])
@@ -259,7 +259,7 @@ def test_simulation_with_the_times_is_close_to_the_run(kind: str, most: float, m
     """Sends are not simulated, nor that W hides part of the exchange of a lone full backward."""
     size = 4
     blocks_only(monkeypatch)
-    schedule = build(kind, size, 4 * size)
+    schedule = build_schedule(kind, size, 4 * size)
     validate_passes(schedule)
     run = measured_run(schedule)
     times = step_times(LAYERS, schedule, cut_of(schedule), run).times

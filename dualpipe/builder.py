@@ -35,7 +35,7 @@ _MOST_SEARCHED = 256
 _ROUNDING = 1e-9
 
 
-def build(
+def build_schedule(
     kind: str,
     num_ranks: int,
     num_micro_batches: int,
@@ -303,7 +303,7 @@ def best_of_kind(
     If the costs are those of slices and the kind does not take slices, it is timed with whole sequences.
 
     Args:
-        memory_cap: as in `dualpipe.build.build`.
+        memory_cap: as in `dualpipe.builder.build_schedule`.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
 
     Raises:
@@ -322,7 +322,7 @@ def best_of_kind(
             count = num_micro_batches // costs.slices
             costs = costs.of_whole_sequences()
         try:
-            schedule = build(kind, num_ranks, count, costs, memory_cap, cache_dir)
+            schedule = build_schedule(kind, num_ranks, count, costs, memory_cap, cache_dir)
         except ScheduleError as error:
             errors.append(error)
         else:
@@ -435,7 +435,7 @@ class Alternatives:
                 break
             try:
                 own_costs = resampled(costs, num_stages)
-                alternative = build(kind, num_ranks, num_micro_batches, own_costs)
+                alternative = build_schedule(kind, num_ranks, num_micro_batches, own_costs)
             except ScheduleError as error:
                 reason = str(error)
                 continue
