@@ -80,8 +80,10 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         request = read_request(overrides)
         if request.options.search:
-            result = search_layouts(search_space(request), request.config, request.planner, check_rules)
-            write_output(_search_output(result, request.options.format), request.options.out)
+            sequences = request.values["validation"]["sequences"]
+            given = replace(request.config, validation=replace(request.config.validation, sequences=sequences))
+            result = search_layouts(search_space(request), given, request.planner, check_rules)
+            write_output(_search_output(result, request), request.options.out)
             return 0
         plan, asked = _planned(request)
         write_output(_plan_output(plan, asked, request), request.options.out)
@@ -148,12 +150,13 @@ def _plan_output(plan: JobPlan, asked: dict[str, Any], request: PlanRequest) -> 
             return "\n\n".join(filter(None, ("\n".join(lines) for lines in parts)))
 
 
-def _search_output(result: SearchResult, form: str) -> str:
-    values = search_values(result)
-    if form == "json":
+def _search_output(result: SearchResult, request: PlanRequest) -> str:
+    values = search_values(result) | {"notes": list(request.notes)}
+    if request.options.format == "json":
         return json.dumps(values, indent=1)
     sequences = (config.batch.global_sequences for config in (result.run, result.config))
-    return "\n".join(search_text(values, *sequences))
+    headline, *lines = search_text(values, *sequences)
+    return "\n".join((headline, *request.notes, *lines))
 
 
 def search_space(request: PlanRequest) -> SearchSpace:
@@ -162,8 +165,6 @@ def search_space(request: PlanRequest) -> SearchSpace:
     if config.schedule.slices > 1:
         rule = "must be 1 with search=true, which compares layouts of whole sequences"
         raise broken("schedule.slices", rule, config.schedule.slices, "1")
-    if request.options.format == "html":
-        raise ConfigError("format: must be text or json with search=true, is html; nearest valid: text")
     ranks = request.options.ranks or config.parallelism.world_size
     if ranks > MOST_RANKS:
         raise ConfigError(f"ranks: must be at most {MOST_RANKS}, is {ranks}; nearest valid: {MOST_RANKS}")

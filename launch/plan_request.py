@@ -47,6 +47,10 @@ _PLANNED = (
 """Sections that a plan depends on, which must be those of the run."""
 
 
+_SEARCHED = ("parallelism", "schedule", "dispatch")
+"""Sections of a run that a search chooses; overrides of them define the layout that it compares first."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
     """What is planned and printed. See `conf/plan.yaml`."""
@@ -63,13 +67,14 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, and what is planned."""
+    """A run's configuration, the rates, and what is planned. `notes` say which keys a search reads otherwise."""
 
     config: TrainConfig
     planner: PlannerConfig
     options: PlanOptions
     overrides: tuple[str, ...]
     values: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_request(overrides: Sequence[str]) -> PlanRequest:
@@ -82,7 +87,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     values = compose_plan(overrides)
     output_keys = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
+    _check_modes(plan_options)
     run = {key: value for key, value in values.items() if key not in (*output_keys, *_PLANNER)}
+    notes = list(_adapt_to_search(run, overrides)) if plan_options.search else []
     if plan_options.run is None:
         config = run_config(run)
         _check_known_files(config, _unread(run))
@@ -94,7 +101,35 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         options=plan_options,
         overrides=tuple(overrides),
         values={key: value for key, value in values.items() if key not in output_keys},
+        notes=tuple(notes),
     )
+
+
+def _check_modes(own: PlanOptions) -> None:
+    """Rejects options that would have no effect next to others."""
+    if own.ranks is not None and not own.search:
+        raise broken("ranks", "must be null without search; parallelism has a run's ranks", own.ranks, "search=true")
+    empty = {"what_if": (), "advice": False, "dry_run": False}
+    for key in (key for key, unused in empty.items() if own.search and getattr(own, key) != unused):
+        raise broken(key, "must not be set with search=true, which plans many runs", getattr(own, key), "search=false")
+    if own.search and own.format == "html":
+        raise broken("format", "must be text or json with search=true", own.format, "text")
+    for key in ("search", "what_if", "advice"):
+        if own.run is not None and getattr(own, key):
+            raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
+
+
+def _adapt_to_search(run: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Makes the validation of a run's values whole batches, and yields a line for each key that is read otherwise."""
+    validation = run["validation"]
+    sizes = (validation.get("sequences"), run["batch"].get("global_sequences"))
+    if all(type(size) is int and size > 0 for size in sizes) and sizes[0] % sizes[1]:
+        whole = -(-sizes[0] // sizes[1]) * sizes[1]
+        run["validation"] = {**validation, "sequences": whole}
+        yield f"validation.sequences: {whole} in place of {sizes[0]}, because validation runs whole batches"
+    keys = [key_of(text).replace("/", ".") for text in overrides]
+    if free := [key for key in keys if key == "batch.micro_sequences" or key.partition(".")[0] in _SEARCHED]:
+        yield f"all values are compared, the given ones first: {', '.join(dict.fromkeys(free))}"
 
 
 def _with_quotes(override: str) -> str:
@@ -108,9 +143,6 @@ def _with_quotes(override: str) -> str:
 
 def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
     assert own.run is not None
-    for key, value in (("search", own.search), ("what_if", own.what_if), ("advice", own.advice)):
-        if value:
-            raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
     config = with_chunks(_measured_config(_require_run(Path(own.run)), values, overrides))
     check_rules(config)
     return config

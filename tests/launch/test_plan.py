@@ -37,6 +37,7 @@ COMMAND = [sys.executable, "-m", "launch.plan"]
     [
         ("format=pdf", "format: must be one of text, json, html, is 'pdf'"),
         ("ranks=0", "ranks: must be above 0, is 0; the least is 1"),
+        ("ranks=64", "ranks: must be null without search; parallelism has a run's ranks, is 64; nearest valid: search"),
         ("efficiency.unexplained=0", "efficiency.unexplained: must be above 0, is 0"),
         ("efficiency.unexplained=nan", "efficiency.unexplained: must be a finite number, is nan"),
         ("rates.latency_seconds=-1", "rates.latency_seconds: must be 0 or above, is -1"),
@@ -243,7 +244,7 @@ SEARCH_SMALL = (
     "search=true",
     "ranks=4",
     "batch.global_sequences=8",
-    "validation.sequences=8",
+    "validation.sequences=3",
     "cluster.memory_bytes=180000000000",
 )
 
@@ -267,6 +268,7 @@ def test_candidates_are_plans_of_their_overrides_and_their_table_has_at_most_100
     monkeypatch.setattr(plan, "search_layouts", search_once)
     lines = run_search(tmp_path, *SEARCH_SMALL).splitlines()
     assert lines[0].startswith("best of")
+    assert lines[1] == "validation.sequences: 8 in place of 3, because validation runs whole batches"
     wide = [line for line in lines if len(line) > 100 and "parallelism.pipeline=" not in line]
     assert not wide
     found = json.loads(run_search(tmp_path, *SEARCH_SMALL, "format=json"))
@@ -296,6 +298,10 @@ def test_candidates_are_plans_of_their_overrides_and_their_table_has_at_most_100
         ),
         (["experiment=v2_lite_16b", "cluster.peak_flops=null"], "cluster.peak_flops: must be known"),
         (["experiment=v2_lite_16b", "format=html"], "format: must be text or json with search=true"),
+        (["experiment=v2_lite_16b", "advice=true"], "advice: must not be set with search=true"),
+        (["experiment=v2_lite_16b", "dry_run=true"], "dry_run: must not be set with search=true"),
+        (["experiment=v2_lite_16b", "what_if=[recompute=null]"], "what_if: must not be set with search=true"),
+        (["experiment=quickstart"], "nearest: launch.train with the same keys and task.steps=20, and then rates="),
         (["experiment=v2_lite_16b", "ranks=0"], "ranks: must be"),
     ],
 )

@@ -190,6 +190,7 @@ def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     if batch.global_sequences != run.batch.global_sequences:
         yield f"batch.global_sequences={batch.global_sequences}"
         yield f"task.steps={config.task.steps}"
+    if config.validation.sequences != run.validation.sequences:
         yield f"validation.sequences={config.validation.sequences}"
     if batch.ramp != run.batch.ramp:
         yield "batch.ramp=null"

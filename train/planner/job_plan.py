@@ -220,7 +220,10 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
     if isinstance(rates, KernelRates):
         if config.cluster.peak_flops is None:
             rule = "must be known for rates of another device, is null"
-            return f"cluster.peak_flops: {rule}; nearest: cluster=h800, or rates=RUN"
+            near = "cluster=h800, or rates=RUN"
+            if config.cluster.device == "cpu":
+                near = "launch.train with the same keys and task.steps=20, and then rates= with that run's folder"
+            return f"cluster.peak_flops: {rule}; nearest: {near}"
         kind = config.precision.kind
         if kind not in ("fp8", "bf16"):
             return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
