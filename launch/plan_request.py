@@ -67,7 +67,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, and what is planned. `notes` say which keys a search reads otherwise."""
+    """A run's configuration, the rates, what is planned, and `notes` on keys that a search changes."""
 
     config: TrainConfig
     planner: PlannerConfig
@@ -120,7 +120,7 @@ def _check_modes(own: PlanOptions) -> None:
 
 
 def _adapt_to_search(run: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    """Makes the validation of a run's values whole batches, and yields a line for each key that is read otherwise."""
+    """Makes the validation whole batches, and yields a line for each key that a search changes."""
     validation = run["validation"]
     sizes = (validation.get("sequences"), run["batch"].get("global_sequences"))
     if all(type(size) is int and size > 0 for size in sizes) and sizes[0] % sizes[1]:

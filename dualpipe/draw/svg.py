@@ -35,10 +35,11 @@ _MAX_LABELED = 8_000  # panels with more operations have no numbers and tooltips
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """Scale from time to pixels: `pixels` for one unit of the costs, for `span` units."""
+    """Scale from time to pixels: `pixels` for one unit of the costs, maybe a second, for `span` units."""
 
     pixels: float
     span: float
+    is_seconds: bool = False
 
     @classmethod
     def within_limits(cls, pixels: float, span: float) -> "Scale":
@@ -143,16 +144,18 @@ def svg(
     *,
     bound: Bound | None = None,
     scale: Scale | None = None,
+    rank: int | None = None,
     standalone: bool = True,
 ) -> str:
     """Returns the picture as one `<svg>` element, with its styles if it is standalone.
 
-    The spans of a run, in seconds, are drawn below on the same scale, by default the natural one of this picture.
+    All ranks are drawn, or one `rank`. The spans of a run, in seconds, are drawn below on the same scale, by default
+    the natural one of this picture.
     """
     panel_scale = scale or natural_scale(schedule, simulation, measured)
-    picture = _Picture(
-        schedule=schedule, scale=panel_scale, unit=_unit(panel_scale.span, is_seconds=measured is not None)
-    )
+    unit = _unit(panel_scale.span, is_seconds=panel_scale.is_seconds or measured is not None)
+    ranks = range(schedule.num_ranks) if rank is None else range(rank, rank + 1)
+    picture = _Picture(schedule=schedule, scale=panel_scale, unit=unit, ranks=ranks)
     facts = _planned_facts(simulation, bound, picture.unit)
     heading = f"planned: {facts}" if measured else facts
     top = picture.panel(heading, simulation.makespan, planned_cells(schedule, simulation), [], bound)
@@ -227,6 +230,7 @@ class _Picture:
     schedule: Schedule
     scale: Scale
     unit: _Unit
+    ranks: range
     y: float = _TOP
     parts: list[str] = field(default_factory=list)
     unlabeled: int = 0
@@ -242,12 +246,12 @@ class _Picture:
             self.y += _HEADING_LINE
         self.y += _HEADING - _HEADING_LINE
         top = self.y
-        bottom = self.y + self.schedule.num_ranks * (_ROW + _ROW_GAP)
-        for rank in range(self.schedule.num_ranks):
+        bottom = self.y + len(self.ranks) * (_ROW + _ROW_GAP)
+        for rank in self.ranks:
             self._track(rank, top, end)
         ticks = self._axis(top, bottom)
-        self._cells(cells, top)
-        self._strips(strips, top)
+        self._cells([cell for cell in cells if cell.rank in self.ranks], top)
+        self._strips([strip for strip in strips if strip.rank in self.ranks], top)
         self.parts += ticks
         if bound is not None:
             x = self.scale.x(bound.value)
@@ -258,11 +262,11 @@ class _Picture:
     def copies(self, simulation: Simulation, top: float) -> None:
         """Adds the copies to and from host memory below each rank, given the top of the first row."""
         shapes: dict[str, list[str]] = defaultdict(list)
-        for rank, copies in enumerate(simulation.copies):
-            for copy in copies:
+        for rank in self.ranks:
+            for copy in simulation.copies[rank]:
                 x = self.scale.x(copy.start)
                 width = (copy.end - copy.start) * self.scale.pixels
-                y = top + rank * (_ROW + _ROW_GAP) + _ROW + (_COPY if copy.operation.kind is Op.RELOAD else 0.0)
+                y = self._row(rank, top) + _ROW + (_COPY if copy.operation.kind is Op.RELOAD else 0.0)
                 times = f"{self.unit.text(copy.start)} to {self.unit.text(copy.end)}"
                 shapes[style_of(copy.operation.kind, 0)].append(
                     f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{_COPY:g}">'
@@ -276,8 +280,11 @@ class _Picture:
             return ["numbers and tooltips omitted: too many operations"]
         return [f"{self.unlabeled} numbers omitted that do not fit: see tooltips"] if self.unlabeled else []
 
+    def _row(self, rank: int, top: float) -> float:
+        return top + self.ranks.index(rank) * (_ROW + _ROW_GAP)
+
     def _track(self, rank: int, top: float, end: float) -> None:
-        y = top + rank * (_ROW + _ROW_GAP)
+        y = self._row(rank, top)
         width = end * self.scale.pixels
         self.parts.append(f'<text class="soft" x="{_LEFT - 8:g}" y="{y + 19:g}" text-anchor="end">rank {rank}</text>')
         self.parts.append(f'<rect class="track" x="{_LEFT:g}" y="{y:g}" width="{width:.2f}" height="{_ROW:g}"/>')
@@ -305,7 +312,7 @@ class _Picture:
             width = (cell.end - cell.start) * self.scale.pixels
             height = _ROW / len(cell.members)
             for index, op in enumerate(cell.members):
-                y = top + cell.rank * (_ROW + _ROW_GAP) + index * height
+                y = self._row(cell.rank, top) + index * height
                 variant = self._variant(cell.rank, op)
                 style = style_of(op.kind, variant)
                 if self.plain:
@@ -333,7 +340,7 @@ class _Picture:
             width = (strip.end - strip.start) * self.scale.pixels
             if width < 0.5:
                 continue
-            y = top + strip.rank * (_ROW + _ROW_GAP)
+            y = self._row(strip.rank, top)
             # A wait for a message is idle time and drawn blank. An exposed exchange covers only part of the cell.
             y, height = (y, _ROW) if strip.message else (y + _ROW * 0.8, _ROW * 0.2)
             style = "message" if strip.message else "exposed"

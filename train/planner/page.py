@@ -1,15 +1,15 @@
 """Draws a plan on one offline page without scripts, from its JSON form and its simulation."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from dualpipe.draw.entry import NAMES, needs_stage_label
-from dualpipe.draw.style import COPIES, DARK, LIGHT, document, style_of
-from dualpipe.ir import Op, Operation
+from dualpipe.draw.style import DEFINITIONS, LIGHT, STYLE, document, style_of
+from dualpipe.draw.svg import natural_scale, svg
+from dualpipe.ir import Op
 from train.config.decode import flatten
 from train.figures import num_bytes, plain, seconds, short, table
 from train.schedule.timing import TimedPlan
@@ -57,10 +57,6 @@ _NAMES = {
 _MOST_RECORDS = 500
 _LONG = 24
 """Characters from which a text wraps."""
-_GROUPS_OF_ROW = 12
-_MOST_ROWS = 40
-_MOST_CELLS = 1500
-"""Cells of the strip, below the width of a screen in pixels."""
 
 
 def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> str:
@@ -75,7 +71,7 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
     parts = (f"<section><h2>{escape(key)}</h2>{text}</section>" for key, text in sections.items() if text)
     title = f"Plan of {name}"
     body = f"<main><h1>{escape(title)}</h1>{_verdict(values)}{_tiles(values)}{''.join(parts)}</main>"
-    return document(title, body, _operation_styles() + _STYLE.read_text(encoding="utf-8"))
+    return document(title, body, STYLE + _operation_styles() + _STYLE.read_text(encoding="utf-8"))
 
 
 def _verdict(values: Mapping[str, Any]) -> str:
@@ -137,7 +133,7 @@ def _time(values: Mapping[str, Any], timed: TimedPlan | None) -> str:
     factor = time["step_seconds"] / time["step_seconds_without_factor"]
     stretched = f" The factor {factor:.3f} for what no rate explains is not in the pictures." if factor != 1 else ""
     bars = [{**rank, "optimiser_seconds": time["optimiser_seconds"]} for rank in time["ranks"]]
-    drawn = "" if timed is None else f"<h3>Rank {time['busiest_rank']}, which waits least</h3>{_timeline(timed)}"
+    drawn = "" if timed is None else _timeline(timed)
     text = f"<p>What each pipeline rank does in a step.{stretched}</p>"
     numbers = _details("Seconds of each rank", time["ranks"])
     return f"{text}{stacked_bars(_TIME_PARTS, bars, seconds)}{numbers}{drawn}"
@@ -313,154 +309,17 @@ def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**record, "layout": ", ".join(text for text in labels.values() if text)}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _GroupBox:
-    """Operations that run together, or the optimizer."""
-
-    start: float
-    end: float
-    styles: tuple[str, ...]
-    labels: tuple[str, ...]
-    about: str
-
-
 def _timeline(timed: TimedPlan) -> str:
-    """Returns the strip and the rows of the busiest rank, without the declared factor."""
-    cells = list(_cells(timed))
-    span = max((cell.end for cell in cells), default=0.0)
-    if span <= 0:
-        return ""
-    number = min(math.ceil(len(cells) / _GROUPS_OF_ROW), 10 * _MOST_ROWS)
-    rows = [_row(cells, index, span / number) for index in range(number)]
-    left_out = number - _MOST_ROWS
-    if left_out > 0:
-        half = _MOST_ROWS // 2
-        width = span / number
-        text = f"From {seconds(half * width)} to {seconds((half + left_out) * width)} only the strip shows the step."
-        rows[half : half + left_out] = [f'<p class="gap">{escape(text)}</p>']
-    strip = "".join(_box(cell, 0.0, span, has_labels=False) for cell in _merged(cells, span))
-    axis = f"<span>0 s</span><span>the whole step</span><span>{seconds(span)}</span>"
-    return (
-        f'{_legend(timed)}<p class="time-axis">{axis}</p>'
-        f'<div class="strip track" role="img" aria-label="strip of the whole step">{strip}</div>'
-        f'<div class="rows">{"".join(rows)}</div>'
-    )
+    """Returns the picture of the busiest rank, without the declared factor."""
+    rank = timed.time.busiest
+    title = f"rank {rank}, which waits least, in {timed.schedule.kind}"
+    scale = replace(natural_scale(timed.schedule, timed.simulation), is_seconds=True)
+    picture = svg(timed.schedule, timed.simulation, title=title, scale=scale, rank=rank, standalone=False)
+    return f'<div class="table" tabindex="0"><svg width="0" height="0">{DEFINITIONS}</svg>{picture}</div>'
 
 
 def _operation_styles() -> str:
-    """Returns the style of operations: the colors of the pictures of schedules."""
-    light = "".join(
-        f".{style_of(kind, 0)}{{background:{color};color:#16181b}}" for kind, color in (LIGHT | COPIES).items()
-    )
-    hatch = "repeating-linear-gradient(135deg,#fff3 0 2px,#0000 2px 6px)"
-    dark = "".join(f".{style_of(kind, 1)}{{background:{hatch},{color};color:#fff}}" for kind, color in DARK.items())
-    both = f".{_PAIR}{{background:linear-gradient({LIGHT[Op.FORWARD]} 50%,{LIGHT[Op.BACKWARD]} 50%)}}"
-    return f"{light}{dark}{both}.{_UPDATE}{{background:var(--c5);color:var(--paper)}}"
-
-
-def _cells(timed: TimedPlan) -> Iterator[_GroupBox]:
-    """Yields the groups of the busiest rank, then the optimizer."""
-    rank = timed.time.busiest
-    schedule = timed.schedule
-    simulation = timed.simulation
-    stages = schedule.stages_of(rank)
-    names_stage = [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
-    for group, start, end in zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True):
-        if end <= start:  # a reload only starts its copy
-            continue
-        is_two_way = schedule.num_directions > 1
-        variants = [op.direction if is_two_way else int((op.direction, op.stage) != stages[0]) for op in group]
-        yield _GroupBox(
-            start=start,
-            end=end,
-            styles=tuple(style_of(op.kind, variant) for op, variant in zip(group, variants, strict=True)),
-            labels=tuple(_label(op, is_named=names_stage[op.direction]) for op in group),
-            about=f"{' and '.join(map(_about, group))}; from {start:.3f} to {end:.3f} s",
-        )
-    if timed.time.optimizer > 0:
-        start = simulation.makespan
-        end = start + timed.time.optimizer
-        yield _GroupBox(
-            start=start,
-            end=end,
-            styles=(_UPDATE,),
-            labels=("optimizer",),
-            about=f"optimizer; from {start:.3f} to {end:.3f} s",
-        )
-
-
-def _label(op: Operation, *, is_named: bool) -> str:
-    stage = f"{op.stage}." if is_named else ""
-    return f"{op.kind.value}{stage}{op.micro_batch}"
-
-
-def _about(op: Operation) -> str:
-    direction = ", direction 1" if op.direction else ""
-    return f"{NAMES[op.kind]} of micro-batch {op.micro_batch}, stage {op.stage}{direction}"
-
-
-def _merged(cells: Sequence[_GroupBox], span: float) -> list[_GroupBox]:
-    """Returns fewer cells for the strip, if there are too many: near neighbors of one kind merge."""
-    if len(cells) <= _MOST_CELLS:
-        return list(cells)
-    merged: list[_GroupBox] = []
-    for cell in cells:
-        last = merged[-1] if merged else None
-        is_near = last is not None and cell.start - last.end < span / _MOST_CELLS
-        kinds = sorted(style[:-1] for style in cell.styles)
-        if last is not None and is_near and sorted(style[:-1] for style in last.styles) == kinds:
-            merged[-1] = replace(last, end=cell.end, about=f"many groups until {cell.end:.3f} s")
-        else:
-            merged.append(cell)
-    return merged
-
-
-def _row(cells: Sequence[_GroupBox], place: int, width: float) -> str:
-    """Returns one part of the step with labels, or nothing if the rank is idle in it."""
-    start = place * width
-    end = (place + 1) * width
-    inside = [cell for cell in cells if cell.start < end - 1e-9 * width and cell.end > start + 1e-9 * width]
-    boxes = "".join(_box(cell, start, width, has_labels=True) for cell in inside)
-    about = escape(f"from {seconds(start)} to {seconds(end)}: {len(inside)} groups")
-    return (
-        f'<span class="name">{start:.2f} s</span><div class="line track" role="img" aria-label="{about}">{boxes}</div>'
-    )
-
-
-def _box(cell: _GroupBox, origin: float, width: float, *, has_labels: bool) -> str:
-    """Returns a cell within a part of the step. Its label is where most of it is."""
-    start = max(cell.start, origin)
-    end = min(cell.end, origin + width)
-    is_labeled = has_labels and end - start >= 0.5 * (cell.end - cell.start)
-    halves = "".join(
-        f'<i class="{style}">{f"<span>{escape(label)}</span>" if is_labeled else ""}</i>'
-        for style, label in zip(cell.styles, cell.labels, strict=True)
-    )
-    left = 100 * (start - origin) / width
-    size = 100 * (end - start) / width
-    return f'<div class="cell" style="left:{left:.3f}%;width:{size:.3f}%" title="{escape(cell.about)}">{halves}</div>'
-
-
-def _legend(timed: TimedPlan) -> str:
-    present = {op.kind for group in timed.schedule.ranks[timed.time.busiest] for op in group}
-    items = []
-    for kind, name in NAMES.items():
-        if kind not in present:
-            continue
-        variants = (0,) if kind.is_copy or not _has_shades(timed) else (0, 1)
-        swatches = "".join(f'<i class="swatch {style_of(kind, variant)}"></i>' for variant in variants)
-        items.append(f"<span>{swatches}{kind.value} {escape(name)}</span>")
-    if timed.time.optimizer > 0:
-        items.append(f'<span><i class="swatch {_UPDATE}"></i>optimizer</span>')
-    items.append('<span><i class="swatch track"></i>bubble</span>')
-    if timed.schedule.num_directions > 1:
-        items.append("<span>dark, hatched: direction 1, which enters at the last rank</span>")
-    elif _has_shades(timed):
-        items.append("<span>dark, hatched: a later stage of the rank</span>")
-    if any(len(group) > 1 for group in timed.schedule.ranks[timed.time.busiest]):
-        items.append("<span>one above the other: overlapped</span>")
-    return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _has_shades(timed: TimedPlan) -> bool:
-    return timed.schedule.num_directions > 1 or len(timed.schedule.stages_of(timed.time.busiest)) > 1
+    """Returns the style of the bars' parts: the colors of the pictures of schedules."""
+    colors = {style_of(kind, 0): color for kind, color in LIGHT.items()} | {_UPDATE: "var(--c5)"}
+    colors[_PAIR] = f"linear-gradient({LIGHT[Op.FORWARD]} 50%,{LIGHT[Op.BACKWARD]} 50%)"
+    return "".join(f".{name}{{background:{color}}}" for name, color in colors.items())

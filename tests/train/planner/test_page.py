@@ -58,7 +58,8 @@ def tags(page: str) -> dict[str, int]:
 def test_page_is_one_offline_file_without_scripts(published: tuple[JobPlan, dict[str, Any]]) -> None:
     plan, values = published
     page = plan_page(values, plan.timed, "v3")
-    assert not re.search(r"(?i)https?://|@import|url\(|<script|<link|<img|src=", page)
+    outside = page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"(?i)https?://|@import|url\((?!#)|<script|<link|<img|src=", outside)
     check_policy(page, has_script=False)
     assert "script" not in tags(page)
     assert len(page) < 300_000
@@ -80,29 +81,21 @@ def test_page_has_a_bar_for_each_rank_and_a_line_for_the_capacity(published: tup
         assert sum(widths) == pytest.approx(100 * rank["total_bytes"] / room, abs=0.01)
 
 
-def test_timeline_shows_every_group_of_the_busiest_rank(published: tuple[JobPlan, dict[str, Any]]) -> None:
+def test_timeline_shows_every_operation_of_the_busiest_rank(published: tuple[JobPlan, dict[str, Any]]) -> None:
     plan, values = published
     assert plan.timed is not None
-    rows = (
-        with_style_attributes(plan_page(values, plan.timed, "v3"))
-        .partition('class="rows"')[2]
-        .partition("</section>")[0]
-    )
-    groups = plan.timed.schedule.ranks[plan.timed.time.busiest]
-    labels = re.findall(r"<span>([FBIW])(\d+)</span>", rows)
-    operations = [(op.kind.value, str(op.micro_batch)) for group in groups for op in group]
-    assert set(operations) == set(labels)
-    for place, row in enumerate(re.findall(r'class="line track".*?(?=<span class="name"|$)', rows)):
-        for left, width in re.findall(r"left:([\d.]+)%;width:([\d.]+)%", row):
-            assert float(left) + float(width) <= 100.01, f"row {place}"
+    rank = plan.timed.time.busiest
+    page = plan_page(values, plan.timed, "v3")
+    titles = re.findall(r"<title>([FBIW][^:]*): rank (\d+), stage \d+, micro-batch (\d+)", page)
+    groups = plan.timed.schedule.ranks[rank]
+    assert sorted(titles) == sorted((str(op), str(rank), str(op.micro_batch)) for group in groups for op in group)
+    assert f"makespan {plan.timed.simulation.makespan:.4g}"[:13] in page
 
 
 def test_pages_of_many_micro_batches_stay_small() -> None:
     plan, values = planned(*SMALL, "schedule=1f1b", "batch.global_sequences=2400")
-    page = plan_page(values, plan.timed, "v3")
     assert values["layout"]["num_micro_batches"] == 600
-    assert len(page) < 1_000_000
-    assert "only the strip shows the step" in page
+    assert len(plan_page(values, plan.timed, "v3")) < 1_000_000
 
 
 def test_page_without_times_and_capacity_says_so() -> None:
