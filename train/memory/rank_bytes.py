@@ -377,21 +377,18 @@ def weight_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes) -> int
 def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
     """Returns the bytes of the optimizer step's temporary tensors.
 
-    With `zero1` a bucket is filled and flattened again for each group while gradients are reduced to the rank's shard;
-    later each group's gradients in the shard are flattened before they are applied. With `replicated` one flat copy is
-    reduced.
+    Gradients are summed bucket by bucket and written back. With `zero1` a bucket is filled, and what one rank owns of
+    it flattened again; with `replicated` it is one flat copy. The update itself works in place.
 
     Args:
         held: numbers of parameters on the rank.
         replicas: numbers of ranks that hold the same parameters.
     """
-    if config.optim.sharding == "replicated":
-        summed = [count for count, group in _parts(held, replicas) if group > 1]
-        return max(summed, default=0) * sizes.wide_bytes
+    parts = _parts(held, replicas)
     bucket = min(config.optim.bucket_elements, held.total)
-    flattened = min(bucket, max(count for count, _ in _parts(held, replicas)))
-    applied = max(ceil(count / group) for count, group in _parts(held, replicas))
-    return _MASTER_BYTES * (_shard_elements(held, replicas) + max(bucket + flattened, applied))
+    if config.optim.sharding == "replicated":
+        return min(bucket, max((count for count, group in parts if group > 1), default=0)) * sizes.wide_bytes
+    return _MASTER_BYTES * (bucket + min(bucket, max(count for count, _ in parts)))
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:

@@ -267,6 +267,7 @@ class ReplicatedAdamW:
         self._replicas = unit.replicas
         self._store = store
         self._clip_norm = config.clip_norm
+        self._bucket_elements = config.bucket_elements
         options: list[dict[str, Any]] = [
             {"params": [*groups.matrices.values(), *groups.experts.values()], "weight_decay": config.weight_decay},
             {"params": list(groups.vectors.values()), "weight_decay": 0.0},
@@ -283,7 +284,7 @@ class ReplicatedAdamW:
         dense = groups.matrices | groups.vectors
         for parameters, group in ((dense, self._replicas.dense), (groups.experts, self._replicas.experts)):
             gradients = [self._store.gradient(parameter) for parameter in parameters.values()]
-            _sum_over(gradients, group)
+            _sum_over(gradients, group, self._bucket_elements)
             for gradient in gradients:
                 squares += sum_of_squares(gradient) / dist.get_world_size(group)
         return squares
@@ -328,13 +329,21 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square().sum()
 
 
-def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums tensors of one type over a group with one all-reduce, in place."""
-    if not tensors or dist.get_world_size(group) == 1:
+def _sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup, most_elements: int) -> None:
+    """Sums tensors of one type over a group, in place, by all-reduces of so many elements, or of a larger tensor."""
+    if dist.get_world_size(group) == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    offset = 0
+    buckets: list[list[Tensor]] = []
+    num_elements = most_elements
     for tensor in tensors:
-        tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
-        offset += tensor.numel()
+        num_elements += tensor.numel()
+        if num_elements > most_elements:
+            buckets.append([])
+            num_elements = tensor.numel()
+        buckets[-1].append(tensor.view(-1))
+    for bucket in buckets:
+        flat = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
+        dist.all_reduce(flat, group=group)
+        if len(bucket) > 1:
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total)

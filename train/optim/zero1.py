@@ -6,7 +6,8 @@ experts those with the same ones, for an embedding that MTP modules share the ra
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,15 +30,28 @@ from train.optim.learning_rate import OptimConfig
 _EXPERTS = "routed_experts"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A rank's part of one parameter: views of what the optimizer step reads and writes."""
+
+    gradient: Tensor
+    master: Tensor
+    weight: Tensor
+
+
 class Zero1AdamW:
-    """The AdamW of one unit with sharded state. All ranks with the unit create and call it."""
+    """The AdamW of one unit with sharded state. All ranks with the unit create and call it.
+
+    Summed gradients replace a rank's own in the store, and the update reads them there, so no copy is made.
+    """
 
     def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
         self._groups = unit.groups
         self._parameters = unit.parameters
         self._store = store
         self._replicas = unit.replicas
-        self._optimizer = _build(unit, config)
+        self._optimizer = _build(unit, store, config)
+        self._pieces = list(self._views())
         # The pipeline accumulates gradients itself. DeepSpeed's hooks would consume those of each micro-batch.
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
@@ -66,21 +80,40 @@ class Zero1AdamW:
 
     def update(self, learning_rate: float, norm: float) -> None:
         """Clips the summed gradients, updates the weights, and gathers those that other ranks updated."""
-        for options in self._optimizer.param_groups:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self._optimizer
+        for options in optimizer.param_groups:
             options["lr"] = learning_rate
-        self._optimizer.global_norm = norm
-        self._optimizer.step()
-        self._clear()
+        total_norm = torch.tensor(norm, dtype=torch.float32, device=optimizer.device)
+        optimizer.unscale_and_clip_grads([piece.gradient for piece in self._pieces], total_norm)
+        self._step(self._pieces)
+        for master in self._masters:
+            moments_of(optimizer.optimizer, master)["step"] += 1
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+        self.discard()
+
+    def _step(self, pieces: Sequence[_Piece]) -> None:
+        """Updates master copies and weights of some pieces."""
+        for piece in pieces:
+            piece.master.grad = piece.gradient
+        self._optimizer.optimizer.step()
+        for piece in pieces:
+            piece.master.grad = None
+            piece.weight.copy_(piece.master)
 
     def discard(self) -> None:
         """Discards the gradients in the way that DeepSpeed does after an overflow."""
         optimizer = self._optimizer
         for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             gradients.update(dict.fromkeys(gradients))
-        self._clear()
-
-    def _clear(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for parameter in self._parameters:
             parameter.grad_accum = None  # type: ignore[attr-defined]
 
@@ -123,9 +156,30 @@ class Zero1AdamW:
             if first < end:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
+    def _views(self) -> Iterator[_Piece]:
+        """Yields this rank's part of each parameter, whose master copy becomes a parameter of AdamW.
+
+        Its moments are views of those of the shard.
+        """
+        optimizer = self._optimizer
+        parameters = self._groups.all()
+        for index, shard in enumerate(self._masters):
+            weights = optimizer.parallel_partitioned_bit16_groups[index]
+            owned = weights[dist.get_rank(optimizer.real_dp_process_group[index])]
+            moments = moments_of(optimizer.optimizer, shard)
+            options = optimizer.param_groups[index]
+            options["params"] = []
+            for name, first, run in self._runs(index):
+                gradient = self._store.gradient(parameters[name]).view(-1)[first : first + run.stop - run.start]
+                master = shard.detach()[run]
+                state = {"step": torch.zeros_like(moments["step"]), **{key: moments[key][run] for key in MOMENTS}}
+                optimizer.optimizer.state[master] = state
+                options["params"].append(master)
+                yield _Piece(gradient, master, owned[run])
+
     def loaded(self, num_steps: Tensor) -> None:
         """Copies the loaded step count to all groups, and the master copies to the weights."""
-        spread_step(self._optimizer.optimizer, self._masters, num_steps)
+        spread_step(self._optimizer.optimizer, [*self._masters, *(piece.master for piece in self._pieces)], num_steps)
         if self._are_weights_masters:
             self.follow_weights()
             return
@@ -138,7 +192,7 @@ class Zero1AdamW:
         self._optimizer.refresh_fp32_params()
 
 
-def _build(unit: Unit, config: OptimConfig) -> Any:
+def _build(unit: Unit, store: GradientStore, config: OptimConfig) -> Any:
     import deepspeed
     from deepspeed.utils import logger
     from deepspeed.utils.timer import NoopTimer
@@ -154,7 +208,7 @@ def _build(unit: Unit, config: OptimConfig) -> Any:
     replicas = unit.replicas
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     bucket += bucket % 2  # DeepSpeed needs an even size
-    return _global_norm_optimizer()(
+    return _in_place_optimizer(store)(
         build_adamw(_parameter_options(groups, config.weight_decay), config),
         {parameter: name for name, parameter in groups.all().items()},
         timers=NoopTimer(),
@@ -178,22 +232,42 @@ def _build(unit: Unit, config: OptimConfig) -> Any:
     )
 
 
-def _global_norm_optimizer() -> Any:
-    """Returns DeepSpeed's optimizer class with the gradient norm over all ranks of the job."""
+def _in_place_optimizer(store: GradientStore) -> Any:
+    """Returns DeepSpeed's optimizer class, which writes sums of gradients into the store in place of its own shard."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    class GlobalNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's optimizer with a given norm; its own hangs if stages have different groups."""
+    class InPlaceSums(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        """DeepSpeed's optimizer whose shard of summed gradients are views of the store."""
 
-        global_norm: float
+        def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
+            return True
 
-        def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-            # The guard has refused a norm that is not finite. DeepSpeed would silently skip such a step, or take it if
-            # weights are bf16.
-            assert norm_type == 2
-            return torch.tensor(self.global_norm, dtype=torch.float32, device=self.device)
+        def _get_compact_grad_partition_slice(
+            self, group_idx: int, partition_id: int, param_id: int, num_elements: int
+        ) -> Tensor | None:
+            if partition_id != dist.get_rank(self.real_dp_process_group[group_idx]):
+                return None
+            first = self.grad_start_offset[group_idx][partition_id][param_id]
+            return store.gradient(self.param_dict[param_id]).view(-1).narrow(0, first, num_elements)
 
-    return GlobalNorm
+        def _build_compact_grad_partition_buffer(self, group_idx: int) -> list[Tensor | None]:
+            rank = dist.get_rank(self.real_dp_process_group[group_idx])
+            views = []
+            for parameter in self.params_in_partition[group_idx]:
+                number = self.get_param_id(parameter)
+                first = self.grad_start_offset[group_idx][rank][number]
+                last = self.partition_size[group_idx] - self.grad_partition_insertion_offset[group_idx][rank][number]
+                size = min(parameter.numel() - first, last)
+                views.append(self._get_compact_grad_partition_slice(group_idx, rank, number, size))
+            return views
+
+        @staticmethod
+        def _add_to_grad_partition_buffer(output: Tensor | None, source: Tensor) -> None:
+            # DeepSpeed adds to zeros. The store still holds the rank's own gradient, which the sum contains.
+            if output is not None:
+                output.copy_(source)
+
+    return InPlaceSums
 
 
 def _parameter_options(groups: ParameterGroups, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -35,17 +36,20 @@ def test_total_covers_passes_and_reductions_next_to_the_last_of_them(kind: str, 
 
 
 @pytest.mark.parametrize(
-    ("bucket", "expected"),
+    ("sharding", "bucket", "expected"),
     [
-        # Shards of 1000 / 4 and 400 / 2 elements. A bucket is filled and flattened, or the larger shard is.
-        (500, 4 * (450 + 500 + 500)),
-        (100, 4 * (450 + 250)),
-        (2000, 4 * (450 + 1400 + 1000)),
+        # A bucket is filled, and at most all of it flattened again.
+        ("zero1", 500, 4 * (500 + 500)),
+        ("zero1", 2000, 4 * (1400 + 1000)),
+        ("replicated", 100, 4 * 100),
+        ("replicated", 2000, 4 * 1000),
     ],
 )
-def test_update_needs_a_shard_and_two_buckets_or_its_larger_part(bucket: int, expected: int, tmp_path: Path) -> None:
+def test_update_needs_a_bucket_and_no_copy_of_a_shard(
+    sharding: Literal["zero1", "replicated"], bucket: int, expected: int, tmp_path: Path
+) -> None:
     config = tiny_config(tmp_path)
-    config = replace(config, optim=replace(config.optim, sharding="zero1", bucket_elements=bucket))
+    config = replace(config, optim=replace(config.optim, sharding=sharding, bucket_elements=bucket))
     held = HeldParameters(ordinary=1000, embedding=0, routed=400, num_blocks=1, num_routers=0, code_bytes=0)
     sizes = make_sizes(MODEL, torch.float32, Computing(), sequences=1, tokens=8, pads_heads=False)
     replicas = ReplicaCounts(dense=4, embedding=4, experts=2)
