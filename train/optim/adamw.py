@@ -330,7 +330,7 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 
 def _sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup, most_elements: int) -> None:
-    """Sums tensors of one type over a group, in place, by all-reduces of so many elements, or of a larger tensor."""
+    """Sums tensors over a group in place, by all-reduces of so many elements, or of one larger tensor."""
     if dist.get_world_size(group) == 1:
         return
     buckets: list[list[Tensor]] = []

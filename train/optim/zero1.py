@@ -233,11 +233,11 @@ def _build(unit: Unit, store: GradientStore, config: OptimConfig) -> Any:
 
 
 def _in_place_optimizer(store: GradientStore) -> Any:
-    """Returns DeepSpeed's optimizer class, which writes sums of gradients into the store in place of its own shard."""
+    """Returns DeepSpeed's optimizer class, which writes sums of gradients into the store."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     class InPlaceSums(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's optimizer whose shard of summed gradients are views of the store."""
+        """DeepSpeed's optimizer, whose summed gradients are views of the store in place of a flat shard."""
 
         def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
             return True
