@@ -66,7 +66,8 @@ def build_schedule(
     activations = replace(costs, weights=0.0)
 
     def generate(cap: float | None) -> Schedule:
-        return _generate(spec, num_ranks, num_micro_batches, activations.without_offload(), cap, cache_dir)
+        made = _generate(spec, num_ranks, num_micro_batches, activations.without_offload(), cap, cache_dir)
+        return replace(made, link_depth=activations.link_depth)
 
     try:
         return _fit(generate, activations, room)

@@ -60,6 +60,9 @@ class Operation(NamedTuple):
         return f"{self.kind.value}{self.stage}.{self.micro_batch}{primes}"
 
 
+MOST_LINK_DEPTH = 4
+"""Maximum number of messages that a link may hold."""
+
 Group = tuple[Operation, ...]
 """Operations that a rank runs at the same time, overlapped."""
 
@@ -98,6 +101,7 @@ class Schedule:
         slices: number of consecutive micro-batches that hold the same sequences, cut along the tokens: micro-batch m
             is slice m % slices. In every stage, F of a slice follows F of the slice before it, and its backward
             follows the backward of the slice after it, because later tokens attend to earlier ones.
+        link_depth: number of messages that a link holds: a rank posts as many receives before it needs the first.
     """
 
     kind: str
@@ -107,6 +111,7 @@ class Schedule:
     ranks: tuple[tuple[Group, ...], ...]
     cohorts: int | None = None
     slices: int = 1
+    link_depth: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -148,6 +153,10 @@ class Schedule:
         return range((share + (direction < rest)) * self.slices)
 
 
+_COUNTS = ("slices", "link_depth")
+"""Keys of the JSON form that are left out if they are 1."""
+
+
 def to_json(schedule: Schedule) -> str:
     """Returns the schedule's public JSON form in one line. Equal schedules give equal text."""
     record: dict[str, Any] = {
@@ -160,8 +169,7 @@ def to_json(schedule: Schedule) -> str:
     }
     if schedule.cohorts is not None:
         record["cohorts"] = schedule.cohorts
-    if schedule.slices != 1:
-        record["slices"] = schedule.slices
+    record |= {key: value for key in _COUNTS if (value := getattr(schedule, key)) != 1}
     return json.dumps(record)
 
 
@@ -191,7 +199,7 @@ def from_json(text: str) -> Schedule:
         placement=placement,
         ranks=ranks,
         cohorts=_integer(record["cohorts"], "cohorts") if "cohorts" in record else None,
-        slices=_integer(record.get("slices", 1), "slices"),
+        **{key: _integer(record.get(key, 1), key) for key in _COUNTS},
     )
     _check_sizes(schedule, _integer(record["num_stages"], "num_stages"))
     return schedule
@@ -201,7 +209,7 @@ def _read_object(record: Any) -> dict[str, Any]:
     keys = {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
     if not isinstance(record, dict):
         raise ScheduleError(f"schedule: must be an object, is {_format_value(record)}")
-    if wrong := keys.symmetric_difference(record) - {"cohorts", "slices"}:
+    if wrong := keys.symmetric_difference(record) - {"cohorts", *_COUNTS}:
         verb = "is missing" if wrong <= keys else "is unknown"
         name = min(wrong & keys if wrong <= keys else wrong - keys)
         raise ScheduleError(f"schedule: the key {name!r} {verb}; nearest valid: {', '.join(sorted(keys))}")
@@ -267,8 +275,9 @@ def _check_sizes(schedule: Schedule, num_stages: int) -> None:
             raise ScheduleError(f"placement[{direction}]: must have num_stages = {num_stages} entries, has {len(row)}")
     if len(schedule.ranks) != schedule.num_ranks:
         raise ScheduleError(f"ranks: must have num_ranks = {schedule.num_ranks} entries, has {len(schedule.ranks)}")
-    if not schedule.slices:
-        raise ScheduleError("slices: must be at least 1, is 0; nearest valid: 1")
+    for key in _COUNTS:
+        if not getattr(schedule, key):
+            raise ScheduleError(f"{key}: must be at least 1, is 0; nearest valid: 1")
 
 
 def _format_value(value: Any) -> str:

@@ -7,6 +7,7 @@ until the previous one is delivered. (A sender that blocked until the delivery w
 
 The next action of each rank does not depend on the speed of other ranks. So either every run ends or none does, and one
 run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only wait less.
+With `Schedule.link_depth` d, a rank has posted d - 1 further receives of each link, so d messages may be in flight.
 A copy to or from host memory waits for no other rank, so it is never part of a deadlock.
 
 When decoding with more cohorts than ranks, tokens arrive before their rank needs them. Each cohort has at most one
@@ -16,12 +17,12 @@ Values are numbers here, and messages of a link share steps: a large schedule ha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from itertools import pairwise
 from typing import NamedTuple
 
-from dualpipe.ir import Group, Op, Schedule, ScheduleError, Value, ValueKind, value_made, value_needed
+from dualpipe.ir import MOST_LINK_DEPTH, Group, Op, Schedule, ScheduleError, Value, ValueKind, value_made, value_needed
 
 
 class _Action(Enum):
@@ -76,6 +77,16 @@ def check_progress(schedule: Schedule) -> None:
     Raises:
         ScheduleError: if a rank receives in another order than its peer sends, or if ranks wait for each other.
     """
+    stuck = _run_all(schedule)
+    if stuck:
+        deeper = (replace(schedule, link_depth=depth) for depth in range(schedule.link_depth + 1, MOST_LINK_DEPTH + 1))
+        least = next((deep.link_depth for deep in deeper if not _run_all(deep)), None)
+        hint = "" if least is None else f"; nearest valid: schedule.link_depth={least}"
+        raise ScheduleError(_describe_cycle(schedule, stuck) + hint)
+
+
+def _run_all(schedule: Schedule) -> dict[int, _Step]:
+    """Runs all ranks until they end or wait, and returns the step at which each of those waits."""
     receivers, senders = _ends(schedule)
     programs = [_program(groups, receivers, senders) for groups in schedule.ranks]
     for link in {id(end.values): end.steps[0].link for end in senders.values()}.values():
@@ -87,16 +98,13 @@ def check_progress(schedule: Schedule) -> None:
         for rank in sorted(running):
             reached[rank] = _run(programs[rank], reached[rank], unblocked)
         running = unblocked
-    stuck = {
-        rank: program[at] for rank, (program, at) in enumerate(zip(programs, reached, strict=True)) if at < len(program)
-    }
-    if stuck:
-        raise ScheduleError(_describe_cycle(schedule, stuck))
+    ended = enumerate(zip(programs, reached, strict=True))
+    return {rank: program[at] for rank, (program, at) in ended if at < len(program)}
 
 
 def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
     links: dict[tuple[int, int, ValueKind], _Link] = {}
-    num_cohorts = (schedule.cohorts or 0) * schedule.num_directions
+    num_held = (schedule.cohorts or 0) * schedule.num_directions + schedule.link_depth - 1
     receivers: _Ends = {}
     senders: _Ends = {}
 
@@ -105,7 +113,7 @@ def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
         row = schedule.placement[direction]
         count = len(schedule.micro_batches_of(direction))
         key = row[stage], row[user], kind
-        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=num_cohorts))
+        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=num_held))
         first = (direction * schedule.num_stages + stage) * schedule.num_micro_batches
         sends = _End((_Step(_Action.SEND, link),), link.sent, first, range(count - delay))
         waits = (_Step(_Action.POST, link), _Step(_Action.WAIT, link))

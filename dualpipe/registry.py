@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from dualpipe.ir import Placement, Schedule, ScheduleError, straight_placement
+from dualpipe.ir import MOST_LINK_DEPTH, Placement, Schedule, ScheduleError, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
-from kernels.ranges import NonNegativeFloat, PositiveInt
+from kernels.ranges import Between, NonNegativeFloat, PositiveInt
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
@@ -169,6 +169,7 @@ class ScheduleConfig:
     chunks: PositiveInt | None
     pairing: Literal["overlapped", "sequential"]
     slices: PositiveInt = 1
+    link_depth: Annotated[int, Between(1, MOST_LINK_DEPTH)] = 1
 
 
 _STAGE_KEYS = tuple(field.name for field in fields(StageCosts))

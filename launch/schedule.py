@@ -49,7 +49,8 @@ class ScheduleCommandConfig:
 
     def costs_of(self, num_stages: int) -> CostModel:
         """Returns the costs of each stage if the model is cut into `num_stages` stages."""
-        return replace(self.costs.of_stages(self.num_ranks, num_stages), slices=self.schedule.slices)
+        costs = self.costs.of_stages(self.num_ranks, num_stages)
+        return replace(costs, slices=self.schedule.slices, link_depth=self.schedule.link_depth)
 
 
 def main(overrides: Sequence[str]) -> int:

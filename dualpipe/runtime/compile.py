@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
-from dualpipe.ir import Group, Message, Op, Operation, Schedule, Value, message_of, value_made, value_needed
+from dualpipe.ir import Group, Link, Message, Op, Operation, Schedule, Value, message_of, value_made, value_needed
 from dualpipe.passes import order_members
 from dualpipe.runtime.pairing import Atom
 from dualpipe.runtime.program import Action, Lane, Program, RunKey, Step
@@ -22,17 +22,16 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
     is_training = any(op.kind is not Op.FORWARD for group in groups for op in group)
     offloaded = {run_key(op) for group in groups for op in group if op.kind is Op.OFFLOAD}
     # Messages of the groups that need any, in order. A copy needs none.
-    receives = [_receives(schedule, group) for group in groups if not group[0].kind.is_copy]
-    steps = _posts(receives[:1])
+    posts = _posts([_receives(schedule, group) for group in groups if not group[0].kind.is_copy], schedule.link_depth)
+    steps: list[Step] = []
     orders: dict[tuple[object, ...], list[int]] = {}
     index = 0
     for group in groups:
         if group[0].kind.is_copy:
             steps.append(_copy(group[0]))
             continue
-        # Receives are posted one group ahead, so that a message is sent during the group before the one that needs it.
+        steps += posts[index]
         index += 1
-        steps += _posts(receives[index : index + 1])
         ops = order_members(group)
         members = [
             _atoms(schedule, op, lanes[op.stage], is_training=is_training, is_offloaded=run_key(op) in offloaded)
@@ -52,8 +51,21 @@ def _order(members: Sequence[Sequence[Atom]], pairing: Pairing) -> list[int]:
     return [places[id(atom)] for atom in pairing(members)]
 
 
-def _posts(receives: list[list[tuple[Operation, Message]]]) -> list[Step]:
-    return [Step(Action.RECEIVE, run_key(op), message=message) for due in receives for op, message in due]
+def _posts(receives: Sequence[Sequence[tuple[Operation, Message]]], link_depth: int) -> list[list[Step]]:
+    """Returns the receives to post before each group, given those that each group needs.
+
+    They are posted one group ahead, so that a message is sent during the group before the one that needs it. On each
+    link, `link_depth - 1` receives after those of a group are posted before it too.
+    """
+    posts: list[list[Step]] = [[] for _ in receives]
+    needed_at: dict[Link, list[int]] = {}  # groups that need the messages of a link, in order
+    for index, group in enumerate(receives):
+        for op, message in group:
+            groups = needed_at.setdefault(message.link, [])
+            groups.append(index)
+            earliest = groups[-link_depth] if len(groups) >= link_depth else 0
+            posts[max(0, min(index - 1, earliest))].append(Step(Action.RECEIVE, run_key(op), message=message))
+    return posts
 
 
 def _copy(op: Operation) -> Step:

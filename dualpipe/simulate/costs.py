@@ -86,6 +86,7 @@ class CostModel:
         alone: factor on the computation of a group of one operation. It is below 1 if exchange takes part of a device
             that computes, and an operation without another to hide its exchange has the whole device.
         slices: as `Schedule.slices`. Costs and activations are those of one slice.
+        link_depth: as `Schedule.link_depth`.
     """
 
     stages: tuple[StageCosts, ...]
@@ -93,6 +94,7 @@ class CostModel:
     weights: float = 0.0
     alone: float = 1.0
     slices: int = 1
+    link_depth: int = 1
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""

@@ -1,10 +1,10 @@
 """Runs a schedule on numbers as an oracle: correct if all ranks end with the numbers of one rank.
 
 It shares no code with the validator. Ranks are coroutines that exchange bare numbers, and a receiver treats a number as
-the message that it expects. A link holds one message: the sender blocks before the next message until the receiver,
-which posts its receives before a group, has the first. Stages are maps x -> a x^2 + b in a finite field, where a wrong
-input, a wrong gradient or a wrong pairing of the two changes the weight gradients. A rank's inputs that are in host
-memory are not at hand until they are back.
+the message that it expects. A link holds `Schedule.link_depth` messages: the sender blocks before one more until the
+receiver, which posts its receives before a group, has the first. Stages are maps x -> a x^2 + b in a finite field,
+where a wrong input, a wrong gradient or a wrong pairing of the two changes the weight gradients. A rank's inputs that
+are in host memory are not at hand until they are back.
 """
 
 import random
@@ -53,14 +53,15 @@ class _Ticket:
 
 @dataclass
 class _Slot:
-    """Link with the sent number and the posted receives."""
+    """Link with the sent numbers, at most `room` of them, and the posted receives."""
 
-    held: int | None = None
+    room: int
+    held: deque[int] = field(default_factory=deque)
     tickets: deque[_Ticket] = field(default_factory=deque)
 
     def put(self, number: int) -> None:
-        assert self.held is None
-        self.held = number
+        assert len(self.held) < self.room
+        self.held.append(number)
         self.hand_over()
 
     def ask(self) -> _Ticket:
@@ -70,8 +71,8 @@ class _Slot:
         return ticket
 
     def hand_over(self) -> None:
-        if self.held is not None and self.tickets:
-            self.tickets.popleft().number, self.held = self.held, None
+        if self.held and self.tickets:
+            self.tickets.popleft().number = self.held.popleft()
 
 
 class _World:
@@ -102,7 +103,7 @@ class _World:
                         break
         if alive:
             raise WrongRunError(f"ranks {sorted(alive)} wait for ever")
-        if any(slot.held is not None or slot.tickets for slot in self.slots.values()):
+        if any(slot.held or slot.tickets for slot in self.slots.values()):
             raise WrongRunError("a message is left over")
         self.compare()
 
@@ -134,7 +135,7 @@ class _World:
             for op, output in zip(group, outputs, strict=True):
                 slot = self.outgoing(rank, op)
                 if slot is not None and output is not None:
-                    while slot.held is not None:
+                    while len(slot.held) == slot.room:
                         yield False
                     slot.put(output)
                     yield True
@@ -175,7 +176,7 @@ class _World:
         name = "output" if forward else "gradient"
         if other == rank:
             return _known(own, name, (op.direction, beyond, op.micro_batch), op)
-        return self.slots.setdefault((other, rank, name), _Slot()).ask()
+        return self.slots.setdefault((other, rank, name), _Slot(self.schedule.link_depth)).ask()
 
     def outgoing(self, rank: int, op: Operation) -> _Slot | None:
         forward = op.kind is Op.FORWARD
@@ -183,7 +184,7 @@ class _World:
             return None
         other = self.holder(op.direction, op.stage + 1 if forward else op.stage - 1)
         name = "output" if forward else "gradient"
-        return None if other == rank else self.slots.setdefault((rank, other, name), _Slot())
+        return None if other == rank else self.slots.setdefault((rank, other, name), _Slot(self.schedule.link_depth))
 
     def apply(
         self, op: Operation, number: int, before: dict[tuple[str, Key], int], own: dict[tuple[str, Key], int]

@@ -48,16 +48,34 @@ def random_costs(draws: random.Random, num_stages: int) -> CostModel:
     return CostModel(stages=stages, latency=draws.choice([0.0, draws.uniform(0, 0.5)]))
 
 
-def random_schedule(placement: Placement, num_micro_batches: int, seed: int, split_share: float = 0.6) -> Schedule:
+def random_schedule(
+    placement: Placement,
+    num_micro_batches: int,
+    seed: int,
+    split_share: float = 0.6,
+    slices: int = 1,
+    link_depth: int = 1,
+) -> Schedule:
     """Returns the first valid schedule of those drawn from the seed.
 
     Operations become ready in one order over all ranks, and a rank groups up to three of its ready ones. Draws with a
     deadlock are dropped: they occur with two sends of a group on one link, and with links of several stages.
-    `split_share` is the fraction of split backwards.
+    `split_share` is the fraction of split backwards. Each slice counts as a micro-batch.
     """
-    draws = random.Random(f"{placement} {num_micro_batches} {seed}")
+    form = "" if slices == link_depth == 1 else f" {slices} {link_depth}"
+    draws = random.Random(f"{placement} {num_micro_batches} {seed}{form}")
+    num_ranks = 1 + max(rank for row in placement for rank in row)
+    empty = Schedule(
+        kind="random",
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=placement,
+        ranks=((),) * num_ranks,
+        slices=slices,
+        link_depth=link_depth,
+    )
     while True:
-        schedule = _Draw(placement, num_micro_batches, draws, split_share).run()
+        schedule = _Draw(empty, draws, split_share).run()
         if schedule is None:
             continue
         try:
@@ -88,22 +106,15 @@ def offloaded(schedule: Schedule, seed: int, share: float = 0.6) -> Schedule:
 
 
 class _Draw:
-    def __init__(self, placement: Placement, num_micro_batches: int, draws: random.Random, split_share: float) -> None:
-        num_ranks = 1 + max(rank for row in placement for rank in row)
+    def __init__(self, empty: Schedule, draws: random.Random, split_share: float) -> None:
         self._draws = draws
         self._split_share = split_share
-        self._empty = Schedule(
-            kind="random",
-            num_ranks=num_ranks,
-            num_micro_batches=num_micro_batches,
-            placement=placement,
-            ranks=((),) * num_ranks,
-        )
-        self._groups: list[list[Group]] = [[] for _ in range(num_ranks)]
+        self._empty = empty
+        self._groups: list[list[Group]] = [[] for _ in empty.ranks]
         self._done: set[Operation] = set()
         self._made: set[Value] = set()
         self._on_link: dict[Link, list[Value]] = {}
-        self._left = [self._operations(rank) for rank in range(num_ranks)]
+        self._left = [self._operations(rank) for rank in range(empty.num_ranks)]
 
     def run(self) -> Schedule | None:
         """Returns the groups, or None if all ranks wait for each other."""
@@ -114,14 +125,7 @@ class _Draw:
             if picked is None:
                 return None
             self._finish(*picked)
-        empty = self._empty
-        return Schedule(
-            kind=empty.kind,
-            num_ranks=empty.num_ranks,
-            num_micro_batches=empty.num_micro_batches,
-            placement=empty.placement,
-            ranks=tuple(map(tuple, self._groups)),
-        )
+        return replace(self._empty, ranks=tuple(map(tuple, self._groups)))
 
     def _operations(self, rank: int) -> list[Operation]:
         operations = []
@@ -154,12 +158,22 @@ class _Draw:
         before = {Op.FORWARD: None, Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT}.get(op.kind, Op.FORWARD)
         if before is not None and Operation(before, op.direction, op.stage, op.micro_batch) not in self._done:
             return False
+        if not self._is_next_slice(op):
+            return False
         needed = needed_by(op, self._empty.num_stages)
         if needed is not None and needed not in self._made:
             return False
-        # One message at a time on a link, so that the strictest transport can run it.
+        # As many messages at a time on a link as it holds, so that the strictest transport can run it.
         link = self._link_of(made_by(op, self._empty.num_stages))
-        return link is None or not self._on_link.get(link)
+        return link is None or len(self._on_link.get(link, ())) < self._empty.link_depth
+
+    def _is_next_slice(self, op: Operation) -> bool:
+        """Returns whether the slice before has run forward, or the slice after it backward."""
+        other = op.micro_batch + (-1 if op.kind is Op.FORWARD else 1)
+        if op.kind is Op.BACKWARD_WEIGHT or other // self._empty.slices != op.micro_batch // self._empty.slices:
+            return True
+        kinds = (Op.FORWARD,) if op.kind is Op.FORWARD else (Op.BACKWARD, Op.BACKWARD_INPUT)
+        return any(op._replace(kind=kind, micro_batch=other) in self._done for kind in kinds)
 
     def _finish(self, rank: int, group: Group) -> None:
         self._groups[rank].append(group)

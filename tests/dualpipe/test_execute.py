@@ -1,13 +1,16 @@
 """The interpreter computes the values of one rank and frees tensors in time; the validator describes deadlocks."""
 
+from collections import Counter, deque
+from dataclasses import replace
+
 import pytest
 
 from dualpipe.builder import build_schedule
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import MOST_LINK_DEPTH, Group, Link, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.pairing import overlapped, sequential
-from dualpipe.runtime.program import MOST_AHEAD, Action
+from dualpipe.runtime.program import MOST_AHEAD, Action, Step
 from dualpipe.simulate.timing import peak_activations
 from dualpipe.validate import validate
 from tests.dualpipe.adding import (
@@ -21,6 +24,7 @@ from tests.dualpipe.adding import (
     name_of,
     run_threads,
 )
+from tests.dualpipe.random_schedules import bidirectional, random_schedule
 
 
 def assert_values(schedule: Schedule, ran: list[Ran], *, trained: bool) -> None:
@@ -116,13 +120,56 @@ def test_validator_describes_a_cycle_of_ranks() -> None:
 
 
 def test_validator_finds_a_deadlock_that_only_rendezvous_sends_have() -> None:
-    # Both ranks send two activations before either posts a receive: links that hold two messages would run it.
+    # Both ranks send two activations before either posts a receive: links that hold two messages run it.
     schedule = two_ranks(
         alone((F, 0, 0, 0), (F, 0, 0, 1), (F, 1, 1, 0), (F, 1, 1, 1)),
         alone((F, 1, 0, 0), (F, 1, 0, 1), (F, 0, 1, 0), (F, 0, 1, 1)),
         num_micro_batches=4,
     )
-    with pytest.raises(
-        ScheduleError, match=r"cannot send activation 0\.1 before rank 1 posts the receive of activation 0\.0"
-    ):
+    expected = (
+        r"cannot send activation 0\.1 before rank 1 posts the receive of activation 0\.0.*; "
+        r"nearest valid: schedule\.link_depth=2$"
+    )
+    with pytest.raises(ScheduleError, match=expected):
         validate(schedule, forward_only=True)
+    validate(replace(schedule, link_depth=2), forward_only=True)
+
+
+@pytest.mark.parametrize("link_depth", range(1, MOST_LINK_DEPTH + 1))
+def test_valid_schedule_runs_if_a_message_waits_until_earlier_ones_of_its_link_have_posted_receives(
+    link_depth: int,
+) -> None:
+    """The receives of the program are all that a link holds, as on NCCL."""
+    deep = [random_schedule(bidirectional(3, 2), 6, seed, link_depth=link_depth) for seed in range(3)]
+    for proven in (*(replace(schedule, link_depth=link_depth) for schedule in SCHEDULES), *deep):
+        transfers_left = [
+            deque(step for step in lower(proven, rank, overlapped).steps if is_transfer(step))
+            for rank in range(proven.num_ranks)
+        ]
+        posted, sent, taken = Counter[Link](), Counter[Link](), Counter[Link]()
+        is_moving = True
+        while is_moving:
+            is_moving = False
+            for steps in transfers_left:
+                while steps:
+                    step = steps[0]
+                    assert step.message is not None
+                    link = step.message.link
+                    # A send waits for the post of those before it, an acceptance for the message.
+                    after, before = {
+                        Action.RECEIVE: (posted, None),
+                        Action.SEND: (sent, posted),
+                        Action.ACCEPT: (taken, sent),
+                    }[step.action]
+                    if before is not None and before[link] < after[link] + (after is taken):
+                        break
+                    after[link] += 1
+                    steps.popleft()
+                    is_moving = True
+        assert not any(transfers_left)
+
+
+def is_transfer(step: Step) -> bool:
+    return step.action in (Action.RECEIVE, Action.SEND, Action.ACCEPT) and (
+        step.message is not None and step.message.source != step.message.destination
+    )

@@ -43,6 +43,7 @@ def schedules() -> tuple[Schedule, ...]:
         random_schedule(v_shaped(3), 3, seed=2),
         random_schedule(looped(2, 3), 3, seed=3),
         random_schedule(((0, 0, 1, 0), (1, 2, 2, 0)), 5, seed=4),
+        *(random_schedule(bidirectional(3), 8, seed=depth, link_depth=depth) for depth in (2, 3, 4)),
     ]
     moved = [offloaded(schedule, 3) for schedule in (one_f_one_b(3, 4), dualpipe(4, 8), drawn[2], drawn[4])]
     return (*published, *drawn, *moved, *map(forward_only, (dualpipe(4, 8), zb_v(2, 4), drawn[0])))

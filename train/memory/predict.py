@@ -348,7 +348,8 @@ def pipeline_peaks(
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: [phase.lane for phase in stage] for number, stage in runs.stages[0].items()}
     program = with_reductions(compile_rank(schedule, rank, lanes, order))
-    return find_peaks(program, runs, keeps_sent=config.cluster.backend == "nccl")
+    # NCCL's sender continues, and a message stays until so many later ones are sent that its link has delivered it.
+    return find_peaks(program, runs, kept_sent=schedule.link_depth if config.cluster.backend == "nccl" else 0)
 
 
 def _held_parameters(

@@ -1,5 +1,6 @@
 """Counts the bytes of one rank: static ones, and the peak of a step's passes. No torch here."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -147,16 +148,16 @@ class RunSizes:
     messages: Sequence[int]
 
 
-def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[PipelineBytes, PipelineBytes]:
+def find_peaks(program: Program, sizes: RunSizes, *, kept_sent: int) -> tuple[PipelineBytes, PipelineBytes]:
     """Returns the peak of a program, and the peak from its first reduction on.
 
     Args:
-        keeps_sent: whether a message stays on the device until the next one is sent over the same link.
+        kept_sent: messages of each link that stay on the device until later ones are sent over it.
     """
     before = PipelineBytes()
     largest = 0
     is_reducing = False
-    rank = RankBytes(sizes, keeps_sent=keeps_sent)
+    rank = RankBytes(sizes, kept_sent=kept_sent)
     for step in program.steps:
         rank.perform(step)
         if step.action is Action.REDUCE and not is_reducing:
@@ -194,11 +195,11 @@ class _Run:
 class RankBytes:
     """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed."""
 
-    def __init__(self, sizes: RunSizes, *, keeps_sent: bool) -> None:
+    def __init__(self, sizes: RunSizes, *, kept_sent: int) -> None:
         self._sizes = sizes
-        self._keeps_sent = keeps_sent
+        self._kept_sent = kept_sent
         self._runs: dict[RunKey, _Run] = {}
-        self._sent: dict[Link, int] = {}  # the last message of each link, which is sent while the rank continues
+        self._sent: dict[Link, deque[int]] = {}  # the last messages of each link, sent while the rank continues
         self._activations = self._pending = self._routing = self._transfers = self._exchanging = 0
         self.peak = PipelineBytes()
         self.peak_total = -1
@@ -312,9 +313,10 @@ class RankBytes:
         run.between = run.shared = 0
         if message.source == message.destination:
             self._transfers += message_bytes
-        elif self._keeps_sent:
-            self._transfers += message_bytes - self._sent.get(message.link, 0)
-            self._sent[message.link] = message_bytes
+        elif self._kept_sent:
+            sent = self._sent.setdefault(message.link, deque())
+            sent.append(message_bytes)
+            self._transfers += message_bytes - (sent.popleft() if len(sent) > self._kept_sent else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

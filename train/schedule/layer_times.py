@@ -248,7 +248,8 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
                 activation=share,
             )
         )
-    return CostModel(stages=_with_copies(stages, config), latency=times.latency)
+    depth = config.schedule.link_depth
+    return CostModel(stages=_with_copies(stages, config), latency=times.latency, link_depth=depth)
 
 
 def _with_copies(stages: Sequence[StageCosts], config: TrainConfig) -> tuple[StageCosts, ...]:

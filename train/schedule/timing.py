@@ -253,7 +253,9 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
     cut = run_cut(config, run_placement(config, kind))
     estimated = stage_costs(nominal_times(config), config, cut)
     equal = _equal_costs(config, len(cut))
-    return replace(equal if _are_near(estimated, equal) else estimated, slices=config.schedule.slices)
+    depth = config.schedule.link_depth
+    costs = equal if _are_near(estimated, equal) else estimated
+    return replace(costs, slices=config.schedule.slices, link_depth=depth)
 
 
 def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:
@@ -290,7 +292,7 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches, config.schedule.slices)
     costs = nominal_costs(config, kind)
     if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
-        return split_backwards(dualpipe(pipeline, few))
+        return replace(split_backwards(dualpipe(pipeline, few)), link_depth=costs.link_depth)
     return build_schedule(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 

@@ -131,7 +131,7 @@ def _run(
 
 def _predicted(config: TrainConfig, learner: Learner) -> list[tuple[PipelineBytes, int]]:
     """Returns what is alive after each step of the program, and the largest sum inside it."""
-    rank, predicted = RankBytes(run_sizes(config, stage_shapes(learner.replica.cut)), keeps_sent=False), []
+    rank, predicted = RankBytes(run_sizes(config, stage_shapes(learner.replica.cut)), kept_sent=0), []
     for step in learner.replica.train_program.steps:
         rank.forget_peak()
         rank.perform(step)

@@ -216,8 +216,11 @@ def test_ranks_with_chunks_and_a_shared_embedding_keep_what_is_predicted(folder:
     model = replace(BASE, num_layers=4)
     mesh = ParallelismConfig(pipeline=2, data=1, expert=1)
     jobs = [
-        (make_config(folder, model, RECOMPUTED, PRECISIONS[precision], parallelism=mesh), random_schedule(placed, 3, 0))
-        for precision, placed in (("float32", looped(2, 2)), ("bf16", bidirectional(2, 2)))
+        (
+            make_config(folder, model, RECOMPUTED, PRECISIONS[precision], parallelism=mesh),
+            random_schedule(placed, 3, 0, link_depth=depth),
+        )
+        for precision, placed, depth in (("float32", looped(2, 2), 1), ("bf16", bidirectional(2, 2), 4))
     ]
     results = run_ranks(2, compare_rank, jobs, False)
     for rank, compared in enumerate(results):
