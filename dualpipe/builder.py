@@ -317,11 +317,7 @@ def best_of_kind(
         num_stages = spec.num_stages(num_ranks, choice)
         if (timed or errors) and num_stages > (most_stages or math.inf):
             break
-        costs = costs_of(kind, num_stages)
-        count = num_micro_batches
-        if costs.slices > 1 and not spec.takes_slices:
-            count = num_micro_batches // costs.slices
-            costs = costs.of_whole_sequences()
+        costs, count = _as_taken(spec, costs_of(kind, num_stages), num_micro_batches)
         try:
             schedule = build_schedule(kind, num_ranks, count, costs, memory_cap, cache_dir)
         except ScheduleError as error:
@@ -331,6 +327,13 @@ def best_of_kind(
     if not timed:
         raise min(errors, key=lambda error: error.least if isinstance(error, MemoryCapError) else math.inf)
     return min(timed, key=_order)
+
+
+def _as_taken(spec: ScheduleSpec, costs: CostModel, num_micro_batches: int) -> tuple[CostModel, int]:
+    """Returns the costs and number of what a kind runs: of whole sequences if it does not take slices."""
+    if spec.takes_slices:
+        return costs, num_micro_batches
+    return costs.of_whole_sequences(), num_micro_batches // costs.slices
 
 
 def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: float | None = None) -> Choice:
@@ -406,14 +409,16 @@ class Alternatives:
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
         """Times every other kind, with its best number of chunks of the first call, or says why it cannot."""
         rows: list[TimedSchedule | UnavailableSchedule] = []
-        for kind in candidates():
+        costs = replace(costs, slices=schedule.slices)
+        for kind, spec in candidates().items():
             if kind == schedule.kind:
                 continue
             built = self._built.get(kind)
             if built is None:
                 built = self._built[kind] = self._make(kind, schedule, costs)
             if isinstance(built, Schedule):
-                rows.append(time_schedule(built, resampled(costs, built.num_stages)))
+                own_costs, _ = _as_taken(spec, resampled(costs, built.num_stages), 0)
+                rows.append(time_schedule(built, own_costs))
             else:
                 rows.append(built)
         return rows
@@ -435,8 +440,8 @@ class Alternatives:
             if chunks > spec.chunks[0] and num_stages > self._most_stages:
                 break
             try:
-                own_costs = resampled(costs, num_stages)
-                alternative = build_schedule(kind, num_ranks, num_micro_batches, own_costs)
+                own_costs, count = _as_taken(spec, resampled(costs, num_stages), num_micro_batches)
+                alternative = build_schedule(kind, num_ranks, count, own_costs)
             except ScheduleError as error:
                 reason = str(error)
                 continue

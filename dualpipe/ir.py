@@ -152,6 +152,10 @@ class Schedule:
         share, rest = divmod(self.num_micro_batches // self.slices, self.num_directions)
         return range((share + (direction < rest)) * self.slices)
 
+    def mirrored_slice(self, micro_batch: int) -> int:
+        """Returns the slice of the same sequence that is as far from its end as this one is from its start."""
+        return micro_batch - 2 * (micro_batch % self.slices) + self.slices - 1
+
 
 _COUNTS = ("slices", "link_depth")
 """Keys of the JSON form that are left out if they are 1."""

@@ -13,7 +13,7 @@ from kernels.ranges import Between, NonNegativeFloat, PositiveInt
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
-"""Kind that accepts every number of ranks and micro-batches. Errors suggest it."""
+"""`dualpipe_interleaved` with one chunk, which accepts all numbers of ranks and micro-batches. Errors suggest it."""
 
 AUTO_CHUNKS = 4
 """Maximum number of chunks that is tried if none is configured."""
@@ -46,8 +46,8 @@ class ScheduleSpec:
     Attributes:
         generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
             schedule. If `takes_costs` is set, it also takes a `CostModel`, whose stages determine the chunks, and a
-            memory cap or None, and it raises MemoryCapError if it cannot keep the cap. Its results are then cached. If
-            `takes_slices` is set, it also takes the number of slices.
+            memory cap or None, and it raises MemoryCapError if it cannot keep the cap. Its results are then cached.
+            Otherwise, if `takes_slices` is set, it also takes the number of slices.
         placement: function of the numbers of ranks and chunks.
         chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
@@ -98,6 +98,12 @@ SCHEDULES = Registry[ScheduleSpec]("schedule.kind", list_modules("dualpipe.gener
 def candidates() -> dict[str, ScheduleSpec]:
     """Returns the kinds that `schedule=auto` may choose."""
     return {kind: spec for kind, spec in SCHEDULES.items() if spec.may_be_chosen}
+
+
+def is_closed_form(kind: str, chunks: int | None, slices: int) -> bool:
+    """Returns whether a kind takes costs, but has known orders that are built without a search if there is no cap."""
+    is_fallback = SCHEDULES.current_name(kind) == SCHEDULES.current_name(FALLBACK)
+    return is_fallback and slices == 1 and (kind == FALLBACK or chunks == 1)
 
 
 def check_size(
@@ -153,7 +159,7 @@ def kind_for_size(
     wanted = SCHEDULES.get(kind)
     if wanted.limit(num_ranks, num_micro_batches) is not None:
         placement = wanted.placement(num_ranks, chunks)
-        for name, spec in sorted(candidates().items(), key=lambda item: item[0] != FALLBACK):
+        for name, spec in {FALLBACK: SCHEDULES.get(FALLBACK), **candidates()}.items():
             is_defined = chunks in spec.chunks and spec.limit(num_ranks, num_micro_batches) is None
             if is_defined and spec.placement(num_ranks, chunks) == placement:
                 return name

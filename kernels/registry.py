@@ -44,12 +44,13 @@ class Registry(Generic[T]):
         self._modules = list(modules)
         self._is_complete = False
         self._entries: dict[str, T] = {}
+        self._former: dict[str, tuple[str, T]] = {}
         self._sources: dict[str, str] = {}
         _registries.add(self)
 
     def __contains__(self, name: object) -> bool:
         self._complete()
-        return name in self._entries
+        return name in self._entries or name in self._former
 
     def register(self, name: str, entry: T) -> T:
         """Adds an entry under a new name and returns it. Raises ValueError if the name is taken."""
@@ -63,9 +64,20 @@ class Registry(Generic[T]):
         self._sources[name] = source
         return entry
 
+    def register_former(self, name: str, entry: T, current: str) -> None:
+        """Accepts a former name, with the entry that it selects now. It is a valid value, but not one of `names`."""
+        self._former[name] = (current, entry)
+
+    def current_name(self, name: str) -> str:
+        """Returns the name that replaced a former one, or the same name."""
+        self._complete()
+        return self._former[name][0] if name in self._former else name
+
     def get(self, name: str) -> T:
         """Returns the entry of a name, or raises UnknownNameError with the valid and the nearest names."""
         self._complete()
+        if name in self._former:
+            return self._former[name][1]
         if name not in self._entries:
             valid = ", ".join(self.choices()) or "none"
             raise UnknownNameError(f"{self.place}: must be one of {valid}, is {name!r}{_advice(name, self.choices())}")
@@ -77,8 +89,8 @@ class Registry(Generic[T]):
         return tuple(self._entries)
 
     def choices(self) -> tuple[str, ...]:
-        """Returns every value that the key may have: all names, then `also`."""
-        return (*self.names(), *self._also)
+        """Returns every value that the key may have: all names, then `also`, then former names."""
+        return (*self.names(), *self._also, *self._former)
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Iterates over names and entries in order."""

@@ -1,7 +1,7 @@
-"""Generates DualPipe with split backwards and several stages per rank and direction, for given costs.
+"""Generates DualPipe with split backwards, one or several stages per rank and direction, for given costs.
 
-More stages per rank shorten the start and the end of a step, where a micro-batch must pass through all ranks, and need
-more transfers and exchanges, each of a smaller size.
+Slices of sequences shorten the start and the end of a step, where a micro-batch must pass through all ranks. More
+stages per rank do so too. Both need more transfers and exchanges, each of a smaller size.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.search import lengthen, search
 from dualpipe.ir import Group, Op, Schedule, mirrored_placement
 from dualpipe.passes import exchanges, fuse, place_weights, split_backwards
-from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
+from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import makespan_of, peak_memory
 
@@ -34,43 +34,37 @@ def dualpipe_interleaved(
     num_micro_batches: int,
     costs: CostModel,
     memory_cap: float | None = None,
-    *,
-    kind: str = "dualpipe_interleaved",
 ) -> Schedule:
     """Returns the best order known for these costs. It is deterministic.
 
+    With one chunk, whole sequences and no cap, only known orders are compared: W runs soon after I there and needs less
+    memory.
+
     Args:
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`. None allows
-            `num_ranks` + 2 times what the largest stages of a rank keep.
-        kind: name of the schedule; `dualpipe_split` keeps to known orders without a memory cap.
+            `num_ranks` + 2 times what the largest stages of a rank keep of a whole sequence.
 
     Raises:
         MemoryCapError: if no order fits the memory cap. It names the smallest cap that works.
     """
     chunks = len(costs.stages) // num_ranks
-    shape = empty(num_ranks, num_micro_batches, chunks, kind)
+    shape = empty(num_ranks, num_micro_batches, chunks, costs.slices)
     # DualPipe keeps P + 1 activations; one more lets W wait for the next exchange.
-    largest = chunks * max(stage.activation for stage in costs.stages)
+    largest = chunks * costs.slices * max(stage.activation for stage in costs.stages)
     cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap
-    builds_more = memory_cap is not None or kind != "dualpipe_split"
+    builds_more = memory_cap is not None or chunks > 1 or costs.slices > 1
     return search(shape, costs, cap, known_orders(shape, costs, cap), builds_more=builds_more)
 
 
-def dualpipe_split(
-    num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
-) -> Schedule:
-    """Returns one stage per rank and direction; without a cap W runs soon after I and needs less memory."""
-    return dualpipe_interleaved(num_ranks, num_micro_batches, costs, memory_cap, kind="dualpipe_split")
-
-
-def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, kind: str = "dualpipe_split") -> Schedule:
+def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, slices: int = 1) -> Schedule:
     """Returns a schedule with placement and counts but without groups."""
     return Schedule(
-        kind=kind,
+        kind="dualpipe_interleaved",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         placement=mirrored_placement(num_ranks, chunks),
         ranks=((),) * num_ranks,
+        slices=slices,
     )
 
 
@@ -79,8 +73,10 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
     They may exceed the cap, or be invalid for an odd number of ranks. Without exchange, W fill the idle time of
     lockstep orders. With exchange and one chunk, neighbors are fused. With exchange and several chunks there are none,
-    as the list builder finds better orders.
+    as the list builder finds better orders. Neither are there any of slices.
     """
+    if shape.slices > 1:
+        return
     largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
     natural = (shape.num_ranks + 1) * largest
     if not exchanges(costs):
@@ -150,29 +146,18 @@ def _with_whole_backwards(schedule: Schedule) -> Schedule:
     return replace(schedule, ranks=tuple(map(joined, schedule.ranks)))
 
 
-SCHEDULES.register(
-    "dualpipe_split",
-    ScheduleSpec(
-        name="dualpipe_split",
-        summary="DualPipe with every backward split, for any ranks and micro-batches, ordered for the costs",
-        generate=dualpipe_split,
-        placement=mirrored_placement,
-        takes_costs=True,
-        idle=IdleFormula(
-            text="floor((P-1)/2)F",
-            assumes="F = I = W, no exchange and no latency",
-            value=lambda num_ranks, costs: (num_ranks - 1) // 2 * costs.forward,
-        ),
-    ),
-)
-SCHEDULES.register(
+_SPEC = SCHEDULES.register(
     "dualpipe_interleaved",
     ScheduleSpec(
         name="dualpipe_interleaved",
-        summary="dualpipe_split with several stages per rank and direction, for a shorter start and end of the step",
+        summary="DualPipe with every backward split, for any size, chunks and slices, ordered for the costs",
         generate=dualpipe_interleaved,
         placement=mirrored_placement,
         chunks=range(1, _MOST_CHUNKS + 1),
         takes_costs=True,
+        takes_slices=True,
     ),
+)
+SCHEDULES.register_former(
+    "dualpipe_split", replace(_SPEC, name="dualpipe_split", chunks=range(1, 2)), "dualpipe_interleaved"
 )

@@ -140,6 +140,9 @@ class GroupChooser:
         arrival = self._order.arrivals[number][index]
         if arrival == NEVER or queue.links[index] != NONE or queue.sources[index] != NONE:
             return
+        slices = self._pipeline.shape.slices
+        if queue.micro_batches[index] // slices == queue.micro_batches[index - 1] // slices:
+            return  # a slice runs after the other slices of its sequence
         stage = queue.stages[index]
         target = queue.targets[index]
         candidates.append(
@@ -272,8 +275,7 @@ class _Run:
         parts = (preset.warm_up, preset.steady, preset.cool_down)
         choosers = {part: GroupChooser(pipeline, self._order, part, self._wake) for part in parts}
         self._warm_up, self._steady, self._cool_down = (choosers[part] for part in parts)
-        shape = pipeline.shape
-        self._last = preset.cool_down_forwards(shape.num_ranks, shape.num_directions, pipeline.chunks)
+        self._last = preset.cool_down_forwards(pipeline.shape)
         self._events = [(0.0, rank) for rank in range(pipeline.shape.num_ranks)]
         self._scheduled = set(self._events)
         self._effort = 0

@@ -1,12 +1,14 @@
 """Describes a pipeline for the list builder: preferences, queues of F and I, and an order in part.
 
 A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too. In a block
-of micro-batches, all run one chunk before the next chunk. A rank only decides how to merge its queues.
+of micro-batches, all run one chunk before the next chunk. A rank only decides how to merge its queues. Slices of a
+sequence are consecutive micro-batches. Their I run in reverse, because later tokens attend to earlier ones.
 """
 
 import json
 from collections import deque
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 
 from dualpipe.ir import Group, Op, Schedule
@@ -20,6 +22,10 @@ class Blocks:
     first: int
     forward: int
     backward: int
+
+    def period(self, slices: int) -> int:
+        """Returns the micro-batches after which blocks of F and sequences begin together again."""
+        return lcm(self.forward, slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,8 @@ class Preferences:
         same_stage: whether two micro-batches of one stage may share a group where nothing is sent.
         posts_ahead: whether a rank may send while the previous message of the link is not received yet, if the receiver
             can receive it in time.
-        block: micro-batches by which a block of F is larger than the default, as `first_block` for the first one.
+        block: steps by which a block of F is larger than the default, as `first_block` for the first one. A step is a
+            sequence, or a slice if a link per rank cannot hold all slices of one.
         equal_blocks: whether I has the block size of F instead of the default.
     """
 
@@ -62,11 +69,11 @@ class Preferences:
     first_block: int
     equal_blocks: bool
 
-    def blocks(self, num_ranks: int, num_directions: int) -> Blocks:
+    def blocks(self, shape: Schedule) -> Blocks:
         """Returns the block sizes for a pipeline."""
-        size = default_block(num_ranks, num_directions)
-        forward = max(1, size + self.block)
-        first = forward + self.first_block
+        size, step = default_block(shape)
+        forward = max(step, size + self.block * step)
+        first = max(step, forward + self.first_block * step)
         return Blocks(first=first, forward=forward, backward=forward if self.equal_blocks else size)
 
 
@@ -86,9 +93,10 @@ class Preset:
     cool_down: Preferences
     cool_down_blocks: float = 0.0
 
-    def cool_down_forwards(self, num_ranks: int, num_directions: int, chunks: int) -> float:
+    def cool_down_forwards(self, shape: Schedule) -> float:
         """Returns the number of F of both directions that a rank has left when its cool-down begins."""
-        return self.cool_down_blocks * chunks * num_directions * default_block(num_ranks, num_directions)
+        chunks = shape.num_stages // shape.num_ranks
+        return self.cool_down_blocks * chunks * shape.num_directions * default_block(shape)[0]
 
 
 def read_presets(text: str) -> tuple[Preset, ...]:
@@ -103,9 +111,15 @@ def read_presets(text: str) -> tuple[Preset, ...]:
     return tuple(presets)
 
 
-def default_block(num_ranks: int, num_directions: int) -> int:
-    """Returns the ranks of a direction: the last micro-batch enters when the first is at the last rank."""
-    return max(1, -(-num_ranks // num_directions))
+def default_block(shape: Schedule) -> tuple[int, int]:
+    """Returns the size of a block, and the steps in which it changes.
+
+    It has as many micro-batches as a direction has ranks: the last one enters when the first is at the last rank. A
+    block that is longer than the ring of ranks would wait for itself.
+    """
+    ranks = -(-shape.num_ranks // shape.num_directions)
+    step = shape.slices if shape.slices <= ranks else 1
+    return max(1, round(ranks / step)) * step, step
 
 
 PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text("utf-8"))
@@ -180,7 +194,9 @@ class Pipeline:
             count = len(shape.micro_batches_of(direction))
             orders[FORWARD, direction] = _order(count, self.chunks, blocks.first, blocks.forward)
             backwards = _order(count, self.chunks, blocks.first, blocks.backward)
-            orders[INPUT, direction] = [(self.chunks - 1 - chunk, micro_batch) for chunk, micro_batch in backwards]
+            orders[INPUT, direction] = [
+                (self.chunks - 1 - chunk, shape.mirrored_slice(micro_batch)) for chunk, micro_batch in backwards
+            ]
         places = {key: {item: index for index, item in enumerate(order)} for key, order in orders.items()}
         queues: list[OperationQueue] = []
         numbers: dict[_QueueKey, int] = {}
@@ -282,7 +298,7 @@ class PartialOrder:
 
     def __init__(self, pipeline: Pipeline, preferences: Preferences) -> None:
         shape = pipeline.shape
-        blocks = preferences.blocks(shape.num_ranks, shape.num_directions)
+        blocks = preferences.blocks(shape)
         self.queues = pipeline.queues(blocks)
         self.following = [0] * len(self.queues)
         self.arrivals = [[NEVER] * len(queue.stages) for queue in self.queues]
@@ -305,6 +321,7 @@ class PartialOrder:
                     self.ranks[queue.rank].links.append((source, self.links[source]))
                 if queue.kind == FORWARD and stage == 0:
                     self.arrivals[number][index] = 0.0
-        # The first block needs all chunks of its micro-batches but the last, and one more. `reserve` scales that.
-        needed = blocks.forward * (pipeline.chunks - 1) * preferences.reserve + 1
+        # The first block needs all chunks of its micro-batches but the last, and one sequence. `reserve` scales that.
+        block = max(blocks.forward, shape.slices)
+        needed = block * (pipeline.chunks - 1) * preferences.reserve + shape.slices
         self.reserve = needed * max(pipeline.activations)

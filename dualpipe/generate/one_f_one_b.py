@@ -5,27 +5,23 @@ run slice by slice, as causal attention needs earlier slices only, and backwards
 n + P - 1 slices: 1 + (P - 1) / n sequences in place of the P sequences of 1F1B.
 """
 
-from dataclasses import replace
-
 from dualpipe.ir import Group, Op, Operation, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
-def sliced_1f1b(num_ranks: int, num_micro_batches: int, slices: int) -> Schedule:
-    """Returns 1F1B over slices, each of which counts as a micro-batch. M is a multiple of `slices`."""
+def one_f_one_b(num_ranks: int, num_micro_batches: int, slices: int = 1) -> Schedule:
+    """Returns 1F1B: rank r runs P-1-r forwards, or n-1 more of n slices, then alternates forwards and backwards.
+
+    Any P, M >= 1 in which M counts slices and is a multiple of them.
+    """
     return Schedule(
-        kind="sliced_1f1b",
+        kind="1f1b",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         placement=straight_placement(num_ranks),
         ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches, slices) for rank in range(num_ranks)),
         slices=slices,
     )
-
-
-def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns 1F1B: rank r runs P-1-r forwards, then alternates forwards and backwards. Any P, M >= 1."""
-    return replace(sliced_1f1b(num_ranks, num_micro_batches, 1), kind="1f1b")
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int, slices: int) -> tuple[Group, ...]:
@@ -41,25 +37,20 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int, slices: int)
     return tuple(groups)
 
 
-_IDLE = IdleFormula(
-    text="(P-1)(F+B)",
-    assumes="no exchange and no latency",
-    value=lambda num_ranks, costs: (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight),
-)
-SCHEDULES.register(
+_SPEC = SCHEDULES.register(
     "1f1b",
     ScheduleSpec(
-        name="1f1b", summary="one forward, one backward, in a single direction", generate=one_f_one_b, idle=_IDLE
-    ),
-)
-SCHEDULES.register(
-    "sliced_1f1b",
-    ScheduleSpec(
-        name="sliced_1f1b",
-        summary="1F1B over slices of sequences, in a single direction",
-        generate=sliced_1f1b,
+        name="1f1b",
+        summary="one forward, one backward, in a single direction, of sequences or their slices",
+        generate=one_f_one_b,
         takes_slices=True,
-        may_be_chosen=False,
-        idle=_IDLE,
+        idle=IdleFormula(
+            text="(P-1)(F+B)",
+            assumes="no exchange and no latency",
+            value=lambda num_ranks, costs: (
+                (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight)
+            ),
+        ),
     ),
 )
+SCHEDULES.register_former("sliced_1f1b", _SPEC, "1f1b")

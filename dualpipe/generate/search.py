@@ -8,9 +8,10 @@ are extended to many by repeating their steady state.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 from dualpipe.generate.list_builder import build_order
-from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset
+from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset, default_block
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
@@ -210,9 +211,9 @@ def search(
 
 
 def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
-    """Checks that each rank can keep one micro-batch in all its stages."""
+    """Checks that each rank can keep one micro-batch, or all slices of one sequence, in all its stages."""
     needs = [
-        sum(costs.stages[stage].activation for way, stage in shape.stages_of(rank) if way == direction)
+        shape.slices * sum(costs.stages[stage].activation for way, stage in shape.stages_of(rank) if way == direction)
         for rank in range(shape.num_ranks)
         for direction in range(shape.num_directions)
         if shape.micro_batches_of(direction)
@@ -231,18 +232,21 @@ def in_sequence(shape: Schedule) -> Schedule:
     stages = range(shape.num_stages)
     # W directly after I frees the activation before the next stage's I.
     back = [(kind, stage) for stage in reversed(stages) for kind in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
-    for micro_batch in shape.micro_batches_of(0):
+    for first in shape.micro_batches_of(0)[:: shape.slices]:
+        members = range(first, first + shape.slices)
         for direction in range(shape.num_directions):
-            if micro_batch in shape.micro_batches_of(direction):
-                for kind, stage in [*((Op.FORWARD, stage) for stage in stages), *back]:
-                    op = Operation(kind, direction, stage, micro_batch)
+            if first in shape.micro_batches_of(direction):
+                forwards = [(Op.FORWARD, stage, member) for member in members for stage in stages]
+                backwards = [(kind, stage, member) for member in reversed(members) for kind, stage in back]
+                for kind, stage, member in forwards + backwards:
+                    op = Operation(kind, direction, stage, member)
                     ranks[shape.rank_of(direction, stage)].append((op,))
     return replace(shape, ranks=tuple(map(tuple, ranks)))
 
 
 def _caps(shape: Schedule, costs: CostModel, cap: float) -> Iterator[float]:
     num_ranks = shape.num_ranks
-    unit = max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
+    unit = shape.slices * max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
     series = {1, 2, 4, num_ranks // 2, num_ranks + 1, num_ranks + 2, 3 * num_ranks // 2}
     series |= {num_ranks * factor for factor in (2, 3, 4, 6, 8)}
     if not _is_large(shape):
@@ -269,7 +273,7 @@ class _Level:
     def __init__(self, best: BestSchedule, cap: float) -> None:
         self._best = best
         shape = best.shape
-        period = -(-shape.num_ranks // shape.num_directions) * shape.num_directions
+        period = lcm(default_block(shape)[0], shape.slices) * shape.num_directions
         few = shape.num_micro_batches % period + _FEW_PERIODS * period
         is_short = shape.num_micro_batches <= max(_MOST_PERIODS * period, _LEAST_MICRO_BATCHES)
         self._few = shape if is_short else replace(shape, num_micro_batches=few)
@@ -283,7 +287,7 @@ class _Level:
         attempts = 0
         for preset in PRESETS:
             # The steady state repeats after a block, so presets apply only if their blocks fit the added micro-batches.
-            shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
+            shift = preset.steady.blocks(self._few).period(self._few.slices)
             if self._added() % (shift * self._few.num_directions):
                 continue
             if attempts >= _LEAST_ATTEMPTS and left <= 0:

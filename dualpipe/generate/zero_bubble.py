@@ -1,50 +1,15 @@
 """Generates zero-bubble schedules: every backward is split, and weight gradients fill idle time.
 
-Sources: Zero Bubble Pipeline Parallelism (arXiv:2401.10241: ZB-H1), Pipeline Parallelism with Controllable Memory
-(arXiv:2405.15362: V-ZB, V-Half and V-Min, here zb_v, v_half and v_min). Their published bubbles assume equal times of
-F, I and W.
+Source: Pipeline Parallelism with Controllable Memory (arXiv:2405.15362: V-ZB, V-Half and V-Min, here zb_v, v_half and
+v_min). Their published bubbles assume equal times of F, I and W.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dualpipe.ir import Op, Operation, Schedule, Value, made_by, needed_by, straight_placement, v_placement
+from dualpipe.ir import Op, Operation, Schedule, Value, made_by, needed_by, v_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
-
-
-def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns 1F1B with split backwards. A rank keeps at most P activations, as in 1F1B. Any P, M >= 1.
-
-    Rank r defers weight gradients by r micro-batches. It has r fewer micro-batches in flight than rank 0, so the
-    deferred W need no additional memory. They fill the idle time at the end.
-    """
-    return Schedule(
-        kind="zb_h1",
-        num_ranks=num_ranks,
-        num_micro_batches=num_micro_batches,
-        placement=straight_placement(num_ranks),
-        ranks=tuple(
-            tuple((op,) for op in _zb_h1_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)
-        ),
-    )
-
-
-def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
-    ahead = min(num_ranks - 1 - rank, num_micro_batches)
-    num_deferred = min(rank, num_micro_batches)
-    order = [Operation(Op.FORWARD, 0, rank, index) for index in range(ahead)]
-    for index in range(num_micro_batches):
-        if index + ahead < num_micro_batches:
-            order.append(Operation(Op.FORWARD, 0, rank, index + ahead))
-        order.append(Operation(Op.BACKWARD_INPUT, 0, rank, index))
-        if index >= num_deferred:
-            order.append(Operation(Op.BACKWARD_WEIGHT, 0, rank, index - num_deferred))
-    order += [
-        Operation(Op.BACKWARD_WEIGHT, 0, rank, index)
-        for index in range(num_micro_batches - num_deferred, num_micro_batches)
-    ]
-    return order
 
 
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -218,21 +183,6 @@ SCHEDULES.register(
             text="(P-1)F/2",
             assumes="F = I = W, no exchange and no latency",
             value=lambda num_ranks, costs: (num_ranks - 1) * costs.forward / 2,
-        ),
-    ),
-)
-SCHEDULES.register(
-    "zb_h1",
-    ScheduleSpec(
-        name="zb_h1",
-        summary="1F1B with split backwards, no more activations than 1F1B",
-        generate=zb_h1,
-        idle=IdleFormula(
-            text="(P-1)(F+I-W)",
-            assumes="F = I = W, no exchange and no latency",
-            value=lambda num_ranks, costs: (
-                (num_ranks - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
-            ),
         ),
     ),
 )

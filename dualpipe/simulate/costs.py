@@ -115,6 +115,8 @@ class CostModel:
 
     def of_whole_sequences(self) -> "CostModel":
         """Returns the costs of whole sequences, if these are the costs of slices."""
+        if self.slices == 1:
+            return self
         stages = []
         for stage in self.stages:
             costs = {field.name: getattr(stage, field.name) for field in fields(StageCosts)}

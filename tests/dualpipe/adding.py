@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe_v
-from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.execute import Execution, HostClock, execute
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Lane, PendingReceive, Program
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
+from tests.dualpipe.zb_h1 import zb_h1
 
 BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 PAIRINGS = [overlapped, sequential]

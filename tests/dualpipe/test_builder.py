@@ -8,7 +8,7 @@ import pytest
 
 from dualpipe import builder
 from dualpipe.builder import load_or_make
-from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, dualpipe_split, empty
+from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, empty
 from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline
 from dualpipe.generate.search import in_sequence
@@ -76,7 +76,7 @@ class Counting:
 
     def __call__(self, num_ranks: int, num_micro_batches: int, costs: CostModel, cap: float | None) -> Schedule:
         self.calls.append((num_ranks, num_micro_batches, costs, cap))
-        return dualpipe_split(num_ranks, num_micro_batches, costs, cap)
+        return dualpipe_interleaved(num_ranks, num_micro_batches, costs, cap)
 
 
 def test_cache_makes_once_for_the_same_inputs_and_again_for_others(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_cache_of_another_program_is_not_used(tmp_path: Path, monkeypatch: pytes
 
 def test_cache_of_a_plugin_that_was_edited_is_not_used(tmp_path: Path) -> None:
     text = """
-from dualpipe.generate.dualpipe_interleaved import dualpipe_split
+from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 
 calls = []
 
 def mine(*inputs):
     calls.append(inputs)
-    return dualpipe_split(*inputs)
+    return dualpipe_interleaved(*inputs)
 
 SCHEDULES.register("mine", ScheduleSpec(name="mine", summary="a copy", generate=mine, takes_costs=True))
 """

@@ -199,7 +199,7 @@ def test_alternative_that_needs_a_long_search_is_left_out() -> None:
     schedule = build_schedule("1f1b", 16, 32)
     rows = Alternatives({}).timed(schedule, measured_costs(schedule, measured_run(schedule)))
     reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
-    assert "search takes too long" in reasons["dualpipe_split"]
+    assert "search takes too long" in reasons["dualpipe_interleaved"]
 
 
 def test_page_of_a_run_compares_it_and_shows_its_own_picture_only(

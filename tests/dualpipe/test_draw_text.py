@@ -96,7 +96,7 @@ EXPLAIN_UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1,
 def entries() -> list[TimedSchedule]:
     return [
         time_schedule(build_schedule(kind, 4, 16), EXPLAIN_UNIT)
-        for kind in ("dualpipe", "zb_v", "zb_h1", "1f1b", "dualpipe_v")
+        for kind in ("dualpipe", "zb_v", "v_half", "1f1b", "dualpipe_v")
     ]
 
 
@@ -106,7 +106,7 @@ def test_explanation_has_every_rank_and_the_three_next_best_schedules() -> None:
     assert "Where dualpipe loses time" in text
     assert text.count('<td class="pattern">') == 4
     items = [line for line in text.splitlines() if line.startswith("<li>")]
-    assert [item.removeprefix("<li>").split()[0] for item in items] == ["dualpipe_v", "zb_v", "zb_h1"]
+    assert [item.removeprefix("<li>").split()[0] for item in items] == ["dualpipe_v", "zb_v", "v_half"]
     assert all(" longer, peak " in item and "it loses " in item for item in items)
 
 

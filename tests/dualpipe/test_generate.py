@@ -13,7 +13,7 @@ from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
+from dualpipe.generate.zero_bubble import v_half, v_min, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES, check_size
@@ -23,6 +23,7 @@ from dualpipe.simulate.timing import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped
+from tests.dualpipe.zb_h1 import zb_h1
 
 GOLDEN = Path(__file__).parent / "golden"
 SHA256: dict[str, str] = json.loads((GOLDEN / "dualpipe_sha256.json").read_text())
@@ -74,7 +75,6 @@ def third_of_1f1b(num_ranks: int) -> float:
         ("dualpipe", lambda num_ranks: num_ranks + 1),
         ("dualpipe_v", lambda num_ranks: num_ranks + 0.5),
         ("1f1b", float),
-        ("zb_h1", float),
         ("zb_v", float),
         ("v_half", half_of_1f1b),
         ("v_min", third_of_1f1b),

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from dualpipe.builder import build_schedule
-from dualpipe.generate.dualpipe_interleaved import dualpipe_split
+from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only, split_backwards
 from dualpipe.registry import check_slices
@@ -157,7 +157,7 @@ def test_validator_refuses_offloaded_slices() -> None:
 def test_sizes_that_slices_do_not_divide_are_refused() -> None:
     with pytest.raises(ScheduleError, match=r"num_micro_batches: must be a multiple of schedule.slices=4.*nearest: 12"):
         check_slices("sliced_1f1b", 13, 4)
-    with pytest.raises(ScheduleError, match=r"schedule.slices: schedule 'dualpipe' runs whole sequences.*sliced_1f1b"):
+    with pytest.raises(ScheduleError, match=r"schedule.slices: schedule 'dualpipe' runs whole .*dualpipe_interleaved"):
         build_schedule("dualpipe", 4, 8, replace(uniform(COSTS, 4, 4), slices=2))
     with pytest.raises(ScheduleError, match=r"slices: must be at least 1 and divide the 6 micro-batches, is 4"):
         validate(replace(sliced(2, 3, 2), slices=4))
@@ -169,7 +169,7 @@ def equal_times(exchange: float, latency: float = 0.0) -> Costs:
 
 def makespan(num_ranks: int, num_micro_batches: int, costs: Costs) -> float:
     """Returns the makespan for these costs, after validating the schedule with P + 2 activations."""
-    schedule = dualpipe_split(num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
+    schedule = dualpipe_interleaved(num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
     validate(schedule, num_ranks + (2 if costs.exchange else 1))
     return simulate(schedule, costs).makespan
 
@@ -218,7 +218,7 @@ def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
                 for _ in range(num_ranks)
             )
             costs = CostModel(stages=stages, latency=generator.choice([0.0, 0.3]))
-            schedule = dualpipe_split(num_ranks, num_micro_batches, costs)
+            schedule = dualpipe_interleaved(num_ranks, num_micro_batches, costs)
             validate(schedule)
             cap = (num_ranks + 2) * max(stage.activation for stage in stages)
             assert max(peak_memory(schedule, costs)) <= cap + 1e-6
@@ -230,6 +230,6 @@ def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
 def test_split_keeps_small_caps_with_a_longer_makespan() -> None:
     cap = 2
     costs = uniform(equal_times(0), 4, 4)
-    schedule = dualpipe_split(4, 9, costs, cap)
+    schedule = dualpipe_interleaved(4, 9, costs, cap)
     validate(schedule, cap)
     assert simulate(schedule, costs).makespan > 3 * 9 + 1

@@ -6,6 +6,7 @@ import pytest
 
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.passes import split_backwards
 from dualpipe.runtime.measured import (
     LaneSpan,
     Measured,
@@ -89,7 +90,7 @@ def test_bubble_of_each_ranks_busy_time_is_that_of_its_spans(schedule: Schedule)
     assert 1 - sum(use.busy_seconds for use in uses) / total == pytest.approx(measured_bubble(run))
 
 
-@pytest.mark.parametrize("kind", ["zb_h1", "zb_v"])
+@pytest.mark.parametrize("kind", ["v_half", "zb_v"])
 def test_costs_of_a_run_are_the_times_of_its_clock(kind: str) -> None:
     schedule = build_schedule(kind, 3, 6)
     costs = measured_costs(schedule, measured_run(schedule))
@@ -131,7 +132,7 @@ def test_exchange_of_a_stage_is_its_shortest_and_computation_its_median() -> Non
     kinds, seconds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT), (5.0, 3.0, 30.0)
     spans = [at(kind, index, "compute", time) for kind in kinds for index, time in enumerate(seconds)]
     spans += [at(kind, index, "comm", time) for kind in kinds[:2] for index, time in enumerate(seconds)]
-    costs = measured_costs(build_schedule("zb_h1", 1, 3), Measured(ranks=(tuple(spans),)))
+    costs = measured_costs(split_backwards(build_schedule("1f1b", 1, 3)), Measured(ranks=(tuple(spans),)))
     expected = StageCosts(
         forward=5.0,
         backward_input=5.0,

@@ -31,7 +31,7 @@ from tests.dualpipe.event_clock import EventClock
 from tests.dualpipe.messages import transfers
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight
 
-SIZES = {"1f1b": (4, 9), "zb_h1": (4, 8), "zb_v": (3, 7), "dualpipe": (4, 10), "dualpipe_v": (3, 7)}
+SIZES = {"1f1b": (4, 9), "zb_v": (3, 7), "dualpipe": (4, 10), "dualpipe_v": (3, 7)}
 
 DRAWN = [
     random_schedule(straight(3), 6, 0),

@@ -11,7 +11,7 @@ from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Schedule
 from dualpipe.passes import fuse, place_weights, split_backwards, ungroup
 from dualpipe.runtime.pairing import overlapped, sequential
@@ -22,6 +22,7 @@ from dualpipe.validate import validate
 from tests.dualpipe.adding import PUBLISHED, lower, name_of
 from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES
 from tests.dualpipe.adding import SCHEDULES as UNGROUP_SCHEDULES
+from tests.dualpipe.zb_h1 import zb_h1
 
 SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 9)]
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

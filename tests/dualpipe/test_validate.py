@@ -11,12 +11,13 @@ import pytest
 from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped
+from tests.dualpipe.zb_h1 import zb_h1
 
 Lists = list[list[list[Operation]]]
 Mutation = Callable[[Lists, random.Random], None]

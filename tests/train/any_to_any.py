@@ -62,7 +62,7 @@ PLACES = (
     Place(1, 2, 2, "1f1b"),
     Place(1, 4, 2, "1f1b"),
     Place(2, 1, 1, "1f1b"),
-    Place(2, 2, 1, "zb_h1", 2),
+    Place(2, 2, 1, "v_half", 2),
     Place(2, 1, 1, "dualpipe"),
     Place(2, 2, 2, "dualpipe_split"),
     Place(2, 2, 2, "dualpipe_v", 2),

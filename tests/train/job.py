@@ -17,7 +17,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import Prepared
 from dualpipe.builder import build_schedule
-from dualpipe.generate.one_f_one_b import sliced_1f1b
+from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
 from kernels.cross_entropy import linear_cross_entropy
@@ -89,7 +89,7 @@ def opened_replica(config: TrainConfig) -> Iterator[Replica]:
 def configured_schedule(config: TrainConfig) -> Schedule:
     assert config.schedule.kind != "auto"
     if config.schedule.slices > 1:
-        return sliced_1f1b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
+        return one_f_one_b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
     return build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
 
 

@@ -12,13 +12,14 @@ import torch
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe_v
-from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs, uniform
 from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
+from tests.dualpipe.zb_h1 import zb_h1
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain

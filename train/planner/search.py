@@ -15,7 +15,7 @@ from typing import Any
 
 from comm.config import Cut
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
+from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, is_closed_form
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, summary_line
@@ -224,9 +224,10 @@ class Search:
         Orders that are searched for the costs take long to build, so they come after all others, except `FALLBACK` with
         the run's own layout.
         """
-        kind = layout.schedule.kind
+        schedule = layout.schedule
         is_own = self._space.is_like_run(layout.setting)
-        is_costly = SCHEDULES.get(kind).takes_costs and not (is_own and kind == FALLBACK)
+        is_known = is_closed_form(schedule.kind, schedule.chunks, schedule.slices)
+        is_costly = SCHEDULES.get(schedule.kind).takes_costs and not (is_own and is_known)
         is_large = self._room is not None and layout.memory > self._room
         return is_costly, not is_own, is_large, layout.seconds, layout.memory
 
@@ -250,7 +251,8 @@ class Search:
         checked as a whole before it is predicted.
         """
         kinds = self._space.schedules
-        fallback = replace(next((kind for kind in kinds if kind.kind == FALLBACK), kinds[0]), chunks=None)
+        current = SCHEDULES.current_name(FALLBACK)
+        fallback = replace(next((kind for kind in kinds if kind.kind == current), kinds[0]), chunks=None)
         schedules_of = cache(self._space.schedules_of)
         reasons: dict[object, str | None] = {}
 

@@ -11,7 +11,7 @@ from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
-from dualpipe.registry import FALLBACK, SCHEDULES
+from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -288,10 +288,11 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     spec = SCHEDULES.get(kind)
     pipeline = config.parallelism.pipeline
     # An order that the list builder finds keeps other activations for another number of micro-batches.
-    is_whole = spec.grows or (spec.takes_costs and kind != FALLBACK)
+    is_known = is_closed_form(kind, config.schedule.chunks, config.schedule.slices)
+    is_whole = spec.grows or (spec.takes_costs and not is_known)
     few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches, config.schedule.slices)
     costs = nominal_costs(config, kind)
-    if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
+    if is_known and _is_published_order(config, num_micro_batches, costs):
         return replace(split_backwards(dualpipe(pipeline, few)), link_depth=costs.link_depth)
     return build_schedule(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 

@@ -27,7 +27,7 @@ from tests.programs.bench.contenders import Links, PassingStage, Step
 from tests.programs.bench.measure import timed_step
 from tests.ranks import run_ranks
 
-KINDS = ("dualpipe", "dualpipe_split", "dualpipe_v", "zb_v", "zb_h1", "v_half", "1f1b", "interleaved_1f1b")
+KINDS = ("dualpipe", "dualpipe_split", "dualpipe_v", "zb_v", "v_half", "1f1b", "interleaved_1f1b")
 MOST_OFF = 0.05
 _TIMEOUT_SECONDS = 60.0
 _WORK = (0.6, 1.0, 1.0, 1.25, 1.0, 0.8, 1.0, 1.5)

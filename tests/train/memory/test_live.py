@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from dualpipe.generate.one_f_one_b import sliced_1f1b
+from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.runtime.program import Action
 from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
@@ -273,7 +273,7 @@ def test_slices_keep_what_is_predicted(folder: Path) -> None:
     for config in configs:
         batch = replace(config.batch, global_sequences=4)
         schedule = replace(config.schedule, kind="sliced_1f1b", slices=4)
-        jobs.append((replace(config, batch=batch, schedule=schedule), sliced_1f1b(1, 8, 4)))
+        jobs.append((replace(config, batch=batch, schedule=schedule), one_f_one_b(1, 8, 4)))
     (results,) = run_ranks(1, compare_rank, jobs, False)
     for (config, _), compared in zip(jobs, results, strict=True):
         check_alone(compared, config.precision.kind)

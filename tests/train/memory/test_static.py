@@ -31,7 +31,7 @@ LAYOUTS = (
     (ParallelismConfig(pipeline=4, data=2, expert=2), "dualpipe"),
     (ParallelismConfig(pipeline=4, data=2, expert=1), "zb_v"),
     (ParallelismConfig(pipeline=4, data=1, expert=2, context=2), "dualpipe_split"),
-    (ParallelismConfig(pipeline=8, data=1, expert=1), "zb_h1"),
+    (ParallelismConfig(pipeline=8, data=1, expert=1), "1f1b"),
 )
 PADDED_ELEMENTS = 2
 """DeepSpeed rounds the shard of every parameter group up to an even number of elements."""

@@ -13,7 +13,7 @@ from torch import distributed
 
 from comm.config import ParallelismConfig
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import FALLBACK, ScheduleConfig, candidates
+from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, candidates
 from launch.config.compose import options
 from launch.config.rules import check_rules
 from launch.config.run_config import compose_run
@@ -275,7 +275,7 @@ def test_search_offers_context_groups_that_leave_a_rank_the_tokens_of_a_short_se
     )
     assert context_sizes(long) == (1, 2, 4, 8)
     space = search_space(replace(short, config=long, options=replace(short.options, search=True)))
-    (schedule,) = (each for each in space.schedules if each.kind == FALLBACK)
+    (schedule,) = (each for each in space.schedules if each.kind == SCHEDULES.current_name(FALLBACK))
     seen = set()
     for setting in space.settings():
         assert setting.pipeline * setting.data * setting.context == space.ranks

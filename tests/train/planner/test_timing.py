@@ -15,7 +15,7 @@ from train.planner.scaling import KernelRates, RowsPerToken, rows_per_token
 from train.schedule.layer_times import LayerTimes
 from train.schedule.timing import TimedPlan, nominal_costs, time_plan
 
-KINDS = ("1f1b", "dualpipe", "dualpipe_split", "dualpipe_v", "zb_h1", "zb_v")
+KINDS = ("1f1b", "dualpipe", "dualpipe_split", "dualpipe_v", "zb_v")
 
 
 def timed_of(*overrides: str) -> TimedPlan:

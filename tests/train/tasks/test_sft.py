@@ -77,7 +77,7 @@ def layouts(folder: Path) -> Iterator[tuple[int, list[TrainConfig]]]:
     for pipeline, data, experts in ((1, 1, (1,)), (1, 2, (1, 2)), (2, 1, (1,)), (2, 2, (1, 2)), (4, 1, (1,))):
         for expert in experts:
             for micro in (1, 2, 4):
-                for kind in ("1f1b", "dualpipe", "dualpipe_split", "zb_h1", "zb_v"):
+                for kind in ("1f1b", "dualpipe", "dualpipe_split", "zb_v"):
                     config = sized(folder, pipeline, data, expert, micro, kind)
                     limit = 2 * pipeline if kind.startswith("dualpipe") else pipeline
                     if config.num_micro_batches >= limit and (pipeline > 1 or kind == "1f1b"):
@@ -85,7 +85,7 @@ def layouts(folder: Path) -> Iterator[tuple[int, list[TrainConfig]]]:
     yield from by_size.items()
 
 
-Kind = Literal["1f1b", "dualpipe", "dualpipe_split", "zb_h1", "zb_v"]
+Kind = Literal["1f1b", "dualpipe", "dualpipe_split", "zb_v"]
 
 
 def sized(folder: Path, pipeline: int, data: int, expert: int, micro: int, kind: Kind) -> TrainConfig:
