@@ -101,7 +101,7 @@ def candidates() -> dict[str, ScheduleSpec]:
 
 
 def is_closed_form(kind: str, chunks: int | None, slices: int) -> bool:
-    """Returns whether a kind takes costs, but has known orders that are built without a search if there is no cap."""
+    """Returns whether a kind that takes costs has known orders, so that none is searched without a cap."""
     is_fallback = SCHEDULES.current_name(kind) == SCHEDULES.current_name(FALLBACK)
     return is_fallback and slices == 1 and (kind == FALLBACK or chunks == 1)
 

@@ -65,7 +65,7 @@ class Registry(Generic[T]):
         return entry
 
     def register_former(self, name: str, entry: T, current: str) -> None:
-        """Accepts a former name, with the entry that it selects now. It is a valid value, but not one of `names`."""
+        """Accepts a former name with the entry that it selects now; it is valid, but not in `names`."""
         self._former[name] = (current, entry)
 
     def current_name(self, name: str) -> str:

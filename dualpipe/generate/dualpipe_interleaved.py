@@ -1,4 +1,4 @@
-"""Generates DualPipe with split backwards, one or several stages per rank and direction, for given costs.
+"""Generates DualPipe with split backwards and any number of stages per rank, for given costs.
 
 Slices of sequences shorten the start and the end of a step, where a micro-batch must pass through all ranks. More
 stages per rank do so too. Both need more transfers and exchanges, each of a smaller size.

@@ -10,9 +10,9 @@ from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
 def one_f_one_b(num_ranks: int, num_micro_batches: int, slices: int = 1) -> Schedule:
-    """Returns 1F1B: rank r runs P-1-r forwards, or n-1 more of n slices, then alternates forwards and backwards.
+    """Returns 1F1B: rank r runs P-1-r forwards, then alternates forwards and backwards. Any P, M >= 1.
 
-    Any P, M >= 1 in which M counts slices and is a multiple of them.
+    With n slices, M counts slices, and a rank runs n-1 more forwards first.
     """
     return Schedule(
         kind="1f1b",

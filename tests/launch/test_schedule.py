@@ -44,7 +44,7 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
     makespans = {line.split()[0]: line.split()[3] for line in printed.splitlines() if line.startswith(tuple(KINDS))}
     # Rank 3 of 1F1B has all of the slow stage, 2 + 2 + 1 for each of 12 micro-batches, and a path of 3 x 2 before it.
     assert makespans["1f1b"] == "69"
-    assert float(makespans["dualpipe_split"]) < 60
+    assert float(makespans["dualpipe_interleaved"]) < 60
 
 
 @pytest.mark.parametrize(

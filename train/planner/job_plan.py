@@ -168,7 +168,9 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
         cost = job_cost(config, planner.rates, planner.efficiency, timed.time, schedule)
-        config = replace(config, schedule=replace(config.schedule, kind=timed.schedule.kind))
+        schedule = timed.schedule
+        chunks = schedule.num_stages // schedule.num_ranks
+        config = replace(config, schedule=replace(config.schedule, kind=schedule.kind, chunks=chunks))
     return JobPlan(
         config=config,
         parameters=count_parameters(config.model).total,

@@ -6,6 +6,7 @@ from dataclasses import astuple, replace
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.registry import FALLBACK, SCHEDULES
 from launch import plan
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
@@ -80,7 +81,8 @@ def test_a_split_schedule_beats_the_published_order() -> None:
 
 def test_auto_is_planned_as_the_schedule_it_falls_back_to() -> None:
     plan = plan_of(*SMALL, "schedule=auto")
-    assert plan.config.schedule.kind == "dualpipe_split"
+    schedule = plan.config.schedule
+    assert (schedule.kind, schedule.chunks) == (SCHEDULES.current_name(FALLBACK), 1)
 
 
 def test_rates_of_other_precisions_and_unknown_devices_give_a_reason_instead_of_a_time() -> None:
