@@ -57,6 +57,8 @@ def outer_product(grad_AN: Tensor, rows_AK: Tensor, total_NK: Tensor | None) -> 
         return total_NK.addmm_(grad_AN.t(), rows_AK)
     if runs_as_on_cuda(total_NK.device) and total_NK.dtype == torch.float32:
         # A product of 16-bit types is added to a float32 sum before it is rounded.
+        if total_NK.is_meta:  # torch before 2.13 cannot infer the shape of the product below
+            return total_NK.addmm_(grad_AN.t(), rows_AK)
         return torch.addmm(total_NK, grad_AN.t(), rows_AK, out_dtype=torch.float32, out=total_NK)
     return total_NK.add_(grad_AN.t() @ rows_AK)
 
