@@ -32,6 +32,7 @@ class ClusterConfig:
     # time that ranks of the built-in launcher have to save a checkpoint before it ends them.
     grace_seconds: PositiveFloat
     max_restarts: NonNegativeInt  # how often the built-in launcher restarts all ranks after one was lost
+    has_fp8: bool = True  # whether the device multiplies matrices in the FP8 format of `precision=fp8`
     # streaming multiprocessors of a rank's device; None as those of the planner's rates.
     num_sms: PositiveInt | None = None
     # how many of them dispatch and combine use, while products leave them free, in jobs of several ranks on NCCL; None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
+from comm.dispatch.deepep.package import DeepEPError, check_available
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from infer.scoring.reward import check_reward, host_parts
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC
@@ -105,7 +106,12 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Rejects an attention kernel whose package is not installed."""
+    """Rejects an attention kernel or a dispatcher whose package is not installed."""
+    if config.dispatch.kind == "deepep":
+        try:
+            check_available()
+        except DeepEPError as error:
+            raise MachineError(str(error)) from error
     name = config.attention
     device = config.cluster.device
     if name == DETERMINISTIC:

@@ -208,6 +208,8 @@ def _check_ranks(config: TrainConfig) -> None:
     if config.precision.kind == "fp8" and not all_recomputed(parts).issuperset(RECOMPUTED):
         rule = "must name all parts with precision=fp8, which stores only the inputs of linear layers"
         raise broken("recompute", rule, _listed(parts), _listed(RECOMPUTED))
+    if config.precision.kind == "fp8" and not cluster.has_fp8:
+        raise broken("precision", "fp8 needs cluster.has_fp8, which this device has not", "fp8", "bf16")
     if cluster.backend == "nccl" and cluster.device != "cuda":
         value = f"nccl with cluster.device={cluster.device}"
         raise broken("cluster.backend", "nccl needs cluster.device=cuda", value, "gloo")

@@ -109,6 +109,9 @@ def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MachineError, match=r"^attention: flash_attention needs the package flash_attn"):
         check_packages(build("cluster=one_gpu", "precision=bf16", "attention=flash_attention"))
     check_packages(build("attention=deterministic"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"^dispatch: deepep needs the package deep_ep .* dispatch=two_hop$"):
+        check_packages(build("cluster=h800", "dispatch=deepep", "precision=bf16", "model.hidden_size=256"))
     on_gpu = ("cluster=one_gpu", "attention=deterministic")
     with pytest.raises(MachineError, match=r"^attention: deterministic needs a package of .*attention=auto$"):
         check_packages(build(*on_gpu, "precision=bf16"))

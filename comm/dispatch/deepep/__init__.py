@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from comm.config import EXCHANGE_CTAS, DeepEPDispatchConfig
-from comm.dispatch.deepep.package import PACKAGE, BufferShape, DeepEPError, check_available
+from comm.dispatch.deepep.package import PACKAGE, BufferShape, DeepEPError
 from comm.dispatch.registry import (
     COUNTS,
     DISPATCHERS,
@@ -39,7 +39,7 @@ def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
-    """Requires CUDA, NCCL, bf16 rows, the package `deep_ep`, and sizes that its kernels support."""
+    """Requires CUDA, NCCL, bf16 rows, and sizes that its kernels support; `launch.machine` looks for the package."""
     cluster = site.cluster
     if (cluster.device, cluster.backend) != ("cuda", "nccl"):
         raise DispatchRequirementError(
@@ -52,7 +52,6 @@ def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
             f"precision={site.precision}; nearest valid: dispatch=two_hop"
         )
     try:
-        check_available()
         _shape(site.tokens, cluster.timeout_seconds)
     except DeepEPError as error:
         raise DispatchRequirementError(str(error)) from error

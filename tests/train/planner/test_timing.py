@@ -8,6 +8,8 @@ import pytest
 from dualpipe.builder import build_schedule
 from dualpipe.registry import FALLBACK, SCHEDULES
 from launch import plan
+from launch.config.compose import options
+from model.size import training_flops_per_token
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.errors import ConfigError
@@ -157,6 +159,18 @@ def test_twice_the_peak_halves_products_and_scores_alone() -> None:
     saved = sum(each.products + each.scores for each in kernels) / 2
     assert base.moe.forward - fast.moe.forward == pytest.approx(saved)
     assert fast.moe.forward_exchange == base.moe.forward_exchange
+
+
+@pytest.mark.parametrize("device", [name for name in options("cluster") if name not in ("laptop", "one_gpu", "slurm")])
+def test_no_device_computes_above_its_peak(device: str) -> None:
+    config = request_of(*SMALL, f"cluster={device}").config
+    moe = rates().part_seconds(config).moe
+    cluster = config.cluster
+    flops = training_flops_per_token(config.model, 1) * config.batch.micro_sequences * config.mean_part_tokens
+    assert cluster.peak_flops is not None
+    assert flops / config.model.num_layers / cluster.peak_flops < moe.work.compute
+    assert (cluster.communication_sms or 0) < (cluster.num_sms or rates().reference.num_sms)
+    assert cluster.memory_bytes is not None
 
 
 def test_links_scale_the_exchange_alone() -> None:
