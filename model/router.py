@@ -1,4 +1,4 @@
-"""Router: sigmoid scores, group-limited top-k on biased scores, weights from unbiased scores.
+"""Router: experts of each token by `kernels.router`, their load and balance loss, and forced choices.
 
 Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1. Shape legend: N tokens in all.
 """
@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.node_limit import limit_groups
 from comm.protocol import ALONE, ContextGroup, Label
 from kernels.attention.documents import Documents
+from kernels.router import route, route_backward
+from kernels.router.reference import RouteLimits
 from model.config import ModelConfig
 from model.linear import widen
 from model.slices import SliceContext
-
-# Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.
-GROUP_SCORE_EXPERTS = 2
 
 FREE_CHOICE = -1
 """Forced id of each choice of a token whose experts the router chooses itself."""
@@ -126,6 +124,33 @@ class _WeightedShares(torch.autograd.Function):
         return (slopes_BE.unsqueeze(1) - means_BT1).mul_(grads[0] / sums_BT1), None
 
 
+class _Route(torch.autograd.Function):
+    """Runs the router's kernels; choices have no gradient, weights and scores do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BTE: Tensor, bias_E: Tensor, limits: RouteLimits, load_E: Tensor | None, ids_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen_TK, weights_TK, scores_TE = route(logits_BTE.flatten(0, 1), bias_E, limits, load_E, ids_TK)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(chosen_TK)
+        scores_BTE = scores_TE.view_as(logits_BTE)
+        ctx.save_for_backward(chosen_TK, weights_TK, scores_BTE)
+        ctx.factor = limits.factor
+        return chosen_TK, weights_TK, scores_BTE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        chosen_TK, weights_TK, scores_BTE = ctx.saved_tensors
+        _, grad_weights_TK, grad_scores_BTE = grads
+        if grad_weights_TK is None:
+            grad_weights_TK = torch.zeros_like(weights_TK)
+        grad_scores_TE = None if grad_scores_BTE is None else grad_scores_BTE.flatten(0, 1)
+        saved = (chosen_TK, weights_TK, scores_BTE.flatten(0, 1))
+        grad_TE = route_backward(grad_weights_TK, *saved, grad_scores_TE, ctx.factor)
+        return grad_TE.view_as(scores_BTE), None, None, None, None
+
+
 Route = Callable[["Router", Tensor], Routing]
 """Chooses experts in a router's place, from its logits."""
 
@@ -139,6 +164,12 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self._config = config
+        self._limits = RouteLimits(
+            config.num_experts_per_token,
+            config.num_expert_groups,
+            config.num_limited_groups,
+            config.routed_scaling_factor,
+        )
         self.weight = nn.Parameter(torch.empty(config.num_routed_experts, config.hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_routed_experts))
         self.register_buffer("load", torch.zeros(config.num_routed_experts, dtype=torch.int64), persistent=False)
@@ -162,18 +193,12 @@ class Router(nn.Module):
         Raises:
             RouteError: forced ids are neither K different experts nor K times -1 for each token.
         """
-        # Choices are made outside the graph; only the weights of chosen experts have a gradient.
-        scores_BTE = logits_BTE.sigmoid()
-        scores_TE = scores_BTE.detach().flatten(0, 1)
-        ids_TK = self._choose(scores_TE) if forced_ids_TK is None else self._force(scores_TE, forced_ids_TK)
-        if torch.is_grad_enabled():
-            # bincount would need a host sync for the size of its result.
-            self.load.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-        return self._weigh(scores_BTE, ids_TK)
+        ids_TK = None if forced_ids_TK is None else self._force(logits_BTE, forced_ids_TK)
+        return self._route(logits_BTE, self.load if torch.is_grad_enabled() else None, ids_TK)
 
     def route_again(self, logits_BTE: Tensor, ids_TK: Tensor) -> Routing:
         """Returns the routing of choices that `route` made from the same logits. `load` has them already."""
-        return self._weigh(logits_BTE.sigmoid(), ids_TK)
+        return self._route(logits_BTE, None, ids_TK)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
         """Raises the bias of experts below the mean load and lowers that of others, by `rate` (V3: 1e-3)."""
@@ -181,16 +206,18 @@ class Router(nn.Module):
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
-    def _weigh(self, scores_BTE: Tensor, ids_TK: Tensor) -> Routing:
-        # Weights come from scores without bias, normalized over the K chosen experts.
-        chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
-        weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
-        return Routing(ids_TK, weights_TK, scores_BTE)
+    def _route(self, logits_BTE: Tensor, load_E: Tensor | None, ids_TK: Tensor | None) -> Routing:
+        bias_E = self.e_score_correction_bias
+        if not torch.is_grad_enabled():
+            chosen_TK, weights_TK, scores_TE = route(logits_BTE.flatten(0, 1), bias_E, self._limits, load_E, ids_TK)
+            return Routing(chosen_TK, weights_TK, scores_TE.view_as(logits_BTE))
+        return Routing(*_Route.apply(logits_BTE, bias_E, self._limits, load_E, ids_TK))  # type: ignore[no-untyped-call]
 
-    def _force(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    def _force(self, logits_BTE: Tensor, ids_TK: Tensor) -> Tensor:
         """Returns forced ids, and the router's choice where they are -1. Raises an error if they are invalid."""
         config = self._config
-        shape = (len(scores_TE), config.num_experts_per_token)
+        logits_TE = logits_BTE.detach().flatten(0, 1)
+        shape = (len(logits_TE), config.num_experts_per_token)
         if ids_TK.shape != shape or ids_TK.dtype != torch.int64:
             description = f"{ids_TK.dtype} {list(ids_TK.shape)}"
             raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {description}")
@@ -207,21 +234,10 @@ class Router(nn.Module):
                 f"forced ids must be different experts in 0 to {config.num_routed_experts - 1}, "
                 f"token {token} has {ids_TK[token].tolist()}"
             )
-        return torch.where(is_free_T[:, None], self._choose(scores_TE), ids_TK) if has_free else ids_TK
-
-    def _choose(self, scores_TE: Tensor) -> Tensor:
-        config = self._config
-        # Limited groups first (node limit of the paper), then the top k of what is left.
-        biased_TE = scores_TE + self.e_score_correction_bias
-        if config.num_limited_groups < config.num_expert_groups:
-            kept_TE = limit_groups(
-                biased_TE,
-                config.num_expert_groups,
-                config.num_limited_groups,
-                min(GROUP_SCORE_EXPERTS, config.num_routed_experts // config.num_expert_groups),
-            )
-            biased_TE = biased_TE.masked_fill(~kept_TE, -torch.inf)
-        return biased_TE.topk(config.num_experts_per_token, -1, sorted=False).indices
+        if not has_free:
+            return ids_TK
+        chosen_TK, _, _ = route(logits_TE, self.e_score_correction_bias, self._limits)
+        return torch.where(is_free_T[:, None], chosen_TK, ids_TK)
 
 
 class Routes(Protocol):

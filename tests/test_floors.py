@@ -70,7 +70,7 @@ def breaches(path: str, source: str) -> list[str]:
 def may_know(path: str, module: str) -> bool:
     """Allows the import because `load_hf` returns a model for one process, which needs the local dispatcher."""
     is_home = path == "model/hf/writer.py" and is_in(module, "comm.dispatch.local")
-    return is_home or is_in(module, "comm.protocol", "comm.node_limit")
+    return is_home or is_in(module, "comm.protocol")
 
 
 def may_communicate(path: str) -> bool:
@@ -171,7 +171,7 @@ def test_floors_a_breach_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("model/a.py", "from comm.protocol import Dispatcher\nfrom comm import node_limit"),
+        ("model/a.py", "from comm.protocol import Dispatcher"),
         ("model/a.py", "from comm.protocol import ALONE, ContextGroup"),
         ("train/a.py", "from model.config import ModelConfig\nfrom torch import distributed as dist"),
         ("train/a.py", "def f():\n    import wandb"),

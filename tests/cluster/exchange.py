@@ -20,9 +20,9 @@ from comm.dispatch.traffic import LayerTraffic, Traffic
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
-from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from kernels.router.reference import limit_groups
 from tests.cluster.namespaces import Cluster, Counted, Links, missing, open_cluster, read_counted
 from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
 from tests.comm.forecast import Forecast, forecast

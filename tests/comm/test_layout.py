@@ -27,7 +27,7 @@ from comm.layout import (
     rail_partition,
     stage_partition,
 )
-from comm.node_limit import limit_groups
+from kernels.router.reference import limit_groups
 
 
 @st.composite

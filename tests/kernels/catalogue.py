@@ -9,6 +9,7 @@ from kernels.adamw import compute_coefficients
 from kernels.gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, GROUPED_CANDIDATES, WEIGHT_CANDIDATES
 from kernels.launch import Tiling
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, padded_rows
+from kernels.router.reference import RouteLimits
 from tests.kernels.launches import (
     ATTENTION_WIDTH,
     COUNTS,
@@ -16,6 +17,7 @@ from tests.kernels.launches import (
     EXPERT_WIDTH,
     HIDDEN,
     LATENT,
+    ROUTED_EXPERTS,
     TOKENS,
     TOP,
     VOCABULARY,
@@ -155,6 +157,46 @@ PERMUTE = [
         lambda tensors: (
             tensors.normal(TOKENS * TOP, HIDDEN),
             tensors.indices(TOKENS * TOP, TOKENS * TOP).view(TOKENS, TOP),
+        ),
+    ),
+]
+
+LIMITS = RouteLimits(TOP, 8, 4, 2.5)
+# Logits or scores of all experts, and ids of 8 bytes and weights of the chosen.
+CHOSEN_BYTES = 12 * TOKENS * TOP
+
+
+def chosen(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ids, weights and scores of routed tokens."""
+    ids_TK = tensors.indices(TOKENS * TOP, ROUTED_EXPERTS).view(TOKENS, TOP)
+    return ids_TK, tensors.scales(TOKENS, TOP), tensors.scales(TOKENS, ROUTED_EXPERTS)
+
+
+ROUTER = [
+    launch(
+        "router.triton",
+        "route",
+        f"{TOKENS} x {ROUTED_EXPERTS}, 8 of 4 groups",
+        8 * TOKENS * ROUTED_EXPERTS + CHOSEN_BYTES,
+        "route",
+        lambda tensors: (
+            tensors.normal(TOKENS, ROUTED_EXPERTS, dtype=torch.float32),
+            tensors.scales(ROUTED_EXPERTS),
+            LIMITS,
+            tensors.indices(ROUTED_EXPERTS, ROUTED_EXPERTS),
+        ),
+    ),
+    launch(
+        "router.triton",
+        "route_backward",
+        f"{TOKENS} x {ROUTED_EXPERTS}",
+        12 * TOKENS * ROUTED_EXPERTS + CHOSEN_BYTES + 4 * TOKENS * TOP,
+        "route_backward",
+        lambda tensors: (
+            tensors.scales(TOKENS, TOP),
+            *chosen(tensors),
+            tensors.normal(TOKENS, ROUTED_EXPERTS, dtype=torch.float32),
+            LIMITS.factor,
         ),
     ),
 ]
@@ -447,6 +489,7 @@ GROUPED_GEMM = [
 LAUNCHES = (
     *QUANTIZE,
     *PERMUTE,
+    *ROUTER,
     *SWIGLU,
     *rms_norms(HIDDEN),
     *rms_norms(LATENT),

@@ -24,6 +24,7 @@ LATENT = 1536
 VOCABULARY = 129280
 TOKENS = 4096
 TOP = 8
+ROUTED_EXPERTS = 256
 COUNTS = tuple(384 + 8 * (expert * 13 % 32) + (expert % 2) for expert in range(32))
 """Rows of 32 experts, 384 to 633 of them."""
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from comm.node_limit import limit_groups
 from kernels.quantize.layout import packed_bytes
+from kernels.router.reference import limit_groups
 from tests.comm.forecast import Forecast, SentRows, forecast
 
 _HIDDEN = 7168

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
+from kernels.router.reference import limit_groups
 from model.linear import GradientStore, WeightSink
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
 from model.precision.plain import PlainRows, PlainWire
