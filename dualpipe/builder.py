@@ -25,7 +25,6 @@ from dualpipe.simulate.costs import CostModel, Costs, resampled, uniform
 from dualpipe.simulate.timing import activation_cap, peak_memory, simulate
 from dualpipe.validate import validate
 
-_EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
 DECODE_KIND = "decode"
 """`Schedule.kind` of schedules that decode."""
 MARGIN = 0.005
@@ -56,7 +55,7 @@ def build_schedule(
     """
     check_size(kind, num_ranks, num_micro_batches)
     spec = SCHEDULES.get(kind)
-    costs = costs or uniform(_EQUAL, num_ranks, spec.num_stages(num_ranks))
+    costs = costs or uniform(Costs(), num_ranks, spec.num_stages(num_ranks))
     chunks, rest = divmod(len(costs.stages), num_ranks)
     assert not rest, f"{kind}: {len(costs.stages)} stages have costs, which {num_ranks} ranks cannot share"
     spec.chunk_choices(chunks)

@@ -113,6 +113,11 @@ class Schedule:
     slices: int = 1
     link_depth: int = 1
 
+    def __repr__(self) -> str:
+        ways = "both directions" if self.num_directions > 1 else "one direction"
+        sizes = f"{self.num_ranks} ranks, {self.num_micro_batches} micro-batches, {self.num_stages} stages"
+        return f"Schedule({self.kind}, {sizes}, {ways})"
+
     @property
     def num_stages(self) -> int:
         """Number of stages."""

@@ -3,7 +3,7 @@
 It also defines the configuration that selects a kind, and that of the costs of `launch.schedule`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
@@ -188,6 +188,9 @@ class StageEntry:
     factor: float
     values: tuple[tuple[str, float], ...] = ()
 
+    def __repr__(self) -> str:
+        return repr(self.to_plain())
+
     @classmethod
     def from_plain(cls, value: object) -> "StageEntry":
         """Reads a number or a mapping, or raises a `ScheduleError`."""
@@ -216,16 +219,29 @@ def _number(value: object, rule: str) -> float:
     return float(value)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ModelCosts(Costs):
     """Costs of a model on a pipeline, for any number of stages; no entries mean equal stages.
 
-    `weights` is the memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P.
+    Attributes:
+        stages: an entry for each stage, which may be passed as a list in the form that `StageEntry.from_plain` reads.
+        weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P.
     """
 
-    offload: float | None  # required here
-    stages: tuple[StageEntry, ...]
-    weights: NonNegativeFloat
+    stages: tuple[StageEntry, ...] = ()
+    weights: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        Costs.__post_init__(self)
+        if isinstance(self.stages, str) or not isinstance(self.stages, Sequence):
+            raise ScheduleError(f"costs.stages: must be a list of entries, is {self.stages!r}; nearest: []")
+        entries = []
+        for index, entry in enumerate(self.stages):
+            try:
+                entries.append(entry if isinstance(entry, StageEntry) else StageEntry.from_plain(entry))
+            except ScheduleError as error:
+                raise ScheduleError(f"costs.stages[{index}]: {error}") from error
+        object.__setattr__(self, "stages", tuple(entries))
 
     def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:
         """Returns the costs of every stage; unless there is an entry for each, a fraction of the entries'."""

@@ -6,20 +6,19 @@ if not __package__:
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dualpipe.builder import best_of_kind, choose, schedules_folder, survey
+from dualpipe.api import build, compare
 from dualpipe.builder import decode as decode_schedule
-from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
+from dualpipe.builder import schedules_folder
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.draw.svg import svg
-from dualpipe.draw.text import decode_summary, grid, html, summary, table
+from dualpipe.draw.text import decode_summary, grid, html, table
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, candidates, check_size, check_slices
+from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
-from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
@@ -47,11 +46,6 @@ class ScheduleCommandConfig:
     cache_dir: str
     plugins: tuple[str, ...]
 
-    def costs_of(self, num_stages: int) -> CostModel:
-        """Returns the costs of each stage if the model is cut into `num_stages` stages."""
-        costs = self.costs.of_stages(self.num_ranks, num_stages)
-        return replace(costs, slices=self.schedule.slices, link_depth=self.schedule.link_depth)
-
 
 def main(overrides: Sequence[str]) -> int:
     """Builds, validates and shows a schedule."""
@@ -70,45 +64,56 @@ def preview(overrides: Sequence[str]) -> str:
 
 def _shown(config: ScheduleCommandConfig) -> str:
     """Returns the schedule that trains, or that decodes, in the configured format."""
-    cache_dir = schedules_folder(config.cache_dir)
+    if config.program == "decode":
+        return _shown_decoding(config)
     kind = config.schedule.kind
-    is_training = config.program == "train"
-    rows: tuple[TimedSchedule | UnavailableSchedule, ...] = ()
-    reason = ""
-    if is_training:
-        check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
-        check_slices(kind, config.num_micro_batches, config.schedule.slices)
-    if not is_training:
-        schedule = _decode_schedule(config)
-    elif kind == "auto":
-        rows = _survey(config, cache_dir)
-        choice = choose(rows, config.memory_cap)
-        schedule = choice.schedule
-        reason = choice.reason
-    else:
-        schedule = _best_of_kind(config, cache_dir).schedule
-    # Building the schedule has kept the memory cap, by the costs of each stage.
-    validate(schedule, forward_only=not is_training)
-    costs = config.costs_of(schedule.num_stages)
-    # A run executes the schedule without overlap if `pairing` is sequential.
-    timed = ungroup(schedule) if is_training and config.schedule.pairing == "sequential" else schedule
-    simulation = simulate(timed, costs)
+    check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
+    check_slices(kind, config.num_micro_batches, config.schedule.slices)
+    size: dict[str, Any] = {
+        "ranks": config.num_ranks,
+        "micro_batches": config.num_micro_batches,
+        "costs": config.costs,
+        "chunks": config.schedule.chunks,
+        "slices": config.schedule.slices,
+        "memory_cap": config.memory_cap,
+        "cache_dir": schedules_folder(config.cache_dir),
+    }
+    compared = compare(**size) if kind == "auto" else None
+    built = build(kind, **size) if compared is None else compared.best
+    order = built.schedule
+    schedule = replace(order, link_depth=config.schedule.link_depth)
+    validate(schedule)
+    if config.schedule.pairing == "sequential":  # a run executes the schedule without overlap
+        alone = ungroup(schedule)
+        built = replace(built, schedule=alone, simulation=simulate(alone, built.costs))
     match config.format:
         case "json":
             return to_json(schedule)
         case "trace":
-            return trace(timed, simulation, costs)
-        case "text" if is_training:
-            parts = [grid(timed, simulation), summary(timed, simulation, _summed(config, costs), config.memory_cap), ""]
-            parts += [table(rows or _survey(config, cache_dir))]
-            return "\n".join([*parts, *([f"auto: {reason}"] if reason else [])])
+            return trace(built.schedule, built.simulation, built.costs)
+        case "svg":
+            return built.draw().render("svg")
+    compared = compared or compare(**size)
+    others = [row for row in compared.rows if isinstance(row, UnavailableSchedule) or row.schedule != order]
+    if config.format == "html":
+        return html([built, *others])
+    rows = [*compared.rows] if len(others) < len(compared.rows) else [built, *others]
+    parts = [built.draw().render("txt"), "", table(rows)]
+    return "\n".join([*parts, *([f"auto: {compared.reason}"] if kind == "auto" else [])])
+
+
+def _shown_decoding(config: ScheduleCommandConfig) -> str:
+    schedule = _decode_schedule(config)
+    validate(schedule, forward_only=True)
+    costs = config.costs.of_stages(config.num_ranks, schedule.num_stages)
+    simulation = simulate(schedule, costs)
+    match config.format:
+        case "json":
+            return to_json(schedule)
+        case "trace":
+            return trace(schedule, simulation, costs)
         case "text":
             return "\n".join([grid(schedule, simulation), decode_summary(schedule, simulation)])
-        case "html" if is_training:
-            rows = rows or _survey(config, cache_dir)
-            return html(sorted(rows, key=lambda row: _kind(row) != schedule.kind))
-        case "svg" if is_training:
-            return svg(timed, simulation, bound=time_schedule(timed, costs, config.memory_cap).bound)
     work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
     bound = Bound(value=work, reason="the computation of the busiest rank")
     if config.format == "svg":
@@ -135,43 +140,6 @@ def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
             f"{num_micro_batches}; nearest: {nearest}"
         )
     return decode_schedule(placement, cohorts, rounds)
-
-
-def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> TimedSchedule:
-    """Builds the configured kind with the configured number of chunks, or with the best one."""
-    return best_of_kind(
-        config.schedule.kind,
-        config.num_ranks,
-        config.num_micro_batches,
-        lambda kind, num_stages: config.costs_of(num_stages),
-        config.memory_cap,
-        cache_dir,
-        config.schedule.chunks,
-    )
-
-
-def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostModel:
-    """Returns the costs of model/P if all stages are equal, for which there are published formulas."""
-    is_plain = not config.costs.stages and not config.costs.weights
-    return config.costs if is_plain else costs
-
-
-def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
-    """Times the configured kind, and those that `auto` considers with whole sequences."""
-    is_extra = config.schedule.kind != "auto" and config.schedule.kind not in candidates()
-    configured = (_best_of_kind(config, cache_dir),) if is_extra else ()
-    return configured + survey(
-        config.num_ranks,
-        config.num_micro_batches,
-        lambda kind, num_stages: config.costs_of(num_stages),
-        config.memory_cap,
-        cache_dir,
-        chunks=config.schedule.chunks,
-    )
-
-
-def _kind(row: TimedSchedule | UnavailableSchedule) -> str:
-    return row.schedule.kind if isinstance(row, TimedSchedule) else row.kind
 
 
 if __name__ == "__main__":

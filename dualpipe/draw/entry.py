@@ -225,6 +225,11 @@ class UnavailableSchedule:
     reason: str
 
 
+def kind_of(row: TimedSchedule | UnavailableSchedule) -> str:
+    """Returns the kind of a schedule, available or not."""
+    return row.schedule.kind if isinstance(row, TimedSchedule) else row.kind
+
+
 def time_schedule(
     schedule: Schedule, costs: Costs | CostModel, memory_cap: float | None = None, measured: Measured | None = None
 ) -> TimedSchedule:

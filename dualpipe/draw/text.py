@@ -13,6 +13,7 @@ from dualpipe.draw.entry import (
     TimedSchedule,
     UnavailableSchedule,
     explanation,
+    kind_of,
     needs_stage_label,
     number,
     pace_of,
@@ -213,7 +214,7 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one ASCII line per schedule, with numbers or a reason, and the meaning of the columns."""
     strings = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
-    kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
+    kinds = list(map(kind_of, rows))
     widths = [max(map(len, column)) for column in zip(COLUMNS, *strings.values(), strict=True)]
     widths[0] = max(map(len, (COLUMNS[0], *kinds)))
     lines = [_line(COLUMNS, widths)]

@@ -21,15 +21,19 @@ class Costs:
         ScheduleError: if a time is negative or not finite.
     """
 
-    forward: float
-    backward_input: float
-    backward_weight: float
-    exchange: float
-    latency: float
+    forward: float = 1.0
+    backward_input: float = 1.0
+    backward_weight: float = 1.0
+    exchange: float = 0.0
+    latency: float = 0.0
     offload: float | None = None
 
     def __post_init__(self) -> None:
         _check_times(self, "costs")
+
+    def __repr__(self) -> str:
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,15 @@ class CostModel:
     alone: float = 1.0
     slices: int = 1
     link_depth: int = 1
+
+    def __repr__(self) -> str:
+        parts = []
+        for field in fields(StageCosts):
+            values = [value for stage in self.stages if (value := getattr(stage, field.name)) is not None]
+            if any(values):
+                parts.append(f"{field.name} {min(values):g}" + f" to {max(values):g}" * (min(values) < max(values)))
+        others = [f"{name} {getattr(self, name):g}" for name in ("latency", "weights") if getattr(self, name)]
+        return f"CostModel({len(self.stages)} stages: {', '.join(parts + others)})"
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""
@@ -195,10 +208,10 @@ def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
 
 
 def _check_times(values: Costs | StageCosts, subject: str) -> None:
-    for field in fields(Costs if isinstance(values, Costs) else StageCosts):
+    for field in fields(values):
         value = getattr(values, field.name)
-        if value is None:  # no offload
+        if value is None or field.name == "stages":  # no offload; entries that check themselves
             continue
-        if not (math.isfinite(value) and value >= 0):
+        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
             dotted = f"{subject}.{field.name}" if isinstance(values, Costs) else f"{subject}: {field.name}"
-            raise ScheduleError(f"{dotted}: must be a finite time of at least 0, is {value}")
+            raise ScheduleError(f"{dotted}: must be a finite number of at least 0, is {value!r}")

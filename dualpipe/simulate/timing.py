@@ -296,6 +296,12 @@ class Simulation:
     host_peaks: tuple[float, ...]
     copies: tuple[tuple[CopySpan, ...], ...]
 
+    def __repr__(self) -> str:
+        exposed = max(self.exposed, default=0.0)
+        peak = max(self.peaks, default=0.0)
+        bubble = f"bubble {100 * self.bubble_fraction:.3g} %"
+        return f"Simulation(makespan {self.makespan:.6g}, {bubble}, exposed {exposed:.3g}, peak {peak:.3g})"
+
     @property
     def bubble_fraction(self) -> float:
         """Idle time of all ranks over makespan times ranks."""

@@ -1,10 +1,8 @@
 """The public JSON form, costs as the command reads them, and the choice of a schedule."""
 
 import json
-import re
 from dataclasses import replace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +12,6 @@ from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_j
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import simulate
-from tests import ROOT
 
 
 def test_json_has_the_documented_keys_and_group_form() -> None:
@@ -68,24 +65,6 @@ def test_schedule_places_stages_and_splits_micro_batches() -> None:
     assert schedule.rank_of(1, 2) == 0
     assert schedule.stages_of(0) == ((0, 0), (0, 3), (1, 1), (1, 2))
     assert [list(schedule.micro_batches_of(direction)) for direction in (0, 1)] == [[0, 1, 2], [0, 1]]
-
-
-def test_schedule_draws_itself_in_a_notebook() -> None:
-    """Runs the lines of docs/python.md like a notebook, which shows the picture of the last line."""
-    formatters = pytest.importorskip("IPython.core.formatters")
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.M | re.S)
-    (block,) = (block for block in blocks if "dualpipe.registry" in block)
-    names: dict[str, Any] = {}
-    exec(block, names)
-    assert block.rstrip().endswith("\nschedule")
-    data, _ = formatters.DisplayFormatter().format(names["schedule"])
-    assert ElementTree.fromstring(data["text/html"]).find("{http://www.w3.org/2000/svg}svg") is not None
-    assert "dualpipe: 4 ranks, 10 micro-batches" in data["text/html"]
-
-
-def test_schedule_that_cannot_run_has_no_picture() -> None:
-    schedule = build_schedule("1f1b", 1, 1)
-    assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None  # type: ignore[attr-defined]
 
 
 def model_costs(*stages: Any, weights: float = 0.0, offload: float | None = None) -> ModelCosts:

@@ -97,7 +97,7 @@ def test_simulation_rejects_a_deadlock() -> None:
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_costs_reject_invalid_times(value: float) -> None:
-    with pytest.raises(ScheduleError, match=r"costs\.latency: must be a finite time of at least 0"):
+    with pytest.raises(ScheduleError, match=r"costs\.latency: must be a finite number of at least 0"):
         Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=value)
 
 
