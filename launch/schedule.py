@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dualpipe.api import build, compare
 from dualpipe.builder import decode as decode_schedule
 from dualpipe.builder import schedules_folder
-from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import decode_summary, grid, html, table
 from dualpipe.draw.trace import trace
@@ -22,9 +22,11 @@ from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
+from kernels.registry import closest
 from launch.command import command, plain_text, write_output
 from launch.config.compose import compose
 from train.config.decode import decode, encode
+from train.errors import broken
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
@@ -41,7 +43,7 @@ class ScheduleCommandConfig:
     num_micro_batches: int
     costs: ModelCosts
     memory_cap: float | None
-    format: Literal["text", "json", "svg", "html", "trace"]
+    format: Literal["text", "json", "svg", "html", "trace", "torch"]
     out: str
     cache_dir: str
     plugins: tuple[str, ...]
@@ -67,6 +69,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
     if config.program == "decode":
         return _shown_decoding(config)
     kind = config.schedule.kind
+    if config.format == "torch":
+        _check_torch(config)
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     check_slices(kind, config.num_micro_batches, config.schedule.slices)
     size: dict[str, Any] = {
@@ -79,6 +83,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
         "cache_dir": schedules_folder(config.cache_dir),
     }
     compared = compare(**size) if kind == "auto" else None
+    if compared is not None and config.format == "torch":
+        compared = replace(compared, rows=tuple(row for row in compared.rows if kind_of(row) in _torch_kinds()))
     built = build(kind, **size) if compared is None else compared.best
     order = built.schedule
     schedule = replace(order, link_depth=config.schedule.link_depth)
@@ -91,6 +97,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
             return to_json(schedule)
         case "trace":
             return trace(built.schedule, built.simulation, built.costs)
+        case "torch":
+            return torch_csv(schedule)
         case "svg":
             return built.draw().render("svg")
     compared = compared or compare(**size)
@@ -100,6 +108,36 @@ def _shown(config: ScheduleCommandConfig) -> str:
     rows = [*compared.rows] if len(others) < len(compared.rows) else [built, *others]
     parts = [built.draw().render("txt"), "", table(rows)]
     return "\n".join([*parts, *([f"auto: {compared.reason}"] if kind == "auto" else [])])
+
+
+def _torch_kinds() -> list[str]:
+    """Returns the kinds that torch can run: it holds each stage on one rank."""
+    return [name for name, spec in SCHEDULES.items() if not spec.is_bidirectional()]
+
+
+def _check_torch(config: ScheduleCommandConfig) -> None:
+    """Rejects what torch's runtime has no operations for."""
+    kind = config.schedule.kind
+    if kind != "auto" and SCHEDULES.current_name(kind) not in _torch_kinds():
+        limits = {name: SCHEDULES.get(name).limit for name in _torch_kinds()}
+        valid = [name for name, limit in limits.items() if limit(config.num_ranks, config.num_micro_batches) is None]
+        near = " or ".join(f"schedule={name}" for name in (*(closest(kind, valid) or valid)[:1], "auto"))
+        raise broken("schedule", "must have one direction with format=torch, as torch holds a stage once", kind, near)
+    if config.schedule.slices > 1:
+        rule = "must be 1 with format=torch, which runs whole sequences"
+        raise broken("schedule.slices", rule, config.schedule.slices, 1)
+    if config.costs.offload is not None:
+        rule = "must be null with format=torch, which copies no activations"
+        raise broken("costs.offload", rule, config.costs.offload, "null")
+
+
+def torch_csv(schedule: Schedule) -> str:
+    """Returns a line for each rank, whose cells are operations: stage, kind, micro-batch.
+
+    `torch.distributed.pipelining` reads it. It runs one operation at a time, so groups become sequences.
+    """
+    ranks = ungroup(schedule).ranks
+    return "\n".join(",".join(f"{op.stage}{op.kind}{op.micro_batch}" for (op,) in groups) for groups in ranks)
 
 
 def _shown_decoding(config: ScheduleCommandConfig) -> str:
@@ -112,6 +150,8 @@ def _shown_decoding(config: ScheduleCommandConfig) -> str:
             return to_json(schedule)
         case "trace":
             return trace(schedule, simulation, costs)
+        case "torch":
+            raise broken("format", "must be another one with program=decode, which torch cannot run", "torch", "json")
         case "text":
             return "\n".join([grid(schedule, simulation), decode_summary(schedule, simulation)])
     work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)

@@ -1,6 +1,7 @@
 """Tests of `launch.schedule`: it prints schedules as data or as a picture, and rejects impossible ones."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,16 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("schedule=dualpipe schedule.chunks=3", ScheduleError, ["schedule.chunks", "is 3", "nearest: 1"]),
         ("costs.forward=quick", ConfigError, ["costs.forward", "'quick'"]),
         ("cost.forward=1", ConfigError, ["cost.forward", "costs.forward"]),
-        ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace", "'yaml'"]),
+        ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace, torch", "'yaml'"]),
+        (
+            "format=torch",
+            ConfigError,
+            ["schedule: ", "one direction", "is dualpipe_interleaved", "schedule=dualpipe_v or"],
+        ),
+        ("format=torch schedule=dualpipe_split num_ranks=1", ConfigError, ["is dualpipe_split", "schedule=dualpipe_v"]),
+        ("format=torch schedule=1f1b schedule.slices=2", ConfigError, ["schedule.slices", "format=torch", "is 2"]),
+        ("format=torch schedule=zb_v costs.offload=1", ConfigError, ["costs.offload", "format=torch", "is 1", "null"]),
+        ("format=torch program=decode num_micro_batches=32", ConfigError, ["format", "program=decode", "json"]),
         ("schedule=dualpip", ConfigError, ["schedule: no option dualpip", "did you mean dualpipe"]),
         ("num_ranks=2.0", ConfigError, ["num_ranks", "write 2"]),
     ],
@@ -85,6 +95,17 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("auto: dualpipe_interleaved with 4 chunks: makespan 36.2, ")
     assert all(kind in printed for kind in candidates())
+
+
+def test_schedule_for_torch_is_a_line_for_each_rank_of_the_best_kind_of_one_direction(tmp_path: Path) -> None:
+    """`torch` reads every line of the file as a rank."""
+    path = tmp_path / "order.csv"
+    assert main(["schedule=auto", "num_ranks=2", "num_micro_batches=3", "format=torch", f"out={path}"]) == 0
+    rows = [line.split(",") for line in path.read_text().split("\n")[:-1]]
+    assert path.read_text().endswith("\n")
+    stages = [sorted({int(re.split("[FBIW]", cell)[0]) for cell in row}) for row in rows]
+    assert [len(row) for row in rows] == [3 * 3 * len(held) for held in stages]
+    assert sorted(stage for held in stages for stage in held) == list(range(len(stages) * len(stages[0])))
 
 
 @pytest.mark.parametrize("form", ["svg", "html", "trace", "json"])
