@@ -7,8 +7,9 @@ comm lane. Schedule, compiler, interpreter and transfers are those of training.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ from comm.protocol import Work
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.builder import build_schedule
-from dualpipe.ir import Schedule, linked_pairs
+from dualpipe.ir import Group, Op, Schedule, linked_pairs
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
@@ -35,6 +36,8 @@ from tests.ranks import run_ranks
 
 MOST_OVER = 0.03
 _TIMEOUT_SECONDS = 120.0
+Call = tuple[str, int, int, int]
+"""F, I or W with direction, stage and micro-batch."""
 _BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 
 
@@ -44,6 +47,7 @@ class GroupedCase:
 
     Attributes:
         exchange: exchange of F, and of I, relative to the computation of F.
+        slices: slices of each sequence, with links that hold two messages if there are several.
     """
 
     kind: str
@@ -51,6 +55,7 @@ class GroupedCase:
     exchange: float
     is_uneven: bool
     blocks: int
+    slices: int = 1
 
     def costs(self, num_ranks: int, unit_seconds: float) -> CostModel:
         """Returns the costs of its stages; F of a mean stage of model/P computes for about `unit_seconds`."""
@@ -61,7 +66,12 @@ class GroupedCase:
             replace(stage, forward_exchange=share, backward_exchange=share)
             for stage, share in zip(stages, shares, strict=True)
         )
-        return resampled(replace(uneven, stages=with_exchange), num_ranks * self.chunks)
+        costs = resampled(replace(uneven, stages=with_exchange), num_ranks * self.chunks)
+        per_slice = tuple(
+            StageCosts(**{name: value / self.slices for name, value in asdict(stage).items() if value is not None})
+            for stage in costs.stages
+        )
+        return replace(costs, stages=per_slice, slices=self.slices, link_depth=min(2, self.slices))
 
 
 CASES = (
@@ -69,8 +79,9 @@ CASES = (
     GroupedCase(kind="dualpipe_split", chunks=1, exchange=0.65, is_uneven=True, blocks=4),
     GroupedCase(kind="dualpipe_interleaved", chunks=2, exchange=0.65, is_uneven=True, blocks=2),
     GroupedCase(kind="dualpipe_interleaved", chunks=2, exchange=1.0, is_uneven=True, blocks=2),
+    GroupedCase(kind="dualpipe_split", chunks=1, exchange=1.0, is_uneven=False, blocks=4, slices=2),
 )
-"""All have four blocks of phases in model/P."""
+"""All have four blocks of phases in model/P for each sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +102,11 @@ class GroupedStep:
 def measure_grouped(
     num_ranks: int, num_micro_batches: int, unit_seconds: float, cases: Sequence[GroupedCase], num_rounds: int
 ) -> list[GroupedStep]:
-    """Simulates and runs a step of every case, in interleaved rounds."""
+    """Simulates and runs a step of every case, in interleaved rounds; micro-batches are whole sequences."""
     costs = [case.costs(num_ranks, unit_seconds) for case in cases]
     schedules = [
-        build_schedule(case.kind, num_ranks, num_micro_batches, model) for case, model in zip(cases, costs, strict=True)
+        build_schedule(case.kind, num_ranks, num_micro_batches * case.slices, model)
+        for case, model in zip(cases, costs, strict=True)
     ]
     jobs = list(zip(cases, schedules, costs, strict=True))
     ranks = run_ranks(num_ranks, _run_rank, jobs, num_rounds, timeout_seconds=900.0)
@@ -113,21 +125,23 @@ def grouped_text(steps: Sequence[GroupedStep]) -> str:
     """Formats a table of all cases."""
     lines = [
         f"A step of stages that sleep on two lanes: simulated and measured, target at most {1 + MOST_OVER:.2f}",
-        f"{'schedule':24}{'exchange':>9}{'stages':>8}{'groups of 3':>12}{'simulated s':>12}{'least s':>9}{'ratio':>7}",
+        f"{'schedule':27}{'exchange':>9}{'stages':>8}{'groups of 3':>12}{'simulated s':>12}{'least s':>9}{'ratio':>7}",
     ]
     for step in steps:
-        name, stages = f"{step.case.kind} {step.case.chunks}", "uneven" if step.case.is_uneven else "equal"
+        sliced = f", {step.case.slices} slices" if step.case.slices > 1 else ""
+        name, stages = f"{step.case.kind} {step.case.chunks}{sliced}", "uneven" if step.case.is_uneven else "equal"
         lines.append(
-            f"{name:24}{step.case.exchange:9.2f}{stages:>8}{step.triples:12}"
+            f"{name:27}{step.case.exchange:9.2f}{stages:>8}{step.triples:12}"
             f"{step.simulated:12.3f}{min(step.measured):9.3f}{step.ratio:7.3f}"
         )
     return "\n".join(lines)
 
 
 class _LaneRun(PassingRun):
-    def __init__(self, stage: "_LaneStage") -> None:
+    def __init__(self, stage: "_LaneStage", key: tuple[int, int, int]) -> None:
         super().__init__(stage.like_TD, self._sleep)
         self._stage = stage
+        self._key = key
         self._pending: Work[None] | None = None
 
     def wait(self) -> None:
@@ -142,6 +156,7 @@ class _LaneRun(PassingRun):
 
     def _sleep(self, kind: str, phase: int) -> None:
         stage = self._stage
+        stage.calls.append((kind, *self._key))
         compute, exchange = stage.seconds[kind]
         if kind == "W" or stage.lanes[phase] == "compute":
             stage.log.sleep(kind, stage.share * compute)
@@ -153,8 +168,17 @@ class _LaneStage:
     """Stage of blocks whose phases take equal shares of its costs."""
 
     def __init__(
-        self, costs: StageCosts, blocks: int, comm: ThreadLane, logs: Sequence[SleepLog], like_TD: torch.Tensor
+        self,
+        number: int,
+        costs: StageCosts,
+        blocks: int,
+        comm: ThreadLane,
+        logs: Sequence[SleepLog],
+        like_TD: torch.Tensor,
+        calls: list[Call],
     ) -> None:
+        self.number = number
+        self.calls = calls
         self.seconds = {
             "F": (costs.forward, costs.forward_exchange),
             "I": (costs.backward_input, costs.backward_exchange),
@@ -167,21 +191,41 @@ class _LaneStage:
         self.like_TD = like_TD
 
     def start(self, direction: int, micro_batch: int) -> _LaneRun:
-        return _LaneRun(self)
+        return _LaneRun(self, (direction, self.number, micro_batch))
 
 
 class _Job:
     """A rank's program of a schedule, and the stages on which it runs."""
 
-    def __init__(self, program: Program, stages: Mapping[int, _LaneStage], links: Links, log: SleepLog) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        program: Program,
+        stages: Mapping[int, _LaneStage],
+        links: Links,
+        log: SleepLog,
+        calls: list[Call],
+    ) -> None:
         self.program = program
         self.log = log
+        self._groups = groups
+        self._calls = calls
         self.execution: Execution | None = None
         self._stages = stages
         self._links = links
 
     def run(self) -> None:
+        self._calls.clear()
         self.execution = execute(self.program, self._stages, self._links)
+        # Every call is one of the group whose turn it is: the order that ran is the planned one.
+        turns = {
+            (kind, *op[1:]): turn
+            for turn, group in enumerate(self._groups)
+            for op in group
+            for kind in ("IW" if op.kind is Op.BACKWARD else op.kind.value)
+        }
+        assert set(self._calls) == set(turns)
+        assert all(turns[earlier] <= turns[later] for earlier, later in pairwise(self._calls))
 
 
 @contextmanager
@@ -192,12 +236,15 @@ def _open_jobs(rank: int, num_ranks: int, parts: Sequence[tuple[Schedule, CostMo
     logs, like_TD = (SleepLog(), SleepLog()), torch.zeros(1, 8)
     transport = PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
     with transport, ThreadLane("comm") as comm:
-        links, jobs = Links(transport, like_TD), list[_Job]()
+        links, jobs, calls = Links(transport, like_TD), list[_Job](), list[Call]()
         for schedule, costs, blocks in parts:
             held = sorted({stage for _, stage in schedule.stages_of(rank)})
-            stages = {stage: _LaneStage(costs.stages[stage], blocks, comm, logs, like_TD) for stage in held}
+            stages = {
+                stage: _LaneStage(stage, costs.stages[stage], blocks, comm, logs, like_TD, calls) for stage in held
+            }
             lanes: Mapping[int, Sequence[Lane]] = dict.fromkeys(held, _BLOCK * blocks)
-            jobs.append(_Job(compile_rank(schedule, rank, lanes, pairing.overlapped), stages, links, logs[0]))
+            program = compile_rank(schedule, rank, lanes, pairing.overlapped)
+            jobs.append(_Job(schedule.ranks[rank], program, stages, links, logs[0], calls))
         yield jobs
 
 
