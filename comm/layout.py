@@ -271,15 +271,24 @@ class ContextBytes:
 
 
 def forecast_context_bytes(
-    *, size: int, num_tokens: int, row_bytes: int, gradient_bytes: int, wide_gradient_bytes: int, is_ring: bool
+    *,
+    size: int,
+    num_tokens: int,
+    row_bytes: int,
+    gradient_bytes: int,
+    wide_gradient_bytes: int,
+    is_ring: bool,
+    slices: int = 1,
 ) -> ContextBytes:
-    """Predicts what a rank sends. Each of c ranks holds T / c tokens of each sequence.
+    """Predicts what a rank sends for whole sequences. Each of c ranks holds T / c tokens of each sequence.
 
     With an all-gather, a rank sends the rows of its tokens to c - 1 ranks, and in the backward one part of the gradient
     to each of them. In a ring it forwards c - 1 messages as large as its own rows, and as many again in the backward,
     with as many sums of gradients in `wide_gradient_bytes` per token. `num_tokens` are those of all ranks of the group.
+    With n slices of equal length, the gradients of each are sent (n + 1) / 2 times on average, and in a ring the rows.
     """
     sent = num_tokens // size * (size - 1)
+    again = sent * (slices + 1) // 2
     if is_ring:
-        return ContextBytes(forward=sent * row_bytes, backward=sent * (row_bytes + wide_gradient_bytes))
-    return ContextBytes(forward=sent * row_bytes, backward=sent * gradient_bytes)
+        return ContextBytes(forward=again * row_bytes, backward=again * (row_bytes + wide_gradient_bytes))
+    return ContextBytes(forward=sent * row_bytes, backward=again * gradient_bytes)

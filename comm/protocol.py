@@ -8,7 +8,7 @@ the same order. Sequences are cut into 2c equal segments, of which rank i of c h
 attends to all tokens before it, so a rank with an early and a late segment has as much work as every other rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, runtime_checkable
@@ -238,6 +238,22 @@ def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
     tokens = segment_tokens(num_tokens, size)
     segments = tuple(segments_of(index, size) for index in range(size))
     return SequenceParts(edges=tuple(range(0, num_tokens + 1, tokens)), held=segments)
+
+
+def sliced_parts(lengths: Sequence[int], size: int) -> SequenceParts:
+    """Returns which tokens each rank holds of each slice; member s x size + r is rank r of slice s.
+
+    Raises:
+        ValueError: as `segment_tokens`.
+    """
+    edges = [0]
+    held: list[tuple[int, ...]] = []
+    for length in lengths:
+        part = zigzag_parts(length, size)
+        first = len(edges) - 1
+        held += [tuple(first + segment for segment in segments) for segments in part.held]
+        edges += [edges[first] + edge for edge in part.edges[1:]]
+    return SequenceParts(edges=tuple(edges), held=tuple(held))
 
 
 Rows = tuple[Tensor, ...]  # what attention needs of one rank's tokens

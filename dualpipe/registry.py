@@ -175,6 +175,7 @@ class ScheduleConfig:
     chunks: PositiveInt | None
     pairing: Literal["overlapped", "sequential"]
     slices: PositiveInt = 1
+    slice_by: Literal["work", "length"] = "work"
     link_depth: Annotated[int, Between(1, MOST_LINK_DEPTH)] = 1
 
 

@@ -190,16 +190,15 @@ def _check_tokens(schedule: Schedule, located: _Located) -> None:
 
 
 def _check_slices(schedule: Schedule, located: _Located) -> None:
-    """Checks the order of slices, and that none is offloaded: later slices attend to it."""
+    """Checks the order of slices."""
     backwards = (Op.BACKWARD, Op.BACKWARD_INPUT)
     for key, index in located.items():
         op = Operation(*key)
         rank = schedule.rank_of(key[1], key[2])
-        if op.kind.is_copy:
-            raise ScheduleError(f"rank {rank}: group {index} has {op}; slices of sequences cannot be offloaded")
         is_forward = op.kind is Op.FORWARD
         neighbor = op.micro_batch - 1 if is_forward else op.micro_batch + 1
-        if op.kind is Op.BACKWARD_WEIGHT or neighbor // schedule.slices != op.micro_batch // schedule.slices:
+        is_ordered = is_forward or op.kind in backwards
+        if not is_ordered or neighbor // schedule.slices != op.micro_batch // schedule.slices:
             continue
         for kind in (Op.FORWARD,) if is_forward else backwards:
             earlier = op._replace(kind=kind, micro_batch=neighbor)

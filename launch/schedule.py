@@ -73,6 +73,9 @@ def _shown(config: ScheduleCommandConfig) -> str:
         _check_torch(config)
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     check_slices(kind, config.num_micro_batches, config.schedule.slices)
+    if config.schedule.slice_by != "work":
+        rule = "schedule.slice_by: must be work, because costs are those of equal slices"
+        raise ScheduleError(f"{rule}, is {config.schedule.slice_by}; nearest: work, or python -m launch.train")
     size: dict[str, Any] = {
         "ranks": config.num_ranks,
         "micro_batches": config.num_micro_batches,

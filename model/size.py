@@ -5,8 +5,9 @@ Imports no torch. Source: arXiv:2412.19437, section 4.2, and the released checkp
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import sqrt
+from typing import Literal
 
 from kernels.operation import TILE, num_tiles
 from model.config import ModelConfig
@@ -252,8 +253,16 @@ _TILES_PER_SLICE = 8
 """Slices of at least so many tiles end at a tile's border, so that products in FP8 have whole tiles."""
 
 
-def slice_lengths(config: ModelConfig, sequence_length_tokens: int, slices: int, *, is_fp8: bool) -> tuple[int, ...]:
-    """Returns the tokens of each slice of a sequence, so that all slices have about equal work.
+def slice_lengths(
+    config: ModelConfig,
+    sequence_length_tokens: int,
+    slices: int,
+    *,
+    is_fp8: bool,
+    equal: Literal["work", "length"] = "work",
+    context: int = 1,
+) -> tuple[int, ...]:
+    """Returns the tokens of each slice of a sequence, so that all slices have about equal work or length.
 
     A later token attends to more tokens, so later slices are shorter. The lengths depend on the model because the share
     of attention does.
@@ -261,27 +270,32 @@ def slice_lengths(config: ModelConfig, sequence_length_tokens: int, slices: int,
     Args:
         slices: number of slices, at least 1.
         is_fp8: whether products of linear maps in layers are in FP8.
+        context: ranks that share each slice, of which each holds two segments of equal length.
 
     Raises:
-        ValueError: a slice would have no token.
+        ValueError: a slice, or a segment of it, would have no token.
     """
     length = sequence_length_tokens
-    if not 1 <= slices <= length:
-        raise ValueError(f"must be in 1 to {length}, the tokens of a sequence, is {slices}; nearest valid: {length}")
+    if slices == 1:
+        return (length,)
+    segments = 2 * context if context > 1 else 1
+    most = length // segments
+    if not 1 <= slices <= most:
+        tokens = "tokens" if context == 1 else f"groups of {segments} tokens"
+        raise ValueError(f"must be in 1 to {most}, the {tokens} of a sequence, is {slices}; nearest valid: {most}")
     fixed = count_work(config, 0, is_fp8=is_fp8).total(config)
     # The first x tokens cost fixed * x + growth * x^2 / 2.
     growth = 2 * (count_work(config, length, is_fp8=is_fp8).total(config) - fixed) / length
     total_work = fixed * length + growth * length**2 / 2
-    unit = TILE if length >= slices * _TILES_PER_SLICE * TILE else 1
+    tiles = TILE * context
+    unit = tiles if length >= slices * _TILES_PER_SLICE * tiles else segments
     ends = [0]
     for index in range(1, slices):
         work = total_work * index / slices
-        end = (sqrt(fixed**2 + 2 * growth * work) - fixed) / growth if growth else work / fixed
+        if equal == "length":
+            end = length * index / slices
+        else:
+            end = (sqrt(fixed**2 + 2 * growth * work) - fixed) / growth if growth else work / fixed
         # Every slice keeps at least one unit.
         ends.append(min(max(round(end / unit) * unit, ends[-1] + unit), length - (slices - index) * unit))
     return tuple(after - before for before, after in pairwise([*ends, length]))
-
-
-def slice_starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the first token of each slice, then the number of all tokens."""
-    return (0, *accumulate(lengths))

@@ -1,4 +1,4 @@
-"""What slices of the same sequences share in one stage: a context group over time on one rank.
+"""What slices of the same sequences share in one stage: a context group over time, on some ranks.
 
 Forwards run slice by slice. A slice attends to the rows of earlier ones, which stay until its backward. Backwards run
 in reverse, so the gradient of a slice's rows is complete when its backward begins (arXiv:2406.03488, section 3).
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.protocol import CompletedWork, Contribution, Rows, SequenceParts, Work
+from comm.protocol import ContextGroup, Contribution, MappedWork, Rows, SequenceParts, Work
 
 
 @dataclass(slots=True)
@@ -20,13 +20,13 @@ class _SharedLayer:
     """State of one layer, by slice.
 
     Attributes:
-        rows: rows, from a slice's forward to its backward.
+        rows: rows of all ranks by index, from a slice's forward to its backward; only this rank's in a ring.
         gradients: sum of the gradients of a slice's rows from later slices, in float32 or wider.
         counts: how often a slice's tokens choose each expert, by sequence: SE.
         shares: sum of a slice's normalized scores, by sequence: SE.
     """
 
-    rows: dict[int, Rows] = field(default_factory=dict)
+    rows: dict[int, dict[int, Rows]] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor] = field(default_factory=dict)
     shares: dict[int, Tensor] = field(default_factory=dict)
@@ -39,26 +39,34 @@ class SlicedSequences:
         self.parts = parts
         self._layers: dict[int, _SharedLayer] = {}
 
+    def rows(self) -> Iterator[Tensor]:
+        """Yields the rows of all slices that have run forward and not backward."""
+        for layer in self._layers.values():
+            for by_rank in layer.rows.values():
+                for rows in by_rank.values():
+                    yield from rows
+
     def carried(self) -> Iterator[Tensor]:
         """Yields the gradients of earlier slices' rows."""
         for layer in self._layers.values():
             yield from layer.gradients.values()
 
-    def context(self, layer: int, index: int) -> "SliceContext":
-        """Returns the context group of a slice in a layer."""
-        return SliceContext(self.parts, index, self._layers.setdefault(layer, _SharedLayer()))
+    def context(self, layer: int, index: int, ranks: ContextGroup) -> "SliceContext":
+        """Returns the context group of a slice in a layer, given the ranks that share each slice."""
+        return SliceContext(self.parts, index, self._layers.setdefault(layer, _SharedLayer()), ranks)
 
 
 class SliceContext:
-    """Implements `ContextGroup` for one slice, whose other members are the slices of the same sequences."""
+    """Implements `ContextGroup` for a slice, whose other members are all slices on all ranks."""
 
-    keeps_rows = True
-
-    def __init__(self, parts: SequenceParts, index: int, layer: _SharedLayer) -> None:
+    def __init__(self, parts: SequenceParts, slice_index: int, layer: _SharedLayer, ranks: ContextGroup) -> None:
         self.size = len(parts.held)
-        self.index = index
+        self.index = slice_index * ranks.size + ranks.index
+        self.keeps_rows = ranks.keeps_rows
         self._parts = parts
+        self._slice = slice_index
         self._layer = layer
+        self._ranks = ranks
 
     def parts(self, own_tokens: int) -> SequenceParts:
         """Implements `ContextGroup.parts`."""
@@ -67,27 +75,42 @@ class SliceContext:
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Yields the rows of this slice and of those before it. No token attends to later ones."""
-        self._layer.rows[self.index] = rows
-        for index in range(self.index, -1, -1):
-            yield index, self._layer.rows[index]
+        ranks = self._ranks
+        arrived = self._layer.rows[self._slice] = {ranks.index: rows}
+        for rank, visited in ranks.visit(rows):
+            if self.keeps_rows:
+                arrived[rank] = visited
+            yield self._member(self._slice, rank), visited
+        for earlier in range(self._slice - 1, -1, -1):
+            own = self._layer.rows[earlier]
+            for rank, visited in own.items() if self.keeps_rows else ranks.visit(own[ranks.index]):
+                yield self._member(earlier, rank), visited
 
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
         """Returns the gradient of this slice's rows, and adds to those of earlier slices."""
         gradients = self._layer.gradients
         # Later slices have run their backward already and left their part of this slice's gradient.
-        own_part = contribute(self.index, rows)
-        later = gradients.pop(self.index, None)
-        total = own_part if later is None else (later + own_part).to(own_part.dtype)
+        later = gradients.pop(self._slice, None)
+        own = self._collect(self._slice, rows, kept, contribute)
         # This slice attended to all earlier ones, so each of them gets a part: [B, T, C].
-        for index in range(self.index):
-            part = contribute(index, kept[index])
+        for index in range(self._slice):
+            part = self._collect(index, self._layer.rows[index][self._ranks.index], kept, contribute).wait()
             if index in gradients:
                 gradients[index] += part
             else:
                 # Sums of many slices in 16 bits would lose small parts.
                 gradients[index] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-        del self._layer.rows[self.index]
-        return CompletedWork(total)
+        del self._layer.rows[self._slice]
+        return MappedWork(own, lambda part: part if later is None else (later + part).to(part.dtype))
+
+    def _collect(self, index: int, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Returns the gradient of this rank's rows of a slice, from the queries of this slice on all ranks."""
+        members = {rank: self._member(index, rank) for rank in range(self._ranks.size)}
+        kept_by_rank = {rank: kept[member] for rank, member in members.items() if member in kept}
+        return self._ranks.collect(rows, kept_by_rank, lambda rank, visited: contribute(members[rank], visited))
+
+    def _member(self, index: int, rank: int) -> int:
+        return index * self._ranks.size + rank
 
     def sum(self, values: Tensor) -> Tensor:
         """Is not possible: later slices have not run."""
@@ -98,14 +121,15 @@ class SliceContext:
 
         Every slice has its part of the gradient, from the counts of all slices, which are known in the backwards.
         """
+        counts_SE = self._ranks.sum(counts_SE)
         loss: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
         return loss
 
     def record_balance(self, counts_SE: Tensor, shares_SE: Tensor) -> bool:
         """Records a slice's part, again if it is recomputed, and returns whether the slice is the last."""
-        self._layer.counts[self.index] = counts_SE
-        self._layer.shares[self.index] = shares_SE
-        return self.index == self.size - 1
+        self._layer.counts[self._slice] = counts_SE
+        self._layer.shares[self._slice] = shares_SE
+        return (self._slice + 1) * self._ranks.size == self.size
 
     def factors(self, slopes_S: Tensor) -> Tensor:
         """Returns the factor of each expert's scores in a sequence, from the counts of all slices: SE."""

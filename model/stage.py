@@ -29,7 +29,7 @@ from model.recomputed import (
     RecomputedPhase,
 )
 from model.router import Route, Router, Routes, Routing
-from model.slices import RunPlace
+from model.slices import RunPlace, SlicedSequences
 from model.transformer import Transformer
 from model.values import (
     ExpertOutput,
@@ -319,7 +319,7 @@ class Stage:
             # The label names the exchange in logs, and the layer for recorded routes.
             label = Label(layer, place.direction, place.micro_batch)
             slices = place.sequences
-            context = model.context if slices is None else slices.context(layer, place.index)
+            context = model.context if slices is None else slices.context(layer, place.index, model.context)
             phases.extend(block_phases(block, model.dispatcher, store, balance, label, documents, routes, context))
 
         phases: list[Phase] = []
@@ -339,11 +339,14 @@ class Stage:
                     phases.append(ComputePhase(compute(sums), store))
                 else:
                     phases.append(RecomputedHead(compute(sums), compute(LossSums(sums.names)), store))
-        return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch)))
+        slices = place.sequences
+        return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch, slices)))
 
-    def _shared(self, batch: MicroBatch | None) -> Iterator[Tensor]:
+    def _shared(self, batch: MicroBatch | None, slices: SlicedSequences | None = None) -> Iterator[Tensor]:
         yield from self._model.parameters()
         yield from self._model.buffers()
+        # Later slices attend to the rows of a slice whose other tensors are in host memory.
+        yield from () if slices is None else slices.rows()
         if batch is not None:
             yield from (*batch.inputs_BT, *batch.targets_BT, *batch.extras.values())
             yield from (rows for rows in batch.target_rows if rows is not None)

@@ -79,13 +79,13 @@ class Replica:
 
     @property
     def parts(self) -> SequenceParts:
-        """Which tokens of a sequence each rank of the context group holds, or each slice."""
+        """Which tokens of a sequence each rank of the context group holds of each slice."""
         return sequence_parts(self.config, self.world.layout.parallelism.context, self.schedule.slices)
 
     def part_of(self, micro_batch: int) -> int:
         """Returns the index of the part of its sequences that a micro-batch holds on this rank."""
-        slices = self.schedule.slices
-        return self.world.context_index if slices == 1 else micro_batch % slices
+        context = self.world.layout.parallelism.context
+        return micro_batch % self.schedule.slices * context + self.world.context_index
 
     @property
     def global_sequences(self) -> int:
@@ -383,7 +383,7 @@ class BatchReader:
 
 
 def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch:
-    """Returns the part of a micro-batch that one of several ranks holds, or one of several slices.
+    """Returns the part of a micro-batch that one of several ranks holds of one of several slices.
 
     Inputs and targets were shifted over whole sequences, so MTP depths read and predict tokens of other parts.
     """

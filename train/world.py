@@ -18,12 +18,12 @@ from comm.exits import Preemption
 from comm.groups import Groups
 from comm.lane import HostCopies, Lane, open_host_copies
 from comm.layout import Layout
-from comm.protocol import ALONE, ContextGroup, Dispatcher, SequenceParts, Work, zigzag_parts
+from comm.protocol import ALONE, ContextGroup, Dispatcher, SequenceParts, Work, sliced_parts
 from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Message, Schedule, linked_pairs
 from model.config import Computing, ModelConfig
-from model.size import slice_lengths, slice_starts
+from model.size import slice_lengths
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import BatchConfig, Precision, TrainConfig
@@ -240,6 +240,7 @@ class ReplicaConfig:
     batch: BatchConfig
     pairing: Literal["overlapped", "sequential"]
     seed: int | None
+    slice_by: Literal["work", "length"] = "work"
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
@@ -255,23 +256,29 @@ class ReplicaConfig:
             batch=config.batch,
             pairing=config.schedule.pairing,
             seed=config.seed,
+            slice_by=config.schedule.slice_by,
         )
 
 
 def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> SequenceParts:
-    """Returns which tokens of a sequence each rank of a context group holds, or each slice."""
-    length = config.batch.sequence_length_tokens
-    if slices == 1:
-        return zigzag_parts(length, context)
-    lengths = slice_lengths(config.model, length, slices, is_fp8=config.precision.kind == "fp8")
-    return SequenceParts(edges=slice_starts(lengths), held=tuple((index,) for index in range(slices)))
+    """Returns which tokens of a sequence each rank of a context group holds of each slice."""
+    lengths = slice_lengths(
+        config.model,
+        config.batch.sequence_length_tokens,
+        slices,
+        is_fp8=config.precision.kind == "fp8",
+        equal=config.slice_by,
+        context=context,
+    )
+    return sliced_parts(lengths, context)
 
 
 def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tuple[tuple[int, int, int], ...]:
     """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences."""
     batch = config.batch.micro_sequences
     hidden = config.model.hidden_size
-    return tuple((batch, parts.tokens_of(index), hidden) for index in range(slices))
+    first_parts = range(0, len(parts.held), len(parts.held) // slices)
+    return tuple((batch, parts.tokens_of(index), hidden) for index in first_parts)
 
 
 def build_model(

@@ -132,16 +132,17 @@ def _check_slices(config: TrainConfig) -> None:
     length = config.batch.sequence_length_tokens
     context = config.parallelism.context
     check_slices(config.schedule.kind, config.num_micro_batches, slices)
+    if slices == 1 and config.schedule.slice_by != "work":
+        raise broken("schedule.slice_by", "must be work with schedule.slices=1", config.schedule.slice_by, "work")
     if slices == 1:
         return
     if not TASKS.get(config.task.kind).splits_sequences:
         rule = f"must be 1 with task={config.task.kind}, because its loss reads whole sequences"
         raise broken(_SLICES, rule, slices, f"1, or {_splitting_tasks()}")
-    if context > 1:
-        rule = f"must be 1 with parallelism.context={context}, because sequences are cut over ranks or over time"
-        raise broken(_SLICES, rule, slices, "1, or parallelism.context=1")
-    if slices > length:
-        raise broken(_SLICES, f"must be at most {_LENGTH}={length}", slices, length)
+    segments = 2 * context if context > 1 else 1
+    if slices * segments > length:
+        unit = f" / {segments}, the segments of a slice on {context} ranks" if context > 1 else ""
+        raise broken(_SLICES, f"must be at most {_LENGTH}={length}{unit}", slices, length // segments)
 
 
 def _splitting_tasks() -> str:

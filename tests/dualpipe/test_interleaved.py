@@ -146,14 +146,6 @@ def test_validator_refuses_slices_in_one_group() -> None:
         validate(replace(schedule, ranks=(together,)))
 
 
-def test_validator_refuses_offloaded_slices() -> None:
-    schedule = sliced(1, 1, 2)
-    first, second, *backwards = schedule.ranks[0]
-    copies = (Operation(Op.OFFLOAD, 0, 0, 0),), (Operation(Op.RELOAD, 0, 0, 0),)
-    with pytest.raises(ScheduleError, match=r"has O0\.0; slices of sequences cannot be offloaded"):
-        validate(replace(schedule, ranks=((first, second, *copies, *backwards),)))
-
-
 def test_sizes_that_slices_do_not_divide_are_refused() -> None:
     with pytest.raises(ScheduleError, match=r"num_micro_batches: must be a multiple of schedule.slices=4.*nearest: 12"):
         check_slices("sliced_1f1b", 13, 4)

@@ -1,6 +1,7 @@
 """Attention and the whole model over ranks that share sequences: outputs, loss, gradients and what they keep."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.layout import Layout, forecast_context_bytes, num_kept_ranks
-from comm.protocol import ALONE, ContextGroup
+from comm.protocol import ALONE, ContextGroup, sliced_parts
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
 from launch.config.run_config import compose_run
@@ -22,6 +23,7 @@ from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recompute
 from model.linear import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.objective import LossSums, MicroBatch, loss_names
+from model.slices import SlicedSequences
 from model.transformer import Transformer, build_linears, initialize_weights
 from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn
@@ -194,6 +196,31 @@ NARROW_CASES = [
 ]
 
 
+def attend_in_slices(case: AttentionCase, ranks: ContextGroup, slices: int) -> list[dict[str, Tensor]]:
+    """Returns output and gradient of each slice, and with the last one the gradients of all weights."""
+    module = _Module(case)
+    documents = Documents.from_positions(torch.tensor(PLACES)) if case.is_packed else None
+    parts = sliced_parts([TOKENS // slices] * slices, ranks.size)
+    sequences = SlicedSequences(parts)
+    whole = [randn(2, TOKENS, case.config.hidden_size, seed=seed, dtype=case.dtype) for seed in (2, 3)]
+    members = [index * ranks.size + ranks.index for index in range(slices)]
+    inputs = [parts.take(whole[0], member).clone().requires_grad_() for member in members]
+    outputs = []
+    for index, x in enumerate(inputs):
+        context = sequences.context(0, index, ranks)
+        outputs.append(module.self_attn(x, module.norm, None, documents, context))
+    for out, member in reversed(list(zip(outputs, members, strict=True))):
+        out.backward(parts.take(whole[1], member))
+    assert not list(sequences.rows())
+    assert not list(sequences.carried())
+    found: list[dict[str, Tensor]] = [{"output": out.detach()} for out in outputs]
+    for made, x in zip(found, inputs, strict=True):
+        assert x.grad is not None
+        made["x"] = x.grad
+    found[-1] |= {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
+    return found
+
+
 class _Module(nn.Module):
     def __init__(self, case: AttentionCase) -> None:
         super().__init__()
@@ -266,6 +293,43 @@ def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, si
         assert expected.keys() == parts[0].keys()
         for name, exact in expected.items():
             assert_near(joined(parts, name), exact, 1e-10, f"{name}, {exchange}, {size} ranks, {case}")
+
+
+def _attend_all_in_slices(
+    rank: int, world_size: int, cases: list[AttentionCase], exchange: ContextExchange
+) -> list[tuple[list[dict[str, Tensor]], int]]:
+    observers = Observers(Traffic(), CollectiveLog())
+    layout = Layout(ParallelismConfig(pipeline=1, data=world_size, expert=1), ranks_per_node=2)
+    group = open_context(distributed.group.WORLD, layout, observers, exchange)
+    found = []
+    for case in cases:
+        made = attend_in_slices(case, group, 3)
+        snapshot = observers.traffic.take()
+        found.append((made, snapshot.num_bytes_within_node + snapshot.num_bytes_across_nodes))
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_slices_on_several_ranks_attend_and_send_as_predicted(exchange: ContextExchange) -> None:
+    """Each rank holds two segments of every slice. Outputs and gradients are those of whole sequences on one rank."""
+    cases = [AttentionCase(), AttentionCase(is_packed=True)]
+    results = run_ranks(2, _attend_all_in_slices, cases, exchange)
+    parts = sliced_parts([TOKENS // 3] * 3, 2)
+    for place, case in enumerate(cases):
+        expected = attend(replace(case, is_split=False), ALONE)
+        made = [result[place][0] for result in results]
+        for name, exact in expected.items():
+            if name in ("output", "x"):
+                whole = torch.empty_like(exact)
+                for index, rank in product(range(3), range(2)):
+                    parts.put(made[rank][index][name], 2 * index + rank, whole)
+            else:
+                whole = made[0][-1][name] + made[1][-1][name]
+            assert_near(whole, exact, 1e-10, f"{name}, {exchange}, {case}")
+        value = case.dtype.itemsize * values_per_token(case.config)
+        sizes = {"row_bytes": value, "gradient_bytes": value, "wide_gradient_bytes": value}
+        predicted = forecast_context_bytes(size=2, num_tokens=2 * TOKENS, is_ring=exchange == "ring", slices=3, **sizes)
+        assert [result[place][1] for result in results] == [predicted.forward + predicted.backward] * 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.config import ModelConfig
-from model.size import count_parameters, count_work, slice_lengths, slice_starts, training_flops_per_token
+from model.size import count_parameters, count_work, slice_lengths, training_flops_per_token
 from model.transformer import BIAS, Transformer, named_tensors
 from tests.tiny import MODEL
 
@@ -77,9 +77,8 @@ def test_slices_have_equal_work(name: str, length: int, slices: int) -> None:
     model = preset(name)
     lengths = slice_lengths(model, length, slices, is_fp8=False)
     assert sum(lengths) == length
-    assert slice_starts(lengths) == tuple(accumulate(lengths, initial=0))
     # Work of the first x tokens: they cost x times the mean cost of a token in a sequence of x tokens.
-    first = [x and x * count_work(model, x, is_fp8=False).total(model) for x in slice_starts(lengths)]
+    first = [x and x * count_work(model, x, is_fp8=False).total(model) for x in accumulate(lengths, initial=0)]
     works = [after - before for before, after in pairwise(first)]
     # A border is off by at most half a unit of 128 tokens, or of 1 if slices are short.
     last_token = works[-1] / lengths[-1]
@@ -92,5 +91,7 @@ def test_slices_have_equal_work(name: str, length: int, slices: int) -> None:
 
 def test_every_slice_has_a_token() -> None:
     assert slice_lengths(preset("quickstart"), 5, 5, is_fp8=False) == (1, 1, 1, 1, 1)
+    assert slice_lengths(preset("quickstart"), 16, 4, is_fp8=False, context=2) == (4, 4, 4, 4)
+    assert slice_lengths(preset("quickstart"), 4096, 4, is_fp8=False, equal="length") == (1024,) * 4
     with pytest.raises(ValueError, match="must be in 1 to 5, the tokens of a sequence, is 6; nearest valid: 5"):
         slice_lengths(preset("quickstart"), 5, 6, is_fp8=False)

@@ -17,7 +17,6 @@ from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import Prepared
 from dualpipe.builder import build_schedule
-from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
 from kernels.cross_entropy import linear_cross_entropy
@@ -35,6 +34,7 @@ from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
 from train.replica import BatchReader, Replica, StepBatch, TaskHook, open_replica
 from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
+from train.schedule.timing import nominal_costs
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.distill import DistillConfig, is_scores_folder
 from train.tasks.registry import TASKS, StepRates, Task, open_task
@@ -88,9 +88,8 @@ def opened_replica(config: TrainConfig) -> Iterator[Replica]:
 
 def configured_schedule(config: TrainConfig) -> Schedule:
     assert config.schedule.kind != "auto"
-    if config.schedule.slices > 1:
-        return one_f_one_b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
-    return build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    costs = nominal_costs(config, config.schedule.kind) if config.schedule.slices > 1 else None
+    return build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches, costs)
 
 
 def task_of(config: TrainConfig) -> Task:

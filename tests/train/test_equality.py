@@ -170,9 +170,10 @@ def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) 
     """A small run under a schedule: as few sequences as it has micro-batches, a layer for each stage or more."""
     config = layout_config(folder, schedule.num_ranks, data, expert)
     model = replace(config.model, num_layers=max(3, schedule.num_stages), mtp_depth=1)
-    batch = schedule.num_micro_batches * data
+    batch = schedule.num_micro_batches // schedule.slices * data
     sizes = replace(config.batch, global_sequences=batch, sequence_length_tokens=12)
-    return Job(config=replace(config, model=model, batch=sizes), starved=1, schedule=schedule)
+    slices = replace(config.schedule, slices=schedule.slices)
+    return Job(config=replace(config, model=model, batch=sizes, schedule=slices), starved=1, schedule=schedule)
 
 
 def is_repeated(schedule: Schedule) -> bool:
@@ -270,9 +271,11 @@ def test_any_schedule_equals_one_rank(folder: Path, data: int, make_schedules: C
 @pytest.mark.parametrize(
     ("make_schedule", "data"),
     [
-        (lambda: random_schedule(bidirectional(2), 4, 0), 1),
+        (lambda: random_schedule(bidirectional(2), 8, 0, slices=2, link_depth=2), 1),
         *exhaustive(
-            (lambda: build_schedule("dualpipe_split", 1, 3), 1), (lambda: random_schedule(v_shaped(2), 3, 0), 2)
+            (lambda: random_schedule(bidirectional(2), 4, 0), 1),
+            (lambda: build_schedule("dualpipe_split", 1, 3), 1),
+            (lambda: random_schedule(v_shaped(2), 3, 0), 2),
         ),
     ],
 )

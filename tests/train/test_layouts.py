@@ -113,38 +113,62 @@ def test_zero1_shards_over_ranks_that_share_sequences(folder: Path) -> None:
     assert_zero1_equal(run_ranks(4, run_jobs, [Job(config=config, starved=1)], STEPS), config)
 
 
-def sliced_config(folder: Path, pipeline: int, data: int, slices: int, *, document_mask: bool) -> TrainConfig:
-    """A run whose sequences hold several uneven documents and padding."""
-    mesh = ParallelismConfig(pipeline=pipeline, data=data, expert=data, cut=Cut("even"))
-    schedule = ScheduleConfig(kind="sliced_1f1b", chunks=None, pairing="overlapped", slices=slices)
-    config = tiny_config(folder, parallelism=mesh, schedule=schedule)
-    return replace(
-        config,
-        batch=replace(config.batch, document_mask=document_mask, sequence_length_tokens=61, global_sequences=3 * data),
-        model=replace(config.model, num_layers=max(3, pipeline), mtp_depth=2),
+def sliced_config(
+    folder: Path, sizes: tuple[int, int, int], kind: str, slices: int, *, document_mask: bool
+) -> TrainConfig:
+    """A run whose sequences hold several uneven documents and padding, on pipeline x data x context ranks."""
+    pipeline, data, context = sizes
+    mesh = ParallelismConfig(pipeline=pipeline, data=data, context=context, expert=data * context, cut=Cut("even"))
+    schedule = ScheduleConfig(
+        kind=kind,
+        chunks=2 if kind == "dualpipe_interleaved" else None,
+        pairing="overlapped",
+        slices=slices,
+        slice_by="length" if slices == 2 else "work",
+        link_depth=2,
     )
+    config = tiny_config(folder, parallelism=mesh, schedule=schedule)
+    batch = replace(
+        config.batch,
+        document_mask=document_mask,
+        sequence_length_tokens=61 if context == 1 else 64,
+        global_sequences=(3 if pipeline < 3 else 6) * data,
+    )
+    return replace(config, batch=batch, model=replace(config.model, num_layers=max(4, pipeline), mtp_depth=2))
 
 
 def whole(config: TrainConfig) -> TrainConfig:
     """The same run on one rank, with whole sequences."""
     mesh = ParallelismConfig(pipeline=1, data=1, expert=1)
-    return replace(config, parallelism=mesh, schedule=replace(config.schedule, kind="1f1b", slices=1))
+    return replace(config, parallelism=mesh, schedule=ScheduleConfig(kind="1f1b", chunks=None, pairing="sequential"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pipeline", "data", "slices", "document_mask", "recompute"),
+    ("sizes", "kind", "slices", "document_mask", "recompute"),
     [
-        (1, 1, 3, False, ()),
-        pytest.param(2, 1, 4, True, ("layer",), marks=pytest.mark.slow),
-        pytest.param(1, 2, 2, False, ("norm", "mla_up"), marks=pytest.mark.long),
-        *exhaustive((1, 1, 3, True, ()), (2, 1, 4, False, ()), (2, 2, 5, True, ()), (4, 1, 2, True, ())),
+        ((2, 1, 1), "dualpipe_split", 3, True, ("layer",)),
+        ((1, 1, 2), "1f1b", 2, True, ()),
+        pytest.param((2, 1, 2), "dualpipe_interleaved", 2, False, ("norm", "mla_up"), marks=pytest.mark.long),
+        *exhaustive(
+            ((1, 1, 1), "1f1b", 3, True, ()),
+            ((2, 1, 1), "1f1b", 4, False, ("layer",)),
+            ((1, 2, 2), "1f1b", 3, False, ("layer",)),
+            ((2, 2, 1), "dualpipe_interleaved", 5, True, ("norm",)),
+            ((4, 1, 1), "dualpipe_split", 2, True, ()),
+            ((2, 1, 4), "dualpipe_split", 3, True, ("layer",)),
+        ),
     ],
 )
 def test_sequences_in_slices_equal_whole_ones(
-    folder: Path, pipeline: int, data: int, slices: int, document_mask: bool, recompute: tuple[Recomputed, ...]
+    folder: Path,
+    sizes: tuple[int, int, int],
+    kind: str,
+    slices: int,
+    document_mask: bool,
+    recompute: tuple[Recomputed, ...],
 ) -> None:
-    config = replace(sliced_config(folder, pipeline, data, slices, document_mask=document_mask), recompute=recompute)
+    config = replace(sliced_config(folder, sizes, kind, slices, document_mask=document_mask), recompute=recompute)
     check_scores(config, whole(config), whole(config))
 
 

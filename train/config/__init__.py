@@ -451,12 +451,17 @@ class TrainConfig:
 
     @property
     def part_lengths(self) -> tuple[int, ...]:
-        """The tokens of each slice of a sequence, or of a rank's part if it is not cut into slices."""
-        length = self.batch.sequence_length_tokens
-        slices = self.schedule.slices
-        if slices > 1:
-            return slice_lengths(self.model, length, slices, is_fp8=self.precision.kind == "fp8")
-        return (length // self.parallelism.context,)
+        """The tokens of each slice of a sequence that a rank holds."""
+        context = self.parallelism.context
+        lengths = slice_lengths(
+            self.model,
+            self.batch.sequence_length_tokens,
+            self.schedule.slices,
+            is_fp8=self.precision.kind == "fp8",
+            equal=self.schedule.slice_by,
+            context=context,
+        )
+        return tuple(length // context for length in lengths)
 
     @property
     def dispatch_site(self) -> DispatchSite:

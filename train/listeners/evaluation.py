@@ -242,7 +242,7 @@ class PipelinedModel:
         context = replica.world.layout.parallelism.context
         slices = replica.schedule.slices
         multiple = 2 * context if context > 1 else 1
-        length = max(-(-length // multiple) * multiple, slices)
+        length = max(-(-length // multiple), slices) * multiple
         batch = replace(replica.config.batch, sequence_length_tokens=length, micro_sequences=num_rows)
         config = replace(replica.config, batch=batch)
         shapes = link_shapes(config, sequence_parts(config, context, slices), slices)

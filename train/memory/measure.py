@@ -18,13 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comm.context_group import GatherContext, LinkedContext, RingContext, Shift
-from comm.protocol import ALONE, Arrived, CompletedWork, ContextGroup, Dispatcher, Label, SequenceParts, Work
+from comm.protocol import ALONE, Arrived, CompletedWork, ContextGroup, Dispatcher, Label, Work, sliced_parts
 from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
 from kernels.launch import without_launches
 from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.objectives.pairs import SCORE, head_objective
-from model.size import slice_starts
 from model.slices import RunPlace, SlicedSequences
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer
@@ -114,6 +113,10 @@ class _Account:
         """Returns the bytes that all runs keep for their backward."""
         return self.storages.bytes_of(tensor for run in self.runs for tensor in run.kept())
 
+    def resident_bytes(self) -> int:
+        """Returns the bytes of the rows to which later slices attend."""
+        return self.storages.bytes_of(self.sequences.rows())
+
     def carried_bytes(self) -> int:
         """Returns the bytes of gradients of earlier slices' rows."""
         return self.storages.bytes_of(self.sequences.carried())
@@ -153,10 +156,8 @@ class _PartRuns:
         exchanges: Iterator[PhaseKind] = cycle(("dispatch", "combine"))
         self._kinds = ["compute" if lane == "compute" else next(exchanges) for lane in self._stage.lanes]
         self._store = GradientStore(self.model.parameters())
-        self._slices = SequenceParts(
-            edges=slice_starts(tuple(sizes_of_slice.tokens for sizes_of_slice in by_slice)),
-            held=tuple((index,) for index in range(len(by_slice))),
-        )
+        lengths = [sizes.context * sizes_of_slice.tokens for sizes_of_slice in by_slice]
+        self._slices = sliced_parts(lengths, sizes.context)
         self._objective, names = head_objective(config, 1.0)
         self._sums = LossSums(names)
 
@@ -186,10 +187,16 @@ class _PartRuns:
 
     def _measure_forward(self, run: StageRun, phase: int, account: "_Account") -> PhaseBytes:
         before = account.kept_bytes()
+        resident_before = account.resident_bytes()
         peak = account.storages.peak_of(partial(self._forward, run, phase))
         kept_after = account.kept_bytes()
-        values = account.storages.live_bytes() - kept_after
-        return PhaseBytes(kind=self._kinds[phase], values=values, kept=kept_after - before, forward_peak=peak)
+        return PhaseBytes(
+            kind=self._kinds[phase],
+            values=account.storages.live_bytes() - kept_after,
+            kept=kept_after - before,
+            resident=account.resident_bytes() - resident_before,
+            forward_peak=peak,
+        )
 
     def _measure_backward(self, run: StageRun, sizes: list[PhaseBytes], account: "_Account") -> list[PhaseBytes]:
         """Adds the sizes of a run's backward and W."""

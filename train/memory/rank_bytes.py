@@ -81,6 +81,7 @@ class PhaseBytes:
         kind: a computation, or one of a block's two exchanges.
         values: results that only the run holds, until the next phase has finished.
         kept: from its forward to its backward.
+        resident: part of `kept` that an offload leaves on the device, because later slices attend to it.
         routing: from its forward to the end of the micro-batch.
         gradients: gradients of its inputs that the run holds, until the phase before has finished.
         shared: part of `gradients` for which a W of this phase or of later ones waits too.
@@ -95,6 +96,7 @@ class PhaseBytes:
     kind: PhaseKind = "compute"
     values: int = 0
     kept: int = 0
+    resident: int = 0
     routing: int = 0
     gradients: int = 0
     shared: int = 0
@@ -268,9 +270,9 @@ class RankBytes:
                 self.observe(run.phases[step.phase].weight_peak)
                 self._finish_weight(run, run.phases[step.phase].waiting)
             case Action.RELEASE:
-                self._activations -= sum(phase.kept for phase in run.phases)
+                self._activations -= sum(phase.kept - phase.resident for phase in run.phases)
             case Action.RELOAD:
-                self._activations += sum(phase.kept for phase in run.phases)
+                self._activations += sum(phase.kept - phase.resident for phase in run.phases)
             case Action.FINISH:
                 del self._runs[step.run]
                 self._routing -= run.routing
@@ -401,7 +403,7 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
         has_end: whether the rank holds the embedding or a head.
     """
     masks = config.batch.document_mask
-    num_parts = max(config.parallelism.context, config.schedule.slices)
+    num_parts = config.parallelism.context * config.schedule.slices
     micro_batch_bytes = 0
     if has_end or masks:
         micro_batch_bytes = 2 * (config.model.mtp_depth + 1) * sizes.num_tokens * _ID_BYTES

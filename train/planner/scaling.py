@@ -232,7 +232,8 @@ class _Scale:
         # Ranks that share a sequence expand the latents of all its tokens to keys and values, and slices those of all
         # tokens before their end.
         slices = self.config.schedule.slices
-        shared = (slices + 1) / 2 if slices > 1 else self.attended_tokens / self.config.rank_sequence_tokens
+        ranks = self.config.parallelism.context
+        shared = ranks * (slices + 1) / 2 if slices > 1 else self.attended_tokens / self.config.rank_sequence_tokens
         expanded = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
         part = self._part(
             self.rates.attention,
@@ -440,10 +441,12 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSec
         gradient_bytes=width * _VALUE_BYTES,
         wide_gradient_bytes=width * _WIDE_BYTES,
         is_ring=size > MOST_GATHERED_RANKS,
+        slices=config.schedule.slices,
     )
     # A context group is a run of ranks, so it fills nodes one after the other.
     away = max(0, size - cluster.ranks_per_node) / (size - 1)
     inter = cluster.inter_node_bytes_per_second or reference.inter_node_bytes_per_second
     intra = cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second
     per_byte = max(away / inter, (1 - away) / intra)
-    return ContextSeconds(forward=sent.forward * per_byte, backward=sent.backward * per_byte)
+    per_slice = per_byte / config.schedule.slices
+    return ContextSeconds(forward=sent.forward * per_slice, backward=sent.backward * per_slice)

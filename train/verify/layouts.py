@@ -11,7 +11,7 @@ from math import gcd, lcm
 from typing import Literal
 
 from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispatchConfig, ParallelismConfig
-from dualpipe.ir import ScheduleError
+from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, CutError, ModelConfig, PlainRope
@@ -266,15 +266,17 @@ def _draw(base: TrainConfig, generator: random.Random) -> TrainConfig:
     dispatch = _exchange(base, expert)
     if expert == 1 and generator.random() < 0.3:
         dispatch = LocalDispatchConfig(kind="local", payload="full")
-    return replace(
+    drawn = replace(
         run,
-        schedule=schedule,
         dispatch=dispatch,
         batch=replace(base.batch, micro_sequences=generator.choice((1, 2))),
         model=replace(run.model, mtp_depth=generator.choice((0, 1, 2))),
         recompute=tuple(sorted(generator.sample(RECOMPUTED, generator.randrange(len(RECOMPUTED) + 1)))),
         seed=generator.randrange(2**31),
     )
+    depth = 1 + drawn.seed % MOST_LINK_DEPTH
+    slice_by: Literal["work", "length"] = "length" if schedule.slices > 1 and drawn.seed % 2 else "work"
+    return replace(drawn, schedule=replace(schedule, link_depth=depth, slice_by=slice_by))
 
 
 def _axis_sizes(ranks: int) -> list[int]:

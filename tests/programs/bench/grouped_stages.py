@@ -80,8 +80,9 @@ CASES = (
     GroupedCase(kind="dualpipe_interleaved", chunks=2, exchange=0.65, is_uneven=True, blocks=2),
     GroupedCase(kind="dualpipe_interleaved", chunks=2, exchange=1.0, is_uneven=True, blocks=2),
     GroupedCase(kind="dualpipe_split", chunks=1, exchange=1.0, is_uneven=False, blocks=4, slices=2),
+    GroupedCase(kind="dualpipe_split", chunks=1, exchange=0.65, is_uneven=True, blocks=4, slices=2),
 )
-"""All have four blocks of phases in model/P for each sequence."""
+"""All have four blocks of phases in model/P."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

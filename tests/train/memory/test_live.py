@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -204,6 +205,9 @@ def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None
             ((BASE, (LAYER,)), "fp8"),
         )
     ]
+    config = jobs[0][0]
+    slices = replace(config.schedule, kind="dualpipe_split", slices=2, link_depth=2)
+    jobs.append((replace(config, schedule=slices), None))
     for rank, compared in enumerate(run_ranks(4, compare_rank, jobs, False)):
         for (job, _), each in zip(jobs, compared, strict=True):
             # Messages that have left may still be there.
@@ -274,6 +278,9 @@ def test_slices_keep_what_is_predicted(folder: Path) -> None:
         batch = replace(config.batch, global_sequences=4)
         schedule = replace(config.schedule, kind="sliced_1f1b", slices=4)
         jobs.append((replace(config, batch=batch, schedule=schedule), one_f_one_b(1, 8, 4)))
+    # Rows to which later slices attend stay on the device.
+    jobs.append((jobs[0][0], offloaded(jobs[0][1], 1, 1.0)))
     (results,) = run_ranks(1, compare_rank, jobs, False)
     for (config, _), compared in zip(jobs, results, strict=True):
         check_alone(compared, config.precision.kind)
+    assert mean(results[2].after) < 0.9 * mean(results[0].after)

@@ -17,10 +17,10 @@ from train.config import TrainConfig
 from train.memory import predict_memory
 
 MOST_OVER, MOST_UNDER = 0.03, 0.01
-SLICED = "sliced_1f1b"
-EVERY_KIND = (*candidates(), SLICED)
-# Both directions, a V with deferred weight gradients, and slices; both optimizers.
-EVERY_PLACEMENT = ("dualpipe", "zb_v", SLICED)
+SLICED = {"sliced_1f1b": 4, "dualpipe_split": 2}
+EVERY_KIND = (*candidates(), *SLICED)
+# Both directions, a V with deferred weight gradients, and slices in both directions; both optimizers.
+EVERY_PLACEMENT = ("dualpipe", "zb_v", "dualpipe_split")
 
 
 def make_job(folder: Path, kind: str, pipeline: int, num_ranks: int) -> TrainConfig:
@@ -36,10 +36,16 @@ def make_job(folder: Path, kind: str, pipeline: int, num_ranks: int) -> TrainCon
         RECOMPUTED,
         PRECISIONS["float32"],
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
-        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="sequential", slices=4 if kind == SLICED else 1),
+        schedule=ScheduleConfig(
+            kind=kind,
+            chunks=None,
+            pairing="sequential",
+            slices=SLICED.get(kind, 1),
+            link_depth=2 if kind in SLICED else 1,
+        ),
     )
     sequences = 2 * pipeline * data * config.batch.micro_sequences
-    sharding: Literal["zero1", "replicated"] = "zero1" if len(kind) % 2 else "replicated"
+    sharding: Literal["zero1", "replicated"] = "zero1" if len(kind) % 2 or kind in SLICED else "replicated"
     return replace(
         config,
         batch=replace(config.batch, global_sequences=sequences),
