@@ -8,6 +8,7 @@ from kernels.quantize import reference
 quantize_1x128 = operation(reference.quantize_1x128, cuda="triton")
 dequantize_1x128 = operation(reference.dequantize_1x128, cuda="triton")
 quantize_columns = operation(reference.quantize_columns, cuda="triton_columns")
+quantize_both = operation(reference.quantize_both, cuda="triton_columns")
 requantize_columns = operation(reference.requantize_columns, cuda="triton_columns")
 quantize_128x128 = operation(reference.quantize_128x128, cuda="triton")
 transpose_blocks = operation(reference.transpose_blocks, cuda="triton")

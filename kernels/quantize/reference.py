@@ -5,6 +5,7 @@
 # dimensions have no suffix. E5M6: B bytes of a packed row, V numbers of a row (D, or D + 1 if D is odd).
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,6 +251,14 @@ def quantize_columns(
     check_min_amax(min_amax)
     quantized = _quantize_tiles(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)
     return QuantizedColumns(quantized.codes, quantized.scales)
+
+
+def quantize_both(
+    rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
+) -> tuple[Quantized, QuantizedColumns]:
+    """Returns `quantize_1x128` and `quantize_columns` of the same rows, which a kernel reads once."""
+    options: dict[str, Any] = {"power_of_two": power_of_two, "min_amax": min_amax}
+    return quantize_1x128(rows_ND, **options), quantize_columns(rows_ND, counts, **options)
 
 
 def requantize_columns(

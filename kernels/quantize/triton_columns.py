@@ -1,7 +1,8 @@
 """Transposed FP8 codes with a scale per column and 128 rows of a group, in Triton.
 
 Results are bit-equal to reference.py. Both kernels are memory-bound: each number is read once and written once,
-both in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
+both in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory. `quantize` also
+writes codes by rows if they are wanted, in tiles of 128 x 128.
 
     kernel     grid                        tile                      accumulator            rounding
     quantize   (D / block_columns, tiles)  128 rows x block_columns  amax in int32, so that scale: division to nearest
@@ -18,6 +19,7 @@ from the tile's number.
 # Shape legend: as there, and T tiles in all.
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +35,7 @@ from kernels.quantize.layout import (
     check_min_amax,
     check_numbers,
     check_quantized,
+    empty_quantized,
     num_tiles,
     padded_rows,
 )
@@ -85,6 +88,8 @@ def _store_columns(
 def quantize_columns_kernel(
     rows: tl.tensor,
     bounds: tl.tensor,
+    row_codes: tl.tensor,
+    row_scales: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     num_rows: tl.tensor,
@@ -94,15 +99,22 @@ def quantize_columns_kernel(
     min_amax: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
     GROUPED: tl.constexpr,
+    WITH_ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Quantizes BLOCK_COLUMNS columns of one tile of rows."""
+    """Quantizes BLOCK_COLUMNS columns of one tile of rows; WITH_ROWS: 128, and by rows too."""
     row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
     columns = _columns_of(VECTOR, BLOCK_COLUMNS)
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
     values = tl.load(rows + row[:, None] * rows_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if WITH_ROWS:
+        scale = compute_scales(largest_bits(values, 1), min_amax, POWER_OF_TWO)
+        code = compute_codes(values, scale, POWER_OF_TWO)
+        tl.store(row_codes + row[:, None] * num_columns + columns[None, :], code, mask=inside)
+        row_tile = row[:, None] * tl.num_programs(0) + tl.program_id(0)
+        tl.store(row_scales + row_tile, scale, mask=in_rows[:, None])
     _store_columns(values, codes, scales, columns, num_columns, num_tiles, min_amax, POWER_OF_TWO, BLOCK_ROWS)
 
 
@@ -145,8 +157,12 @@ def quantize_columns(
     block_columns: int = 64,
     vector: int = 4,
     num_warps: int = 8,
+    by_rows: Quantized | None = None,
 ) -> QuantizedColumns:
-    """Implements `reference.quantize_columns`; a thread loads `vector` adjacent columns."""
+    """Implements `reference.quantize_columns`; a thread loads `vector` adjacent columns.
+
+    `by_rows`: memory for the codes by rows, with which `block_columns` must be 128.
+    """
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
@@ -159,8 +175,8 @@ def quantize_columns(
     quantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
         rows_ND,
         _bounds(counts, rows_ND.device),
-        quantized.codes,
-        quantized.scales,
+        *(by_rows or (None, None)),
+        *quantized,
         num_rows,
         num_columns,
         tiles,
@@ -168,6 +184,7 @@ def quantize_columns(
         float(min_amax),
         POWER_OF_TWO=power_of_two,
         GROUPED=len(counts) > 1,
+        WITH_ROWS=by_rows is not None,
         VECTOR=vector,
         BLOCK_ROWS=TILE,
         BLOCK_COLUMNS=block_columns,
@@ -175,6 +192,25 @@ def quantize_columns(
         enable_fp_fusion=False,
     )
     return quantized
+
+
+def quantize_both(
+    rows_ND: Tensor,
+    counts: Sequence[int],
+    *,
+    power_of_two: bool,
+    min_amax: float = 1e-4,
+    vector: int = 8,
+    num_warps: int = 16,
+) -> tuple[Quantized, QuantizedColumns]:
+    """Implements `reference.quantize_both`; arguments as `quantize_columns`."""
+    check_numbers("quantize_both: rows_ND", rows_ND, 2)
+    rows = empty_quantized(rows_ND, *rows_ND.shape)
+    options: dict[str, Any] = {"power_of_two": power_of_two, "min_amax": min_amax}
+    columns = quantize_columns(
+        rows_ND, counts, **options, block_columns=TILE, vector=vector, num_warps=num_warps, by_rows=rows
+    )
+    return rows, columns
 
 
 def requantize_columns(

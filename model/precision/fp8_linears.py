@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from kernels.gemm import grouped_rows_fp8, grouped_weight_fp8
-from kernels.quantize import pack_e5m6, quantize_1x128, quantize_columns, requantize_columns, unpack_e5m6
+from kernels.quantize import pack_e5m6, quantize_1x128, quantize_both, quantize_columns, requantize_columns, unpack_e5m6
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
@@ -154,8 +154,9 @@ class _LatentLinears:
         maps = self._maps
         out = self._weights.out
         # The restored output is quantized along the other axis, with power-of-two scales as in the forward.
-        gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
-        return maps.input_gradient(grad_ND, (out,)), deliver_gradient(out, gradient, self._options.sink)
+        grad = maps.gradient(grad_ND, (out,))
+        product = maps.weight_gradient(grad, self.mixed(), power_of_two=True)
+        return maps.input_gradient(grad, (out,)), deliver_gradient(out, product, self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
         weights = self._weights
@@ -172,8 +173,9 @@ class _LatentLinears:
     def _backward(self, grad: Tensor, normal: _Normal, norm: Tensor, up: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
         maps = self._maps
         # Weight gradient in W from codes; input gradient now, back through the norm.
-        grad_up = deliver_gradient(up, maps.weight_gradient(grad, normal.operand), self._options.sink)
-        grad_NL = maps.input_gradient(grad, (up,))
+        codes = maps.gradient(grad, (up,))
+        grad_up = deliver_gradient(up, maps.weight_gradient(codes, normal.operand), self._options.sink)
+        grad_NL = maps.input_gradient(codes, (up,))
         grad_x_NL, grad_norm = rms_norm_backward_from_codes(grad_NL, normal.operand, normal.inverse, norm)
         out_BTL.copy_(grad_x_NL.view_as(out_BTL))
         return NormAndUpGradients(grad_norm.to(norm.dtype), grad_up)
@@ -297,11 +299,11 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales, inverse_A1, norm_weight_D, *weights_ND = ctx.saved_tensors
         operand = Quantized(codes, scales)
-        grad_AN = grads[0].flatten(0, -2)
         maps = ctx.options.maps
         # Gradient of the norm's output, then of its input from the codes, for which rounding is the identity.
-        grad_AD = maps.input_gradient(grad_AN, weights_ND)
-        grad_weights = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
+        grad = maps.gradient(grads[0].flatten(0, -2), weights_ND)
+        grad_AD = maps.input_gradient(grad, weights_ND)
+        grad_weights = deliver_parts(weights_ND, maps.weight_gradient(grad, operand), ctx.options.sink)
         grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
         grad_x = grad_x_AD.view(*grads[0].shape[:-1], grad_x_AD.shape[1])
         return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *grad_weights
@@ -328,12 +330,12 @@ class _LinearOfRows(torch.autograd.Function):
         x, norm_weight_D, *weights_ND = ctx.saved_tensors
         options: _NormOptions = ctx.options
         maps = options.maps
-        grad_AN = grads[0].flatten(0, -2)
+        grad = maps.gradient(grads[0].flatten(0, -2), weights_ND)
         # The rows that were sent are not kept: their norm is computed again.
         normal_AD = recompute_norm(x, norm_weight_D, options.eps)
-        gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
+        gradient = maps.weight_gradient(grad, normal_AD, power_of_two=True)
         grad_weights = deliver_parts(weights_ND, gradient, options.sink)
-        return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *grad_weights
+        return maps.input_gradient(grad, weights_ND).view_as(x), None, None, None, None, *grad_weights
 
 
 class GatedDown(torch.autograd.Function):
@@ -366,11 +368,11 @@ class GatedDown(torch.autograd.Function):
         codes, scales, down_DM = ctx.saved_tensors
         (grad,) = grads
         maps = ctx.maps
-        grad_AD = grad.flatten(0, -2)
+        grad_codes = maps.gradient(grad.flatten(0, -2), (down_DM,))
         # Through the down-projection (AM), then the gate (AH).
-        grad_AM = maps.input_gradient(grad_AD, (down_DM,))
+        grad_AM = maps.input_gradient(grad_codes, (down_DM,))
         grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
-        grad_down = deliver_gradient(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
+        grad_down = deliver_gradient(down_DM, maps.weight_gradient(grad_codes, gated_AM), ctx.sink)
         return grad, grad_AH.view(ctx.shape), grad_down, None, None, None
 
 
@@ -449,10 +451,12 @@ class ExpertMlp(torch.autograd.Function):
         # Through `down` (AM), the gate (AH), and gate and up (AD).
         grad_AM = grouped_rows_fp8(grad, maps.codes(down_EDM).backward, counts, dtype)
         grad_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
-        grad_hidden = maps.gradient(grad_AH)
+        # Codes by rows for the next product, and by columns for the weight gradients; the rest is converted when they
+        # are computed.
+        grad_hidden, hidden_columns = quantize_both(
+            grad_AH, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX
+        )
         grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
-        # Operands of the weight gradients, in codes by columns; the rest is converted when they are computed.
-        hidden_columns = quantize_columns(grad_AH, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX)
         gated_columns = quantize_columns(gated_AM, counts, power_of_two=power_of_two)
 
         def gate_up_gradient(total_EHD: Tensor | None) -> Tensor:

@@ -18,11 +18,12 @@ from kernels.gemm import gemm_fp8, gemm_fp8_columns
 from kernels.quantize import (
     quantize_1x128,
     quantize_128x128,
+    quantize_both,
     quantize_columns,
     requantize_columns,
     transpose_blocks,
 )
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks, pack
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks, QuantizedColumns, pack
 from kernels.rms_norm import rms_norm
 from model.linear import WeightProduct
 from model.norm import NormSource
@@ -45,6 +46,15 @@ class _Piece:
     codes: WeightCodes
 
 
+@dataclass(frozen=True, slots=True)
+class GradientCodes:
+    """An output gradient of several maps in FP8: by rows for each piece, and by columns; and its type."""
+
+    pieces: Sequence[Quantized]
+    columns: QuantizedColumns
+    dtype: torch.dtype
+
+
 class Fp8Maps:
     """Products of FP8 operands for one model; scales that are powers of two are never rounded again."""
 
@@ -63,9 +73,17 @@ class Fp8Maps:
         finally:
             self._cached = before
 
-    def gradient(self, grad_AN: Tensor) -> Quantized:
-        """Quantizes an output gradient."""
-        return quantize_1x128(_dense(grad_AN), power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
+    def gradient(self, grad_AN: Tensor, weights_TK: Sequence[Tensor]) -> GradientCodes:
+        """Quantizes the output gradient of maps for both products of a backward, which usually reads it once."""
+        dense_AN = _dense(grad_AN)
+        counts = (len(dense_AN),)
+        pieces = self._pieces(weights_TK)
+        options: dict[str, Any] = {"power_of_two": self.power_of_two, "min_amax": GRADIENTS_MIN_AMAX}
+        if len(pieces) == 1:
+            rows, columns = quantize_both(dense_AN, counts, **options)
+            return GradientCodes((rows,), columns, grad_AN.dtype)
+        parts = [quantize_1x128(dense_AN[:, piece.outputs], **options) for piece in pieces]
+        return GradientCodes(parts, quantize_columns(dense_AN, counts, **options), grad_AN.dtype)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Returns the codes of one weight, NK or ENK."""
@@ -79,28 +97,28 @@ class Fp8Maps:
         outs = [gemm_fp8(operand, piece.codes.forward, weights_TK[0].dtype) for piece in self._pieces(weights_TK)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def input_gradient(self, grad_AN: Tensor, weights_TK: Sequence[Tensor]) -> Tensor:
-        """Returns the gradient of that input, in the type of `grad_AN`, AK."""
+    def input_gradient(self, grad: GradientCodes, weights_TK: Sequence[Tensor]) -> Tensor:
+        """Returns the gradient of that input, in the type of the output's gradient, AK."""
         # Several pieces are summed in float32 and rounded once.
-        pieces = self._pieces(weights_TK)
-        dtype = grad_AN.dtype if len(pieces) == 1 else torch.float32
-        parts = [gemm_fp8(self.gradient(grad_AN[:, piece.outputs]), piece.codes.backward, dtype) for piece in pieces]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(grad_AN.dtype)
+        pieces = zip(grad.pieces, self._pieces(weights_TK), strict=True)
+        dtype = grad.dtype if len(grad.pieces) == 1 else torch.float32
+        parts = [gemm_fp8(codes, piece.codes.backward, dtype) for codes, piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(grad.dtype)
 
     def weight_gradient(
-        self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
+        self, grad: GradientCodes, rows: Quantized | Tensor, *, power_of_two: bool | None = None
     ) -> WeightProduct:
         """Returns the gradient of all those maps, NK in float32, to be computed later; operands wait in FP8."""
         # The sum runs over rows here, so scales are along columns: one group of all rows.
-        counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
-        grad = quantize_columns(_dense(grad_AN), counts, power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)
+        gradient = grad.columns
         if isinstance(rows, Tensor):
-            columns = quantize_columns(rows, counts, power_of_two=rounds)
-            return WeightProduct(lambda total: gemm_fp8_columns(grad, columns, total=total))
+            columns = quantize_columns(rows, (len(rows),), power_of_two=rounds)
+            return WeightProduct(lambda total: gemm_fp8_columns(gradient, columns, total=total))
 
         def add(total: Tensor | None) -> Tensor:
-            return gemm_fp8_columns(grad, requantize_columns(rows, counts, power_of_two=rounds), total=total)
+            columns = requantize_columns(rows, (len(rows.codes),), power_of_two=rounds)
+            return gemm_fp8_columns(gradient, columns, total=total)
 
         return WeightProduct(add)
 

@@ -38,6 +38,9 @@ def check_columns(module: ModuleType, device: str, counts: Sequence[int], num_co
             assert_same_pair(
                 module.quantize_columns(there_ND, counts, power_of_two=power_of_two, min_amax=min_amax), expected
             )
+            rows, columns = module.quantize_both(there_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
+            assert_same_pair(rows, quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax))
+            assert_same_pair(columns, expected)
     for power_of_two, min_amax in ((True, GRADIENTS_MIN_AMAX), (False, ROWS_MIN_AMAX)):
         by_rows = quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
         # The layout of rows in a message: codes, then scales, both strided.

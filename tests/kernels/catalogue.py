@@ -58,18 +58,20 @@ def quantize_rows(power_of_two: bool) -> Launch:
     )
 
 
-def quantize_columns(counts: tuple[int, ...], *, from_codes: bool) -> Launch:
-    """Gradients, or inputs that were kept in FP8, for the product that gives a weight's gradient."""
+def quantize_columns(counts: tuple[int, ...], function: str = "quantize_columns") -> Launch:
+    """Gradients, by columns or both ways, or inputs that were kept in FP8, as operands of weight gradients."""
     num_rows = sum(counts)
-    moved = quantized_bytes(HIDDEN, padded_rows(counts))
-    moved += quantized_bytes(num_rows, HIDDEN) if from_codes else 2 * HIDDEN * num_rows
+    from_codes = function == "requantize_columns"
+    row_bytes = quantized_bytes(num_rows, HIDDEN)
+    moved = {"quantize_columns": 0, "quantize_both": row_bytes, "requantize_columns": row_bytes}[function]
+    moved += quantized_bytes(HIDDEN, padded_rows(counts)) + (0 if from_codes else 2 * HIDDEN * num_rows)
     options = {} if from_codes else {"min_amax": GRADIENTS_MIN_AMAX}
     return launch(
         "quantize.triton_columns",
         "requantize_columns" if from_codes else "quantize_columns",
-        f"{num_rows} x 7168, groups: {len(counts)}",
+        f"{num_rows} x 7168, groups: {len(counts)}{', and rows' if function == 'quantize_both' else ''}",
         moved,
-        "requantize_columns" if from_codes else "quantize_columns",
+        function,
         lambda tensors: ((tensors.rows if from_codes else tensors.normal)(num_rows, HIDDEN), counts),
         power_of_two=False,
         **options,  # type: ignore[arg-type]
@@ -99,10 +101,11 @@ QUANTIZE = [
         "dequantize_1x128",
         lambda tensors: (tensors.rows(TOKENS, HIDDEN), BF16),
     ),
-    quantize_columns((TOKENS,), from_codes=False),
-    quantize_columns(COUNTS, from_codes=False),
-    quantize_columns((TOKENS,), from_codes=True),
-    quantize_columns(COUNTS, from_codes=True),
+    *(
+        quantize_columns(counts, function)
+        for function in ("quantize_columns", "quantize_both", "requantize_columns")
+        for counts in ((TOKENS,), COUNTS)
+    ),
     quantize_weights(1, DENSE_WIDTH, HIDDEN),
     quantize_weights(*WEIGHTS),
     launch(
@@ -162,15 +165,9 @@ PERMUTE = [
 ]
 
 LIMITS = RouteLimits(TOP, 8, 4, 2.5)
-# Logits or scores of all experts, and ids of 8 bytes and weights of the chosen.
+SCORES = (TOKENS, ROUTED_EXPERTS)
+# Ids of 8 bytes and weights of the chosen.
 CHOSEN_BYTES = 12 * TOKENS * TOP
-
-
-def chosen(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ids, weights and scores of routed tokens."""
-    ids_TK = tensors.indices(TOKENS * TOP, ROUTED_EXPERTS).view(TOKENS, TOP)
-    return ids_TK, tensors.scales(TOKENS, TOP), tensors.scales(TOKENS, ROUTED_EXPERTS)
-
 
 ROUTER = [
     launch(
@@ -180,7 +177,7 @@ ROUTER = [
         8 * TOKENS * ROUTED_EXPERTS + CHOSEN_BYTES,
         "route",
         lambda tensors: (
-            tensors.normal(TOKENS, ROUTED_EXPERTS, dtype=torch.float32),
+            tensors.scales(*SCORES),
             tensors.scales(ROUTED_EXPERTS),
             LIMITS,
             tensors.indices(ROUTED_EXPERTS, ROUTED_EXPERTS),
@@ -194,8 +191,10 @@ ROUTER = [
         "route_backward",
         lambda tensors: (
             tensors.scales(TOKENS, TOP),
-            *chosen(tensors),
-            tensors.normal(TOKENS, ROUTED_EXPERTS, dtype=torch.float32),
+            tensors.indices(TOKENS * TOP, ROUTED_EXPERTS).view(TOKENS, TOP),
+            tensors.scales(TOKENS, TOP),
+            tensors.scales(*SCORES),
+            tensors.scales(*SCORES),
             LIMITS.factor,
         ),
     ),

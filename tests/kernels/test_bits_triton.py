@@ -247,7 +247,7 @@ def test_interpreted_formats_are_the_same_with_any_tile() -> None:
         columnwise.requantize_columns(by_rows, [150], power_of_two=False),
     )
     for block_columns, vector in ((16, 1), (128, 8)):
-        tile = {"block_columns": block_columns, "vector": vector}
+        tile: dict[str, Any] = {"block_columns": block_columns, "vector": vector}
         assert_same_pair(columnwise.quantize_columns(rows_ND, [150], power_of_two=False, **tile), expected)
         assert_same_pair(columnwise.requantize_columns(by_rows, [150], power_of_two=False, **tile), again)
     packed = e5m6.pack_e5m6(rows_ND)
