@@ -5,7 +5,5 @@ from kernels.operation import operation
 
 gemm_fp8 = operation(reference.gemm_fp8, cuda="tuned", hopper="deep_gemm")
 gemm_fp8_columns = operation(reference.gemm_fp8_columns, cuda="tuned", hopper="deep_gemm")
-grouped_rows = operation(reference.grouped_rows, cuda="triton")
-grouped_weight = operation(reference.grouped_weight, cuda="triton")
 grouped_rows_fp8 = operation(reference.grouped_rows_fp8, cuda="tuned", hopper="deep_gemm")
 grouped_weight_fp8 = operation(reference.grouped_weight_fp8, cuda="tuned", hopper="deep_gemm")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.gemm import tuned
 from kernels.gemm.reference import add_to, check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
-from kernels.gemm.triton import copy_to_device
+from kernels.gemm.triton_tiles import copy_to_device
 from kernels.launch import ALIGNMENT_BYTES
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
 

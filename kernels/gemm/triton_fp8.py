@@ -24,8 +24,8 @@ the operands are loaded by descriptor (TMA). This requires rows at multiples of 
 because masked loads of single bytes would cost far more. Tiles of its result are stored by descriptor if rows are
 aligned, else under a mask. Values beyond the last row, output or number of K are read as 0.
 
-Tiles of groups are ordered and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
-of another group never enter a sum.
+Tiles of groups are ordered and stored as in `triton_tiles.py`; a descriptor cannot store a tile at the end of a group.
+Values of another group never enter a sum.
 """
 
 # Shape legend: as in the reference, and T tiles.
@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm.reference import check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
-from kernels.gemm.triton import (
+from kernels.gemm.triton_tiles import (
     compute_depth_bounds,
     is_stored_at_once,
     locate_matrix_tile,

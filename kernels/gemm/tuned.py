@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.gemm import triton_fp8
 from kernels.gemm.reference import add_to
-from kernels.gemm.triton import is_stored_at_once
+from kernels.gemm.triton_tiles import is_stored_at_once
 from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
-from model.attention.form import rotate, rotate_
+from kernels.heads import fill_keys_and_values, keys_and_values_gradient, rotate_
+from kernels.heads.reference import clear_padding
 from model.precision.linears import LatentLinears, LatentOptions, LatentShape, LatentWeights, Linears, rows_of_heads
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -239,20 +240,11 @@ class HeadLayout:
             ends.queries(plain.flatten(0, 1).flatten(1))
             query[..., :size] = plain
         rotate_(query[..., shape.nope : size], turns)
-        _clear_padding(query, size)
+        clear_padding(query, size)
 
     def fill_key_and_value(self, ends: LatentLinears, turns: Tensor, key: Tensor, value: Tensor) -> None:
         """Computes keys and values into the given memory."""
-        shape = self._shape
-        size = shape.nope + shape.rope
-        # A head's key is its own part without position, then the rotated key that all heads share.
-        expanded = ends.keys_and_values().view(*key.shape[:3], shape.nope + shape.value)
-        key[..., : shape.nope] = expanded[..., : shape.nope]
-        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], turns)
-        value[..., : shape.value] = expanded[..., shape.nope :]
-        # Padding, if the kernel requires one width.
-        _clear_padding(key, size)
-        _clear_padding(value, shape.value)
+        fill_keys_and_values((key, value), turns, ends.keys_and_values(), ends.shared_key(), self._shape.nope)
 
     def rows(self, mixed_BHTW: Tensor) -> Tensor:
         """Returns all heads' values of a token side by side, NV."""
@@ -263,7 +255,7 @@ class HeadLayout:
         mixed_BTHW = mixed_BHTW.transpose(1, 2)
         value = self._shape.value
         mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
-        _clear_padding(mixed_BTHW, value)
+        clear_padding(mixed_BTHW, value)
 
     def pad(self, rows_NV: Tensor) -> Tensor:
         """Reverses `rows` for gradients, BHTW."""
@@ -279,20 +271,10 @@ class HeadLayout:
         """Computes the gradient of queries before rotation, [N, H Q]."""
         shape = self._shape
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
-        rotate_(grad_BTHQ[..., shape.nope :], turns.conj())
+        rotate_(grad_BTHQ[..., shape.nope :], turns, inverse=True)
         return grad_BTHQ.flatten(2).flatten(0, 1)
 
     def key_gradient(self, grad_key: Tensor, grad_value: Tensor, turns: Tensor, out_key: Tensor) -> Tensor:
         """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
         shape = self._shape
-        expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
-        expanded[..., : shape.nope] = grad_key[..., : shape.nope]
-        expanded[..., shape.nope :] = grad_value[..., : shape.value]
-        shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
-        out_key.copy_(rotate(shared, turns.conj())[:, :, 0])
-        return expanded.flatten(2).flatten(0, 1)
-
-
-def _clear_padding(heads: Tensor, size: int) -> None:
-    if heads.shape[-1] > size:
-        heads[..., size:] = 0
+        return keys_and_values_gradient((grad_key, grad_value), turns, out_key, shape.nope, shape.value)

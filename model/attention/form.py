@@ -112,30 +112,6 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x_BTHR: Tensor, turns_TP: Tensor) -> Tensor:
-    """Rotates pairs (x0, x1), (x2, x3), ... by turns, cos + i sin, which may begin with B."""
-    wide_BTHR = x_BTHR.to(turns_TP.dtype.to_real()).contiguous()
-    # A slice of a single row counts as contiguous at any offset.
-    wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
-    # A rotation of a pair is a product of complex numbers: [..., R / 2].
-    turned = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2))) * turns_TP.unsqueeze(-2)
-    return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
-
-
-def rotate_(x_BTHR: Tensor, turns_TP: Tensor) -> None:
-    """Applies `rotate` in place; x may be a part of each row of a larger tensor."""
-    if x_BTHR.dtype == turns_TP.dtype.to_real() and _holds_pairs(x_BTHR):
-        pairs = x_BTHR.view(*x_BTHR.shape[:-1], x_BTHR.shape[-1] // 2, 2)
-        torch.view_as_complex(pairs).mul_(turns_TP.unsqueeze(-2))
-    else:
-        x_BTHR.copy_(rotate(x_BTHR, turns_TP))
-
-
-def _holds_pairs(x: Tensor) -> bool:
-    """Whether every pair begins at an even offset of the storage, as complex numbers do."""
-    return all(stride % 2 == 0 for stride in (x.storage_offset(), *x.stride()[:-1]))
-
-
 class KvCache:
     """Storage for a number of sequences of at most `capacity` tokens, each with its own length.
 

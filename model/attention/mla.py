@@ -17,6 +17,7 @@ from torch.nn import functional
 from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from kernels.few_rows import few_rows_linear
+from kernels.heads import rotate_
 from model.attention.context import mix_in_context
 from model.attention.core import mix
 from model.attention.form import (
@@ -25,7 +26,6 @@ from model.attention.form import (
     CacheView,
     PromptView,
     StepView,
-    rotate_,
     rotation_table,
     softmax_scale,
 )

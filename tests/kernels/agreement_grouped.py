@@ -131,35 +131,6 @@ def check_empty_fp8(rows_product: RowsFp8, weight_product: WeightFp8, device: st
         assert sum(counts) > 0 or not made_ENK.any()
 
 
-def check_rows(
-    product: Product, device: str, counts: Counts, widths: tuple[int, int], dtype: torch.dtype, across: bool = False
-) -> None:
-    """Checks each group's rows times its matrix, N x K, against the exact product.
-
-    `across`: the matrix is given as a transposed view.
-    """
-    rows_AK = randn(sum(counts), widths[1], seed=0, dtype=dtype)
-    weight_ENK = randn(len(counts), *widths, seed=1, dtype=dtype)
-    there = weight_ENK.to(device)
-    if across:
-        there = there.transpose(1, 2).contiguous().transpose(1, 2)
-    actual_AN = product(rows_AK.to(device), there, counts)
-    assert actual_AN.dtype == dtype
-    for group, part in enumerate(segments(counts)):
-        assert_product(actual_AN[part], rows_AK[part].double(), weight_ENK[group].double(), FLOAT32_SUMS)
-
-
-def check_weight(product: Product, device: str, counts: Counts, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """Checks the gradient of each group's matrix, N x K, against the exact product; zeros for an empty group."""
-    grad_AN = randn(sum(counts), widths[0], seed=0, dtype=dtype)
-    rows_AK = randn(sum(counts), widths[1], seed=1, dtype=dtype)
-    actual_ENK = product(grad_AN.to(device), rows_AK.to(device), counts)
-    assert actual_ENK.dtype == dtype
-    assert actual_ENK.shape == (len(counts), *widths)
-    for group, part in enumerate(segments(counts)):
-        assert_product(actual_ENK[group], grad_AN[part].double().t(), rows_AK[part].double().t(), FLOAT32_SUMS)
-
-
 def check_nan(rows_product: Product, weight_product: Product, device: str) -> None:
     """Checks that NaN and infinity in one group affect only the results of that group."""
     counts = (3, 70, 0, 5)

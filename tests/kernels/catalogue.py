@@ -1,6 +1,7 @@
 """Every launch that is compiled and timed; shapes of DeepSeek-V3."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,6 +199,46 @@ ROUTER = [
             LIMITS.factor,
         ),
     ),
+]
+
+NUM_HEADS, NOPE, ROPE, VALUE = 128, 128, 64, 128
+HEAD_NUMBERS = TOKENS * NUM_HEADS
+
+
+def heads_like(tensors: Tensors) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Returns keys and values, or their gradients, turns, and shared keys within compressed values."""
+    key, value = (tensors.normal(1, TOKENS, NUM_HEADS, width) for width in (NOPE + ROPE, VALUE))
+    shared = tensors.normal(1, TOKENS, ROPE)
+    return (key, value), torch.view_as_complex(tensors.scales(TOKENS, ROPE // 2, 2)), shared
+
+
+def queries(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Returns the rotated numbers of queries, and turns."""
+    (query, _), turns, _ = heads_like(tensors)
+    return query[..., NOPE:], turns
+
+
+def heads(kernel: str, function: str, arguments: Callable[[Tensors], tuple[Any, ...]], numbers: int) -> Launch:
+    """Returns a launch that moves 16-bit numbers of heads, and reads turns."""
+    moved = 2 * numbers + 4 * TOKENS * ROPE
+    return launch("heads.triton", kernel, f"{TOKENS} x {NUM_HEADS} heads", moved, function, arguments)
+
+
+BOTH = HEAD_NUMBERS * (2 * (NOPE + VALUE) + ROPE) + TOKENS * ROPE
+HEADS = [
+    heads("rotate", "rotate_", queries, 2 * HEAD_NUMBERS * ROPE),
+    heads(
+        "fill",
+        "fill_keys_and_values",
+        lambda tensors: (
+            *heads_like(tensors)[:2],
+            tensors.normal(TOKENS, NUM_HEADS * (NOPE + VALUE)),
+            heads_like(tensors)[2],
+            NOPE,
+        ),
+        BOTH,
+    ),
+    heads("gradient", "keys_and_values_gradient", lambda tensors: (*heads_like(tensors), NOPE, VALUE), BOTH),
 ]
 
 
@@ -405,90 +446,50 @@ EXPERT_MAPS = {GATE_UP: (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDE
 """Inputs and outputs of an expert's linear maps."""
 
 
-def grouped_rows(
-    name: str, inputs: int, outputs: int, tiling: Tiling | None = None, *, is_fp8: bool, is_across: bool = False
-) -> Launch:
-    """Outputs of all experts' maps; or the gradient of inputs of maps with as many inputs as these have outputs.
-
-    `is_across`: the matrices are stored as for the forward, to compute the gradient of its inputs.
-    """
-    shape = f"32 experts, {ROWS} x {inputs} x {outputs}, {name}"
-    product = Product(num_rows=ROWS, num_columns=outputs, depth=inputs, counts=COUNTS, is_fp8=is_fp8)
-    if is_fp8:
-        return launch(
-            "gemm.triton_fp8",
-            "grouped_rows_fp8",
-            shape,
-            quantized_bytes(ROWS, inputs) + EXPERTS * blocks_bytes(outputs, inputs) + 2 * ROWS * outputs,
-            "grouped_rows_fp8",
-            lambda tensors: (tensors.rows(ROWS, inputs), tensors.blocks(EXPERTS, outputs, inputs), COUNTS, BF16),
-            product=product,
-            tiling=tiling,
-        )
+def grouped_rows(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
+    """Outputs of all experts' maps; or the gradient of inputs of maps with as many inputs as these have outputs."""
     return launch(
-        "gemm.triton",
-        "grouped_rows",
-        shape,
-        2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),
-        "grouped_rows",
-        lambda tensors: (
-            tensors.normal(ROWS, inputs),
-            tensors.normal(EXPERTS, inputs, outputs).transpose(1, 2)
-            if is_across
-            else tensors.normal(EXPERTS, outputs, inputs),
-            COUNTS,
-        ),
-        product=product,
+        "gemm.triton_fp8",
+        "grouped_rows_fp8",
+        f"32 experts, {ROWS} x {inputs} x {outputs}, {name}",
+        quantized_bytes(ROWS, inputs) + EXPERTS * blocks_bytes(outputs, inputs) + 2 * ROWS * outputs,
+        "grouped_rows_fp8",
+        lambda tensors: (tensors.rows(ROWS, inputs), tensors.blocks(EXPERTS, outputs, inputs), COUNTS, BF16),
+        product=Product(num_rows=ROWS, num_columns=outputs, depth=inputs, counts=COUNTS),
+        tiling=tiling,
     )
 
 
-def grouped_weights(name: str, inputs: int, outputs: int, tiling: Tiling | None = None, *, is_fp8: bool) -> Launch:
+def grouped_weights(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """Returns the product of the gradients of all experts' weights."""
-    shape = f"32 experts, {outputs} x {ROWS} x {inputs}, gradient, {name}"
-    product = Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True, is_fp8=is_fp8)
-    if is_fp8:
-        return launch(
-            "gemm.triton_fp8",
-            "grouped_weight_fp8",
-            shape,
-            quantized_bytes(inputs + outputs, PADDED) + 4 * EXPERTS * inputs * outputs,
-            "grouped_weight_fp8",
-            lambda tensors: (tensors.columns(outputs, PADDED), tensors.columns(inputs, PADDED), COUNTS),
-            product=product,
-            tiling=tiling,
-        )
     return launch(
-        "gemm.triton",
-        "grouped_weight",
-        shape,
-        2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),
-        "grouped_weight",
-        lambda tensors: (tensors.normal(ROWS, outputs), tensors.normal(ROWS, inputs), COUNTS),
-        product=product,
+        "gemm.triton_fp8",
+        "grouped_weight_fp8",
+        f"32 experts, {outputs} x {ROWS} x {inputs}, gradient, {name}",
+        quantized_bytes(inputs + outputs, PADDED) + 4 * EXPERTS * inputs * outputs,
+        "grouped_weight_fp8",
+        lambda tensors: (tensors.columns(outputs, PADDED), tensors.columns(inputs, PADDED), COUNTS),
+        product=Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True),
+        tiling=tiling,
     )
 
 
 GROUPED_GEMM = [
-    *(grouped_rows(name, *sizes, is_fp8=False) for name, sizes in EXPERT_MAPS.items()),
-    grouped_rows("inputs of gate_up", 2 * EXPERT_WIDTH, HIDDEN, is_fp8=False, is_across=True),
-    *(grouped_weights(name, *sizes, is_fp8=False) for name, sizes in EXPERT_MAPS.items()),
-    *(grouped_rows(name, *sizes, is_fp8=True) for name, sizes in EXPERT_MAPS.items()),
-    *(grouped_weights(name, *sizes, is_fp8=True) for name, sizes in EXPERT_MAPS.items()),
+    *(grouped_rows(name, *sizes) for name, sizes in EXPERT_MAPS.items()),
+    *(grouped_weights(name, *sizes) for name, sizes in EXPERT_MAPS.items()),
     *(
-        grouped_rows(words(tiling), *sizes, tiling, is_fp8=True)
+        grouped_rows(words(tiling), *sizes, tiling)
         for sizes in EXPERT_MAPS.values()
         for tiling in further(GROUPED_CANDIDATES)
     ),
-    *(
-        grouped_weights(words(tiling), *EXPERT_MAPS[GATE_UP], tiling, is_fp8=True)
-        for tiling in further(WEIGHT_CANDIDATES)
-    ),
+    *(grouped_weights(words(tiling), *EXPERT_MAPS[GATE_UP], tiling) for tiling in further(WEIGHT_CANDIDATES)),
 ]
 
 LAUNCHES = (
     *QUANTIZE,
     *PERMUTE,
     *ROUTER,
+    *HEADS,
     *SWIGLU,
     *rms_norms(HIDDEN),
     *rms_norms(LATENT),

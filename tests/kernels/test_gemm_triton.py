@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import kernels.gemm.triton_fp8 as module
-from kernels.gemm import reference, tuned
+from kernels.gemm import tuned
 from kernels.gemm import tuned as grouped_tuned
-from kernels.gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.launch import Tiling
@@ -26,17 +25,13 @@ from tests.kernels.agreement_gemm import check_columns, check_empty, check_gemm,
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
     check_nan_fp8,
-    check_rows,
     check_rows_fp8,
-    check_weight,
     check_weight_fp8,
 )
-from tests.kernels.agreement_grouped import check_nan as grouped_check_nan
 from tests.kernels.agreement_grouped import column_operands as grouped_column_operands
 from tests.kernels.agreement_grouped import operands as grouped_operands
 from tests.kernels.aot import Compiled, compile_launch
 from tests.kernels.interpreter_casts import interpreted
-from tests.kernels.plain import randn
 
 pytestmark = pytest.mark.slow
 LARGEST_SHARED_BYTES = 227 * 1024
@@ -242,43 +237,6 @@ def test_interpreted_products_of_groups_in_fp8_read_any_layout() -> None:
 
 
 @interpreted
-def test_interpreted_products_of_groups_in_16_bits_are_near_the_exact_ones() -> None:
-    with dots_of_bfloat16():
-        for across in (False, True):
-            check_rows(grouped_rows, "cpu", COUNTS, (131, 72), torch.bfloat16, across)
-        check_rows(grouped_rows, "cpu", ONE_GROUP, (24, 17), torch.bfloat16, True)
-        check_weight(grouped_weight, "cpu", COUNTS, (130, 73), torch.bfloat16)
-        check_weight(grouped_weight, "cpu", ONE_GROUP, (16, 24), torch.bfloat16)
-        grouped_check_nan(grouped_rows, grouped_weight, "cpu")
-
-
-@interpreted
-def test_interpreted_products_of_groups_in_other_types_are_near_the_exact_ones() -> None:
-    check_rows(grouped_rows, "cpu", (70, 0, 1), (90, 40), torch.float32, True)
-    check_weight(grouped_weight, "cpu", (70, 0, 1), (90, 40), torch.float32)
-    tiling = GroupedTiling(rows=32, columns=16, depth=16, height=2)
-    rows, weight = randn(71, 40, seed=0, dtype=torch.float16), randn(3, 90, 40, seed=1, dtype=torch.float16)
-    made = grouped_rows(rows, weight, (70, 0, 1), tiling=tiling)
-    assert made.dtype == torch.float16
-    expected = reference.grouped_rows(rows.double(), weight.double(), (70, 0, 1))
-    torch.testing.assert_close(made.double(), expected, rtol=2.0**-11, atol=2.0**-14)
-    gradient = grouped_weight(made, rows, (70, 0, 1), tiling=tiling)
-    expected = reference.grouped_weight(made.double(), rows.double(), (70, 0, 1))
-    torch.testing.assert_close(gradient.double(), expected, rtol=2.0**-11, atol=2.0**-12)
-
-
-@interpreted
-def test_interpreted_products_of_groups_of_nothing_have_their_shapes() -> None:
-    shapes: list[tuple[tuple[int, ...], int, int]] = [((0, 0), 5, 7), ((2, 3), 0, 7), ((2, 3), 5, 0), ((), 5, 7)]
-    for counts, num_outputs, depth in shapes:
-        rows, weight = torch.ones(sum(counts), depth), torch.ones(len(counts), num_outputs, depth)
-        assert grouped_rows(rows, weight, counts).equal(torch.zeros(sum(counts), num_outputs))
-        made = grouped_weight(rows.new_ones(len(rows), num_outputs), rows, counts)
-        assert made.shape == weight.shape
-        assert counts == (2, 3) or not made.any()
-
-
-@interpreted
 def test_interpreted_tuner_measures_all_candidates_once_for_a_shape_grouped() -> None:
     """Nothing is measured without elements or at odd widths."""
     measured: list[float] = []
@@ -393,39 +351,3 @@ def test_compiled_products_of_groups_of_odd_width_are_sound() -> None:
     assert_pipelined_compiled(compiled_rows_fp8(131, 200, torch.float32, None), "e4m3", 32)
     assert_pipelined_compiled(compiled_rows_fp8(2056, 128, torch.bfloat16, None), "e4m3", 32)
     assert_pipelined_compiled(compiled_weight_fp8(131, 201, None), "e4m3", 32)
-
-
-def compiled_16_bits(dtype: torch.dtype, num_outputs: int, across: bool) -> Compiled:
-    import kernels.gemm.triton as module
-
-    rows = torch.empty(sum(LARGE_COUNTS), 7168, dtype=dtype)
-    weight = torch.empty(len(LARGE_COUNTS), num_outputs, 7168, dtype=dtype)
-    if across:
-        weight = torch.empty(len(LARGE_COUNTS), 7168, num_outputs, dtype=dtype).transpose(1, 2)
-    return compile_launch(module, "grouped_rows_kernel", partial(module.grouped_rows, rows, weight, LARGE_COUNTS))
-
-
-def compiled_weight_16_bits(dtype: torch.dtype, num_inputs: int) -> Compiled:
-    import kernels.gemm.triton as module
-
-    grad = torch.empty(sum(LARGE_COUNTS), 4096, dtype=dtype)
-    rows = torch.empty(sum(LARGE_COUNTS), num_inputs, dtype=dtype)
-    return compile_launch(module, "grouped_weight_kernel", partial(module.grouped_weight, grad, rows, LARGE_COUNTS))
-
-
-@pytest.mark.parametrize(("num_outputs", "across"), [(4096, True), (4097, False), (2056, False)])
-def test_compiled_product_of_groups_in_bfloat16_is_pipelined(num_outputs: int, across: bool) -> None:
-    compiled = compiled_16_bits(torch.bfloat16, num_outputs, across)
-    assert_pipelined_compiled(compiled, "bf16", 16)
-    assert len(compiled.instructions(r"wgmma\.mma_async")) == 4
-
-
-def test_compiled_gradient_of_groups_in_bfloat16_is_pipelined() -> None:
-    assert_pipelined_compiled(compiled_weight_16_bits(torch.bfloat16, 7161), "bf16", 16)
-
-
-def test_compiled_products_of_groups_in_other_types_are_sound() -> None:
-    for compiled in (compiled_16_bits(torch.float32, 4096, False), compiled_weight_16_bits(torch.float32, 7168)):
-        compiled.assert_sound()
-        assert compiled.instructions(r"(wgmma|mma)\.") == []  # neither has all bits of float32
-        assert compiled.instructions(r"fma\.rn\.f32")

@@ -15,9 +15,7 @@ from torch import Tensor
 
 import kernels.rms_norm as norm
 from kernels import launch, operation
-from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
-from kernels.gemm.triton import GroupedTiling
-from kernels.gemm.triton import grouped_rows as triton_rows
+from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.launch import Tiling, without_launches
 from kernels.operation import ChosenFunction, has_deep_gemm
 from kernels.permute import permute, unpermute
@@ -265,8 +263,6 @@ EVERYWHERE: list[Case] = [
     (grouped_rows_fp8, (rows_of(scales=ROWS.scales[1:]), BLOCKS, [1, 2], F32), "rows.scales must be [3, 2]"),
     (grouped_weight_fp8, (COLUMNS, COLUMNS, [3, 4]), "codes must have 256 columns, as counts fill up to, got"),
     (grouped_weight_fp8, (COLUMNS, COLUMNS, [256, -1]), "a count of rows must not be negative"),
-    (grouped_rows, (ones(4, 5), ones(2, 3, 5), (1, 2)), "counts must add up to the number of rows, 4, got 3"),
-    (grouped_weight, (ones(3, 5), ones(4, 5), (1, 3)), "grad must have as many rows as rows, 4, got 3"),
     (swiglu, (ones(3, 8), ones(1, 8)), "up must be [3, 8], got [1, 8]"),
     (swiglu, (ones(3, 8), ones(3, 8).bfloat16()), "up must be torch.float32, as the other operands are, got torch.bfl"),
     (swiglu, (ones(3, 8), ones(3, 8).to("meta")), "up must be on cpu, where the other operands are, got meta"),
@@ -313,11 +309,6 @@ UNDER_TRITON: list[Case] = [
     (normalize_backward, (SQUARE, SQUARE.t(), SQUARE[:, :1], SQUARE[0]), f"x {ALONG} (1, 4)"),
     (rms_norm_quantize, (SQUARE.t(), SQUARE[0], EPS), f"x_AD {ALONG} (1, 4)"),
     (rms_norm_backward_from_codes, (SQUARE, BY_COLUMN, SQUARE[:, :1], SQUARE[0]), f"codes {ALONG} (1, 4)"),
-    (
-        grouped_rows,
-        (ones(4, 5).double(), ones(2, 3, 5).double(), (1, 3)),
-        "the type must be one of bfloat16, float16, float32, got torch.float64; nearest: float32",
-    ),
 ]
 
 
@@ -359,8 +350,6 @@ def test_blocks_and_tilings_that_do_not_fit_are_named() -> None:
         Tiling(rows=100)
     with pytest.raises(ValueError, match=r"Tiling: outputs must be a power of two .*, got 256; nearest: 128"):
         Tiling(outputs=256)
-    with pytest.raises(ValueError, match=r"GroupedTiling: depth must be a power .*, got 48; nearest: 32"):
-        triton_rows(ones(4, 5), ones(2, 3, 5), (1, 3), tiling=GroupedTiling(depth=48))
 
 
 def test_products_leave_reserved_multiprocessors_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.heads.reference import rotate
 from kernels.operation import check_columns
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
-from model.attention.form import rotate, rotation_table, softmax_scale
+from model.attention.form import rotation_table, softmax_scale
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.config import ModelConfig
 from model.linear import GradientStore, WeightQueue, WeightSink

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
+from kernels.heads.reference import rotate
 from kernels.launch import without_launches
-from model.attention.form import inverse_frequencies, rotate, rotation_table, softmax_scale
+from model.attention.form import inverse_frequencies, rotation_table, softmax_scale
 from model.block import Mlp
 from model.config import Recomputed, RopeScaling, YarnRope
 from model.hf.config import write_config

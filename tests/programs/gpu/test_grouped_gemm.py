@@ -12,11 +12,8 @@ from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.agreement_gemm import HOPPER_SUMS
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
-    check_nan,
     check_nan_fp8,
-    check_rows,
     check_rows_fp8,
-    check_weight,
     check_weight_fp8,
     column_operands,
     on,
@@ -92,18 +89,6 @@ def test_deep_gemm_on_the_gpu_is_near_the_exact_products_of_groups() -> None:
     for counts in (MANY, (128, 0, 256)):
         check_rows_fp8(of_rows, "cuda", counts, (576, 1024), torch.bfloat16, HOPPER_SUMS)
         check_weight_fp8(of_weight, "cuda", counts, (576, 1024), HOPPER_SUMS)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("counts", AWKWARD)
-def test_products_of_groups_on_the_gpu_are_near_the_exact_ones(counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    from kernels.gemm.triton import grouped_rows, grouped_weight
-
-    for widths in WIDTHS:
-        for across in (False, True):
-            check_rows(grouped_rows, "cuda", counts, widths, dtype, across)
-        check_weight(grouped_weight, "cuda", counts, widths, dtype)
-    check_nan(grouped_rows, grouped_weight, "cuda")
 
 
 @pytest.mark.usefixtures("_hopper")
