@@ -1,4 +1,4 @@
-"""Tiles of products of rows sorted by group, with one matrix per group: their order, their places, and stores.
+"""Tiles of products of rows sorted by group, with one matrix per group: order, places, stores.
 
 Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
 it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the

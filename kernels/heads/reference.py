@@ -1,4 +1,4 @@
-"""Queries, keys and values of latent attention between their products and attention's kernel, and back.
+"""Queries, keys and values of latent attention between products and attention's kernel, and back.
 
 Source: arXiv:2412.19437, section 2.1.1. Shape legend: H heads, Q and W widths of keys and values in memory, which may
 be padded, R rotated numbers of a key, P = R / 2 pairs, E = size of all heads' keys without position, and values.
