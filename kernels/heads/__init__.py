@@ -1,4 +1,4 @@
-"""Turns queries by their positions, and arranges keys and values of latent attention for its kernel, and back."""
+"""Turns queries, and arranges keys and values of latent attention for its kernel, and back."""
 
 from typing import Any
 
