@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infer.cohorts import PROMPT_TOKENS, take_waiting
 from infer.config import Finish, GenerateError, Speculative, Statistics
 from infer.decoder import Decoder
 from infer.protocol import Request
@@ -148,7 +149,6 @@ class DraftChoice:
 
 _LEAST_PASSES = 4  # between passes of the slower kind, if both are equally fast
 _RECENT_DRAFTS = 64
-PROMPT_TOKENS = 8192  # maximum number of prompt tokens that are admitted together
 
 
 class GenerationBatch:
@@ -174,7 +174,7 @@ class GenerationBatch:
         self._reads_pairs = False  # whether the MTP module reads the prompts that are admitted
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
-        self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
+        self._counts = {"passes": 0, "visits": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
 
     def __len__(self) -> int:
         return len(self._active)
@@ -186,7 +186,7 @@ class GenerationBatch:
     def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
         """Generates until no sequence is left. Yields the results of each pass."""
         while waiting or self._active:
-            admitted = _take_waiting(waiting, batch_size - len(self._active), self._prefill_tokens)
+            admitted = take_waiting(waiting, batch_size - len(self._active), self._prefill_tokens)
             yield self.admit(admitted) if admitted else self.advance()
 
     def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
@@ -216,6 +216,7 @@ class GenerationBatch:
     def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
         short = [(row, sequence) for row, sequence in unread if len(sequence.prompt) <= self._prefill_tokens]
         if short:
+            self._counts["visits"] += 1
             self._read_short_prompts([row for row, _ in short], [sequence for _, sequence in short])
         for row, sequence in unread:
             if len(sequence.prompt) > self._prefill_tokens:
@@ -237,6 +238,7 @@ class GenerationBatch:
         decoder = self._decoder
         size = self._prefill_tokens
         for first in range(0, len(prompt), size):
+            self._counts["visits"] += 1
             tokens = prompt[first : first + size]
             states_TD, last_1D = decoder.read_chunk(row, tokens)
             decoder.main.resize(row, first + len(tokens))
@@ -250,6 +252,7 @@ class GenerationBatch:
         """Runs one pass of the main model over all sequences. Returns the new tokens of each, one or two."""
         active = list(self._active)
         self._counts["passes"] += len(active)
+        self._counts["visits"] += 1
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
         # would depend on the other sequences in its batch.
         is_drafted = self._drafts.choose(len(active))
@@ -408,19 +411,6 @@ class GenerationBatch:
                 self._active[row] = last
         active = {sequence.index for sequence in self._active}
         self._prompt_ends = {index: end for index, end in self._prompt_ends.items() if index in active}
-
-
-def _take_waiting(waiting: deque[ActiveSequence], free: int, max_tokens: int) -> list[ActiveSequence]:
-    """Returns the sequences to admit next: at most `free`, with at most `max_tokens` prompt tokens."""
-    taken: list[ActiveSequence] = []
-    num_tokens = 0
-    while waiting and len(taken) < free:
-        is_new = not taken or taken[-1].index != waiting[0].index
-        num_tokens += len(waiting[0].prompt) if is_new else 0
-        if taken and num_tokens > max_tokens:
-            break
-        taken.append(waiting.popleft())
-    return taken
 
 
 def _checked(sequence: ActiveSequence, chosen: ChosenToken) -> ChosenToken:

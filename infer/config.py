@@ -86,6 +86,8 @@ class Statistics:
 
     Attributes:
         passes: passes of the main model, including those over prompts.
+        visits: passes of batches, each of which counts once; a prompt that is read in chunks has one for each chunk.
+        rounds: rounds of cohorts that a pipelined engine ran.
         tokens: chosen tokens, including stop tokens; without drafts, equal to `passes`.
         drafts_offered: drafts of the MTP module that could be used.
         seconds: time from reading the first prompt to the last token.
@@ -93,6 +95,8 @@ class Statistics:
     """
 
     passes: int = 0
+    visits: int = 0
+    rounds: int = 0
     tokens: int = 0
     drafts_offered: int = 0
     drafts_accepted: int = 0

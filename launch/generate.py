@@ -397,7 +397,8 @@ def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Roll
 
 def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | None = None) -> Rollouts:
     """Generates as one rank, which sends nothing, and returns all rollouts on every rank."""
-    from infer.engines.pipelined import CohortSizes, PipelinedEngine
+    from infer.cohorts import CohortSizes
+    from infer.engines.pipelined import PipelinedEngine
 
     config = job.config
     transcripts = job.transcripts() if config.stop.strings else []

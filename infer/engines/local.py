@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infer.batch import PROMPT_TOKENS, ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.batch import ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.cohorts import PROMPT_TOKENS
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence

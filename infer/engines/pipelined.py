@@ -8,15 +8,15 @@ Shape legend: N new tokens of a cohort, D hidden size.
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dualpipe.ir import Placement
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
-from infer.batch import PROMPT_TOKENS, ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.batch import ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.cohorts import DEFAULT_SIZES, CohortSizes, assign_prompt, num_rounds
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder, RouteStore, join_routes
 from infer.engines.local import start_sequences, to_rollouts
@@ -27,7 +27,6 @@ from infer.engines.rounds import (
     DecodePipeline,
     Round,
     RoundFormat,
-    assign_prompt,
 )
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 
@@ -163,46 +162,7 @@ class _StageRun(ForwardOnlyRun):
         return value
 
 
-FEW_ROWS = 32
-"""Number of rows up to which one pass costs much less than two of half the rows, so that few rows are not divided."""
-
-MAX_ROUNDS = 32  # rounds after which the ranks agree on whether to continue
-
 _FAILED = 1 << 40
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CohortSizes:
-    """Sizes of cohorts. They change no token.
-
-    Attributes:
-        cohorts: cohorts of each direction; None for 2 in flight for each rank, fewer if one would have fewer than
-            `FEW_ROWS` rows, and 1 on a rank alone.
-        max_rows: maximum number of continuations of a cohort.
-        prefill_tokens: maximum number of tokens of a prompt in one round; a longer one is read in chunks.
-    """
-
-    cohorts: int | None = None
-    max_rows: int = 64
-    prefill_tokens: int = PROMPT_TOKENS
-
-    def num_cohorts(self, placement: Placement, num_rows: int) -> int:
-        """Returns the number of cohorts of a direction that continues at most `num_rows` sequences."""
-        if self.cohorts is not None:
-            return self.cohorts
-        ranks = 1 + max(placement[0])
-        # A rank alone waits for no other, so that its cohort can be as large as possible.
-        most = 1 if ranks == 1 else -(-2 * ranks // len(placement))
-        return max(1, min(most, -(-num_rows // min(FEW_ROWS, self.max_rows))))
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("cohorts", self.cohorts),
-            ("max_rows", self.max_rows),
-            ("prefill_tokens", self.prefill_tokens),
-        ):
-            if value is not None and value < 1:
-                raise GenerateError(f"{name}: must be at least 1, is {value}; nearest valid: 1")
 
 
 class PipelinedEngine:
@@ -218,7 +178,7 @@ class PipelinedEngine:
         pipeline: DecodePipeline,
         *,
         speculative: Speculative = "auto",
-        sizes: CohortSizes = CohortSizes(),
+        sizes: CohortSizes = DEFAULT_SIZES,
         stop_condition: StopCondition = never_stop,
         min_seconds: float = 0.0,
     ) -> None:
@@ -255,7 +215,7 @@ class PipelinedEngine:
         self.num_cohorts = self._sizes.num_cohorts(pipeline.place.placement, most)
         config = pipeline.model.config
         form = RoundFormat(
-            max_rows=max(1, min(self._sizes.max_rows, -(-most // self.num_cohorts))),
+            max_rows=self._sizes.num_rows(pipeline.place.placement, most),
             hidden_size=config.hidden_size,
             dtype=next(pipeline.model.parameters()).dtype,
         )
@@ -368,6 +328,7 @@ class PipelinedEngine:
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
         longest = max((rank_counts.seconds for _, rank_counts in gathered), default=seconds)
         statistics = sum_statistics([rank_counts for _, rank_counts in gathered], longest)
+        statistics = replace(statistics, rounds=self.num_rounds)
         rollouts = tuple(samples_by_key[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
@@ -391,9 +352,7 @@ class _RankWork:
         if self.error():
             return _FAILED
         lefts = [sequence.num_left for part in self.sequences.values() for sequence in part if sequence.finish is None]
-        longest = max((left for left in lefts if left > 0), default=0)
-        # Few different numbers, because each has its own program.
-        return min(MAX_ROUNDS, 1 << (longest.bit_length() - 1)) if longest else 0
+        return num_rounds(max(lefts, default=0))
 
     def error(self) -> str:
         return next((str(cohort.error) for cohort in self.cohorts if cohort.error is not None), "")

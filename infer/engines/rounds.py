@@ -70,12 +70,6 @@ class RoundPlan:
         return cls(kind=_KINDS[numbers[0]], sources=sources, lengths=lengths, counts=counts, places=places)
 
 
-def assign_prompt(position: int, num_data: int, num_directions: int) -> tuple[int, int]:
-    """Returns the data index and the direction that continue the prompt at a position in its request."""
-    share = position % (num_data * num_directions)
-    return share % num_data, share // num_data
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundFormat:
     """Format of a cohort's values between stages: a plan of fixed size, then a row for each new token.

@@ -15,8 +15,8 @@ from data.arithmetic import arithmetic_tokenizer
 from data.chat.encode import encode_conversations
 from data.chat.messages import read_conversation
 from data.chat.templates import CHAT_TEMPLATES
+from infer.cohorts import CohortSizes
 from infer.config import GenerateError, Sampling
-from infer.engines.pipelined import CohortSizes
 from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers

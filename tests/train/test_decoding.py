@@ -15,9 +15,10 @@ from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import TrafficSnapshot
 from dualpipe.registry import ScheduleConfig
+from infer.cohorts import AnsweredPrompt, CohortSizes, forecast_rounds
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
-from infer.engines.pipelined import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.protocol import NumberedPrompt, Request, Rollouts, RouteKey, Sample, SampledRoutes
 from model.config import ModelConfig
 from model.transformer import Transformer, initialize_weights, named_tensors
@@ -156,6 +157,8 @@ def _run_one(config: TrainConfig, layout: Layout, requests: Sequence[tuple[Reque
             sizes = CohortSizes(cohorts=layout.cohorts, max_rows=layout.rows, prefill_tokens=layout.prefill)
             engine = PipelinedEngine(pipeline, speculative=speculative, sizes=sizes)
             made = engine.generate(PROMPTS, request)
+            if not speculative and request.max_new_tokens:
+                assert_forecast(made, engine, request, layout, sizes, replica)
             after = named_tensors(replica.model)
             seen.append(
                 Seen(
@@ -172,6 +175,30 @@ def _run_one(config: TrainConfig, layout: Layout, requests: Sequence[tuple[Reque
                 )
             )
     return seen
+
+
+def assert_forecast(
+    made: Rollouts, engine: PipelinedEngine, request: Request, layout: Layout, sizes: CohortSizes, replica: Replica
+) -> None:
+    """Checks that rounds, visits and rows of each visit follow from the numbers of tokens alone."""
+    answers: dict[int, list[int]] = {prompt.number: [] for prompt in PROMPTS}
+    for rollout in made.rollouts:
+        answers[rollout.prompt].append(rollout.num_tokens)
+    longest = replica.config.model.max_position_tokens
+    prompts = [
+        AnsweredPrompt(
+            prompt=len(prompt.tokens),
+            answers=tuple(answers[prompt.number]),
+            limit=min(request.max_new_tokens, longest - len(prompt.tokens)),
+        )
+        for prompt in PROMPTS
+    ]
+    forecast = forecast_rounds(prompts, replica.schedule.placement, layout.data, sizes)
+    counts = made.statistics
+    assert (forecast.rounds, forecast.cohorts) == (engine.num_rounds, engine.num_cohorts), f"{layout}"
+    assert counts.rounds == engine.num_rounds
+    assert forecast.visits_R.sum() == counts.visits, f"{layout}"
+    assert forecast.rows_per_visit == pytest.approx(counts.passes / counts.visits, rel=1e-12), f"{layout}"
 
 
 def held_keys(replica: Replica, rollouts: Sequence[Sample]) -> dict[RouteKey, int]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from dualpipe.runtime.program import Action
+from infer.cohorts import CohortSizes
 from infer.config import Sampling
-from infer.engines.pipelined import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.protocol import NumberedPrompt, Request
 from tests.ranks import run_ranks
 from tests.train.test_decoding import Layout, config_of, opened

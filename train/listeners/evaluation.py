@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from infer.cohorts import CohortSizes
 from infer.engines.local import MOST_TOKENS, PADDING, pad
-from infer.engines.pipelined import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.evaluate.answers import Answerer
 from infer.evaluate.protocol import EvaluationError, Record, StopToken, TargetScores, TargetSequence, TaskContext
 from infer.evaluate.run import (

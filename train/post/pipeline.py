@@ -34,10 +34,10 @@ from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Lane, PipelineStage, Program
 from dualpipe.validate import validate
-from infer.batch import PROMPT_TOKENS
+from infer.cohorts import PROMPT_TOKENS, CohortSizes
 from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
-from infer.engines.pipelined import CohortSizes, PipelinedEngine
+from infer.engines.pipelined import PipelinedEngine
 from infer.engines.rounds import PipelinePlace, RoundFormat
 from infer.engines.vllm import TensorDigest
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
@@ -283,9 +283,7 @@ class ReplicaEngine:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._pipeline = ReplicaPipeline(replica)
-        # Dispatchers are built for the tokens of a micro-batch.
-        most = replica.config.tokens.max_tokens
-        sizes = CohortSizes(max_rows=min(CohortSizes().max_rows, most), prefill_tokens=min(PROMPT_TOKENS, most))
+        sizes = CohortSizes.within(replica.config.tokens.max_tokens)
         self._engine = PipelinedEngine(self._pipeline, speculative=_drafts(replica), sizes=sizes)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:

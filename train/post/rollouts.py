@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from infer.config import Sampling
-from infer.protocol import Group, Request, SampledRoutes
+from infer.protocol import Group, Request, Rollouts, SampledRoutes
 from infer.scoring.ratings import length_penalty
 from train.config.tasks import RolloutConfig
+from train.post.journal import ENGINE_COUNTS
 from train.post.pipeline import TrainingEngine
 from train.post.sample import (
     AdvantageKind,
@@ -23,11 +24,11 @@ from train.post.score import PendingScores, RolloutRewards
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Draw:
-    """Prompts that were drawn together, the scores that are computed of their answers, and the experts."""
+    """Prompts that were drawn together, the pending scores of their answers, and what was sampled."""
 
     numbers: tuple[int, ...]
     scores: PendingScores
-    routes: SampledRoutes | None
+    sampled: Rollouts
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ class RolloutMaker:
             header,
             next_prompt=header.next_prompt + len(groups),
             seconds=dict(pending.seconds),
-            counts={"groups": len(groups), "draws": len(pending.draws)},
+            counts={"groups": len(groups), "draws": len(pending.draws), **_engine_counts(pending.draws)},
         )
         return ScoredRollout(header=header, groups=tuple(groups), routes=_join_routes(pending.draws))
 
@@ -116,15 +117,15 @@ class RolloutMaker:
         began = time.perf_counter()
         step = pending.header.step - 1
         drawn = self._order.take(first, count)
-        answered, routes = self._sample(drawn, self._config.samples, step, records=True)
+        answered, sampled = self._sample(drawn, self._config.samples, step, records=True)
         scores = self._rewards.begin(answered, step)
         self._add_seconds(pending, "sampling", time.perf_counter() - began)
-        pending.draws.append(_Draw(numbers=tuple(group.number for group in drawn), scores=scores, routes=routes))
+        pending.draws.append(_Draw(numbers=tuple(group.number for group in drawn), scores=scores, sampled=sampled))
 
     def _sample(
         self, groups: Sequence[Group], samples: int, step: int, *, records: bool
-    ) -> tuple[list[Group], SampledRoutes | None]:
-        """Returns groups with answers and their text, and this rank's records of experts."""
+    ) -> tuple[list[Group], Rollouts]:
+        """Returns groups with answers and their text, and what the engine returned."""
         config = self._config
         sampling = Sampling(
             temperature=config.temperature,
@@ -146,7 +147,7 @@ class RolloutMaker:
         answers = [replace(answer, text=self._form.text(answer)) for answer in sampled.rollouts]
         parts = [tuple(answers[first : first + samples]) for first in range(0, len(answers), samples)]
         answered = [replace(group, answers=part) for group, part in zip(groups, parts, strict=True)]
-        return answered, sampled.routes
+        return answered, sampled
 
     def _add_seconds(self, pending: PendingRollout, part: str, spent: float) -> None:
         """Adds time to a rollout's and to that since `take_seconds`."""
@@ -168,9 +169,15 @@ class RolloutMaker:
         return with_advantages(rewarded, self._advantage, drop_equal=self._config.drop_equal_groups)
 
 
+def _engine_counts(draws: Sequence[_Draw]) -> dict[str, int]:
+    """Returns what the engine counted of all draws, from which `launch.plan` learns how it sampled."""
+    statistics = [draw.sampled.statistics for draw in draws]
+    return {name: sum(getattr(part, name) for part in statistics) for name in ENGINE_COUNTS}
+
+
 def _join_routes(draws: Sequence[_Draw]) -> RolloutRoutes | None:
     """Returns this rank's records of experts of all draws; None if they are not recorded."""
-    parts = [draw.routes for draw in draws if draw.routes is not None]
+    parts = [draw.sampled.routes for draw in draws if draw.sampled.routes is not None]
     if not parts:
         return None
     return RolloutRoutes(

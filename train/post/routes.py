@@ -25,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.protocol import Label
-from infer.engines.rounds import assign_prompt
+from infer.cohorts import assign_prompt
 from infer.protocol import PROMPT_SAMPLE, RouteKey, SampledRoutes
 from model.config import ModelConfig
 from model.router import FREE_CHOICE, ReplayedRoutes, RouteError, Router, Routing, expert_id_dtype
