@@ -105,11 +105,15 @@ def take_waiting(waiting: deque[WaitingT], free: int, max_tokens: int) -> list[W
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnsweredPrompt:
-    """The number of tokens of a prompt and of each of its answers, and the most that an answer may have."""
+    """The number of tokens of a prompt and of each of its answers, and the most that an answer may have.
+
+    `is_trained`: whether an update learns from the answers, which changes no round.
+    """
 
     prompt: int
     answers: tuple[int, ...]
     limit: int
+    is_trained: bool = True
 
 
 @dataclass(slots=True, eq=False)

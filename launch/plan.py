@@ -70,6 +70,7 @@ from train.planner.job_plan import (
 )
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
+from train.planner.rollouts import compare_rollouts
 from train.planner.search import SearchResult, search_layouts
 from train.schedule.timing import MeasuredRates
 from train.streams.check import check_streams
@@ -109,7 +110,8 @@ def _planned(request: PlanRequest) -> tuple[JobPlan, dict[str, Any]]:
         plan = with_advice(plan_job(request.config, request.planner))
     else:
         plan, comparison = compared_plan(request.config, request.planner, Path(request.options.run))
-        asked["compared"] = comparison.values()
+        run = Path(request.options.run)
+        asked["compared"] = comparison.values() | compare_rollouts(plan.rollouts, plan.config, run)
     if plan.config.cluster.backend == "nccl" and plan.config.parallelism.world_size > 1:
         asked["streams"] = check_streams(plan.config, os.environ)
     asked["what_if"] = [what_if_values(plan_what_if(request, plan, run)) for run in changed]

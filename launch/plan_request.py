@@ -159,11 +159,19 @@ def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
     if path is None:
         return values
     if Path(path).is_dir():  # a run has no declared factor
-        read: Mapping[str, Any] = {_RATES: encode(run_rates(Path(path))), _EFFICIENCY: {"unexplained": 1.0}}
+        read: Mapping[str, Any] = {
+            _RATES: encode(run_rates(Path(path), _rollout_config(Path(path)))),
+            _EFFICIENCY: {"unexplained": 1.0},
+        }
     else:
         read = _read_plan(Path(path))
     keys = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
     return {**values, **{key: read[key] for key in keys}}
+
+
+def _rollout_config(folder: Path) -> TrainConfig | None:
+    """Returns the configuration of a run with journals of rollouts."""
+    return read_folder(folder) if (folder / "rollouts").is_dir() and (folder / CONFIG_NAME).is_file() else None
 
 
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:

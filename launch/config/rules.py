@@ -252,6 +252,9 @@ def check_rollouts(config: TrainConfig) -> None:
             raise broken("rollout", f"must have values with task={kind}", "null", "rollout=default")
         check_all(config, _check_reward, _check_source, _check_rollout_sizes, _check_rollout_batch)
         return
+    if config.plan.answer_tokens is not None:
+        rule = f"must be null with task={kind}, which samples no answers to plan"
+        raise broken("plan.answer_tokens", rule, "given", "plan.answer_tokens=null")
     for key, value in (("rollout", rollouts), ("reward", config.reward)):
         if value is not None:
             users = ", ".join(f"task={name}" for name, spec in TASKS.items() if spec.has_rollouts)

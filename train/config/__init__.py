@@ -346,10 +346,19 @@ class CostConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerLengths:
+    """A log-normal distribution of the numbers of tokens of answers."""
+
+    median: PositiveFloat
+    sigma: NonNegativeFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanCheckConfig:
-    """Whether a run that needs more memory than its devices have is rejected before it starts."""
+    """What is planned before a run starts: see `plan` in `conf/train.yaml`."""
 
     check: bool = True
+    answer_tokens: AnswerLengths | None = None
 
 
 # Configurations of runs from before these keys existed use the defaults.

@@ -53,6 +53,7 @@ def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
         },
         "time": None if plan.timed is None else _time_values(plan.timed),
         "time_unknown": plan.untimed or None,
+        "rollouts": encode(plan.rollouts),
         "cost": None if plan.cost is None else _cost_values(plan.cost),
         "assumptions": [encode(assumption) for assumption in plan.assumptions],
         "rates": encode(planner.rates),
@@ -208,7 +209,7 @@ def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     lines = [_first_line(plan), *_reason_lines(plan), "", *_layout_lines(plan), "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
-    lines += [*_time_lines(values["time"]), "", *_cost_lines(values["cost"])]
+    lines += [*_time_lines(values["time"]), *_rollout_lines(values["rollouts"]), "", *_cost_lines(values["cost"])]
     number = len(values["assumptions"])
     sources = f"format=json and format=html list {number} values behind these figures, with their sources"
     return [*lines, "", *labeled("sources", sources)]
@@ -324,6 +325,32 @@ def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
         f"optimizer {time['optimiser_seconds']:.2f} s; {time['exposed_exchange_seconds']:.2f} s of it are exchange "
         "that nothing hides",
     )
+
+
+def _rollout_lines(rollouts: Mapping[str, Any] | None) -> Iterator[str]:
+    if rollouts is None:
+        return
+    cohorts = f"{rollouts['cohorts']} cohorts" if rollouts["cohorts"] > 1 else "1 cohort"
+    speed = "unknown"
+    if rollouts["sampling_seconds"] is not None:
+        speed = (
+            f"{_hours(rollouts['sampling_seconds'])} s, {rollouts['tokens_per_second_per_gpu']:,.1f} tokens/s per GPU, "
+            f"ranks idle {100 * rollouts['idle_share']:.0f} %"
+        )
+    yield from labeled(
+        "sampling",
+        f"{speed}; {rollouts['rounds']:,} rounds of {cohorts} of at most {rollouts['max_rows']} rows for each "
+        f"direction, {rollouts['rows_per_visit']:.1f} rows per visit; a rank's caches "
+        f"{gigabytes(rollouts['cache_bytes'])}",
+    )
+    yield from labeled(
+        "answers",
+        f"{rollouts['answers']:,}, {rollouts['mean_tokens']:,.0f} tokens in the mean, {rollouts['most_tokens']:,} at "
+        f"most ({rollouts['lengths']}); batches trained for an update: {rollouts['batches']}; passes of the reference "
+        f"{rollouts['reference_seconds']:.2f} s a batch, of reward models {rollouts['reward_seconds']:.2f} s",
+    )
+    for note in rollouts["notes"]:
+        yield from labeled("note", note)
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fit import fitted_cut
 from train.memory.predict import planning_sizes
 from train.memory.rank_bytes import count_replicas, static_bytes
+from train.planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
 from train.planner.scaling import KernelRates, Rates, rows_per_token
 from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.schedule.cut import run_cut, with_cut
@@ -140,6 +141,7 @@ class JobPlan:
     memory: JobMemory
     reasons: tuple[str, ...]
     timed: TimedPlan | None
+    rollouts: RolloutPlan | None
     untimed: str
     cost: JobCost | None
     assumptions: tuple[Assumption, ...]
@@ -164,9 +166,11 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     memory = predict_memory(_without_speed(config))
     room = config.cluster.memory_bytes
     reasons = () if room is None or memory.worst.total <= room else (summary_line(config, memory),)
-    timed = cost = None
+    timed = cost = rollouts = None
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
+        if (rollouts := plan_rollouts(config, planner.rates, timed)) is not None:
+            timed = with_rollouts(timed, rollouts, config, planner.efficiency)
         cost = job_cost(config, planner.rates, planner.efficiency, timed.time, schedule)
         schedule = timed.schedule
         chunks = schedule.num_stages // schedule.num_ranks
@@ -178,6 +182,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         memory=memory,
         reasons=reasons,
         timed=timed,
+        rollouts=rollouts,
         untimed=untimed,
         cost=cost,
         assumptions=() if untimed else tuple(_assumptions(config, planner)),

@@ -35,6 +35,7 @@ _TIME_PARTS = {
 }
 """Name and class of each part of a bar, by the key of its size."""
 _OTHERS = {
+    "rollouts": "Rollouts",
     "what_if": "What if",
     "advice": "Hardware advice",
     "candidates": "Layouts",

@@ -1,23 +1,30 @@
 """Derives rates from what a run has recorded, and compares its plan with its steps. No torch here."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from dualpipe.ir import Schedule
+from dualpipe.registry import FALLBACK
+from infer.cohorts import AnsweredPrompt, CohortSizes, forecast_rounds
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError
 from train.files.json_lines import METRICS_NAME
 from train.memory import JobMemory, predict_memory
 from train.report.source import RecordedStep, typical_steps
-from train.schedule.cut import with_cut
+from train.schedule.cut import run_placement, with_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
-from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, TimedPlan, time_plan
+from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, RolloutRates, TimedPlan, time_plan
 
+_VARIED = 1.25
+"""Least ratio of tokens per visit of two rollouts whose times show the time of a token."""
 _LAST = 20
 """Steps at the end of a run on which the factor of the steps before them is checked."""
 _COMPARED = {
@@ -26,6 +33,9 @@ _COMPARED = {
     "exposed_exchange_seconds": "exposed exchange",
     "outside_seconds": "outside the passes",
     "memory_bytes": "largest peak memory",
+    "sampling_seconds": "sampling",
+    "rounds": "rounds of sampling",
+    "rows_per_visit": "rows per visit",
 }
 COMPARED_HEADER = ("", "predicted", "measured", "measured / predicted")
 _GB = 1e9
@@ -37,8 +47,8 @@ def _median(steps: Sequence[RecordedStep], name: str) -> float:
     return median(numbers)
 
 
-def run_rates(folder: Path) -> MeasuredRates:
-    """Returns what a run measured, as rates.
+def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
+    """Returns what a run measured, as rates; those of its rollouts need its configuration.
 
     The probe's times are preferred, because a plan made before the run would have used them. Without a probe, they are
     those of the last step that the run has drawn.
@@ -54,6 +64,11 @@ def run_rates(folder: Path) -> MeasuredRates:
         origin = f"{folder}/{PROBE_NAME}"
         parts = {name: _overlapped_times(part, alone) for name, part in parts.items()}
     steps = typical_steps(folder)
+    rollouts = None
+    sampling = 0.0
+    if config is not None and config.rollout is not None and (recorded := read_sampled(folder, config)):
+        rollouts = _rollout_rates(recorded)
+        sampling = median(rollout.seconds for rollout in recorded) / config.rollout.updates
     overlap = "not measured: no step was drawn"
     outside = "not measured: no step is recorded"
     if drawn is not None:
@@ -70,12 +85,88 @@ def run_rates(folder: Path) -> MeasuredRates:
         **parts,
         alone=alone,
         latency_seconds=measured.latency_seconds,
-        optimizer_seconds=_median(steps, "outside") if steps else 0.0,
+        optimizer_seconds=max(0.0, _median(steps, "outside") - sampling) if steps else 0.0,
+        rollouts=rollouts,
         sources=(
             RateSource(keys=("tokens", *PARTS, "latency_seconds"), text=f"{origin}, on {measured.device}"),
             RateSource(keys=("alone",), text=overlap),
             RateSource(keys=("optimizer_seconds",), text=outside),
         ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledRollout:
+    """A rollout of a journal: what the engine counted, and how long it sampled.
+
+    `way` is the length of a round in units of a visit to the whole model.
+    """
+
+    rounds: int
+    visits: int
+    passes: int
+    tokens: float
+    seconds: float
+    accepted_share: float
+    way: float
+    prompts: tuple[AnsweredPrompt, ...]
+
+
+def read_sampled(folder: Path, config: TrainConfig) -> list[SampledRollout]:
+    """Returns the last rollouts of a run's journals; the first, whose sampler was not warm, only alone."""
+    paths = sorted((folder / "rollouts").glob("step-*.jsonl"))
+    rollouts = [rollout for path in paths[-_LAST:] if (rollout := _sampled(path, config)) is not None]
+    return rollouts[1:] if len(rollouts) == len(paths) > 1 else rollouts
+
+
+def _sampled(path: Path, config: TrainConfig) -> SampledRollout | None:
+    assert config.rollout is not None
+    try:
+        header, *groups, _ = (json.loads(line) for line in path.read_bytes().splitlines())
+        counts = {name: int(header["counts"][name]) for name in ("rounds", "visits", "passes", "drafts_offered")}
+        accepted = header["counts"]["drafts_accepted"] / max(1, counts["drafts_offered"])
+        prompts = tuple(
+            AnsweredPrompt(
+                prompt=len(group["tokens"]),
+                answers=tuple(len(sample["tokens"]) for sample in group["samples"]),
+                is_trained=not group["dropped"],
+                limit=min(config.rollout.max_new_tokens, config.model.max_position_tokens - len(group["tokens"])),
+            )
+            for group in groups
+        )
+        seconds = float(header["seconds"]["sampling"])
+    except (OSError, ValueError, KeyError, TypeError):  # not a whole journal, or one without counts
+        return None
+    if not prompts or min(counts["rounds"], counts["visits"]) < 1:
+        return None
+    placement = run_placement(config, FALLBACK if config.schedule.kind == "auto" else config.schedule.kind)
+    sizes = CohortSizes.within(config.batch.micro_sequences * config.rank_sequence_tokens)
+    cohorts = forecast_rounds(prompts, placement, config.parallelism.data, sizes, 1 + accepted).cohorts
+    reads = counts["passes"] * (2 if counts["drafts_offered"] else 1) + sum(prompt.prompt - 1 for prompt in prompts)
+    return SampledRollout(
+        rounds=counts["rounds"],
+        visits=counts["visits"],
+        passes=counts["passes"],
+        tokens=reads / counts["visits"],
+        seconds=seconds,
+        accepted_share=accepted,
+        way=max(1.0, cohorts * len(placement) / config.parallelism.pipeline),
+        prompts=prompts,
+    )
+
+
+def _rollout_rates(rollouts: Sequence[SampledRollout]) -> RolloutRates:
+    """Fits the time of a visit, and of a token if rollouts differ enough in their tokens per visit."""
+    tokens = np.array([rollout.tokens for rollout in rollouts])
+    visits = np.array([rollout.seconds / rollout.rounds / rollout.way for rollout in rollouts])
+    slope = 0.0
+    if tokens.max() > _VARIED * tokens.min():
+        slope = max(0.0, float(np.polyfit(tokens, visits, 1)[0]))
+    return RolloutRates(
+        visit_seconds=max(0.0, float(np.median(visits - slope * tokens))),
+        token_seconds=slope,
+        tokens_per_pass=1 + median(rollout.accepted_share for rollout in rollouts),
+        prompts=rollouts[-1].prompts,
     )
 
 
@@ -171,7 +262,7 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
         step_seconds=Compared.of(timed.time.step, step),
         bubble_seconds=Compared.of(sum(simulation.idle) / num_ranks, _median(steps, "bubble")),
         exposed_exchange_seconds=None if config.schedule.pairing == "sequential" else exposed,
-        outside_seconds=Compared.of(timed.time.optimizer, _median(steps, "outside")),
+        outside_seconds=Compared.of(timed.time.without_factor - simulation.makespan, _median(steps, "outside")),
         memory_bytes=peak,
         memory_note=_NOT_ON_CPU if peak is None else None,
         factor=step / timed.time.without_factor,
@@ -226,7 +317,11 @@ def comparison_rows(compared: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     for key, name in _COMPARED.items():
         if (values := compared.get(key)) is None:
             continue
-        unit, digits, suffix = (_GB, 3, "GB") if key == "memory_bytes" else (1e-3, 1, "ms") if short else (1.0, 3, "s")
+        unit, digits, suffix = (1.0, 2, "") if key in ("rounds", "rows_per_visit") else (1.0, 3, "s")
+        if key == "memory_bytes":
+            unit, digits, suffix = _GB, 3, "GB"
+        elif short and suffix:
+            unit, digits, suffix = 1e-3, 1, "ms"
         predicted, measured = (f"{values[side] / unit:,.{digits}f} {suffix}" for side in ("predicted", "measured"))
         yield name, predicted, measured, "-" if values["factor"] is None else f"{values['factor']:.3f}"
 

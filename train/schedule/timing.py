@@ -14,6 +14,7 @@ from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
+from infer.cohorts import AnsweredPrompt
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from model.config import CutError
 from model.size import training_flops_per_token
@@ -53,6 +54,20 @@ class RateSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRates:
+    """How a run sampled, from its journals, and the prompts of its last rollout.
+
+    A cohort's visit to all stages takes `visit_seconds`, and `token_seconds` for each token. A pass gives more than one
+    token if drafts are accepted.
+    """
+
+    visit_seconds: NonNegativeFloat
+    token_seconds: NonNegativeFloat
+    tokens_per_pass: PositiveFloat
+    prompts: tuple[AnsweredPrompt, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredRates:
     """Times of a model's parts that a run measured on its own ranks.
 
@@ -77,6 +92,7 @@ class MeasuredRates:
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
     context: PositiveInt = 1
+    rollouts: RolloutRates | None = None
 
     def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch, which scale with its tokens."""
