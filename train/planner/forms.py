@@ -25,16 +25,7 @@ _NAME = 57
 _GB = 1e9
 _MB = 1e6
 _MEMORY_COLUMNS = (
-    "ranks",
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "pending W",
-    "buffers",
-    "reserve",
-    "total",
-    "used",
+    *("ranks", "weights", "gradients", "optimizer", "activations", "pending W", "buffers", "reserve", "total", "used"),
 )
 _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
@@ -42,6 +33,7 @@ _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
     """Returns a plan as plain values."""
     return {
+        "summary": [_first_line(plan), *_layout_texts(plan).values()],
         "model": {"parameters": plan.parameters, "flops_per_token": plan.flops_per_token},
         "layout": layout_json(plan.config),
         "fits": plan.fits,
@@ -206,7 +198,8 @@ def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
 
 def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     """Returns a plan as lines. The first says whether the run fits, and names the largest rank."""
-    lines = [_first_line(plan), *_reason_lines(plan), "", *_layout_lines(plan), "", *_memory_lines(plan), ""]
+    layout = [line for label, text in _layout_texts(plan).items() for line in labeled(label, text)]
+    lines = [_first_line(plan), *_reason_lines(plan), "", *layout, "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
     lines += [*_time_lines(values["time"]), *_rollout_lines(values["rollouts"]), "", *_cost_lines(values["cost"])]
@@ -249,28 +242,22 @@ def _reason_lines(plan: JobPlan) -> list[str]:
     return [line for reason in plan.reasons for line in labeled("reason", reason)]
 
 
-def _layout_lines(plan: JobPlan) -> Iterator[str]:
+def _layout_texts(plan: JobPlan) -> dict[str, str]:
+    """Returns what is planned, by label."""
     config = plan.config
     batch = plan.config.batch
     mesh = plan.config.parallelism
     unit, name = (1e9, "billion") if plan.parameters >= 1e9 else (1e6, "million")
     flops, prefix = (1e9, "G") if plan.flops_per_token >= 1e9 else (1e6, "M")
-    yield from labeled(
-        "model",
-        f"{plan.parameters / unit:,.1f} {name} weights, {plan.flops_per_token / flops:,.1f} {prefix}FLOP per trained "
-        f"token, {config.precision.kind}",
-    )
-    yield from labeled(
-        "layout",
-        f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
+    return {
+        "model": f"{plan.parameters / unit:,.1f} {name} weights, {plan.flops_per_token / flops:,.1f} {prefix}FLOP per "
+        f"trained token, {config.precision.kind}",
+        "layout": f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
         f"schedule {config.schedule.kind}, dispatch {config.dispatch.kind}",
-    )
-    yield from labeled(
-        "batch",
-        f"{batch.global_sequences:,} sequences of {batch.sequence_length_tokens:,} tokens: in each pipeline "
+        "batch": f"{batch.global_sequences:,} sequences of {batch.sequence_length_tokens:,} tokens: in each pipeline "
         f"{config.num_micro_batches} micro-batches of {batch.micro_sequences}",
-    )
-    yield from labeled("cut", f"{' '.join(map(str, mesh.cut.layers))} layers in the stages")
+        "cut": f"{' '.join(map(str, mesh.cut.layers))} layers in the stages",
+    }
 
 
 def _memory_lines(plan: JobPlan) -> list[str]:
@@ -346,7 +333,7 @@ def _rollout_lines(rollouts: Mapping[str, Any] | None) -> Iterator[str]:
     yield from labeled(
         "answers",
         f"{rollouts['answers']:,}, {rollouts['mean_tokens']:,.0f} tokens in the mean, {rollouts['most_tokens']:,} at "
-        f"most ({rollouts['lengths']}); batches trained for an update: {rollouts['batches']}; passes of the reference "
+        f"most; batches trained for an update: {rollouts['batches']}; passes of the reference "
         f"{rollouts['reference_seconds']:.2f} s a batch, of reward models {rollouts['reward_seconds']:.2f} s",
     )
     for note in rollouts["notes"]:

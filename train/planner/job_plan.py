@@ -30,6 +30,11 @@ from train.schedule.cut import run_cut, with_cut
 from train.schedule.measured import layer_parameters
 from train.schedule.timing import EfficiencyConfig, StepTime, TimedPlan, planning_schedule, time_plan
 
+_SPEEDS = (
+    *("peak_flops", "num_sms", "communication_sms", "inter_node_bytes_per_second", "intra_node_bytes_per_second"),
+    *("memory_bytes_per_second", "dollars_per_gpu_hour"),
+)
+"""Keys of the cluster on which no memory depends."""
 _HOUR = 3600.0
 _DAY_HOURS = 24.0
 _TRILLION = 1e12
@@ -202,17 +207,9 @@ def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> 
 
 def _without_speed(config: TrainConfig) -> TrainConfig:
     """Returns a run without what only its time depends on, so that predictions of memory are shared."""
-    timeless = replace(
-        config.cluster,
-        peak_flops=None,
-        num_sms=None,
-        communication_sms=None,
-        inter_node_bytes_per_second=None,
-        intra_node_bytes_per_second=None,
-        memory_bytes_per_second=None,
-        dollars_per_gpu_hour=None,
-    )
-    return replace(config, cluster=timeless, cost=DEFAULT_COST)
+    timeless: Any = dict.fromkeys(_SPEEDS)
+    cluster = replace(config.cluster, **timeless)
+    return replace(config, cluster=cluster, cost=DEFAULT_COST)
 
 
 def require_time(plan: JobPlan) -> TimedPlan:

@@ -65,9 +65,9 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
     sections = {
         "Memory of each pipeline rank": _memory(values["memory"]),
         "Time of a step": _time(values, timed),
-        "Cost": _cost(values["cost"]),
+        "Cost": any_value(values["cost"]),
         **{title: any_value(values.get(key)) for key, title in _OTHERS.items()},
-        "Assumptions": _assumptions(values["assumptions"]),
+        "Assumptions": records_table(values["assumptions"]),
     }
     parts = (f"<section><h2>{escape(key)}</h2>{text}</section>" for key, text in sections.items() if text)
     title = f"Plan of {name}"
@@ -76,25 +76,10 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
 
 
 def _verdict(values: Mapping[str, Any]) -> str:
-    memory = values["memory"]
-    layout = values["layout"]
-    room = memory["capacity_bytes"]
-    peak = cell_text("_bytes", memory["peak_bytes"])
-    largest = max(memory["ranks"], key=lambda rank: rank["total_bytes"])["pipeline_rank"]
-    style = ""
-    text = f"The largest rank, {largest}, needs {peak}. The memory of a device is not given."
-    if room is not None:
-        style = ' class="good"' if values["fits"] else ' class="bad"'
-        verdict = "It fits" if values["fits"] else "It does not fit"
-        text = f"{verdict}: the largest rank, {largest}, needs {peak} of {cell_text('_bytes', room)}."
-    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in values["reasons"])
-    words = (
-        f"{layout['ranks']:,} ranks: pipeline {layout['pipeline']} x data {layout['data']}, experts over "
-        f"{layout['expert']}; schedule {layout['schedule']}, {layout['num_micro_batches']} micro-batches in each "
-        f"pipeline, sequences of a micro-batch {layout['micro_batch_sequences']}; {layout['precision']}; "
-        f"layers in the stages: {' '.join(map(str, layout['cut']))}"
-    )
-    return f"<p{style}><b>{escape(text)}</b></p>{reasons}<p>{escape(words)}</p>"
+    style = {True: "good", False: "bad"}[values["fits"]] if values["memory"]["capacity_bytes"] is not None else ""
+    first, *others = (escape(text) for text in values["summary"])
+    reasons = map(escape, values["reasons"])
+    return f'<p class="{style}"><b>{first}</b></p>' + "".join(f"<p>{text}</p>" for text in (*reasons, *others))
 
 
 def _tiles(values: Mapping[str, Any]) -> str:
@@ -138,26 +123,6 @@ def _time(values: Mapping[str, Any], timed: TimedPlan | None) -> str:
     text = f"<p>What each pipeline rank does in a step.{stretched}</p>"
     numbers = _details("Seconds of each rank", time["ranks"])
     return f"{text}{stacked_bars(_TIME_PARTS, bars, seconds)}{numbers}{drawn}"
-
-
-def _cost(cost: Mapping[str, Any] | None) -> str:
-    if cost is None:
-        return ""
-    stages = [*cost["stages"]]
-    if len(stages) > 1:
-        sums = {key: cost[key] for key in ("gpu_hours", "dollars", "kilowatt_hours")}
-        stages.append({"name": "all", **sums, "days": sum(stage["days"] for stage in stages)})
-    hours = f"{cost['gpu_hours_per_trillion_tokens']:,.0f}"
-    goodput = "" if cost["goodput"] is None else any_value({"goodput": cost["goodput"]})
-    return f"{records_table(stages)}<p>A trillion tokens take {hours} GPU-hours.</p>{goodput}"
-
-
-def _assumptions(assumptions: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [str(assumption["name"]), f"{assumption['value']:.6g}", str(assumption["unit"]), str(assumption["source"])]
-        for assumption in assumptions
-    ]
-    return _table(["name", "value", "unit", "source"], rows) if rows else ""
 
 
 def _details(title: str, records: Sequence[Mapping[str, Any]]) -> str:

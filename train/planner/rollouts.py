@@ -39,15 +39,13 @@ class RolloutPlan:
     """The rollouts of a step. Times are None if the rates do not say them.
 
     Attributes:
-        lengths: where the numbers of tokens of answers are from.
         max_rows: most rows of a cohort, of which each direction has `cohorts`.
         cache_bytes: caches of the rank that holds most.
         batches: batches into which the answers of an update are packed, each trained with the whole schedule.
         reference_seconds: a pass of the reference over a batch; `reward_seconds` are of reward models, for all answers.
-        is_measured: whether the rates' time outside the passes contains the passes of other networks.
+        passes_seconds: both in a step; 0 if the rates' measured time outside the passes contains them.
     """
 
-    lengths: str
     answers: int
     mean_tokens: float
     most_tokens: int
@@ -63,7 +61,7 @@ class RolloutPlan:
     batches: int
     reference_seconds: float
     reward_seconds: float
-    is_measured: bool
+    passes_seconds: float
     notes: tuple[str, ...]
 
 
@@ -88,9 +86,10 @@ def plan_rollouts(config: TrainConfig, rates: Rates, timed: TimedPlan) -> Rollou
     forwards = _forward_seconds(config, rates, timed)
     batches = _count_batches(config, rollout, prompts)
     assert config.reward is not None
+    reference = forwards * TASKS.get(config.task.kind).has_reference(config.task)
     models = sum(isinstance(part, RewardModelScorerConfig) and part.place == "pipeline" for part in config.reward.parts)
+    reward = forwards * batches * rollout.updates * models
     return RolloutPlan(
-        lengths=lengths,
         answers=len(tokens),
         mean_tokens=fmean(tokens),
         most_tokens=max(tokens),
@@ -104,10 +103,10 @@ def plan_rollouts(config: TrainConfig, rates: Rates, timed: TimedPlan) -> Rollou
         idle_share=None if spent is None else spent.idle_share,
         cache_bytes=visit.cache_bytes(forecast, max(prompt.prompt + prompt.limit for prompt in prompts)),
         batches=batches,
-        reference_seconds=forwards * TASKS.get(config.task.kind).has_reference(config.task),
-        reward_seconds=forwards * batches * rollout.updates * models,
-        is_measured=not isinstance(rates, KernelRates),
-        notes=tuple(_notes(config, rollout, rates)),
+        reference_seconds=reference,
+        reward_seconds=reward,
+        passes_seconds=batches * reference + reward / rollout.updates if isinstance(rates, KernelRates) else 0.0,
+        notes=(f"tokens of answers: {lengths}", *_notes(config, rollout, rates)),
     )
 
 
@@ -115,11 +114,8 @@ def with_rollouts(timed: TimedPlan, plan: RolloutPlan, config: TrainConfig, effi
     """Returns the time of a step with its rollouts, and with as many batches as its answers fill."""
     rollout = config.rollout
     assert rollout is not None
-    others = 0.0
-    if not plan.is_measured:
-        others = plan.batches * plan.reference_seconds + plan.reward_seconds / rollout.updates
     sampling = (plan.sampling_seconds or 0.0) / rollout.updates
-    without = plan.batches * timed.simulation.makespan + timed.time.optimizer + sampling + others
+    without = plan.batches * timed.simulation.makespan + timed.time.optimizer + sampling + plan.passes_seconds
     step = without * efficiency.unexplained
     slower = step / timed.time.step
     mfu = None if timed.time.mfu is None else timed.time.mfu * plan.batches / slower
@@ -264,8 +260,8 @@ def compare_rollouts(plan: RolloutPlan | None, config: TrainConfig, folder: Path
         return {}
     last = recorded[-1]
     compared = {
-        "rounds": Compared.of(plan.rounds, last.rounds),
-        "rows_per_visit": Compared.of(plan.rows_per_visit, last.passes / last.visits),
+        "rounds": Compared.of(plan.rounds, last.counts["rounds"]),
+        "rows_per_visit": Compared.of(plan.rows_per_visit, last.counts["passes"] / last.counts["visits"]),
         "sampling_seconds": Compared.of(plan.sampling_seconds or 0.0, median(each.seconds for each in recorded)),
     }
     return {name: encode(values) for name, values in compared.items()}

@@ -67,7 +67,7 @@ def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
     rollouts = None
     sampling = 0.0
     if config is not None and config.rollout is not None and (recorded := read_sampled(folder, config)):
-        rollouts = _rollout_rates(recorded)
+        rollouts = _rollout_rates(recorded, config)
         sampling = median(rollout.seconds for rollout in recorded) / config.rollout.updates
     overlap = "not measured: no step was drawn"
     outside = "not measured: no step is recorded"
@@ -97,19 +97,16 @@ def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledRollout:
-    """A rollout of a journal: what the engine counted, and how long it sampled.
+    """A rollout of a journal: its prompts, what the engine counted, and how long it sampled."""
 
-    `way` is the length of a round in units of a visit to the whole model.
-    """
-
-    rounds: int
-    visits: int
-    passes: int
-    tokens: float
-    seconds: float
-    accepted_share: float
-    way: float
     prompts: tuple[AnsweredPrompt, ...]
+    counts: Mapping[str, float]
+    seconds: float
+
+    @property
+    def accepted_share(self) -> float:
+        """Drafts that were accepted, over those that were offered."""
+        return self.counts["drafts_accepted"] / max(1, self.counts["drafts_offered"])
 
 
 def read_sampled(folder: Path, config: TrainConfig) -> list[SampledRollout]:
@@ -120,50 +117,44 @@ def read_sampled(folder: Path, config: TrainConfig) -> list[SampledRollout]:
 
 
 def _sampled(path: Path, config: TrainConfig) -> SampledRollout | None:
+    """Reads a journal; None if it is not whole, or has no counts of a pipelined engine."""
     assert config.rollout is not None
     try:
         header, *groups, _ = (json.loads(line) for line in path.read_bytes().splitlines())
-        counts = {name: int(header["counts"][name]) for name in ("rounds", "visits", "passes", "drafts_offered")}
-        accepted = header["counts"]["drafts_accepted"] / max(1, counts["drafts_offered"])
         prompts = tuple(
             AnsweredPrompt(
                 prompt=len(group["tokens"]),
                 answers=tuple(len(sample["tokens"]) for sample in group["samples"]),
-                is_trained=not group["dropped"],
                 limit=min(config.rollout.max_new_tokens, config.model.max_position_tokens - len(group["tokens"])),
+                is_trained=not group["dropped"],
             )
             for group in groups
         )
-        seconds = float(header["seconds"]["sampling"])
-    except (OSError, ValueError, KeyError, TypeError):  # not a whole journal, or one without counts
+        rollout = SampledRollout(prompts=prompts, counts=header["counts"], seconds=header["seconds"]["sampling"])
+        return rollout if min(rollout.counts[name] for name in ("rounds", "visits", "passes")) > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not prompts or min(counts["rounds"], counts["visits"]) < 1:
-        return None
+
+
+def _rollout_rates(rollouts: Sequence[SampledRollout], config: TrainConfig) -> RolloutRates:
+    """Fits the time of a visit, and of a token if rollouts differ enough in their tokens per visit."""
     placement = run_placement(config, FALLBACK if config.schedule.kind == "auto" else config.schedule.kind)
     sizes = CohortSizes.within(config.batch.micro_sequences * config.rank_sequence_tokens)
-    cohorts = forecast_rounds(prompts, placement, config.parallelism.data, sizes, 1 + accepted).cohorts
-    reads = counts["passes"] * (2 if counts["drafts_offered"] else 1) + sum(prompt.prompt - 1 for prompt in prompts)
-    return SampledRollout(
-        rounds=counts["rounds"],
-        visits=counts["visits"],
-        passes=counts["passes"],
-        tokens=reads / counts["visits"],
-        seconds=seconds,
-        accepted_share=accepted,
-        way=max(1.0, cohorts * len(placement) / config.parallelism.pipeline),
-        prompts=prompts,
-    )
-
-
-def _rollout_rates(rollouts: Sequence[SampledRollout]) -> RolloutRates:
-    """Fits the time of a visit, and of a token if rollouts differ enough in their tokens per visit."""
-    tokens = np.array([rollout.tokens for rollout in rollouts])
-    visits = np.array([rollout.seconds / rollout.rounds / rollout.way for rollout in rollouts])
+    tokens = []
+    visits = []
+    for rollout in rollouts:
+        counts = rollout.counts
+        read = counts["passes"] * (2 if counts["drafts_offered"] else 1)
+        tokens.append((read + sum(each.prompt - 1 for each in rollout.prompts)) / counts["visits"])
+        forecast = forecast_rounds(rollout.prompts, placement, config.parallelism.data, sizes)
+        # A round is a cohort's way through all stages, or as many visits as the busiest rank has.
+        way = max(1.0, forecast.cohorts * len(placement) / config.parallelism.pipeline)
+        visits.append(rollout.seconds / counts["rounds"] / way)
     slope = 0.0
-    if tokens.max() > _VARIED * tokens.min():
+    if max(tokens) > _VARIED * min(tokens):
         slope = max(0.0, float(np.polyfit(tokens, visits, 1)[0]))
     return RolloutRates(
-        visit_seconds=max(0.0, float(np.median(visits - slope * tokens))),
+        visit_seconds=max(0.0, float(np.median(np.array(visits) - slope * np.array(tokens)))),
         token_seconds=slope,
         tokens_per_pass=1 + median(rollout.accepted_share for rollout in rollouts),
         prompts=rollouts[-1].prompts,
@@ -252,6 +243,7 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
     simulation = timed.simulation
     num_ranks = timed.schedule.num_ranks
     exposed = Compared.of(sum(simulation.exposed) / num_ranks, _median(steps, "exposed_exchange"))
+    outside = timed.time.optimizer if config.rollout is None else timed.time.without_factor - simulation.makespan
     peak = None
     if memory is not None:
         predicted = max(rank.total - rank.reserve for rank in memory.ranks)
@@ -262,7 +254,7 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
         step_seconds=Compared.of(timed.time.step, step),
         bubble_seconds=Compared.of(sum(simulation.idle) / num_ranks, _median(steps, "bubble")),
         exposed_exchange_seconds=None if config.schedule.pairing == "sequential" else exposed,
-        outside_seconds=Compared.of(timed.time.without_factor - simulation.makespan, _median(steps, "outside")),
+        outside_seconds=Compared.of(outside, _median(steps, "outside")),
         memory_bytes=peak,
         memory_note=_NOT_ON_CPU if peak is None else None,
         factor=step / timed.time.without_factor,

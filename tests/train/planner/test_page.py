@@ -65,7 +65,7 @@ def test_page_is_one_offline_file_without_scripts(published: tuple[JobPlan, dict
     assert len(page) < 300_000
     for title in ("Memory of each pipeline rank", "Time of a step", "Cost", "Assumptions"):
         assert f"<h2>{title}</h2>" in page
-    assert "It fits: the largest rank, " in page
+    assert "fits: the largest rank, " in page
 
 
 def test_page_has_a_bar_for_each_rank_and_a_line_for_the_capacity(published: tuple[JobPlan, dict[str, Any]]) -> None:
@@ -102,7 +102,7 @@ def test_page_without_times_and_capacity_says_so() -> None:
     plan, values = planned("experiment=quickstart")
     page = plan_page(values, plan.timed, "quick")
     tags(page)
-    assert "The memory of a device is not given." in page
+    assert "the memory of a device, is not given" in page
     assert "Unknown: cluster.peak_flops: " in page
     assert "limit-swatch" not in page.partition("<body>")[2]
 
