@@ -131,6 +131,10 @@ def _numbers(number: int, prompt: Any) -> list[int]:
         raise GenerateError(f"prompt {number}: must be a list of token ids, is {str(prompt)[:80]!r}") from error
 
 
+ENGINE_COUNTS = ("rounds", "visits", "passes", "drafts_offered", "drafts_accepted")
+"""Fields of `Statistics` that a journal of rollouts has, summed over draws."""
+
+
 def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
     """Returns the joint statistics of parts that ran at the same time, `seconds` in all."""
     names = [entry.name for entry in fields(Statistics) if entry.type is int]

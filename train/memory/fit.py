@@ -151,7 +151,7 @@ def parts(rank: RankMemory) -> str:
     return ", ".join(f"{name} {_part(size)}" for size, name in largest)
 
 
-def gigabytes(size: int) -> str:
+def gigabytes(size: float) -> str:
     """Returns a size with its unit: MB below 0.1 GB, or else GB."""
     return f"{size / _GB:.1f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.1f} MB"
 

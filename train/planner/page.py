@@ -12,6 +12,7 @@ from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.ir import Op
 from train.config.decode import flatten
 from train.figures import num_bytes, plain, seconds, short, table
+from train.memory.fit import gigabytes
 from train.schedule.timing import TimedPlan
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -87,7 +88,7 @@ def _tiles(values: Mapping[str, Any]) -> str:
     cost = values["cost"] or {}
     facts = {
         "weights": short(values["model"]["parameters"]).replace("G", " billion").replace("M", " million"),
-        "peak of a rank": _bytes(values["memory"]["peak_bytes"]),
+        "peak of a rank": gigabytes(values["memory"]["peak_bytes"]),
         "step": seconds(time["step_seconds"]) if time else None,
         "tokens/s per GPU": f"{time['tokens_per_second_per_gpu']:,.0f}" if time else None,
     }
@@ -108,7 +109,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
         "At the peak of a step. Activations are kept from F to I and from I to W; buffers are FP8 copies of weights, "
         "temporary tensors, transfers, the update, and a reserve."
     )
-    bars = stacked_bars(_MEMORY_PARTS, memory["ranks"], _bytes, limit)
+    bars = stacked_bars(_MEMORY_PARTS, memory["ranks"], gigabytes, limit)
     return f"<p>{note}</p>{bars}{_details('Bytes of each rank', memory['ranks'])}"
 
 
@@ -127,10 +128,6 @@ def _time(values: Mapping[str, Any], timed: TimedPlan | None) -> str:
 
 def _details(title: str, records: Sequence[Mapping[str, Any]]) -> str:
     return f"<details><summary>{escape(title)}</summary>{records_table(records)}</details>"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
 
 
 def stacked_bars(

@@ -26,8 +26,6 @@ from model.hf.files import write_synced
 from train.post.sample import RolloutHeader, ScoredRollout
 
 FORMAT = 1
-ENGINE_COUNTS = ("rounds", "visits", "passes", "drafts_offered", "drafts_accepted")
-"""Fields of `infer.config.Statistics` in the counts of a header, summed over draws."""
 FOLDER_NAME = "rollouts"
 LOG_PROBS = "log_probs"
 _OLD = "old_log_probs"

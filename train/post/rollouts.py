@@ -4,11 +4,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from infer.config import Sampling
+from infer.config import ENGINE_COUNTS, Sampling
 from infer.protocol import Group, Request, Rollouts, SampledRoutes
 from infer.scoring.ratings import length_penalty
 from train.config.tasks import RolloutConfig
-from train.post.journal import ENGINE_COUNTS
 from train.post.pipeline import TrainingEngine
 from train.post.sample import (
     AdvantageKind,

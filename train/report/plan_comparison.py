@@ -12,6 +12,7 @@ import numpy as np
 from dualpipe.ir import Schedule
 from dualpipe.registry import FALLBACK
 from infer.cohorts import AnsweredPrompt, CohortSizes, forecast_rounds
+from infer.config import ENGINE_COUNTS
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError
@@ -130,8 +131,9 @@ def _sampled(path: Path, config: TrainConfig) -> SampledRollout | None:
             )
             for group in groups
         )
-        rollout = SampledRollout(prompts=prompts, counts=header["counts"], seconds=header["seconds"]["sampling"])
-        return rollout if min(rollout.counts[name] for name in ("rounds", "visits", "passes")) > 0 else None
+        counts = {name: float(header["counts"][name]) for name in ENGINE_COUNTS}
+        rollout = SampledRollout(prompts=prompts, counts=counts, seconds=float(header["seconds"]["sampling"]))
+        return rollout if min(counts["rounds"], counts["visits"]) > 0 and prompts else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
