@@ -127,6 +127,8 @@ def _adapt_to_search(run: dict[str, Any], overrides: Sequence[str]) -> Iterator[
         whole = -(-sizes[0] // sizes[1]) * sizes[1]
         run["validation"] = {**validation, "sequences": whole}
         yield f"validation.sequences: {whole} in place of {sizes[0]}, because validation runs whole batches"
+    if run["rollout"] is not None:
+        yield "rollouts: a search compares training steps alone; plan a layout to see how long it samples"
     keys = [key_of(text).replace("/", ".") for text in overrides]
     if free := [key for key in keys if key == "batch.micro_sequences" or key.partition(".")[0] in _SEARCHED]:
         yield f"all values are compared, the given ones first: {', '.join(dict.fromkeys(free))}"
