@@ -39,8 +39,7 @@ _OTHERS = {
     "rollouts": "Rollouts",
     "what_if": "What if",
     "advice": "Hardware advice",
-    "candidates": "Layouts",
-    "rejected": "Rejected layouts",
+    "streams": "Progress on NCCL",
     "compared": "Predicted and measured",
     "dry_run": "Ranks that were built without devices",
 }
@@ -170,7 +169,7 @@ def stacked_bars(
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of records; nested keys are joined, and columns without a value are left out."""
-    flat = [dict(flatten(_with_short_layout(record))) for record in records[:_MOST_RECORDS]]
+    flat = [dict(flatten(record)) for record in records[:_MOST_RECORDS]]
     columns = dict.fromkeys(key for row in flat for key in row)
     keys = [key for key in columns if any(row.get(key) not in (None, "", []) for row in flat)]
     if not keys:
@@ -255,21 +254,6 @@ def _number(key: str, value: float) -> str:
     if key.endswith(("hours", "dollars", "days")):
         return f"{value:,.0f}" if abs(value) >= 100 else plain(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a record whose layout, if it has one, is one line of text."""
-    layout = record.get("layout")
-    if not isinstance(layout, Mapping):
-        return record
-    labels = {
-        **{axis: f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "expert") if axis in layout},
-        "chunks": f"{layout.get('chunks')} chunks" if layout.get("chunks") not in (None, 1) else "",
-        "batches": f"{layout.get('num_micro_batches')} x {layout.get('micro_batch_sequences')} sequences",
-        "recompute": f"recompute {cell_text('', layout['recompute']) or 'nothing'}" if "recompute" in layout else "",
-        **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
-    }
-    return {**record, "layout": ", ".join(text for text in labels.values() if text)}
 
 
 def _timeline(timed: TimedPlan) -> str:
