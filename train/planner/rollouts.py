@@ -256,7 +256,7 @@ class _Visit:
 def compare_rollouts(plan: RolloutPlan | None, config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Returns the plan of a run's last rollout next to its journal, as values; empty without a journal."""
     recorded = read_sampled(folder, config) if plan is not None else []
-    if plan is None or not recorded:
+    if plan is None or not recorded or recorded[-1].counts["draws"] > 1:  # draws are planned as one
         return {}
     last = recorded[-1]
     compared = {

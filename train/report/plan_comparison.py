@@ -111,10 +111,14 @@ class SampledRollout:
 
 
 def read_sampled(folder: Path, config: TrainConfig) -> list[SampledRollout]:
-    """Returns the last rollouts of a run's journals; the first, whose sampler was not warm, only alone."""
+    """Returns the last rollouts of a run's journals, of one draw if there are any.
+
+    The first one, whose sampler was not warm, is left out if there are others.
+    """
     paths = sorted((folder / "rollouts").glob("step-*.jsonl"))
     rollouts = [rollout for path in paths[-_LAST:] if (rollout := _sampled(path, config)) is not None]
-    return rollouts[1:] if len(rollouts) == len(paths) > 1 else rollouts
+    warm = rollouts[1:] if len(rollouts) == len(paths) > 1 else rollouts
+    return [rollout for rollout in warm if rollout.counts["draws"] == 1] or warm
 
 
 def _sampled(path: Path, config: TrainConfig) -> SampledRollout | None:
@@ -131,7 +135,7 @@ def _sampled(path: Path, config: TrainConfig) -> SampledRollout | None:
             )
             for group in groups
         )
-        counts = {name: float(header["counts"][name]) for name in ENGINE_COUNTS}
+        counts = {name: float(header["counts"][name]) for name in (*ENGINE_COUNTS, "draws")}
         rollout = SampledRollout(prompts=prompts, counts=counts, seconds=float(header["seconds"]["sampling"]))
         return rollout if min(counts["rounds"], counts["visits"]) > 0 and prompts else None
     except (OSError, ValueError, KeyError, TypeError):
