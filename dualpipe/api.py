@@ -148,7 +148,7 @@ class BuiltSchedule(TimedSchedule):
         """Returns the picture of the schedule under its costs."""
         return Drawing(
             {
-                "txt": lambda: f"{grid(self.schedule, self.simulation)}\n{self._numbers()}",
+                "text": lambda: f"{grid(self.schedule, self.simulation)}\n{self._numbers()}",
                 "html": lambda: html([self]),
                 "svg": lambda: svg(self.schedule, self.simulation, bound=self.bound),
             }
@@ -207,7 +207,7 @@ class ScheduleComparison:
 
     def draw(self) -> "Drawing":
         """Returns the page that compares the schedules, with their pictures."""
-        return Drawing({"txt": lambda: table(self.rows), "html": lambda: html(self.rows)})
+        return Drawing({"text": lambda: table(self.rows), "html": lambda: html(self.rows)})
 
 
 def _table_cells(row: BuiltSchedule | UnavailableSchedule) -> str:
@@ -217,30 +217,34 @@ def _table_cells(row: BuiltSchedule | UnavailableSchedule) -> str:
 
 
 class Drawing:
-    """Picture of schedules: text if printed, a picture in notebooks, a file with `save`."""
+    """Result in several forms: text if printed, a picture or a page in notebooks, a file with `save`."""
 
     def __init__(self, forms: Mapping[str, Callable[[], str]]) -> None:
-        """Stores a function for each form: `txt`, `html`, and for one schedule `svg`."""
+        """Stores a function for each form: `text`, and some of `svg`, `html` and `json`."""
         self._forms = forms
 
     def __repr__(self) -> str:
-        return self.render("txt")
+        return self.render("text")
 
     def _repr_html_(self) -> str:
         if "svg" in self._forms:
             return f'<div style="overflow-x: auto">{self.render("svg")}</div>'
-        return f'<iframe srcdoc="{escape(self.render("html"))}" style="width: 100%; height: 720px"></iframe>'
+        if "html" in self._forms:
+            return f'<iframe srcdoc="{escape(self.render("html"))}" style="width: 100%; height: 720px"></iframe>'
+        return f"<pre>{escape(self.render('text'))}</pre>"
 
     def render(self, form: str) -> str:
-        """Returns the picture as `txt`, `svg` or `html`."""
+        """Returns a form by its name."""
         if form not in self._forms:
-            raise ScheduleError(f"form: must be one of {', '.join(self._forms)}, is {form!r}; nearest: html")
+            valid = ", ".join(self._forms)
+            raise ScheduleError(f"form: must be one of {valid}, is {form!r}; nearest: {[*self._forms][-1]}")
         return self._forms[form]()
 
     def save(self, path: str | Path) -> Path:
-        """Writes the picture in the form that the end of the name selects, and returns the path."""
+        """Writes the form that the end of the name selects (`.txt` for text), and returns the path."""
         path = Path(path).expanduser()
-        text = self.render(path.suffix.removeprefix("."))
+        form = path.suffix.removeprefix(".")
+        text = self.render("text" if form == "txt" else form)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n", encoding="utf-8")
         return path

@@ -1,33 +1,48 @@
-"""Python interface: training and weights, from a script, a notebook, or a rank that torchrun started."""
+"""Python interface: plans, training and weights, in a script, a notebook, or a rank of torchrun."""
 
 import importlib.util
+import json
 import logging
 import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comm.config import ClusterConfig
 from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
+from dualpipe.api import Drawing
+from infer.config import check as check_generation
 from infer.evaluate.answers import Answerer
-from launch.config.compose import system_errors
+from infer.evaluate.run import RESULTS_NAME
+from launch.config.compose import compose, system_errors
 from launch.config.run_config import check, compose_run
-from launch.job import Device, Dtype, find_weights, load_model
+from launch.evaluate import evaluate, job_of
+from launch.generate import Transcript, continue_prompts, encode_job, read_values
+from launch.job import Device, Dtype, WeightsSource, find_weights, load_model
 from launch.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
+from launch.plan import PlanAnswer, answer_request
+from launch.plan_request import read_request
 from launch.run_folder import check_folder, locked_run_folder
+from model.size import count_parameters
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, nearest
+from train.report.charts import EVALUATION_PAGE_NAME
 
 if TYPE_CHECKING:
     from infer.evaluate.harness import HarnessModel
+    from model.transformer import Transformer
+
+Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
+_OF_RANKS = ("parallelism", "schedule", "cohorts", "prompt_ids", "prompts", "plugins")
+"""Keys of commands that have no meaning for weights in one process, or that arguments replace."""
 
 
 def configure(*overrides: str) -> TrainConfig:
@@ -133,6 +148,105 @@ def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
             for added in [active for active in logging.getLogger().handlers if active not in log_handlers]:
                 logging.getLogger().removeHandler(added)
                 added.close()
+
+
+def plan(*overrides: str) -> PlanAnswer:
+    """Returns what `python -m launch.plan OVERRIDES` prints: text, `values`, and a page in notebooks.
+
+    Raises:
+        ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
+    """
+    with system_errors():
+        return answer_request(read_request(overrides))
+
+
+def load(
+    ckpt: str | Path, *, weights: WeightsKind = "trained", dtype: Dtype = "auto", device: Device = "cpu"
+) -> "LoadedModel":
+    """Reads weights into this process, to generate and evaluate with them.
+
+    Args:
+        ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
+        weights: trained, or ema: the average of a run with `ema.decay`.
+        dtype: auto is the precision of the run that trained the weights.
+
+    Raises:
+        ConfigError, CheckpointError: there are no such weights.
+    """
+    chosen = {"ckpt": str(ckpt), "weights": weights, "dtype": dtype, "device": device}
+    with system_errors():
+        source = find_weights(str(ckpt), weights, drop_mtp=False, needs_tokenizer=False)
+        return LoadedModel(chosen, source, load_model(source, dtype, device))
+
+
+class LoadedModel:
+    """Weights in this process. Options are the keys of the command, with its defaults."""
+
+    def __init__(self, chosen: dict[str, Any], source: WeightsSource, model: "Transformer") -> None:
+        """Stores what `load` has read; `chosen` are the keys that it decides."""
+        self.source = source
+        self.model = model
+        self._chosen = chosen
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.source.folder}, {count_parameters(self.source.model).total:,} weights)"
+
+    def generate(self, prompts: Prompts, **options: Any) -> Transcript | list[Transcript]:
+        """Continues a prompt, or several together, as text or token ids: `generate("import os", top_p=0.9)`.
+
+        Returns:
+            The transcript of the prompt, whose `str` is the continuation; a list for a list of prompts.
+
+        Raises:
+            ConfigError, GenerateError: an unknown option, or a prompt or value that is not valid.
+        """
+        is_one = isinstance(prompts, str) or all(isinstance(each, int) for each in prompts)
+        given: list[Any] = [prompts] if is_one else [*prompts]
+        with system_errors():
+            config = read_values(self._values("generate", options, prompt="", out=""))
+            job = encode_job(config, self.source, [each if isinstance(each, str) else [*each] for each in given])
+            tokens = [prompt.tokens for prompt in job.prompts]
+            check_generation(self.source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
+            transcripts = job.transcripts()
+            continue_prompts(job, job.request, self.model, transcripts)
+        return transcripts[0] if is_one else transcripts
+
+    def evaluate(self, *tasks: str, out: str | Path | None = None, **options: Any) -> "EvaluationReport":
+        """Evaluates on tasks: `evaluate("bits_per_byte", bits_per_byte={"path": "notes.txt"})`.
+
+        Args:
+            out: folder of records and results, which the same call continues; None to keep only the report.
+
+        Raises:
+            ConfigError, EvaluationError: an unknown option, an invalid file, or a folder of another evaluation.
+        """
+        with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
+            folder = Path(out or scratch).expanduser()
+            values = self._values("evaluate", options, tasks=list(tasks), out=str(folder))
+            text = evaluate(job_of(values, self.source.without_mtp()), self.model)
+            results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+            return EvaluationReport(results, text, (folder / EVALUATION_PAGE_NAME).read_text(encoding="utf-8"))
+
+    def _values(self, command: str, options: Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
+        """Returns a command's values with options; what this class decides is no option."""
+        decided = {**self._chosen, **chosen}
+        values = compose(command, [f"{key}=_" for key in ("ckpt", "tasks", "out") if key in decided])
+        free = [key for key in values if key not in decided and key not in _OF_RANKS]
+        for key, value in options.items():
+            if key not in free:
+                raise ConfigError(f"{key}: no option of {command}; {nearest(key, free)}")
+            is_group = isinstance(values[key], dict) and isinstance(value, Mapping)
+            values[key] = {**values[key], **value} if is_group else value
+        return values | decided
+
+
+class EvaluationReport(Drawing):
+    """Results of an evaluation: `tasks` has the metrics of each task by name. Notebooks show the page."""
+
+    def __init__(self, results: dict[str, Any], text: str, page: str) -> None:
+        """Stores the content of `results.json`, the summary and the page."""
+        super().__init__({"text": lambda: text, "html": lambda: page, "json": lambda: json.dumps(results, indent=2)})
+        self.tasks: dict[str, dict[str, Any]] = results["tasks"]
 
 
 def open_harness_model(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
@@ -57,6 +57,9 @@ from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
 
 FORMAT = 1
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model")
@@ -111,7 +114,11 @@ class EvaluationJob:
 
 def read_job(overrides: Sequence[str]) -> EvaluationJob:
     """Composes and checks the configuration, and locates the weights without reading them."""
-    values: dict[str, Any] = compose("evaluate", overrides)
+    return job_of(compose("evaluate", overrides))
+
+
+def job_of(values: dict[str, Any], source: WeightsSource | None = None) -> EvaluationJob:
+    """Checks composed values, and locates the weights unless they are known."""
     names = [name for name in ("tasks", *EVALUATION_TASKS.names()) if name in values]
     tasks = EvaluationTasksConfig.from_plain({name: values.pop(name) for name in names})
     config = decode(EvaluateCommandConfig, values)
@@ -119,9 +126,9 @@ def read_job(overrides: Sequence[str]) -> EvaluationJob:
         raise ConfigError(f"tasks: must name at least one task, is []; valid: {', '.join(EVALUATION_TASKS.names())}")
     if not config.out:
         raise ConfigError("out: a value is needed, is empty; write out=FOLDER")
-    source = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True)
-    # No task uses MTP modules.
-    return EvaluationJob(config=config, tasks=tasks, source=source.without_mtp())
+    if source is None:  # no task uses MTP modules
+        source = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True).without_mtp()
+    return EvaluationJob(config=config, tasks=tasks, source=source)
 
 
 def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -271,16 +278,25 @@ Done = Mapping[str, Collection[str | int]]
 
 def main(overrides: Sequence[str]) -> int:
     """Evaluates, and writes records and results. User errors are reported before weights are read."""
-    job = read_job(overrides)
+    text = evaluate(read_job(overrides))
+    if text:
+        print(text, flush=True)
+    return 0
+
+
+def evaluate(job: EvaluationJob, model: "Transformer | None" = None) -> str:
+    """Evaluates a model, or reads that of the job, into the job's folder, and returns the results as text.
+
+    The text is empty on ranks of torchrun other than rank 0.
+    """
     with system_errors():
         tasks = job.open_tasks()
         try:
             if job.config.compare is not None:
                 check_compared(job.config.compare, tasks)
-            _evaluate(job, tasks)
+            return _evaluate(job, tasks, model)
         finally:
             _close(tasks)
-    return 0
 
 
 def preview(overrides: Sequence[str]) -> str:
@@ -296,20 +312,20 @@ def _close(tasks: Sequence[OpenTask]) -> None:
         opened.task.close()
 
 
-def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
+def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer | None") -> str:
     """Evaluates in a folder, or reports that it is complete. Only rank 0 of torchrun writes there."""
     network = job.spread()
     if network is not None and is_torchrun(os.environ):
         apply_rank_environment(network.cluster)
         if is_other_rank(os.environ):
             _evaluate_as_rank(job, network, None, lambda name, records: None)
-            return
+            return ""
     checkpoint = describe_checkpoint(job.source)
     path = Path(job.config.out).expanduser()
     with EvaluationFolder(path, identity(job, checkpoint)) as folder:
         if folder.is_complete and not is_torchrun(os.environ):
             print(f"{path} is complete; nothing is evaluated", file=sys.stderr, flush=True)
-            return
+            return summary({opened.name: task_result(opened, folder.read(opened.name)) for opened in tasks})
         records = {opened.name: folder.read(opened.name) for opened in tasks}
         done = {name: {record["id"] for record in task_records} for name, task_records in records.items()}
 
@@ -318,7 +334,7 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             records[name].extend(fresh)
 
         if network is None:
-            _evaluate_here(job, tasks, done, write)
+            _evaluate_here(job, tasks, done, write, model)
         elif is_torchrun(os.environ):
             _evaluate_as_rank(job, network, done, write)
         else:
@@ -326,16 +342,19 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             function = partial(_evaluate_as_rank, job, network, done)
             num_ranks = network.parallelism.world_size
             run_on_local_ranks(function, network.cluster, num_ranks, preloaded, write)
-        print(write_outcome(job, tasks, records, checkpoint, folder), flush=True)
+        return write_outcome(job, tasks, records, checkpoint, folder)
 
 
-def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write) -> None:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    apply_rank_environment(local_cluster(job.config.device, 1))
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = threads
+def _evaluate_here(
+    job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write, model: "Transformer | None"
+) -> None:
     source = job.source
-    model = load_model(source, job.config.dtype, job.config.device)
+    if model is None:
+        threads = os.environ.get("OMP_NUM_THREADS")
+        apply_rank_environment(local_cluster(job.config.device, 1))
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
+        model = load_model(source, job.config.dtype, job.config.device)
     from infer.engines.local import LocalModel
 
     local = LocalModel(model, job.config.batch_size)

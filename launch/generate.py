@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.corpus import decode_json
-from data.progress import NoProgress, progress_on
+from data.progress import NoProgress, Progress, progress_on
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
@@ -41,6 +42,9 @@ from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,12 @@ class Transcript:
         self._stream: TextStream | None = None
         if tokenizer is not None:
             self._stream = TextStream(tokenizer.decode, stop_strings, tokenizer.text_context(prompt.tokens))
+
+    def __str__(self) -> str:
+        return self.in_form_of_prompt
+
+    def __repr__(self) -> str:
+        return f"Transcript({shorten(repr(self.prompt.given), 40)} -> {self.in_form_of_prompt!r}, {self.finish})"
 
     @property
     def in_form_of_prompt(self) -> str:
@@ -304,6 +314,11 @@ def _read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
     values: dict[str, Any] = compose("generate", [text for text in overrides if text not in prompts])
     if prompts:
         values["prompt"] = prompts[-1].removeprefix("prompt=")
+    return read_values(values)
+
+
+def read_values(values: dict[str, Any]) -> GenerateCommandConfig:
+    """Decodes and checks composed values."""
     config = decode(GenerateCommandConfig, {**values, "stop": read_stop(values["stop"])})
     chosen = [key for key in ("prompt", "prompt_ids", "prompts") if getattr(config, key) is not None]
     if not chosen:
@@ -330,14 +345,20 @@ def _read_job(config: GenerateCommandConfig) -> GenerateJob:
     if tokenizer is None and config.stop.strings:
         raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")
     if config.prompt_ids is not None:
-        prompts = [Prompt(list(config.prompt_ids), list(config.prompt_ids))]
-        return GenerateJob(config=config, source=source, prompts=prompts)
+        return encode_job(config, source, [list(config.prompt_ids)])
     if tokenizer is None:
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
-    lines = read_prompts(config.prompt, config.prompts)
-    encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
-    prompts = [Prompt(text, encode_text(text)) for text in lines]
+    return encode_job(config, source, read_prompts(config.prompt, config.prompts))
+
+
+def encode_job(config: GenerateCommandConfig, source: WeightsSource, given: Sequence[str | list[int]]) -> GenerateJob:
+    """Converts prompts, text or token ids, to token ids."""
+    prompts = [Prompt(ids, list(ids)) for ids in given if not isinstance(ids, str)]
+    if len(prompts) < len(given):
+        tokenizer = source.needed_tokenizer("prompts of text")
+        encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
+        prompts = [Prompt(text, encode_text(text) if isinstance(text, str) else list(text)) for text in given]
     return GenerateJob(config=config, source=source, prompts=prompts)
 
 
@@ -347,12 +368,26 @@ def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: Text
 
 
 def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
-    config = job.config
     transcripts = job.transcripts()
     writer = _open_writer(job, transcripts, file)
-    model = load_model(job.source, config.dtype, config.device)
+    model = load_model(job.source, job.config.dtype, job.config.device)
+    # Standard output shows text as it is generated; a file shows nothing.
+    progress = progress_on() if job.config.out else NoProgress()
+    return continue_prompts(job, request, model, transcripts, writer.update, progress)
+
+
+def continue_prompts(
+    job: GenerateJob,
+    request: Request,
+    model: "Transformer",
+    transcripts: Sequence[Transcript],
+    update: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Continues all prompts in this process, and calls `update` after each change of the transcripts."""
     from infer.generate import Stream
 
+    config = job.config
     stream = Stream(
         model,
         [prompt.tokens for prompt in job.prompts],
@@ -363,13 +398,12 @@ def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
         batch_size=config.batch_size,
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
-    # Standard output shows text as it is generated; a file shows nothing.
-    progress = progress_on() if config.out else NoProgress()
     most = len(job.prompts) * config.max_new_tokens
-    for piece in progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens"):
+    pieces = (progress or NoProgress()).over("generating", stream, most, lambda piece: len(piece.tokens), "tokens")
+    for piece in pieces:
         if piece.finish is not None:
             transcripts[piece.index].end(piece.finish)
-        writer.update()
+        update()
     return stream.statistics
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
+from dualpipe.api import Drawing
 from dualpipe.registry import ScheduleConfig, candidates
 from launch.command import command, plain_text, write_output
 from launch.config.compose import (
@@ -80,18 +81,33 @@ def main(overrides: Sequence[str]) -> int:
     """Plans a run and prints the plan. Returns exit code 0, also if the run does not fit."""
     with system_errors():
         request = read_request(overrides)
-        if request.options.search:
-            sequences = request.values["validation"]["sequences"]
-            given = replace(request.config, validation=replace(request.config.validation, sequences=sequences))
-            result = search_layouts(search_space(request), given, request.planner, check_rules)
-            write_output(_search_output(result, request), request.options.out)
-            return 0
-        plan, asked = _planned(request)
-        write_output(_plan_output(plan, asked, request), request.options.out)
-    for kind in asked.get("dry_run", ()):
+        answer = answer_request(request)
+        write_output(answer.render(request.options.format), request.options.out)
+    for kind in answer.values.get("dry_run", ()):
         if kind["differences"]:
             raise ConfigError(f"dry_run: rank {kind['pipeline_ranks'][0]}: {kind['differences'][0]}")
     return 0
+
+
+class PlanAnswer(Drawing):
+    """Plan of a run, or layouts that a search found: values, printed text, and a page in notebooks."""
+
+    def __init__(self, values: dict[str, Any], lines: Callable[[], str], page: Callable[[], str] | None = None) -> None:
+        """Stores values and functions that return the other forms; a search has no page."""
+        forms = {"text": lines, "json": lambda: json.dumps(values, indent=1)}
+        super().__init__(forms if page is None else forms | {"html": page})
+        self.values = values
+
+
+def answer_request(request: PlanRequest) -> PlanAnswer:
+    """Plans what a request asks for."""
+    if not request.options.search:
+        return _planned(request)
+    sequences = request.values["validation"]["sequences"]
+    given = replace(request.config, validation=replace(request.config.validation, sequences=sequences))
+    result = search_layouts(search_space(request), given, request.planner, check_rules)
+    values = search_values(result) | {"notes": list(request.notes)}
+    return PlanAnswer(values, lambda: _search_lines(result, values))
 
 
 def preview(overrides: Sequence[str]) -> str:
@@ -102,8 +118,8 @@ def preview(overrides: Sequence[str]) -> str:
     return plain_text("plan", values)
 
 
-def _planned(request: PlanRequest) -> tuple[JobPlan, dict[str, Any]]:
-    """Returns the plan of a run, and what was asked for with it, by the keys of the JSON form."""
+def _planned(request: PlanRequest) -> PlanAnswer:
+    """Returns the plan of a run with what was asked for, by the keys of the JSON form."""
     asked: dict[str, Any] = {}
     changed = read_what_ifs(request)
     if request.options.run is None:
@@ -119,7 +135,12 @@ def _planned(request: PlanRequest) -> tuple[JobPlan, dict[str, Any]]:
         asked["advice"] = advise_hardware(request, plan)
     if request.options.dry_run:
         asked["dry_run"] = compare_built_ranks(plan.config)
-    return plan, asked
+    values = plan_values(plan, request.planner) | asked
+    return PlanAnswer(
+        values,
+        lambda: _plan_lines(plan, values, asked),
+        lambda: plan_page(values, plan.timed, request.config.name),
+    )
 
 
 def with_advice(plan: JobPlan) -> JobPlan:
@@ -133,32 +154,22 @@ def with_advice(plan: JobPlan) -> JobPlan:
     return plan
 
 
-def _plan_output(plan: JobPlan, asked: dict[str, Any], request: PlanRequest) -> str:
-    values = plan_values(plan, request.planner)
-    match request.options.format:
-        case "json":
-            return json.dumps(values | asked, indent=1)
-        case "html":
-            return plan_page(values | asked, plan.timed, request.config.name)
-        case "text":
-            formats: dict[str, Callable[[Any], Iterable[str]]] = {
-                "compared": comparison_text,
-                "streams": partial(labeled, "streams"),
-                "what_if": what_if_text,
-                "advice": advice_text,
-                "dry_run": built_text,
-            }
-            parts = [plan_text(plan, values), *(formats[key](part) for key, part in asked.items())]
-            return "\n\n".join(filter(None, ("\n".join(lines) for lines in parts)))
+def _plan_lines(plan: JobPlan, values: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    formats: dict[str, Callable[[Any], Iterable[str]]] = {
+        "compared": comparison_text,
+        "streams": partial(labeled, "streams"),
+        "what_if": what_if_text,
+        "advice": advice_text,
+        "dry_run": built_text,
+    }
+    parts = [plan_text(plan, values), *(formats[key](part) for key, part in asked.items())]
+    return "\n\n".join(filter(None, ("\n".join(lines) for lines in parts)))
 
 
-def _search_output(result: SearchResult, request: PlanRequest) -> str:
-    values = search_values(result) | {"notes": list(request.notes)}
-    if request.options.format == "json":
-        return json.dumps(values, indent=1)
+def _search_lines(result: SearchResult, values: Mapping[str, Any]) -> str:
     sequences = (config.batch.global_sequences for config in (result.run, result.config))
     headline, *lines = search_text(values, *sequences)
-    return "\n".join((headline, *request.notes, *lines))
+    return "\n".join((headline, *values["notes"], *lines))
 
 
 def search_space(request: PlanRequest) -> SearchSpace:

@@ -109,7 +109,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
     if config.format == "html":
         return html([built, *others])
     rows = [*compared.rows] if len(others) < len(compared.rows) else [built, *others]
-    parts = [built.draw().render("txt"), "", table(rows)]
+    parts = [built.draw().render("text"), "", table(rows)]
     return "\n".join([*parts, *([f"auto: {compared.reason}"] if kind == "auto" else [])])
 
 

@@ -83,7 +83,7 @@ def test_drawing_is_text_a_picture_or_a_page(tmp_path: Path) -> None:
     assert "Where dualpipe loses time" in forms["a.html"]
     assert ElementTree.fromstring(built._repr_html_()).find("{http://www.w3.org/2000/svg}svg") is not None
     for drawing, name in ((built.draw(), "a.pdf"), (dualpipe.compare(**SIZE).draw(), "b.svg")):
-        with pytest.raises(ScheduleError, match=r"form: must be one of txt, html.*nearest: html"):
+        with pytest.raises(ScheduleError, match=r"form: must be one of text, html.*nearest: "):
             drawing.save(tmp_path / name)
     assert not (tmp_path / "a.pdf").exists()
 

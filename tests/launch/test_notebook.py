@@ -124,7 +124,7 @@ def test_kernel_elsewhere_runs_the_python_of_the_documentation(tmp_path: Path) -
 def test_kernel_trains_again_and_again_with_the_lines_of_the_documentation(tmp_path: Path) -> None:
     """A callback fails before the second run; the kernel continues as if there had been no run."""
     shown = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)
-    (block,) = (block for block in shown if "launch.api" in block)
+    (block,) = (block for block in shown if "Callbacks(" in block)
     with kernel(tmp_path) as notebook:
         notebook.run(f"import sys; sys.path.append({str(ROOT)!r})")
         first = notebook.run(block)
