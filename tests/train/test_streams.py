@@ -101,11 +101,12 @@ def test_deepep_on_eight_ranks_makes_progress(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHER_KINDS)
-def test_offload_several_chunks_and_sequential_pairing_make_progress(dispatcher: str) -> None:
+def test_offload_several_chunks_slices_and_sequential_pairing_make_progress(dispatcher: str) -> None:
     moved = offloaded(split_backwards(scheduled("dualpipe", 2)), 1, share=1.0)
+    sliced = build_schedule("dualpipe_interleaved", 2, 4, replace(uniform(EQUAL, 2, 4), slices=2, link_depth=3))
     for shape in (
         shape_of(moved, dispatcher),
-        shape_of(scheduled("dualpipe_interleaved", 2, chunks=2), dispatcher, pairing=sequential, num_replicas=8),
+        shape_of(sliced, dispatcher, pairing=sequential, num_replicas=8),
     ):
         traces = record_step(shape)
         assert [problem for trace in traces for problem in trace.problems] == []
