@@ -83,6 +83,11 @@ def _fit(generate: Callable[[float | None], Schedule], costs: CostModel, memory_
     """Makes the schedule within a cap on its activations, with offload if that is allowed and faster."""
     if memory_cap is None or not costs.can_offload:
         return generate(memory_cap)
+    if costs.slices > 1:
+        raise ScheduleError(
+            f"costs.offload: must be null with schedule.slices={costs.slices}, because later slices attend to an "
+            "activation that is offloaded, is set; nearest: null, or schedule.slices=1"
+        )
     try:
         staying: Schedule | None = generate(memory_cap)
     except MemoryCapError:

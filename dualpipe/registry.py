@@ -137,8 +137,8 @@ def check_size(
 
 
 def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
-    """Checks that a kind, or `auto`, can run slices of sequences, of which each counts as a micro-batch."""
-    if slices > 1 and (kind == "auto" or not SCHEDULES.get(kind).takes_slices):
+    """Checks that a kind, or one that `auto` finds, can run slices; each counts as a micro-batch."""
+    if slices > 1 and kind != "auto" and not SCHEDULES.get(kind).takes_slices:
         sliced = " or ".join(name for name, spec in SCHEDULES.items() if spec.takes_slices)
         raise ScheduleError(
             f"schedule.slices: schedule '{kind}' runs whole sequences, is {slices}; nearest: 1, or schedule={sliced}"

@@ -48,7 +48,7 @@ def dualpipe_interleaved(
         MemoryCapError: if no order fits the memory cap. It names the smallest cap that works.
     """
     chunks = len(costs.stages) // num_ranks
-    shape = empty(num_ranks, num_micro_batches, chunks, costs.slices)
+    shape = replace(empty(num_ranks, num_micro_batches, chunks, costs.slices), link_depth=costs.link_depth)
     # DualPipe keeps P + 1 activations; one more lets W wait for the next exchange.
     largest = chunks * costs.slices * max(stage.activation for stage in costs.stages)
     cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap

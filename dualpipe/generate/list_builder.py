@@ -3,8 +3,9 @@
 A group has up to three operations, so a W can fill the wait of an F that is overlapped with an I. An attempt stops as
 soon as a rank can no longer finish in time.
 
-No order can deadlock, even if a link holds one message (`dualpipe.progress`). A rank sends only if the previous message
-of the link was received, or will be received before this one is sent: the receiver then has a deadline to post it.
+No order can deadlock with links that hold `Schedule.link_depth` messages (`dualpipe.progress`). A rank sends only if so
+many messages before this one were received, or if the first of them will be received before this one is sent: the
+receiver then has a deadline to post it.
 """
 
 from collections.abc import Callable
@@ -67,6 +68,7 @@ class GroupChooser:
         self._wake = wake
         self._values = self._operation_values()
         self._durations: dict[tuple[int, int], tuple[float, float]] = {}
+        self._most_ahead = self._limits_ahead()
         self._num_classes = 2 * pipeline.shape.num_stages + 1
         self._largest = max(pipeline.activations)
 
@@ -77,6 +79,17 @@ class GroupChooser:
         depths = [stage / num_stages for stage in range(num_stages)]
         forwards = [preferences.forward + preferences.deep_forward * depth for depth in depths]
         return forwards, [3.0 + preferences.deep_backward * (1.0 - depth) for depth in depths]
+
+    def _limits_ahead(self) -> list[float]:
+        """Returns the maximum number of live activations of each queue's direction."""
+        pipeline = self._pipeline
+        shape = pipeline.shape
+        sequence = pipeline.chunks * shape.slices
+        limits = []
+        for queue in self._order.queues:
+            distance = shape.num_ranks - (queue.stages[0] % shape.num_ranks if queue.stages else 0)
+            limits.append(max(self._order.first_block, sequence * (distance + self._preferences.ahead)))
+        return limits
 
     def choose(self, state: BuilderRank, now: float) -> GroupChoice | None:
         """Returns the group with the highest value, or None if the rank should wait."""
@@ -102,7 +115,7 @@ class GroupChooser:
         activations = self._pipeline.activations
         order = self._order
         links = self._order.links
-        most_waiting = 2 if self._preferences.posts_ahead else 1
+        most_waiting = self._pipeline.shape.link_depth + self._preferences.posts_ahead
         for number in state.queues:
             queue = order.queues[number]
             index = order.following[number]
@@ -127,9 +140,12 @@ class GroupChooser:
                 Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, source, link, target)
             )
             # No memory: an F that does not fit is no candidate.
-            if queue.kind == FORWARD and activations[stage] > self._room(state, queue.direction):
-                candidates.pop()
-                continue
+            if queue.kind == FORWARD:
+                backward = number - len(state.alive)  # I queues come before F queues
+                is_ahead = index - order.following[backward] >= self._most_ahead[number]
+                if is_ahead or activations[stage] > self._room(state, queue.direction):
+                    candidates.pop()
+                    continue
             if link == NONE == source and self._preferences.same_stage and index + 1 < len(queue.stages):
                 self._add_second(candidates, number, index + 1, value - 0.01)
         return candidates
@@ -236,9 +252,10 @@ class GroupChooser:
         return free - max(0.0, min(self._order.reserve - state.alive[opposite], left * self._largest))
 
     def _can_send(self, members: tuple[Candidate, ...], end: float) -> bool:
-        """Returns whether the receivers can take the previous message of each link before `end`."""
+        """Returns whether the receivers can take the first message of each full link before `end`."""
+        depth = self._pipeline.shape.link_depth
         for member in members:
-            if member.link != NONE and self._order.links[member.link].waiting:
+            if member.link != NONE and len(self._order.links[member.link].waiting) >= depth:
                 receiver = self._order.ranks[self._order.queues[member.target].rank]
                 if receiver.free > end - EPSILON:
                     return False
@@ -347,10 +364,10 @@ class _Run:
             return
         arrival = end
         if member.link != NONE:
-            # A second message on a link needs the receiver to post the first one until then.
+            # A message more than a link holds needs the receiver to post the first one until then.
             arrival += self._pipeline.latency
             link = self._order.links[member.link]
-            if link.waiting:
+            if len(link.waiting) >= self._pipeline.shape.link_depth:
                 link.deadline = end
                 self._order.ranks[self._order.queues[member.target].rank].has_deadline = True
             link.waiting.append((member.target, position))

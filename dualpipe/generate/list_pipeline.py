@@ -48,6 +48,8 @@ class Preferences:
         block: steps by which a block of F is larger than the default, as `first_block` for the first one. A step is a
             sequence, or a slice if a link per rank cannot hold all slices of one.
         equal_blocks: whether I has the block size of F instead of the default.
+        ahead: sequences by which a direction may be further ahead of its I than its distance from the last rank, so
+            that it leaves memory to the other direction.
     """
 
     forward: float
@@ -68,6 +70,7 @@ class Preferences:
     block: int
     first_block: int
     equal_blocks: bool
+    ahead: float
 
     def blocks(self, shape: Schedule) -> Blocks:
         """Returns the block sizes for a pipeline."""
@@ -111,6 +114,13 @@ def read_presets(text: str) -> tuple[Preset, ...]:
     return tuple(presets)
 
 
+def read_sliced(text: str) -> tuple[Preset, ...]:
+    """Returns all presets of `read_presets`, those that suit slices first."""
+    presets = read_presets(text)
+    first = json.loads(text)["sliced"]
+    return tuple(presets[number] for number in dict.fromkeys([*first, *range(len(presets))]))
+
+
 def default_block(shape: Schedule) -> tuple[int, int]:
     """Returns the size of a block, and the steps in which it changes.
 
@@ -122,7 +132,9 @@ def default_block(shape: Schedule) -> tuple[int, int]:
     return max(1, round(ranks / step)) * step, step
 
 
-PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text("utf-8"))
+_TEXT = Path(__file__).with_name("presets.json").read_text("utf-8")
+SLICED_PRESETS = read_sliced(_TEXT)
+PRESETS = read_presets(_TEXT)
 """Presets that are good for many sizes and costs, the most useful first: a greedy selection by simulation.
 
 `python -m tests.programs.bench.presets` makes such a selection.
@@ -322,6 +334,7 @@ class PartialOrder:
                 if queue.kind == FORWARD and stage == 0:
                     self.arrivals[number][index] = 0.0
         # The first block needs all chunks of its micro-batches but the last, and one sequence. `reserve` scales that.
-        block = max(blocks.forward, shape.slices)
-        needed = block * (pipeline.chunks - 1) * preferences.reserve + shape.slices
+        block = max(blocks.first, blocks.forward, shape.slices) * (pipeline.chunks - 1)
+        self.first_block = block + shape.slices
+        needed = max(blocks.forward, shape.slices) * (pipeline.chunks - 1) * preferences.reserve + shape.slices
         self.reserve = needed * max(pipeline.activations)

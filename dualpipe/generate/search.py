@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from dualpipe.generate.list_builder import build_order
-from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset, default_block
+from dualpipe.generate.list_pipeline import PRESETS, SLICED_PRESETS, Pipeline, Preset, default_block
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
@@ -247,10 +247,12 @@ def in_sequence(shape: Schedule) -> Schedule:
 def _caps(shape: Schedule, costs: CostModel, cap: float) -> Iterator[float]:
     num_ranks = shape.num_ranks
     unit = shape.slices * max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
-    series = {1, 2, 4, num_ranks // 2, num_ranks + 1, num_ranks + 2, 3 * num_ranks // 2}
+    series: set[float] = {1, 2, 4, num_ranks // 2, num_ranks + 1, num_ranks + 2, 3 * num_ranks // 2}
     series |= {num_ranks * factor for factor in (2, 3, 4, 6, 8)}
     if not _is_large(shape):
         series |= {3, num_ranks // 3, 3 * num_ranks // 4, num_ranks, 5 * num_ranks // 4}
+    if shape.slices > 1:  # a rank keeps parts of sequences
+        series |= {num_ranks, 3 * num_ranks // 4 - 1 / shape.slices}
     for size in sorted(series, reverse=True):
         if 0 < size * unit <= cap + _TOLERANCE:
             yield size * unit
@@ -274,18 +276,20 @@ class _Level:
         self._best = best
         shape = best.shape
         period = lcm(default_block(shape)[0], shape.slices) * shape.num_directions
-        few = shape.num_micro_batches % period + _FEW_PERIODS * period
-        is_short = shape.num_micro_batches <= max(_MOST_PERIODS * period, _LEAST_MICRO_BATCHES)
+        # Slices have shorter ends, but more of them pass before an order repeats.
+        few = shape.num_micro_batches % period + _FEW_PERIODS * period * min(2, shape.slices)
+        is_short = shape.num_micro_batches // shape.slices <= max(_MOST_PERIODS * period, _LEAST_MICRO_BATCHES)
         self._few = shape if is_short else replace(shape, num_micro_batches=few)
         self._pipeline = Pipeline(self._few, best.costs, cap)
+        self._presets = PRESETS if shape.slices == 1 else SLICED_PRESETS
 
     def run(self) -> None:
         orders: list[_ExtendedOrder] = []
         unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
-        left = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT
+        left = _LARGE_EFFORT * self._best.shape.slices if _is_large(self._best.shape) else _EFFORT
         limit = self._limit()
         attempts = 0
-        for preset in PRESETS:
+        for preset in self._presets:
             # The steady state repeats after a block, so presets apply only if their blocks fit the added micro-batches.
             shift = preset.steady.blocks(self._few).period(self._few.slices)
             if self._added() % (shift * self._few.num_directions):
@@ -302,7 +306,9 @@ class _Level:
                 orders.append(_ExtendedOrder(order, None, makespan_of(order, self._best.costs)))
                 continue
             simulation = simulate(order, self._best.costs)
-            steady = find_steady_state(order, simulation, shift)
+            shifts = [shift * times for times in (1, 2) if not self._added() % (shift * times * order.num_directions)]
+            found = (find_steady_state(order, simulation, each) for each in shifts)
+            steady = next(filter(None, found), None)
             if steady is None:
                 unsteady[preset] = simulation.makespan
             else:
@@ -331,7 +337,7 @@ class _Level:
     def _run_whole(self, presets: Sequence[Preset]) -> None:
         """Builds orders of all micro-batches, which takes long: the first preset if there is a schedule."""
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
-        for preset in (*presets, *PRESETS) if self._best.schedule is None else presets[:1]:
+        for preset in (*presets, *self._presets) if self._best.schedule is None else presets[:1]:
             attempt = build_order(pipeline, preset, self._best.makespan)
             if attempt.ranks is not None and self._best.consider(replace(self._best.shape, ranks=attempt.ranks)):
                 break

@@ -29,7 +29,8 @@ def test_builder_builds_valid_orders_of_the_returned_makespan(num_ranks: int) ->
     random, complete = Random(num_ranks), 0
     for chunks in (1, 2, 3):
         for count in (1, num_ranks, 2 * num_ranks + 1):
-            two = empty(num_ranks, count, chunks)
+            slices = random.choice((1, 2, 3, 5))
+            two = empty(num_ranks, count * slices, chunks, slices)
             for shape in (two, replace(two, placement=straight_placement(num_ranks, chunks))):
                 complete += built(shape, random_costs(random, shape.num_stages).without_offload(), random)
     assert complete > 20
@@ -37,7 +38,8 @@ def test_builder_builds_valid_orders_of_the_returned_makespan(num_ranks: int) ->
 
 def built(shape: Schedule, costs: CostModel, random: Random) -> int:
     """Checks the orders of some presets, and returns how many were complete."""
-    cap = sum(stage.activation for stage in costs.stages) + 2 * max(stage.activation for stage in costs.stages)
+    cap = shape.slices * sum(stage.activation for stage in costs.stages)
+    cap += 2 * shape.slices * max(stage.activation for stage in costs.stages)
     pipeline, complete = Pipeline(shape, costs, cap), 0
     for preset in random.sample(PRESETS, 4):
         attempt = build_order(pipeline, preset, float("inf"))

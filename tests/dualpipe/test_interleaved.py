@@ -1,7 +1,7 @@
 """Interleaved, sliced and split schedules: valid for all sizes, within memory, and short enough."""
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -16,6 +16,7 @@ from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.timing import peak_activations, peak_memory, simulate
 from dualpipe.validate import validate, validate_passes
 from tests.covering import exhaustive
+from tests.dualpipe.event_clock import EventClock
 
 
 def costs_of(exchange: float, latency: float = 0.0, backward_input: float = 1.0) -> Costs:
@@ -194,9 +195,11 @@ def test_split_has_no_latency_per_micro_batch() -> None:
 
 
 @pytest.mark.slow
-def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
+def test_every_size_is_valid_for_uneven_stages_and_its_makespan_is_that_of_the_event_clock() -> None:
+    """For odd numbers of ranks, fewer sequences than ranks, and more slices than a ring of ranks holds."""
     generator = random.Random(5)
-    for num_ranks, num_micro_batches in ((1, 2), (2, 1), (3, 7)):
+    sizes = ((1, 2, 3, 2), (2, 1, 1, 1), (3, 7, 1, 1), (3, 2, 4, 2), (5, 3, 2, 1))
+    for num_ranks, num_sequences, slices, chunks in sizes:
         for zero in (False, True):
             stages = tuple(
                 StageCosts(
@@ -207,15 +210,42 @@ def test_split_is_valid_for_uneven_stages_of_any_number() -> None:
                     backward_exchange=generator.choice([0.0, 1.0]),
                     activation=generator.uniform(0.5, 2),
                 )
-                for _ in range(num_ranks)
+                for _ in range(num_ranks * chunks)
             )
-            costs = CostModel(stages=stages, latency=generator.choice([0.0, 0.3]))
-            schedule = dualpipe_interleaved(num_ranks, num_micro_batches, costs)
-            validate(schedule)
-            cap = (num_ranks + 2) * max(stage.activation for stage in stages)
+            costs = CostModel(stages=stages, latency=generator.choice([0.0, 0.3]), slices=slices)
+            schedule = dualpipe_interleaved(num_ranks, num_sequences * slices, costs)
+            validate_passes(schedule)
+            cap = (num_ranks + 2) * chunks * slices * max(stage.activation for stage in stages)
             assert max(peak_memory(schedule, costs)) <= cap + 1e-6
-            bound = lower_bound(schedule, costs, cap).value
-            assert bound <= simulate(schedule, costs).makespan * (1 + 1e-9)
+            makespan_found = simulate(schedule, costs).makespan
+            assert makespan_found == pytest.approx(EventClock(schedule, costs).makespan)
+            assert lower_bound(schedule, costs, cap).value <= makespan_found * (1 + 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("slices", "costs", "most"),
+    [
+        (2, costs_of(1.0), 3.5),
+        *exhaustive(
+            (4, costs_of(1.0), 1.75),
+            (2, costs_of(0.5), 2.5),
+            (2, costs_of(1.5), 10.75),
+            (4, costs_of(1.5), 6.5),
+            (2, costs_of(1.0, backward_input=1.3), 6.75),
+            (4, costs_of(1.0, backward_input=1.3), 3.225),
+            (2, costs_of(1.0, latency=0.1), 6.9),
+            (4, costs_of(1.0, latency=0.1), 3.45),
+        ),
+    ],
+)
+def test_slices_of_32_sequences_on_8_ranks_take_at_most_that_long(slices: int, costs: Costs, most: float) -> None:
+    """Times are those of whole sequences, and the peak is P + 2 of them."""
+    times = {name: value / slices for name, value in asdict(costs).items() if value is not None and name != "latency"}
+    model = replace(uniform(Costs(**times, latency=costs.latency), 8, 8), slices=slices)
+    schedule = build_schedule("dualpipe_split", 8, 32 * slices, model)
+    validate(schedule, 10 * slices)
+    assert simulate(schedule, model).makespan - 3 * 32 <= most + 1e-9
 
 
 @pytest.mark.slow
