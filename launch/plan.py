@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from launch.plan_request import (
 )
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
 from train.config.decode import decode, encode
-from train.errors import ConfigError, UnknownKeyError, broken, nearest
+from train.errors import ConfigError, UnknownKeyError, nearest
 from train.planner.advice import AdviceRow, WhatIf, Wish, compare, link_balance, plan_with_order, wishes
 from train.planner.forms import (
     advice_text,
@@ -75,6 +75,7 @@ from train.planner.rollouts import compare_rollouts
 from train.planner.search import SearchResult, search_layouts
 from train.schedule.timing import MeasuredRates
 from train.streams.check import check_streams
+from train.tasks.registry import TASKS
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -175,9 +176,6 @@ def _search_lines(result: SearchResult, values: Mapping[str, Any]) -> str:
 def search_space(request: PlanRequest) -> SearchSpace:
     """Returns all layouts of a run; with measured rates, only those of its precision and dispatch."""
     config = request.config
-    if config.schedule.slices > 1:
-        rule = "must be 1 with search=true, which compares layouts of whole sequences"
-        raise broken("schedule.slices", rule, config.schedule.slices, "1")
     ranks = request.options.ranks or config.parallelism.world_size
     if ranks > MOST_RANKS:
         raise ConfigError(f"ranks: must be at most {MOST_RANKS}, is {ranks}; nearest valid: {MOST_RANKS}")
@@ -192,17 +190,27 @@ def search_space(request: PlanRequest) -> SearchSpace:
     return SearchSpace(
         config=adapted_run(config, ranks),
         ranks=ranks,
-        schedules=tuple(_schedule(config, kind) for kind in candidates()),
+        schedules=tuple(_schedules(config)),
         precisions=precisions,
         recomputes=(config.recompute,) if is_measured else recompute_sets(),
         dispatches=_dispatches(config),
     )
 
 
+def _schedules(config: TrainConfig) -> Iterator[ScheduleConfig]:
+    """Yields every kind of schedule, with slices too if the kind and the task allow them."""
+    slices = {*_SLICES, config.schedule.slices} if TASKS.get(config.task.kind).splits_sequences else set[int]()
+    for kind, spec in candidates().items():
+        schedule = _schedule(config, kind)
+        yield schedule
+        if spec.takes_slices:
+            yield from (replace(schedule, slices=number) for number in sorted(slices - {1}))
+
+
 def _schedule(config: TrainConfig, kind: str) -> ScheduleConfig:
     """Returns a kind of schedule with the pairing of its option, or of the run if that is its kind."""
     if kind == config.schedule.kind:
-        return replace(config.schedule, chunks=None)
+        return replace(config.schedule, chunks=None, slices=1)
     pairing: Any = read_option("schedule", kind).get("pairing", config.schedule.pairing)
     return ScheduleConfig(kind=kind, chunks=None, pairing=pairing)
 
@@ -221,6 +229,8 @@ def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
 
 
 _PLANNER = ("rates", "efficiency")
+_SLICES = (2, 4)
+"""Numbers of slices that a search compares with whole sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

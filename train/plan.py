@@ -13,7 +13,7 @@ from comm.config import Cut
 from comm.layout import Layout
 from dualpipe.builder import build_schedule, choose, schedules_folder, survey
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import SCHEDULES, check_slices
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate_passes
 from model.config import CutError, ModelConfig, cut_layers
@@ -179,7 +179,7 @@ def _choose(config: TrainConfig, times: LayerTimes | None) -> tuple[Plan, CostMo
         costs_of,
         config.memory_cap,
         cache,
-        excluded_schedules(config.model, pipeline, run_chunks(config)),
+        excluded_schedules(config.model, pipeline, run_chunks(config), config.schedule.slices),
         chunks=run_chunks(config),
         most_stages=config.model.num_layers,
     )
@@ -241,11 +241,12 @@ def read_cut(folder: Path, config: TrainConfig, schedule: Schedule) -> tuple[ran
         raise CheckpointError(f"resume: {folder} must hold the cut of its schedule, does not: {error}") from error
 
 
-def excluded_schedules(model: ModelConfig, pipeline: int, chunks: int | None = None) -> dict[str, str]:
-    """Returns the kinds of schedule that this model cannot use, each with the reason."""
+def excluded_schedules(model: ModelConfig, pipeline: int, chunks: int | None = None, slices: int = 1) -> dict[str, str]:
+    """Returns the kinds of schedule that this model or its slices cannot use, each with the reason."""
     reasons: dict[str, str] = {}
     for kind in SCHEDULES.names():
         try:
+            check_slices(kind, slices, slices)
             stages = num_stages(model, pipeline, kind, chunks)
             cut_layers(model.num_layers, stages, model.mtp_depth, stages_per_rank=stages // pipeline)
         except (CutError, ScheduleError) as error:

@@ -179,6 +179,8 @@ def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     yield f"parallelism.cut=[{','.join(map(str, mesh.cut.layers))}]"
     yield f"schedule={schedule.kind}"
     yield f"schedule.pairing={schedule.pairing}"
+    if schedule.slices > 1 or run.schedule.slices > 1:
+        yield f"schedule.slices={schedule.slices}"
     yield f"batch.micro_sequences={batch.micro_sequences}"
     if batch.global_sequences != run.batch.global_sequences:
         yield f"batch.global_sequences={batch.global_sequences}"
@@ -492,7 +494,9 @@ def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) 
 def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     has_context = any(layout["layout"]["context"] > 1 for layout in found)
     names = {"pipeline": "pipeline", "data": "data", **({"context": "context"} if has_context else {})}
-    names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks", "micro_batch_sequences": "micro"}
+    names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks"}
+    names |= {"slices": "slices"} if any(layout["layout"]["slices"] > 1 for layout in found) else {}
+    names |= {"micro_batch_sequences": "micro"}
     names |= {"precision": "precision", "dispatch": "dispatch"}
     rows = [["", *names.values(), "GB", "step s", "GPU-hours"]]
     for number, layout in enumerate(found, start=1):

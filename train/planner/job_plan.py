@@ -334,6 +334,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
         "expert": mesh.expert,
         "schedule": config.schedule.kind,
         "chunks": len(mesh.cut.layers) // mesh.pipeline,
+        "slices": config.schedule.slices,
         "num_micro_batches": config.num_micro_batches,
         "micro_batch_sequences": config.batch.micro_sequences,
         "cut": list(mesh.cut.layers),

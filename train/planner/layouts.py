@@ -82,13 +82,20 @@ class SearchSpace:
                     dispatch=dispatch,
                 )
 
-    def schedules_of(self, pipeline: int) -> tuple[ScheduleConfig, ...]:
-        """Returns every kind of schedule with each number of chunks for which there are enough layers."""
+    def schedules_of(self, pipeline: int, context: int) -> tuple[ScheduleConfig, ...]:
+        """Returns every kind of schedule with each number of chunks for which there are enough layers.
+
+        Slices have the smallest number of chunks, as more chunks save little then. Ranks that share sequences run no
+        slices.
+        """
         schedules = []
         for schedule in self.schedules:
+            if schedule.slices > 1 < context:
+                continue
             first, *others = SCHEDULES.get(schedule.kind).chunk_choices(None)
             # A kind with too few layers for its smallest number of chunks is kept, so that the rules reject it.
-            enough = [chunks for chunks in others if pipeline * chunks <= self.config.model.num_layers]
+            most = self.config.model.num_layers if schedule.slices == 1 else 0
+            enough = [chunks for chunks in others if pipeline * chunks <= most]
             schedules += [replace(schedule, chunks=chunks) for chunks in (first, *enough)]
         return tuple(schedules)
 
@@ -257,11 +264,12 @@ class Estimates:
         copies = shares if pipeline % 2 == 0 else 1
         sequences = self.space.config.batch.global_sequences / setting.data
         unit = _unit(setting)
-        work = self._once((unit, schedule.pairing, shares), lambda: self._work(unit, schedule))
+        slices = schedule.slices
+        work = self._once((unit, schedule.pairing, shares, slices), lambda: self._work(unit, schedule))
         parameters = self._num_parameters(setting.expert) * copies / pipeline
         update = self._update_seconds(parameters)
         factor = self.planner.efficiency.unexplained
-        busy = work.busy * sequences
+        busy = work.busy * sequences * slices
         idle = micro * _idle_seconds(schedule, pipeline, work.mean)
         static = self._static_bytes(setting, parameters)
         activations = micro * self._activation_bytes(setting) / pipeline
@@ -270,20 +278,21 @@ class Estimates:
             schedule=schedule,
             least_seconds=factor * _ROUNDING * (max(busy, micro * work.path) + update),
             seconds=factor * (max(busy + idle, micro * work.path) + update),
-            least_memory=static + activations,
+            # Slices keep no logits, which the activations of a whole sequence count.
+            least_memory=static + activations * (slices == 1),
             memory=static + activations * min(sequences / micro, pipeline + 1),
         )
 
-    def unit_times(self, setting: RankSetting) -> LayerTimes:
-        """Returns the times of the model's parts for one sequence; micro-batches take multiples of them."""
+    def unit_times(self, setting: RankSetting, slices: int = 1) -> LayerTimes:
+        """Returns the times of the model's parts for one sequence, or a slice of one."""
         unit = _unit(setting)
-        config = self.space.layout_config(unit, self.space.schedules[0])
-        return self._once(("times", unit), lambda: self.planner.rates.part_seconds(config))
+        config = self.space.layout_config(unit, replace(self.space.schedules[0], slices=slices))
+        return self._once(("times", unit, slices), lambda: self.planner.rates.part_seconds(config))
 
     def _work(self, unit: RankSetting, schedule: ScheduleConfig) -> _Work:
         """Returns the work of a layout whose micro-batches have one sequence."""
         config = self.space.layout_config(unit, schedule)
-        times = self.unit_times(unit)
+        times = self.unit_times(unit, schedule.slices)
         model = config.model
         pipeline = unit.pipeline
         shares = _num_directions(schedule.kind)

@@ -266,7 +266,7 @@ class Search:
             return reasons[key]
 
         for setting in self._space.settings():
-            schedules = schedules_of(setting.pipeline)
+            schedules = schedules_of(setting.pipeline, setting.context)
             self._num_layouts += len(schedules)
             widest = replace(setting, recompute=RECOMPUTED)
             if (broken := reason(widest, widest, fallback)) is not None:
@@ -296,7 +296,7 @@ class Search:
         timing_seconds = _build_seconds(free) + _TIMING_SECONDS * layout.setting.pipeline
         memory_seconds = _MEMORY_SECONDS * layout.setting.pipeline
         self._spend(timing_seconds)
-        times = self._estimates.unit_times(layout.setting)
+        times = self._estimates.unit_times(layout.setting, layout.schedule.slices)
         config = with_cut(free, run_cut(free, run_placement(free, layout.schedule.kind), times))
         if (broken := self._broken_rule(config)) is not None:
             self._reject(broken, partial(layout_json, config))

@@ -223,7 +223,7 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
 
 
 def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) -> CostModel:
-    """Returns the costs of each stage of the run's model, in the unit of the times.
+    """Returns the costs of each stage of the run's model, or of its slices, in the unit of the times.
 
     Activations are in units of model/P: each of P equal stages keeps 1. MTP modules count as layers. If groups run
     sequentially, the time of an exchange is added to computation, because nothing hides it. Copies to host memory are
@@ -248,8 +248,12 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
                 activation=share,
             )
         )
-    depth = config.schedule.link_depth
-    return CostModel(stages=_with_copies(stages, config), latency=times.latency, link_depth=depth)
+    return CostModel(
+        stages=_with_copies(stages, config),
+        latency=times.latency,
+        slices=config.schedule.slices,
+        link_depth=config.schedule.link_depth,
+    )
 
 
 def _with_copies(stages: Sequence[StageCosts], config: TrainConfig) -> tuple[StageCosts, ...]:

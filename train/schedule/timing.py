@@ -269,9 +269,7 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
     cut = run_cut(config, run_placement(config, kind))
     estimated = stage_costs(nominal_times(config), config, cut)
     equal = _equal_costs(config, len(cut))
-    depth = config.schedule.link_depth
-    costs = equal if _are_near(estimated, equal) else estimated
-    return replace(costs, slices=config.schedule.slices, link_depth=depth)
+    return replace(estimated, stages=equal.stages, latency=equal.latency) if _are_near(estimated, equal) else estimated
 
 
 def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:

@@ -273,6 +273,7 @@ def test_published_plan_has_the_published_sizes() -> None:
         "expert": 64,
         "schedule": "dualpipe",
         "chunks": 1,
+        "slices": 1,
         "num_micro_batches": 120,
         "micro_batch_sequences": 1,
         "cut": [],

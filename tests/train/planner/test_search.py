@@ -93,7 +93,9 @@ def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     space = replace(space, recomputes=space.recomputes[:1], precisions=space.precisions[:1])
     result = search_layouts(space, request.config, request.planner, check_rules)
     counts = result.counts
-    assert counts.layouts == sum(len(space.schedules_of(setting.pipeline)) for setting in space.settings())
+    assert counts.layouts == sum(
+        len(space.schedules_of(setting.pipeline, setting.context)) for setting in space.settings()
+    )
     assert counts.rejected == sum(group.count for group in result.rejected)
     assert counts.layouts >= counts.rejected + counts.dropped + counts.open
     assert {group.reason.partition(":")[0] for group in result.rejected} >= {"dispatch", "batch.global_sequences"}
