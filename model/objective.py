@@ -200,7 +200,9 @@ class LossSums:
     def settle(self) -> Tensor:
         """Returns all sums in the order of their names, float64 on the host, for any order of micro-batches."""
         # Exact sums (fsum), so the order in which schedules run micro-batches does not matter.
-        for name, total in self._pending:
-            self._totals.setdefault(name, []).append(float(total))
+        if self._pending:
+            totals = torch.stack([total.double() for _, total in self._pending]).tolist()  # host sync
+            for (name, _), total in zip(self._pending, totals, strict=True):
+                self._totals.setdefault(name, []).append(total)
         self._pending.clear()
         return torch.tensor([math.fsum(self._totals.get(name, ())) for name in self.names], dtype=torch.float64)
