@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from comm.agreement import exchange_reports
 from comm.exits import EXIT_CONFIGURATION, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, Preemption
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
@@ -43,6 +44,8 @@ from train.files.json_lines import try_append_event
 from train.files.run_files import RankFiles, State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
+from train.optim.adamw import load_cpu_adam
+from train.optim.learning_rate import OptimConfig
 from train.plan import Plan, plan, tune_kernels
 from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
@@ -204,7 +207,7 @@ class _TrainingRank:
         layout = Layout(config.parallelism, config.cluster.ranks_per_node)
         with self._lines.timed("start of communication"), self._phase("start of communication"):
             device = start(config.cluster, self._job.store)
-            refusal = compare_ranks(config)
+            refusal = compare_ranks(config) or self._missing_optimizer(config.optim)
             if refusal:
                 return self._refuse(config, refusal)
             config, ended = broadcast_config(config)
@@ -258,6 +261,20 @@ class _TrainingRank:
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"error: {reason}\n".encode())
         return EXIT_CONFIGURATION
+
+    def _missing_optimizer(self, optim: OptimConfig) -> str:
+        """Loads DeepSpeed's CPU Adam if the run uses it. Returns why some rank cannot, equal on all ranks."""
+        if optim.offload is not True or optim.moments == "bf16":
+            return ""
+        with self._lines.timed("DeepSpeed's CPU Adam, which each machine compiles once"):
+            report = exchange_reports(load_cpu_adam() or None)
+        if not report.first:
+            return ""
+        first = report.first[0]
+        return (
+            f"optim.offload: true needs DeepSpeed's CPU Adam, which rank {first.rank} cannot build, for lack of a C++ "
+            f"compiler, ninja or the toolkit of CUDA: {first.text}; nearest valid: optim.offload=torch"
+        )
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self._log.phase("world", self._ranks, name)

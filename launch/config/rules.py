@@ -405,8 +405,15 @@ def check_optim(config: TrainConfig) -> None:
             "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
             f"{nearest}pip install ."
         )
+    if optim.offload and optim.sharding == "replicated":
+        rule = "needs sharding=zero1, whose master weights are not those of the model"
+        others = "false" if precision == "float64" else "optim.sharding=zero1, or optim.offload=false"
+        raise broken("optim.offload", rule, str(optim.offload).lower(), others)
     if optim.moments == "float32":
         return
+    if optim.offload == "torch":
+        rule = "must be true or false with optim.moments=bf16, which neither torch's nor DeepSpeed's AdamW has"
+        raise broken("optim.offload", rule, "torch", "true")
     if precision == "float64":
         raise broken("optim.moments", "precision=float64 needs float32", "bf16", "float32")
     for name, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):

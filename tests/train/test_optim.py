@@ -39,6 +39,7 @@ from train.optim.adamw import (
     Slice,
     StageOrders,
     build_adamw,
+    load_cpu_adam,
     moments_of,
     split_into_units,
 )
@@ -191,7 +192,9 @@ def worlds() -> dict[int, list[list[dict[str, Any]]]]:
     whole = replace(CONFIG, sharding="replicated")
     sharded = replace(CONFIG, sharding="zero1", bucket_elements=700)
     odd = replace(sharded, bucket_elements=699)
-    configs = [(sharded, torch.float32), (odd, torch.bfloat16), (whole, torch.float32)]
+    wide = replace(odd, moments="float32")
+    configs = [(sharded, torch.float32), (odd, torch.bfloat16), (whole, torch.float32), (wide, torch.bfloat16)]
+    configs += [(replace(odd, offload=True), torch.bfloat16), (replace(wide, offload="torch"), torch.bfloat16)]
     return {size: run_ranks(size, sharded_steps, configs) for size in (1, 4)}
 
 
@@ -220,13 +223,16 @@ def test_steps_of_every_sharding_are_those_of_plain_adamw(worlds: dict[int, Any]
             group["lr"] = 1e-2
         optimizer.step()
     norms = worlds[1][0][0]["norms"]
-    for in_float32, in_bf16, whole in worlds[size]:
+    for in_float32, in_bf16, whole, wide, *offloaded in worlds[size]:
         for name, parameter in named.items():
             assert torch.equal(in_float32["weights"][name], parameter), name
             assert torch.equal(whole["weights"][name], parameter), name
             # The master copies are the same float32 numbers.
             assert torch.equal(in_bf16["weights"][name], parameter.bfloat16()), name
         assert in_float32["norms"] == in_bf16["norms"] == pytest.approx(norms, rel=1e-6)
+        for on_host, on_device in zip(offloaded, (in_bf16, wide), strict=True):
+            assert_equal(copied(on_host["state"]), copied(on_device["state"]))
+            assert_equal(on_host["weights"], on_device["weights"])
 
 
 def test_sharded_gradients_are_sent_to_their_owner_alone(worlds: dict[int, Any]) -> None:
@@ -266,26 +272,26 @@ def config_of(folder: Path, moments: Moments, kind: Literal["float32", "bf16"], 
     )
 
 
-def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]) -> dict[str, Any]:
-    """Runs two steps, saves, and resumes with each of the other types of moments; returns the states."""
+def go_on(rank: int, world_size: int, config: TrainConfig, others: list[OptimConfig]) -> list[dict[str, Any]]:
+    """Runs two steps, saves, and resumes with each of the other optimizers; returns the states."""
     loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
     first = open_job(config)
     for step in range(2):
         train_step(first, config.task, loader, step)
-    found: dict[str, Any] = {"saved": copied(first.optimizer.state())}
+    saved = copied(first.optimizer.state())
     place = save_checkpoint(config, first, 2, prepared)
-    found["folder"] = place
-    for moments in others:
-        second = open_job(replace(config, optim=replace(config.optim, moments=moments)))
+    runs = []
+    for optim in others:
+        second = open_job(replace(config, optim=optim))
         load(second, place)
-        found[moments] = copied(second.optimizer.state())
-        found[f"{moments} loss"] = train_step(second, config.task, loader, 2).losses.total
-        found[f"{moments} later"] = copied(second.optimizer.state())
+        loaded = copied(second.optimizer.state())
+        runs.append({"loaded": loaded, "loss": train_step(second, config.task, loader, 2).losses.total})
+        runs[-1]["later"] = copied(second.optimizer.state())
         close_job(second)
-    found["uninterrupted loss"] = train_step(first, config.task, loader, 2).losses.total
-    found["uninterrupted later"] = copied(first.optimizer.state())
+    uninterrupted = {"loaded": saved, "loss": train_step(first, config.task, loader, 2).losses.total}
+    uninterrupted["later"] = copied(first.optimizer.state())
     close_job(first)
-    return found
+    return [uninterrupted, *runs]
 
 
 def copied(state: dict[str, Slice | Tensor]) -> dict[str, Tensor]:
@@ -301,14 +307,58 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_resumes_bitwise_and_other_moments_are_converted(folder: Path) -> None:
+def test_checkpoint_resumes_bitwise_on_device_and_host_and_other_moments_are_converted(folder: Path) -> None:
     config = config_of(folder, "bf16", "bf16", data=2)
-    for found in run_ranks(2, go_on, config, ["bf16", "float32"]):
-        assert {str(value.dtype) for name, value in found["saved"].items() if "exp_avg" in name} == {"torch.bfloat16"}
-        assert_equal(found["bf16"], found["saved"])
-        assert found["bf16 loss"] == found["float32 loss"] == found["uninterrupted loss"]
-        assert_equal(found["bf16 later"], found["uninterrupted later"])
-        assert_equal(found["float32"], {name: value.float() for name, value in found["saved"].items()})
+    optims = [config.optim, replace(config.optim, offload=True), replace(config.optim, moments="float32")]
+    for uninterrupted, *same, wide in run_ranks(2, go_on, config, optims):
+        saved = uninterrupted["loaded"]
+        assert {str(value.dtype) for name, value in saved.items() if "exp_avg" in name} == {"torch.bfloat16"}
+        assert wide["loss"] == uninterrupted["loss"]
+        assert_equal(wide["loaded"], {name: value.float() for name, value in saved.items()})
+        for resumed in same:
+            assert resumed["loss"] == uninterrupted["loss"]
+            for key in ("loaded", "later"):
+                assert_equal(resumed[key], uninterrupted[key])
+
+
+@pytest.mark.slow
+def test_host_state_resumes_bitwise_on_the_device(folder: Path) -> None:
+    """Saved from host memory, loaded to it and to the device; torch's update on a CPU is the same there."""
+    config = config_of(folder, "float32", "bf16")
+    host = replace(config.optim, offload="torch")
+    ((uninterrupted, *resumed),) = run_ranks(1, go_on, replace(config, optim=host), [host, config.optim])
+    for run in resumed:
+        assert run["loss"] == uninterrupted["loss"]
+        for key in ("loaded", "later"):
+            assert_equal(run[key], uninterrupted[key])
+
+
+@pytest.mark.exhaustive  # the first time on a machine, a minute of compiling
+def test_cpu_adam_of_deepspeed_is_that_of_torch_but_for_roundings_and_resumes_bitwise(folder: Path) -> None:
+    assert not load_cpu_adam()
+    ours, theirs = parameters(), parameters()
+    wide = replace(CONFIG, moments="float32")
+    optimizer, torchs = build_adamw(options(ours), replace(wide, offload=True)), build_adamw(options(theirs), wide)
+    for step in range(6):
+        before = {name: parameter.detach().clone() for name, parameter in ours.items()}
+        for each, named in ((optimizer, ours), (torchs, theirs)):
+            for parameter in named.values():
+                moments_of(each, parameter)
+            stepped(each, named, 1e-2 * step, step)  # a learning rate of 0, too
+        for name, parameter in theirs.items():
+            apart = (ours[name] - parameter).abs()
+            # Moments may cancel, so the move is bounded by the rate.
+            assert (apart <= 2.0**-20 * 1e-2 * step + 2.0**-22 * before[name].abs()).all(), (step, name)
+            for key in ("exp_avg", "exp_avg_sq"):
+                exact = moments_of(torchs, parameter)[key]
+                assert torch.allclose(moments_of(optimizer, ours[name])[key], exact, rtol=2.0**-20, atol=1e-9), key
+                moments_of(optimizer, ours[name])[key].copy_(exact)
+            ours[name].data.copy_(parameter)
+    config = config_of(folder, "float32", "bf16")
+    offloaded = replace(config.optim, offload=True)
+    ((uninterrupted, resumed),) = run_ranks(1, go_on, replace(config, optim=offloaded), [offloaded])
+    for key in ("loaded", "later"):
+        assert_equal(resumed[key], uninterrupted[key])
 
 
 @pytest.mark.parametrize(
@@ -317,9 +367,12 @@ def test_checkpoint_resumes_bitwise_and_other_moments_are_converted(folder: Path
         (["optim.moments=fp8"], ["optim.moments", "float32, bf16", "'fp8'"]),
         (["precision=float64", "optim.sharding=replicated", "optim.moments=bf16"], ["optim.moments", "float64"]),
         (["optim.moments=bf16", "optim.beta2=0.999"], ["optim.beta2", "0.984375", "0.999", "optim.moments=float32"]),
+        (["optim.offload=yes_please"], ["optim.offload", "false, true, torch"]),
+        (["optim.offload=true", "optim.sharding=replicated", "precision=float32"], ["optim.offload", "zero1"]),
+        (["optim.offload=torch", "optim.moments=bf16"], ["optim.offload", "nearest valid: true"]),
     ],
 )
-def test_unsupported_moments_are_refused(overrides: list[str], parts: list[str]) -> None:
+def test_unsupported_moments_and_offloads_are_refused(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         check_optim(compose_run(overrides))
     for part in parts:

@@ -168,8 +168,13 @@ def _decode_choice(choices: tuple[Any, ...], value: object, place: str) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    names = [str(choice) for choice in choices]
+    names = [_spelled(choice) for choice in choices]
     raise ConfigError(f"{place}: must be one of {', '.join(names)}, is {value!r}; {nearest(str(value), names)}")
+
+
+def _spelled(choice: object) -> str:
+    """Returns a choice as YAML writes it."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _decode_tuple(hint: Any, value: object, place: str) -> tuple[Any, ...]:
@@ -218,7 +223,7 @@ def _describe(hint: Any) -> str:
         first = hint.__doc__.splitlines()[0].rstrip(".")
         return f"{first[0].lower()}{first[1:]}"
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
+        return "one of " + ", ".join(map(_spelled, get_args(hint)))
     if get_origin(hint) is Annotated:
         base, *marks = get_args(hint)
         registry = _registry_in(marks)

@@ -234,11 +234,65 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the AdamW that `config.moments` selects, for groups of parameters in torch's form."""
+    """Builds the AdamW that `config` selects by moments and offload, for groups of parameters in torch's form."""
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)
+    if config.offload is True:
+        return _build_cpu_adam(groups, config)
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def load_cpu_adam() -> str:
+    """Loads DeepSpeed's CPU Adam, which its first use compiles; returns why that fails, or nothing."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # whatever the compiler, ninja or the loader raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+    return ""
+
+
+def _build_cpu_adam(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    class UncorrectedAdam(DeepSpeedCPUAdam):  # type: ignore[misc]
+        """DeepSpeed's CPU Adam with the bias corrections in the rate, eps and decay of each call.
+
+        Its own corrections are multiplied up from call to call in float32, so a resumed run would differ.
+        """
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            """Updates every weight that has a gradient; all are on the host."""
+            assert closure is None, "gradients already exist"
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step(parameter, group)
+
+        def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            state["step"] += 1
+            by = compute_coefficients(
+                int(state["step"]),
+                learning_rate=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            # rate m / (sqrt(v) / sqrt(c2) + eps) / c1 = rate sqrt(c2) / c1 m / (sqrt(v) + eps sqrt(c2))
+            rate = -by.move / by.correct_root
+            decay = group["lr"] * group["weight_decay"] / rate if rate else 0.0
+            rates = (rate, *group["betas"], group["eps"] / by.correct_root, decay, False)
+            values = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            self.ds_opt_adam.adam_update(self.opt_id, 1, *rates, *values)
+
+    return UncorrectedAdam(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, adamw_mode=True
     )
 
 

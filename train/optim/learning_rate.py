@@ -148,6 +148,7 @@ class OptimConfig:
     """The configuration of AdamW.
 
     `sharding`: `zero1` shards the state over ranks with the same parameters (DeepSpeed); `replicated` does not (torch).
+    `offload`: true keeps the shard in host memory and updates it there by DeepSpeed's CPU Adam, `torch` by torch's.
     `moments`: `float32` means float64 for float64 weights, which require `replicated`. Norms have no weight decay.
     A run may resume with another type of moments: bf16 rounds float32 moments, and float32 keeps bf16 ones.
     """
@@ -163,6 +164,7 @@ class OptimConfig:
     sharding: Literal["zero1", "replicated"]
     moments: Literal["float32", "bf16"]
     bucket_elements: PositiveInt
+    offload: Literal[False, True, "torch"] = False
 
 
 def learning_rate(config: OptimConfig, sizes: BatchSizes, num_steps: int, step: int) -> float:

@@ -5,6 +5,7 @@ experts those with the same ones, for an embedding that MTP modules share the ra
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from train.optim.adamw import (
 from train.optim.learning_rate import OptimConfig
 
 _EXPERTS = "routed_experts"
+_VECTOR = 64
+"""Elements that fill vectors of every CPU, as fused AdamW rounds those behind the last whole one differently."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,10 +42,28 @@ class _Piece:
     weight: Tensor
 
 
+class _HostBuffers:
+    """Page-locked host memory for one bucket of gradients, and of weights in the model's type."""
+
+    def __init__(self, num_elements: int, weights: Tensor) -> None:
+        self._gradients = torch.empty(num_elements, dtype=torch.float32, pin_memory=weights.is_cuda)
+        self._weights = torch.empty(num_elements, dtype=weights.dtype, pin_memory=weights.is_cuda)
+
+    def copied(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Copies gradients to the host."""
+        copies = self._gradients[: sum(map(len, gradients))].split([*map(len, gradients)])
+        return [copy.copy_(gradient) for copy, gradient in zip(copies, gradients, strict=True)]  # host sync
+
+    def narrowed(self, master: Tensor) -> Tensor:
+        """Rounds master weights to the model's type."""
+        return self._weights[: len(master)].copy_(master)
+
+
 class Zero1AdamW:
     """The AdamW of one unit with sharded state. All ranks with the unit create and call it.
 
-    Summed gradients replace a rank's own in the store, and the update reads them there, so no copy is made.
+    Summed gradients replace a rank's own in the store, and the update reads them there, so no copy is made. With
+    `offload`, masters and moments are in host memory, and buckets of gradients and weights are copied.
     """
 
     def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
@@ -51,7 +72,12 @@ class Zero1AdamW:
         self._store = store
         self._replicas = unit.replicas
         self._optimizer = _build(unit, store, config)
-        self._pieces = list(self._views())
+        self._is_offloaded = bool(config.offload)
+        if config.offload:
+            self._move_to_host()
+        # Vectors of a CPU are whole in all parts but the last, so that its bits do not depend on the size of buckets.
+        most_elements = max(_VECTOR, config.bucket_elements // _VECTOR * _VECTOR)
+        self._buckets = self._split(most_elements if config.offload else sys.maxsize)
         # The pipeline accumulates gradients itself. DeepSpeed's hooks would consume those of each micro-batch.
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
@@ -86,8 +112,13 @@ class Zero1AdamW:
         for options in optimizer.param_groups:
             options["lr"] = learning_rate
         total_norm = torch.tensor(norm, dtype=torch.float32, device=optimizer.device)
-        optimizer.unscale_and_clip_grads([piece.gradient for piece in self._pieces], total_norm)
-        self._step(self._pieces)
+        host = None
+        if self._is_offloaded:  # torch keeps the freed buffers for the next unit
+            largest = max((sum(len(piece.master) for piece in bucket) for bucket in self._buckets), default=0)
+            host = _HostBuffers(largest, self._parameters[0])
+        for bucket in self._buckets:
+            optimizer.unscale_and_clip_grads([piece.gradient for piece in bucket], total_norm)
+            self._step(bucket, host)
         for master in self._masters:
             moments_of(optimizer.optimizer, master)["step"] += 1
         all_gather_dp_groups(
@@ -99,14 +130,15 @@ class Zero1AdamW:
         )
         self.discard()
 
-    def _step(self, pieces: Sequence[_Piece]) -> None:
+    def _step(self, pieces: Sequence[_Piece], host: _HostBuffers | None) -> None:
         """Updates master copies and weights of some pieces."""
-        for piece in pieces:
-            piece.master.grad = piece.gradient
+        gradients = [piece.gradient for piece in pieces]
+        for piece, gradient in zip(pieces, host.copied(gradients) if host else gradients, strict=True):
+            piece.master.grad = gradient
         self._optimizer.optimizer.step()
         for piece in pieces:
             piece.master.grad = None
-            piece.weight.copy_(piece.master)
+            piece.weight.copy_(host.narrowed(piece.master) if host else piece.master)
 
     def discard(self) -> None:
         """Discards the gradients in the way that DeepSpeed does after an overflow."""
@@ -156,13 +188,22 @@ class Zero1AdamW:
             if first < end:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
-    def _views(self) -> Iterator[_Piece]:
-        """Yields this rank's part of each parameter, whose master copy becomes a parameter of AdamW.
+    def _move_to_host(self) -> None:
+        """Moves master copies to the host, where the moments will be, too."""
+        optimizer = self._optimizer
+        for parameter in self._parameters:
+            parameter._hp_mapping = None  # type: ignore[attr-defined]  # would keep the masters on the device
+        masters = optimizer.single_partition_of_fp32_groups
+        masters[:] = [master.detach().cpu() for master in masters]
 
-        Its moments are views of those of the shard.
+    def _split(self, most_elements: int) -> list[list[_Piece]]:
+        """Splits this rank's shards into buckets of at most so many elements.
+
+        The master copies of their pieces become AdamW's parameters, and their moments are views of those of the shard.
         """
         optimizer = self._optimizer
-        parameters = self._groups.all()
+        buckets: list[list[_Piece]] = []
+        num_elements = most_elements
         for index, shard in enumerate(self._masters):
             weights = optimizer.parallel_partitioned_bit16_groups[index]
             owned = weights[dist.get_rank(optimizer.real_dp_process_group[index])]
@@ -170,16 +211,27 @@ class Zero1AdamW:
             options = optimizer.param_groups[index]
             options["params"] = []
             for name, first, run in self._runs(index):
-                gradient = self._store.gradient(parameters[name]).view(-1)[first : first + run.stop - run.start]
-                master = shard.detach()[run]
-                state = {"step": torch.zeros_like(moments["step"]), **{key: moments[key][run] for key in MOMENTS}}
-                optimizer.optimizer.state[master] = state
-                options["params"].append(master)
-                yield _Piece(gradient, master, owned[run])
+                gradient = self._store.gradient(self._groups.all()[name]).view(-1)[first : first + run.stop - run.start]
+                values = (gradient, shard.detach()[run], owned[run], *(moments[key][run] for key in MOMENTS))
+                for parts in zip(*(value.split(most_elements) for value in values), strict=True):
+                    piece = _Piece(*parts[:3])
+                    step = torch.zeros_like(moments["step"])
+                    optimizer.optimizer.state[piece.master] = {
+                        "step": step,
+                        **dict(zip(MOMENTS, parts[3:], strict=True)),
+                    }
+                    options["params"].append(piece.master)
+                    num_elements += len(piece.master)
+                    if num_elements > most_elements:
+                        buckets.append([])
+                        num_elements = len(piece.master)
+                    buckets[-1].append(piece)
+        return buckets
 
     def loaded(self, num_steps: Tensor) -> None:
         """Copies the loaded step count to all groups, and the master copies to the weights."""
-        spread_step(self._optimizer.optimizer, [*self._masters, *(piece.master for piece in self._pieces)], num_steps)
+        pieces = [piece.master for bucket in self._buckets for piece in bucket]
+        spread_step(self._optimizer.optimizer, [*self._masters, *pieces], num_steps)
         if self._are_weights_masters:
             self.follow_weights()
             return
