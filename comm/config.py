@@ -44,6 +44,11 @@ class ClusterConfig:
     intra_node_bytes_per_second: PositiveFloat | None = None
     memory_bytes_per_second: PositiveFloat | None = None  # rate of the device's memory; None as for the rates
     dollars_per_gpu_hour: NonNegativeFloat | None = None  # price of a device; None if unknown
+    # host memory of a node and its rate, both shared by the node's ranks, and the rate of a rank's link to it in each
+    # direction; None: no check, and the time of an update on the host is unknown.
+    host_memory_bytes: PositiveInt | None = None
+    host_memory_bytes_per_second: PositiveFloat | None = None
+    host_link_bytes_per_second: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError, broken
-from train.memory import JobMemory, fitted_config, gigabytes, parts, predict_memory
+from train.memory import JobMemory, fitted_config, gigabytes, parts, predict_memory, shortage
 from train.planner.layouts import context_sizes
 
 Rules = Callable[[TrainConfig], None]
@@ -18,7 +18,7 @@ _SMALLER_SHARE = 0.9  # of the predicted memory, which a change must not exceed 
 
 
 def check_memory(config: TrainConfig, rules: Rules) -> None:
-    """Rejects a run whose predicted peak memory exceeds `cluster.memory_bytes`, if that is set.
+    """Rejects a run whose predicted peaks exceed `cluster.memory_bytes`, if it is set, or `host_memory_bytes`.
 
     Suggested changes must pass `rules`, which raises ValueError. `plan.check=false` skips the check.
     """
@@ -36,6 +36,8 @@ def check_memory(config: TrainConfig, rules: Rules) -> None:
             f"memory: rank {worst.pipeline_rank} needs {need} GB of {have}{_batch(config, job)} ({parts(worst)}); "
             f"nearest: {_nearest(config, rules, room)}"
         )
+    if short := shortage(config, job):
+        raise ConfigError(f"{short}; nearest: {_nearest(config, rules, room)}")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -59,16 +61,17 @@ def out_of_memory_line(config: TrainConfig, rules: Rules, rank: int, error: str)
 
 
 def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
-    """Returns the first change that fits, or the closest one if none fits."""
+    """Returns the first change that fits, or the closest one if none fits the device."""
     closest: tuple[int, str] | None = None
     for text, changed in _changes(config):
         try:
             rules(changed)
-            total = predict_memory(fitted_config(changed)).worst.total
+            job = predict_memory(fitted_config(changed))
         except ValueError:
             continue
-        if total <= room:
+        if not shortage(replace(changed, cluster=replace(changed.cluster, memory_bytes=room)), job):
             return text
+        total = job.worst.total
         if closest is None or total < closest[0]:
             closest = total, text
     if closest is None:
@@ -81,6 +84,7 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
     yield from _micro_batches(config)
     yield from _recomputation(config)
     yield from _moments(config)
+    yield from _host(config)
     yield from _ramp(config)
     yield from _layouts(config)
     yield from _precision(config)
@@ -116,6 +120,16 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
         yield "optim.moments=bf16", replace(config, optim=replace(config.optim, moments="bf16"))
     if config.optim.sharding == "replicated" and config.parallelism.world_size > 1:
         yield "optim.sharding=zero1", replace(config, optim=replace(config.optim, sharding="zero1"))
+
+
+def _host(config: TrainConfig) -> Iterator[Change]:
+    """Yields what moves between the device and the host, and a run without a moving average."""
+    optim = config.optim
+    if optim.offload or optim.sharding == "zero1":
+        offload = not optim.offload
+        yield f"optim.offload={str(offload).lower()}", replace(config, optim=replace(optim, offload=offload))
+    if config.ema.decay is not None:
+        yield "ema.decay=null", replace(config, ema=replace(config.ema, decay=None))
 
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:

@@ -3,7 +3,7 @@
 Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
-from train.memory.fit import fitted_config, gigabytes, memory_lines, memory_table, parts, summary_line
+from train.memory.fit import fitted_config, gigabytes, memory_lines, memory_table, parts, shortage, summary_line
 from train.memory.predict import JobMemory, RankMemory, predict_memory
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "memory_table",
     "parts",
     "predict_memory",
+    "shortage",
     "summary_line",
 ]

@@ -129,6 +129,22 @@ def summary_line(config: TrainConfig, job: JobMemory) -> str:
     return f"memory: rank {worst.pipeline_rank} needs {gigabytes(worst.total)}{of} ({parts(worst)})"
 
 
+def shortage(config: TrainConfig, job: JobMemory) -> str:
+    """Returns why a run does not fit its devices or its nodes, in one line, or nothing if it fits."""
+    room = config.cluster.memory_bytes
+    if room is not None and job.worst.total > room:
+        return summary_line(config, job)
+    host = config.cluster.host_memory_bytes
+    ranks = min(config.cluster.ranks_per_node, config.parallelism.world_size)
+    largest = max(rank.host for rank in job.ranks)
+    if host is None or ranks * largest <= host:
+        return ""
+    return (
+        f"host memory: a node needs {gigabytes(ranks * largest)} of {gigabytes(host)}: {ranks} ranks with up to "
+        f"{gigabytes(largest)}, with the copy that a checkpoint is written from"
+    )
+
+
 def parts(rank: RankMemory) -> str:
     """Returns the parts of a rank's memory that are at least 1 % of it, the largest first.
 

@@ -35,6 +35,7 @@ from train.memory.rank_bytes import (
     batch_bytes,
     count_replicas,
     find_peaks,
+    host_bytes,
     static_bytes,
     update_bytes,
     weight_bytes,
@@ -64,6 +65,7 @@ class RankMemory:
         cool_down: like `pipeline`, while stages that have finished are reduced.
         update: further tensors of reductions and of the optimizer step.
         reserve: for what is not predicted.
+        host: in the memory of the node.
     """
 
     pipeline_rank: int
@@ -77,6 +79,7 @@ class RankMemory:
     cool_down: PipelineBytes
     update: int
     reserve: int
+    host: int
 
     @property
     def static(self) -> int:
@@ -267,6 +270,7 @@ def rank_memory(
         cool_down=peaks[1],
         update=update_bytes(config, parameters, sizes, replicas),
         reserve=config.cluster.memory_reserve_bytes,
+        host=host_bytes(config, parameters, sizes, replicas),
     )
 
 

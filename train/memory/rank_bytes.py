@@ -351,18 +351,57 @@ def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) 
 def static_bytes(
     config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts
 ) -> tuple[int, int, int]:
-    """Returns the bytes of weights, of gradients and of optimizer state.
+    """Returns the bytes of weights, of gradients and of optimizer state on the device.
 
     Args:
         held: numbers of parameters on the rank.
         replicas: numbers of ranks that hold the same parameters.
     """
-    weights = weight_bytes(config, held, sizes)
+    state = 0 if config.optim.offload else _state_bytes(config, held, sizes, replicas)
+    return weight_bytes(config, held, sizes), held.total * sizes.wide_bytes, state
+
+
+def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
+    """Returns the host memory of a rank: the copy for a checkpoint, the moving average, an offloaded optimizer.
+
+    Args:
+        held: numbers of parameters on the rank.
+        replicas: numbers of ranks that hold the same parameters.
+    """
+    state = _state_bytes(config, held, sizes, replicas)
+    weights = held.total * sizes.value_bytes
+    average = 0 if config.ema.decay is None else held.total * _MASTER_BYTES
+    copied = weights + average + state
+    average += weights if average else 0  # the weights that are averaged while the next step runs
+    if not config.optim.offload:
+        return copied + average
+    bucket = min(config.optim.bucket_elements, _shard_elements(held, replicas))
+    return copied + average + state + bucket * (_MASTER_BYTES + sizes.value_bytes)
+
+
+def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
     moment = 2 if config.optim.moments == "bf16" else sizes.wide_bytes
     if config.optim.sharding == "replicated":
-        return weights, held.total * sizes.wide_bytes, held.total * 2 * moment
-    shard = _shard_elements(held, replicas)
-    return weights, held.total * sizes.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
+        return held.total * 2 * moment
+    return _shard_elements(held, replicas) * (_MASTER_BYTES + 2 * moment)
+
+
+def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
+    """Returns the seconds of an update in host memory, at the nominal rates of the cluster; 0 on the device.
+
+    Gradients arrive in float32 and weights leave in the model's type; AdamW reads and writes the state, and reads
+    gradients. Ranks of a node share the rate of its memory.
+    """
+    cluster = config.cluster
+    link = cluster.host_link_bytes_per_second
+    rate = cluster.host_memory_bytes_per_second
+    if not config.optim.offload or link is None or rate is None:
+        return 0.0
+    value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
+    state = _MASTER_BYTES + 2 * (2 if config.optim.moments == "bf16" else 4)
+    ranks = min(cluster.ranks_per_node, config.parallelism.world_size)
+    seconds = (_MASTER_BYTES + value) / link + (2 * state + _MASTER_BYTES) * ranks / rate
+    return _shard_elements(held, replicas) * seconds
 
 
 def weight_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes) -> int:

@@ -93,7 +93,9 @@ def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
 
 
 def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:
-    """Returns the bytes of this rank's state of a unit, as the configured AdamW makes it."""
+    """Returns the bytes of this rank's state of a unit on the device, as the configured AdamW makes it."""
+    if config.offload:
+        return 0
     groups = unit.groups
     replicas = unit.replicas
     if config.sharding == "replicated":

@@ -19,7 +19,7 @@ from model.size import count_parameters, held_parameters, stage_shapes, training
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
-from train.memory import JobMemory, predict_memory, summary_line
+from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
 from train.memory.predict import planning_sizes
 from train.memory.rank_bytes import count_replicas, static_bytes
@@ -32,7 +32,7 @@ from train.schedule.timing import EfficiencyConfig, StepTime, TimedPlan, plannin
 
 _SPEEDS = (
     *("peak_flops", "num_sms", "communication_sms", "inter_node_bytes_per_second", "intra_node_bytes_per_second"),
-    *("memory_bytes_per_second", "dollars_per_gpu_hour"),
+    *("memory_bytes_per_second", "host_memory_bytes_per_second", "host_link_bytes_per_second", "dollars_per_gpu_hour"),
 )
 """Keys of the cluster on which no memory depends."""
 _HOUR = 3600.0
@@ -169,8 +169,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     times = planner.rates.part_seconds(config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
-    room = config.cluster.memory_bytes
-    reasons = () if room is None or memory.worst.total <= room else (summary_line(config, memory),)
+    reasons = tuple(filter(None, (shortage(config, memory),)))
     timed = cost = rollouts = None
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)

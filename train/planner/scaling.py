@@ -18,6 +18,7 @@ from model.config import LAYER
 from model.size import attention_parameters, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.errors import ConfigError
+from train.memory.rank_bytes import count_replicas, host_update_seconds
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
 from train.schedule.timing import MeasuredRates, RateSource
@@ -144,11 +145,13 @@ class KernelRates:
         """Returns the time of the update of the rank with the most weights."""
         shapes = stage_shapes(run_cut(config, schedule.placement))
         local = config.model.num_routed_experts // config.parallelism.expert
-        most = 0
+        most = 0.0
         for rank in range(schedule.num_ranks):
             stages = sorted({stage for _, stage in schedule.stages_of(rank)})
-            most = max(most, held_parameters(config.model, [shapes[stage] for stage in stages], local).total)
-        return self.optimizer_seconds * most / self.reference.parameters_per_rank
+            held = held_parameters(config.model, [shapes[stage] for stage in stages], local)
+            seconds = self.optimizer_seconds * held.total / self.reference.parameters_per_rank
+            most = max(most, seconds + host_update_seconds(config, held, count_replicas(config, schedule, rank)))
+        return most
 
 
 Rates = KernelRates | MeasuredRates

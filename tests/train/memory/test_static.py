@@ -15,10 +15,11 @@ from model.attention.mla import LatentAttention
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job
+from train.checkpoint.parts import HostCopy, state_of
 from train.config import Precision, PrecisionConfig, TrainConfig
 from train.learner import Learner
 from train.memory import predict_memory
-from train.optim.adamw import MOMENTS, moments_of
+from train.optim.adamw import MOMENTS, Slice, moments_of
 from train.planner.job_plan import build_ranks
 from train.schedule.timing import planning_schedule
 from train.world import weight_dtype
@@ -52,13 +53,15 @@ def make_config(folder: Path, number: int) -> TrainConfig:
     return replace(config, optim=replace(config.optim, sharding="zero1", moments=moments))  # type: ignore[arg-type]
 
 
-def measure(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[int, int, int, int]]:
-    """Returns the bytes of weights, gradients and optimizer on this rank, and the number of sharded tensors."""
+def measure(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[int, int, int, int, int]]:
+    """Returns the bytes of weights, gradients, a checkpoint's copy, optimizer, and the number of sharded tensors."""
     found = []
     for config in configs:
         learner = open_job(config, planning_schedule(config, config.num_micro_batches))
         gradients = sum(gradient.nbytes for gradient in learner.store.gradients())
-        found.append((_weight_bytes(learner), gradients, *_optimizer_bytes(learner)))
+        copy = HostCopy().of(state_of(learner, learner.extras))
+        copied = sum((value.local if isinstance(value, Slice) else value).nbytes for value in copy.values())
+        found.append((_weight_bytes(learner), gradients, copied, *_optimizer_bytes(learner)))
         dist.barrier()
         close_job(learner)
     return found
@@ -106,12 +109,13 @@ def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_a
     for number, config in configs.items():
         for rank, memory in enumerate(predict_memory(config).ranks):
             for index in range(config.parallelism.stage_ranks):
-                weights, gradients, optimizer, num_shards = results[rank * config.parallelism.stage_ranks + index][
-                    number
-                ]
+                weights, gradients, copied, optimizer, num_shards = results[
+                    rank * config.parallelism.stage_ranks + index
+                ][number]
                 name = f"{LAYOUTS[number]}, pipeline rank {rank}, member {index}"
                 assert memory.weights == weights, name
                 assert memory.gradients == gradients, name
+                assert memory.host == pytest.approx(copied, rel=0.02), name  # routers' biases are left out
                 assert 0 <= optimizer - memory.optimizer <= num_shards * PADDED_ELEMENTS * 12, name
         for each in built.get(number, ()):
             for rank in each.pipeline_ranks:
