@@ -362,7 +362,7 @@ def static_bytes(
 
 
 def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
-    """Returns the host memory of a rank: the copy for a checkpoint, the moving average, an offloaded optimizer.
+    """Returns the host memory of a rank: a checkpoint's copy, the average, an offloaded optimizer.
 
     Args:
         held: numbers of parameters on the rank.
@@ -387,9 +387,9 @@ def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
 
 
 def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
-    """Returns the seconds of an update in host memory, at the nominal rates of the cluster; 0 on the device.
+    """Returns the least seconds of an update in host memory; 0 if it is on the device.
 
-    Gradients arrive in float32 and weights leave in the model's type; AdamW reads and writes the state, and reads
+    It is that of nominal rates. Gradients arrive in float32 and weights leave in the model's type; AdamW reads and writes the state, and reads
     gradients. Ranks of a node share the rate of its memory.
     """
     cluster = config.cluster

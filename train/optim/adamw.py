@@ -234,7 +234,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the AdamW that `config` selects by moments and offload, for groups of parameters in torch's form."""
+    """Builds the AdamW that `config` selects, for groups of parameters in torch's form."""
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)
     if config.offload is True:
@@ -250,7 +250,7 @@ def load_cpu_adam() -> str:
 
     try:
         CPUAdamBuilder().load(verbose=False)
-    except Exception as error:  # whatever the compiler, ninja or the loader raises
+    except Exception as error:  # of the compiler, ninja or the loader
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
     return ""
 
