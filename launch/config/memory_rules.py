@@ -20,7 +20,8 @@ _SMALLER_SHARE = 0.9  # of the predicted memory, which a change must not exceed 
 def check_memory(config: TrainConfig, rules: Rules) -> None:
     """Rejects a run whose predicted peaks exceed what `cluster` says of devices and hosts.
 
-    Nothing is checked without `cluster.memory_bytes`. Suggested changes must pass `rules`, which raises ValueError. `plan.check=false` skips the check.
+    Nothing is checked without `cluster.memory_bytes`. Suggested changes must pass `rules`, which raises ValueError.
+    `plan.check=false` skips the check.
     """
     room = config.cluster.memory_bytes
     if room is None or not config.plan.check:

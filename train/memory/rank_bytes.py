@@ -389,8 +389,8 @@ def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
 def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
     """Returns the least seconds of an update in host memory; 0 if it is on the device.
 
-    It is that of nominal rates. Gradients arrive in float32 and weights leave in the model's type; AdamW reads and writes the state, and reads
-    gradients. Ranks of a node share the rate of its memory.
+    It is that of nominal rates. Gradients arrive in float32 and weights leave in the model's type; AdamW reads and
+    writes the state, and reads gradients. Ranks of a node share the rate of its memory.
     """
     cluster = config.cluster
     link = cluster.host_link_bytes_per_second
