@@ -73,6 +73,7 @@ from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recomput
 from train.planner.page import plan_page
 from train.planner.rollouts import compare_rollouts
 from train.planner.search import SearchResult, search_layouts
+from train.planner.smallest import smallest_text, smallest_values
 from train.schedule.timing import MeasuredRates
 from train.streams.check import check_streams
 from train.tasks.registry import TASKS
@@ -102,6 +103,9 @@ class PlanAnswer(Drawing):
 
 def answer_request(request: PlanRequest) -> PlanAnswer:
     """Plans what a request asks for."""
+    if request.options.smallest:
+        jobs = smallest_values(search_space(request), request.planner, check_rules)
+        return PlanAnswer({"jobs": jobs}, lambda: "\n".join(smallest_text(jobs)))
     if not request.options.search:
         return _planned(request)
     sequences = request.values["validation"]["sequences"]

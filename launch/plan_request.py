@@ -56,6 +56,7 @@ class PlanOptions:
     """What is planned and printed. See `conf/plan.yaml`."""
 
     search: bool
+    smallest: bool
     ranks: PositiveInt | None
     what_if: tuple[str, ...]
     advice: bool
@@ -89,7 +90,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
     _check_modes(plan_options)
     run = {key: value for key, value in values.items() if key not in (*output_keys, *_PLANNER)}
-    notes = list(_adapt_to_search(run, overrides)) if plan_options.search else []
+    notes = list(_adapt_to_search(run, overrides)) if plan_options.search or plan_options.smallest else []
+    if plan_options.smallest and run["task"].get("steps", 1) is None:  # they change no memory
+        run["task"] = {**run["task"], "steps": 1000}
     if plan_options.run is None:
         config = run_config(run)
         _check_known_files(config, _unread(run))
@@ -107,14 +110,20 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
 
 def _check_modes(own: PlanOptions) -> None:
     """Rejects options that would have no effect next to others."""
+    if own.search and own.smallest:
+        raise broken("smallest", "must be false with search=true", "true", "search=false")
+    mode = "search" if own.search else "smallest"
+    is_many = own.search or own.smallest
     if own.ranks is not None and not own.search:
         raise broken("ranks", "must be null without search; parallelism has a run's ranks", own.ranks, "search=true")
     empty = {"what_if": (), "advice": False, "dry_run": False}
-    for key in (key for key, unused in empty.items() if own.search and getattr(own, key) != unused):
-        raise broken(key, "must not be set with search=true, which plans many runs", getattr(own, key), "search=false")
-    if own.search and own.format == "html":
-        raise broken("format", "must be text or json with search=true", own.format, "text")
-    for key in ("search", "what_if", "advice"):
+    for key in (key for key, unused in empty.items() if is_many and getattr(own, key) != unused):
+        raise broken(
+            key, f"must not be set with {mode}=true, which plans many runs", getattr(own, key), f"{mode}=false"
+        )
+    if is_many and own.format == "html":
+        raise broken("format", f"must be text or json with {mode}=true", own.format, "text")
+    for key in ("search", "smallest", "what_if", "advice"):
         if own.run is not None and getattr(own, key):
             raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
 

@@ -379,11 +379,15 @@ def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas
     return copied + average + state + bucket * (_MASTER_BYTES + sizes.value_bytes)
 
 
+def state_bytes(config: TrainConfig, num_elements: int) -> int:
+    """Returns the bytes of master weights and moments of some sharded weights."""
+    return num_elements * (_MASTER_BYTES + 2 * (2 if config.optim.moments == "bf16" else 4))
+
+
 def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
-    moment = 2 if config.optim.moments == "bf16" else sizes.wide_bytes
     if config.optim.sharding == "replicated":
-        return held.total * 2 * moment
-    return _shard_elements(held, replicas) * (_MASTER_BYTES + 2 * moment)
+        return held.total * 2 * (2 if config.optim.moments == "bf16" else sizes.wide_bytes)
+    return state_bytes(config, _shard_elements(held, replicas))
 
 
 def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
@@ -398,9 +402,8 @@ def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: Rep
     if not config.optim.offload or link is None or rate is None:
         return 0.0
     value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
-    state = _MASTER_BYTES + 2 * (2 if config.optim.moments == "bf16" else 4)
     ranks = min(cluster.ranks_per_node, config.parallelism.world_size)
-    seconds = (_MASTER_BYTES + value) / link + (2 * state + _MASTER_BYTES) * ranks / rate
+    seconds = (_MASTER_BYTES + value) / link + (2 * state_bytes(config, 1) + _MASTER_BYTES) * ranks / rate
     return _shard_elements(held, replicas) * seconds
 
 

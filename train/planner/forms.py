@@ -162,11 +162,11 @@ def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
         },
         "cost": None if layout.cost is None else _cost_values(layout.cost),
         "pareto": layout.is_pareto,
-        "overrides": list(_overrides(layout.config, run)),
+        "overrides": list(layout_overrides(layout.config, run)),
     }
 
 
-def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
+def layout_overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     """Yields the overrides that turn a run into a layout with a listed cut."""
     mesh = config.parallelism
     batch = config.batch

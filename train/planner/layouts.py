@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations, product
-from math import ceil, gcd
+from math import ceil, gcd, inf
 from typing import TypeVar
 
 from comm.config import Cut, DispatchConfig, ParallelismConfig
@@ -12,10 +12,11 @@ from data.config import BatchSizes
 from dualpipe.registry import SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
-from model.size import held_parameters, stage_shapes
+from model.size import HeldParameters, held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
 from train.errors import ConfigError
 from train.memory import predict_memory
+from train.memory.rank_bytes import state_bytes
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import KernelRates
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
@@ -51,6 +52,7 @@ class SearchSpace:
     precisions: tuple[Precision, ...]
     recomputes: tuple[tuple[Recomputed, ...], ...]
     dispatches: tuple[DispatchConfig, ...]
+    most_micro_sequences: float = inf
 
     def is_like_run(self, setting: RankSetting) -> bool:
         """Returns whether a setting differs from the run's own only in the number of data-parallel ranks."""
@@ -126,7 +128,7 @@ class SearchSpace:
         the ranks do not divide the batch, the result is 1, which rules reject.
         """
         share, rest = divmod(self.config.batch.global_sequences, mesh.data)
-        sizes = (1,) if rest else divisors(share)
+        sizes = (1,) if rest else tuple(size for size in divisors(share) if size <= self.most_micro_sequences)
         configured = self.config.batch.micro_sequences
         return sizes if mesh.context == 1 else tuple(size for size in sizes if size in (1, configured))
 
@@ -218,7 +220,8 @@ def divisors(number: int) -> tuple[int, ...]:
 
 _ROUNDING = 1 - 1e-9
 """Factor on least times, so that rounding never makes one larger than a simulated time."""
-_MASTER_BYTES = 4
+_PEAK_SHARES = {"v_min": 1 / 3, "v_half": 1 / 2}
+"""Activations that these kinds keep relative to 1F1B (arXiv:2405.15362)."""
 _FULL_BACKWARDS = ScheduleConfig(kind="1f1b", chunks=1, pairing="sequential")
 """Schedule after whose only forward the whole model's activations are alive, and nothing else."""
 T = TypeVar("T")
@@ -266,12 +269,12 @@ class Estimates:
         unit = _unit(setting)
         slices = schedule.slices
         work = self._once((unit, schedule.pairing, shares, slices), lambda: self._work(unit, schedule))
-        parameters = self._num_parameters(setting.expert) * copies / pipeline
-        update = self._update_seconds(parameters)
+        held = self._held(setting.expert)
+        update = self._update_seconds(held.total * copies / pipeline)
         factor = self.planner.efficiency.unexplained
         busy = work.busy * sequences * slices
         idle = micro * _idle_seconds(schedule, pipeline, work.mean)
-        static = self._static_bytes(setting, parameters)
+        static = self._static_bytes(setting, held, copies / pipeline)
         activations = micro * self._activation_bytes(setting) / pipeline
         return RankedLayout(
             setting=setting,
@@ -280,7 +283,7 @@ class Estimates:
             seconds=factor * (max(busy + idle, micro * work.path) + update),
             # Slices keep no logits, which the activations of a whole sequence count.
             least_memory=static + activations * (slices == 1),
-            memory=static + activations * min(sequences / micro, pipeline + 1),
+            memory=static + activations * min(sequences / micro, pipeline * _PEAK_SHARES.get(schedule.kind, 1.0) + 1),
         )
 
     def unit_times(self, setting: RankSetting, slices: int = 1) -> LayerTimes:
@@ -320,28 +323,29 @@ class Estimates:
         )
         return _Work(busy=busy, path=path + 2 * (pipeline - 1) * times.latency, mean=mean)
 
-    def _num_parameters(self, expert: int) -> int:
+    def _held(self, expert: int) -> HeldParameters:
         """Returns the parameters of a whole model whose experts are divided among ranks."""
         model = self.space.config.model
         shapes = stage_shapes([range(model.num_layers)])
         local = model.num_routed_experts // expert
-        return self._once(("held", expert), lambda: held_parameters(model, shapes, local).total)
+        return self._once(("held", expert), lambda: held_parameters(model, shapes, local))
 
     def _update_seconds(self, parameters: float) -> float:
         rates = self.planner.rates
         share = parameters / rates.reference.parameters_per_rank if isinstance(rates, KernelRates) else 1.0
         return rates.optimizer_seconds * share
 
-    def _static_bytes(self, setting: RankSetting, parameters: float) -> float:
-        """Returns the bytes of weights, gradients and optimizer of the mean rank, with the reserve."""
+    def _static_bytes(self, setting: RankSetting, held: HeldParameters, share: float) -> float:
+        """Returns the bytes of the mean rank, without activations; `share` is its part of the copies of the model."""
         config = self.space.config
+        parameters = held.total * share
         value = {"float64": 8, "float32": 4}.get(setting.precision.kind, 2)
-        moments = 2 * (2 if config.optim.moments == "bf16" else max(4, value))
         if config.optim.sharding == "replicated":
-            state = parameters * moments
+            state = parameters * 2 * (2 if config.optim.moments == "bf16" else max(4, value))
         else:
-            state = self._num_parameters(1) * (_MASTER_BYTES + moments) / self.space.ranks
-        return parameters * (value + max(4, value)) + state + config.cluster.memory_reserve_bytes
+            state = 0.0 if config.optim.offload else state_bytes(config, self._held(1).total) / self.space.ranks
+        codes = held.code_bytes * share if setting.precision.kind == "fp8" else 0.0
+        return parameters * (value + max(4, value)) + state + codes + config.cluster.memory_reserve_bytes
 
     def _activation_bytes(self, setting: RankSetting) -> int:
         """Returns the bytes that one sequence keeps in the whole model from forward to backward."""

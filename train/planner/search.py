@@ -18,7 +18,7 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, is_closed_form
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
-from train.memory import JobMemory, predict_memory, summary_line
+from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
 from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
 from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
@@ -212,6 +212,23 @@ class Search:
         self.open = [layout for layout in self.open if layout.least_seconds < worst]
         return best
 
+    def first_that_fits(self) -> FoundLayout | None:
+        """Predicts layouts in order of their memory until one fits; those without a prediction become `open`."""
+        most = math.inf if self._room is None else self._room
+        self.waiting.sort(key=lambda layout: (SCHEDULES.get(layout.schedule.kind).takes_costs, layout.memory))
+        for layout in self.waiting:
+            try:
+                if layout.memory > most:
+                    raise _NoTimeLeftError
+                self._compare(layout, math.inf)
+            except (ScheduleError, CutError) as error:
+                self._reject(str(error), partial(self._undecided, layout.setting, layout.schedule))
+            except _NoTimeLeftError:
+                self.open.append(layout)
+            if self._compared:
+                return self._compared[0]
+        return None
+
     def _best(self, number: int, limit: int | None) -> tuple[list[FoundLayout], float]:
         """Returns the fastest layouts, and the step of the slowest of them if there are enough."""
         small = (layout for layout in self._compared if limit is None or layout.peak_bytes <= limit)
@@ -309,21 +326,18 @@ class Search:
                 return
             self._spend(memory_seconds)
             memory = predict_memory(config)
-            if self._room is None or memory.worst.total <= self._room:
+            if not (short := shortage(config, memory)):
                 self._compared.append(FoundLayout(config=config, memory=memory, time=time))
                 return
             mean = fmean(rank.total for rank in memory.ranks)
-            if is_fitted or mean > self._room or free.parallelism.cut.kind == "even":
+            if is_fitted or self._room is None or mean > self._room or free.parallelism.cut.kind == "even":
                 break
             self._spend(3 * memory_seconds + timing_seconds)
             fitted = with_cut(free, fitted_cut(free, layout.schedule.kind, times))
             if fitted == config:
                 break
             config = fitted
-        assert self._room is not None
-        large = _TooLarge(
-            setting=layout.setting, reason=summary_line(config, memory), excess=memory.worst.total / self._room
-        )
+        large = _TooLarge(setting=layout.setting, reason=short, excess=memory.worst.total / (self._room or math.inf))
         self._too_large.setdefault(_kind_of(layout), []).append(large)
         self._reject(large.reason, partial(layout_json, config), excess=large.excess)
 
