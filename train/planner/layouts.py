@@ -336,7 +336,7 @@ class Estimates:
         return rates.optimizer_seconds * share
 
     def _static_bytes(self, setting: RankSetting, held: HeldParameters, share: float) -> float:
-        """Returns the bytes of the mean rank, without activations; `share` is its part of the copies of the model."""
+        """Returns the bytes of the mean rank, with `share` of the model's copies, but no activations."""
         config = self.space.config
         parameters = held.total * share
         value = {"float64": 8, "float32": 4}.get(setting.precision.kind, 2)

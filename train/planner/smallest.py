@@ -1,4 +1,4 @@
-"""Finds the fewest devices on which a run fits, with its optimizer on the device or on the host. No torch here."""
+"""Finds the fewest devices that hold a run, with its optimizer on them or on the host. No torch here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +51,7 @@ def smallest_values(space: SearchSpace, planner: PlannerConfig, rules: Rules) ->
 def _first_job(
     space: SearchSpace, planner: PlannerConfig, rules: Rules
 ) -> tuple[list[dict[str, Any]], FoundLayout | None]:
-    """Returns why each number of ranks was refused, and whether that is proven, and the first layout that fits."""
+    """Returns why numbers of ranks were refused, and if that is proven, and the first layout that fits."""
     refused: list[dict[str, Any]] = []
     run = space.config
     node = run.cluster.ranks_per_node

@@ -16,6 +16,7 @@ from train.planner.forms import search_text, search_values
 from train.planner.job_plan import plan_job, require_time
 from train.planner.layouts import RankedLayout, SearchSpace, adapted_run
 from train.planner.search import Search, search_layouts
+from train.planner.smallest import smallest_values
 from train.schedule.cut import run_cut, run_placement, with_cut
 
 MODEL = ("experiment=v2_lite_16b", "search=true")
@@ -106,7 +107,7 @@ def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_layout_fits_only_if_all_are_compared(tmp_path: Path) -> None:
     """Without time, nothing is found and everything is open; with time, nothing fits."""
-    request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=64000000000")
+    request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=70000000000")
     space = replace(space, recomputes=space.recomputes[:1], precisions=space.precisions[:1])
     texts = []
     for seconds in (0.0, 100.0):
@@ -129,3 +130,25 @@ def test_batch_is_adapted_only_if_no_layout_divides_it() -> None:
     tokens = config.batch_sizes.tokens_before(config.task.steps)
     assert 0 <= adapted.batch_sizes.tokens_before(adapted.task.steps) - tokens < 100_352 * 4096
     check_rules(replace(adapted, parallelism=replace(config.parallelism, data=6272)))
+
+
+@pytest.mark.slow
+def test_smallest_jobs_fit_as_planned_and_every_smaller_number_is_refused_or_open(tmp_path: Path) -> None:
+    run = ("experiment=v2_lite_16b", "cluster.memory_bytes=50000000000", f"data.cache_dir={tmp_path}")
+    request = read_request([*run, "smallest=true"])
+    jobs = smallest_values(search_space(request), request.planner, check_rules)
+    assert [job["offload"] for job in jobs] == [False, True]
+    assert jobs[1]["ranks"] < jobs[0]["ranks"]
+    for job in jobs:
+        plan = plan_job(read_request([*run, *job["overrides"]]).config, request.planner)
+        assert plan.fits
+        assert plan.memory.worst.total == job["peak_bytes"]
+        numbers = [1, 2, 4, *range(8, job["ranks"], 8)] if job["ranks"] > 8 else [1, 2, 4, 8]
+        below = [number for number in numbers if number < job["ranks"]]
+        assert [job["smaller"][0]["from"], job["smaller"][-1]["to"]] == [below[0], below[-1]]
+    # Nodes that cannot hold a checkpoint's copy refuse every number.
+    small = read_request([*run, "smallest=true", "cluster.host_memory_bytes=1000"])
+    for job in smallest_values(search_space(small), small.planner, check_rules):
+        (refused,) = job["smaller"]
+        assert (job["ranks"], refused["proven"], refused["from"], refused["to"]) == (None, True, 1, 4096)
+        assert "host memory" in refused["reason"]
