@@ -320,14 +320,15 @@ class Search:
             return
         for is_fitted in (False, True):
             self._built += 1
-            time = time_plan(self._planner.rates, self._planner.efficiency, config).time
-            if time.step >= worst:
+            timed = partial(time_plan, self._planner.rates, self._planner.efficiency, config)
+            time = timed().time if worst < math.inf else None
+            if time is not None and time.step >= worst:
                 self.waiting.append(replace(layout, least_seconds=time.step))
                 return
             self._spend(memory_seconds)
             memory = predict_memory(config)
             if not (short := shortage(config, memory)):
-                self._compared.append(FoundLayout(config=config, memory=memory, time=time))
+                self._compared.append(FoundLayout(config=config, memory=memory, time=time or timed().time))
                 return
             mean = fmean(rank.total for rank in memory.ranks)
             if is_fitted or self._room is None or mean > self._room or free.parallelism.cut.kind == "even":
