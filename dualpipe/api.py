@@ -16,7 +16,7 @@ from dualpipe.builder import best_of_kind, by_makespan, choose, survey
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, size
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import COLUMNS, MEANING, cells, grid, html, summary, table
-from dualpipe.ir import ScheduleError
+from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import SCHEDULES, ModelCosts, check_size, check_slices
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import Simulation, simulate
@@ -24,7 +24,7 @@ from dualpipe.validate import validate
 from kernels.registry import closest
 
 
-def build(
+def build(  # noqa: PLR0913
     kind: str,
     *,
     ranks: int,
@@ -32,6 +32,7 @@ def build(
     costs: ModelCosts | None = None,
     chunks: int | None = None,
     slices: int = 1,
+    link_depth: int = 1,
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
     **values: Any,
@@ -43,6 +44,7 @@ def build(
         micro_batches: micro-batches of one step, of both directions together; each slice counts as one.
         chunks: stages of a rank for one direction; None for the best number, at most 4.
         slices: parts of each sequence, for kinds that run slices.
+        link_depth: messages of one kind that a link may hold, at most 4.
         memory_cap: maximum of a rank's live activations and its copies of `costs.weights`, in activations of model/P.
         cache_dir: folder that keeps searched orders; None to search again.
         values: single costs by name.
@@ -59,13 +61,14 @@ def build(
             costs=model,
             chunks=chunks,
             slices=slices,
+            link_depth=link_depth,
             memory_cap=memory_cap,
             cache_dir=cache_dir,
         ).best
-    _check_whole(ranks=ranks, micro_batches=micro_batches, chunks=chunks, slices=slices)
+    _check_whole(ranks=ranks, micro_batches=micro_batches, chunks=chunks, slices=slices, link_depth=link_depth)
     check_size(kind, ranks, micro_batches, ranks_key="ranks", micro_batches_key="micro_batches")
     check_slices(kind, micro_batches, slices)
-    costs_of = _costs_of(model, ranks, slices)
+    costs_of = _costs_of(model, ranks, slices, link_depth)
     entry = best_of_kind(kind, ranks, micro_batches, costs_of, memory_cap, cache_dir, chunks)
     validate(entry.schedule)
     return _built(entry, model)
@@ -78,6 +81,7 @@ def compare(
     costs: ModelCosts | None = None,
     chunks: int | None = None,
     slices: int = 1,
+    link_depth: int = 1,
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
     **values: Any,
@@ -87,9 +91,10 @@ def compare(
     Arguments and errors are those of `build`.
     """
     model = _changed(costs or ModelCosts(), values)
-    _check_whole(ranks=ranks, micro_batches=micro_batches, chunks=chunks, slices=slices)
+    _check_whole(ranks=ranks, micro_batches=micro_batches, chunks=chunks, slices=slices, link_depth=link_depth)
     check_slices(next(kind for kind, spec in SCHEDULES.items() if spec.takes_slices), micro_batches, slices)
-    rows = survey(ranks, micro_batches, _costs_of(model, ranks, slices), memory_cap, cache_dir, chunks=chunks)
+    costs_of = _costs_of(model, ranks, slices, link_depth)
+    rows = survey(ranks, micro_batches, costs_of, memory_cap, cache_dir, chunks=chunks)
     built = (_built(row, model) if isinstance(row, TimedSchedule) else row for row in by_makespan(list(rows)))
     return ScheduleComparison(rows=tuple(built), memory_cap=memory_cap)
 
@@ -110,8 +115,11 @@ def _check_whole(**numbers: int | None) -> None:
             raise ScheduleError(f"{name}: must be a whole number of at least 1, is {value!r}; nearest: 1")
 
 
-def _costs_of(model: ModelCosts, ranks: int, slices: int) -> Callable[[str, int], CostModel]:
-    return lambda kind, num_stages: replace(model.of_stages(ranks, num_stages), slices=slices)
+def _costs_of(model: ModelCosts, ranks: int, slices: int, link_depth: int) -> Callable[[str, int], CostModel]:
+    if link_depth > MOST_LINK_DEPTH:
+        rule = f"link_depth: must be at most {MOST_LINK_DEPTH}, is {link_depth}"
+        raise ScheduleError(f"{rule}; nearest: {MOST_LINK_DEPTH}")
+    return lambda kind, num_stages: replace(model.of_stages(ranks, num_stages), slices=slices, link_depth=link_depth)
 
 
 def _built(entry: TimedSchedule, model: ModelCosts) -> "BuiltSchedule":
@@ -141,8 +149,9 @@ class BuiltSchedule(TimedSchedule):
             CostsChangedWarning,
             stacklevel=2,
         )
-        costs_of = _costs_of(model, self.schedule.num_ranks, self.schedule.slices)
-        return simulate(self.schedule, costs_of(self.schedule.kind, self.schedule.num_stages))
+        order = self.schedule
+        costs_of = _costs_of(model, order.num_ranks, order.slices, order.link_depth)
+        return simulate(order, costs_of(self.schedule.kind, self.schedule.num_stages))
 
     def draw(self) -> "Drawing":
         """Returns the picture of the schedule under its costs."""

@@ -82,6 +82,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         "costs": config.costs,
         "chunks": config.schedule.chunks,
         "slices": config.schedule.slices,
+        "link_depth": config.schedule.link_depth,
         "memory_cap": config.memory_cap,
         "cache_dir": schedules_folder(config.cache_dir),
     }
@@ -89,8 +90,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
     if compared is not None and config.format == "torch":
         compared = replace(compared, rows=tuple(row for row in compared.rows if kind_of(row) in _torch_kinds()))
     built = build(kind, **size) if compared is None else compared.best
-    order = built.schedule
-    schedule = replace(order, link_depth=config.schedule.link_depth)
+    schedule = built.schedule
     validate(schedule)
     if config.schedule.pairing == "sequential":  # a run executes the schedule without overlap
         alone = ungroup(schedule)
@@ -105,7 +105,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         case "svg":
             return built.draw().render("svg")
     compared = compared or compare(**size)
-    others = [row for row in compared.rows if isinstance(row, UnavailableSchedule) or row.schedule != order]
+    others = [row for row in compared.rows if isinstance(row, UnavailableSchedule) or row.schedule != schedule]
     if config.format == "html":
         return html([built, *others])
     rows = [*compared.rows] if len(others) < len(compared.rows) else [built, *others]
