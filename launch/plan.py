@@ -55,8 +55,6 @@ from train.planner.forms import (
     labeled,
     plan_text,
     plan_values,
-    search_text,
-    search_values,
     what_if_text,
     what_if_values,
 )
@@ -73,6 +71,7 @@ from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recomput
 from train.planner.page import plan_page
 from train.planner.rollouts import compare_rollouts
 from train.planner.search import SearchResult, search_layouts
+from train.planner.search_forms import search_text, search_values
 from train.planner.smallest import smallest_text, smallest_values
 from train.schedule.timing import MeasuredRates
 from train.streams.check import check_streams

@@ -72,10 +72,10 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     layers = [layer for stage in stages for layer in stage.layers]
     dense = sum(layer < config.num_dense_layers for layer in layers)
     sparse = len(layers) - dense + modules
-    attention = _attention_maps(config)
-    mlp = _dense_maps(config)
-    expert = _expert_maps(config)
-    shared = _mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
+    attention = attention_maps(config)
+    mlp = dense_maps(config)
+    expert = expert_maps(config)
+    shared = mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
 
     ordinary = (dense + sparse) * (attention_parameters(config) + 2 * hidden) + dense * _num_weights(mlp)
     ordinary += sparse * (_num_weights(shared) + hidden * config.num_routed_experts)
@@ -99,10 +99,10 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
 
 def attention_parameters(config: ModelConfig) -> int:
     """Counts the weights of one layer's attention, including its latent norms."""
-    return _num_weights(_attention_maps(config)) + (config.q_lora_rank or 0) + config.kv_lora_rank
+    return _num_weights(attention_maps(config)) + (config.q_lora_rank or 0) + config.kv_lora_rank
 
 
-def _attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
+def attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
     """Returns outputs and inputs of the linear maps of attention."""
     hidden = config.hidden_size
     heads = config.num_heads
@@ -117,15 +117,17 @@ def _attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
     return maps if rank is None else [*maps, (queries, rank)]
 
 
-def _dense_maps(config: ModelConfig) -> list[tuple[int, int]]:
-    return _mlp_maps(config.hidden_size, config.dense_intermediate_size)
+def dense_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    """Returns outputs and inputs of the linear maps of a dense MLP."""
+    return mlp_maps(config.hidden_size, config.dense_intermediate_size)
 
 
-def _expert_maps(config: ModelConfig) -> list[tuple[int, int]]:
-    return _mlp_maps(config.hidden_size, config.expert_intermediate_size)
+def expert_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    """Returns outputs and inputs of the linear maps of one expert."""
+    return mlp_maps(config.hidden_size, config.expert_intermediate_size)
 
 
-def _mlp_maps(hidden: int, width: int) -> list[tuple[int, int]]:
+def mlp_maps(hidden: int, width: int) -> list[tuple[int, int]]:
     """Returns outputs and inputs of the linear maps of a SwiGLU network, none if it has no width."""
     return [(width, hidden), (width, hidden), (hidden, width)] if width else []
 
@@ -171,7 +173,7 @@ def count_parameters(config: ModelConfig) -> ParameterAccount:
         active=active,
         active_without_embedding=active - main.embedding,
         attention=attention_parameters(config),
-        expert=_num_weights(_expert_maps(config)),
+        expert=_num_weights(expert_maps(config)),
         mtp=with_mtp.total - main.total,
     )
 
@@ -232,7 +234,7 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
         context: ranks that share each sequence; each expands the keys and values of all tokens.
     """
     hidden = config.hidden_size
-    expert = _num_weights(_expert_maps(config))
+    expert = _num_weights(expert_maps(config))
     products = _FP8_PRODUCTS if is_fp8 else _OWN_PRODUCTS
     scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length_tokens / 2
     expanded = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
@@ -242,7 +244,7 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
     head = config.num_head_rows * hidden
     return PartWork(
         embedding=hidden,
-        dense=products * (attention + _num_weights(_dense_maps(config))) + _SCORES * scores,
+        dense=products * (attention + _num_weights(dense_maps(config))) + _SCORES * scores,
         moe=moe,
         head=head,
         mtp=config.mtp_depth * (moe + 2 * hidden * hidden + head),

@@ -12,6 +12,7 @@ import yaml
 from model.config import RECOMPUTED
 from train.config import TrainConfig
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
+from train.planner.products import held_weights
 from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, rows_per_token
 
 _WISHES = Path(__file__).with_name("advice.yaml")
@@ -160,7 +161,7 @@ def fp8_share(rates: KernelRates) -> float:
     reference = rates.reference
     experts = 3 * reference.hidden_size * reference.active_expert_width
     # F, I and W each multiply by all weights of a token, and I computes some products of F again.
-    weights = 3 * (reference.attention_parameters + experts) + reference.recomputed_parameters
+    weights = 3 * (held_weights(reference.attention) + experts) + reference.recomputed_parameters
     flops = 2 * reference.tokens * weights
     parts = (rates.attention, rates.experts)
     passes = [kernels for part in parts for kernels in (part.forward, part.backward_input, part.backward_weight)]

@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from train.config import TrainConfig
 from train.config.decode import encode
 from train.memory import RankMemory
 from train.memory.fit import gigabytes, parts
 from train.planner.advice import AdviceRow, LinkBalance, WhatIf, Wish
 from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
-from train.planner.search import FoundLayout, SearchResult
+from train.planner.scaling import shape_distance
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.schedule.timing import TimedPlan
 
 COLUMNS = 100
-_INDENT = 11
+INDENT = 11
 _NAME = 57
 _GB = 1e9
 _MB = 1e6
@@ -32,6 +31,7 @@ _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
 def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
     """Returns a plan as plain values."""
+    shape = None if plan.timed is None else shape_distance(plan.config, planner.rates)
     return {
         "summary": [_first_line(plan), *_layout_texts(plan).values()],
         "model": {"parameters": plan.parameters, "flops_per_token": plan.flops_per_token},
@@ -44,9 +44,10 @@ def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
             "ranks": [_rank_values(rank) for rank in plan.memory.ranks],
         },
         "time": None if plan.timed is None else _time_values(plan.timed),
+        "shape": shape,
         "time_unknown": plan.untimed or None,
         "rollouts": encode(plan.rollouts),
-        "cost": None if plan.cost is None else _cost_values(plan.cost),
+        "cost": None if plan.cost is None else cost_values(plan.cost),
         "assumptions": [encode(assumption) for assumption in plan.assumptions],
         "rates": encode(planner.rates),
         "efficiency": encode(planner.efficiency),
@@ -55,18 +56,14 @@ def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
 
 def _rank_values(rank: RankMemory) -> dict[str, Any]:
     """Returns the memory of a rank. All bytes but the total add up to the total."""
-    is_reducing = rank.reducing > rank.passes
-    passes = rank.cool_down if is_reducing else rank.pipeline
-    buffers = rank.weight_codes + passes.exchange + passes.transfers + passes.inside + rank.reserve
+    *static, activations, pending, buffers, reserve, total = _peak_parts(rank)
     return {
         "pipeline_rank": rank.pipeline_rank,
         "parameters": rank.parameters,
-        "weights_bytes": rank.weights,
-        "gradients_bytes": rank.gradients,
-        "optimiser_bytes": rank.optimizer,
-        "activations_bytes": passes.activations + passes.pending + rank.batch,
-        "buffers_bytes": buffers + (rank.update if is_reducing else 0),
-        "total_bytes": rank.total,
+        **dict(zip(("weights_bytes", "gradients_bytes", "optimiser_bytes"), static, strict=True)),
+        "activations_bytes": activations + pending,
+        "buffers_bytes": buffers + reserve,
+        "total_bytes": total,
     }
 
 
@@ -88,32 +85,23 @@ def _time_values(timed: TimedPlan) -> dict[str, Any]:
     }
 
 
-def _cost_values(cost: JobCost) -> dict[str, Any]:
-    return {
-        "gpu_hours_per_trillion_tokens": cost.gpu_hours_per_trillion_tokens,
-        "gpu_hours": cost.gpu_hours,
-        "dollars": cost.dollars,
-        "kilowatt_hours": cost.kilowatt_hours,
-        "goodput": None if cost.goodput is None else encode(cost.goodput),
-        "stages": [encode(stage) for stage in cost.stages],
-    }
+def cost_values(cost: JobCost) -> dict[str, Any]:
+    """Returns the cost of a run as plain values."""
+    sums = {key: getattr(cost, key) for key in ("gpu_hours", "dollars", "kilowatt_hours")}
+    return {**encode(cost), **sums}
 
 
 def what_if_values(what_if: WhatIf) -> dict[str, Any]:
     """Returns a what-if as plain values."""
     plan = what_if.plan
-    time = None if plan.timed is None else plan.timed.time
-    cost = plan.cost
+    time = {} if plan.timed is None else _time_values(plan.timed)
+    cost = {} if plan.cost is None else cost_values(plan.cost)
     return {
         "change": what_if.change,
-        "step_seconds": None if time is None else time.step,
         "speedup": what_if.speedup,
         "gain": what_if.gain,
-        "tokens_per_second_per_gpu": None if time is None else time.tokens_per_second_per_gpu,
-        "mfu": None if time is None else time.mfu,
-        "gpu_hours": None if cost is None else cost.gpu_hours,
-        "gpu_hours_per_trillion_tokens": None if cost is None else cost.gpu_hours_per_trillion_tokens,
-        "dollars": None if cost is None else cost.dollars,
+        **{key: time.get(key) for key in ("step_seconds", "tokens_per_second_per_gpu", "mfu")},
+        **{key: cost.get(key) for key in ("gpu_hours", "gpu_hours_per_trillion_tokens", "dollars")},
         "fits": plan.fits,
         "peak_bytes": plan.memory.worst.total,
         "capacity_bytes": plan.config.cluster.memory_bytes,
@@ -139,72 +127,18 @@ def advice_values(rows: Sequence[AdviceRow], unknown: Sequence[Wish], balance: L
     }
 
 
-def search_values(result: SearchResult) -> dict[str, Any]:
-    """Returns the result of a search as plain values."""
-    return {
-        "candidates": [_found_values(layout, result.run) for layout in result.found],
-        "rejected": [
-            {"layout": group.layout, "reason": group.reason, "count": group.count} for group in result.rejected
-        ],
-        "counts": encode(result.counts),
-    }
-
-
-def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
-    time = layout.time
-    return {
-        "layout": layout_json(layout.config),
-        "memory": {"peak_bytes": layout.peak_bytes},
-        "time": {
-            "step_seconds": time.step,
-            "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
-            "mfu": time.mfu,
-        },
-        "cost": None if layout.cost is None else _cost_values(layout.cost),
-        "pareto": layout.is_pareto,
-        "overrides": list(layout_overrides(layout.config, run)),
-    }
-
-
-def layout_overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
-    """Yields the overrides that turn a run into a layout with a listed cut."""
-    mesh = config.parallelism
-    batch = config.batch
-    schedule = config.schedule
-    yield f"parallelism.pipeline={mesh.pipeline}"
-    yield f"parallelism.data={mesh.data}"
-    yield f"parallelism.expert={mesh.expert}"
-    if mesh.context != run.parallelism.context:
-        yield f"parallelism.context={mesh.context}"
-    yield f"parallelism.cut=[{','.join(map(str, mesh.cut.layers))}]"
-    yield f"schedule={schedule.kind}"
-    yield f"schedule.pairing={schedule.pairing}"
-    if schedule.slices > 1 or run.schedule.slices > 1:
-        yield f"schedule.slices={schedule.slices}"
-    yield f"batch.micro_sequences={batch.micro_sequences}"
-    if batch.global_sequences != run.batch.global_sequences:
-        yield f"batch.global_sequences={batch.global_sequences}"
-        yield f"task.steps={config.task.steps}"
-    if config.validation.sequences != run.validation.sequences:
-        yield f"validation.sequences={config.validation.sequences}"
-    if batch.ramp != run.batch.ramp:
-        yield "batch.ramp=null"
-    if config.precision != run.precision:
-        yield f"precision={config.precision.kind}"
-    if config.recompute != run.recompute:
-        yield f"recompute=[{','.join(config.recompute)}]"
-    if config.dispatch != run.dispatch:
-        yield f"dispatch={config.dispatch.kind}"
-        yield f"dispatch.payload={config.dispatch.payload}"
-
-
 def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     """Returns a plan as lines. The first says whether the run fits, and names the largest rank."""
     layout = [line for label, text in _layout_texts(plan).items() for line in labeled(label, text)]
     lines = [_first_line(plan), *_reason_lines(plan), "", *layout, "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
-    lines += [*_time_lines(values["time"]), *_rollout_lines(values["rollouts"]), "", *_cost_lines(values["cost"])]
+    lines += [
+        *_time_lines(values["time"], values["shape"], samples=bool(values["rollouts"])),
+        *_rollout_lines(values["rollouts"]),
+        "",
+    ]
+    lines += _cost_lines(values["cost"])
     number = len(values["assumptions"])
     sources = f"format=json and format=html list {number} values behind these figures, with their sources"
     return [*lines, "", *labeled("sources", sources)]
@@ -214,11 +148,12 @@ def labeled(label: str, text: str) -> list[str]:
     """Returns lines that start with a label, and continue below its text, which has no line breaks."""
     # A number stays in the line of its unit: textwrap does not break at a no-break space.
     joined = _UNIT_GAP.sub("\N{NO-BREAK SPACE}", text)
-    lines = _wrapped(joined, first=f"{label:<{_INDENT}}", others=" " * _INDENT)
+    lines = wrapped(joined, first=f"{label:<{INDENT}}", others=" " * INDENT)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
-def _wrapped(text: str, *, first: str = "", others: str = "") -> list[str]:
+def wrapped(text: str, *, first: str = "", others: str = "") -> list[str]:
+    """Returns the lines of a text of any length."""
     return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
 
@@ -294,12 +229,19 @@ def _size(size: int, unit: float) -> str:
     return f"{size / unit:.1f}" if size else "0"
 
 
-def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
+def _time_lines(time: Mapping[str, Any], shape: Mapping[str, Any] | None, *, samples: bool) -> Iterator[str]:
     step = time["step_seconds"]
     without = time["step_seconds_without_factor"]
     spent = time["parts"]
     mfu = "" if time["mfu"] is None else f", MFU {100 * time['mfu']:.1f} %"
-    yield from labeled("step", f"{step:.3f} s, {time['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU{mfu}")
+    bar = "" if shape is None else f" +- {step * shape['error']:.2g} s ({100 * shape['error']:.0f} %)"
+    if shape is not None and samples:
+        bar = f" (+- {100 * shape['error']:.0f} % without its sampling)"
+    yield from labeled("step", f"{step:.3f} s{bar}, {time['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU{mfu}")
+    if shape is not None:
+        rows = f"{shape['expert_rows']:,.0f} rows per expert, rates measured with {shape['measured_rows']:,}"
+        times = f"a layer computes {shape['slowdown']:.2f} times as long as at the measured rate"
+        yield from labeled("shape", f"{rows}; for its sizes, {times}")
     if step != without:
         yield from labeled(
             "factor",
@@ -384,11 +326,11 @@ def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:
         gain = "-" if row["gain"] is None else f"{round(100 * row['gain'], 1) + 0.0:+.1f} %"
         yield from _changed_lines(row["wish"], row, gain)
         note = f"   ({row['note']})" if row["note"] else ""
-        yield from _wrapped(f"{row['change']}{note}", first="  ", others="    ")
+        yield from wrapped(f"{row['change']}{note}", first="  ", others="    ")
     yield ""
     yield "not computed, with what would have to be known:"
     for unknown in advice["unknown"]:
-        yield from _wrapped(f"{unknown['wish']}: {unknown['needs']}", first="  ", others="    ")
+        yield from wrapped(f"{unknown['wish']}: {unknown['needs']}", first="  ", others="    ")
 
 
 def _balance_lines(advice: Mapping[str, Any]) -> Iterator[str]:
@@ -446,64 +388,3 @@ def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
         sizes = (kind[key] for key in ("parameters", "weights_bytes", "gradients_bytes", "optimiser_bytes"))
         rows.append([name, *(f"{size:,}" for size in sizes), "equal" if kind["equal"] else "differs"])
     return aligned(rows)
-
-
-def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int) -> list[str]:
-    """Returns the result of a search as lines of at most 100 columns, except those of overrides."""
-    counts = values["counts"]
-    layouts = values["candidates"]
-    lines = [_search_line(layouts, counts)]
-    if given_sequences != sequences:
-        lines.append(f"batch: {given_sequences:,} sequences cannot be divided; all layouts have {sequences:,}")
-    lines.append(
-        f"{counts['rejected']:,} rejected, {counts['dropped']:,} dropped as slower, {counts['built']:,} schedules built"
-    )
-    if counts["open"]:
-        lines += _wrapped(
-            f"{counts['open']:,} not compared, because that takes too long: at best {counts['open_seconds']:.3f} s a "
-            "step; compare one with launch.plan"
-        )
-    lines.append("")
-    if layouts:
-        lines += [*_found_lines(layouts), "", "* on the front: no layout is as fast with less memory", ""]
-        for number, layout in enumerate(layouts, start=1):
-            quoted = (f"'{text}'" if "[" in text else text for text in layout["overrides"])
-            lines.append(f"{number}: {' '.join(quoted)}")
-        lines.append("")
-    lines.append(f"rejected: {counts['rejected']:,} layouts")
-    for group in values["rejected"]:
-        lines += _wrapped(f"{group['count']:>9,}  {group['reason']}", others=" " * _INDENT)
-    return lines
-
-
-def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> str:
-    if found:
-        layout = found[0]["layout"]
-        step = found[0]["time"]["step_seconds"]
-        axes = f"pipeline {layout['pipeline']} x data {layout['data']}"
-        axes += f" x context {layout['context']}" if layout["context"] > 1 else ""
-        return (
-            f"best of {counts['layouts']:,} layouts: {axes}, expert {layout['expert']}, {layout['schedule']}: "
-            f"{step:.3f} s"
-        )
-    if counts["open"]:
-        return f"no layout that was compared fits; {counts['open']:,} of {counts['layouts']:,} are not compared"
-    return f"no layout of {counts['layouts']:,} fits"
-
-
-def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    has_context = any(layout["layout"]["context"] > 1 for layout in found)
-    names = {"pipeline": "pipeline", "data": "data", **({"context": "context"} if has_context else {})}
-    names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks"}
-    names |= {"slices": "slices"} if any(layout["layout"]["slices"] > 1 for layout in found) else {}
-    names |= {"micro_batch_sequences": "micro"}
-    names |= {"precision": "precision", "dispatch": "dispatch"}
-    rows = [["", *names.values(), "GB", "step s", "GPU-hours"]]
-    for number, layout in enumerate(found, start=1):
-        cells = [str(layout["layout"][name]).replace("interleaved", "inter.") for name in names]
-        cost = layout["cost"]
-        hours = "-" if cost is None else f"{cost['gpu_hours']:,.0f}"
-        size = layout["memory"]["peak_bytes"] / _GB
-        step = layout["time"]["step_seconds"]
-        rows.append([f"{number}{'*' if layout['pareto'] else ' '}", *cells, f"{size:.1f}", f"{step:.3f}", hours])
-    return aligned(rows, gap=" ")

@@ -244,7 +244,7 @@ class RankedLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
-    """Least seconds of one sequence: of the busiest rank, of its whole way, and of the mean rank."""
+    """Least seconds of a micro-batch: of the busiest rank, of its whole way, and of the mean rank."""
 
     busy: float
     path: float
@@ -260,44 +260,51 @@ class Estimates:
     cache: dict[object, object] = field(default_factory=dict)
 
     def ranked(self, setting: RankSetting, schedule: ScheduleConfig) -> RankedLayout:
-        """Returns a layout with its estimates."""
+        """Returns a layout with its estimates, without those of its time if it does not fit."""
         pipeline = setting.pipeline
         micro = setting.micro_sequences
         shares = _num_directions(schedule.kind)
         copies = shares if pipeline % 2 == 0 else 1
-        sequences = self.space.config.batch.global_sequences / setting.data
-        unit = _unit(setting)
+        count = self.space.config.batch.global_sequences / setting.data / micro
         slices = schedule.slices
-        work = self._once((unit, schedule.pairing, shares, slices), lambda: self._work(unit, schedule))
         held = self._held(setting.expert)
-        update = self._update_seconds(held.total * copies / pipeline)
-        factor = self.planner.efficiency.unexplained
-        busy = work.busy * sequences * slices
-        idle = micro * _idle_seconds(schedule, pipeline, work.mean)
         static = self._static_bytes(setting, held, copies / pipeline)
         activations = micro * self._activation_bytes(setting) / pipeline
-        return RankedLayout(
+        layout = RankedLayout(
             setting=setting,
             schedule=schedule,
-            least_seconds=factor * _ROUNDING * (max(busy, micro * work.path) + update),
-            seconds=factor * (max(busy + idle, micro * work.path) + update),
+            least_seconds=0.0,
+            seconds=0.0,
             # Slices keep no logits, which the activations of a whole sequence count.
             least_memory=static + activations * (slices == 1),
-            memory=static + activations * min(sequences / micro, pipeline * _PEAK_SHARES.get(schedule.kind, 1.0) + 1),
+            memory=static + activations * min(count, pipeline * _PEAK_SHARES.get(schedule.kind, 1.0) + 1),
+        )
+        if layout.least_memory > (self.space.config.cluster.memory_bytes or inf):
+            return layout
+        work = self._once((setting, schedule.pairing, shares, slices), lambda: self._work(setting, schedule))
+        update = self._update_seconds(held.total * copies / pipeline)
+        factor = self.planner.efficiency.unexplained
+        busy = work.busy * count * slices
+        idle = _idle_seconds(schedule, pipeline, work.mean)
+        return replace(
+            layout,
+            least_seconds=factor * _ROUNDING * (max(busy, work.path) + update),
+            seconds=factor * (max(busy + idle, work.path) + update),
         )
 
-    def unit_times(self, setting: RankSetting, slices: int = 1) -> LayerTimes:
-        """Returns the times of the model's parts for one sequence, or a slice of one."""
-        unit = _unit(setting)
-        config = self.space.layout_config(unit, replace(self.space.schedules[0], slices=slices))
-        return self._once(("times", unit, slices), lambda: self.planner.rates.part_seconds(config))
+    def times(self, setting: RankSetting, slices: int = 1) -> LayerTimes:
+        """Returns the times of the model's parts for one micro-batch, the same for all pipelines and data."""
+        shared = (setting.pipeline > 1, setting.context, setting.expert, setting.micro_sequences)
+        key = (*shared, setting.precision, setting.recompute, setting.dispatch, slices)
+        config = self.space.layout_config(setting, replace(self.space.schedules[0], slices=slices))
+        return self._once(key, lambda: self.planner.rates.part_seconds(config))
 
-    def _work(self, unit: RankSetting, schedule: ScheduleConfig) -> _Work:
-        """Returns the work of a layout whose micro-batches have one sequence."""
-        config = self.space.layout_config(unit, schedule)
-        times = self.unit_times(unit, schedule.slices)
+    def _work(self, setting: RankSetting, schedule: ScheduleConfig) -> _Work:
+        """Returns the work of a layout's micro-batch."""
+        config = self.space.layout_config(setting, schedule)
+        times = self.times(setting, schedule.slices)
         model = config.model
-        pipeline = unit.pipeline
+        pipeline = setting.pipeline
         shares = _num_directions(schedule.kind)
         alone = self.planner.rates.alone_factor(config)
         dense = as_paired(times.dense, config)
@@ -371,11 +378,6 @@ class Estimates:
 @lru_cache(maxsize=64)
 def _num_directions(kind: str) -> int:
     return 2 if SCHEDULES.get(kind).is_bidirectional() else 1
-
-
-@lru_cache(maxsize=65536)
-def _unit(setting: RankSetting) -> RankSetting:
-    return replace(setting, micro_sequences=1)
 
 
 def _least_compute(part: PartTimes, alone: float) -> float:

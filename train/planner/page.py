@@ -36,6 +36,7 @@ _TIME_PARTS = {
 }
 """Name and class of each part of a bar, by the key of its size."""
 _OTHERS = {
+    "shape": "Distance from what the rates were measured on",
     "rollouts": "Rollouts",
     "what_if": "What if",
     "advice": "Hardware advice",

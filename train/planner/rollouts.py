@@ -20,6 +20,7 @@ from model.size import StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
+from train.planner.products import FLAT
 from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates
 from train.report.plan_comparison import Compared, read_sampled
 from train.schedule.cut import run_cut
@@ -234,7 +235,9 @@ class _Visit:
         config = self.config
         model = config.model
         sharing = config.parallelism.expert if len(self.placement[0]) > 1 else 1
-        times = self.rates.part_seconds(config)
+        assert isinstance(self.rates, KernelRates)
+        # Reads of weights are counted below, so products take their FLOP at the measured rate.
+        times = replace(self.rates, products=FLAT).part_seconds(config)
         share_R = tokens_R / (config.batch.micro_sequences * config.mean_part_tokens)
         num_moe = sum(layer >= model.num_dense_layers for layer in stage.layers)
         products = times.dense.forward * (len(stage.layers) - num_moe) + times.moe.forward * num_moe

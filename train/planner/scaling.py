@@ -1,11 +1,13 @@
 """Rates of kernels, and how they scale to a run's model and devices. No torch here.
 
-Matrix products scale with the weights of a token, scores with the heads and the length, casts and other kernels with
-the values that they read, and exchange with the rows that balanced experts receive. All scale with tokens.
+Matrix products scale with the weights of a token and, by a curve, with their sizes. Scores scale with the heads and the
+length, casts and other kernels with the values that they read, and exchange with the rows that balanced experts
+receive. All scale with tokens, except reads of weights and sums of gradients, once for each micro-batch.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import hypot, log2
 from typing import Annotated, Literal
 
 import numpy
@@ -13,12 +15,25 @@ from numpy.typing import NDArray
 
 from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from dualpipe.ir import Schedule
-from kernels.ranges import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from kernels.ranges import AtLeast, NonNegativeFloat, PositiveFloat
 from model.config import LAYER
-from model.size import attention_parameters, held_parameters, stage_shapes
+from model.size import attention_maps, dense_maps, expert_maps, held_parameters, mlp_maps, stage_shapes
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.memory.rank_bytes import count_replicas, host_update_seconds
+from train.planner.products import (
+    FLAT,
+    ExchangeTimes,
+    KernelTimes,
+    PassTimes,
+    ProductCurve,
+    Products,
+    RateErrors,
+    RateReference,
+    RecomputedTimes,
+    held_weights,
+    products_of,
+)
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
 from train.schedule.timing import MeasuredRates, RateSource
@@ -29,70 +44,10 @@ _SCALE_BYTES = 4
 _TILE = 128
 REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
 """Memory of an H800, on which casts were measured."""
+_PHASES: tuple[Literal["F", "I", "W"], ...] = ("F", "I", "W")
 _TOKENS = 8192
 """Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
 _SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RateReference:
-    """What the times of `KernelRates` were measured on."""
-
-    tokens: PositiveInt
-    sequence_length_tokens: PositiveInt
-    hidden_size: PositiveInt
-    attention_parameters: PositiveInt
-    recomputed_parameters: NonNegativeInt
-    score_width: PositiveInt
-    active_expert_width: PositiveInt
-    rows_across_nodes: PositiveFloat
-    parameters_per_rank: PositiveInt
-    num_sms: PositiveInt
-    communication_sms: PositiveInt
-    peak_flops: PositiveFloat
-    inter_node_bytes_per_second: PositiveFloat
-    intra_node_bytes_per_second: PositiveFloat
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelTimes:
-    """Seconds of one pass of one layer's attention or experts, by kind of kernel."""
-
-    products: NonNegativeFloat
-    scores: NonNegativeFloat
-    casts: NonNegativeFloat
-    other: NonNegativeFloat
-
-
-_NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassTimes:
-    """Kernel times of F, I and W."""
-
-    forward: KernelTimes
-    backward_input: KernelTimes
-    backward_weight: KernelTimes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExchangeTimes:
-    """Seconds of one layer's exchanges."""
-
-    dispatch: NonNegativeFloat
-    combine: NonNegativeFloat
-    dispatch_backward: NonNegativeFloat
-    combine_backward: NonNegativeFloat
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecomputedTimes:
-    """Seconds of one layer's I for each kind of output that the backward recomputes."""
-
-    norm: NonNegativeFloat
-    mla_up: NonNegativeFloat
-    swiglu: NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +62,8 @@ class KernelRates:
     attention: PassTimes
     experts: PassTimes
     exchange: ExchangeTimes
+    products: ProductCurve
+    errors: RateErrors
     receive_imbalance: Annotated[float, AtLeast(1)]
     recomputed: RecomputedTimes
     dense_over_experts: PositiveFloat
@@ -155,6 +112,34 @@ class KernelRates:
 
 
 Rates = KernelRates | MeasuredRates
+
+
+def expert_rows(config: TrainConfig) -> float:
+    """Returns the mean rows of an expert in a micro-batch; 1 in a model without experts."""
+    tokens = config.batch.micro_sequences * config.mean_part_tokens * config.parallelism.expert
+    return max(1.0, tokens * config.model.num_experts_per_token / max(1, config.model.num_routed_experts))
+
+
+def shape_distance(config: TrainConfig, rates: Rates) -> dict[str, float] | None:
+    """Returns how far a run is from what its rates were measured on, or None with rates of a run.
+
+    `slowdown` is the computation of a layer over that at the measured rate, `error` the relative error of a step.
+    """
+    if not isinstance(rates, KernelRates):
+        return None
+    reference = rates.reference
+    model = config.model
+    part = "dense" if model.num_dense_layers == model.num_layers else "moe"
+    computed, level = (
+        getattr(each.part_seconds(config), part).work.compute for each in (rates, replace(rates, products=FLAT))
+    )
+    device = rates.errors.device * log2((config.cluster.peak_flops or reference.peak_flops) / reference.peak_flops)
+    return {
+        "expert_rows": expert_rows(config),
+        "measured_rows": reference.expert_rows,
+        "slowdown": computed / level,
+        "error": hypot(rates.errors.measured, rates.errors.curve * (1 - level / computed), device),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,8 +197,12 @@ class _Scale:
     attended_tokens: int
 
     @cached_property
+    def rows(self) -> float:
+        return self.config.batch.micro_sequences * self.config.mean_part_tokens
+
+    @cached_property
     def tokens(self) -> float:
-        return self.config.batch.micro_sequences * self.config.mean_part_tokens / self.rates.reference.tokens
+        return self.rows / self.rates.reference.tokens
 
     @property
     def width(self) -> float:
@@ -237,10 +226,12 @@ class _Scale:
         slices = self.config.schedule.slices
         ranks = self.config.parallelism.context
         shared = ranks * (slices + 1) / 2 if slices > 1 else self.attended_tokens / self.config.rank_sequence_tokens
-        expanded = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
+        expanded = (model.num_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
+        again = products_of([expanded], self.rows * shared, uses=shared - 1, copies=0)
         part = self._part(
             self.rates.attention,
-            products=(attention_parameters(model) + (shared - 1) * expanded) / reference.attention_parameters,
+            (*products_of(attention_maps(model), self.rows), *again),
+            reference.attention,
             scores=score_width * self.attended_tokens / reference.score_width / reference.sequence_length_tokens,
             others=self.width,
         )
@@ -252,29 +243,39 @@ class _Scale:
     def experts(self) -> PartTimes:
         """One layer's experts, shared ones included."""
         model = self.config.model
-        active = (model.num_experts_per_token + model.num_shared_experts) * model.expert_intermediate_size
-        return self._mlp(active, 1.0)
+        local = model.num_routed_experts // self.config.parallelism.expert
+        uses = model.num_experts_per_token
+        routed = products_of(expert_maps(model), expert_rows(self.config), uses=uses, copies=local, is_grouped=True)
+        shared = mlp_maps(model.hidden_size, model.num_shared_experts * model.expert_intermediate_size)
+        active = (uses + model.num_shared_experts) * model.expert_intermediate_size
+        return self._mlp((*routed, *products_of(shared, self.rows)), self.rates.reference.experts, active, 1.0)
 
     @property
     def dense(self) -> PartTimes:
-        return self._mlp(self.config.model.dense_intermediate_size, self.rates.dense_over_experts)
+        width = self.config.model.dense_intermediate_size
+        dense = products_of(dense_maps(self.config.model), self.rows)
+        return self._mlp(dense, self.rates.reference.dense, width, self.rates.dense_over_experts)
 
     @property
     def head(self) -> PartTimes:
         """An output head, in bf16."""
         model = self.config.model
-        tokens = self.config.batch.micro_sequences * self.config.mean_part_tokens
-        flops = 2 * tokens * model.num_head_rows * model.hidden_size
-        seconds = flops / self.rates.head_flops_per_second * self.device.products
+        reference = self.rates.reference
+        products = products_of([(model.num_head_rows, model.hidden_size)], self.rows)
+        measured = 2 * reference.tokens * held_weights(reference.head) / self.rates.head_flops_per_second
+        forward, backward, weight = (
+            self._multiply(measured, products, reference.head, phase, _VALUE_BYTES, _VALUE_BYTES) for phase in _PHASES
+        )
         # The backward of a slice computes its head again.
-        again = seconds if self.config.schedule.slices > 1 else 0.0
-        return PartTimes(forward=seconds, backward_input=seconds + again, backward_weight=seconds)
+        again = forward if self.config.schedule.slices > 1 else 0.0
+        return PartTimes(forward=forward, backward_input=backward + again, backward_weight=weight)
 
     @property
     def projection(self) -> PartTimes:
         """The projection of an MTP module, two hidden states to one."""
-        weights = 2 * self.config.model.hidden_size**2 / self.rates.reference.attention_parameters
-        return self._part(self.rates.attention, products=weights, scores=0.0, others=0.0)
+        hidden = self.config.model.hidden_size
+        products = products_of([(hidden, 2 * hidden)], self.rows)
+        return self._part(self.rates.attention, products, self.rates.reference.attention, scores=0.0, others=0.0)
 
     @cached_property
     def exchange(self) -> ExchangeTimes:
@@ -295,43 +296,67 @@ class _Scale:
             combine_backward=rates.combine_backward * both * payload,
         )
 
-    def _mlp(self, active_width: int, kind: float) -> PartTimes:
+    def _mlp(self, products: Products, reference: Products, active_width: int, kind: float) -> PartTimes:
         share = active_width / self.rates.reference.active_expert_width
-        part = self._part(self.rates.experts, products=share * self.width, scores=0.0, others=share * self.width)
+        part = self._part(self.rates.experts, products, reference, scores=0.0, others=share * self.width)
         part *= kind
         # The backward of a recomputed layer needs gate and up again, but not the last of the three products.
-        down = kind * self._product_seconds(self.rates.experts, share * self.width) / 3
+        down = kind * self._forward_products(self.rates.experts, products, reference) / 3
         return self._with_layer(self._without_recomputation(part, ("swiglu",)), part.forward - down)
 
-    def _part(self, passes: PassTimes, *, products: float, scores: float, others: float) -> PartTimes:
-        """Returns the times of a part by its work relative to the reference's, for as many tokens."""
+    def _part(
+        self, passes: PassTimes, products: Products, reference: Products, *, scores: float, others: float
+    ) -> PartTimes:
+        """Returns the times of a part by its work relative to the reference's."""
+        is_fp8 = self.config.precision.kind == "fp8"
 
-        def seconds(kernels: KernelTimes) -> float:
-            is_fp8 = self.config.precision.kind == "fp8"
-            matrix = kernels.products * products * (1.0 if is_fp8 else self.rates.bf16_over_fp8)
-            computing = (matrix + kernels.scores * scores) * self.device.products
+        def seconds(kernels: KernelTimes, phase: Literal["F", "I", "W"]) -> float:
+            matrix = self._multiply(kernels.products, products, reference, phase, 1, 1 if is_fp8 else _VALUE_BYTES)
+            computing = kernels.scores * scores * self.device.products
             waiting = (kernels.casts * is_fp8 + kernels.other) * others * self.device.memory
-            return (computing + waiting) * self.tokens
+            return matrix + (computing + waiting) * self.tokens
 
         return PartTimes(
-            forward=seconds(passes.forward),
-            backward_input=seconds(passes.backward_input),
-            backward_weight=seconds(passes.backward_weight),
+            forward=seconds(passes.forward, "F"),
+            backward_input=seconds(passes.backward_input, "I"),
+            backward_weight=seconds(passes.backward_weight, "W"),
         )
+
+    def _multiply(
+        self,
+        measured: float,
+        products: Products,
+        reference: Products,
+        phase: Literal["F", "I", "W"],
+        measured_bytes: int,
+        weight_bytes: int,
+    ) -> float:
+        """Returns the time of products whose reference took `measured` seconds.
+
+        Reads of weights that nothing hides, or sums of gradients, take the same time for any number of rows.
+        """
+        curve = self.rates.products
+        weight = (1.0 if phase == "W" else curve.exposed_reads) / REFERENCE_MEMORY_BYTES_PER_SECOND
+        sizes = (curve.gradient_bytes,) * 2 if phase == "W" else (measured_bytes, weight_bytes)
+        multiplied = max(0.0, measured - weight * sizes[0] * held_weights(reference))
+        slower = self.rates.bf16_over_fp8 if weight_bytes > measured_bytes else 1.0
+        work = curve.work(products, phase) / curve.work(reference, phase)
+        moved = weight * sizes[1] * held_weights(products) * self.device.memory
+        return multiplied * work * slower * self.tokens * self.device.products + moved
 
     @property
     def _residual_again(self) -> float:
         """Seconds in which a recomputed layer computes the residual after attention; in FP8 it is kept."""
         if self.config.precision.kind == "fp8":
             return 0.0
-        weights = self.config.model.num_heads * self.config.model.v_head_dim * self.config.model.hidden_size
-        return self._product_seconds(self.rates.attention, weights / self.rates.reference.attention_parameters)
+        model = self.config.model
+        projection = products_of([(model.hidden_size, model.num_heads * model.v_head_dim)], self.rows)
+        return self._forward_products(self.rates.attention, projection, self.rates.reference.attention)
 
-    def _product_seconds(self, passes: PassTimes, products: float) -> float:
-        """Returns the seconds of matrix products in a forward, by their work relative to the reference's."""
-        kernels = KernelTimes(products=passes.forward.products, scores=0.0, casts=0.0, other=0.0)
-        forward = PassTimes(forward=kernels, backward_input=_NOTHING, backward_weight=_NOTHING)
-        return self._part(forward, products=products, scores=0.0, others=0.0).forward
+    def _forward_products(self, passes: PassTimes, products: Products, reference: Products) -> float:
+        """Returns the seconds of matrix products in a forward."""
+        weight_bytes = 1 if self.config.precision.kind == "fp8" else _VALUE_BYTES
+        return self._multiply(passes.forward.products, products, reference, "F", 1, weight_bytes)
 
     def _with_layer(self, part: PartTimes, again: float) -> PartTimes:
         """Returns the times with `again` seconds of recomputation if the backward recomputes layers."""

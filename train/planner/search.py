@@ -22,8 +22,9 @@ from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
 from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
 from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
+from train.planner.scaling import shape_distance
 from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.timing import StepTime, time_plan
+from train.schedule.timing import StepTime, few_micro_batches, time_plan
 
 NUM_FASTEST = 6
 """Number of the fastest layouts that are returned."""
@@ -54,14 +55,17 @@ Rules = Callable[[TrainConfig], None]
 class FoundLayout:
     """A layout that fits.
 
-    `cost` is that of the run's own steps, None until the search has ended. `is_pareto`: no other layout is as fast with
-    less memory, or faster with as much.
+    `cost` is that of the run's own steps, and `error` the relative error of a step, unknown until the search has ended.
+    `is_extended`: the step is that of a short order, with more of its steady state. `is_pareto`: no other layout is as
+    fast with less memory, or faster with as much.
     """
 
     config: TrainConfig
     memory: JobMemory
     time: StepTime
     cost: JobCost | None = None
+    error: float | None = None
+    is_extended: bool = False
     is_pareto: bool = False
 
     @property
@@ -129,15 +133,17 @@ def search_layouts(
     return SearchResult(
         run=run,
         config=space.config,
-        found=_with_front([replace(layout, cost=_own_cost(layout, planner)) for layout in layouts]),
+        found=_with_front([_with_cost(layout, planner) for layout in layouts]),
         rejected=tuple(sorted(search.rejected.values(), key=lambda group: -group.count)[:_MOST_GROUPS]),
         counts=counts,
     )
 
 
-def _own_cost(found: FoundLayout, planner: PlannerConfig) -> JobCost:
-    cost = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
-    return job_cost(replace(found.config, cost=cost), planner.rates, planner.efficiency, found.time)
+def _with_cost(found: FoundLayout, planner: PlannerConfig) -> FoundLayout:
+    own = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
+    cost = job_cost(replace(found.config, cost=own), planner.rates, planner.efficiency, found.time)
+    shape = shape_distance(found.config, planner.rates)
+    return replace(found, cost=cost, error=None if shape is None else shape["error"])
 
 
 def _with_front(found: Sequence[FoundLayout]) -> tuple[FoundLayout, ...]:
@@ -172,6 +178,7 @@ class Search:
         self._built = 0
         self._seconds_left = 0.0
         self._too_large: dict[object, list[_TooLarge]] = {}
+        self._orders = set[object]()
         self._compared: list[FoundLayout] = []
         self.waiting = sorted(self._rank_layouts(), key=self._order)
 
@@ -238,15 +245,12 @@ class Search:
     def _order(self, layout: RankedLayout) -> tuple[bool, bool, bool, float, float]:
         """Returns what layouts are sorted by: the run's own first, so that one is found; large ones last.
 
-        Orders that are searched for the costs take long to build, so they come after all others, except `FALLBACK` with
-        the run's own layout.
+        Orders that are searched for the costs take long to build, so they come after all others.
         """
         schedule = layout.schedule
         is_own = self._space.is_like_run(layout.setting)
-        is_known = is_closed_form(schedule.kind, schedule.chunks, schedule.slices)
-        is_costly = SCHEDULES.get(schedule.kind).takes_costs and not (is_own and is_known)
         is_large = self._room is not None and layout.memory > self._room
-        return is_costly, not is_own, is_large, layout.seconds, layout.memory
+        return _is_searched(schedule), not is_own, is_large, layout.seconds, layout.memory
 
     def _rank_layouts(self) -> Iterator[RankedLayout]:
         """Yields the layouts that no rule rejects and that may fit."""
@@ -303,32 +307,41 @@ class Search:
             return str(error)
         return None
 
-    def _compare(self, layout: RankedLayout, worst: float) -> None:
-        """Predicts a layout that may be faster than `worst`, with its balanced cut, then with one that fits."""
+    def _compare(self, layout: RankedLayout, worst: float, *, is_whole: bool = False) -> None:
+        """Predicts a layout that may be faster than `worst`, with its balanced cut, then with one that fits.
+
+        A searched order is built for few micro-batches first, and for all of them if there is time and it may return.
+        """
         undecided = partial(self._undecided, layout.setting, layout.schedule)
         if (smaller := self._smaller_that_does_not_fit(layout)) is not None:
             self._reject(smaller.reason, undecided, excess=smaller.excess)
             return
         free = self._space.layout_config(layout.setting, layout.schedule)
-        timing_seconds = _build_seconds(free) + _TIMING_SECONDS * layout.setting.pipeline
+        runs = (free,) if is_whole else short_runs(free)
+        timing_seconds = _TIMING_SECONDS * layout.setting.pipeline * len(runs)
         memory_seconds = _MEMORY_SECONDS * layout.setting.pipeline
-        self._spend(timing_seconds)
-        times = self._estimates.unit_times(layout.setting, layout.schedule.slices)
+        self._spend(timing_seconds + self._build_seconds(runs))
+        times = self._estimates.times(layout.setting, layout.schedule.slices)
         config = with_cut(free, run_cut(free, run_placement(free, layout.schedule.kind), times))
         if (broken := self._broken_rule(config)) is not None:
             self._reject(broken, partial(layout_json, config))
             return
         for is_fitted in (False, True):
             self._built += 1
-            timed = partial(time_plan, self._planner.rates, self._planner.efficiency, config)
-            time = timed().time if worst < math.inf else None
+            runs = (config,) if is_whole else short_runs(config)
+            time = self.step_time(config, runs) if worst < math.inf else None
             if time is not None and time.step >= worst:
                 self.waiting.append(replace(layout, least_seconds=time.step))
                 return
             self._spend(memory_seconds)
-            memory = predict_memory(config)
+            memory = predict_memory(runs[-1])
             if not (short := shortage(config, memory)):
-                self._compared.append(FoundLayout(config=config, memory=memory, time=time or timed().time))
+                is_extended = len(runs) > 1
+                if is_extended and self._build_seconds((free,)) + timing_seconds + memory_seconds <= self._seconds_left:
+                    self._compare(layout, worst, is_whole=True)
+                    return
+                time = time or self.step_time(config, runs)
+                self._compared.append(FoundLayout(config=config, memory=memory, time=time, is_extended=is_extended))
                 return
             mean = fmean(rank.total for rank in memory.ranks)
             if is_fitted or self._room is None or mean > self._room or free.parallelism.cut.kind == "even":
@@ -341,6 +354,28 @@ class Search:
         large = _TooLarge(setting=layout.setting, reason=short, excess=memory.worst.total / (self._room or math.inf))
         self._too_large.setdefault(_kind_of(layout), []).append(large)
         self._reject(large.reason, partial(layout_json, config), excess=large.excess)
+
+    def _build_seconds(self, runs: Sequence[TrainConfig]) -> float:
+        """Returns about how long building the orders of runs takes; nearly all layouts of a size share one."""
+        return sum(_build_seconds(run) for run in runs if _order_key(run) not in self._orders)
+
+    def step_time(self, config: TrainConfig, runs: Sequence[TrainConfig]) -> StepTime:
+        """Returns the time of a step; that of two short runs is extended by their steady state."""
+        self._orders |= set(map(_order_key, runs))
+        first, *more = (time_plan(self._planner.rates, self._planner.efficiency, run).time for run in runs)
+        if not more:
+            return first
+        few, most = (run.num_micro_batches for run in runs)
+        rest = (config.num_micro_batches - few) / (most - few)
+        step = first.step + rest * max(0.0, more[0].step - first.step)
+        faster = config.num_micro_batches / few * first.step / step
+        return replace(
+            first,
+            step=step,
+            without_factor=step * first.without_factor / first.step,
+            tokens_per_second_per_gpu=faster * first.tokens_per_second_per_gpu,
+            mfu=None if first.mfu is None else faster * first.mfu,
+        )
 
     def _smaller_that_does_not_fit(self, layout: RankedLayout) -> "_TooLarge | None":
         """Returns a layout that is too large with at most as large micro-batches and as much recomputation."""
@@ -389,9 +424,34 @@ def _kind_of(layout: RankedLayout) -> object:
     return replace(layout.setting, micro_sequences=1, recompute=()), layout.schedule
 
 
+def _is_searched(schedule: ScheduleConfig) -> bool:
+    """Returns whether the orders of a kind are searched for the costs."""
+    is_known = is_closed_form(schedule.kind, schedule.chunks, schedule.slices)
+    return SCHEDULES.get(schedule.kind).takes_costs and not is_known
+
+
+def _order_key(config: TrainConfig) -> object:
+    mesh = config.parallelism
+    return config.schedule, mesh.pipeline, config.num_micro_batches, config.precision, mesh.context, mesh.expert > 1
+
+
+def short_runs(config: TrainConfig) -> tuple[TrainConfig, ...]:
+    """Returns a run with few micro-batches, and with one more period, if its order is searched."""
+    pipeline = config.parallelism.pipeline
+    period = pipeline if pipeline % 2 == 0 else 2 * pipeline
+    few = few_micro_batches(pipeline, config.num_micro_batches)
+    few += (config.num_micro_batches - few) % period
+    is_long = config.schedule.slices == 1 and few + period < config.num_micro_batches
+    if not (is_long and _is_searched(config.schedule)):
+        return (config,)
+    share = config.batch.global_sequences // config.num_micro_batches
+    batches = (replace(config.batch, global_sequences=share * count, ramp=None) for count in (few, few + period))
+    return tuple(replace(config, batch=batch) for batch in batches)
+
+
 def _build_seconds(config: TrainConfig) -> float:
     """Returns about how long building a layout's schedule takes; infinity if that is too long."""
-    if not SCHEDULES.get(config.schedule.kind).takes_costs:
+    if not _is_searched(config.schedule):
         return 0.0
     pipeline = config.parallelism.pipeline
     operations = pipeline * (config.schedule.chunks or 1) * config.num_micro_batches

@@ -12,10 +12,11 @@ from train.config import TrainConfig
 from train.errors import broken
 from train.memory import gigabytes, parts
 from train.memory.rank_bytes import state_bytes
-from train.planner.forms import labeled, layout_overrides
+from train.planner.forms import labeled
 from train.planner.job_plan import PlannerConfig, layout_json
 from train.planner.layouts import SearchSpace, adapted_run, divisors
 from train.planner.search import FoundLayout, Rules, Search
+from train.planner.search_forms import layout_overrides
 
 _MOST_RANKS = 4096
 _COUNT_SECONDS = 2.0

@@ -235,8 +235,15 @@ def test_shared_sequence_costs_its_scores_its_products_and_its_exchange() -> Non
     """With as many tokens on a rank, eight times the length adds eight times the scores and expanded latents."""
     own, alone, eight = rates(), rates().part_seconds(shared(1)), rates().part_seconds(shared(8, 8 * 4096))
     reference = own.reference
-    expanded = 512 * 128 * (128 + 128)
-    products = own.attention.forward.products * 7 * expanded / reference.attention_parameters
+    curve, maps = own.products, reference.attention_maps
+
+    def slowed(outputs: int, inputs: int) -> float:
+        return outputs * inputs * (1 + curve.inner_size / inputs) * (1 + curve.output_size / outputs)
+
+    # Reads of weights, which are part of the measured time, are once for each micro-batch.
+    read = curve.exposed_reads * sum(outputs * inputs for outputs, inputs in maps) / 3.35e12
+    products = (own.attention.forward.products - read) * 7 * slowed(128 * (128 + 128), 512)
+    products /= sum(slowed(*sizes) for sizes in maps)
     sent = context_seconds(shared(8, 8 * 4096), reference)
     added = 7 * own.attention.forward.scores + products + sent.forward
     assert eight.moe.forward - alone.moe.forward == pytest.approx(added)

@@ -116,6 +116,7 @@ def test_hostile_text_stays_text(published: tuple[JobPlan, dict[str, Any]]) -> N
         "what_if": [record],
         "advice": {"rows": [record], "unknown": [ATTACK, {ATTACK: ATTACK}], ATTACK: ATTACK},
         "streams": ATTACK,
+        "shape": {ATTACK: ATTACK},
         "compared": ATTACK,
         "assumptions": [{"name": ATTACK, "value": 1.0, "unit": ATTACK, "source": ATTACK}],
     }

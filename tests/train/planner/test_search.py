@@ -1,5 +1,6 @@
 """Search of layouts: bounds are below what is simulated and predicted, and nothing that is dropped is better."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +8,16 @@ from random import Random
 
 import pytest
 
+from comm.config import Cut
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.plan import search_space
 from launch.plan_request import PlanRequest, read_request
-from train.planner.forms import search_text, search_values
 from train.planner.job_plan import plan_job, require_time
 from train.planner.layouts import RankedLayout, SearchSpace, adapted_run
-from train.planner.search import Search, search_layouts
+from train.planner.search import Search, search_layouts, short_runs
+from train.planner.search_forms import search_text, search_values
 from train.planner.smallest import smallest_values
 from train.schedule.cut import run_cut, run_placement, with_cut
 
@@ -116,9 +118,30 @@ def test_no_layout_fits_only_if_all_are_compared(tmp_path: Path) -> None:
         assert result.counts.layouts == result.counts.rejected + result.counts.open
         assert not result.found
         assert result.counts.dropped == 0
-    assert texts[0][0].startswith("no layout that was compared fits; ")
+    assert re.fullmatch(r"none found: [\d,]+ of [\d,]+ are ruled out, [\d,]+ are open", texts[0][0])
     assert texts[0][2].endswith(" s a step;") or "not compared" in texts[0][2]
     assert texts[1][0] == f"no layout of {result.counts.layouts:,} fits"
+
+
+@pytest.mark.slow
+def test_a_searched_order_of_few_micro_batches_is_extended_to_the_step_of_the_whole_order(tmp_path: Path) -> None:
+    """On a pipeline whose steady state repeats; other orders of a step are built whole before they are returned."""
+    sizes = ("parallelism.pipeline=4", "parallelism.data=1", "parallelism.expert=1", "dispatch=local")
+    request, space = make_space(tmp_path, 4, 64, *sizes)
+    search = Search(
+        replace(space, schedules=space.schedules[:1], recomputes=space.recomputes[:1]), request.planner, check_rules
+    )
+    schedule = replace(request.config.schedule, kind="interleaved_1f1b", chunks=2)
+    config = replace(
+        request.config, schedule=schedule, parallelism=replace(request.config.parallelism, cut=Cut("even"))
+    )
+    short = short_runs(config)
+    assert [run.num_micro_batches for run in short] == [16, 20]
+    whole = search.step_time(config, (config,))
+    extended = search.step_time(config, short)
+    assert extended.step == pytest.approx(whole.step, rel=0.03)
+    for time in (whole, extended):
+        assert time.tokens_per_second_per_gpu * time.step == pytest.approx(64 * 4096 / 4)
 
 
 def test_batch_is_adapted_only_if_no_layout_divides_it() -> None:
