@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from comm.config import Cut, DispatchConfig, ParallelismConfig
 from data.config import BatchSizes
-from dualpipe.registry import SCHEDULES, ScheduleConfig
+from dualpipe.registry import SCHEDULES, ScheduleConfig, is_closed_form
 from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
-from model.size import HeldParameters, held_parameters, stage_shapes
+from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
 from train.errors import ConfigError
 from train.memory import predict_memory
+from train.memory.predict import run_sizes
 from train.memory.rank_bytes import state_bytes
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import KernelRates
@@ -270,6 +271,10 @@ class Estimates:
         held = self._held(setting.expert)
         static = self._static_bytes(setting, held, copies / pipeline)
         activations = micro * self._activation_bytes(setting) / pipeline
+        pending, inside = (micro * size for size in self._backward_bytes(setting))
+        alive = min(count, pipeline * _PEAK_SHARES.get(schedule.kind, 1.0) + 1)
+        deferred = min(count, _num_deferred(schedule, pipeline))
+        kept = max(0.0, alive - deferred) * activations + deferred * max(activations, pending / pipeline)
         layout = RankedLayout(
             setting=setting,
             schedule=schedule,
@@ -277,7 +282,7 @@ class Estimates:
             seconds=0.0,
             # Slices keep no logits, which the activations of a whole sequence count.
             least_memory=static + activations * (slices == 1),
-            memory=static + activations * min(count, pipeline * _PEAK_SHARES.get(schedule.kind, 1.0) + 1),
+            memory=static + inside + kept,
         )
         if layout.least_memory > (self.space.config.cluster.memory_bytes or inf):
             return layout
@@ -368,6 +373,17 @@ class Estimates:
 
         return self._once((setting.precision, setting.recompute, setting.context), predicted)
 
+    def _backward_bytes(self, setting: RankSetting) -> tuple[int, int]:
+        """Returns the bytes of one sequence that all layers keep from I to W, and that one takes in its backward."""
+
+        def predicted() -> tuple[int, int]:
+            config = self.space.layout_config(replace(setting, micro_sequences=1), _FULL_BACKWARDS)
+            inner = StageShape(layers=range(config.model.num_layers), is_first=False, is_last=False)
+            phases = run_sizes(config, [inner]).stages[0][0]
+            return sum(phase.waiting for phase in phases), max(phase.backward_peak for phase in phases)
+
+        return self._once(("backward", setting.precision, setting.recompute, setting.context), predicted)
+
     def _once(self, key: object, compute: Callable[[], T]) -> T:
         """Returns a value that is computed at its first use."""
         if key not in self.cache:
@@ -378,6 +394,16 @@ class Estimates:
 @lru_cache(maxsize=64)
 def _num_directions(kind: str) -> int:
     return 2 if SCHEDULES.get(kind).is_bidirectional() else 1
+
+
+def _num_deferred(schedule: ScheduleConfig, pipeline: int) -> int:
+    """Returns about how many micro-batches of a rank wait for W; most orders that are searched defer nearly all."""
+    spec = SCHEDULES.get(schedule.kind)
+    if schedule.kind == "zb_v":
+        return pipeline
+    if spec.takes_costs and not is_closed_form(schedule.kind, schedule.chunks, schedule.slices):
+        return pipeline if spec.is_bidirectional() else 2 * pipeline
+    return int(schedule.kind != _FULL_BACKWARDS.kind)
 
 
 def _least_compute(part: PartTimes, alone: float) -> float:
