@@ -320,7 +320,7 @@ class Search:
         runs = (free,) if is_whole else short_runs(free)
         timing_seconds = _TIMING_SECONDS * layout.setting.pipeline * len(runs)
         memory_seconds = _MEMORY_SECONDS * layout.setting.pipeline
-        self._spend(timing_seconds + self._build_seconds(runs))
+        self._spend(timing_seconds + self._build_seconds(runs), later=memory_seconds if worst == math.inf else 0.0)
         times = self._estimates.times(layout.setting, layout.schedule.slices)
         config = with_cut(free, run_cut(free, run_placement(free, layout.schedule.kind), times))
         if (broken := self._broken_rule(config)) is not None:
@@ -385,8 +385,9 @@ class Search:
                 return too_large
         return None
 
-    def _spend(self, seconds: float) -> None:
-        if seconds > self._seconds_left:
+    def _spend(self, seconds: float, *, later: float = 0.0) -> None:
+        """Spends seconds if there is time for them, and for those that are spent `later` in any case."""
+        if seconds + later > self._seconds_left:
             raise _NoTimeLeftError
         self._seconds_left -= seconds
 
