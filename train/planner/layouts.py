@@ -374,7 +374,7 @@ class Estimates:
         return self._once((setting.precision, setting.recompute, setting.context), predicted)
 
     def _backward_bytes(self, setting: RankSetting) -> tuple[int, int]:
-        """Returns the bytes of one sequence that all layers keep from I to W, and that one takes in its backward."""
+        """Returns the bytes of a sequence that all layers keep from I to W, and one takes in its backward."""
 
         def predicted() -> tuple[int, int]:
             config = self.space.layout_config(replace(setting, micro_sequences=1), _FULL_BACKWARDS)
@@ -397,7 +397,7 @@ def _num_directions(kind: str) -> int:
 
 
 def _num_deferred(schedule: ScheduleConfig, pipeline: int) -> int:
-    """Returns about how many micro-batches of a rank wait for W; most orders that are searched defer nearly all."""
+    """Returns about how many micro-batches of a rank wait for W; searched orders defer nearly all."""
     spec = SCHEDULES.get(schedule.kind)
     if schedule.kind == "zb_v":
         return pipeline
