@@ -228,10 +228,11 @@ def _end(guest: Guest) -> None:
         _is_readable(guest.inner, 10)
         os.close(guest.inner)
     _reap(guest)
+    if guest.inner_pid == guest.process.pid:
+        _kill_orphans(guest)
     os.close(guest.info)
     for descriptor in guest.outputs:
-        while _read_output(guest, descriptor) and not guest.is_flooded and _is_readable(descriptor, 0):
-            pass
+        _has_ended(guest, descriptor)
     for pipe in (guest.process.stdout, guest.process.stderr):
         assert pipe is not None
         pipe.close()
@@ -249,6 +250,35 @@ def _reap(guest: Guest) -> None:
         if time.monotonic() > deadline:
             guest.process.kill()
         time.sleep(0.001)
+
+
+def _kill_orphans(guest: Guest) -> None:
+    """Kills processes that a program left between two looks at its children, if they hold an output of it."""
+    left_open = [descriptor for descriptor in guest.outputs if not _has_ended(guest, descriptor)]
+    outputs = {f"pipe:[{os.fstat(descriptor).st_ino}]" for descriptor in left_open}
+    # A process that this one forked meanwhile holds them, too.
+    for entry in os.scandir("/proc") if outputs else ():
+        with suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if not _is_below(pid, os.getpid()) and any(
+                os.readlink(held.path) in outputs for held in os.scandir(f"{entry.path}/fd")
+            ):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_below(pid: int, ancestor: int) -> bool:
+    """Returns whether a process is another one or was started by it or by one below it."""
+    while pid > 1 and pid != ancestor:
+        pid = int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
+    return pid == ancestor
+
+
+def _has_ended(guest: Guest, descriptor: int) -> bool:
+    """Reads what there is of an output. Returns whether no process can write to it."""
+    while is_open := _read_output(guest, descriptor):
+        if guest.is_flooded or not _is_readable(descriptor, 0):
+            break
+    return not is_open
 
 
 def _is_readable(descriptor: int, seconds: float) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from infer.scoring import programs
+from infer.scoring import programs, supervision
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.sandbox import Sandbox, seccomp_filter
 from infer.scoring.score import ScoringError
@@ -173,6 +173,29 @@ def test_isolation_limits_alone_need_consent(monkeypatch: pytest.MonkeyPatch, ca
     ]
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_isolation_limits_alone_leave_no_orphan(monkeypatch: pytest.MonkeyPatch, is_seen: bool) -> None:
+    """Also not one that was never seen among the children of the program."""
+    monkeypatch.setattr(programs, "_build_bubblewrap", missing)
+    if not is_seen:
+        monkeypatch.setattr(supervision, "_read_times", lambda pid: {})
+    limits: dict[str, Any] = {"cpu_seconds": 5, "wall_seconds": 20, "memory_mib": 512, "num_sandboxes": 1}
+    scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, isolation="accept_risk", **limits))
+    # Other test processes have sandboxes of their own: this one's orphan is known by its argument.
+    argument = f"7654.{os.getpid()}"
+    orphan = (
+        "import os\nend, kept = os.pipe()\n"
+        f"if os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{argument}'])\n"
+        "os.close(kept)\nos.read(end, 1)\ndef f(x): return x * x"
+    )
+    # The pipe ends when `sleep` has started.
+    assert scorer.score_program(orphan, "assert f(3) == 9").outcome == "correct"
+    until = time.monotonic() + 10  # a killed process may wait for a processor before it ends
+    while orphans := [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if argument.encode() in _read(entry)]:
+        assert time.monotonic() < until, orphans
+        time.sleep(0.05)
+
+
 def test_isolation_limits_alone_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_build_bubblewrap", missing)
     limits: dict[str, Any] = {"cpu_seconds": 0.5, "wall_seconds": 20, "memory_mib": 512, "num_sandboxes": 1}
@@ -182,18 +205,6 @@ def test_isolation_limits_alone_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scorer.score_program("def f(x): return x", tests).outcome == "wrong"
     assert scorer.score_program("while True: pass", tests).outcome == "timeout"
     assert scorer.score_program("x = bytearray(2**30)\ndef f(x): return x * x", tests).outcome == "wrong"
-    # Other test processes have sandboxes of their own: this one's orphan is known by its argument.
-    argument = f"7654.{os.getpid()}"
-    orphan = (
-        "import os\nend, kept = os.pipe()\n"
-        f"if os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{argument}'])\n"
-        "os.close(kept)\nos.read(end, 1)\ndef f(x): return x * x"
-    )
-    assert scorer.score_program(orphan, tests).outcome == "correct"  # the pipe ends when `sleep` has started
-    until = time.monotonic() + 10  # a killed process may wait for a processor before it ends
-    while orphans := [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if argument.encode() in _read(entry)]:
-        assert time.monotonic() < until, orphans
-        time.sleep(0.05)
 
 
 def _read(path: Path) -> bytes:
