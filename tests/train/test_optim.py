@@ -288,7 +288,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[OptimCon
         runs.append({"loaded": loaded, "loss": train_step(second, config.task, loader, 2).losses.total})
         runs[-1]["later"] = copied(second.optimizer.state())
         close_job(second)
-    uninterrupted = {"loaded": saved, "loss": train_step(first, config.task, loader, 2).losses.total}
+    uninterrupted = {"folder": place, "loaded": saved, "loss": train_step(first, config.task, loader, 2).losses.total}
     uninterrupted["later"] = copied(first.optimizer.state())
     close_job(first)
     return [uninterrupted, *runs]

@@ -118,7 +118,7 @@ def assert_equal_to_one_rank(folder: Path, chosen: list[tuple[int, list[TrainCon
 @pytest.mark.parametrize(
     ("world_sizes", "every"),
     [
-        pytest.param((2,), 6, marks=pytest.mark.slow),
+        pytest.param((2,), 5, marks=pytest.mark.slow),
         pytest.param((4,), 9, marks=pytest.mark.long),
         pytest.param((1, 2, 4), 1, marks=pytest.mark.exhaustive),
     ],
