@@ -2,9 +2,9 @@
 
 Four gloo ranks run the second step of a small model and its record. A transfer of the pipeline counts as a collective
 of its link, and a phase, such as the update of a stage, as one. Reads are those of the main thread, by line of source;
-the plan of each exchange is read on the lane, once for a layer and micro-batch. On a CPU nothing tells where numbers
-would be on CUDA: lines that read the device have the remark `host sync`, others read numbers of the host. Copies by
-`cpu` and `tolist` leave no trace on a CPU: each sum over the world has one, and the losses' sums have one.
+the plan of each exchange is read on the lane, once for a layer and micro-batch. On a CPU all numbers are on the host,
+so lines that would read a CUDA device are known by their remark `host sync`. Copies by `cpu` and `tolist` leave no
+trace on a CPU: each sum over the world has one, and the losses' sums have one.
 """
 
 import linecache
