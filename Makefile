@@ -11,7 +11,7 @@ INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # they run two at a time, files with slow tests first.
 ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,lane.py transport.py) \
-	$(addprefix tests/train/test_,decoding_idle.py failure.py) tests/launch/test_local.py \
+	$(addprefix tests/train/test_,decoding_idle.py failure.py) $(addprefix tests/launch/test_,local.py start.py) \
 	tests/infer/scoring/test_sleepers.py
 LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py test_stopping.py) \
 	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/train/planner/measured/test_sleeping_run.py

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from xml.sax.saxutils import escape as escape_xml
+from html import escape as escape_xml
 
 from dualpipe.draw.entry import NAMES
 from dualpipe.ir import Op, Schedule

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
 from textwrap import wrap
-from xml.sax.saxutils import escape
+from html import escape
 
 from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread, tick_text
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
@@ -167,7 +167,7 @@ def svg(
     notes = picture.notes()
     explained, lines = legend(schedule, notes, width, has_measured=measured is not None, has_bound=bound is not None)
     picture.parts += [f'<g class="legend" transform="translate(24 {picture.y:.0f})">', *explained, "</g>"]
-    name = escape(title or f"{schedule.kind}: {size(schedule)}", {'"': "&quot;"})
+    name = escape(title or f"{schedule.kind}: {size(schedule)}")
     head = [f"<style>{STYLE}</style>", DEFINITIONS] if standalone else []
     return _element(panel_scale.width, picture.y + lines * _LEGEND_LINE + 8, name, [*head, *picture.parts])
 
