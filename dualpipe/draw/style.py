@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from html import escape as escape_xml
 
 from dualpipe.draw.entry import NAMES
 from dualpipe.ir import Op, Schedule
@@ -148,7 +147,7 @@ def _marks(schedule: Schedule, *, has_measured: bool, has_bound: bool) -> list[_
 
 def _drawn(item: _Item, x: float, y: float) -> list[str]:
     text_x = x + (_SWATCH_WIDTH + 6 if item.styles else 0.0)
-    text = f'<text class="soft" x="{text_x:g}" y="{y + 11:g}">{escape_xml(item.text)}</text>'
+    text = f'<text class="soft" x="{text_x:g}" y="{y + 11:g}">{escape(item.text)}</text>'
     return [*_swatch(item.styles, x, y), text]
 
 

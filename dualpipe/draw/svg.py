@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from html import escape
 from itertools import groupby
 from textwrap import wrap
-from html import escape
 
 from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread, tick_text
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
