@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from data.chat.messages import ChatMessage, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.problems import GymSource
+from data.quality.contamination import CODE_PROBLEMS
 from data.registry import DATA_SOURCES
 from infer.config import Sampling
 from infer.evaluate.protocol import (
@@ -322,7 +322,6 @@ def _verify_maths(config: MathsTaskConfig) -> Verifier:
     )
 
 
-OWN_PROGRAMS = Path(__file__).with_name("code_problems.jsonl")
 _STOP = ("\nclass ", "\ndef ", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\nfrom ", "\n#", "\n@", "\n```", '\n"""')
 _INSTRUCTION = "Complete this Python program. Answer with the whole program in one block of code.\n\n```python\n{}```"
 
@@ -341,7 +340,7 @@ class CodeTaskConfig(AnswerTaskConfig):
 
 def code_files(config: CodeTaskConfig) -> tuple[str, ...]:
     """Returns the file of problems."""
-    return path_of(config) or (str(OWN_PROGRAMS),)
+    return path_of(config) or (str(CODE_PROBLEMS),)
 
 
 def _read_programs(config: CodeTaskConfig, context: TaskContext) -> list[Question]:

@@ -12,8 +12,8 @@ import pytest
 
 from data.arithmetic import is_held_out
 from data.corpus import DataError
+from data.quality.contamination import CODE_PROBLEMS
 from data.tokenizer import Tokenizer
-from infer.evaluate.answering import OWN_PROGRAMS
 from infer.evaluate.protocol import EvaluationError
 from infer.scoring import programs
 from infer.scoring.programs import CodeConfig, CodeScorer
@@ -71,7 +71,7 @@ MUTANTS = {
 }
 
 __all__ = ["library"]
-PROGRAMS = {line["id"]: line for line in map(json.loads, OWN_PROGRAMS.read_text().splitlines())}
+PROGRAMS = {line["id"]: line for line in map(json.loads, CODE_PROBLEMS.read_text().splitlines())}
 
 needs_judge = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (pip install '.[score]')"

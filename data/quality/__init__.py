@@ -1,0 +1,1 @@
+"""Decides which documents of a corpus are dropped. Imports no torch."""

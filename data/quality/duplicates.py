@@ -1,0 +1,218 @@
+"""Finds exact and near duplicates among the documents of many units, in bounded memory.
+
+A document is dropped if it equals an earlier document, or if an earlier document that is kept resembles it. So the
+order of units is that of priority. Candidates are documents whose sketches agree in a band; then all values of their
+sketches are compared.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpus import DataError
+from data.quality.sketches import NUM_BANDS, SketchFiles
+
+KEPT, EXACT, NEAR = 0, 1, 2
+
+# Documents with fewer n-grams are compared exactly: a changed word would change most of them.
+MIN_SHINGLES = 8
+# Of a pair of near duplicates: common n-grams by those of both (Jaccard), and by those of the smaller document. The
+# second value separates documents without some sentences from documents that share a header.
+MIN_JACCARD = 0.55
+MIN_CONTAINMENT = 0.8
+# A document is compared with the first documents of its bucket, and has at most so many earlier documents like it.
+_BUCKET_ROUNDS = 4
+_MAX_MATCHES = 8
+# Sizes that bound memory: keys that are sorted at a time, and pairs whose sketches are compared at a time.
+_SORTED_KEYS = 1 << 21
+_MAX_PARTITIONS = 16
+_COMPARED_PAIRS = 1 << 16
+_MAX_DOCUMENTS = 1 << 32
+
+_Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DroppedDuplicate:
+    """A dropped document and the earlier document that is kept; each is a unit and a row."""
+
+    dropped: tuple[int, int]
+    kind: Literal["exact", "near"]
+    kept: tuple[int, int]
+
+
+class Duplicates:
+    """Which documents of each unit are dropped, and for which documents."""
+
+    def __init__(self, offsets: NDArray[np.int64], drops: NDArray[np.uint8], pairs: NDArray[np.uint64]) -> None:
+        """Keeps the decision.
+
+        Args:
+            offsets: number of the first document of each unit, and of all documents, [units + 1].
+            drops: `KEPT`, `EXACT` or `NEAR` of each document, [N].
+            pairs: each dropped document << 32 | the earlier document that is kept, ascending.
+        """
+        self._offsets = offsets
+        self._drops = drops
+        self._pairs = pairs
+
+    @property
+    def drops(self) -> list[NDArray[np.uint8]]:
+        """`KEPT`, `EXACT` or `NEAR` of each document of each unit."""
+        return np.split(self._drops, self._offsets[1:-1])
+
+    def pairs(self) -> Iterator[DroppedDuplicate]:
+        """Yields each dropped document, in order."""
+        for start in range(0, len(self._pairs), _COMPARED_PAIRS):
+            for later, earlier in zip(*_unpack(self._pairs[start : start + _COMPARED_PAIRS]), strict=True):
+                kind: Literal["exact", "near"] = "exact" if self._drops[later] == EXACT else "near"
+                yield DroppedDuplicate(dropped=self._place(later), kind=kind, kept=self._place(earlier))
+
+    def _place(self, document: np.int64) -> tuple[int, int]:
+        unit = int(np.searchsorted(self._offsets, document, side="right")) - 1
+        return unit, int(document - self._offsets[unit])
+
+
+def find_duplicates(hashes: Sequence[NDArray[np.uint64]], sketches: Sequence[Path] | None) -> Duplicates:
+    """Decides which documents of units in order of priority are dropped, from their hashes and sketches.
+
+    Args:
+        hashes: 128-bit hash of each document of each unit, [n, 2].
+        sketches: file of each unit's sketches, a row for each document; None: only equal documents are dropped.
+    """
+    offsets = np.cumsum([0, *(len(unit) for unit in hashes)])
+    if offsets[-1] >= _MAX_DOCUMENTS:
+        raise DataError(
+            f"dedup: must have less than {_MAX_DOCUMENTS} documents, has {offsets[-1]}; nearest: dedup: null"
+        )
+    drops = np.zeros(offsets[-1], np.uint8)
+    exact = _find_equal(hashes, offsets)
+    drops[_unpack(exact)[0]] = EXACT
+    if sketches is None:
+        return Duplicates(offsets, drops, exact)
+    files = SketchFiles(sketches, offsets)
+    near = _drop_similar(_find_similar(files, (drops == KEPT) & (files.sizes() >= MIN_SHINGLES)), drops)
+    # An equal document is dropped for the document for which the equal one was dropped.
+    dropped, first = _unpack(exact)
+    near_later, near_earlier = _unpack(near)
+    is_dropped = drops[first] == NEAR
+    first[is_dropped] = near_earlier[np.searchsorted(near_later, first[is_dropped])]
+    return Duplicates(offsets, drops, np.sort(np.concatenate([near, _pack(dropped, first)])))
+
+
+def _pack(later: NDArray[np.int64], earlier: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return later.astype(np.uint64) << np.uint64(32) | earlier.astype(np.uint64)
+
+
+def _unpack(pairs: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(_MAX_DOCUMENTS - 1)).astype(np.int64)
+
+
+def _partitions(num_documents: int) -> Iterator[tuple[np.uint64, np.uint64]]:
+    """Yields ranges of keys, first and last, that split documents into parts of about equal size."""
+    number = min(_MAX_PARTITIONS, -(-num_documents // _SORTED_KEYS))
+    bounds = [(part << 64) // max(1, number) for part in range(number + 1)]
+    for first, end in itertools.pairwise(bounds):
+        yield np.uint64(first), np.uint64(end - 1)
+
+
+def _find_equal(hashes: Sequence[NDArray[np.uint64]], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Returns the pairs of a document and the first document that equals it, ascending."""
+    pairs = [np.empty(0, np.uint64)]
+    for first, last in _partitions(int(offsets[-1])):
+        chosen = [np.flatnonzero((unit[:, 0] >= first) & (unit[:, 0] <= last)) for unit in hashes]
+        rows = np.concatenate([unit[rows] for unit, rows in zip(hashes, chosen, strict=True)])
+        documents = np.concatenate([start + rows for start, rows in zip(offsets, chosen, strict=False)])
+
+        def is_equal(
+            later: _Positions, earlier: _Positions, rest: NDArray[np.uint64] = rows[:, 1]
+        ) -> NDArray[np.bool_]:
+            return np.equal(rest[later], rest[earlier])
+
+        pairs += [
+            _pack(documents[later], documents[earlier]) for later, earlier in _match_buckets(rows[:, 0], is_equal)
+        ]
+    return np.sort(np.concatenate(pairs))
+
+
+def _match_buckets(
+    keys: NDArray[np.uint64], is_match: Callable[[_Positions, _Positions], NDArray[np.bool_]]
+) -> Iterator[tuple[_Positions, _Positions]]:
+    """Yields positions whose keys are equal and that match, each with the first that it matches."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    for _ in range(_BUCKET_ROUNDS):
+        is_first = np.diff(keys, prepend=~keys[:1]) != 0
+        rest = np.flatnonzero(~is_first)
+        if not len(rest):
+            return
+        firsts = np.flatnonzero(is_first)
+        later = order[rest]
+        earlier = order[firsts[np.searchsorted(firsts, rest) - 1]]
+        is_matched = is_match(later, earlier)
+        yield later[is_matched], earlier[is_matched]
+        # What does not match the first document of its bucket is compared with the next.
+        order = later[~is_matched]
+        keys = keys[rest[~is_matched]]
+
+
+def _find_similar(files: SketchFiles, is_candidate: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Returns pairs of a document and an earlier one that resembles it, ascending."""
+    pairs = np.empty(0, np.uint64)
+    for band in range(NUM_BANDS):
+        for first, last in _partitions(len(is_candidate)):
+            keys, documents = files.band(band, is_candidate, first, last)
+            pairs = _add_similar(files, keys, documents, pairs)
+    return pairs
+
+
+def _add_similar(
+    files: SketchFiles, keys: NDArray[np.uint64], documents: NDArray[np.int64], pairs: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Returns the pairs, and those of documents with equal keys that resemble each other, ascending."""
+
+    def is_match(later: _Positions, earlier: _Positions) -> NDArray[np.bool_]:
+        candidates = _pack(documents[later], documents[earlier])
+        nearest = np.append(pairs, np.uint64(0))[np.searchsorted(pairs, candidates)]
+        is_matched: NDArray[np.bool_] = nearest == candidates
+        is_matched[~is_matched] = _are_similar(files, candidates[~is_matched])
+        return is_matched
+
+    matches = [_pack(documents[later], documents[earlier]) for later, earlier in _match_buckets(keys, is_match)]
+    joined = np.unique(np.concatenate([pairs, *matches]))
+    later, _ = _unpack(joined)
+    return joined[np.arange(len(joined)) - np.searchsorted(later, later) < _MAX_MATCHES]
+
+
+def _are_similar(files: SketchFiles, pairs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Returns whether the documents of each pair resemble each other by all values of their sketches."""
+    are_similar = np.zeros(len(pairs), np.bool_)
+    for start in range(0, len(pairs), _COMPARED_PAIRS):
+        part = slice(start, start + _COMPARED_PAIRS)
+        documents, places = np.unique(np.concatenate(_unpack(pairs[part])), return_inverse=True)
+        sizes, values = files.rows(documents)
+        later, earlier = np.split(places, 2)
+        jaccard = (values[later] == values[earlier]).mean(axis=1)
+        smaller = np.minimum(sizes[later], sizes[earlier])
+        common = jaccard / (1 + jaccard) * (sizes[later] + sizes[earlier])
+        are_similar[part] = (jaccard >= MIN_JACCARD) & (common >= MIN_CONTAINMENT * smaller)
+    return are_similar
+
+
+def _drop_similar(pairs: NDArray[np.uint64], drops: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Marks documents that resemble an earlier one that is kept; returns the pair that decided, for each."""
+    is_decisive = np.zeros(len(pairs), np.bool_)
+    marks = drops.data
+    for start in range(0, len(pairs), _COMPARED_PAIRS):
+        later, earlier = (part.tolist() for part in _unpack(pairs[start : start + _COMPARED_PAIRS]))
+        # Pairs ascend: when a document is reached, all earlier ones are decided.
+        for number, (document, other) in enumerate(zip(later, earlier, strict=True), start):
+            if marks[document] == KEPT and marks[other] == KEPT:
+                marks[document] = NEAR
+                is_decisive[number] = True
+    return pairs[is_decisive]
