@@ -4,16 +4,19 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig, with_parts
-from data.corpus import DataError, hash_unit, list_files, read_documents
+from data.corpus import DataError, hash_unit
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.progress import NoProgress, Progress
+from data.readers.rows import ReadCounts
 from data.registry import DATA_SOURCES, Document, Part, TrainingSample
+from data.sources import list_files, read_documents, size_bytes, source_notes
 from data.tokenizer import Tokenizer
 
 
@@ -100,13 +103,16 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
     units: list[float] = [1.0, 0.0]
-    total = sum(file.path.stat().st_size for file in list_files(config.source))
-    documents = with_parts(config, read_documents)
+    total = sum(size_bytes(file) for file in list_files(config.source))
+    counts = ReadCounts()
+    documents = with_parts(config, partial(read_documents, counts=counts))
     for part, document in progress.over("reading the corpus", documents, total, lambda pair: _text_bytes(pair[1])):
         num_documents[part] += 1
         text_bytes[part] += _text_bytes(document)
         unit = hash_unit("split", config.seed, document.key)
         units = [min(units[0], unit), max(units[1], unit)]
+    for line in source_notes(config.source, counts):
+        progress.note(line)
     if num_documents["train"] == 0:
         if num_documents["validation"] != 1:
             raise _empty_train_error(config, num_documents["validation"], *units)

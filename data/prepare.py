@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
-from data.corpus import DataError, check_source, list_files, size_bytes
+from data.corpus import DataError
 from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, read_values, source_tokenizer
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
+from data.sources import check_source, list_files, read_beginning, size_bytes
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
@@ -141,13 +142,7 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     tokenizer = read_tokenizer(config)
     if tokenizer is None or entry.samples is not None:
         return float(size)  # at most one token for each byte
-    documents = list[str]()
-    read = 0
-    for file in files:
-        documents += [document.text for document in entry.read(config.source, file, _SAMPLE_BYTES - read)]
-        read += size_bytes(file)
-        if read >= _SAMPLE_BYTES:
-            break
+    documents = [document.text for document in read_beginning(config.source, _SAMPLE_BYTES)]
     tokens = sum(len(tokenizer.document(ids)) for ids in tokenizer.encode_batch(documents))
     return size * tokens / max(1, sum(len(text.encode()) for text in documents))
 

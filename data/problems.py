@@ -25,20 +25,10 @@ from data.chat.encode import check_tokens, encode_prompt
 from data.chat.messages import ChatMessage, read_prompt, user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.config import DataConfig, with_parts
-from data.corpus import (
-    DataError,
-    JsonRecord,
-    check_source,
-    describe,
-    list_jsonl,
-    list_of,
-    nearest_name,
-    object_of,
-    read_json_lines,
-    text_of,
-)
+from data.corpus import DataError, describe, list_of, nearest_name, object_of, text_of
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
+from data.sources import JsonRecord, check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt

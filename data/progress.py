@@ -70,6 +70,10 @@ class Progress(Protocol):
         """Yields the items and shows the progress; `total` is the sum of all sizes, or an estimate."""
         ...
 
+    def note(self, line: str) -> None:
+        """Shows a line that the user must see."""
+        ...
+
 
 class NoProgress:
     """Shows nothing."""
@@ -79,6 +83,9 @@ class NoProgress:
     ) -> Iterator[Item]:
         """Yields the items."""
         yield from items
+
+    def note(self, line: str) -> None:
+        """Shows nothing."""
 
 
 class ProgressLines:
@@ -107,6 +114,10 @@ class ProgressLines:
         if has_said:
             self._say(f"{what}: done, {amount_text(done, unit)} in {seconds_text(self._clock() - began)}")
 
+    def note(self, line: str) -> None:
+        """Writes the line."""
+        self._say(line)
+
 
 class ProgressBars:
     """Progress bars on a terminal, removed when the work is done."""
@@ -122,6 +133,10 @@ class ProgressBars:
             for item in items:
                 yield item
                 advance(size(item))
+
+    def note(self, line: str) -> None:
+        """Writes the line; a bar that is shown moves below it."""
+        print(printable(line), file=self._stream, flush=True)
 
 
 def progress_on(stream: TextIO | None = None) -> Progress:

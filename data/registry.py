@@ -1,7 +1,7 @@
 """Registry of text sources. Imports no torch.
 
 A source is a frozen dataclass, a function that lists its files and a function that reads one of them. This project's
-sources register in `data.corpus`. A plugin file can register more (docs/extend.md).
+sources register in `data.sources`. A plugin file can register more (docs/extend.md).
 """
 
 from __future__ import annotations
@@ -40,10 +40,20 @@ class CorpusFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document; `key` is equal on every machine: the file's, with `:line` for a line of a `.jsonl` file."""
+    """A document; `key` is equal on every machine: the file's, with `:row` if the file has rows."""
 
     key: str
-    text: str
+    text: str  # empty if the file has token ids
+    tokens: NDArray[np.integer] | None = field(default=None, compare=False)  # ids of the run's tokenizer
+    replaced_bytes: int = 0  # bytes that are no UTF-8, of which the text has U+FFFD instead
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrokenRow:
+    """A row that has no document."""
+
+    place: str  # file and row
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,7 +104,7 @@ class DataSourceEntry:
         files: returns its files, each once, in an order that depends only on their names. The cache of encoded text is
             valid until the path, the size or the modification time of a file changes. A source that generates its
             samples has no files, and a `check`.
-        read: yields the documents of one file; with a limit, reads only about that many bytes.
+        read: yields the documents of one file, and rows that cannot be read; with a limit, of about that many bytes.
         place: returns the start of an error about the whole source.
         settings: returns plain values that decide how files are read, for the name of the cache entry.
         samples: yields the source's samples as token ids, in order, if it has samples instead of documents; `read` then
@@ -112,7 +122,7 @@ class DataSourceEntry:
     summary: str
     config: type[DataSource]
     files: Callable[[Any], tuple[CorpusFile, ...]]
-    read: Callable[[Any, CorpusFile, int | None], Iterator[Document]]
+    read: Callable[[Any, CorpusFile, int | None], Iterator[Document | BrokenRow]]
     place: Callable[[Any], str]
     settings: Callable[[Any], object] = _no_settings
     samples: Callable[[Any, Tokenizer], Iterator[TrainingSample]] | None = None
@@ -127,5 +137,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    ("data.corpus", "data.chat.sources", "data.problems", "data.arithmetic"),
+    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic"),
 )

@@ -8,9 +8,10 @@ from typing import Annotated, Literal, TypeVar
 from data.chat.encode import check_tokens, encode_conversations, pair_sample, special_names, split_views
 from data.chat.messages import AnswerPair, Conversation, read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.corpus import CHECKED_BYTES, DataError, JsonRecord, check_source, list_jsonl, read_json_lines
+from data.corpus import DataError
 from data.pack import PAIR_VALUES, WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
+from data.sources import CHECKED_BYTES, JsonRecord, check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 

@@ -15,20 +15,12 @@ import pytest
 
 from data.chat.sources import ChatSource, PreferencesSource
 from data.config import with_parts
-from data.corpus import (
-    DataError,
-    EmbeddedSource,
-    FilesSource,
-    check_source,
-    is_validation,
-    list_files,
-    read_documents,
-    read_json_lines,
-)
+from data.corpus import DataError, is_validation
 from data.prepare import check_config, prepare
 from data.problems import ProblemsSource, split_problems
 from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 from data.registry import DataSource
+from data.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
 from infer.evaluate.protocol import read_lines
 from infer.evaluate.run import read_records
 from launch.generate import read_prompts

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.corpus import DataError, EmbeddedSource, FilesSource, is_validation, read_documents
+from data.corpus import DataError, is_validation
 from data.encode import encode_part, train_tokenizer
 from data.pack import entropy_nats
 from data.prepare import Prepared, check_config, open_or_build, prepare
+from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
 
 NUM_FILES = 40

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from data.config import BatchSizes, DataConfig
-from data.corpus import DataError, FilesSource, read_documents
+from data.corpus import DataError
 from data.loader import Loader
 from data.prepare import check_config, prepare
+from data.sources import FilesSource, read_documents
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, FIM_HOLE, PAD, SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, USER, Tokenizer
 from infer.protocol import TextStream

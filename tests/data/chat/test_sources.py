@@ -24,10 +24,11 @@ from data.chat.messages import (
 from data.chat.sources import ChatSource, PreferencesSource
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
-from data.corpus import DataError, check_source, read_documents
+from data.corpus import DataError
 from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.prepare import Prepared, check_config, prepare
 from data.registry import DATA_SOURCES, DataSource
+from data.sources import check_source, read_documents
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.data.chat.conversations import chat_tokenizer, draw_text

@@ -1,0 +1,1 @@
+"""Finds the files of a corpus and reads their rows."""

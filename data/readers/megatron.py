@@ -1,0 +1,121 @@
+"""Reads and writes Megatron's indexed datasets.
+
+Token ids are in `NAME.bin`, lengths of sequences and ends of documents in `NAME.idx`.
+Source: Megatron-Core, `megatron/core/datasets/indexed_dataset.py`. All numbers are little-endian.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.registry import BrokenRow, CorpusFile, Document
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")  # version, type, sequences, ends of documents
+_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_ROWS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Index:
+    dtype: np.dtype[np.integer]
+    sequences: int
+    documents: int
+
+    @property
+    def lengths_at(self) -> int:
+        return len(_MAGIC) + _HEADER.size
+
+    @property
+    def starts_at(self) -> int:
+        return self.lengths_at + 4 * self.sequences
+
+    @property
+    def ends_at(self) -> int:
+        return self.starts_at + 8 * self.sequences
+
+
+def count_documents(file: CorpusFile) -> int:
+    """Returns the number of documents; raises ValueError or OSError if the index is damaged."""
+    with file.path.with_suffix(".idx").open("rb") as index:
+        return _read_header(index).documents
+
+
+def read_megatron(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
+    """Yields documents `first` to `last - 1` as token ids."""
+    row = first
+    try:
+        with file.path.with_suffix(".idx").open("rb") as index, file.path.open("rb") as tokens:
+            header = _read_header(index)
+            for row, content in enumerate(_documents(index, tokens, header, first, min(last, header.documents)), first):
+                ids = np.frombuffer(content, dtype=header.dtype)
+                yield Document(key=f"{file.key}:{row + 1}", text="", tokens=ids)
+    except (OSError, ValueError) as error:
+        yield BrokenRow(place=f"{file.path}:{row + 1}", reason=f"cannot be read: {error}")
+
+
+def _documents(index: BinaryIO, tokens: BinaryIO, header: _Index, first: int, last: int) -> Iterator[bytes]:
+    """Yields the bytes of documents, each of which is one or more sequences."""
+    size = os.fstat(tokens.fileno()).st_size
+    for begin in range(first, last, _ROWS):
+        ends = _numbers(index, header.ends_at + 8 * begin, "<i8", min(_ROWS, last - begin) + 1)
+        if (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > header.sequences:
+            raise ValueError("the documents of the index are not in order")
+        count = int(ends[-1] - ends[0])
+        lengths = _numbers(index, header.lengths_at + 4 * int(ends[0]), "<i4", count)
+        starts = _numbers(index, header.starts_at + 8 * int(ends[0]), "<i8", count)
+        bytes_of = lengths.astype(np.int64) * header.dtype.itemsize
+        if count and (lengths.min() < 0 or starts.min() < 0 or (starts + bytes_of).max() > size):
+            raise ValueError(f"the index names tokens that {size:,} bytes of .bin do not have")
+        for a, b in zip(ends[:-1] - ends[0], ends[1:] - ends[0], strict=True):
+            yield b"".join(
+                os.pread(tokens.fileno(), int(bytes_of[sequence]), int(starts[sequence])) for sequence in range(a, b)
+            )
+
+
+def _read_header(index: BinaryIO) -> _Index:
+    start = index.read(len(_MAGIC) + _HEADER.size)
+    if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + _HEADER.size:
+        raise ValueError("the .idx file is no index of Megatron-Core")
+    version, kind, sequences, ends = _HEADER.unpack(start[len(_MAGIC) :])
+    if version != 1 or kind not in _TYPES or not ends:
+        raise ValueError(f"the index has version {version} and type {kind}; nearest: version 1 with integers")
+    header = _Index(dtype=np.dtype(_TYPES[kind]), sequences=sequences, documents=ends - 1)
+    if os.fstat(index.fileno()).st_size < header.ends_at + 8 * ends:
+        raise ValueError(f"the .idx file is truncated: it must have {header.ends_at + 8 * ends:,} bytes")
+    return header
+
+
+def _numbers(index: BinaryIO, offset: int, dtype: str, count: int) -> NDArray[np.integer]:
+    index.seek(offset)
+    return np.frombuffer(index.read(np.dtype(dtype).itemsize * count), dtype=dtype)
+
+
+def write_megatron(path: Path, documents: Iterable[NDArray[np.integer]], vocab_size: int) -> int:
+    """Writes `path`.bin and `path`.idx with a sequence for each document; returns the number of tokens.
+
+    The type is the one that Megatron-Core chooses for a vocabulary of this size.
+    """
+    kind = 8 if vocab_size < 65500 else 4
+    lengths: list[int] = []
+    partial = {suffix: path.with_name(f".{path.name}{suffix}.partial") for suffix in (".bin", ".idx")}
+    with partial[".bin"].open("wb") as stream:
+        for tokens in documents:
+            stream.write(np.ascontiguousarray(tokens, dtype=_TYPES[kind]).data)
+            lengths.append(len(tokens))
+    sizes = np.asarray(lengths, dtype="<i4")
+    starts = np.cumsum(sizes, dtype="<i8") - sizes
+    with partial[".idx"].open("wb") as stream:
+        stream.write(_MAGIC + _HEADER.pack(1, kind, len(sizes), len(sizes) + 1))
+        stream.write(sizes.data)
+        stream.write((starts * np.dtype(_TYPES[kind]).itemsize).astype("<i8").data)
+        stream.write(np.arange(len(sizes) + 1, dtype="<i8").data)
+    for suffix, written in partial.items():
+        written.replace(path.with_name(f"{path.name}{suffix}"))
+    return int(sizes.sum(dtype=np.int64))

@@ -1,0 +1,126 @@
+"""Reads corpus files in pieces, row by row, and counts what is skipped or replaced. Imports no torch."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from data.corpus import DataError
+from data.readers.files import compression_of, format_of
+from data.readers.lines import PART_BYTES, read_lines
+from data.readers.megatron import count_documents, read_megatron
+from data.readers.tables import DAMAGES, group_row_groups, read_arrow, read_parquet
+from data.registry import BrokenRow, CorpusFile, Document
+
+OnBroken = Literal["skip", "stop"]
+NAMED_ROWS = 50
+_KEPT_PLACES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilePiece:
+    """A range of a file that one process reads: bytes, row groups of parquet or documents of Megatron."""
+
+    file: CorpusFile
+    first: int
+    last: int  # excluded
+    size_bytes: int
+
+
+@dataclass(kw_only=True, slots=True)
+class ReadCounts:
+    """Counts of what was read; those of several processes can be added."""
+
+    rows: int = 0
+    documents: int = 0
+    blank: int = 0
+    broken: int = 0
+    replaced_bytes: int = 0
+    replaced_documents: int = 0
+    broken_places: list[str] = field(default_factory=list)  # the first 1,000, as "file:row: reason"
+
+    def add(self, other: "ReadCounts") -> None:
+        """Adds the counts of other pieces."""
+        for name in ("rows", "documents", "blank", "broken", "replaced_bytes", "replaced_documents"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.broken_places = (self.broken_places + other.broken_places)[:_KEPT_PLACES]
+
+    def check(self, max_broken_share: float, key: str = "data.max_broken_share") -> None:
+        """Raises DataError if the share of broken rows is above the limit."""
+        if self.broken > max_broken_share * self.rows:
+            share = self.broken / self.rows
+            raise DataError(
+                f"{key}: must be at least the share of broken rows, is {max_broken_share:g}; {self.broken:,} of "
+                f"{self.rows:,} rows are broken, the first is {self.broken_places[0]}; nearest: {share:.2g}"
+            )
+
+    def lines(self, key: str = "data.on_broken") -> Iterator[str]:
+        """Yields a line about replaced bytes and one that names broken rows, if there are any."""
+        if self.replaced_bytes:
+            yield (
+                f"{self.replaced_bytes:,} bytes that are not UTF-8 were replaced by U+FFFD in "
+                f"{self.replaced_documents:,} of {self.documents:,} documents"
+            )
+        if self.broken:
+            first, *others = self.broken_places
+            places = [place.partition(": ")[0] for place in others[: NAMED_ROWS - 1]]
+            more = self.broken - len(places) - 1
+            yield (
+                f"{self.broken:,} of {self.rows:,} rows are broken and were skipped ({key}=skip): "
+                f"{'; '.join([first, ', '.join(places)] if places else [first])}{f' and {more:,} more' if more else ''}"
+            )
+
+
+def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
+    """Cuts a file into pieces of about `piece_bytes`, in order. A file that cannot be read is one piece."""
+    kind = format_of(file.path)
+    try:
+        size = file.path.stat().st_size
+        if kind == "parquet":
+            return [
+                FilePiece(file=file, first=a, last=b, size_bytes=n) for a, b, n in group_row_groups(file, piece_bytes)
+            ]
+        grain = PART_BYTES if kind == "text" else 1
+        units = count_documents(file) if kind == "megatron" else -(-size // grain)
+    except DAMAGES:
+        return [FilePiece(file=file, first=0, last=1, size_bytes=0)]
+    is_whole = kind == "arrow" or compression_of(file.path) is not None
+    count = 1 if is_whole else max(1, min(units, -(-size // piece_bytes)))
+    ends = [units * number // count * grain for number in range(count + 1)]
+    return [FilePiece(file=file, first=first, last=last, size_bytes=size // count) for first, last in pairwise(ends)]
+
+
+def read_piece(piece: FilePiece, text_field: str, counts: ReadCounts, on_broken: OnBroken) -> Iterator[Document]:
+    """Yields the documents of a piece that are not blank, and counts its rows.
+
+    Raises DataError for a broken row, unless it is to be skipped. Memory is bounded by a document.
+    """
+    return keep_documents(read_rows(piece, text_field), counts, on_broken)
+
+
+def read_rows(piece: FilePiece, text_field: str) -> Iterator[Document | BrokenRow]:
+    """Yields every row of a piece."""
+    kind = format_of(piece.file.path)
+    read = {"parquet": read_parquet, "arrow": read_arrow, "megatron": read_megatron}.get(kind or "", read_lines)
+    return read(piece.file, piece.first, piece.last, text_field)
+
+
+def keep_documents(
+    rows: Iterable[Document | BrokenRow], counts: ReadCounts, on_broken: OnBroken = "stop"
+) -> Iterator[Document]:
+    """Yields the documents that are not blank, and counts all rows; a broken one is skipped or DataError."""
+    for row in rows:
+        counts.rows += 1
+        if isinstance(row, BrokenRow):
+            if on_broken == "stop":
+                raise DataError(f"{row.place}: {row.reason}")
+            counts.broken += 1
+            if len(counts.broken_places) < _KEPT_PLACES:
+                counts.broken_places.append(f"{row.place}: {row.reason}")
+        elif row.tokens is None and not row.text.strip():
+            counts.blank += 1
+        else:
+            counts.documents += 1
+            counts.replaced_bytes += row.replaced_bytes
+            counts.replaced_documents += row.replaced_bytes > 0
+            yield row
