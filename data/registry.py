@@ -137,5 +137,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic"),
+    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mix.source"),
 )

@@ -7,13 +7,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from data.corpus import DataError, describe, list_of, nearest_name, object_of, shorten, text_of
+from data.quality.filters import FilterConfig, filter_config
 
 OnBroken = Literal["skip", "stop"]
 DedupKind = Literal["exact", "minhash"]
@@ -48,7 +49,7 @@ class Manifest:
     phases: tuple[MixPhase, ...] = ()  # in order; after the last one, the sources' weights apply
     dedup: DedupKind | None = None  # exact or near duplicates are dropped; None: none
     decontaminate: tuple[str, ...] | None = None  # files of evaluations; None: the shipped tasks; empty: none
-    filters: Mapping[str, Any] | None = None  # rules that documents must satisfy; None: none
+    filters: FilterConfig | None = None  # rules that documents must satisfy; None: none
     on_broken: OnBroken = "skip"  # what happens at a row that cannot be read
     max_broken_share: float = 0.001  # share of the rows that may be skipped
 
@@ -56,6 +57,10 @@ class Manifest:
         """Returns the weight of each source in a phase, or after the last one."""
         changed = {} if phase is None else phase.weights
         return tuple(changed.get(source.name, source.weight) for source in self.sources)
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the values of which `parse_manifest` makes the same manifest."""
+        return {**asdict(self), "dedup": None if self.dedup is None else {"kind": self.dedup}}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -73,7 +78,7 @@ def read_manifest(path: Path) -> Manifest:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"data.manifest: {path} must be YAML of text, numbers and lists, is not: {reason}") from error
-    return _manifest(values, str(path), path.expanduser().absolute().parent)
+    return parse_manifest(values, str(path), path.expanduser().absolute().parent)
 
 
 class _ManifestLoader(yaml.SafeLoader):
@@ -90,7 +95,8 @@ class _ManifestLoader(yaml.SafeLoader):
         return node
 
 
-def _manifest(values: object, place: str, folder: Path) -> Manifest:
+def parse_manifest(values: object, place: str, folder: Path) -> Manifest:
+    """Returns the manifest of plain values; relative paths start at the folder, errors with the place."""
     given = object_of(values, place, [field.name for field in fields(Manifest)], ["sources"])
     items = list_of(given["sources"], f"{place}: sources")
     sources = tuple(_source(item, f"{place}: sources[{number}]", folder) for number, item in enumerate(items))
@@ -107,14 +113,12 @@ def _manifest(values: object, place: str, folder: Path) -> Manifest:
         items = list_of(files, f"{place}: decontaminate")
         files = [text_of(item, f"{place}: decontaminate[{number}]") for number, item in enumerate(items)]
     filters = given.get("filters")
-    if filters is not None and not isinstance(filters, dict):
-        raise DataError(f"{place}: filters: must be an object, is {describe(filters)}; nearest: null")
     manifest = Manifest(
         sources=sources,
         phases=_phases(given.get("phases") or [], f"{place}: phases", names),
         dedup=dedup,  # type: ignore[arg-type]
         decontaminate=None if files is None else tuple(str(folder / Path(file).expanduser()) for file in files),
-        filters=filters,
+        filters=None if filters is None else filter_config(filters, f"{place}: filters"),
         on_broken=_choice(given.get("on_broken", "skip"), f"{place}: on_broken", ("skip", "stop")),  # type: ignore[arg-type]
         max_broken_share=_number(given.get("max_broken_share", 0.001), f"{place}: max_broken_share", most=1.0),
     )

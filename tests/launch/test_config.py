@@ -106,6 +106,9 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
     if choice.startswith("data=files"):
         (tmp_path / "a.txt").write_text("some text")
         needs = [f"data.paths=['{tmp_path}']"]
+    if choice == "data=mix":
+        (tmp_path / "MIX.yaml").write_text("sources: [{name: a, paths: [a.txt], weight: 1}]")
+        needs = [f"data.manifest={tmp_path / 'MIX.yaml'}"]
     if choice in CHATS:
         needs = write_chats(tmp_path, choice)
     if choice == "data=reasoning_gym":
@@ -152,6 +155,8 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(number: 
     weights = place_weights(tmp_path / "weights")
     given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=2000)
     needs = {"data=files": [f"data.paths=['{tmp_path / 'a.txt'}']"], "model=of_checkpoint": [f"init_from={weights}"]}
+    (tmp_path / "MIX.yaml").write_text("sources: [{name: a, paths: [a.txt], weight: 1}]")
+    needs["data=mix"] = [f"data.manifest={tmp_path / 'MIX.yaml'}"]
     needs |= {choice: write_chats(tmp_path, choice) for choice in CHATS}
     needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
     recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}

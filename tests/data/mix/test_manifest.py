@@ -1,11 +1,12 @@
 """Tests of the manifest of a mixture: what it holds, and that a wrong one is refused in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from data.corpus import DataError
-from data.mix.manifest import Manifest, MixPhase, MixSource, read_manifest
+from data.mix.manifest import Manifest, MixPhase, MixSource, parse_manifest, read_manifest
 
 SOURCES = "sources: [{name: web, paths: [web, '~/x.txt'], weight: 3e-1}, {name: code, paths: [/c/*.py], weight: 0}]"
 
@@ -16,7 +17,7 @@ def manifest_of(folder: Path, text: str) -> Manifest:
     return read_manifest(path)
 
 
-def test_a_manifest_holds_what_its_file_says(tmp_path: Path) -> None:
+def test_a_manifest_is_what_its_file_says(tmp_path: Path) -> None:
     end = "\nphases: [{until_tokens: 1e3, weights: {code: 2}}]\ndedup: {kind: minhash}\ndecontaminate: [t.jsonl]"
     manifest = manifest_of(tmp_path, SOURCES + end)
     web = MixSource(name="web", paths=(f"{tmp_path}/web", "~/x.txt"), weight=0.3)
@@ -26,6 +27,7 @@ def test_a_manifest_holds_what_its_file_says(tmp_path: Path) -> None:
         dedup="minhash",
         decontaminate=(f"{tmp_path}/t.jsonl",),
     )
+    assert parse_manifest(json.loads(json.dumps(manifest.plain())), "", tmp_path) == manifest
     assert manifest.weights(manifest.phases[0]) == (0.3, 2.0)
     assert manifest.weights() == (0.3, 0.0)
 
