@@ -29,25 +29,81 @@ class FimParts:
     suffix: str
 
 
-def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | None:
-    """Decides by seed and index whether a document is rearranged, and cuts it at two random characters.
+def cut_for_fim(text: str, rate: float, seed: int, key: str) -> FimParts | None:
+    """Decides by seed and key whether a document is rearranged, and cuts it at two random characters.
 
     Cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
     """
-    if hash_unit("fim", seed, str(index)) >= rate:
+    if rate == 0.0 or hash_unit("fim", seed, key) >= rate:
         return None
     places = len(text) + 1
-    begin, end = sorted(int(hash_unit(purpose, seed, str(index)) * places) for purpose in ("fim cut 1", "fim cut 2"))
+    begin, end = sorted(int(hash_unit(purpose, seed, key) * places) for purpose in ("fim cut 1", "fim cut 2"))
     return FimParts(prefix=text[:begin], middle=text[begin:end], suffix=text[end:])
 
 
-def join_fim_tokens(
-    tokenizer: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int], middle_ids: Sequence[int]
-) -> list[int]:
-    """Joins prefix, suffix and middle, each after its marker token, without begin and end of sentence."""
-    assert tokenizer.special.fim is not None
-    before_prefix, before_suffix, before_middle = tokenizer.special.fim
-    return [before_prefix, *prefix_ids, before_suffix, *suffix_ids, before_middle, *middle_ids]
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncodedDocuments:
+    """Tokens of several documents, one after the other, with those that begin and end each."""
+
+    tokens: NDArray[np.unsignedinteger]  # token ids, in `token_dtype`
+    lengths: NDArray[np.int64]  # number of tokens of each document
+
+
+def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    """Returns uint16 if it holds all ids of a tokenizer, otherwise uint32."""
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+class DocumentEncoder:
+    """Encodes documents in batches, and compares one document of each batch with `tokenizers`.
+
+    An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
+    end of sentence.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, fim_rate: float, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._fim_rate = 0.0 if tokenizer.special.fim is None else fim_rate
+        self._seed = seed
+
+    def encode(self, documents: Sequence[Document], draw_keys: Sequence[str]) -> EncodedDocuments:
+        """Returns the tokens of documents; a key for each decides whether and where it is cut.
+
+        Raises DataError that names the document if `tokenizers` gives other ids.
+        """
+        cuts = [
+            cut_for_fim(document.text, self._fim_rate, self._seed, key)
+            for document, key in zip(documents, draw_keys, strict=True)
+        ]
+        strings: list[str] = []
+        for document, cut in zip(documents, cuts, strict=True):
+            strings.extend([document.text] if cut is None else [cut.prefix, cut.suffix, cut.middle])
+        encoded = self._tokenizer.encode_flat(strings)
+        self._check_one(documents)
+        # Each document has a row: begin of sentence, the three tokens of fill-in-the-middle, end of sentence.
+        is_cut = np.array([cut is not None for cut in cuts], dtype=bool)
+        num_texts = np.where(is_cut, 3, 1)
+        first = np.cumsum(num_texts) - num_texts
+        places = encoded.offsets[np.minimum(first[:, None] + np.array([0, 0, 1, 2, 0]), len(strings))]
+        places[:, 4] = encoded.offsets[first + num_texts]
+        special = self._tokenizer.special
+        values = np.array([special.bos or 0, *(special.fim or (0, 0, 0)), special.eos])
+        is_placed = np.stack([np.full(len(cuts), special.bos is not None), is_cut, is_cut, is_cut, is_cut | True], 1)
+        ids = encoded.ids.astype(token_dtype(self._tokenizer))
+        return EncodedDocuments(
+            tokens=np.insert(ids, places[is_placed], np.broadcast_to(values, places.shape)[is_placed]),
+            lengths=places[:, 4] - places[:, 0] + is_placed.sum(axis=1),
+        )
+
+    def _check_one(self, documents: Sequence[Document]) -> None:
+        if not documents:
+            return
+        document = documents[int(hash_unit("check", self._seed, documents[0].key) * len(documents))]
+        if (token := self._tokenizer.bulk.find_difference(document.text)) is not None:
+            raise DataError(
+                f"{document.key}: fastokens must give the ids of tokenizers, differs from token {token} of this "
+                f"document on; nearest: pip uninstall fastokens, which is slower"
+            )
 
 
 NO_PROGRESS = NoProgress()
@@ -71,8 +127,7 @@ def build_encoded(
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
-    An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
-    end of sentence. If no tokenizer is given, one is trained. Returns the values for `meta.json`: number of documents,
+    If no tokenizer is given, one is trained. Returns the values for `meta.json`: number of documents,
     bytes of text and tokens of each part. Raises DataError if the source cannot be read, or the training part would be
     empty.
     """
@@ -146,47 +201,30 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = N
 
 def encode_part(
     config: DataConfig, part: Part, tokenizer: Tokenizer, text_bytes: int = 0, progress: Progress = NO_PROGRESS
-) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
     """Encodes a part. Returns its concatenated tokens and the length of each document in tokens.
 
-    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for
-    fill-in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
+    Only training documents are rearranged for fill-in-the-middle. The validation loss is measured on plain text.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    has_fim = part == "train" and tokenizer.special.fim is not None
-    rate = config.fim_rate if has_fim else 0.0
-    tokens: list[NDArray[np.integer]] = [np.empty(0, dtype=dtype)]
-    lengths: list[int] = []
-    first_index = 0
+    encoder = DocumentEncoder(tokenizer, fim_rate=config.fim_rate if part == "train" else 0.0, seed=config.seed)
+    slow = f" with tokenizers, as fastokens cannot ({reason})" if (reason := tokenizer.bulk.reason) else ""
+    tokens: list[NDArray[np.unsignedinteger]] = [np.empty(0, dtype=token_dtype(tokenizer))]
+    lengths: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    first = 0
     batches = _batches(read_part(config, part))
-    for documents in progress.over(f"encoding the {part} part", batches, text_bytes, _batch_bytes):
-        for ids in _encode_documents(documents, rate, config.seed, first_index, tokenizer):
-            tokens.append(np.asarray(ids, dtype=dtype))
-            lengths.append(len(ids))
-        first_index += len(documents)
-    return np.concatenate(tokens), np.asarray(lengths, dtype=np.int64)
+    for documents in progress.over(f"encoding the {part} part{slow}", batches, text_bytes, _batch_bytes):
+        encoded = encoder.encode(documents, [str(index) for index in range(first, first + len(documents))])
+        tokens.append(encoded.tokens)
+        lengths.append(encoded.lengths)
+        first += len(documents)
+    return np.concatenate(tokens), np.concatenate(lengths)
 
 
-def _encode_documents(
-    documents: Sequence[str], rate: float, seed: int, first_index: int, tokenizer: Tokenizer
-) -> Iterator[list[int]]:
-    parts = [cut_for_fim(text, rate, seed, first_index + number) for number, text in enumerate(documents)]
-    flat: list[str] = []
-    for text, cut in zip(documents, parts, strict=True):
-        flat.extend([text] if cut is None else [cut.prefix, cut.suffix, cut.middle])
-    encoded = iter(tokenizer.encode_batch(flat))
-    for cut in parts:
-        ids = next(encoded)
-        if cut is not None:
-            ids = join_fim_tokens(tokenizer, prefix_ids=ids, suffix_ids=next(encoded), middle_ids=next(encoded))
-        yield tokenizer.document(ids)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
     for document in documents:
-        batch.append(document.text)
+        batch.append(document)
         characters += len(document.text)
         if characters >= ENCODE_BATCH_CHARACTERS:
             yield batch
@@ -200,8 +238,8 @@ def _text_bytes(document: Document) -> int:
     return len(document.text.encode("utf-8"))
 
 
-def _batch_bytes(documents: Sequence[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in documents)
+def _batch_bytes(documents: Sequence[Document]) -> int:
+    return sum(map(_text_bytes, documents))
 
 
 def _empty_train_error(config: DataConfig, num_documents: int, smallest_unit: float, largest_unit: float) -> DataError:

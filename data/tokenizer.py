@@ -8,12 +8,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data.bulk_encoder import SPLIT_PATTERNS, BulkEncoder, EncodedStrings
 from data.corpus import DataError
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
@@ -38,17 +40,6 @@ SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, AS
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
-
-# Applied in this order, as in DeepSeek-V3: up to three digits; CJK runs; then words, punctuation with the line breaks
-# after it, and white space.
-SPLIT_PATTERNS = (
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
 
 
 class Tokenizer:
@@ -246,6 +237,17 @@ class Tokenizer:
         with self._panics():
             encoded = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
             return [list(item.ids) for item in encoded]
+
+    @cached_property
+    def bulk(self) -> BulkEncoder:
+        """Encoder of many strings, with the same ids; takes up to seconds to build."""
+        with self._panics():
+            return BulkEncoder(self._backend)
+
+    def encode_flat(self, strings: Sequence[str]) -> EncodedStrings:
+        """Returns the ids of many strings, without begin and end of sentence, in flat arrays."""
+        with self._panics():
+            return self.bulk.encode(strings)
 
     @contextmanager
     def _panics(self) -> Iterator[None]:

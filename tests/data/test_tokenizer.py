@@ -125,7 +125,7 @@ def test_given_tokenizer_prepares_every_document_and_its_large_ids_stay(config: 
     assert check_config(config) == VOCAB_SIZE
     prepared = prepare(dataclasses.replace(config, fim_rate=0.0), 512)
     assert prepared.tokenizer.vocab_size == VOCAB_SIZE
-    assert prepared.train_tokens_NL.dtype == np.int32
+    assert prepared.train_tokens_NL.dtype == np.uint32
     assert prepared.train_tokens_NL.max() >= 2**16
     rows = [*prepared.train_tokens_NL.tolist(), *prepared.validation_tokens_NL.tolist()]
     written = "".join(prepared.tokenizer.decode(row) for row in rows)
