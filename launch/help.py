@@ -196,6 +196,7 @@ _CONFIGS = {
     "convert": "train.checkpoint.sources Conversion",
     "evaluate": "launch.evaluate EvaluateCommandConfig",
     "generate": "launch.generate GenerateCommandConfig",
+    "place": "launch.place PlaceCommandConfig",
     "redraw": "launch.redraw RedrawConfig",
     "sample": "launch.sample SampleCommandConfig",
     "schedule": "launch.schedule ScheduleCommandConfig",

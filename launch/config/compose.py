@@ -476,15 +476,14 @@ def user_errors() -> tuple[type[ValueError], ...]:
     """Returns the error types that a user can fix; they are printed as one line without a traceback."""
     from comm.watchdog.membership import JobKeyError
     from data.corpus import DataError
-    from infer.config import GenerateError
-    from infer.evaluate.protocol import EvaluationError
+    from infer.config import RuleError
     from infer.scoring.score import ScoringError
     from model.hf.files import HfError
     from train.checkpoint.manifest import CheckpointError
     from train.files.run_lock import LockedError
 
-    of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
-    return (*of_commands, ScoringError, EvaluationError, LockedError, JobKeyError)
+    of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, RuleError)
+    return (*of_commands, ScoringError, LockedError, JobKeyError)
 
 
 @contextmanager

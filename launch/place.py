@@ -1,0 +1,324 @@
+"""Places experts on the ranks of a deployment by their measured loads: `python -m launch.place`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import base64
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from infer.evaluate.run import IDENTITY_NAME, read_records
+from infer.placement import (
+    Experts,
+    Loads,
+    PlacementShape,
+    Policy,
+    default_layer,
+    imbalance,
+    place_layer,
+    rank_loads,
+)
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from launch.command import command, plain_text, write_output
+from launch.config.compose import compose, system_errors
+from launch.run_folder import CONFIG_NAME, read_folder
+from train.config.decode import decode, encode
+from train.errors import ConfigError, broken, nearest
+from train.files.json_lines import LOADS_NAME, raw_lines, read_line
+from train.report.source import read_loads
+
+_TASK = "bits_per_byte"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlaceCommandConfig:
+    """Configuration of the command. `conf/place.yaml` explains the keys."""
+
+    loads: str
+    ranks: PositiveInt
+    ranks_per_node: PositiveInt
+    redundant: NonNegativeInt | None
+    policy: Literal["auto", "hierarchical", "global"]
+    groups: PositiveInt | None
+    layers: PositiveInt | None
+    steps: PositiveInt
+    domains: Mapping[str, NonNegativeFloat] | None
+    format: Literal["text", "html", "json", "sglang", "vllm", "vllm_ascend"]
+    out: str
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredLoads:
+    """Loads of the experts of each layer, what they are of, and the model's groups and layers if they are known."""
+
+    loads: Mapping[int, Loads]
+    title: str
+    num_groups: int | None = None
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedLayer:
+    """A layer's loads, and the expert of each slot."""
+
+    load_E: Loads
+    slots_S: Experts
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Places the experts of every layer, and shows the placement."""
+    config = _decode(overrides)
+    with system_errors():
+        measured = read_measured(config)
+        shape = placement_shape(config, measured)
+        layers = {
+            layer: PlacedLayer(load_E=load_E, slots_S=place_layer(load_E, shape))
+            for layer, load_E in measured.loads.items()
+        }
+        write_output(_shown(config, measured, shape, layers), config.out)
+    return 0
+
+
+def _decode(overrides: Sequence[str]) -> PlaceCommandConfig:
+    return decode(PlaceCommandConfig, compose("place", overrides))
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration as YAML, and raises the errors of `main` about keys."""
+    return plain_text("place", encode(_decode(overrides)))
+
+
+def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
+    """Reads the loads of a run, or those of an evaluation by source."""
+    path = Path(config.loads).expanduser()
+    if (path / IDENTITY_NAME).is_file():
+        return _read_evaluation(path, config.domains)
+    file = path / LOADS_NAME if path.is_dir() else path
+    if not file.is_file():
+        rule = f"must be a run's folder, a {LOADS_NAME} or the folder of an evaluation"
+        raise broken("loads", rule, repr(config.loads), f"loads=outputs/NAME/TIME with a {LOADS_NAME}")
+    if config.domains is not None:
+        raise broken("domains", "must be null with loads of a run", config.domains, "null")
+    total: dict[int, Loads] = {}
+    steps = []
+    # A run may be writing its last line.
+    lines = [line for line in deque(enumerate(raw_lines(file), 1), config.steps + 1) if line[1].endswith(b"\n")]
+    for number, line in lines[-config.steps :]:
+        place = f"loads: {file}, line {number}"
+        _add(total, read_line(line), place)
+        steps.append(json.loads(line)["step"])
+    if not total:
+        raise ConfigError(f"loads: {file} must have a line with the loads of a MoE layer, has none")
+    title = f"steps {steps[0]:,} to {steps[-1]:,} of {file.parent}"
+    if not (file.parent / CONFIG_NAME).is_file():
+        return MeasuredLoads(loads=total, title=title)
+    model = read_folder(file.parent).model
+    return MeasuredLoads(loads=total, title=title, num_groups=model.num_expert_groups, num_layers=model.num_layers)
+
+
+def _read_evaluation(folder: Path, domains: Mapping[str, float] | None) -> MeasuredLoads:
+    """Reads the loads of documents, and weights the sources so that each has its share of all choices of experts."""
+    by_source: dict[str, dict[int, Loads]] = {}
+    for record in read_records(folder, _TASK):
+        place = f"loads: {folder}, document {record['id']!r}"
+        _add(by_source.setdefault(str(record.get("source")), {}), record.get("loads"), place)
+    if not by_source:
+        raise ConfigError(f"loads: {folder} must have records of {_TASK} with {_TASK}.loads=true, has none")
+    for name in domains or ():
+        if name not in by_source:
+            raise ConfigError(f"domains: must be sources of {folder}, {name!r} is none; {nearest(name, [*by_source])}")
+    total: dict[int, Loads] = {}
+    for name, loads in by_source.items():
+        for layer, load_E in loads.items():
+            weight = 1.0 if domains is None else domains.get(name, 0.0) / max(float(load_E.sum()), 1.0)
+            total[layer] = total.get(layer, 0.0) + weight * load_E
+    return MeasuredLoads(loads=total, title=f"{', '.join(domains or by_source)} of {folder}")
+
+
+def _add(total: dict[int, Loads], record: Mapping[str, Any] | None, place: str) -> None:
+    """Adds the loads of a record by layer; the layers and their experts must be those of earlier records."""
+    named = {} if record is None else read_loads(record)
+    loads = {int(name.removeprefix("layer_")): load_E for name, load_E in named.items() if name.startswith("layer_")}
+    if not loads or any(load_E.min() < 0 for load_E in loads.values()):
+        raise ConfigError(f'{place}: must be an object with loads of 0 or more, as in "layer_3": [8, 0], is not')
+    sizes = {layer: len(load_E) for layer, load_E in (total or loads).items()}
+    if {layer: len(load_E) for layer, load_E in loads.items()} != sizes or len(set(sizes.values())) > 1:
+        raise ConfigError(f"{place}: must have the layers and the number of experts of the others, has not")
+    for layer, load_E in sorted(loads.items()):
+        total[layer] = total.get(layer, 0.0) + load_E
+
+
+def placement_shape(config: PlaceCommandConfig, measured: MeasuredLoads) -> PlacementShape:
+    """Returns the sizes of the deployment, with the values of keys that are null or auto."""
+    num_experts = len(next(iter(measured.loads.values())))
+    per_node = min(config.ranks, config.ranks_per_node)
+    if config.ranks % per_node:
+        near = " or ".join(str(max(per_node, config.ranks // per_node * per_node + more)) for more in (0, per_node))
+        raise broken("ranks", f"must be a multiple of ranks_per_node={per_node}", config.ranks, near)
+    nodes = config.ranks // per_node
+    groups = config.groups or measured.num_groups or 1
+    auto: Policy = "hierarchical" if groups % nodes == 0 else "global"
+    policy = auto if config.policy == "auto" else config.policy
+    redundant = config.redundant
+    if redundant is None:
+        redundant = config.ranks - num_experts % config.ranks
+        has_room = num_experts + redundant <= config.ranks * (num_experts // (nodes if policy == "hierarchical" else 1))
+        redundant = redundant if has_room else -num_experts % config.ranks
+    return PlacementShape(
+        num_experts=num_experts,
+        num_groups=groups,
+        num_ranks=config.ranks,
+        num_nodes=nodes,
+        num_redundant=redundant,
+        policy=policy,
+    )
+
+
+def _shown(
+    config: PlaceCommandConfig, measured: MeasuredLoads, shape: PlacementShape, layers: Mapping[int, PlacedLayer]
+) -> str:
+    num_layers = config.layers or measured.num_layers or max(layers) + 1
+    served = {layer: placed.slots_S.tolist() for layer, placed in layers.items() if layer < num_layers}
+    match config.format:
+        case "sglang":
+            # A row for every layer: SGLang counts dense layers too, and has its own order there.
+            rows = [served.get(layer, default_layer(shape).tolist()) for layer in range(num_layers)]
+            return json.dumps({"physical_to_logical_map": rows})
+        case "vllm":
+            return json.dumps([*served.values()])
+        case "vllm_ascend":
+            return json.dumps(_devices([*served.values()], shape.num_ranks))
+        case "json":
+            facts = {"loads": measured.title, **encode(shape)}
+            return json.dumps({**facts, "layers": {f"layer_{n}": _values(item, shape) for n, item in layers.items()}})
+        case "html":
+            return _page(measured.title, shape, layers)
+        case "text":
+            return "\n".join(_lines(measured.title, shape, layers))
+
+
+def _devices(rows: Sequence[Sequence[int]], num_ranks: int) -> dict[str, Any]:
+    """Returns the experts of each device as vLLM's plugin for Ascend reads them."""
+    layers = [
+        {
+            "layer_id": number,
+            "device_count": num_ranks,
+            "device_list": [
+                {"device_id": rank, "device_expert": experts}
+                for rank, experts in enumerate(np.reshape(row, (num_ranks, -1)).tolist())
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+    return {"moe_layer_count": len(layers), "layer_list": layers}
+
+
+def _before_and_after(placed: PlacedLayer, shape: PlacementShape) -> tuple[Loads, Loads]:
+    """Returns the loads of the ranks as servers start and as placed."""
+    load_E = placed.load_E
+    ranks = shape.num_ranks
+    return rank_loads(load_E, default_layer(shape), ranks), rank_loads(load_E, placed.slots_S, ranks)
+
+
+def _values(placed: PlacedLayer, shape: PlacementShape) -> dict[str, Any]:
+    before, after = _before_and_after(placed, shape)
+    return {
+        "max_over_mean_before": imbalance(before),
+        "max_over_mean": imbalance(after),
+        "rank_loads_before": before.tolist(),
+        "rank_loads": after.tolist(),
+        "experts": placed.slots_S.reshape(shape.num_ranks, -1).tolist(),
+    }
+
+
+def _headline(shape: PlacementShape) -> str:
+    where = f"{shape.num_ranks} ranks of {shape.num_nodes} node{'s' if shape.num_nodes > 1 else ''}"
+    slots = shape.num_slots // shape.num_ranks
+    return f"{shape.num_experts} experts and {shape.num_redundant} copies on {where}, {shape.policy}: {slots} a rank"
+
+
+def _rows(shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields a row for each layer: name, max/mean before and after, and the experts with the most copies."""
+    for layer, placed in layers.items():
+        before, after = (imbalance(loads) for loads in _before_and_after(placed, shape))
+        copies_E = np.bincount(placed.slots_S)
+        most = [int(expert) for expert in np.argsort(-copies_E, kind="stable")[:4] if copies_E[expert] > 1]
+        copied = ", ".join(f"{expert} x {copies_E[expert]}" for expert in most)
+        yield f"layer {layer}", f"{before:.3f}", f"{after:.3f}", copied
+
+
+_COLUMNS = ("layer", "max/mean before", "after", "most copied experts")
+
+
+def _lines(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> Iterator[str]:
+    yield f"loads of {title}"
+    yield _headline(shape)
+    yield ""
+    for name, before, after, copied in (_COLUMNS, *_rows(shape, layers)):
+        yield f"{name:<12}{before:>16}{after:>8}  {copied}".rstrip()
+
+
+_STYLE = """
+.before{fill:var(--c6);opacity:.55}.after{fill:var(--c1)}.mean{stroke:var(--line)}
+svg text{fill:var(--soft);font-size:12px}svg{max-width:100%;height:auto}figure{margin:8px 0 18px;padding:6px 12px}
+.map{display:block;width:100%;image-rendering:pixelated}.scale{height:12px;max-width:240px}
+"""
+_WIDTH, _HEIGHT = 1080, 220
+
+
+def _page(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> str:
+    """Returns the page: the load of each rank in the worst layer as bars, in all layers as maps, and the table."""
+    from dualpipe.draw.style import document
+    from train.figures import table
+    from train.report.charts import legend_gradient, palette, png, relative_shades
+
+    pairs = {layer: _before_and_after(placed, shape) for layer, placed in layers.items()}
+    worst = max(pairs, key=lambda layer: imbalance(pairs[layer][0]))
+    parts = [
+        f"<h1>Placement of experts</h1><p>Loads of {escape(title)}. {escape(_headline(shape))}.</p>",
+        _bars(f"Layer {worst}: load of each rank over the mean, before (grey) and after", *pairs[worst]),
+    ]
+    for number, name in enumerate(("Before", "After")):
+        share_LR = np.stack([loads[number] / (loads[number].mean() or 1.0) for loads in pairs.values()])
+        content = base64.b64encode(png(relative_shades(share_LR), palette())).decode()
+        caption = f"{name}: ranks from left to right, layers {min(pairs)} to {max(pairs)} from top to bottom"
+        style = f"height:{min(max(8 * len(pairs), 24), 420)}px"
+        image = f'<img class="map" alt="" style="{style}" src="data:image/png;base64,{content}">'
+        parts.append(f"<figure><h3>{caption}</h3>{image}</figure>")
+    parts.append(f'<div class="scale" style="background:{legend_gradient()}"></div>')
+    parts.append("<p>A quarter of the mean load or less is blue, four times or more is red.</p>")
+    parts.append(table(_COLUMNS, [*_rows(shape, layers)], text=[3]))
+    return document("Placement of experts", f"<main>{''.join(parts)}</main>", _STYLE, has_images=True)
+
+
+def _bars(title: str, before_R: Loads, after_R: Loads) -> str:
+    mean = float(before_R.mean()) or 1.0
+    top = max(float(before_R.max()), float(after_R.max()), mean) / mean
+    step = _WIDTH / len(before_R)
+    shapes = []
+    for style, loads, start, width in (("before", before_R, 0.04, 0.92), ("after", after_R, 0.22, 0.56)):
+        for rank, load in enumerate(loads / mean):
+            height = _HEIGHT * load / top
+            x = 40 + (rank + start) * step
+            name = f"<title>rank {rank}, {style}: {load:.3f}</title>"
+            box = f'width="{width * step:.2f}" height="{height:.1f}"'
+            shapes.append(f'<rect class="{style}" x="{x:.2f}" y="{8 + _HEIGHT - height:.1f}" {box}>{name}</rect>')
+    for value in (1.0, top):
+        y = 8 + _HEIGHT * (1 - value / top)
+        shapes.append(f'<path class="mean" d="M40 {y:.1f}h{_WIDTH}"/><text x="2" y="{y + 4:.1f}">{value:.2f}</text>')
+    shapes.append(f'<text x="40" y="{_HEIGHT + 24}">rank 0 to {len(before_R) - 1}</text>')
+    size = f'viewBox="0 0 {_WIDTH + 48} {_HEIGHT + 30}" width="{_WIDTH + 48}" height="{_HEIGHT + 30}"'
+    return f'<figure><h3>{escape(title)}</h3><svg {size} role="img">{"".join(shapes)}</svg></figure>'
+
+
+if __name__ == "__main__":
+    sys.exit(command("place", main, preview))
