@@ -236,6 +236,7 @@ _PATHS = {
     "sample": "if it is a folder with weights; ckpt={value}",
     "evaluate": "if it is a folder with weights; ckpt={value}",
     "convert": "if it is the folder with weights; path={value}",
+    "place": "if it is the run's folder; loads={value}",
     "redraw": "if it is the run's folder; run={value}",
 }
 """For each command, the advice for a path without a key, written as in `advice.yaml`."""

@@ -103,7 +103,7 @@ class EvaluationJob:
                 )
         limit = source.model.max_position_tokens
         seed = self.config.seed
-        context = TaskContext(tokenizer=tokenizer, max_tokens=limit, seed=seed)
+        context = TaskContext(tokenizer=tokenizer, max_tokens=limit, seed=seed, counts_loads=self.spread() is None)
         return open_tasks(self.tasks.tasks, self.tasks.settings, context)
 
     def spread(self) -> InferenceConfig | None:

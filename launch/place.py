@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infer.evaluate.run import IDENTITY_NAME, read_records
+from infer.evaluate.run import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.placement import (
     Experts,
     Loads,
@@ -30,6 +30,7 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from launch.command import command, plain_text, write_output
 from launch.config.compose import compose, system_errors
 from launch.run_folder import CONFIG_NAME, read_folder
+from train.checkpoint.sources import source_config
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest
 from train.files.json_lines import LOADS_NAME, raw_lines, read_line
@@ -128,11 +129,11 @@ def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
 def _read_evaluation(folder: Path, domains: Mapping[str, float] | None) -> MeasuredLoads:
     """Reads the loads of documents, and weights the sources so that each has its share of all choices of experts."""
     by_source: dict[str, dict[int, Loads]] = {}
-    for record in read_records(folder, _TASK):
+    for record in (record for record in read_records(folder, _TASK) if record.get("num_tokens") != 0):
         place = f"loads: {folder}, document {record['id']!r}"
         _add(by_source.setdefault(str(record.get("source")), {}), record.get("loads"), place)
-    if not by_source:
-        raise ConfigError(f"loads: {folder} must have records of {_TASK} with {_TASK}.loads=true, has none")
+    if not by_source or not (folder / RESULTS_NAME).is_file():
+        raise ConfigError(f"loads: {folder} must be a complete evaluation of {_TASK} with {_TASK}.loads=true, is not")
     for name in domains or ():
         if name not in by_source:
             raise ConfigError(f"domains: must be sources of {folder}, {name!r} is none; {nearest(name, [*by_source])}")
@@ -141,7 +142,14 @@ def _read_evaluation(folder: Path, domains: Mapping[str, float] | None) -> Measu
         for layer, load_E in loads.items():
             weight = 1.0 if domains is None else domains.get(name, 0.0) / max(float(load_E.sum()), 1.0)
             total[layer] = total.get(layer, 0.0) + weight * load_E
-    return MeasuredLoads(loads=total, title=f"{', '.join(domains or by_source)} of {folder}")
+    if not any(load_E.any() for load_E in total.values()):
+        raise broken("domains", "must have a weight above 0", domains, "{" + f"{next(iter(by_source))}: 1" + "}")
+    title = f"{', '.join(domains or by_source)} of {folder}"
+    weights = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["checkpoint"]["folder"]
+    if not Path(weights).is_dir():
+        return MeasuredLoads(loads=total, title=title)
+    model = source_config(weights, "loads", drop_mtp=True)
+    return MeasuredLoads(loads=total, title=title, num_groups=model.num_expert_groups, num_layers=model.num_layers)
 
 
 def _add(total: dict[int, Loads], record: Mapping[str, Any] | None, place: str) -> None:

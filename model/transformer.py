@@ -21,7 +21,7 @@ from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linears import Linears
-from model.router import Router
+from model.router import Router, Routing
 
 BIAS = "e_score_correction_bias"
 SCORE = "score.weight"
@@ -160,15 +160,24 @@ class Transformer(nn.Module):
         keeps_normal = "norm" not in self._computing.recomputed
         return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
-    def final_states(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
-        """Computes the state of each token after the final norm, BT -> BTD."""
-        normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents))
+    def final_states(
+        self,
+        tokens_BT: Tensor,
+        documents: Documents | None = None,
+        routings: dict[int, Routing] | None = None,
+    ) -> Tensor:
+        """Computes the state of each token after the final norm, BT -> BTD. `routings` get those of each MoE layer."""
+        normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents, routings))
         return normal_BTD
 
-    def _trunk(self, tokens_BT: Tensor, documents: Documents | None) -> Tensor:
+    def _trunk(
+        self, tokens_BT: Tensor, documents: Documents | None, routings: dict[int, Routing] | None = None
+    ) -> Tensor:
         hidden = self.embed(tokens_BT, None)
         for layer in range(self.config.num_layers):
-            hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, documents)
+            hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, documents)
+            if routings is not None and routing is not None:
+                routings[layer] = routing
         return hidden
 
     def head_loss(

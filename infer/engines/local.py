@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, D hidden size, R rows with a target.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
 from infer.sample import SequenceRandom
 from kernels.cross_entropy.reference import IGNORE, greedy_scores
+from model.router import Routing
 from model.transformer import Transformer
 
 
@@ -188,7 +189,8 @@ class LocalModel:
         model = self.model
         batch = pad(sequences)
         device = model.head_weight.device
-        states_BTD = model.final_states(batch.inputs_BT.to(device))
+        routings: dict[int, Routing] | None = {} if any(sequence.loads for sequence in sequences) else None
+        states_BTD = model.final_states(batch.inputs_BT.to(device), routings=routings)
         # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.
         rows_R = (batch.targets_BT.flatten() != IGNORE).nonzero().flatten()
         states_RD = states_BTD.flatten(0, 1)[rows_R.to(device)]
@@ -197,7 +199,19 @@ class LocalModel:
         counts = [sequence.num_targets for sequence in sequences]
         log_probs = log_probs_R.double().cpu().split(counts)  # host sync
         are_greedy = are_greedy_R.cpu().split(counts)
+        loads = _loads(routings or {}, [len(sequence.tokens) - 1 for sequence in sequences])
         return [
-            TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()))
-            for values, flags in zip(log_probs, are_greedy, strict=True)
+            TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()), loads=counts)
+            for values, flags, counts in zip(log_probs, are_greedy, loads, strict=True)
         ]
+
+
+def _loads(routings: Mapping[int, Routing], lengths: Sequence[int]) -> list[dict[str, list[int]]]:
+    """Returns how often the tokens of each sequence, without padding, chose each expert, by layer."""
+    loads: list[dict[str, list[int]]] = [{} for _ in lengths]
+    for layer, routing in routings.items():
+        num_experts = routing.scores_BTE.shape[2]
+        ids_BTK = routing.ids_TK.view(*routing.scores_BTE.shape[:2], -1).cpu()  # host sync
+        for counts, ids_TK, length in zip(loads, ids_BTK, lengths, strict=True):
+            counts[f"layer_{layer}"] = ids_TK[:length].flatten().bincount(minlength=num_experts).tolist()
+    return loads

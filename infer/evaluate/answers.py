@@ -146,11 +146,13 @@ def _likelihood(request: EvaluationRequest, scores: Sequence[TargetScores], num_
     if not math.isfinite(log_likelihood):
         subject = request.place if isinstance(request, ContinuationRequest) else "a document"
         raise EvaluationError(f"ckpt: log-likelihoods must be finite, that of {subject} is {log_likelihood}")
+    layers = scores[0].loads if scores else ()
     return LikelihoodAnswer(
         log_likelihood=log_likelihood,
         is_greedy=all(all(score.are_greedy) for score in scores),
         num_tokens=sum(len(score.log_probs) for score in scores),
         num_dropped=num_dropped,
+        loads={layer: list(map(sum, zip(*(score.loads[layer] for score in scores), strict=True))) for layer in layers},
     )
 
 
@@ -215,6 +217,7 @@ def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens:
     first = len(all_tokens) - len(tokens)
     end = min(len(all_tokens), window + 1)  # the last token of a window is only a target
     while first < len(all_tokens):
-        yield TargetSequence(tokens=tuple(all_tokens[max(0, end - window - 1) : end]), num_targets=end - first)
+        read = tuple(all_tokens[max(0, end - window - 1) : end])
+        yield TargetSequence(tokens=read, num_targets=end - first, loads=request.loads)
         first = end
         end = min(len(all_tokens), end + stride)

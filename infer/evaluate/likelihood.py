@@ -169,6 +169,7 @@ class BitsPerByteConfig(EvaluationTaskConfig):
     path: str | None
     window_tokens: PositiveInt | None
     stride_tokens: PositiveInt | None
+    loads: bool
     limit: PositiveInt | None
 
 
@@ -188,10 +189,14 @@ def build_bits_per_byte(config: BitsPerByteConfig, context: TaskContext) -> Eval
         raise EvaluationError.broken(
             "bits_per_byte.stride_tokens", f"must be at most the window's {window} tokens", config.stride_tokens, window
         )
+    if config.loads and not context.counts_loads:
+        rule = "must be false on several ranks and during training"
+        raise EvaluationError.broken("bits_per_byte.loads", rule, "true", "launch.evaluate with parallelism=one_rank")
+    windowed: Any = {"window": window, "stride": config.stride_tokens, "loads": config.loads}
     samples = [
         EvaluationSample(
             key=document.key,
-            requests=(DocumentRequest(text=document.value.text, window=window, stride=config.stride_tokens),),
+            requests=(DocumentRequest(text=document.value.text, **windowed),),
             source=document.value,
         )
         for document in documents[: config.limit]
@@ -216,6 +221,7 @@ def _document_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswe
         "loglikelihood": answer.log_likelihood,
         "num_tokens": answer.num_tokens,
         "num_bytes": len(document.text.encode()),
+        **({"loads": answer.loads} if answer.loads else {}),
     }
 
 

@@ -21,6 +21,8 @@ Text = str | tuple[int, ...]  # a text, or its token ids
 StopToken = Callable[[int, int], bool]
 """Called with each new token (prompt's number, token); returns whether the continuation ends after it."""
 Record = dict[str, Any]
+ExpertLoads = Mapping[str, Sequence[int]]
+"""Tokens that chose each expert, by layer, as in a line of `loads.jsonl`."""
 
 
 class EvaluationError(RuleError):
@@ -45,11 +47,13 @@ class DocumentRequest:
     """Asks for the log-likelihood of a whole document, read in windows.
 
     A window has by default as many tokens as the model has positions, and scores its last `stride`, by default all.
+    `loads`: whether the choices of experts are counted.
     """
 
     text: Text
     window: int | None = None
     stride: int | None = None
+    loads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +89,14 @@ class LikelihoodAnswer:
     """Log-likelihood of a continuation or a document in nats, the sum over its tokens.
 
     `is_greedy`: each token is the most probable one. `num_dropped`: tokens of the context that exceed the positions.
+    `loads`: how often the tokens that were read chose each expert, by layer, if that was asked for.
     """
 
     log_likelihood: float
     is_greedy: bool
     num_tokens: int
     num_dropped: int = 0
+    loads: ExpertLoads = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,11 +197,13 @@ class TaskContext:
     """What a task may know of the weights before they are read, and the seed of its draws.
 
     `max_tokens` is the model's number of positions: of a context and its continuation, without its last token.
+    `counts_loads`: whether one process has all layers, and so can count the choices of experts.
     """
 
     tokenizer: Tokenizer
     max_tokens: int
     seed: int
+    counts_loads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,14 +212,16 @@ class TargetSequence:
 
     tokens: tuple[int, ...]
     num_targets: int
+    loads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetScores:
-    """Log-probabilities of the targets in nats, and whether each target is the most probable token."""
+    """Log-probabilities of the targets in nats, whether each is the most probable token, and loads if asked for."""
 
     log_probs: tuple[float, ...]
     are_greedy: tuple[bool, ...]
+    loads: ExpertLoads = field(default_factory=dict)
 
 
 class EvaluatedModel(Protocol):

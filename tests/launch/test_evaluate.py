@@ -12,6 +12,7 @@ import yaml
 from data.corpus import DataError
 from infer.evaluate import run as evaluation_run
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationError
+from launch import place
 from launch.evaluate import main
 from tests import ROOT
 from tests.documents import check_policy
@@ -54,7 +55,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(run, tmp_path)) == 0
+    assert main([*arguments(run, tmp_path), "bits_per_byte.loads=true"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     samples = read(tmp_path / "out" / "samples_choice.jsonl")
     assert [sample["id"] for sample in samples] == [question["id"] for question in QUESTIONS]
@@ -72,6 +73,16 @@ def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pyte
     nats = -sum(sample["loglikelihood"] for sample in read(tmp_path / "out" / "samples_bits_per_byte.jsonl"))
     assert documents["bits_per_byte"] == pytest.approx(nats / math.log(2) / documents["num_bytes"])
     assert set(documents["sources"]) == {"p.jsonl", "code"}
+    # Every token that is read chooses four experts in each layer, and placement weights the sources.
+    records = read(tmp_path / "out" / "samples_bits_per_byte.jsonl")
+    assert all(sum(loads) == 4 * record["num_tokens"] for record in records for loads in record["loads"].values())
+    for weights, total in (("null", 4 * documents["num_tokens"]), ("{code: 3}", 3)):
+        capsys.readouterr()
+        assert place.main([f"loads={tmp_path}/out", "ranks=2", f"domains={weights}", "format=json"]) == 0
+        placed = json.loads(capsys.readouterr().out)
+        assert placed["num_groups"] == 4
+        assert [*placed["layers"]] == [*records[0]["loads"]]
+        assert all(sum(layer["rank_loads"]) == pytest.approx(total) for layer in placed["layers"].values())
     assert {"configs", "versions", "n-shot", "higher_is_better", "checkpoint", "seed"} <= set(results)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "accuracy_per_byte" in page

@@ -1,0 +1,98 @@
+"""Tests of `launch.place`: the forms that servers read agree, and what cannot be placed is refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infer.placement import PlacementError, imbalance, rank_loads
+from launch.place import main
+from tests.documents import check_policy
+from tests.refusals import assert_refused
+from train.errors import ConfigError
+
+LAYERS = range(2, 5)  # layers 0 and 1 are dense, and 4 is an MTP module
+
+
+@pytest.fixture
+def loads(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    lines = [
+        {"step": step, **{f"layer_{layer}": rng.integers(0, 1000, 16).tolist() for layer in LAYERS}}
+        for step in range(1, 4)
+    ]
+    path = tmp_path / "loads.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "layer_2": [1')
+    return path
+
+
+def placed(capsys: pytest.CaptureFixture[str], *overrides: str) -> Any:
+    capsys.readouterr()
+    assert main([*overrides, "ranks=8", "ranks_per_node=4", "groups=4"]) == 0
+    printed = capsys.readouterr().out
+    return printed if "format=" not in "".join(overrides) else json.loads(printed)
+
+
+def test_forms_for_servers_hold_one_placement(loads: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = placed(capsys, f"loads={loads}", "format=json")
+    experts = {int(name[6:]): layer["experts"] for name, layer in plain["layers"].items()}
+    assert [*experts] == [*LAYERS]
+    assert (plain["num_redundant"], plain["policy"]) == (8, "hierarchical")
+    rows = [[expert for rank in ranks for expert in rank] for ranks in experts.values()]
+    # SGLang passes the object's keys as arguments, and has a row for every layer but those of MTP modules.
+    sglang = placed(capsys, f"loads={loads}", "format=sglang", "layers=4")
+    assert [*sglang] == ["physical_to_logical_map"]
+    assert sglang["physical_to_logical_map"][2:] == rows[:2]
+    assert [set(row) for row in sglang["physical_to_logical_map"]] == [set(range(16))] * 4
+    assert placed(capsys, f"loads={loads}", "format=vllm", "layers=4") == rows[:2]
+    ascend = placed(capsys, f"loads={loads}", "format=vllm_ascend")
+    assert ascend["moe_layer_count"] == len(ascend["layer_list"]) == 3
+    for layer, ranks in zip(ascend["layer_list"], experts.values(), strict=True):
+        assert layer["device_count"] == 8
+        assert [device["device_expert"] for device in layer["device_list"]] == ranks
+
+
+def test_balance_is_that_of_the_loads_of_the_last_steps(loads: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in loads.read_text().splitlines()[:3]]
+    for steps in (100, 2):
+        values = placed(capsys, f"loads={loads.parent}", f"steps={steps}", "format=json")
+        for name, layer in values["layers"].items():
+            load_E = np.sum([line[name] for line in lines[-steps:]], axis=0).astype(float)
+            slots = np.array(layer["experts"]).flatten()
+            assert layer["rank_loads"] == pytest.approx(rank_loads(load_E, slots, 8).tolist())
+            assert layer["max_over_mean"] == imbalance(np.array(layer["rank_loads"]))
+            assert layer["max_over_mean"] <= layer["max_over_mean_before"]
+    table = placed(capsys, f"loads={loads}").splitlines()
+    assert [line.split()[:2] for line in table[-3:]] == [["layer", str(layer)] for layer in LAYERS]
+    page = loads.with_name("page.html")
+    assert main([f"loads={loads}", "ranks=8", "format=html", f"out={page}"]) == 0
+    check_policy(page.read_text(), has_script=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["ranks=0"], ["ranks", "above 0", "is 0"]),
+        (["ranks=12"], ["ranks", "multiple of ranks_per_node=8", "is 12", "8 or 16"]),
+        (["redundant=3"], ["redundant", "is 3", "nearest valid: 0 or 8"]),
+        (["policy=hierarchical", "ranks=16", "groups=1"], ["ranks", "2 nodes", "policy=global"]),
+        (["policy=best"], ["policy", "auto", "best"]),
+        (["domains={code: 1}"], ["domains", "null", "loads of a run"]),
+        (["loads=nowhere"], ["loads", "run's folder", "nowhere"]),
+    ],
+)
+def test_impossible_placement_is_refused(overrides: list[str], parts: list[str], loads: Path) -> None:
+    assert_refused((ConfigError, PlacementError), parts, lambda: main([f"loads={loads}", "ranks=8", *overrides]))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1}', "[]", '{"step": 1, "layer_0": [1, -1]}', '{"step": 2, "layer_0": [1]}'][:]
+)
+def test_loads_that_are_none_are_refused_with_their_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "loads.jsonl"
+    path.write_text(f'{{"step": 1, "layer_0": [1, 2]}}\n{line}\n')
+    assert_refused(ConfigError, [f"{path}, line 2"], lambda: main([f"loads={path}", "ranks=1"]))
+    path.write_text("")
+    assert_refused(ConfigError, [str(path), "has none"], lambda: main([f"loads={path}", "ranks=1"]))
