@@ -199,19 +199,21 @@ class LocalModel:
         counts = [sequence.num_targets for sequence in sequences]
         log_probs = log_probs_R.double().cpu().split(counts)  # host sync
         are_greedy = are_greedy_R.cpu().split(counts)
-        loads = _loads(routings or {}, [len(sequence.tokens) - 1 for sequence in sequences])
+        loads = _loads(routings or {}, sequences)
         return [
             TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()), loads=counts)
             for values, flags, counts in zip(log_probs, are_greedy, loads, strict=True)
         ]
 
 
-def _loads(routings: Mapping[int, Routing], lengths: Sequence[int]) -> list[dict[str, list[int]]]:
-    """Returns how often the tokens of each sequence, without padding, chose each expert, by layer."""
-    loads: list[dict[str, list[int]]] = [{} for _ in lengths]
+def _loads(routings: Mapping[int, Routing], sequences: Sequence[TargetSequence]) -> list[dict[str, list[int]]]:
+    """Returns how often the tokens before each sequence's targets chose each expert, by layer."""
+    loads: list[dict[str, list[int]]] = [{} for _ in sequences]
     for layer, routing in routings.items():
         num_experts = routing.scores_BTE.shape[2]
         ids_BTK = routing.ids_TK.view(*routing.scores_BTE.shape[:2], -1).cpu()  # host sync
-        for counts, ids_TK, length in zip(loads, ids_BTK, lengths, strict=True):
-            counts[f"layer_{layer}"] = ids_TK[:length].flatten().bincount(minlength=num_experts).tolist()
+        for counts, ids_TK, sequence in zip(loads, ids_BTK, sequences, strict=True):
+            end = len(sequence.tokens) - 1
+            chosen = ids_TK[end - sequence.num_targets : end].flatten()
+            counts[f"layer_{layer}"] = chosen.bincount(minlength=num_experts).tolist()
     return loads

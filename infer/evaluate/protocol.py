@@ -89,7 +89,7 @@ class LikelihoodAnswer:
     """Log-likelihood of a continuation or a document in nats, the sum over its tokens.
 
     `is_greedy`: each token is the most probable one. `num_dropped`: tokens of the context that exceed the positions.
-    `loads`: how often the tokens that were read chose each expert, by layer, if that was asked for.
+    `loads`: how often the token before each scored one chose each expert, by layer, if asked for.
     """
 
     log_likelihood: float

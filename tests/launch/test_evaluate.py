@@ -73,11 +73,11 @@ def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pyte
     nats = -sum(sample["loglikelihood"] for sample in read(tmp_path / "out" / "samples_bits_per_byte.jsonl"))
     assert documents["bits_per_byte"] == pytest.approx(nats / math.log(2) / documents["num_bytes"])
     assert set(documents["sources"]) == {"p.jsonl", "code"}
-    # Every token that is read chooses four experts in each layer, and placement weights the sources.
+    # The token before each scored one chooses four experts in each layer, and placement weights the sources.
     records = read(tmp_path / "out" / "samples_bits_per_byte.jsonl")
     assert all(sum(loads) == 4 * record["num_tokens"] for record in records for loads in record["loads"].values())
+    assert "contexts are longer" in capsys.readouterr().out
     for weights, total in (("null", 4 * documents["num_tokens"]), ("{code: 3}", 3)):
-        capsys.readouterr()
         assert place.main([f"loads={tmp_path}/out", "ranks=2", f"domains={weights}", "format=json"]) == 0
         placed = json.loads(capsys.readouterr().out)
         assert placed["num_groups"] == 4
@@ -88,7 +88,6 @@ def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pyte
     assert "accuracy_per_byte" in page
     assert "://" not in page
     check_policy(page, has_script=False)
-    assert "contexts are longer" in capsys.readouterr().out
 
 
 def test_interrupted_evaluation_continues(
