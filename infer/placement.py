@@ -1,4 +1,4 @@
-"""Places copies of experts on the ranks of a deployment so that the busiest rank has the least load. No torch here.
+"""Places copies of experts on ranks so that the busiest rank has little load. No torch here.
 
 The objective and the two policies are those of DeepSeek's EPLB (github.com/deepseek-ai/EPLB): frequent experts get
 redundant copies, which share the load of the expert equally. `hierarchical` first gives each node whole groups of
@@ -36,7 +36,7 @@ class PlacementError(RuleError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementShape:
-    """Sizes of a deployment. Every rank has the same number of slots, and every node the same number of ranks."""
+    """Sizes of a deployment. Ranks have equal numbers of slots, and nodes of ranks."""
 
     num_experts: int
     num_groups: int
@@ -134,7 +134,7 @@ def _searched(load_E: Loads, packing_RK: Experts) -> Experts:
 
 
 def _with_other_copies(load_E: Loads, packing_RK: Experts) -> Experts | None:
-    """Returns the packing with one slot given to another expert so that the busiest rank is less busy, if one is.
+    """Returns a packing with one slot of another expert and a less busy busiest rank, if there is one.
 
     The slot has a copy of an expert with several. It is on the busiest rank, or gets a copy of an expert there.
     """
@@ -194,7 +194,7 @@ def _count_copies(load_E: Loads, most: int, num_slots: int, num_frequent: int) -
 
 
 def _pack(share_E: Loads, items: Experts, num_ranks: int) -> Experts:
-    """Returns the items of each rank, RK: the heaviest item goes to the rank with the least load that may have it."""
+    """Returns the items of each rank, RK: the heaviest goes to the least loaded rank that may have it."""
     room = len(items) // num_ranks
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
@@ -225,7 +225,7 @@ def _free_rank(item: int, ranks: Sequence[list[int]], loads: list[float], share_
 
 
 def _improved(share_E: Loads, packing_RK: Experts) -> Experts:
-    """Returns a packing after swaps of an item of the busiest rank, while they make its busiest rank less busy."""
+    """Returns a packing after swaps with the busiest rank, while they make its busiest rank less busy."""
     items_RK = packing_RK.copy()
     num_ranks = len(items_RK)
     shares_RK = share_E[items_RK]
@@ -253,7 +253,7 @@ def _improved(share_E: Loads, packing_RK: Experts) -> Experts:
 
 
 def default_layer(shape: PlacementShape) -> Experts:
-    """Returns the expert of each slot before anything is placed, as servers start: in order, and then again."""
+    """Returns the expert of each slot as servers start: all in order, then the first ones again."""
     return np.arange(shape.num_slots) % shape.num_experts
 
 

@@ -59,7 +59,7 @@ class PlaceCommandConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredLoads:
-    """Loads of the experts of each layer, what they are of, and the model's groups and layers if they are known."""
+    """Loads of the experts of each layer, what they are of, and the model's groups and layers."""
 
     loads: Mapping[int, Loads]
     title: str
@@ -127,7 +127,7 @@ def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
 
 
 def _read_evaluation(folder: Path, domains: Mapping[str, float] | None) -> MeasuredLoads:
-    """Reads the loads of documents, and weights the sources so that each has its share of all choices of experts."""
+    """Reads the loads of documents, and weights the sources by their shares of the traffic."""
     by_source: dict[str, dict[int, Loads]] = {}
     for record in (record for record in read_records(folder, _TASK) if record.get("num_tokens") != 0):
         place = f"loads: {folder}, document {record['id']!r}"
@@ -284,7 +284,7 @@ _WIDTH, _HEIGHT = 1080, 220
 
 
 def _page(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> str:
-    """Returns the page: the load of each rank in the worst layer as bars, in all layers as maps, and the table."""
+    """Returns the page: load of each rank in the worst layer as bars, in all as maps, and the table."""
     from dualpipe.draw.style import document
     from train.figures import table
     from train.report.charts import legend_gradient, palette, png, relative_shades

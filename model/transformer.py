@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         documents: Documents | None = None,
         routings: dict[int, Routing] | None = None,
     ) -> Tensor:
-        """Computes the state of each token after the final norm, BT -> BTD. `routings` get those of each MoE layer."""
+        """Computes the state of each token after the final norm, BT -> BTD; adds MoE layers to `routings`."""
         normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents, routings))
         return normal_BTD
 

@@ -217,7 +217,7 @@ class TargetSequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetScores:
-    """Log-probabilities of the targets in nats, whether each is the most probable token, and loads if asked for."""
+    """Log-probabilities of targets in nats, whether each is most probable, and loads if asked for."""
 
     log_probs: tuple[float, ...]
     are_greedy: tuple[bool, ...]
