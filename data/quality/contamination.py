@@ -56,17 +56,12 @@ class Contamination:
 
     def hits(self, words: Words) -> NDArray[np.bool_]:
         """Returns whether each document contains an n-gram of an evaluation file, [N]."""
-        firsts = words.ngrams(MIN_WORDS)
-        candidates = np.flatnonzero(self._is_first.take(_table_index(firsts.hashes)))
-        documents = firsts.documents_of(candidates)
-        starts = candidates + ((words.ends - words.counts) - (firsts.ends - firsts.counts))[documents]
+        starts = np.flatnonzero(self._is_first.take(_table_index(words.runs(MIN_WORDS))))
+        documents = words.documents_of(starts)
         is_hit = np.zeros(len(words.ends), np.bool_)
         for length, ngrams in self._ngrams.items():
             is_inside = starts + length <= words.ends[documents]
-            runs = words.hashes[starts[is_inside, None] + np.arange(length)]
-            ends = np.arange(1, len(runs) + 1) * length
-            hashes = Words(hashes=runs.ravel(), ends=ends, num_letters=ends).ngrams(length).hashes
-            is_hit[documents[is_inside][_contains(ngrams, hashes)]] = True
+            is_hit[documents[is_inside][_contains(ngrams, _hash_runs(words, starts[is_inside], length))]] = True
         return is_hit
 
     def _add_file(self, lines: Sequence[Sequence[str]], weak: NDArray[np.uint64]) -> None:
@@ -84,11 +79,15 @@ class Contamination:
             is_chosen &= ~_is_template(ngrams.hashes, line_of[strings], len(lines))
             self._ngrams[length] = np.union1d(self._ngrams[length], ngrams.hashes[is_chosen])
             is_searched[line_of[strings[is_chosen]]] = True
-            runs = words.hashes[starts[is_chosen, None] + np.arange(MIN_WORDS)]
-            ends = np.arange(1, len(runs) + 1) * MIN_WORDS
-            firsts = Words(hashes=runs.ravel(), ends=ends, num_letters=ends).ngrams(MIN_WORDS).hashes
-            self._is_first[_table_index(firsts)] = True
+            self._is_first[_table_index(_hash_runs(words, starts[is_chosen], MIN_WORDS))] = True
         self.num_searched += int(is_searched.sum())
+
+
+def _hash_runs(words: Words, starts: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """Returns the hashes of the runs of words that begin at some words."""
+    runs = words.hashes[starts[:, None] + np.arange(length)]
+    ends = np.arange(1, len(runs) + 1) * length
+    return Words(hashes=runs.ravel(), ends=ends, num_letters=ends).ngrams(length).hashes
 
 
 def _table_index(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:

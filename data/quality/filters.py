@@ -110,12 +110,12 @@ def _repeated_line_share(document: str) -> float:
 def _repeated_ngram_shares(words: Words) -> NDArray[np.float64]:
     """Returns the share of n-grams that occurred before in the document."""
     ngrams = words.ngrams(REPEATED_WORDS)
-    documents = np.repeat(np.arange(len(words.ends)), ngrams.counts)
-    order = np.lexsort((ngrams.hashes, documents))
-    is_repeated = np.diff(ngrams.hashes[order], prepend=0) == 0
-    is_repeated &= np.diff(documents[order], prepend=-1) == 0
-    repeated = np.bincount(documents[order][is_repeated], minlength=len(words.ends))
-    return repeated / np.maximum(ngrams.counts, 1)
+    documents = np.repeat(np.arange(len(words.ends), dtype=np.uint64), ngrams.counts)
+    # A key has the document's number in its upper bits and as many bits of the hash as there is space for.
+    num_bits = np.uint64(len(words.ends).bit_length())
+    keys = np.sort((documents << (np.uint64(64) - num_bits)) | (ngrams.hashes >> num_bits))
+    repeated = keys[1:][keys[1:] == keys[:-1]] >> (np.uint64(64) - num_bits)
+    return np.bincount(repeated.astype(np.int64), minlength=len(words.ends)) / np.maximum(ngrams.counts, 1)
 
 
 def _open_datatrove(names: Sequence[str], place: str) -> dict[str, Callable[[str], bool]]:

@@ -55,23 +55,26 @@ class Words:
 
     def ngrams(self, length: int) -> "Words":
         """Returns the hashes of all runs of `length` words that lie in one document."""
-        hashes = self.hashes
-        if len(hashes) < length:
-            return Words(hashes=hashes[:0], ends=np.zeros_like(self.ends), num_letters=self.num_letters)
+        runs = self.runs(length)
+        is_inside = np.arange(length, length + len(runs)) <= np.repeat(self.ends, self.counts)[: len(runs)]
+        ends = np.cumsum(np.maximum(self.counts - length + 1, 0))
+        return Words(hashes=runs[is_inside], ends=ends, num_letters=self.num_letters)
+
+    def runs(self, length: int) -> NDArray[np.uint64]:
+        """Returns the hash of `length` words from each word on, also if they end in another document."""
+        if len(self.hashes) < length:
+            return self.hashes[:0]
         # Runs of 1, 2, 4, ... words; those that make up `length` in binary are joined.
-        joined, num_joined = hashes[:0], 0
-        run, run_length = hashes, 1
+        joined, num_joined = self.hashes[:0], 0
+        run, run_length = self.hashes, 1
         while True:
             if length & run_length:
                 joined = run if num_joined == 0 else _join(joined, run, num_joined, run_length)
                 num_joined += run_length
             if num_joined == length:
-                break
+                return _mix(joined)
             run = _join(run, run, run_length, run_length)
             run_length *= 2
-        is_inside = np.arange(length, length + len(joined)) <= np.repeat(self.ends, self.counts)[: len(joined)]
-        ends = np.cumsum(np.maximum(self.counts - length + 1, 0))
-        return Words(hashes=_mix(joined[is_inside]), ends=ends, num_letters=self.num_letters)
 
     def starts_of(self, ngrams: "Words") -> NDArray[np.int64]:
         """Returns the position of the first word of each n-gram that `ngrams` returned."""
