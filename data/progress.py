@@ -146,12 +146,13 @@ def progress_on(stream: TextIO | None = None) -> Progress:
 
 
 def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:
-    """Formats the progress with percentage and remaining time: `12.0 MB of 52.4 MB, 23 %, 17 s left`."""
+    """Formats the progress with rate and remaining time: `12.0 MB of 52.4 MB, 23 %, 2.4 MB/s, 17 s left`."""
     share = min(done / max(total, 1), 1.0)
     left = seconds * (1.0 - share) / share if share else 0.0
     total_text = amount_text(max(total, done), unit)
     counted = f"{amount_text(done, unit) if unit == 'bytes' else f'{done:,}'} of {total_text}"
-    return f"{counted}, {share:.0%}".replace("%", " %") + (f", {seconds_text(left)} left" if share else "")
+    rate = f", {done / seconds / 1e6:,.1f} MB/s" if unit == "bytes" and seconds else ""
+    return f"{counted}, {share:.0%}".replace("%", " %") + (f"{rate}, {seconds_text(left)} left" if share else "")
 
 
 def amount_text(amount: int, unit: Unit) -> str:
@@ -175,11 +176,18 @@ def seconds_text(seconds: float) -> str:
 @contextmanager
 def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Shown
 
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as bars:
         escape_terminals()  # the bar has replaced both streams
         task = bars.add_task(printable(what), total=total)

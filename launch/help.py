@@ -197,6 +197,7 @@ _CONFIGS = {
     "evaluate": "launch.evaluate EvaluateCommandConfig",
     "generate": "launch.generate GenerateCommandConfig",
     "place": "launch.place PlaceCommandConfig",
+    "prepare": "launch.prepare PrepareCommandConfig",
     "redraw": "launch.redraw RedrawConfig",
     "sample": "launch.sample SampleCommandConfig",
     "schedule": "launch.schedule ScheduleCommandConfig",

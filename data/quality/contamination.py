@@ -5,6 +5,7 @@ not matter. A string of 8 to 12 words is searched for as a whole. Shorter string
 """
 
 import glob
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Contamination:
             paths = (str(CODE_PROBLEMS),)
         files = [_read_lines(file) for path in paths for file in _expand(path)]
         return cls(files) if files else None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the n-grams."""
+        return hashlib.sha256(b"".join(ngrams.tobytes() for ngrams in self._ngrams.values())).hexdigest()
 
     def hits(self, words: Words) -> NDArray[np.bool_]:
         """Returns whether each document contains an n-gram of an evaluation file, [N]."""

@@ -250,7 +250,9 @@ def test_convert_tells_of_its_progress_and_of_its_end(
     first, *lines = printed.err.splitlines()
     assert first == f"reading {sources / 'of_plain'}"
     assert len(lines) == len(list(made.glob("*.safetensors"))) - 1
-    assert all(re.fullmatch(r"read \d+ of \d+ tensors, .* MB of .* MB, \d+ %, \d+ s left", line) for line in lines)
+    assert all(
+        re.fullmatch(r"read \d+ of \d+ tensors, .* MB of .* MB, \d+ %, .* MB/s, \d+ s left", line) for line in lines
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,282 @@
+"""Prepares a folder of shards: starts workers, and writes the report. Imports no torch.
+
+Any number of commands with the same settings may run on a folder at the same time, on any number of machines.
+"""
+
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.build.duplicates import drop_duplicates
+from data.build.units import SETTINGS_NAME, TextUnit
+from data.build.work import Build, BuildSettings, WorkerMessage, peak_rss_bytes, unwritable
+from data.corpus import DataError, hash_unit
+from data.encode import TOKENIZER_CHUNK_CHARACTERS, TOKENIZER_TEXT_BYTES, token_dtype
+from data.progress import Progress
+from data.quality.inspection import CONTAMINATED
+from data.readers.rows import ReadCounts
+from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, read_rows, replace_file
+from data.tokenizer import TOKENIZER_NAME, Tokenizer
+
+BROKEN_NAME = "broken.txt"
+DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `find_duplicates` gives, from 1
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def build_folder(
+    settings: BuildSettings, tokenizer: Tokenizer | None, folder: Path, workers: int, progress: Progress
+) -> dict[str, Any]:
+    """Prepares what is missing in a folder, and returns the values of its `prepare.json`.
+
+    Without a tokenizer, one is trained, unless the folder has one. Raises DataError if the folder belongs to something
+    else or to other settings, or cannot be written, or too many rows are broken. Complete units always stay.
+    """
+    began = time.monotonic()
+    _check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(Build(settings, folder)) as build:
+            missing = [unit for unit in build.all_units() if build.read(unit) is None]
+            report = None if missing else _read_current(build)
+            if report is None:
+                (folder / REPORT_NAME).unlink(missing_ok=True)
+                _install_tokenizer(build, tokenizer, progress)
+                peak = _build_missing(build, missing, workers, progress) if missing else 0
+                with build.claims.claimed(REPORT_NAME):
+                    report = _read_current(build)  # of another command that has just finished
+                    if report is None and build.manifest.dedup is not None:
+                        drop_duplicates(build)
+                    report = report or _write_report(build, len(missing), max(peak, peak_rss_bytes()), began, progress)
+            else:
+                report |= {"cached": True, "seconds": round(time.monotonic() - began, 3)}
+                replace_file(folder / REPORT_NAME, json.dumps(report, indent=1).encode())
+            return report
+    except OSError as error:
+        raise DataError(unwritable(folder, error)) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Rejects a folder with anything that `launch.prepare` did not write."""
+    if folder.is_file():
+        raise DataError(f"out: must be a folder, {str(folder)!r} is a file; nearest: {folder}.prepared")
+    is_foreign = folder.is_dir() and not (folder / SETTINGS_NAME).exists()
+    others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if is_foreign else []
+    if others:
+        raise DataError(
+            f"out: must be a new or empty folder, or one of launch.prepare, {str(folder)!r} has {others[0]!r}; "
+            f"nearest: {str(folder / 'prepared')!r}"
+        )
+
+
+def _read_current(build: Build) -> dict[str, Any] | None:
+    """Returns the report of a folder, if it is about the same units and sequences."""
+    try:
+        report: dict[str, Any] = json.loads((build.folder / REPORT_NAME).read_bytes())
+        units = {name: values["units"] for name, values in report[SOURCES_NAME].items()}
+        is_current = report["sequence_length_tokens"] == build.settings.sequence_length_tokens
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return report if is_current and units == _unit_names(build) else None
+
+
+def _unit_names(build: Build) -> dict[str, list[str]]:
+    return {source: [unit.name for unit in units] for source, units in build.units.items()}
+
+
+def _install_tokenizer(build: Build, tokenizer: Tokenizer | None, progress: Progress) -> None:
+    """Writes the folder's tokenizer, which stays when files change, because tokens depend on it."""
+    path = build.folder / TOKENIZER_NAME
+    with build.claims.claimed(TOKENIZER_NAME):
+        if path.exists():
+            return
+        chosen = tokenizer or _train_tokenizer(build, progress)
+        partial = path.with_name(f".tokenizer-{os.getpid()}")
+        partial.mkdir(exist_ok=True)
+        for written in reversed(chosen.save(partial / TOKENIZER_NAME)):  # the tokenizer last
+            written.rename(build.folder / written.name)
+        partial.rmdir()
+
+
+def _train_tokenizer(build: Build, progress: Progress) -> Tokenizer:
+    """Trains a tokenizer on chunks of the text, sampled by hash if there is more than 64 MiB."""
+    share = TOKENIZER_TEXT_BYTES / max(build.total_bytes, 1)
+
+    def chunks() -> Iterator[str]:
+        for unit in build.all_units():
+            for _, document in build.documents(unit, ReadCounts()):
+                for start in range(0, len(document.text), TOKENIZER_CHUNK_CHARACTERS):
+                    if hash_unit("tokenizer", build.settings.seed, f"{document.key}@{start}") < share:
+                        yield document.text[start : start + TOKENIZER_CHUNK_CHARACTERS]
+
+    total = min(build.total_bytes, TOKENIZER_TEXT_BYTES)
+    read = progress.over("reading text for the tokenizer", chunks(), total, lambda text: len(text.encode()))
+    return Tokenizer.train(read, build.settings.tokenizer["vocab_size"])
+
+
+def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress: Progress) -> int:
+    """Builds units with worker processes and shows the progress. Returns the largest memory of a worker."""
+    sizes = {unit.name: unit.size_bytes for unit in missing}
+    done = dict.fromkeys(sizes, 0)
+    peak = 0
+
+    def advance(message: WorkerMessage) -> int:
+        step = max(message.done_bytes - done.get(message.unit, message.done_bytes), 0)
+        done[message.unit] = done.get(message.unit, 0) + step
+        return step
+
+    messages = _messages(build, min(workers, len(missing)))
+    for message in progress.over("preparing text", messages, sum(sizes.values()), advance):
+        peak = max(peak, message.peak_rss_bytes)
+    return peak
+
+
+def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
+    """Yields what workers report until all units are complete. Ends the others if one fails."""
+    job = json.dumps({"settings": asdict(build.settings), "folder": str(build.folder)}).encode()
+    # Each worker computes on one core: libraries would start threads for all of them.
+    threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **threads, "PYTHONPATH": path}
+    command = [sys.executable, "-P", "-m", "data.build.work"]
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(workers):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            processes.append(process)
+            threading.Thread(target=_forward, args=(process, job, lines), daemon=True).start()
+        running = workers
+        while running:
+            line = lines.get()
+            if line is None:
+                running -= 1
+                continue
+            message = WorkerMessage(**json.loads(line))
+            if message.error:
+                raise DataError(message.error)
+            yield message
+        if failed := [process.wait() for process in processes if process.wait()]:
+            raise DataError(
+                f"workers: a worker ended with code {failed[0]}, out of memory if it is -9; complete units stay, and "
+                f"the same command continues; nearest: workers={max(1, workers // 2)}"
+            )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _forward(process: subprocess.Popen[bytes], job: bytes, lines: "queue.SimpleQueue[bytes | None]") -> None:
+    """Sends the job to a worker, and its lines to a queue, then None."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(job)
+        process.stdin.close()
+        for line in process.stdout:
+            lines.put(line)
+    except OSError:
+        pass  # the worker has ended, and its exit code says so
+    finally:
+        lines.put(None)
+
+
+def _write_report(build: Build, built: int, peak: int, began: float, progress: Progress) -> dict[str, Any]:
+    """Checks the counts, removes files of units that are no longer needed, and writes `prepare.json`."""
+    tokenizer = Tokenizer.load(build.folder / TOKENIZER_NAME)
+    counts = {source: ReadCounts() for source in build.units}
+    sources = {source: _count(build, source, counts[source]) for source in build.units}
+    _check_counts(build, counts, progress)
+    for source, units in _unit_names(build).items():
+        _remove_others(build.folder_of(source), frozenset(units))
+    report = {
+        "manifest": build.manifest.plain(),
+        "seed": build.settings.seed,
+        "validation_fraction": build.settings.validation_fraction,
+        "sequence_length_tokens": build.settings.sequence_length_tokens,
+        "token_dtype": np.dtype(token_dtype(tokenizer)).newbyteorder("<").str,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+        "unit_bytes": build.stored["unit_bytes"],
+        SOURCES_NAME: sources,
+        "units": {"total": len(build.all_units()), "built": built},
+        "peak_rss_bytes": peak,
+        "seconds": round(time.monotonic() - began, 3),
+        "cached": False,
+    }
+    replace_file(build.folder / REPORT_NAME, json.dumps(report, indent=1).encode())
+    return report
+
+
+def _remove_others(folder: Path, units: frozenset[str]) -> None:
+    """Removes the files of earlier units, and what killed workers left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif not any(name in units for name in re.findall(r"[0-9a-f]{16}", path.name)):
+            path.unlink(missing_ok=True)
+
+
+def _check_counts(build: Build, counts: Mapping[str, ReadCounts], progress: Progress) -> None:
+    """Reports ignored files, replaced bytes and broken rows, and rejects too many of those."""
+    total = ReadCounts()
+    for source_counts in counts.values():
+        total.add(source_counts)
+    for line in (*build.notes, *total.lines("on_broken")):
+        progress.note(line)
+    replace_file(build.folder / BROKEN_NAME, "".join(f"{place}\n" for place in total.broken_places).encode())
+    total.check(build.manifest.max_broken_share, f"{build.settings.manifest}: max_broken_share")
+
+
+def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
+    """Returns what `prepare.json` says of a source, and adds the counts of its units to `counts`."""
+    units = build.units[source]
+    dropped = Counter[str]()
+    parts = {part: Counter[str]() for part in PARTS}
+    for unit in units:
+        values = build.read(unit)
+        if values is None:
+            raise DataError(f"out: unit {unit.name} of {source} has vanished; nearest: the same command again")
+        counts.add(ReadCounts(**values["counts"]))
+        dropped.update(values["dropped"])
+        rows = read_rows(build.folder_of(source), unit.name)
+        drop = read_drops(build.folder_of(source), unit.name)
+        dropped.update({kind: int((drop == value).sum()) for value, kind in enumerate(DUPLICATE_KINDS, start=1)})
+        for number, part in enumerate(PARTS):
+            kept = rows[(rows["part"] == number) & (drop == 0)]
+            parts[part].update(
+                documents=len(kept), tokens=int(kept["length"].sum()), text_bytes=int(kept["bytes"].sum())
+            )
+    return {
+        "documents_read": counts.documents + counts.broken,
+        "documents_kept": sum(part["documents"] for part in parts.values()),
+        "dropped": {
+            **{kind: dropped.pop(kind, 0) for kind in (*DUPLICATE_KINDS, CONTAMINATED)},
+            "broken": counts.broken,
+            "filtered": dropped.total(),
+        },
+        "filtered": dict(sorted(dropped.items())),
+        "tokens": sum(part["tokens"] for part in parts.values()),
+        "text_bytes": sum(part["text_bytes"] for part in parts.values()),
+        **{part: dict(values) for part, values in parts.items()},
+        "units": [unit.name for unit in units],
+    }

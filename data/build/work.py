@@ -1,0 +1,294 @@
+"""Builds units: reads, filters, tokenizes and writes them, in a worker process. Imports no torch."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.build.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
+from data.corpus import DataError, is_validation
+from data.encode import DocumentEncoder
+from data.mix.manifest import Manifest, MixSource, read_manifest
+from data.quality.contamination import Contamination
+from data.quality.inspection import Inspector
+from data.quality.sketches import SketchWriter
+from data.readers.files import list_sources
+from data.readers.rows import ReadCounts, read_piece
+from data.registry import Document
+from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, UnitWriter, read_unit
+from data.sources import size_bytes
+from data.tokenizer import TOKENIZER_NAME, Tokenizer
+
+FORMAT_VERSION = 1
+BATCH_CHARACTERS = 2**22
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildSettings:
+    """What a command prepares, in values that a worker process receives as JSON."""
+
+    manifest: str  # path of the manifest
+    tokenizer: dict[str, Any]  # what decides the token ids
+    validation_fraction: float  # share of documents that are held out
+    fim_rate: float  # share of documents for fill-in-the-middle, of sources that have no own rate
+    seed: int  # seed of the validation split and of fill-in-the-middle
+    sequence_length_tokens: int  # length for which sequences are packed
+    unit_bytes: int | None = None  # bytes of text of a unit; None: 256 MiB, less for small corpora
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerMessage:
+    """What a worker reports: bytes of a unit that are done, or why it stopped."""
+
+    unit: str = ""
+    done_bytes: int = 0
+    peak_rss_bytes: int = 0
+    error: str = ""
+
+
+class Build:
+    """The work of a folder: its settings, which never change, and the units of each source in order."""
+
+    def __init__(self, settings: BuildSettings, folder: Path) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.manifest: Manifest = read_manifest(Path(settings.manifest))
+        self.contamination = Contamination.load(self.manifest.decontaminate)
+        self.claims = Claims(folder)
+        keys = {source.name: f"{settings.manifest}: sources.{source.name}.paths" for source in self.manifest.sources}
+        listed = {source.name: list_sources(source.paths, keys[source.name]) for source in self.manifest.sources}
+        target = folder.resolve()
+        # What earlier commands wrote is no text, also if the folder lies within that of a source.
+        files = {
+            name: [file for file in one.files if not file.path.resolve().is_relative_to(target)]
+            for name, one in listed.items()
+        }
+        self.notes = [line for name, one in listed.items() if (line := one.ignored_line(keys[name]))]
+        if (found := self.contamination) is not None and found.num_searched < found.num_lines:
+            short = found.num_lines - found.num_searched
+            self.notes.append(
+                f"{short:,} of {found.num_lines:,} lines of evaluation files are too short to be searched for"
+            )
+        self.total_bytes = sum(size_bytes(file) for listed_files in files.values() for file in listed_files)
+        self.stored = agree_on_settings(
+            folder, self._values(), self.claims, () if settings.unit_bytes else ("unit_bytes",)
+        )
+        self.units = {
+            source.name: divide(source, files[source.name], self.stored["unit_bytes"], self._values_of(source))
+            for source in self.manifest.sources
+        }
+
+    def _values(self) -> dict[str, Any]:
+        manifest = self.manifest
+        return {
+            "format": FORMAT_VERSION,
+            "tokenizer": self.settings.tokenizer,
+            "validation_fraction": self.settings.validation_fraction,
+            "seed": self.settings.seed,
+            "filters": manifest.filters and asdict(manifest.filters),
+            "decontaminate": self.contamination and self.contamination.fingerprint,
+            "dedup": manifest.dedup,
+            "on_broken": manifest.on_broken,
+            "unit_bytes": self.settings.unit_bytes or choose_unit_bytes(self.total_bytes),
+            SOURCES_NAME: {
+                source.name: {"text_field": source.text_field, "fim_rate": self.fim_rate_of(source)}
+                for source in manifest.sources
+            },
+        }
+
+    def _values_of(self, source: MixSource) -> object:
+        shared = {key: value for key, value in self.stored.items() if key != SOURCES_NAME}
+        return [shared, source.name, self.stored[SOURCES_NAME][source.name]]
+
+    def fim_rate_of(self, source: MixSource) -> float:
+        """Returns the share of a source's training documents that are rearranged for fill-in-the-middle."""
+        return self.settings.fim_rate if source.fim_rate is None else source.fim_rate
+
+    def folder_of(self, source: str) -> Path:
+        """Returns the folder with the units of a source."""
+        return self.folder / SOURCES_NAME / source
+
+    def documents(self, unit: TextUnit, counts: ReadCounts) -> Iterator[tuple[int, Document]]:
+        """Yields the documents of a unit, each with the number of its piece, and counts them."""
+        for number, piece in enumerate(unit.pieces):
+            for document in read_piece(piece, unit.source.text_field, counts, self.manifest.on_broken):
+                yield number, document
+
+    def close(self) -> None:
+        """Releases all claims."""
+        self.claims.close()
+
+    def all_units(self) -> list[TextUnit]:
+        """Returns the units of all sources in order."""
+        return [unit for units in self.units.values() for unit in units]
+
+    def read(self, unit: TextUnit) -> dict[str, Any] | None:
+        """Returns the values of a unit; None if it must be built, because it is absent or a file has changed."""
+        values = read_unit(self.folder_of(unit.source.name), unit.name)
+        return values if values and values.get("inputs") == [list(file) for file in unit.files] else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """A document of a unit, with what the index says of it."""
+
+    document: Document
+    text: str
+    num_bytes: int
+    piece: int
+    part: int  # position in `PARTS`
+
+
+class UnitEncoder:
+    """Reads and tokenizes units with the settings of a build."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._tokenizer = Tokenizer.load(build.folder / TOKENIZER_NAME)
+        self._encoders: dict[float, DocumentEncoder] = {}  # by the share of documents for fill-in-the-middle
+        with_sketches = build.manifest.dedup == "minhash"
+        self._inspector = Inspector(build.manifest.filters, build.contamination, with_sketches=with_sketches)
+
+    def encode(self, unit: TextUnit) -> Iterator[int]:
+        """Writes a unit. Yields the bytes of its files that are done, after each batch of about 4 MB."""
+        counts = ReadCounts()
+        dropped = Counter[str]()
+        done = 0
+        with UnitWriter(self._build.folder_of(unit.source.name), unit.name) as writer:
+            with self._sketch_writer(writer, unit) as sketches:
+                for batch in _batches(self._read(unit, counts)):
+                    inspection = self._inspector.inspect([row.text for row in batch])
+                    dropped.update(reason for reason in inspection.reasons if reason is not None)
+                    kept = [number for number, reason in enumerate(inspection.reasons) if reason is None]
+                    if kept:
+                        self._append(writer, unit, [batch[number] for number in kept], inspection.hashes[kept])
+                    if sketches is not None and inspection.sketches is not None:
+                        sketches.append(inspection.sketches[kept])
+                    done += sum(row.num_bytes for row in batch)
+                    yield min(done, unit.size_bytes)
+            writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
+
+    def _encoder(self, fim_rate: float) -> DocumentEncoder:
+        if fim_rate not in self._encoders:
+            seed = self._build.settings.seed
+            self._encoders[fim_rate] = DocumentEncoder(self._tokenizer, fim_rate=fim_rate, seed=seed)
+        return self._encoders[fim_rate]
+
+    def _sketch_writer(self, writer: UnitWriter, unit: TextUnit) -> AbstractContextManager[SketchWriter | None]:
+        has_sketches = self._build.manifest.dedup == "minhash"
+        return SketchWriter(writer.path(f"{unit.name}.sketches")) if has_sketches else nullcontext()
+
+    def _read(self, unit: TextUnit, counts: ReadCounts) -> Iterator[_Row]:
+        settings = self._build.settings
+        for number, document in self._build.documents(unit, counts):
+            text = document.text if document.tokens is None else self._tokenizer.decode(document.tokens.tolist())
+            is_held_out = is_validation(document.key, settings.validation_fraction, settings.seed)
+            yield _Row(
+                document=document,
+                text=text,
+                num_bytes=len(text.encode()),
+                piece=number,
+                part=PARTS.index("validation" if is_held_out else "train"),
+            )
+
+    def _append(self, writer: UnitWriter, unit: TextUnit, batch: Sequence[_Row], hashes: NDArray[np.uint64]) -> None:
+        """Appends documents to the files of their parts and to the index."""
+        rows = np.zeros(len(batch), INDEX)
+        rows["hash"] = hashes
+        rows["part"] = [row.part for row in batch]
+        for number, part in enumerate(PARTS):
+            chosen = [index for index, row in enumerate(batch) if row.part == number]
+            if not chosen:
+                continue
+            # The validation loss is measured on plain text.
+            rate = self._build.fim_rate_of(unit.source) if part == "train" else 0.0
+            documents = [batch[index].document for index in chosen]
+            encoded = self._encoder(rate).encode(documents, [document.key for document in documents])
+            writer.append(f"{part}-{unit.name}.tokens", encoded.tokens)
+            rows["length"][chosen] = encoded.lengths
+        rows["bytes"] = [row.num_bytes for row in batch]
+        rows["piece"] = [row.piece for row in batch]
+        keys = [row.document.key.removeprefix(unit.pieces[row.piece].file.key) for row in batch]
+        rows["block"] = [int(key[1:].partition(":")[0]) // KEY_BLOCK_BYTES if key[:1] == "@" else 0 for key in keys]
+        rows["row"] = [int(key.rpartition(":")[2]) if ":" in key else 0 for key in keys]
+        writer.append(f"{unit.name}.index", rows)
+
+
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    batch: list[_Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def build_units(build: Build) -> Iterator[WorkerMessage]:
+    """Builds units until all are complete, together with other processes and machines on the same folder."""
+    encoder = UnitEncoder(build)
+    units = build.all_units()
+    # Without locks between machines, each machine starts at another unit, and repeats few.
+    first = hash((os.uname().nodename, os.getpid())) % max(len(units), 1)
+    pending = {unit.name: unit for unit in units[first:] + units[:first]}
+    while pending:
+        for name, unit in list(pending.items()):
+            if build.read(unit) is None:
+                if not build.claims.try_claim(name):
+                    continue
+                try:
+                    if build.read(unit) is None:  # another process may have completed it just before
+                        for done in encoder.encode(unit):
+                            yield WorkerMessage(unit=name, done_bytes=done, peak_rss_bytes=peak_rss_bytes())
+                finally:
+                    build.claims.release(name)
+            del pending[name]
+            yield WorkerMessage(unit=name, done_bytes=unit.size_bytes, peak_rss_bytes=peak_rss_bytes())
+        time.sleep(_POLL_SECONDS if pending else 0)
+
+
+def peak_rss_bytes() -> int:
+    """Returns the largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Builds units of the job on standard input, and prints messages until all units are complete."""
+    job = json.load(sys.stdin)
+    folder = Path(job["folder"])
+    try:
+        for message in build_units(Build(BuildSettings(**job["settings"]), folder)):
+            print(json.dumps(asdict(message)), flush=True)
+    except BrokenPipeError:  # the command has ended
+        os._exit(1)
+    except (DataError, OSError) as error:
+        text = str(error) if isinstance(error, DataError) else unwritable(folder, error)
+        print(json.dumps(asdict(WorkerMessage(error=text))), flush=True)
+
+
+def unwritable(folder: Path, error: OSError) -> str:
+    """Returns the message about a folder that cannot be written, for example because the disk is full."""
+    return (
+        f"out: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete units "
+        f"stay, and the same command continues"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Files of prepared text: tokens, an index of documents, and their counts. Imports no torch.
+
+A unit is about 256 MB of text. Its files appear together: `ID.json` is renamed last, and without it the unit is absent.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpus import DataError
+from data.registry import Part
+
+PARTS: tuple[Part, ...] = ("train", "validation")
+# One row for each document of both parts, in the order in which they were read.
+INDEX = np.dtype(
+    [
+        ("length", "<u4"),  # tokens, with those that begin and end the document
+        ("bytes", "<u4"),  # UTF-8 bytes of its text
+        ("hash", "<u8", (2,)),  # 128-bit hash of the normalized text
+        ("piece", "<u4"),  # number of the unit's piece that it is in
+        ("block", "<u4"),  # number of its file's block of 8 MiB, from which rows are counted
+        ("row", "<u4"),  # row of its file or block; 0 if the file or block is one document
+        ("part", "<u4"),  # position in `PARTS`
+    ]
+)
+KEY_BLOCK_BYTES = 2**23
+REPORT_NAME = "prepare.json"
+SOURCES_NAME = "sources"
+
+
+class UnitWriter:
+    """Writes the files of one unit into its source's folder, all of them or none. A context manager."""
+
+    def __init__(self, folder: Path, unit: str) -> None:
+        self._folder = folder
+        self._unit = unit
+        self._building = folder / f".building-{unit}-{uuid.uuid4().hex}"
+        self._streams: dict[str, IO[bytes]] = {}
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "UnitWriter":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(f".building-{self._unit}-*"):  # of a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        self._building.mkdir()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in self._streams.values():
+            with suppress(OSError):  # the disk is full, which the error says
+                stream.close()
+        shutil.rmtree(self._building, ignore_errors=True)
+
+    def append(self, name: str, values: NDArray[Any]) -> None:
+        """Appends values in little-endian order to the file with a name."""
+        if name not in self._streams:
+            self._streams[name] = (self._building / name).open("wb")
+            self._files[name] = hashlib.sha256()
+        content = np.ascontiguousarray(values).data.cast("B")
+        self._streams[name].write(content)
+        self._files[name].update(content)
+
+    def path(self, name: str) -> Path:
+        """Returns where to write a file of the unit that `append` does not write."""
+        self._files[name] = None
+        return self._building / name
+
+    def finish(self, values: Mapping[str, Any]) -> None:
+        """Installs the files, and `ID.json` with the values, and the size and SHA-256 of each file."""
+        for path in (self._folder / f"{self._unit}.json", *self._folder.glob(f"*{self._unit}.*")):
+            path.unlink(missing_ok=True)
+        files = {}
+        for name, digest in sorted(self._files.items()):
+            if digest is None:
+                with (self._building / name).open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256")
+            else:
+                self._streams[name].flush()
+                os.fsync(self._streams[name].fileno())
+            (self._building / name).rename(self._folder / name)
+            files[name] = {"bytes": (self._folder / name).stat().st_size, "sha256": digest.hexdigest()}
+        replace_file(self._folder / f"{self._unit}.json", json.dumps({**values, "files": files}, indent=1).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file that is complete or absent, even after a crash."""
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_unit(folder: Path, unit: str) -> dict[str, Any] | None:
+    """Returns the values of a complete unit; None if it is absent, or a file has another size."""
+    try:
+        values: dict[str, Any] = json.loads((folder / f"{unit}.json").read_bytes())
+        is_complete = all((folder / name).stat().st_size == file["bytes"] for name, file in values["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return values if is_complete else None
+
+
+class Shard:
+    """One part of a unit: tokens on disk, and the documents that are not dropped as duplicates."""
+
+    def __init__(self, folder: Path, unit: str, part: Part, dtype: np.dtype[Any]) -> None:
+        """Opens nothing yet: `folder` is that of the source, `dtype` that of its tokens."""
+        self._folder = folder
+        self._unit = unit
+        self._part = part
+        self._dtype = dtype
+
+    @cached_property
+    def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
+        """Token ids of all documents one after the other, mapped from disk."""
+        path = self._folder / f"{self._part}-{self._unit}.tokens"
+        if not path.exists():  # no document of the unit is in this part
+            return np.empty(0, self._dtype)
+        return np.memmap(path, self._dtype, mode="r")
+
+    @cached_property
+    def _rows(self) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        rows = np.array(read_rows(self._folder, self._unit))
+        is_part = rows["part"] == PARTS.index(self._part)
+        lengths = rows["length"][is_part].astype(np.int64)
+        is_kept = read_drops(self._folder, self._unit)[is_part] == 0
+        return rows[is_part][is_kept], (np.cumsum(lengths) - lengths)[is_kept]
+
+    @property
+    def documents(self) -> NDArray[Any]:
+        """Rows of `INDEX` of the kept documents."""
+        return self._rows[0]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each kept document."""
+        return self.documents["length"].astype(np.int64)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Position in `tokens` of the first token of each kept document."""
+        return self._rows[1]
+
+
+def read_rows(folder: Path, unit: str) -> NDArray[Any]:
+    """Returns the rows of `INDEX` of a unit, mapped from disk."""
+    path = folder / f"{unit}.index"
+    return np.memmap(path, INDEX, mode="r") if path.exists() else np.empty(0, INDEX)
+
+
+def read_drops(folder: Path, unit: str) -> NDArray[np.uint8]:
+    """Returns for each document of a unit why it is dropped: 0 if it is kept."""
+    path = folder / f"{unit}.drop.npy"
+    return np.load(path) if path.exists() else np.zeros(len(read_rows(folder, unit)), np.uint8)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Returns `prepare.json` of a complete folder. Raises DataError if the folder is not complete."""
+    try:
+        report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.folder: must be a folder that launch.prepare has completed, {str(folder)!r} has no readable "
+            f"{REPORT_NAME}; nearest: python -m launch.prepare data.manifest=MIX.yaml out={folder}"
+        ) from error
+    return report
+
+
+def open_shards(folder: Path, source: str, part: Part) -> tuple[Shard, ...]:
+    """Returns the shards of a source of a complete folder, in the order that its sequences have."""
+    report = read_report(folder)
+    dtype = np.dtype(report["token_dtype"])
+    units = report[SOURCES_NAME][source]["units"]
+    return tuple(Shard(folder / SOURCES_NAME / source, unit, part, dtype) for unit in units)

@@ -1,0 +1,129 @@
+"""Prepares the text of a mixture as shards of tokens: `python -m launch.prepare`. Imports no torch."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from data.build.page import write_page
+from data.build.run import build_folder
+from data.build.work import BuildSettings
+from data.mix.manifest import read_manifest
+from data.progress import bytes_text, progress_on, seconds_text
+from data.special_tokens import SpecialNames
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
+from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
+from launch.command import command, plain_text
+from launch.config.compose import compose, system_errors
+from launch.config.run_config import expand_tokenizer
+from train.config.decode import decode, encode
+from train.errors import broken
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareDataConfig:
+    """Keys of `data=mix` that decide what is in the folder; a run decides the others."""
+
+    manifest: str
+    tokenizer: str | None
+    tokenizer_bos: str | None
+    tokenizer_eos: str | None
+    tokenizer_pad: str | None
+    tokenizer_vocab_size: PositiveInt
+    validation_fraction: ShareBelowOne
+    fim_rate: Share
+    seed: NonNegativeInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareCommandConfig:
+    """Configuration of the command. `conf/prepare.yaml` explains the keys."""
+
+    data: PrepareDataConfig
+    out: str
+    workers: PositiveInt | None
+    sequence_length_tokens: Annotated[int, AtLeast(2)]
+    unit_bytes: PositiveInt | None
+    plugins: tuple[str, ...]
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Prepares what is missing in the folder, and prints a summary."""
+    config = _read(overrides)
+    data = config.data
+    tokenizer = _load_tokenizer(data)
+    settings = BuildSettings(
+        manifest=str(Path(data.manifest).expanduser().absolute()),
+        tokenizer={"vocab_size": data.tokenizer_vocab_size}
+        if tokenizer is None
+        else {"fingerprint": tokenizer.fingerprint, **tokenizer.token_names},
+        validation_fraction=data.validation_fraction,
+        fim_rate=data.fim_rate,
+        seed=data.seed,
+        sequence_length_tokens=config.sequence_length_tokens,
+        unit_bytes=config.unit_bytes,
+    )
+    folder = Path(config.out).expanduser()
+    workers = config.workers or len(os.sched_getaffinity(0))
+    with system_errors():
+        report = build_folder(settings, tokenizer, folder, workers, progress_on())
+        page = write_page(folder, report)
+    print(_summary(report), flush=True)
+    print(page)
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration, checked, as YAML."""
+    return plain_text("prepare", encode(_read(overrides)))
+
+
+def _read(overrides: Sequence[str]) -> PrepareCommandConfig:
+    """Decodes and checks the configuration. Reads the manifest and the tokenizer, but no text."""
+    values = compose("prepare", overrides)
+    data = values["data"]
+    if data["kind"] != "mix":
+        raise broken(
+            "data", "must be mix, whose manifest names the text", data["kind"], "data=mix data.manifest=MIX.yaml"
+        )
+    data["tokenizer"] = expand_tokenizer(data["tokenizer"], None, {})
+    names = [field.name for field in fields(PrepareDataConfig)]
+    config = decode(PrepareCommandConfig, {**values, "data": {name: data[name] for name in names}})
+    if not config.out:
+        raise broken("out", "must be a folder", repr(config.out), "prepared")
+    with system_errors():
+        read_manifest(Path(config.data.manifest))
+        if _load_tokenizer(config.data) is None:
+            check_vocab_size(config.data.tokenizer_vocab_size, len(SPECIAL_TOKENS))
+    return config
+
+
+def _load_tokenizer(data: PrepareDataConfig) -> Tokenizer | None:
+    if data.tokenizer is None:
+        return None
+    names = SpecialNames(bos=data.tokenizer_bos, eos=data.tokenizer_eos, pad=data.tokenizer_pad)
+    return Tokenizer.load(Path(data.tokenizer).expanduser(), "data.tokenizer", names)
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    """Returns a line for each source."""
+    lines = []
+    for name, source in report["sources"].items():
+        reasons = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in source["dropped"].items() if count]
+        dropped = f"; dropped: {', '.join(reasons)}" if reasons else ""
+        lines.append(
+            f"{name}: {source['tokens']:,} tokens of {source['documents_kept']:,} documents, "
+            f"{bytes_text(source['text_bytes'])}{dropped}"
+        )
+    units = report["units"]
+    state = "nothing to do" if report["cached"] else f"{units['built']} of {units['total']} units built"
+    return "\n".join([*lines, f"{state} in {seconds_text(report['seconds'])}"])
+
+
+if __name__ == "__main__":
+    sys.exit(command("prepare", main, preview))

@@ -1,0 +1,235 @@
+"""Tests of folders of shards: each document once, equal files after interruptions, and only changes are built."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.build.run import build_folder
+from data.build.work import Build, BuildSettings, UnitEncoder, build_units
+from data.corpus import DataError
+from data.encode import NO_PROGRESS
+from data.shards import PARTS, UnitWriter, open_shards
+from data.tokenizer import Tokenizer
+from tests import ROOT
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from data.build.run import build_folder
+from data.build.work import BuildSettings
+from data.encode import NO_PROGRESS
+from data.tokenizer import Tokenizer
+settings, tokenizer, folder, workers = json.load(sys.stdin)
+build_folder(BuildSettings(**settings), Tokenizer.load(Path(tokenizer)), Path(folder), workers, NO_PROGRESS)
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["a few words of text\n"] * 3, 300)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> BuildSettings:
+    """Two sources: 12 small files and one large file of rows."""
+    words = ["seven", "one", "données", "数字", "\n", "x = 1\n"]
+    draw = random.Random(1)
+    (tmp_path / "notes").mkdir()
+    for number in range(12):
+        (tmp_path / "notes" / f"{number:02}.txt").write_text(" ".join(draw.choices(words, k=300)), "utf-8")
+    rows = [{"body": f"row {row} {' '.join(draw.choices(words, k=40))}"} for row in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    (tmp_path / "mix.yaml").write_text(
+        "sources:\n"
+        "- {name: notes, paths: [notes], weight: 1, fim_rate: 0}\n"
+        "- {name: rows, paths: [rows.jsonl], weight: 2, text_field: body, fim_rate: 0}\n"
+    )
+    return BuildSettings(
+        manifest=str(tmp_path / "mix.yaml"),
+        tokenizer={},
+        validation_fraction=0.2,
+        fim_rate=0.5,
+        seed=0,
+        sequence_length_tokens=64,
+        unit_bytes=4000,
+    )
+
+
+@pytest.fixture(autouse=True)
+def worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this process work, which saves the start of another one. Programs of tests start workers."""
+
+    def work(build: Build, workers: int) -> Iterator[object]:
+        yield from build_units(build)
+
+    monkeypatch.setattr("data.build.run._messages", work)
+
+
+@pytest.fixture
+def folder(settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    return tmp_path / "out"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != "prepare.json"}
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("sources/*/*")}
+
+
+def test_folder_holds_each_document_once(folder: Path, settings: BuildSettings, tokenizer: Tokenizer) -> None:
+    texts = dict[str, list[str]]()
+    report = json.loads((folder / "prepare.json").read_text())
+    for source, counts in report["sources"].items():
+        texts[source] = []
+        for part in PARTS:
+            shards = open_shards(folder, source, part)
+            documents = [
+                shard.tokens[start : start + length].tolist()
+                for shard in shards
+                for start, length in zip(shard.starts.tolist(), shard.lengths.tolist(), strict=True)
+            ]
+            texts[source] += [tokenizer.decode(ids, skip_special_tokens=True) for ids in documents]
+            assert counts[part]["documents"] == len(documents) > 0
+            assert counts[part]["tokens"] == sum(len(ids) for ids in documents)
+        assert counts["documents_read"] == counts["documents_kept"] == len(texts[source])
+        assert counts["text_bytes"] == sum(len(text.encode()) for text in texts[source])
+        assert len(counts["units"]) > 2
+    parent = Path(settings.manifest).parent
+    assert sorted(texts["notes"]) == sorted(path.read_text("utf-8") for path in parent.glob("notes/*"))
+    rows = (parent / "rows.jsonl").read_text("utf-8").splitlines()
+    assert sorted(texts["rows"]) == sorted(json.loads(row)["body"] for row in rows)
+
+
+@pytest.mark.slow
+def test_commands_and_workers_on_one_folder_build_each_unit_once(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    together = [start(settings, tmp_path / "tokenizer.json", tmp_path / "both", 2) for _ in range(2)]
+    assert [process.wait() for process in together] == [0, 0]
+    assert files_of(tmp_path / "both") == files_of(folder)
+
+
+def start(settings: BuildSettings, tokenizer: Path, folder: Path, workers: int) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdin=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([asdict(settings), str(tokenizer), str(folder), workers]))
+    process.stdin.close()
+    return process
+
+
+@pytest.mark.long
+def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = tmp_path / "again"
+    draw = random.Random(0)
+    for moment in range(20):
+        process = start(settings, tmp_path / "tokenizer.json", again, 2)
+        time.sleep(draw.uniform(0.1, 1.0))
+        process.kill()
+        process.wait()
+        if moment % 5 == 4:
+            assert start(settings, tmp_path / "tokenizer.json", again, 2).wait() == 0
+            assert files_of(again) == files_of(folder)
+            for path in sorted(again.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def prepared(folder: Path, settings: BuildSettings, tokenizer: Tokenizer) -> Build:
+    """The finished folder with an absent unit: its JSON file is removed."""
+    build = Build(settings, folder)
+    build.folder_of("rows").joinpath(f"{build.units['rows'][1].name}.json").unlink()
+    return build
+
+
+@pytest.mark.parametrize("batches", range(3))
+def test_unit_that_is_given_up_is_absent_and_then_equal(
+    prepared: Build, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(prepared.folder)
+    unit = prepared.units["rows"][1]
+    monkeypatch.setattr("data.build.work.BATCH_CHARACTERS", 1500)
+    steps = UnitEncoder(prepared).encode(unit)
+    for _ in range(batches):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert prepared.read(unit) is None
+    assert files_of(prepared.folder) == before
+    built = {message.unit for message in build_units(prepared) if message.peak_rss_bytes}
+    assert unit.name in built
+    assert prepared.read(unit) is not None
+
+
+def test_only_the_units_of_a_changed_file_are_built(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer
+) -> None:
+    before = times_of(folder)
+    assert build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)["cached"] is True
+    assert times_of(folder) == before
+    changed = Path(settings.manifest).parent / "notes" / "03.txt"
+    changed.write_text(changed.read_text("utf-8").replace("seven", "eight"), "utf-8")
+    report = build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+    after = times_of(folder)
+    unit = next(
+        unit.name for unit in Build(settings, folder).units["notes"] if "03.txt" in [key for key, *_ in unit.files]
+    )
+    assert {name for name in after if after[name] != before.get(name)} == {name for name in after if unit in name}
+    assert set(after) == set(before)
+    assert (report["cached"], report["units"]["built"]) == (False, 1)
+
+
+def test_folder_of_other_settings_or_content_is_refused(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    before = files_of(folder)
+    with pytest.raises(DataError, match=r"out: .*with the same settings.* prepared with seed=0, which is 1 now"):
+        build_folder(replace(settings, seed=1), tokenizer, folder, 1, NO_PROGRESS)
+    manifest = Path(settings.manifest)
+    manifest.write_text(manifest.read_text().replace("fim_rate: 0", "fim_rate: 0.25", 1))
+    with pytest.raises(DataError, match=r"sources\.notes\.fim_rate=0.0, which is 0.25 now"):
+        build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+    assert files_of(folder) == before
+    with pytest.raises(DataError, match="out: must be a new or empty folder"):
+        build_folder(settings, tokenizer, tmp_path, 1, NO_PROGRESS)
+
+
+def test_full_disk_is_one_line_and_complete_units_stay(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = UnitWriter.append
+    full = iter([False] * 4)
+
+    def append_until_full(self: UnitWriter, name: str, values: Any) -> None:
+        if next(full, True):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, name, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitWriter, "append", append_until_full)
+        with pytest.raises(DataError, match=r"out: .* No space left on device; complete units stay"):
+            build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    complete = times_of(tmp_path / "out")
+    assert complete
+    assert not [name for name in complete if "building" in name]
+    build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    after = times_of(tmp_path / "out")
+    assert {name: after[name] for name in complete} == complete

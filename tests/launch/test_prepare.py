@@ -1,0 +1,65 @@
+"""Tests of `launch.prepare`: it writes the public files without torch, and refuses what it cannot do in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.corpus import DataError
+from launch.prepare import main, preview
+from tests import ROOT
+from tests.refusals import assert_refused
+from train.errors import ConfigError
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    rows = [json.dumps({"text": f"row {number} of a text"}) for number in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, *rows[:50], "no row"]))
+    (tmp_path / "notes.rst").write_text("a file of another kind")
+    (tmp_path / "mix.yaml").write_text(
+        "sources:\n- {name: rows, paths: [.], weight: 1}\ndedup: {kind: exact}\nmax_broken_share: 0.01\n"
+    )
+    return [f"data.manifest={tmp_path / 'mix.yaml'}", f"out={tmp_path / 'out'}", "data.tokenizer_vocab_size=300"]
+
+
+@pytest.mark.slow
+def test_command_writes_the_public_files_and_a_second_start_does_nothing(arguments: list[str], tmp_path: Path) -> None:
+    program = f"import sys, launch.prepare; launch.prepare.main({arguments}); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "rows.paths: 2 files are ignored (1 .rst, 1 .yaml)" in done.stderr
+    assert "1 of 251 rows are broken and were skipped" in done.stderr
+    assert "200 documents" in done.stdout
+    assert "dropped: 50 exact duplicate, 1 broken" in done.stdout
+    report = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    counts = report["sources"]["rows"]
+    assert counts["documents_read"] == 251 == counts["documents_kept"] + sum(counts["dropped"].values())
+    assert counts["tokens"] > counts["documents_kept"]
+    assert (report["cached"], report["peak_rss_bytes"] < 2**29, report["seconds"] > 0) == (False, True, True)
+    assert "50" in (tmp_path / "out" / "report.html").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "duplicates.jsonl").read_text().splitlines()]
+    assert lines[0] == {"dropped": "rows/rows.jsonl:201", "kind": "exact", "kept": "rows/rows.jsonl:1"}
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "out" / "prepare.json").read_text()) == {
+        **report,
+        "cached": True,
+        "seconds": json.loads((tmp_path / "out" / "prepare.json").read_text())["seconds"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("out=", ["out", "must be"]),
+        ("workers=0", ["workers", "above 0", "0"]),
+        ("sequence_length_tokens=1", ["sequence_length_tokens", "2"]),
+        ("data.tokenizer_vocab_size=100", ["data.tokenizer_vocab_size", "100", "nearest"]),
+        ("data.manifest=mixx.yaml", ["data.manifest", "mixx.yaml"]),
+    ],
+)
+def test_impossible_settings_are_refused_before_text_is_read(
+    arguments: list[str], override: str, parts: list[str]
+) -> None:
+    assert_refused((ConfigError, DataError), parts, lambda: preview([*arguments, override]))
