@@ -1,6 +1,7 @@
 """Selects the sequences of each step, as a pure function of the step, and loads them as tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from data.config import BatchSizes
 from data.corpus import DataError
+from data.mix.mixture import Mixture
 from data.pack import LongDocuments
 from data.prepare import Prepared
 
@@ -112,18 +114,33 @@ class LongDocumentOrder:
         return indices
 
 
+def open_order(prepared: Prepared, seed: int) -> SampleOrder | LongDocumentOrder | Mixture:
+    """Returns the order of a corpus's training sequences."""
+    if prepared.mixture is not None:
+        return prepared.mixture
+    long = prepared.long_documents
+    return SampleOrder(len(prepared.train_tokens_NL), seed) if long is None else LongDocumentOrder(long, seed)
+
+
 class Loader:
-    """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch."""
+    """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch.
+
+    Shards of a mixture may be on a slow disk: a thread reads the same slice of the next step while this one trains.
+    """
 
     def __init__(self, prepared: Prepared, *, sizes: BatchSizes, seed: int) -> None:
         self.sizes = sizes
-        self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared
-        long = prepared.long_documents
-        num_sequences = len(prepared.train_tokens_NL)
-        self._order = SampleOrder(num_sequences, seed) if long is None else LongDocumentOrder(long, seed)
-        # Packing sorts by length. Without shuffling, validation on the first few sequences would see only long pieces.
-        self._validation_order = permutation(self.num_validation_sequences, seed, VALIDATION_EPOCH)
+        self._order = open_order(prepared, seed)
+        if prepared.mixture is None:
+            size = len(prepared.validation_tokens_NL)
+            # Packing sorts by length. Without shuffling, validation on the first few sequences would see long pieces.
+            self._validation_order = permutation(size, seed, VALIDATION_EPOCH)
+        else:
+            self._validation_order = _take_turns(list(prepared.held_out.values()))
+        self.num_validation_sequences = len(self._validation_order)
+        self._reader = None if prepared.mixture is None else ThreadPoolExecutor(1, "prefetch")
+        self._read_ahead: dict[tuple[int, int, int], Future[Batch]] = {}
 
     @property
     def end_of_sentence_id(self) -> int:
@@ -138,6 +155,16 @@ class Loader:
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Returns sequences `first` to `first + count - 1` of a step's global batch."""
         _check_slice("global batch", first, count, self.sizes.sequences(step))
+        if self._reader is None:
+            return self._read(step, first, count)
+        self._read_ahead = {key: read for key, read in self._read_ahead.items() if step <= key[0] <= step + 1}
+        read = self._read_ahead.pop((step, first, count), None)
+        following = (step + 1, first, count)
+        if following not in self._read_ahead and first + count <= self.sizes.sequences(step + 1):
+            self._read_ahead[following] = self._reader.submit(self._read, *following)
+        return self._read(step, first, count) if read is None else read.result()
+
+    def _read(self, step: int, first: int, count: int) -> Batch:
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
         prepared = self._prepared
         return self._gather(prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values, indices)
@@ -156,6 +183,19 @@ class Loader:
         count = self.sizes.sequences(step)
         num_long = long.count_before(begin + count) - long.count_before(begin)
         return long.share_of(num_long, count - num_long)
+
+    def source_metrics(self, num_done: int) -> dict[str, object]:
+        """Returns tokens and epochs of each source that so many steps have read; nothing without a mixture."""
+        mixture = self._prepared.mixture
+        return {} if mixture is None else {"sources": mixture.read_before(self.sizes.sequences_before(num_done))}
+
+    def validation_sources(self, first: int, count: int) -> NDArray[np.int64]:
+        """Returns the number of the source of each validation sequence, -1 for empty ones."""
+        sources = np.full(count, -1, dtype=np.int64)
+        rows = self._validation_order[first : first + count]
+        for number, held_out in enumerate(self._prepared.held_out.values()):
+            sources[: len(rows)][np.isin(rows, held_out)] = number
+        return sources
 
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns sequences from `first` of the validation part, in a fixed order, empty ones at the end."""
@@ -190,6 +230,13 @@ def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Returns a permutation of 0..size-1 that is the same on every machine and with every numpy version."""
     generator = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
     return np.argsort(generator.random_raw(size), kind="stable").astype(np.int64)
+
+
+def _take_turns(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Returns the rows of all sources: the first of each, then the second of each, and so on."""
+    turns = np.concatenate([np.arange(len(part)) for part in rows])
+    ordered: NDArray[np.int64] = np.concatenate(rows)[np.argsort(turns, kind="stable")]
+    return ordered
 
 
 def _check_slice(subject: str, first: int, count: int, size: int) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError
 from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, read_values, source_tokenizer
+from data.mix.mixture import Mixture
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
@@ -69,6 +70,9 @@ class Prepared:
     counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
     # long documents of the training part; None: they are packed with others.
     long_documents: LongDocuments | None = None
+    # sources of the training part; None: it has one source. Its arrays are then read from shards when they are indexed.
+    mixture: Mixture | None = None
+    held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # validation rows of each source
 
 
 def check_config(config: DataConfig) -> int:
@@ -183,6 +187,8 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
             f"batch.sequence_length_tokens: must be at least 2, one token to read and one to predict, "
             f"got {sequence_length_tokens}; nearest: 2"
         )
+    if (open_prepared := DATA_SOURCES.get(config.source.kind).prepare) is not None:
+        return open_prepared(config, sequence_length_tokens, progress)
     cache_dir = Path(config.cache_dir).expanduser()
     tokenizer = find_tokenizer(config)
     encoded_name = f"encoded-{_encoded_key(config, tokenizer)}"

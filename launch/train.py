@@ -87,13 +87,12 @@ def dry_run(overrides: Sequence[str]) -> str:
         # A sample shows data alone.
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
-        from data.loader import SampleOrder
+        from data.loader import open_order
         from data.sample_lines import sample_lines
         from train.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())
-        order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
-        first = int(order.indices(0, config.batch_sizes)[0])
+        first = int(open_order(prepared, config.data.seed).range(0, 1)[0])
         task = TASKS.get(config.task.kind)
         # A task that samples answers trains nothing of the prompts.
         reads_weights = bool(task.values) or task.has_rollouts

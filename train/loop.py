@@ -163,6 +163,7 @@ class TrainingLoop:
         record["tokens"] = self._loader.sizes.tokens_before(moment.num_done)
         if (share := self._loader.long_document_share(moment.num_done - 1)) is not None:
             record["long_document_share"] = share
+        record |= self._loader.source_metrics(moment.num_done)
         try:
             yield record
         finally:

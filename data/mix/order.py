@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LONGEST = 2**40  # sequences of the last phase
+_SLOW_SHARE = 0.25  # share of the slowest sources whose sum is limited
 _FASTEST = 8  # sources whose next positions are looked ahead to
 _MOST_CHUNK = 1024  # positions that are found together, which bounds the memory
-_CHUNK_VALUES = 2**16  # values of constraints that are compared together
+_CHUNK_VALUES = 2**17  # values of constraints that are compared together
 _REMEMBERED = 2**13  # positions of the interval at which the next search begins
 _NEAR = 1e-6  # distance from a whole number within which a share counts as whole, above the error of its product
 
@@ -52,10 +53,15 @@ class _Phase:
     lags_K: Shares  # sequences that each source lacks at the first position, between -1 and 1
 
     @cached_property
-    def _fastest(self) -> Counts:
-        """Numbers of the sources with the largest rates, whose sequences compete for single positions."""
-        order: Counts = np.argsort(-self.rates_K, kind="stable")[:_FASTEST]
+    def _fastest_first(self) -> Counts:
+        order: Counts = np.argsort(-self.rates_K, kind="stable")
         return order
+
+    @cached_property
+    def _slow(self) -> Counts:
+        """The slowest sources, slowest first, that together have at most a quarter of the positions."""
+        slow = self._fastest_first[::-1]
+        return slow[np.cumsum(self.rates_K[slow]) <= _SLOW_SHARE]
 
     def halve(self, ends: _Ends, middle_A: Counts) -> Counts:
         """Returns the counts at positions between the ends, one within each interval."""
@@ -69,7 +75,11 @@ class _Phase:
             self._add_due(scores_AK, ends, middle_A, down_AK, low_AK)
             self._remove_early(scores_AK, ends, middle_A, down_AK, high_AK)
         missing_A = middle_A - low_AK.sum(axis=1)
-        counts_AK: Counts = low_AK + (is_free_AK & (_ranks(scores_AK) < missing_A[:, None]))
+        chosen_AK = is_free_AK & (_ranks(scores_AK) < missing_A[:, None])
+        rows = self._limit_groups(scores_AK, chosen_AK, shares_AK - low_AK)
+        if rows.size:
+            chosen_AK[rows] = is_free_AK[rows] & (_ranks(scores_AK[rows]) < missing_A[rows, None])
+        counts_AK: Counts = low_AK + chosen_AK
         for row in np.flatnonzero(counts_AK.sum(axis=1) != middle_A):
             self._balance(counts_AK[row], shares_AK[row], ends.low_AK[row], ends.high_AK[row], int(middle_A[row]))
         return counts_AK
@@ -81,7 +91,7 @@ class _Phase:
     def _add_due(self, scores_AK: Shares, ends: _Ends, middle_A: Counts, down_AK: Counts, low_AK: Counts) -> None:
         """Prefers sources that would otherwise be due together, more than there are positions for them."""
         # The position at which each source must have one more than its share rounded down.
-        fastest = self._fastest
+        fastest = self._fastest_first[:_FASTEST]  # their sequences compete for single positions
         due_AF = np.ceil((down_AK[:, fastest] + 1 - self.lags_K[fastest]) / self.rates_K[fastest] - _NEAR)
         due_AF = np.clip(due_AF, middle_A[:, None] + 1, ends.right_A[:, None]).astype(np.int64)
         needed_AFK = np.floor(self._shares(due_AF) + _NEAR).astype(np.int64)
@@ -92,7 +102,7 @@ class _Phase:
 
     def _remove_early(self, scores_AK: Shares, ends: _Ends, middle_A: Counts, down_AK: Counts, high_AK: Counts) -> None:
         """Defers sources that had too few positions since each of them could have its next sequence."""
-        fastest = self._fastest
+        fastest = self._fastest_first[:_FASTEST]  # their sequences compete for single positions
         open_AF = np.floor((down_AK[:, fastest] - self.lags_K[fastest]) / self.rates_K[fastest] + _NEAR)
         open_AF = np.clip(open_AF, ends.left_A[:, None], middle_A[:, None] - 1).astype(np.int64)
         earlier_AFK = np.maximum(np.ceil(self._shares(open_AF) - _NEAR).astype(np.int64), ends.low_AK[:, None])
@@ -100,6 +110,29 @@ class _Phase:
         excess_AF = done_AFK.sum(axis=2) - (middle_A[:, None] - open_AF)
         excess_AF[open_AF <= ends.left_A[:, None]] = 0
         self._mark(scores_AK, excess_AF, done_AFK > 0, -1.0)
+
+    def _limit_groups(self, scores_AK: Shares, chosen_AK: NDArray[np.bool_], missing_AK: Shares) -> NDArray[np.int64]:
+        """Keeps the slowest sources together within one sequence of their share, two of them, three, and so on.
+
+        Otherwise several slow sources would be ahead for a long time, and the fast ones would have too few positions.
+        Changes the scores of rows whose choice breaks this, and returns these rows.
+        """
+        slow = self._slow
+        shares_AG = np.cumsum(missing_AK[:, slow], axis=1)
+        counts_AG = np.cumsum(chosen_AK[:, slow], axis=1)
+        is_broken_AG = (counts_AG < np.floor(shares_AG + _NEAR)) | (counts_AG > np.ceil(shares_AG - _NEAR))
+        rows = np.flatnonzero(is_broken_AG.any(axis=1))
+        scores = scores_AK[rows]
+        for number in range(len(slow) if rows.size else 0):
+            is_free = np.isfinite(scores)
+            is_free[:, ~np.isin(np.arange(scores.shape[1]), slow[: number + 1])] = False
+            ranks = _ranks(np.where(is_free, scores, -np.inf))
+            shares = shares_AG[rows, number, None]
+            is_plain = is_free & (np.abs(scores) < 2)
+            scores = np.where(is_plain & (ranks < np.floor(shares + _NEAR)), scores + 100, scores)
+            scores = np.where(is_plain & (ranks >= np.ceil(shares - _NEAR)), scores - 100, scores)
+        scores_AK[rows] = scores
+        return rows
 
     def _mark(self, scores_AK: Shares, excess_AF: Counts, is_concerned_AFK: NDArray[np.bool_], sign: float) -> None:
         """Moves the scores of as many of the concerned sources as the excess says, fastest constraint first."""
@@ -125,9 +158,7 @@ class _Phase:
 
 def _ranks(scores_AK: Shares) -> Counts:
     """Returns the rank of each score in its row, 0 for the largest; ties go to the earlier one."""
-    order_AK = np.argsort(-scores_AK, axis=1, kind="stable")
-    ranks_AK = np.empty_like(order_AK)
-    np.put_along_axis(ranks_AK, order_AK, np.arange(scores_AK.shape[1])[None], axis=1)
+    ranks_AK: Counts = np.argsort(np.argsort(-scores_AK, axis=1, kind="stable"), axis=1, kind="stable")
     return ranks_AK
 
 

@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.files.json_lines import JsonLines
 from train.listeners.evaluation import PipelinedModel
-from train.listeners.validation import LossByPosition, Validation, validate
+from train.listeners.validation import LossByPosition, Measures, Validation, validate
 from train.records.reporter import corpus_lines
 from train.replica import open_replica
 from train.schedule.cut import run_cut
@@ -121,7 +121,7 @@ def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validatio
     learner, prepared = open_job(config), prepare_corpus(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     by_position = LossByPosition(config.batch.sequence_length_tokens, BASE, prepared.tokenizer, FIRST_RANGE)
-    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, by_position=by_position)
+    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, measures=Measures(by_position))
     close_job(learner)
     return found
 

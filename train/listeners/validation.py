@@ -24,12 +24,14 @@ from infer.config import Sampling
 from infer.generate import Continuation, generate
 from infer.protocol import decode_after
 from model.objective import MAIN, LossSums, MicroBatch
+from model.router import RecordedRoutes
 from model.transformer import Transformer
 from train.callbacks import call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
+from train.listeners.by_source import MeansBySource, SourceMeans
 from train.listeners.listener import Listener, Moment
 from train.post.comparison import NetworkComparison
 from train.post.sample import PASS_AT_1
@@ -76,7 +78,10 @@ class Validator(Listener):
         learner = parts.learner
         num_sequences = parts.config.validation.sequences
         by_position = open_by_position(parts.config, parts.prepared.tokenizer)
-        means = validate(learner.replica, task, parts.loader, num_sequences, learner.comparison, by_position)
+        by_source = open_by_source(parts.config, parts.prepared)
+        means = validate(
+            learner.replica, task, parts.loader, num_sequences, learner.comparison, Measures(by_position, by_source)
+        )
         unit = TASKS.get(task.kind).unit
         line = f"step {num_done:>5}  validation loss {means.loss:.4f} nats per {unit}"
         if unit == "token":
@@ -86,7 +91,11 @@ class Validator(Listener):
         parts.reporter.say(line + "".join(f"  {name} {mean:.4f}" for name, mean in means.reported.items()))
         self._call(num_done, means.loss)
         positions = {} if means.by_position is None else means.by_position.record()
-        return {"loss": means.loss, **means.reported, **positions}
+        sources: dict[str, object] = {}
+        if means.by_source is not None:
+            sources = means.by_source.record()
+            parts.reporter.add_loads({"validation_by_source": means.by_source.loads})
+        return {"loss": means.loss, **means.reported, **positions, **sources}
 
     def _report_answers(self, num_done: int, measured: Mapping[str, float]) -> Mapping[str, float]:
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
@@ -107,6 +116,18 @@ class Validation:
     loss: float
     reported: Mapping[str, float]
     by_position: "PositionMeans | None" = None
+    by_source: SourceMeans | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What a validation measures in addition to means over all tokens."""
+
+    by_position: "LossByPosition | None" = None
+    by_source: MeansBySource | None = None
+
+
+_NO_MEASURES = Measures()
 
 
 def validate(
@@ -115,9 +136,11 @@ def validate(
     loader: Loader,
     num_sequences: int,
     comparison: NetworkComparison = _NO_NETWORK,
-    by_position: "LossByPosition | None" = None,
+    measures: Measures = _NO_MEASURES,
 ) -> Validation:
     """Returns the main loss and reported means over at most `num_sequences` sequences. All ranks call it."""
+    by_position = measures.by_position
+    by_source = measures.by_source
     size = replica.global_sequences
     # A part that is smaller than a global batch is one pass, filled with empty sequences.
     passes = max(min(num_sequences, loader.num_validation_sequences) // size, 1)
@@ -125,14 +148,21 @@ def validate(
     counts = defaultdict[str, float](float)
     for index in range(passes):
         read = partial(_read_validation, loader, index * size)
-        losses, denominators = validate_pass(replica, task, read, comparison, by_position)
+        if by_source is not None:
+            by_source.begin(loader.validation_sources(index * size, size))
+        losses, denominators = validate_pass(replica, task, read, comparison, measures)
         for name, mean in losses.by_name.items():
             totals[name] += mean * denominators[name]
             counts[name] += denominators[name]
     replica.discard_counts()
     means = {name: total / (counts[name] or 1) for name, total in totals.items()}
     reported = {name: mean for name, mean in means.items() if is_reported(name)}
-    return Validation(means.get(MAIN, 0.0), reported, None if by_position is None else by_position.means(replica.world))
+    return Validation(
+        means.get(MAIN, 0.0),
+        reported,
+        None if by_position is None else by_position.means(replica.world),
+        None if by_source is None else by_source.means(replica.world),
+    )
 
 
 def validate_pass(
@@ -140,23 +170,27 @@ def validate_pass(
     config: TaskConfig,
     read: Read,
     comparison: NetworkComparison = _NO_NETWORK,
-    by_position: "LossByPosition | None" = None,
+    measures: Measures = _NO_MEASURES,
 ) -> tuple[Losses, dict[str, float]]:
     """Returns the losses of a forward pass, without MTP in the total, and each mean's denominator."""
     task = open_task(config, replica.config.model, replica.config.batch)
-    log_probs: dict[tuple[int, int], Tensor] | None = None
+    by_position = measures.by_position
+    by_source = measures.by_source
+    log_probs: dict[tuple[int, int], Tensor] | None = None if by_position is None and by_source is None else {}
+    routes = None if by_source is None else RecordedRoutes()
     if by_position is not None:
-        log_probs = {}
         read = partial(_read_marked, by_position, read)
     batches = BatchReader(replica, task, read)
     sums = LossSums(task.names, log_probs)
     counts = batches.count()
-    replica.forward(batches, comparison.add(batches, task.objective(counts, _NO_RATES)), sums)
+    replica.forward(batches, comparison.add(batches, task.objective(counts, _NO_RATES)), sums, routes)
     if by_position is not None:
         for position, log_probs_BT in (sums.log_probs or {}).items():
             batch = batches(*position)
             assert batch is not None
             by_position.add(batch, log_probs_BT)
+    if by_source is not None and routes is not None:
+        by_source.add(replica, batches, sums.log_probs or {}, routes.ids)
     losses = reduce_losses(replica, task, sums, counts, _NO_RATES)
     return losses, dict(zip(sums.names, counts.tolist(), strict=True))
 
@@ -240,6 +274,13 @@ def open_by_position(config: TrainConfig, tokenizer: Tokenizer) -> "LossByPositi
     if spec.values or spec.has_rollouts or config.model.head != "tokens":
         return None
     return LossByPosition(config.batch.sequence_length_tokens, base_length(config), tokenizer)
+
+
+def open_by_source(config: TrainConfig, prepared: Prepared) -> MeansBySource | None:
+    """Returns what measures a run's validations by source; None without a mixture."""
+    if prepared.mixture is None or open_by_position(config, prepared.tokenizer) is None:
+        return None
+    return MeansBySource(config, prepared.mixture.names, prepared.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,11 +107,17 @@ class LoadLines:
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
         self._every = every_steps
         self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
+        self._further: Mapping[str, Any] = {}
+
+    def add(self, loads: Mapping[str, Any]) -> None:
+        """Adds further loads to the line of the next step, which is then due."""
+        self._further = loads
 
     def record(self, step: int, balance: Balance) -> None:
         """Writes the line of a step if it is due."""
-        if self._lines is not None and step % self._every == 0:
-            self._lines.record({"step": step, **balance.loads()})
+        if self._lines is not None and (step % self._every == 0 or self._further):
+            self._lines.record({"step": step, **balance.loads(), **self._further})
+        self._further = {}
 
     def roll_back(self, step: int) -> None:
         """Removes the lines of later steps, which will be repeated."""
@@ -159,6 +165,11 @@ class Reporter:
             self._loads.record(values["step"], balance)
         for recorder in self._recorders:
             recorder.record(values)
+
+    def add_loads(self, loads: Mapping[str, Any]) -> None:
+        """Adds further loads of experts to the line of the step that is recorded next."""
+        if self._loads is not None:
+            self._loads.add(loads)
 
     def last(self) -> dict[str, Any] | None:
         """Returns the record of the last step, possibly of an earlier attempt; None on other ranks than 0."""

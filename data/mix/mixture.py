@@ -1,0 +1,118 @@
+"""Maps every position of a run to a sequence of a source, and checks how often sources are read.
+
+Imports no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import BatchSizes
+from data.corpus import DataError
+from data.mix.manifest import Manifest
+from data.mix.order import MixOrder, Places
+from data.mix.permutation import KeyedPermutation
+
+ORDER_NAME = "order.jsonl"
+
+
+class Mixture:
+    """The order in which a run reads the training sequences of its sources.
+
+    A row is the number of a sequence among those of all sources, one source after the other.
+    """
+
+    def __init__(
+        self, manifest: Manifest, sequences: Mapping[str, int], sequence_length_tokens: int, seed: int
+    ) -> None:
+        """Prepares the order of sources with these numbers of training sequences.
+
+        Raises:
+            DataError: if a source with a weight has no sequence.
+        """
+        self.manifest = manifest
+        self.names = tuple(source.name for source in manifest.sources)
+        self.sequences = tuple(sequences[name] for name in self.names)
+        self.first_rows = np.cumsum([0, *self.sequences])
+        self._length = sequence_length_tokens
+        self._keys = [f"order:{seed}:{name}" for name in self.names]
+        # A phase begins with the first sequence that begins after the tokens of the phase before it.
+        firsts = [0, *(-(-phase.until_tokens // sequence_length_tokens) for phase in manifest.phases)]
+        weights = [manifest.weights(phase) for phase in (*manifest.phases, None)]
+        for name, count, *shares in zip(self.names, self.sequences, *weights, strict=True):
+            if not count and any(shares):
+                raise DataError(
+                    f"sources.{name}: a source with a weight must have at least one training sequence, has none; "
+                    f"nearest: weight: 0, or more text"
+                )
+        self._order = MixOrder(
+            [
+                (first, share)
+                for number, (first, share) in enumerate(zip(firsts, weights, strict=True))
+                if first not in firsts[number + 1 :]  # a phase shorter than a sequence
+            ]
+        )
+
+    def range(self, first: int, count: int) -> NDArray[np.int64]:
+        """Returns the rows of `count` consecutive sequences from position `first` of the training order."""
+        places = self._order.places(first, count)
+        return self.first_rows[places.sources_N] + self._indices(places)
+
+    def _indices(self, places: Places) -> NDArray[np.int64]:
+        """Returns the index of each sequence within its source: a new permutation in each epoch."""
+        indices_N = np.empty_like(places.numbers_N)
+        for source in np.unique(places.sources_N).tolist():
+            is_source = places.sources_N == source
+            size = self.sequences[source]
+            epochs, within = np.divmod(places.numbers_N[is_source], size)
+            images = np.empty_like(within)
+            for epoch in np.unique(epochs).tolist():
+                chosen = epochs == epoch
+                images[chosen] = _permutation(size, f"{self._keys[source]}:{epoch}")(within[chosen])
+            indices_N[is_source] = images
+        return indices_N
+
+    def sources_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the number of the source that each row belongs to."""
+        sources: NDArray[np.int64] = np.searchsorted(self.first_rows, rows, side="right") - 1
+        return sources
+
+    def read_before(self, position: int) -> dict[str, dict[str, float]]:
+        """Returns the tokens and epochs of each source that a run has read before a position."""
+        counts = self._order.counts_before(position)
+        tokens = {name: float(count * self._length) for name, count in zip(self.names, counts, strict=True)}
+        sizes = zip(self.names, counts, self.sequences, strict=True)
+        return {"tokens": tokens, "epochs": {name: count / max(size, 1) for name, count, size in sizes}}
+
+    def check_epochs(self, num_sequences: int) -> None:
+        """Rejects a run that would read a source more often than its `max_epochs` allows."""
+        counts = self._order.counts_before(num_sequences)
+        for source, count, size in zip(self.manifest.sources, counts, self.sequences, strict=True):
+            if source.max_epochs is not None and count > source.max_epochs * size:
+                tokens = size * self._length
+                raise DataError(
+                    f"sources.{source.name}.max_epochs: a run of {num_sequences * self._length:,} tokens must read "
+                    f"the source's {tokens:,} tokens at most {source.max_epochs:g} times, reads them "
+                    f"{count / size:.2f} times; nearest: max_epochs: {-(-count * 100 // size) / 100:g}, a smaller "
+                    f"weight, or fewer steps"
+                )
+
+    def write_order(self, folder: Path, sizes: BatchSizes, steps: int) -> None:
+        """Writes `order.jsonl`: the source and index of every sequence of the first steps, from step 1."""
+        partial = folder / f"{ORDER_NAME}.partial"
+        with partial.open("w", encoding="utf-8") as stream:
+            for step in range(steps):
+                places = self._order.places(sizes.sequences_before(step), sizes.sequences(step))
+                names = [self.names[source] for source in places.sources_N.tolist()]
+                sequences = list(zip(names, self._indices(places).tolist(), strict=True))
+                stream.write(f"{json.dumps({'step': step + 1, 'sequences': sequences})}\n")
+        partial.replace(folder / ORDER_NAME)
+
+
+@lru_cache(maxsize=64)
+def _permutation(size: int, key: str) -> KeyedPermutation:
+    return KeyedPermutation(size, key)
