@@ -1,7 +1,6 @@
 """Encodes documents and samples as token ids: split, tokenizer, fill-in-the-middle. Imports no torch."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -107,6 +106,7 @@ class DocumentEncoder:
 
 
 NO_PROGRESS = NoProgress()
+PARTS: tuple[Part, ...] = ("train", "validation")
 
 # More text for training the tokenizer takes time and hardly changes its merges.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
@@ -128,12 +128,10 @@ def build_encoded(
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
     If no tokenizer is given, one is trained. Returns the values for `meta.json`: number of documents,
-    bytes of text and tokens of each part. Raises DataError if the source cannot be read, or the training part would be
-    empty.
+    bytes of text and tokens of each part. Raises DataError if the source cannot be read.
     """
-    sizes = measure_parts(config, progress)
-    if sizes["validation"].num_documents == 0:
-        config = replace(config, validation_fraction=0.0)
+    sizes, fraction = measure_parts(config, progress)
+    config = replace(config, validation_fraction=fraction)
     tokenizer = loaded or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
@@ -153,29 +151,37 @@ def source_tokenizer(config: DataConfig) -> Tokenizer | None:
     return None if build is None else build(config.source)
 
 
-def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:
-    """Reads the source once and returns the size of each part; raises DataError if training has none."""
+def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> tuple[dict[Part, PartSize], float]:
+    """Returns each part's size, and a share to hold out that leaves a document to train on."""
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
-    units: list[float] = [1.0, 0.0]
+    last = (0.0, 0)  # largest hash of a document, and its bytes
     total = sum(size_bytes(file) for file in list_files(config.source))
     counts = ReadCounts()
     documents = with_parts(config, partial(read_documents, counts=counts))
     for part, document in progress.over("reading the corpus", documents, total, lambda pair: _text_bytes(pair[1])):
         num_documents[part] += 1
         text_bytes[part] += _text_bytes(document)
-        unit = hash_unit("split", config.seed, document.key)
-        units = [min(units[0], unit), max(units[1], unit)]
+        last = max(last, (hash_unit("split", config.seed, document.key), _text_bytes(document)))
     for line in source_notes(config.source, counts):
         progress.note(line)
-    if num_documents["train"] == 0:
-        if num_documents["validation"] != 1:
-            raise _empty_train_error(config, num_documents["validation"], *units)
-        # A single document is used for training, even if its hash selects validation.
-        for sizes in (num_documents, text_bytes):
-            sizes["train"] = sizes["validation"]
-            sizes["validation"] = 0
-    return {part: PartSize(num_documents=num_documents[part], text_bytes=text_bytes[part]) for part in num_documents}
+    fraction = config.validation_fraction
+    if num_documents["train"] == 0 and num_documents["validation"]:
+        fraction = last[0]  # a document is held out if its hash is below the fraction
+        for sizes, moved in ((num_documents, 1), (text_bytes, last[1])):
+            sizes["train"] = moved
+            sizes["validation"] -= moved
+        if num_documents["validation"]:
+            progress.note(_lowered_line(config, num_documents["validation"] + 1, "documents"))
+    measured = {part: PartSize(num_documents=num_documents[part], text_bytes=text_bytes[part]) for part in PARTS}
+    return measured, fraction if num_documents["validation"] else 0.0
+
+
+def _lowered_line(config: DataConfig, count: int, unit: str) -> str:
+    return (
+        f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by hash "
+        f"with data.seed={config.seed}; the validation set is lowered to {count - 1}"
+    )
 
 
 def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
@@ -242,19 +248,6 @@ def _batch_bytes(documents: Sequence[Document]) -> int:
     return sum(map(_text_bytes, documents))
 
 
-def _empty_train_error(config: DataConfig, num_documents: int, smallest_unit: float, largest_unit: float) -> DataError:
-    # A document is held out if its hash is below the fraction.
-    nearest = math.floor(largest_unit * 10**4) / 10**4
-    hint = f"; nearest: {nearest}" if smallest_unit < nearest <= largest_unit else ""
-    return DataError(
-        f"data.validation_fraction: {config.validation_fraction} of {num_documents} documents, selected by hash "
-        f"with data.seed {config.seed}, leaves the training part empty; it must have at least one document{hint}"
-    )
-
-
-PARTS: tuple[Part, ...] = ("train", "validation")
-
-
 def has_samples(config: DataConfig) -> bool:
     """Returns whether the source has samples, which are never split, instead of documents."""
     return DATA_SOURCES.get(config.source.kind).samples is not None
@@ -269,7 +262,7 @@ def build_samples(
     digest = hashlib.sha256()
     values: dict[str, int | float | str] = {}
     has_targets = DATA_SOURCES.get(config.source.kind).has_targets
-    for part, samples in _encode_samples(config, tokenizer).items():
+    for part, samples in _encode_samples(config, tokenizer, progress).items():
         packed = pack_samples(
             samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size, has_targets=has_targets
         )
@@ -314,18 +307,18 @@ def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCount
     return {part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS}
 
 
-def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[TrainingSample]]:
+def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> dict[Part, list[TrainingSample]]:
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
     parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}
     for part, sample in with_parts(config, lambda source: encode(source, tokenizer)):
         parts[part].append(sample)
-    if not parts["train"]:
-        raise DataError(
-            f"data.validation_fraction: {config.validation_fraction} of {len(parts['validation'])} samples, selected "
-            f"by hash with data.seed {config.seed}, leaves the training part empty; it must have at least one sample; "
-            f"nearest: a smaller fraction, or more samples"
-        )
+    if not parts["train"] and parts["validation"]:
+        count = len(parts["validation"])
+        if count > 1:
+            progress.note(_lowered_line(config, count, "samples"))
+        last = max(range(count), key=lambda number: hash_unit("split", config.seed, parts["validation"][number].key))
+        parts["train"].append(parts["validation"].pop(last))
     return parts
 
 

@@ -112,7 +112,7 @@ class _Phase:
         self._mark(scores_AK, excess_AF, done_AFK > 0, -1.0)
 
     def _limit_groups(self, scores_AK: Shares, chosen_AK: NDArray[np.bool_], missing_AK: Shares) -> NDArray[np.int64]:
-        """Keeps the slowest sources together within one sequence of their share, two of them, three, and so on.
+        """Keeps the sum of the slowest sources, two of them, three and so on, within one of its share.
 
         Otherwise several slow sources would be ahead for a long time, and the fast ones would have too few positions.
         Changes the scores of rows whose choice breaks this, and returns these rows.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from data.corpus import DataError, is_validation
 from data.encode import encode_part, train_tokenizer
 from data.pack import entropy_nats
 from data.prepare import Prepared, check_config, open_or_build, prepare
+from data.progress import ProgressLines
 from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
 
@@ -238,12 +240,13 @@ def test_a_cache_dir_that_is_a_file_is_rejected(config: DataConfig, tmp_path: Pa
         prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "taken" / "x")), 16)
 
 
-def test_an_empty_part_is_rejected_and_the_fraction_named_works(config: DataConfig) -> None:
-    wrong = dataclasses.replace(config, validation_fraction=1.0 - 1e-9)
-    with pytest.raises(DataError, match=r"data\.validation_fraction: .* leaves the training part empty") as caught:
-        prepare(wrong, 16)
-    nearest = float(str(caught.value).rsplit("nearest: ", 1)[1])
-    assert prepare(dataclasses.replace(config, validation_fraction=nearest), 16).validation_tokens > 0
+def test_a_validation_set_of_all_documents_is_lowered_with_a_line(config: DataConfig) -> None:
+    lines: list[str] = []
+    lowered = prepare(dataclasses.replace(config, validation_fraction=1.0 - 1e-9), 16, ProgressLines(lines.append))
+    rule = r"data\.validation_fraction: .* hold out all (\d+) documents, .* lowered to (\d+)"
+    found = next(match for line in lines if (match := re.match(rule, line)))
+    assert int(found[1]) == int(found[2]) + 1
+    assert "".join(texts_of(lowered, "train")).count("<｜begin▁of▁sentence｜>") == 1
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1.0 - 1e-9])
