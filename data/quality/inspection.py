@@ -45,6 +45,7 @@ class Inspector:
 
     def inspect(self, documents: Sequence[str]) -> Inspection:
         """Returns hashes and reasons of documents, which should have 0.25 to 4 MB of text together."""
+        documents = [compose(document) for document in documents]
         words = split_words(documents)
         reasons: list[str | None] = [None] * len(documents)
         if self._filters is not None:
@@ -66,7 +67,7 @@ def _hash_documents(documents: Sequence[str], words: Words) -> NDArray[np.uint64
     for document, start, end in zip(documents, starts, words.ends.tolist(), strict=True):
         digest = xxhash.xxh3_128(values[start:end].data)
         # The rest of letters that ASCII does not have is hashed again, which is harmless.
-        rest = document if document.isascii() else compose(document).lower()
+        rest = document if document.isascii() else document.lower()
         digest.update(rest.encode("utf-8", "surrogatepass").translate(None, _WORDS_AND_SPACE))
         digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)

@@ -102,8 +102,8 @@ def split_words(documents: Sequence[str]) -> Words:
 
 
 def compose(document: str) -> str:
-    """Returns a document in Unicode's compatibility form, in which equal characters have equal codes."""
-    return document if document.isascii() else unicodedata.normalize("NFKC", document)
+    """Returns a document with composed characters (NFC), which most documents have, and plain spaces."""
+    return document if document.isascii() else unicodedata.normalize("NFC", document.replace("\u00a0", " "))
 
 
 def _groups(documents: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
@@ -189,7 +189,8 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         # Letters, digits, and the marks that some scripts write as parts of letters.
         if unicodedata.category(character)[0] in "LMN":
             kinds[code] = _LETTER
-            lower[code] = ord(character.lower()[0])
+            # Full-width and other forms of a character count as the character.
+            lower[code] = ord(unicodedata.normalize("NFKC", character).lower()[0])
     for first, last in _SINGLE_RANGES:
         part = kinds[first : last + 1]
         part[(part == _LETTER) | (0xD800 <= first <= 0xDFFF)] = _SINGLE
