@@ -138,8 +138,8 @@ class _LineReader:
             return None
         if self._offset >= self._block + BLOCK_BYTES:
             self._block = self._offset // BLOCK_BYTES * BLOCK_BYTES
+            self._earlier = None if self._earlier is None else self._earlier + self._number
             self._number = 0
-            self._earlier = None
         self._number += 1
         line = self.stream.readline(MAX_DOCUMENT_BYTES + 1)
         self._offset += len(line)

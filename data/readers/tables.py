@@ -53,6 +53,7 @@ def _read_row_group(
     file: CorpusFile, parquet: Any, index: int, row: int, text_field: str
 ) -> Iterator[Document | BrokenRow]:
     group = parquet.metadata.row_group(index)
+    end = row + group.num_rows
     try:
         columns = [group.column(number) for number in range(group.num_columns)]
         column = next(column for column in columns if column.path_in_schema == text_field)
@@ -63,7 +64,9 @@ def _read_row_group(
             yield from _column_rows(file, batch.column(0), row)
             row += batch.num_rows
     except DAMAGES as error:
-        yield BrokenRow(place=f"{file.path}:{row + 1}", reason=_line(error))
+        lost = end - row - 1
+        more = f" (and the {lost:,} rows after it)" if lost else ""
+        yield BrokenRow(place=f"{file.path}:{row + 1}", reason=f"{_line(error)}{more}")
 
 
 def read_arrow(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
@@ -140,4 +143,5 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return f"cannot be read: {' '.join(str(error).split())}"
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError else f"cannot be read: {text}"
