@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.bulk_encoder import EncodedStrings
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, hash_unit
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
@@ -71,7 +72,7 @@ class DocumentEncoder:
         Raises DataError that names the document if `tokenizers` gives other ids.
         """
         cuts = [
-            cut_for_fim(document.text, self._fim_rate, self._seed, key)
+            cut_for_fim(document.text, self._fim_rate, self._seed, key) if document.tokens is None else None
             for document, key in zip(documents, draw_keys, strict=True)
         ]
         strings: list[str] = []
@@ -83,6 +84,8 @@ class DocumentEncoder:
         is_cut = np.array([cut is not None for cut in cuts], dtype=bool)
         num_texts = np.where(is_cut, 3, 1)
         first = np.cumsum(num_texts) - num_texts
+        if any(document.tokens is not None for document in documents):
+            encoded = self._with_token_documents(encoded, documents, first)
         places = encoded.offsets[np.minimum(first[:, None] + np.array([0, 0, 1, 2, 0]), len(strings))]
         places[:, 4] = encoded.offsets[first + num_texts]
         special = self._tokenizer.special
@@ -93,6 +96,26 @@ class DocumentEncoder:
             tokens=np.insert(ids, places[is_placed], np.broadcast_to(values, places.shape)[is_placed]),
             lengths=places[:, 4] - places[:, 0] + is_placed.sum(axis=1),
         )
+
+    def _with_token_documents(
+        self, encoded: EncodedStrings, documents: Sequence[Document], first: NDArray[np.int64]
+    ) -> EncodedStrings:
+        """Inserts the ids of documents that are token ids already, without those that begin and end them."""
+        special = self._tokenizer.special
+        parts = np.split(encoded.ids, encoded.offsets[1:-1])
+        for document, index in zip(documents, first, strict=True):
+            if document.tokens is None:
+                continue
+            ids = document.tokens
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+                raise DataError(
+                    f"{document.key}: token ids must be 0 to {self._tokenizer.vocab_size - 1}, are {ids.min()} to "
+                    f"{ids.max()}; nearest: data.tokenizer=PATH of the tokenizer that wrote them"
+                )
+            begin = int((ids[:1] == special.bos).any())
+            end = len(ids) - int((ids[begin:][-1:] == special.eos).any())
+            parts[index] = ids[begin:end].astype(np.uint32)
+        return EncodedStrings(ids=np.concatenate(parts), offsets=np.cumsum([0, *map(len, parts)]))
 
     def _check_one(self, documents: Sequence[Document]) -> None:
         if not documents:
@@ -130,7 +153,7 @@ def build_encoded(
     If no tokenizer is given, one is trained. Returns the values for `meta.json`: number of documents,
     bytes of text and tokens of each part. Raises DataError if the source cannot be read.
     """
-    sizes, fraction = measure_parts(config, progress)
+    sizes, fraction = measure_parts(config, progress, loaded)
     config = replace(config, validation_fraction=fraction)
     tokenizer = loaded or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
@@ -151,7 +174,9 @@ def source_tokenizer(config: DataConfig) -> Tokenizer | None:
     return None if build is None else build(config.source)
 
 
-def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> tuple[dict[Part, PartSize], float]:
+def measure_parts(
+    config: DataConfig, progress: Progress = NO_PROGRESS, tokenizer: Tokenizer | None = None
+) -> tuple[dict[Part, PartSize], float]:
     """Returns each part's size, and a share to hold out that leaves a document to train on."""
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
@@ -159,10 +184,11 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> tuple
     total = sum(size_bytes(file) for file in list_files(config.source))
     counts = ReadCounts()
     documents = with_parts(config, partial(read_documents, counts=counts))
-    for part, document in progress.over("reading the corpus", documents, total, lambda pair: _text_bytes(pair[1])):
+    for part, document in progress.over("reading the corpus", documents, total, lambda pair: _num_bytes(pair[1])):
         num_documents[part] += 1
-        text_bytes[part] += _text_bytes(document)
-        last = max(last, (hash_unit("split", config.seed, document.key), _text_bytes(document)))
+        num_bytes = _num_bytes(document, tokenizer)
+        text_bytes[part] += num_bytes
+        last = max(last, (hash_unit("split", config.seed, document.key), num_bytes))
     for line in source_notes(config.source, counts):
         progress.note(line)
     fraction = config.validation_fraction
@@ -231,7 +257,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document.text) if document.tokens is None else len(document.tokens)
         if characters >= ENCODE_BATCH_CHARACTERS:
             yield batch
             batch = []
@@ -240,12 +266,15 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _text_bytes(document: Document) -> int:
-    return len(document.text.encode("utf-8"))
+def _num_bytes(document: Document, tokenizer: Tokenizer | None = None) -> int:
+    """Returns the bytes of a document's text, or of its token ids unless a tokenizer decodes them."""
+    if document.tokens is None:
+        return len(document.text.encode("utf-8"))
+    return document.tokens.nbytes if tokenizer is None else _decoded_bytes(tokenizer, document.tokens.tolist())
 
 
 def _batch_bytes(documents: Sequence[Document]) -> int:
-    return sum(map(_text_bytes, documents))
+    return sum(map(_num_bytes, documents))
 
 
 def has_samples(config: DataConfig) -> bool:

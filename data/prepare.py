@@ -27,6 +27,7 @@ from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, ha
 from data.mix.mixture import Mixture
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
+from data.readers.files import compression_of, format_of
 from data.registry import DATA_SOURCES, DataSource, Part
 from data.sources import check_source, list_files, read_beginning, size_bytes
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
@@ -130,7 +131,7 @@ def _check_validation_paths(config: DataConfig, tokenizer: Tokenizer | None) -> 
 
 
 def estimate_tokens(config: DataConfig, enough: float) -> float | None:
-    """Returns about how many tokens a source's files hold, rather too many; None without files.
+    """Returns about how many tokens a source's files hold, rather too many; None if sizes do not say.
 
     Reads the sizes of files, and at most the first 256 KiB of text. None also means that they certainly hold `enough`.
     """
@@ -138,6 +139,8 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     size = 0
     files = entry.files(config.source)
     for file in files:
+        if format_of(file.path) in ("parquet", "arrow", "megatron") or compression_of(file.path) is not None:
+            return None
         size += size_bytes(file)
         if size >= enough * _MOST_BYTES_PER_TOKEN:
             return None

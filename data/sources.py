@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from data.corpus import DataError, decode_line
-from data.readers.files import list_sources, search
+from data.readers.files import format_of, list_sources, search
 from data.readers.rows import OnBroken, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, DataSourceEntry, Document
 from kernels.ranges import Share
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 EMBEDDED_SUFFIXES = (".py", ".txt", ".md", ".rst")
 # Line 1: not sources of the standard library (third-party packages, byte code, build files, tests).
@@ -128,6 +131,16 @@ def _embedded_files(source: EmbeddedSource) -> tuple[CorpusFile, ...]:
     return tuple(files)
 
 
+def _check_files(source: FilesSource, tokenizer: "Tokenizer | None") -> None:
+    check_source(source)
+    token_files = [file for file in list_files(source) if format_of(file.path) == "megatron"]
+    if token_files and tokenizer is None:
+        raise DataError(
+            f"data.tokenizer: must be given for files of token ids such as {token_files[0].path}; nearest: the path of "
+            f"the tokenizer that wrote them"
+        )
+
+
 DATA_SOURCES.register(
     "embedded",
     DataSourceEntry(
@@ -146,6 +159,7 @@ DATA_SOURCES.register(
         files=lambda source: list_sources(source.paths).files,
         read=lambda source, file, limit_bytes: _read_file(file, source.text_field, limit_bytes),
         place=lambda source: f"data.paths: {list(source.paths)!r}",
+        check=_check_files,
         settings=lambda source: [source.text_field, source.on_broken, source.max_broken_share],
     ),
 )

@@ -154,7 +154,9 @@ def _matching_files(path: Path, ignored: Counter[str]) -> Iterator[CorpusFile]:
         relative = match.relative_to(root)
         if any(part.startswith(".") for part in relative.parts):
             continue
-        if match.is_dir():
+        if match.is_dir() and match.is_symlink():
+            ignored[_LINKED_FOLDERS] += 1
+        elif match.is_dir():
             for file in search(match, _reads, ignored):
                 yield CorpusFile(key=(relative / file.key).as_posix(), path=file.path)
         elif _reads(match) and match.is_file():

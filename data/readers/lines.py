@@ -26,7 +26,7 @@ BLOCK_BYTES = 256 * 2**20
 _TOO_LONG = f"a line must have at most {MAX_DOCUMENT_BYTES:,} bytes, has more; nearest: shorter documents"
 _SKIP_BYTES = 2**20
 _CUT_BYTES = 2**16
-_BUFFER_BYTES = 2**17
+_BUFFER_BYTES = 2**16
 _START_BYTES = 8000
 # Text shrinks at most by a few hundred; a file that says to be more is made to exhaust its reader.
 MAX_RATIO = 500
@@ -194,7 +194,7 @@ def _open(path: Path) -> Iterator[io.BufferedReader[Any]]:
 
     # Unlike the module zstandard, pyarrow reports a file that ends within a frame.
     with pyarrow.input_stream(str(path), compression=compression) as native:
-        yield io.BufferedReader(_Decompressed(native, path.stat().st_size), _SKIP_BYTES)
+        yield io.BufferedReader(_Decompressed(native, path.stat().st_size), _BUFFER_BYTES)
 
 
 def _line_end(content: bytes, least: int) -> int:

@@ -1,0 +1,267 @@
+"""Every reader yields the same documents, however a file is cut; broken rows are named, within bounded memory."""
+
+import gzip
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data.corpus import DataError
+from data.readers import lines, rows
+from data.readers.files import list_sources
+from data.readers.megatron import write_megatron
+from data.readers.rows import ReadCounts, keep_documents, pieces, read_piece, read_rows
+from data.registry import CorpusFile, Document
+from tests import ROOT
+
+DOCUMENTS = [f"document {number} " + "wörd€ " * (number % 7 * 9) + "\n" for number in range(120)]
+
+
+def write_arrow(path: Path, documents: list[str], *, is_stream: bool) -> None:
+    table = pa.table({"text": documents})
+    make = pa.ipc.new_stream if is_stream else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as stream, make(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=50)
+
+
+def write_stream(path: Path) -> None:
+    write_arrow(path, DOCUMENTS, is_stream=True)
+
+
+def json_lines(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"n": 1, "text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+
+
+FORMATS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(json_lines(DOCUMENTS)),
+    "a.jsonl.gz": lambda path: path.write_bytes(
+        gzip.compress(json_lines(DOCUMENTS[:60])) + gzip.compress(json_lines(DOCUMENTS[60:]))
+    ),
+    "a.json.zst": lambda path: path.write_bytes(zstandard.compress(json_lines(DOCUMENTS))),
+    "a.parquet": lambda path: pq.write_table(pa.table({"n": [[1]] * 120, "text": DOCUMENTS}), path, row_group_size=37),
+    "b.parquet": lambda path: pq.write_table(pa.table({"text": pa.array(DOCUMENTS).dictionary_encode()}), path),
+    "a.arrow": write_stream,
+    "b.arrow": lambda path: write_arrow(path, DOCUMENTS, is_stream=False),
+}
+
+
+def read_in_pieces(file: CorpusFile, piece_bytes: int) -> list[Document]:
+    counts = ReadCounts()
+    documents = [
+        document for piece in pieces(file, piece_bytes) for document in read_piece(piece, "text", counts, "stop")
+    ]
+    assert (counts.rows, counts.broken) == (len(documents), 0)
+    return documents
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_documents_and_keys_do_not_depend_on_format_and_pieces(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4000)
+    FORMATS[name](tmp_path / name)
+    (file,) = list_sources((str(tmp_path),)).files
+    whole = read_in_pieces(file, 2**40)
+    assert [document.text for document in whole] == DOCUMENTS
+    assert len({document.key for document in whole}) == len(whole)
+    assert all(read_in_pieces(file, size) == whole for size in (200, 3000))
+    if name in ("a.jsonl", "a.parquet"):
+        assert len(pieces(file, 3000)) > 3
+
+
+def test_parts_of_a_long_text_file_join_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lines, rows):
+        monkeypatch.setattr(module, "PART_BYTES", 1000)
+    monkeypatch.setattr(lines, "_CUT_BYTES", 100)
+    generator = random.Random(0)
+    contents = ["é" * 5000, "x", "\n" * 3001, "y" * 999 + "\n" + "z" * 10, "a" * 1000 + "\n" + "b" * 999]
+    contents += ["\n".join("wörd€" * generator.randrange(60) for _ in range(80)) for _ in range(5)]
+    for number, content in enumerate(contents):
+        plain = CorpusFile(key="a", path=tmp_path / f"{number}.txt")
+        packed = CorpusFile(key="a", path=tmp_path / f"{number}.txt.gz")
+        plain.path.write_text(content, "utf-8")
+        packed.path.write_bytes(gzip.compress(content.encode()))
+        cut = [
+            [row for piece in pieces(file, size) for row in read_rows(piece, "")]
+            for file in (plain, packed)
+            for size in (1, 1500, 9999)
+        ]
+        assert all(parts == cut[0] for parts in cut)
+        assert "".join(part.text for part in cut[0] if isinstance(part, Document)) == content
+
+
+@pytest.mark.parametrize("vocab_size", [4096, 65_499, 65_500, 129_280])
+def test_megatron_files_are_read_as_they_were_written(vocab_size: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, vocab_size, size) for size in (0, 1, 1000, *generator.integers(1, 99, 300))]
+    assert write_megatron(tmp_path / "a", documents, vocab_size) == sum(map(len, documents))
+    listed = list_sources((str(tmp_path),))
+    assert (len(listed.files), listed.ignored_line()) == (1, None)
+    for name in ("a", "a.bin", "a.idx"):
+        assert list_sources((str(tmp_path / name),)).files == listed.files
+    for size in (1000, 2**40):
+        found = read_in_pieces(listed.files[0], size)
+        assert all(np.array_equal(document.tokens, tokens) for document, tokens in zip(found, documents, strict=True))  # type: ignore[arg-type]
+
+
+def test_sequences_of_a_megatron_document_are_joined(tmp_path: Path) -> None:
+    """The index is that of Megatron-Core's builder for a document of two sequences and one of none."""
+    (tmp_path / "a.bin").write_bytes(np.arange(5, dtype="<i4").tobytes())
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 2, 3) + struct.pack("<2i2q3q", 2, 3, 0, 8, 0, 2, 2)
+    (tmp_path / "a.idx").write_bytes(index)
+    rows_read = list(read_rows(pieces(CorpusFile(key="a", path=tmp_path / "a.bin"), 2**40)[0], ""))
+    assert [row.tokens.tolist() for row in rows_read] == [[0, 1, 2, 3, 4], []]  # type: ignore[union-attr]
+
+
+TABLE = pa.table({"text": [f"row {number}" for number in range(1000)], "other": ["a"] * 1000})
+
+
+def parquet_of(values: object, name: str = "text") -> Callable[[Path], object]:
+    return lambda path: pq.write_table(pa.table({name: values}), path)
+
+
+def damaged(write: Callable[[Path], object], first: int | None, last: int | None) -> Callable[[Path], object]:
+    def act(path: Path) -> None:
+        write(path)
+        path.write_bytes(path.read_bytes()[first:last])
+
+    return act
+
+
+def content(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+GOOD_LINES = b'{"text": "a"}\n' * 50
+# Name, how it is written, the row that is broken, a part of the reason.
+BROKEN: list[tuple[str, Callable[[Path], object], int, str]] = [
+    ("null.jsonl", content(GOOD_LINES + b'{"text": null}\n'), 51, "type NoneType"),
+    ("field.jsonl", content(b'{"txet": "a"}\n'), 1, "nearest: data.text_field='txet'"),
+    ("array.jsonl", content(b"\n[1]\n"), 2, "got [1]"),
+    ("deep.jsonl", content(b"[" * 200_000), 1, "object with a string field"),
+    ("digits.jsonl", content(b'{"text": "a", "n": ' + b"9" * 5000 + b"}"), 1, "object with a string field"),
+    ("cut.jsonl", content(GOOD_LINES + b'{"text": "a'), 51, "Unterminated string"),
+    ("long.jsonl", content(GOOD_LINES + b'{"text": "' + b"a" * 2**24 + b'"}\n{"text": "b"}'), 51, "at most 16,777,216"),
+    ("utf16.jsonl", content('{"text": "a"}'.encode("utf-16-le")), 1, "UTF-16"),
+    ("utf16.txt", content("é".encode("utf-16")), 1, "UTF-16"),
+    ("cut.jsonl.zst", content(zstandard.compress(GOOD_LINES)[:-3]), 1, "Truncated"),
+    ("cut.txt.gz", content(gzip.compress(bytes(range(1, 100)) * 9)[:-9]), 1, "Truncated"),
+    ("no.txt.gz", content(b"plain text"), 1, "incorrect header"),
+    ("tail.jsonl.gz", content(gzip.compress(GOOD_LINES) + b"tail"), 1, "cannot be read"),
+    ("bomb.jsonl.zst", content(zstandard.compress(b"a" * 2**24)), 1, "500 times its size"),
+    ("bomb.txt.gz", content(gzip.compress(b"a" * 2**24)), 1, "500 times its size"),
+    ("cut.parquet", damaged(lambda path: pq.write_table(TABLE, path), None, -9), 1, "cannot be read"),
+    ("head.parquet", damaged(lambda path: pq.write_table(TABLE, path), 9, None), 1, "cannot be read"),
+    ("empty.parquet", content(b""), 1, "cannot be read"),
+    ("integers.parquet", parquet_of([1]), 1, 'strings "text" (data.text_field), has one of type int64'),
+    ("nested.parquet", parquet_of([{"text": "a"}]), 1, "type struct"),
+    ("lists.parquet", parquet_of([["a"]]), 1, "type list"),
+    ("name.parquet", parquet_of(["a"], "texts"), 1, "has none; nearest: data.text_field='texts'"),
+    ("null.parquet", parquet_of(["a", None, "b"]), 2, "is null"),
+    ("long.parquet", parquet_of(["a", "b" * (2**24 + 1)]), 2, "16,777,217 bytes"),
+    ("cut.arrow", damaged(write_stream, None, -500), 101, "cannot be read"),
+    ("end.arrow", damaged(write_stream, None, -8), 121, "truncated"),
+    ("noise.arrow", content(bytes(range(256)) * 4), 1, "cannot be read"),
+    ("cut.bin", lambda path: (path.write_bytes(b"1"), path.with_suffix(".idx").write_bytes(b"MMIDIDX")), 1, "no index"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "write", "row", "reason"), BROKEN, ids=[name for name, *_ in BROKEN])
+def test_broken_row_is_named_and_the_others_are_read(
+    name: str,
+    write: Callable[[Path], object],
+    row: int,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lines, "MIN_RATIO_BYTES", 2**22)
+    write(tmp_path / name)
+    (file,) = list_sources((str(tmp_path),)).files
+    counts = ReadCounts()
+    for piece in pieces(file, 2**40):
+        list(read_piece(piece, "text", counts, "skip"))
+    assert counts.broken == 1
+    assert counts.rows == counts.broken + counts.documents + counts.blank
+    assert counts.broken_places[0].startswith(f"{file.path}:{row}: ")
+    assert reason in counts.broken_places[0]
+    with pytest.raises(DataError, match=rf"{name}:{row}: ") as refused:
+        [list(read_piece(piece, "text", ReadCounts(), "stop")) for piece in pieces(file, 2**40)]
+    assert "\n" not in str(refused.value)
+
+
+def test_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
+    pq.write_table(TABLE, tmp_path / "a.parquet", row_group_size=100)
+    spoilt = bytearray((tmp_path / "a.parquet").read_bytes())
+    spoilt[60:90] = b"\xff" * 30
+    (tmp_path / "a.parquet").write_bytes(spoilt)
+    counts = ReadCounts()
+    (piece,) = pieces(CorpusFile(key="a", path=tmp_path / "a.parquet"), 2**40)
+    assert len(list(read_piece(piece, "text", counts, "skip"))) == 900
+    assert "(and the 99 rows after it)" in counts.broken_places[0]
+
+
+def test_limit_is_a_share_of_all_rows_and_the_line_names_every_row() -> None:
+    counts = ReadCounts(rows=1000, documents=960, broken=40, broken_places=[f"a:{row}: why" for row in range(40)])
+    counts.check(0.04)
+    with pytest.raises(
+        DataError, match=r"is 0\.039; 40 of 1,000 rows are broken, the first is a:0: why; nearest: 0\.04$"
+    ):
+        counts.check(0.039)
+    total = ReadCounts(replaced_bytes=3, replaced_documents=2)
+    total.add(counts)
+    replaced, skipped = total.lines()
+    assert replaced == "3 bytes that are not UTF-8 were replaced by U+FFFD in 2 of 960 documents"
+    assert skipped.startswith("40 of 1,000 rows are broken and were skipped (data.on_broken=skip): a:0: why; a:1, a:2,")
+    assert all(f"a:{row}" in skipped for row in range(40))
+
+
+def test_replaced_bytes_are_counted_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é à".encode("latin-1"))
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é à"}\n'.encode("latin-1"))
+    parquet_of(pa.array(["é à".encode("latin-1"), "é".encode()]).cast(pa.binary()))(tmp_path / "a.parquet")
+    for file in list_sources((str(tmp_path),)).files:
+        counts = ReadCounts()
+        texts = [document.text for document in keep_documents(read_rows(pieces(file, 2**40)[0], "text"), counts)]
+        assert (texts[0], counts.replaced_bytes, counts.replaced_documents) == ("\ufffd \ufffd", 2, 1)
+
+
+READ_ALL = """
+import resource, sys
+from data.readers.files import list_sources
+from data.readers.rows import ReadCounts, pieces, read_piece
+import pyarrow.parquet, pyarrow.compute
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+counts = ReadCounts()
+for file in list_sources((sys.argv[1],)).files:
+    for piece in pieces(file, 2**28):
+        for document in read_piece(piece, "text", counts, "skip"):
+            pass
+print(counts.broken, counts.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_lines_row_groups_and_bombs(tmp_path: Path) -> None:
+    with (tmp_path / "line.jsonl").open("wb") as stream:
+        stream.write(GOOD_LINES)
+        stream.truncate(300 * 2**20)  # a line of zeros
+    parquet_of(pa.array(["a" * 2**22] * 100).dictionary_encode())(tmp_path / "dictionary.parquet")
+    parquet_of([os.urandom(2**15).hex()] * 500 + ["b"])(tmp_path / "a.parquet")
+    (tmp_path / "bomb.txt.zst").write_bytes(zstandard.compress(b"a" * 2**29))
+    command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    broken, documents, grown_mib = map(int, printed.split())
+    assert broken == 2
+    assert documents > 600
+    assert grown_mib < 250
