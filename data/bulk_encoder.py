@@ -1,7 +1,6 @@
 """Encodes many strings at once with `fastokens`, to the ids of `tokenizers`. Imports no torch."""
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,13 @@ SPLIT_PATTERNS = (
 _ESCAPED_PATTERN = SPLIT_PATTERNS[2].replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n")
 
 _CHECKED_CHARACTERS = 2**12
+_SPACES_AND_FORMATS = (
+    *(0x600, 0x61C, 0x6DD, 0x70F, 0x8E2, 0x1680, 0x180E, 0x3000, 0xFEFF),
+    *range(0x2000, 0x2010),
+    *range(0x2028, 0x2030),
+    *range(0x205F, 0x2070),
+    *range(0xFFF9, 0xFFFC),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,12 +108,9 @@ def _respelled(content: str) -> str:
 def _probe(added_tokens: Sequence[str]) -> list[str]:
     """Returns strings in which added tokens and all kinds of characters are next to letters and spaces.
 
-    They have all white space and format characters, which expressions treat differently, and a sample of the others.
+    They have the white space and format characters, which expressions treat differently, and a sample of the others.
     """
-    characters = [
-        chr(code)
-        for code in (*range(0xD800), *range(0xE000, 0x20000))
-        if code < 0x530 or code % 64 == 0 or unicodedata.category(chr(code)) in ("Cc", "Cf", "Zl", "Zp", "Zs")
-    ]
+    codes = (*range(0x180), *range(0x180, 0xD800, 64), *_SPACES_AND_FORMATS, *range(0xE000, 0x20000, 256))
+    characters = map(chr, codes)
     samples = [f"{each}a{each}  {each}   {each}    {each}1{each}\n\n" for each in characters]
     return [*samples, *(f"a{token} {token}" for token in added_tokens)]

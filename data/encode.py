@@ -65,6 +65,8 @@ class DocumentEncoder:
         self._tokenizer = tokenizer
         self._fim_rate = 0.0 if tokenizer.special.fim is None else fim_rate
         self._seed = seed
+        self._dtype = token_dtype(tokenizer)
+        self._vocab_size = tokenizer.vocab_size
 
     def encode(self, documents: Sequence[Document], draw_keys: Sequence[str]) -> EncodedDocuments:
         """Returns the tokens of documents; a key for each decides whether and where it is cut.
@@ -91,7 +93,7 @@ class DocumentEncoder:
         special = self._tokenizer.special
         values = np.array([special.bos or 0, *(special.fim or (0, 0, 0)), special.eos])
         is_placed = np.stack([np.full(len(cuts), special.bos is not None), is_cut, is_cut, is_cut, is_cut | True], 1)
-        ids = encoded.ids.astype(token_dtype(self._tokenizer))
+        ids = encoded.ids.astype(self._dtype)
         return EncodedDocuments(
             tokens=np.insert(ids, places[is_placed], np.broadcast_to(values, places.shape)[is_placed]),
             lengths=places[:, 4] - places[:, 0] + is_placed.sum(axis=1),
@@ -107,10 +109,10 @@ class DocumentEncoder:
             if document.tokens is None:
                 continue
             ids = document.tokens
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
                 raise DataError(
-                    f"{document.key}: token ids must be 0 to {self._tokenizer.vocab_size - 1}, are {ids.min()} to "
-                    f"{ids.max()}; nearest: data.tokenizer=PATH of the tokenizer that wrote them"
+                    f"{document.key}: token ids must be 0 to {self._vocab_size - 1}, are {ids.min()} to {ids.max()}; "
+                    f"nearest: data.tokenizer=PATH of the tokenizer that wrote them"
                 )
             begin = int((ids[:1] == special.bos).any())
             end = len(ids) - int((ids[begin:][-1:] == special.eos).any())

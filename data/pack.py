@@ -3,10 +3,12 @@
 Cuts only documents that are longer than a sequence. Samples are never split.
 """
 
-# Shape legend: N sequences, L tokens per sequence, T tokens of a piece.
+# Shape legend: N sequences, L tokens per sequence, P pieces of documents, T tokens of a piece.
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,75 @@ class Packed:
     positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SequenceTable:
+    """The pieces of documents in each sequence. Positions and padding follow from them.
+
+    A file has one array of uint32, which can be memory-mapped: N, then the offsets, then the pieces.
+    """
+
+    offsets: NDArray[np.uint32]  # first piece of each sequence, and the end of the last one, [N + 1]
+    pieces: NDArray[np.uint32]  # document, first token within it, number of tokens, [P, 3]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, sequence: int) -> NDArray[np.uint32]:
+        """Returns the pieces of a sequence in order, [P, 3]."""
+        return self.pieces[self.offsets[sequence] : self.offsets[sequence + 1]]
+
+    def save(self, path: Path) -> None:
+        """Writes an `.npy` file."""
+        header = np.array([len(self)], dtype=np.uint32)
+        with path.open("wb") as stream:
+            np.save(stream, np.concatenate([header, self.offsets, self.pieces.ravel()]))
+
+    @classmethod
+    def load(cls, path: Path) -> "SequenceTable":
+        """Opens an `.npy` file, memory-mapped."""
+        values = np.load(path, mmap_mode="r")
+        end = int(values[0]) + 2
+        return cls(offsets=values[1:end], pieces=values[end:].reshape(-1, 3))
+
+
+# Packing the documents of 4M tokens at a time leaves hardly more padding than packing all at once.
+WINDOW_TOKENS = 2**22
+# Long sequences are packed in windows of at least as many.
+_WINDOW_SEQUENCES = 256
+
+
+def pack_windows(
+    lengths_tokens: NDArray[np.integer], sequence_length_tokens: int, window_tokens: float = WINDOW_TOKENS
+) -> SequenceTable:
+    """Packs documents by best fit, longest first, within windows of consecutive documents.
+
+    See arXiv:2404.10830. Only documents that are longer than a sequence are cut. The result depends on the
+    arguments alone.
+
+    Args:
+        lengths_tokens: number of tokens of each document.
+        window_tokens: a window ends where its documents have as many tokens; infinity packs all at once.
+    """
+    length = sequence_length_tokens
+    lengths = lengths_tokens.astype(np.int64)
+    document, first, sizes = cut_pieces(lengths, length)
+    window_tokens = max(window_tokens, length * _WINDOW_SEQUENCES)
+    window = ((np.cumsum(lengths) - lengths) // window_tokens).astype(np.int64)[document]
+    ends = [*(np.flatnonzero(np.diff(window)) + 1).tolist(), len(document)]
+    sequence = np.empty(len(document), dtype=np.int64)
+    num_sequences = 0
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        bins, num_bins = best_fit_decreasing(sizes[begin:end].tolist(), length)
+        sequence[begin:end] = np.asarray(bins, dtype=np.int64) + num_sequences
+        num_sequences = num_sequences + num_bins
+    order = np.argsort(sequence, kind="stable")
+    counts = np.bincount(sequence, minlength=num_sequences)
+    return SequenceTable(
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
+        pieces=np.stack([document, first, sizes], axis=1)[order].astype(np.uint32),
+    )
+
+
 def pack_documents(
     tokens: NDArray[np.integer],
     lengths_tokens: NDArray[np.int64],
@@ -39,38 +110,33 @@ def pack_documents(
     pad_id: int,
     is_chosen: NDArray[np.bool_] | None = None,
 ) -> Packed:
-    """Cuts long documents, and packs all pieces by best fit, longest first (arXiv:2404.10830)."""
+    """Packs documents, or the chosen ones, all at once, and reads all sequences."""
     length = sequence_length_tokens
-    starts, piece_lengths = cut_pieces(lengths_tokens, length)
-    if is_chosen is not None:
-        is_packed = np.repeat(is_chosen, -(-lengths_tokens // length))
-        starts = starts[is_packed]
-        piece_lengths = piece_lengths[is_packed]
-    bins, num_bins = best_fit_decreasing(piece_lengths.tolist(), length)
-    tokens_NL = np.full((num_bins, length), pad_id, dtype=tokens.dtype)
-    positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
+    chosen = np.arange(len(lengths_tokens)) if is_chosen is None else np.flatnonzero(is_chosen)
+    starts = (np.cumsum(lengths_tokens) - lengths_tokens)[chosen]
+    table = pack_windows(lengths_tokens[chosen], length, math.inf)
+    tokens_NL = np.full((len(table), length), pad_id, dtype=tokens.dtype)
+    positions_NL = np.full((len(table), length), PADDING_POSITION, dtype=np.int32)
     ramp = np.arange(length, dtype=np.int32)
-    filled = [0] * num_bins
-    for row, size, start in zip(bins, piece_lengths.tolist(), starts.tolist(), strict=True):
-        begin = filled[row]
-        tokens_NL[row, begin : begin + size] = tokens[start : start + size]
-        positions_NL[row, begin : begin + size] = ramp[:size]
-        filled[row] = begin + size
+    for row in range(len(table)):
+        begin = 0
+        for document, first, size in table.of(row).tolist():
+            start = int(starts[document]) + first
+            tokens_NL[row, begin : begin + size] = tokens[start : start + size]
+            positions_NL[row, begin : begin + size] = ramp[:size]
+            begin = begin + size
     return Packed(tokens_NL=tokens_NL, positions_NL=positions_NL)
 
 
 def cut_pieces(
     lengths_tokens: NDArray[np.int64], sequence_length_tokens: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the start of each piece in the concatenated tokens, and its length."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the document of each piece, its first token within the document, and its length."""
     counts = -(-lengths_tokens // sequence_length_tokens)
     document = np.repeat(np.arange(len(lengths_tokens)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    offset = number * sequence_length_tokens
-    document_starts = np.cumsum(lengths_tokens) - lengths_tokens
-    starts = document_starts[document] + offset
-    piece_lengths = np.minimum(lengths_tokens[document] - offset, sequence_length_tokens)
-    return starts.astype(np.int64), piece_lengths.astype(np.int64)
+    first = number * sequence_length_tokens
+    return document, first, np.minimum(lengths_tokens[document] - first, sequence_length_tokens)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,13 +72,17 @@ def test_ids_in_bulk_are_those_of_tokenizers(kind: str, tmp_path: Path) -> None:
 def test_documents_are_their_marks_and_the_ids_of_their_parts() -> None:
     tokenizer = Tokenizer.train(TEXTS, 400)
     documents = [Document(key=str(number), text=text) for number, text in enumerate(random_strings(200, 1))]
+    given = np.array([0, 300, 301, 1], dtype=np.int32)  # with begin and end
+    documents += [Document(key="bin:0", text="", tokens=given), Document(key="bin:1", text="", tokens=given[1:2])]
     keys = [document.key for document in documents]
     encoded = DocumentEncoder(tokenizer, fim_rate=0.5, seed=3).encode(documents, keys)
     before_prefix, before_suffix, before_middle = tokenizer.special.fim or (0, 0, 0)
     expected = []
     for document in documents:
         cut = cut_for_fim(document.text, 0.5, 3, document.key)
-        if cut is None:
+        if document.tokens is not None:
+            expected.append([0, *set(document.tokens.tolist()) - {0, 1}, 1])
+        elif cut is None:
             expected.append(tokenizer.document(tokenizer.encode(document.text)))
         else:
             prefix, middle, suffix = map(tokenizer.encode, (cut.prefix, cut.middle, cut.suffix))

@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.chat.sources import ChatSource, PreferencesSource
-from data.pack import WEIGHTS, best_fit_decreasing, cut_pieces, pack_documents
+from data.pack import (
+    WEIGHTS,
+    SequenceTable,
+    best_fit_decreasing,
+    cut_pieces,
+    pack_documents,
+    pack_windows,
+)
 from data.prepare import prepare
 from data.progress import EscapedStream, escape_terminals, printable, progress_on
 from data.sample_lines import sample_lines
@@ -60,7 +67,9 @@ def test_the_position_rule_says_exactly_what_follows_within_a_piece(lengths: lis
     tokens, counts = documents_of(lengths)
     packed = pack_documents(tokens, counts, length, PAD)
     piece = {}
-    for number, (start, size) in enumerate(zip(*cut_pieces(counts, length), strict=True)):
+    starts = np.cumsum(counts) - counts
+    for number, (document, first, size) in enumerate(zip(*cut_pieces(counts, length), strict=True)):
+        start = starts[document] + first
         piece.update(dict.fromkeys(tokens[start : start + size].tolist(), number))
     for row, positions in zip(packed.tokens_NL.tolist(), packed.positions_NL.tolist(), strict=True):
         for i in range(length):
@@ -75,7 +84,8 @@ def test_the_position_rule_says_exactly_what_follows_within_a_piece(lengths: lis
 @given(LENGTHS, st.integers(2, 17))
 def test_only_documents_longer_than_a_sequence_are_cut(lengths: list[int], length: int) -> None:
     _, counts = documents_of(lengths)
-    starts, sizes = cut_pieces(counts, length)
+    documents, firsts, sizes = cut_pieces(counts, length)
+    starts = (np.cumsum(counts) - counts)[documents] + firsts
     assert len(starts) == sum(-(-size // length) for size in lengths)
     assert sizes.sum() == counts.sum()
     assert ((sizes >= 1) & (sizes <= length)).all()
@@ -96,6 +106,41 @@ def test_bins_equal_those_of_a_plain_search_for_the_tightest_fit(lengths: list[i
             rooms.append(capacity - size)
     used = np.bincount(np.asarray(bins, dtype=np.int64), weights=lengths, minlength=num_bins) if lengths else []  # type: ignore[var-annotated]
     assert sorted(capacity - np.asarray(used)) == sorted(rooms)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(LENGTHS, st.integers(2, 17), st.integers(1, 9))
+def test_windows_hold_consecutive_documents_and_every_token_once(lengths: list[int], length: int, scale: int) -> None:
+    """The window is at least 256 sequences, so the documents are repeated until there are several windows."""
+    tokens, counts = documents_of(lengths * 40)
+    starts = np.cumsum(counts) - counts
+    window = 256 * length * scale
+    table = pack_windows(counts.astype(np.uint32), length, window)
+    pieces = [table.of(sequence) for sequence in range(len(table))]
+    spans = sorted((int(starts[document]) + first, size) for row in pieces for document, first, size in row.tolist())
+    assert [token for first, size in spans for token in range(first, first + size)] == list(range(len(tokens)))
+    assert all(0 < row[:, 2].sum() <= length for row in pieces)
+    windows = [{int(starts[document]) // window for document in row[:, 0].tolist()} for row in pieces]
+    assert all(len(numbers) == 1 for numbers in windows)
+    assert windows == sorted(windows, key=min)
+    # Within a window, sequences are those of packing its documents alone.
+    for number in {number for numbers in windows for number in numbers}:
+        inside = np.flatnonzero(starts // window == number)
+        alone = pack_windows(counts[inside], length)
+        same = [row - [inside[0], 0, 0] for row, numbers in zip(pieces, windows, strict=True) if number in numbers]
+        assert [row.tolist() for row in same] == [alone.of(sequence).tolist() for sequence in range(len(alone))]
+
+
+def test_padding_of_windows_is_small_and_a_table_is_read_as_written(tmp_path: Path) -> None:
+    rng = np.random.Generator(np.random.PCG64(0))
+    lengths = rng.lognormal(6.5, 1.2, size=60_000).astype(np.uint32) + 2  # about 80M tokens
+    table = pack_windows(lengths, 4096)
+    assert len(table) * 4096 * (1 - 0.005) <= lengths.sum()
+    table.save(tmp_path / "table.npy")
+    again = SequenceTable.load(tmp_path / "table.npy")
+    assert isinstance(again.pieces, np.memmap)
+    assert np.array_equal(again.pieces, table.pieces)
+    assert np.array_equal(again.offsets, table.offsets)
 
 
 def test_fifty_thousand_pieces_are_packed_quickly_and_tightly() -> None:
