@@ -18,6 +18,7 @@ from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
 from dualpipe.registry import ScheduleConfig, candidates
+from infer.deployment import deployment_text, deployment_values
 from launch.command import command, plain_text, write_output
 from launch.config.compose import (
     default_groups,
@@ -102,6 +103,10 @@ class PlanAnswer(Drawing):
 
 def answer_request(request: PlanRequest) -> PlanAnswer:
     """Plans what a request asks for."""
+    if request.options.deployment is not None:
+        run = request.config
+        sizes = deployment_values(run.model, run.cluster, run.precision.kind, request.options.deployment)
+        return PlanAnswer(sizes, lambda: deployment_text(sizes))
     if request.options.smallest:
         jobs = smallest_values(search_space(request), request.planner, check_rules)
         return PlanAnswer({"jobs": jobs}, lambda: "\n".join(smallest_text(jobs)))

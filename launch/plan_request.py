@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from infer.deployment import DeploymentConfig
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
 from launch.config.rules import check_rules
@@ -61,6 +62,7 @@ class PlanOptions:
     what_if: tuple[str, ...]
     advice: bool
     run: str | None
+    deployment: DeploymentConfig | None
     dry_run: bool
     format: Literal["text", "json", "html"]
     out: str
@@ -110,6 +112,11 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
 
 def _check_modes(own: PlanOptions) -> None:
     """Rejects options that would have no effect next to others."""
+    others = ("search", "smallest", "what_if", "advice", "run", "dry_run")
+    if own.deployment is not None and (key := next((key for key in others if getattr(own, key)), None)):
+        raise broken(key, "must not be set with deployment", getattr(own, key), "deployment=null")
+    if own.deployment is not None and own.format == "html":
+        raise broken("format", "must be text or json with deployment", own.format, "text")
     if own.search and own.smallest:
         raise broken("smallest", "must be false with search=true", "true", "search=false")
     mode = "search" if own.search else "smallest"
