@@ -1,4 +1,4 @@
-"""Sizes deployments: the fewest GPUs that hold a model and its cache, and bounds of their speed. No torch here.
+"""Sizes deployments: fewest GPUs that hold a model and its cache, and bounds of speed. No torch here.
 
 A role, prefill or decoding, has a set of GPUs. Routed experts are spread over all of them, with redundant copies if
 they do not divide. All else is divided over a group of GPUs by heads or columns, except norms, routers and projections
@@ -40,7 +40,7 @@ _REPLICATED = re.compile(r"norm|\.mlp\.gate\.|_a_proj|eh_proj")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentConfig:
-    """What a deployment must hold. `context_tokens` is the mean length of prompts, and of sequences that decode."""
+    """What a deployment must hold. `conf/plan.yaml` explains the keys."""
 
     cached_tokens: PositiveInt = 1_000_000
     context_tokens: PositiveInt = 4096
@@ -50,7 +50,7 @@ class DeploymentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedWeights:
-    """Bytes of weights: of a routed expert, of what a group divides, the embedding too, and of what it replicates."""
+    """Bytes of weights: of an expert, of what a group divides, the embedding too, or replicates."""
 
     expert: float
     num_layers: int
