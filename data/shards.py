@@ -3,6 +3,7 @@
 A unit is about 256 MB of text. Its files appear together: `ID.json` is renamed last, and without it the unit is absent.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import DataError
+from data.pack import SequenceTable, pack_windows
 from data.registry import Part
 
 PARTS: tuple[Part, ...] = ("train", "validation")
@@ -160,6 +162,23 @@ class Shard:
     def starts(self) -> NDArray[np.int64]:
         """Position in `tokens` of the first token of each kept document."""
         return self._rows[1]
+
+    def sequences(self, sequence_length_tokens: int) -> SequenceTable:
+        """Returns the pieces of the kept documents in each sequence; packs them if no earlier call has."""
+        path = self._folder / f"{self._part}-{self._unit}.sequences-{sequence_length_tokens}.npy"
+        if not path.exists():
+            table = pack_windows(self.lengths, sequence_length_tokens)
+            partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+            try:
+                table.save(partial)
+                partial.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                return table  # the folder can only be read, and the next call packs again
+            finally:
+                partial.unlink(missing_ok=True)
+        return SequenceTable.load(path)
 
 
 def read_rows(folder: Path, unit: str) -> NDArray[Any]:

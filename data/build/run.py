@@ -29,7 +29,7 @@ from data.encode import TOKENIZER_CHUNK_CHARACTERS, TOKENIZER_TEXT_BYTES, token_
 from data.progress import Progress
 from data.quality.inspection import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, read_rows, replace_file
+from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, replace_file
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 BROKEN_NAME = "broken.txt"
@@ -258,14 +258,14 @@ def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
             raise DataError(f"out: unit {unit.name} of {source} has vanished; nearest: the same command again")
         counts.add(ReadCounts(**values["counts"]))
         dropped.update(values["dropped"])
-        rows = read_rows(build.folder_of(source), unit.name)
         drop = read_drops(build.folder_of(source), unit.name)
         dropped.update({kind: int((drop == value).sum()) for value, kind in enumerate(DUPLICATE_KINDS, start=1)})
-        for number, part in enumerate(PARTS):
-            kept = rows[(rows["part"] == number) & (drop == 0)]
-            parts[part].update(
-                documents=len(kept), tokens=int(kept["length"].sum()), text_bytes=int(kept["bytes"].sum())
-            )
+        for part, totals in parts.items():
+            shard = build.shard(unit, part)
+            totals["documents"] += len(shard.documents)
+            totals["tokens"] += int(shard.lengths.sum())
+            totals["text_bytes"] += int(shard.documents["bytes"].sum())
+            totals["sequences"] += len(shard.sequences(build.settings.sequence_length_tokens))
     return {
         "documents_read": counts.documents + counts.broken,
         "documents_kept": sum(part["documents"] for part in parts.values()),

@@ -24,8 +24,8 @@ from data.quality.inspection import Inspector
 from data.quality.sketches import SketchWriter
 from data.readers.files import list_sources
 from data.readers.rows import ReadCounts, read_piece
-from data.registry import Document
-from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, UnitWriter, read_unit
+from data.registry import Document, Part
+from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
 from data.sources import size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
@@ -129,6 +129,11 @@ class Build:
         """Releases all claims."""
         self.claims.close()
 
+    def shard(self, unit: TextUnit, part: Part) -> Shard:
+        """Returns one part of a complete unit."""
+        dtype = np.dtype(np.uint32)  # tokens are not read
+        return Shard(self.folder_of(unit.source.name), unit.name, part, dtype)
+
     def all_units(self) -> list[TextUnit]:
         """Returns the units of all sources in order."""
         return [unit for units in self.units.values() for unit in units]
@@ -178,6 +183,9 @@ class UnitEncoder:
                     done += sum(row.num_bytes for row in batch)
                     yield min(done, unit.size_bytes)
             writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
+        if self._build.manifest.dedup is None:  # otherwise they are packed when all duplicates are known
+            for part in PARTS:
+                self._build.shard(unit, part).sequences(self._build.settings.sequence_length_tokens)
 
     def _encoder(self, fim_rate: float) -> DocumentEncoder:
         if fim_rate not in self._encoders:
