@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from data.build.page import write_page
 from data.build.run import build_folder
 from data.build.work import BuildSettings
+from data.config import BatchSizes
 from data.mix.manifest import read_manifest
+from data.mix.mixture import Mixture
 from data.progress import bytes_text, progress_on, seconds_text
 from data.special_tokens import SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
@@ -48,6 +50,8 @@ class PrepareCommandConfig:
     out: str
     workers: PositiveInt | None
     sequence_length_tokens: Annotated[int, AtLeast(2)]
+    order_steps: NonNegativeInt
+    global_sequences: PositiveInt
     unit_bytes: PositiveInt | None
     plugins: tuple[str, ...]
 
@@ -73,9 +77,19 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         report = build_folder(settings, tokenizer, folder, workers, progress_on())
         page = write_page(folder, report)
+        if config.order_steps:
+            _write_order(config, folder, report)
     print(_summary(report), flush=True)
     print(page)
     return 0
+
+
+def _write_order(config: PrepareCommandConfig, folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes the source and the index of the sequences of the first steps of a run."""
+    length = config.sequence_length_tokens
+    sequences = {name: source["train"]["sequences"] for name, source in report["sources"].items()}
+    mixture = Mixture(read_manifest(Path(config.data.manifest)), sequences, length, config.data.seed)
+    mixture.write_order(folder, BatchSizes(config.global_sequences, length), config.order_steps)
 
 
 def preview(overrides: Sequence[str]) -> str:

@@ -147,8 +147,8 @@ def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress
 def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     """Yields what workers report until all units are complete. Ends the others if one fails."""
     job = json.dumps({"settings": asdict(build.settings), "folder": str(build.folder)}).encode()
-    # Each worker computes on one core: libraries would start threads for all of them.
-    threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    # Each worker computes on one core: libraries would start threads for all of them. One arena is less memory.
+    threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **threads, "PYTHONPATH": path}
     command = [sys.executable, "-P", "-m", "data.build.work"]
@@ -156,10 +156,12 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(workers):
+            # Ctrl-C must reach this process alone, which ends the workers.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                process_group=0,
                 env=environment,
             )
             processes.append(process)

@@ -30,7 +30,7 @@ from data.sources import size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 FORMAT_VERSION = 1
-BATCH_CHARACTERS = 2**22
+BATCH_CHARACTERS = 2**20
 _POLL_SECONDS = 0.2
 
 
