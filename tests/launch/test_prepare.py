@@ -22,7 +22,14 @@ def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "mix.yaml").write_text(
         "sources:\n- {name: rows, paths: [.], weight: 1}\ndedup: {kind: exact}\nmax_broken_share: 0.01\n"
     )
-    return [f"data.manifest={tmp_path / 'mix.yaml'}", f"out={tmp_path / 'out'}", "data.tokenizer_vocab_size=300"]
+    return [
+        f"data.manifest={tmp_path / 'mix.yaml'}",
+        f"out={tmp_path / 'out'}",
+        "data.tokenizer_vocab_size=300",
+        "order_steps=2",
+        "global_sequences=3",
+        "sequence_length_tokens=64",
+    ]
 
 
 @pytest.mark.slow
@@ -41,6 +48,9 @@ def test_command_writes_the_public_files_and_a_second_start_does_nothing(argumen
     assert "50" in (tmp_path / "out" / "report.html").read_text()
     lines = [json.loads(line) for line in (tmp_path / "out" / "duplicates.jsonl").read_text().splitlines()]
     assert lines[0] == {"dropped": "rows/rows.jsonl:201", "kind": "exact", "kept": "rows/rows.jsonl:1"}
+    order = [json.loads(line) for line in (tmp_path / "out" / "order.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in order] == [1, 2]
+    assert all(len(step["sequences"]) == 3 and step["sequences"][0][0] == "rows" for step in order)
     assert main(arguments) == 0
     assert json.loads((tmp_path / "out" / "prepare.json").read_text()) == {
         **report,

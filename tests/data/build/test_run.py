@@ -103,6 +103,9 @@ def test_folder_holds_each_document_once(folder: Path, settings: BuildSettings, 
                 for start, length in zip(shard.starts.tolist(), shard.lengths.tolist(), strict=True)
             ]
             texts[source] += [tokenizer.decode(ids, skip_special_tokens=True) for ids in documents]
+            tables = [shard.sequences(64) for shard in shards]
+            assert counts[part]["sequences"] == sum(len(table) for table in tables)
+            assert [int(table.pieces[:, 2].sum()) for table in tables] == [int(shard.lengths.sum()) for shard in shards]
             assert counts[part]["documents"] == len(documents) > 0
             assert counts[part]["tokens"] == sum(len(ids) for ids in documents)
         assert counts["documents_read"] == counts["documents_kept"] == len(texts[source])
