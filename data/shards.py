@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +94,12 @@ class UnitWriter:
         replace_file(self._folder / f"{self._unit}.json", json.dumps({**values, "files": files}, indent=1).encode())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file that is complete or absent, even after a crash."""
     partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as stream:
-            stream.write(content)
+            stream.writelines((content,) if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
         partial.rename(path)

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from data.quality.duplicates import find_duplicates
 from data.shards import KEY_BLOCK_BYTES, read_rows, replace_file
 
 DUPLICATES_NAME = "duplicates.jsonl"
+_OPEN_UNITS = 64  # indexes that are mapped into memory at a time
 
 
 def drop_duplicates(build: Build) -> None:
@@ -23,19 +24,27 @@ def drop_duplicates(build: Build) -> None:
     document that is dropped, and the one that is kept for it.
     """
     units = build.all_units()
-    rows = [read_rows(build.folder_of(unit.source.name), unit.name) for unit in units]
+
+    @lru_cache(_OPEN_UNITS)
+    def rows_of(unit: int) -> NDArray[Any]:
+        return read_rows(build.folder_of(units[unit].source.name), units[unit].name)
+
+    def place(unit: int, row: int) -> str:
+        return _place(units[unit], rows_of(unit)[row])
+
     sketches = [build.folder_of(unit.source.name) / f"{unit.name}.sketches" for unit in units]
     duplicates = find_duplicates(
-        [unit["hash"] for unit in rows], sketches if build.manifest.dedup == "minhash" else None
+        [len(rows_of(unit)) for unit in range(len(units))],
+        lambda unit: rows_of(unit)["hash"],
+        sketches if build.manifest.dedup == "minhash" else None,
     )
     for unit, drop in zip(units, duplicates.drops, strict=True):
         _write_drop(build, unit, drop)
     lines = (
-        {"dropped": _place(units, rows, *pair.dropped), "kind": pair.kind, "kept": _place(units, rows, *pair.kept)}
-        for pair in duplicates.pairs()
+        {"dropped": place(*pair.dropped), "kind": pair.kind, "kept": place(*pair.kept)} for pair in duplicates.pairs()
     )
-    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    replace_file(build.folder / DUPLICATES_NAME, text.encode("utf-8", errors="surrogateescape"))
+    encoded = (f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape") for line in lines)
+    replace_file(build.folder / DUPLICATES_NAME, encoded)
 
 
 def _write_drop(build: Build, unit: TextUnit, drop: NDArray[np.uint8]) -> None:
@@ -49,10 +58,9 @@ def _write_drop(build: Build, unit: TextUnit, drop: NDArray[np.uint8]) -> None:
         replace_file(path, stream.getvalue())
 
 
-def _place(units: Sequence[TextUnit], rows: Sequence[NDArray[Any]], unit: int, row: int) -> str:
+def _place(unit: TextUnit, row: NDArray[Any]) -> str:
     """Returns the source and the key of a document."""
-    values = rows[unit][row]
-    key = units[unit].pieces[int(values["piece"])].file.key
-    block = f"@{int(values['block']) * KEY_BLOCK_BYTES}" if values["block"] else ""
-    line = f":{values['row']}" if values["row"] else ""
-    return f"{units[unit].source.name}/{key}{block}{line}"
+    key = unit.pieces[int(row["piece"])].file.key
+    block = f"@{int(row['block']) * KEY_BLOCK_BYTES}" if row["block"] else ""
+    line = f":{row['row']}" if row["row"] else ""
+    return f"{unit.source.name}/{key}{block}{line}"

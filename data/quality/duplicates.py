@@ -78,20 +78,23 @@ class Duplicates:
         return unit, int(document - self._offsets[unit])
 
 
-def find_duplicates(hashes: Sequence[NDArray[np.uint64]], sketches: Sequence[Path] | None) -> Duplicates:
+def find_duplicates(
+    sizes: Sequence[int], read_hashes: Callable[[int], NDArray[np.uint64]], sketches: Sequence[Path] | None
+) -> Duplicates:
     """Decides which documents of units in order of priority are dropped, from their hashes and sketches.
 
     Args:
-        hashes: 128-bit hash of each document of each unit, [n, 2].
+        sizes: number of documents of each unit.
+        read_hashes: returns the 128-bit hash of each document of a unit, [n, 2].
         sketches: file of each unit's sketches, a row for each document; None: only equal documents are dropped.
     """
-    offsets = np.cumsum([0, *(len(unit) for unit in hashes)])
+    offsets = np.cumsum([0, *sizes])
     if offsets[-1] >= _MAX_DOCUMENTS:
         raise DataError(
             f"dedup: must have less than {_MAX_DOCUMENTS} documents, has {offsets[-1]}; nearest: dedup: null"
         )
     drops = np.zeros(offsets[-1], np.uint8)
-    exact = _find_equal(hashes, offsets)
+    exact = _find_equal(read_hashes, offsets)
     drops[_unpack(exact)[0]] = EXACT
     if sketches is None:
         return Duplicates(offsets, drops, exact)
@@ -121,13 +124,19 @@ def _partitions(num_documents: int) -> Iterator[tuple[np.uint64, np.uint64]]:
         yield np.uint64(first), np.uint64(end - 1)
 
 
-def _find_equal(hashes: Sequence[NDArray[np.uint64]], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _find_equal(read_hashes: Callable[[int], NDArray[np.uint64]], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Returns the pairs of a document and the first document that equals it, ascending."""
     pairs = [np.empty(0, np.uint64)]
     for first, last in _partitions(int(offsets[-1])):
-        chosen = [np.flatnonzero((unit[:, 0] >= first) & (unit[:, 0] <= last)) for unit in hashes]
-        rows = np.concatenate([unit[rows] for unit, rows in zip(hashes, chosen, strict=True)])
-        documents = np.concatenate([start + rows for start, rows in zip(offsets, chosen, strict=False)])
+        chosen = [np.empty((0, 2), np.uint64)]
+        numbers = [np.empty(0, np.int64)]
+        for unit, start in enumerate(offsets[:-1].tolist()):
+            hashes = read_hashes(unit)
+            is_chosen = (hashes[:, 0] >= first) & (hashes[:, 0] <= last)
+            chosen.append(hashes[is_chosen])
+            numbers.append(start + np.flatnonzero(is_chosen))
+        rows = np.concatenate(chosen)
+        documents = np.concatenate(numbers)
 
         def is_equal(
             later: _Positions, earlier: _Positions, rest: NDArray[np.uint64] = rows[:, 1]
