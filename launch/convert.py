@@ -46,6 +46,10 @@ def _check(config: Conversion) -> None:
         raise ConfigError("dtype: must be bf16 or float32 in a checkpoint, is fp8; nearest valid: bf16, or format=hf")
     if config.source == "hf" and config.weights == "ema":
         raise ConfigError("weights: must be trained with from=hf, is ema; nearest valid: trained")
+    if config.chat_template is not None and config.target == "checkpoint":
+        raise broken(
+            "chat_template", "must be null in a checkpoint, which no server reads", config.chat_template, "null"
+        )
     if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     if config.processes is not None and config.processes < 1:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from data.chat.encode import check_tokens
+from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
 from data.corpus import DataError
 from data.progress import progress_text
 from data.tokenizer import Tokenizer, find_tokenizer_file
@@ -190,6 +192,7 @@ def _write_hf(conversion: Conversion, source: _Source, shards: "_Shards") -> Non
     plan |= rotary_plan(source.rotary)
     names = split_into_shards(plan, conversion.file_bytes)
     ids, files = _for_servers(source)
+    template = _chat_template(conversion, source)
     write_hf(
         conversion.folder,
         source.config,
@@ -198,7 +201,7 @@ def _write_hf(conversion: Conversion, source: _Source, shards: "_Shards") -> Non
         scales=scales,
         extras=Extras(
             config={**ids, **source.preserved.config},
-            files={**files, **source.preserved.files, **_tokenizer_file(source.folder)},
+            files={**files, **source.preserved.files, **_tokenizer_file(source.folder), **template},
         ),
         max_shard_bytes=conversion.file_bytes,
         run=lambda jobs: shards.run(jobs, names),
@@ -225,6 +228,18 @@ def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored]
 def _tokenizer_file(folder: Path) -> dict[str, bytes]:
     path = folder / TOKENIZER_NAME
     return {TOKENIZER_NAME: path.read_bytes()} if path.is_file() else {}
+
+
+def _chat_template(conversion: Conversion, source: _Source) -> dict[str, bytes]:
+    """Returns the file of the chosen chat template, whose tokens the source's tokenizer must have."""
+    name = conversion.chat_template
+    if name is None:
+        return {}
+    if (path := find_tokenizer_file(source.folder)) is None:
+        raise DataError(f"chat_template: must be null, as {source.folder} has no tokenizer, is {name}")
+    template = CHAT_TEMPLATES.get(name)
+    check_tokens(template.required_tokens, name, Tokenizer.load(path), "chat_template")
+    return {CHAT_TEMPLATE_NAME: template_jinja(template).encode()}
 
 
 def _for_servers(source: _Source) -> tuple[dict[str, int], dict[str, bytes]]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from comm.config import Cut
+from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
 from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.config import ModelConfig
@@ -52,6 +53,7 @@ class Conversion:
     weights: WeightsKind
     mtp: Literal["keep", "drop"]
     accept_template: bool
+    chat_template: Annotated[str, CHAT_TEMPLATES] | None
     processes: int | None
 
     @property
