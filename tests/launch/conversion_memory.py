@@ -80,6 +80,7 @@ def peak_of(folder: Path, source: str, target: str, form: Literal["hf", "checkpo
         weights="trained",
         mtp="keep",
         accept_template=False,
+        chat_template=None,
         processes=1,
     )
     return peak_above(lambda: convert(conversion, lambda line: None))

@@ -28,7 +28,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def part_of(module: str, name: str) -> Callable[..., Any]:
     """Returns a reader of a package, or skips the test with the reason if it cannot be imported."""
     try:
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(import_module(module), name)
     except ImportError as error:
         pytest.skip(f"{module} cannot be imported: {error}")
 
