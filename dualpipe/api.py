@@ -7,6 +7,7 @@ as `exchange=1`. Costs that are not named keep the values of `costs`, or their d
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from html import escape
 from numbers import Integral
 from pathlib import Path
@@ -96,7 +97,10 @@ def compare(
     costs_of = _costs_of(model, ranks, slices, link_depth)
     rows = survey(ranks, micro_batches, costs_of, memory_cap, cache_dir, chunks=chunks)
     built = (_built(row, model) if isinstance(row, TimedSchedule) else row for row in by_makespan(list(rows)))
-    return ScheduleComparison(rows=tuple(built), memory_cap=memory_cap)
+    size: dict[str, Any] = {"ranks": ranks, "micro_batches": micro_batches, "chunks": chunks, "slices": slices}
+    limits: dict[str, Any] = {"link_depth": link_depth, "memory_cap": memory_cap, "cache_dir": cache_dir}
+    build_kind = partial(build, costs=model, **size, **limits)
+    return ScheduleComparison(rows=tuple(built), memory_cap=memory_cap, build_kind=build_kind)
 
 
 def _changed(costs: ModelCosts, values: Mapping[str, Any]) -> ModelCosts:
@@ -175,10 +179,14 @@ class CostsChangedWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ScheduleComparison:
-    """Schedules of one size, the shortest first, then kinds that are not available, as a table."""
+    """Schedules of one size, the shortest first, then kinds that are not available, as a table.
+
+    `build_kind` builds a kind that `auto` never chooses, for the same size and costs.
+    """
 
     rows: tuple[BuiltSchedule | UnavailableSchedule, ...]
     memory_cap: float | None = None
+    build_kind: Callable[[str], BuiltSchedule]
 
     def __repr__(self) -> str:
         return table(self.rows).partition("\n\n")[0]
@@ -193,15 +201,16 @@ class ScheduleComparison:
         return (row for row in self.rows if isinstance(row, BuiltSchedule))
 
     def __getitem__(self, kind: str) -> BuiltSchedule:
-        """Returns the schedule of a kind, or raises a `ScheduleError` with the reason why it is not available."""
-        for row in self.rows:
-            if kind_of(row) != kind:
-                continue
-            if isinstance(row, UnavailableSchedule):
-                raise ScheduleError(row.reason)
-            return row
-        SCHEDULES.get(kind)
-        raise ScheduleError(f"{kind}: not compared; nearest: dualpipe.build({kind!r}, ...)")
+        """Returns the schedule of a kind; one that is not a row, such as `dualpipe_split`, is built now.
+
+        Raises:
+            UnknownNameError: if there is no such kind.
+            ScheduleError: if the kind is not available, with the reason.
+        """
+        row = next((row for row in self.rows if kind_of(row) == kind), None)
+        if isinstance(row, UnavailableSchedule):
+            raise ScheduleError(row.reason)
+        return self.build_kind(kind) if row is None else row
 
     @property
     def best(self) -> BuiltSchedule:

@@ -56,6 +56,11 @@ def test_comparison_ranks_by_the_makespan_that_each_order_has_under_its_costs() 
         assert simulate(row.schedule, row.costs) == row.simulation
     assert compared.best == next(iter(compared)) == dualpipe.build("auto", **size, exchange=1.5, latency=0.2)
     assert repr(compared).splitlines()[1].split()[0] == compared.best.schedule.kind
+    # A kind that auto never chooses is built under the same costs.
+    split = dualpipe.build("dualpipe_split", **size, exchange=1.5, latency=0.2)
+    assert (compared["dualpipe_split"].simulation, compared["auto"]) == (split.simulation, compared.best)
+    with pytest.raises(UnknownNameError, match="did you mean dualpipe_split"):
+        compared["dualpipe_splitt"]
     assert compared._repr_html_().count("<tr>") == 1 + len(compared.rows) == 1 + len(candidates())
 
 
