@@ -123,7 +123,7 @@ def main(overrides: Sequence[str]) -> int:
             left = [prompt for prompt in job.prompts if prompt.number not in journal.samples]
             if left:
                 with Reward(config.reward) as reward:
-                    _sample(config, job, left, journal, reward)
+                    _sample(config, job, left, journal, reward, made_with)
             selection = select(journal.samples, config.keep, job.template, thinking=job.thinking)
             with open_output(config.out) as file:
                 for record in _records(job, journal.samples, selection, made_with):
@@ -223,8 +223,12 @@ def _sample(
     left: Sequence[NumberedPrompt],
     journal: SampleJournal,
     reward: Reward,
+    made_with: Mapping[str, Any],
 ) -> None:
     model = load_model(job.source, config.dtype, config.device)
+    choices = {key: made_with[key] for key in ("chat", "thinking", "dtype") if getattr(config, key) in ("auto", None)}
+    if choices:
+        print(", ".join(f"{key}={str(value).lower()}" for key, value in choices.items()), file=sys.stderr, flush=True)
     from infer.engines.local import LocalEngine
 
     engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)
@@ -232,8 +236,8 @@ def _sample(
     size = max(1, 4 * config.batch_size // config.num_samples)
     for first in range(0, len(left), size):
         block = left[first : first + size]
-        rollouts = engine.generate(block, job.request).rollouts
-        answers = [replace(rollout, text=_text(rollout, job)) for rollout in rollouts]
+        generated = engine.generate(block, job.request)
+        answers = [replace(rollout, text=_text(rollout, job)) for rollout in generated.rollouts]
         # The engine returns the samples of a prompt next to each other.
         groups = [
             Group(
@@ -254,7 +258,8 @@ def _sample(
                 for answer, sheet in pairs
             )
             journal.append(prompt.number, samples)
-        print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
+        done = f"{len(journal.samples)} of {len(job.prompts)} problems"
+        print(f"{done}: {generated.statistics.summary()}", file=sys.stderr, flush=True)
 
 
 def _text(answer: Sample, job: SamplingJob) -> str:

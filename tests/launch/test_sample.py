@@ -89,6 +89,8 @@ def test_sample_journal_holds_what_the_engine_generates_with_scores(
     assert [[(s["text"], s["is_finished"]) for s in each["samples"]] for each in found] == rollouts
     printed = capsys.readouterr()
     assert f"{NUM_PROBLEMS * NUM_SAMPLES}: " in printed.out
+    assert "\nthinking=false, dtype=float32\n" in printed.err
+    assert re.search(rf"\n{NUM_PROBLEMS} of {NUM_PROBLEMS} problems: .*\d+ passes", printed.err)
     assert "pass@1" in printed.out
     # What is kept is right, ended by the model, and readable by the source of conversations.
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
