@@ -46,3 +46,17 @@ def test_command_writes_a_certificate_and_refuses_its_folder_again(tmp_path: Pat
     again = run_command(command)
     assert again.returncode == 2
     assert "out_dir: must be new or empty" in again.stderr
+
+
+@pytest.mark.long
+def test_status_of_one_rank_says_which_check_failed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    impossible = "cluster.peak_flops=1e20"
+    done = run_command(
+        ["-m", "launch.verify", JOB[0], "parallelism=one_rank", "layouts=0", impossible, f"out_dir={run}"]
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "resumed in the same layout" in done.stdout
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 3)
+    assert status["reason"].startswith("rates: ")

@@ -69,11 +69,11 @@ def check_checkpoint(verification: Verification) -> Findings:
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(root)
-    return _findings(failures)
+    return _findings(failures, "the same" if resumed.parallelism == saved.parallelism else "another")
 
 
-def _findings(failures: list[Failure]) -> Findings:
-    summary = "a checkpoint is written, refused with one wrong byte, and resumed in another layout with equal values"
+def _findings(failures: list[Failure], which: str = "another") -> Findings:
+    summary = f"a checkpoint is written, refused with one wrong byte, and resumed in {which} layout with equal values"
     return Findings(summary=summary, failures=[one for one in failures if one.rank == dist.get_rank()])
 
 
@@ -116,7 +116,7 @@ def _damaged(folder: Path) -> Iterator[str]:
 
 
 def _other_layout(config: TrainConfig) -> TrainConfig:
-    """Returns the same run with a data axis alone, or, if it is that, one more pipeline rank."""
+    """Returns the same run with a data axis alone, or with two pipeline ranks if it is that."""
     mesh = config.parallelism
     world = mesh.world_size
     schedule = replace(config.schedule, kind="1f1b", chunks=None, slices=1)

@@ -12,6 +12,7 @@ from comm.groups import start
 from comm.watchdog.collective_log import cuda_mark
 from train.config import TrainConfig
 from train.errors import PreemptedError
+from train.files.run_files import write_end
 from train.run import JoinedRank, run_in_job
 from train.verify.certificate import Certificate
 from train.verify.checks import CheckEntry, Verification, run_checks
@@ -41,7 +42,7 @@ CHECKS = (
     ),
     CheckEntry(
         name="checkpoint",
-        about="a damaged checkpoint is refused, a whole one resumes in another layout",
+        about="a damaged checkpoint is refused, a whole one resumes, in another layout if there are several",
         run=check_checkpoint,
         needs=(*_SAME, "equality"),
     ),
@@ -63,6 +64,8 @@ def verify_job(config: TrainConfig, trials: Sequence[Trial], *, reports_on_stder
             return _verify(joined, replace(config, resume=None), trials)
         except PreemptedError as error:  # on all ranks, between two steps
             joined.lines.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
+            if dist.get_rank() == 0:
+                write_end(Path(config.out_dir), "preempted", EXIT_PREEMPTED, str(error))
             return EXIT_PREEMPTED
 
     return run_in_job(config, verify, reports_on_stderr=reports_on_stderr)
@@ -90,5 +93,8 @@ def _verify(joined: JoinedRank, config: TrainConfig, trials: Sequence[Trial]) ->
             certificate.add(outcome)
     if certificate is not None:
         certificate.close()
+    failed = [outcome for outcome in outcomes if outcome.verdict == "failed"]
+    if failed and dist.get_rank() == 0:
+        write_end(folder, "stopped", EXIT_UNVERIFIED, f"{failed[0].check}: {failed[0].summary}")
     dist.barrier()
     return 0 if all(outcome.verdict == "passed" for outcome in outcomes) else EXIT_UNVERIFIED
