@@ -20,21 +20,13 @@ from dualpipe.api import Drawing
 from dualpipe.registry import ScheduleConfig, candidates
 from infer.deployment import deployment_text, deployment_values
 from launch.command import command, plain_text, write_output
-from launch.config.compose import (
-    default_groups,
-    dotted_keys,
-    key_of,
-    options,
-    own_keys,
-    read_option,
-    system_errors,
-    user_errors,
-)
+from launch.config import compose
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import expand_model, write_config
 from launch.plan_request import (
     EXAMPLE,
+    PLANNER,
     Change,
     PlanRequest,
     changed_values,
@@ -46,19 +38,9 @@ from launch.plan_request import (
 )
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
 from train.config.decode import decode, encode
-from train.errors import ConfigError, UnknownKeyError, nearest
-from train.planner.advice import AdviceRow, WhatIf, Wish, compare, link_balance, plan_with_order, wishes
-from train.planner.forms import (
-    advice_text,
-    advice_values,
-    built_text,
-    comparison_text,
-    labeled,
-    plan_text,
-    plan_values,
-    what_if_text,
-    what_if_values,
-)
+from train.errors import ConfigError, UnknownKeyError, broken, nearest
+from train.planner import forms
+from train.planner.advice import link_balance, plan_with_order, wishes
 from train.planner.job_plan import (
     JobPlan,
     PlannerConfig,
@@ -71,7 +53,7 @@ from train.planner.job_plan import (
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from train.planner.page import plan_page
 from train.planner.rollouts import compare_rollouts
-from train.planner.search import SearchResult, search_layouts
+from train.planner.search import search_layouts
 from train.planner.search_forms import search_text, search_values
 from train.planner.smallest import smallest_text, smallest_values
 from train.schedule.timing import MeasuredRates
@@ -81,7 +63,7 @@ from train.tasks.registry import TASKS
 
 def main(overrides: Sequence[str]) -> int:
     """Plans a run and prints the plan. Returns exit code 0, also if the run does not fit."""
-    with system_errors():
+    with compose.system_errors():
         request = read_request(overrides)
         answer = answer_request(request)
         write_output(answer.render(request.options.format), request.options.out)
@@ -96,8 +78,8 @@ class PlanAnswer(Drawing):
 
     def __init__(self, values: dict[str, Any], lines: Callable[[], str], page: Callable[[], str] | None = None) -> None:
         """Stores values and functions that return the other forms; a search has no page."""
-        forms = {"text": lines, "json": lambda: json.dumps(values, indent=1)}
-        super().__init__(forms if page is None else forms | {"html": page})
+        writers = {"text": lines, "json": lambda: json.dumps(values, indent=1)}
+        super().__init__(writers if page is None else writers | {"html": page})
         self.values = values
 
 
@@ -116,15 +98,14 @@ def answer_request(request: PlanRequest) -> PlanAnswer:
     given = replace(request.config, validation=replace(request.config.validation, sequences=sequences))
     result = search_layouts(search_space(request), given, request.planner, check_rules)
     values = search_values(result) | {"notes": list(request.notes)}
-    return PlanAnswer(values, lambda: _search_lines(result, values))
+    batches = (given.batch.global_sequences, result.config.batch.global_sequences)
+    return PlanAnswer(values, lambda: "\n".join(search_text(values, *batches)))
 
 
 def preview(overrides: Sequence[str]) -> str:
     """Returns the composed, checked configuration as YAML."""
     request = read_request(overrides)
-    planned = {**encode(request.options), "rates": encode(request.planner.rates)}
-    values = {**write_config(request.config), **planned, "efficiency": encode(request.planner.efficiency)}
-    return plain_text("plan", values)
+    return plain_text("plan", write_config(request.config) | encode(request.options) | encode(request.planner))
 
 
 def _planned(request: PlanRequest) -> PlanAnswer:
@@ -134,22 +115,19 @@ def _planned(request: PlanRequest) -> PlanAnswer:
     if request.options.run is None:
         plan = with_advice(plan_job(request.config, request.planner))
     else:
-        plan, comparison = compared_plan(request.config, request.planner, Path(request.options.run))
-        run = Path(request.options.run)
-        asked["compared"] = comparison.values() | compare_rollouts(plan.rollouts, plan.config, run)
+        folder = Path(request.options.run)
+        plan, comparison = compared_plan(request.config, request.planner, folder)
+        asked["compared"] = comparison.values() | compare_rollouts(plan.rollouts, plan.config, folder)
     if plan.config.cluster.backend == "nccl" and plan.config.parallelism.world_size > 1:
         asked["streams"] = check_streams(plan.config, os.environ)
-    asked["what_if"] = [what_if_values(plan_what_if(request, plan, run)) for run in changed]
+    asked["what_if"] = [plan_what_if(request, plan, run) for run in changed]
     if request.options.advice:
         asked["advice"] = advise_hardware(request, plan)
     if request.options.dry_run:
         asked["dry_run"] = compare_built_ranks(plan.config)
-    values = plan_values(plan, request.planner) | asked
-    return PlanAnswer(
-        values,
-        lambda: _plan_lines(plan, values, asked),
-        lambda: plan_page(values, plan.timed, request.config.name),
-    )
+    values = forms.plan_values(plan, request.planner) | asked
+    page = partial(plan_page, values, plan.timed, request.config.name)
+    return PlanAnswer(values, lambda: _plan_lines(plan, values, asked), page)
 
 
 def with_advice(plan: JobPlan) -> JobPlan:
@@ -159,26 +137,20 @@ def with_advice(plan: JobPlan) -> JobPlan:
     try:
         check_memory(replace(plan.config, plan=replace(plan.config.plan, check=True)), check_rules)
     except ConfigError as error:
-        return replace(plan, reasons=(str(error),))
+        return replace(plan, reason=str(error))
     return plan
 
 
 def _plan_lines(plan: JobPlan, values: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     formats: dict[str, Callable[[Any], Iterable[str]]] = {
-        "compared": comparison_text,
-        "streams": partial(labeled, "streams"),
-        "what_if": what_if_text,
-        "advice": advice_text,
-        "dry_run": built_text,
+        "compared": forms.comparison_text,
+        "streams": partial(forms.labeled, "streams"),
+        "what_if": forms.what_if_text,
+        "advice": forms.advice_text,
+        "dry_run": forms.built_text,
     }
-    parts = [plan_text(plan, values), *(formats[key](part) for key, part in asked.items())]
+    parts = [forms.plan_text(plan, values), *(formats[key](part) for key, part in asked.items())]
     return "\n\n".join(filter(None, ("\n".join(lines) for lines in parts)))
-
-
-def _search_lines(result: SearchResult, values: Mapping[str, Any]) -> str:
-    sequences = (config.batch.global_sequences for config in (result.run, result.config))
-    headline, *lines = search_text(values, *sequences)
-    return "\n".join((headline, *values["notes"], *lines))
 
 
 def search_space(request: PlanRequest) -> SearchSpace:
@@ -186,13 +158,11 @@ def search_space(request: PlanRequest) -> SearchSpace:
     config = request.config
     ranks = request.options.ranks or config.parallelism.world_size
     if ranks > MOST_RANKS:
-        raise ConfigError(f"ranks: must be at most {MOST_RANKS}, is {ranks}; nearest valid: {MOST_RANKS}")
+        raise broken("ranks", f"must be at most {MOST_RANKS}", ranks, MOST_RANKS)
     is_measured = isinstance(request.planner.rates, MeasuredRates)
-    precisions: tuple[Precision, ...] = (config.precision,)
-    if not is_measured:
-        is_fp8 = isinstance(config.precision, Fp8PrecisionConfig)
-        fp8 = config.precision if is_fp8 else Fp8PrecisionConfig(kind="fp8", scales="float32")
-        precisions = (fp8, PrecisionConfig(kind="bf16"))
+    own = config.precision
+    fp8 = own if isinstance(own, Fp8PrecisionConfig) else Fp8PrecisionConfig(kind="fp8", scales="float32")
+    precisions: tuple[Precision, ...] = (own,) if is_measured else (fp8, PrecisionConfig(kind="bf16"))
     if untimed := untimed_reason(replace(config, precision=precisions[0]), request.planner.rates):
         raise ConfigError(untimed)
     return SearchSpace(
@@ -206,21 +176,19 @@ def search_space(request: PlanRequest) -> SearchSpace:
 
 
 def _schedules(config: TrainConfig) -> Iterator[ScheduleConfig]:
-    """Yields every kind of schedule, with slices too if the kind and the task allow them."""
+    """Yields every kind of schedule, with slices too if the kind and the task allow them.
+
+    The pairing is that of the kind's option, or of the run if that is its kind.
+    """
     slices = {*_SLICES, config.schedule.slices} if TASKS.get(config.task.kind).splits_sequences else set[int]()
     for kind, spec in candidates().items():
-        schedule = _schedule(config, kind)
+        schedule = replace(config.schedule, chunks=None, slices=1)
+        if kind != schedule.kind:
+            pairing: Any = compose.read_option("schedule", kind).get("pairing", schedule.pairing)
+            schedule = ScheduleConfig(kind=kind, chunks=None, pairing=pairing)
         yield schedule
         if spec.takes_slices:
             yield from (replace(schedule, slices=number) for number in sorted(slices - {1}))
-
-
-def _schedule(config: TrainConfig, kind: str) -> ScheduleConfig:
-    """Returns a kind of schedule with the pairing of its option, or of the run if that is its kind."""
-    if kind == config.schedule.kind:
-        return replace(config.schedule, chunks=None, slices=1)
-    pairing: Any = read_option("schedule", kind).get("pairing", config.schedule.pairing)
-    return ScheduleConfig(kind=kind, chunks=None, pairing=pairing)
 
 
 def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
@@ -229,14 +197,13 @@ def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
     for name in DISPATCHERS.names():
         if name == config.dispatch.kind:
             dispatches.append(config.dispatch)
-        elif name in options("dispatch"):
-            values = read_option("dispatch", name) | {"payload": config.dispatch.payload}
+        elif name in compose.options("dispatch"):
+            values = compose.read_option("dispatch", name) | {"payload": config.dispatch.payload}
             dispatch: Any = decode(DISPATCHERS.get(name).config, values, "dispatch")
             dispatches.append(dispatch)
     return tuple(dispatches)
 
 
-_PLANNER = ("rates", "efficiency")
 _SLICES = (2, 4)
 """Numbers of slices that a search compares with whole sequences."""
 
@@ -251,12 +218,20 @@ class ChangedRun:
 
 
 def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
-    """Returns the changed runs of a request's what-ifs."""
-    return tuple(_checked_run(request, item) for item in request.options.what_if)
+    """Returns the runs of a request's what-ifs; an invalid one has one message for all causes."""
+    runs = []
+    for item in request.options.what_if:
+        try:
+            runs.append(changed_run(request, item))
+        except compose.user_errors() as error:
+            message = str(error)
+            text = message if message.startswith(item) and item else f"{item or repr(item)}: {message}"
+            raise ConfigError(f"what_if: {text}{_as_in_run(request, message)}") from error
+    return tuple(runs)
 
 
-def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_order: bool = False) -> WhatIf:
-    """Plans a changed run, and compares it with the run.
+def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_order: bool = False) -> dict[str, Any]:
+    """Plans a changed run, and compares it with the run, as plain values.
 
     If the order and the cut of the run apply, they are planned too, and the better plan is returned; with
     `keeps_order`, they are the only ones.
@@ -266,40 +241,31 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
         plans = [] if ordered is None else [ordered]
         if ordered is None or not keeps_order:
             plans.append(plan_job(run.config, run.planner))
-    except user_errors() as error:
+    except compose.user_errors() as error:
         raise ConfigError(f"what_if: {run.change}: {error}") from error
-    return compare(run.change, base, min(plans, key=_preference))
+    best = min(plans, key=lambda plan: (not plan.fits, plan.timed.time.step if plan.timed is not None else 0.0))
+    return forms.what_if_values(run.change, base, best)
 
 
 def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
     """Returns what better hardware would gain for a run that keeps its order and its cut if they apply."""
     require_time(base)
-    rows: list[AdviceRow] = []
-    unknown: list[Wish] = []
+    rows = []
+    unknown = []
     for wish in wishes(request.config, request.planner.rates):
-        if not wish.change:
-            unknown.append(wish)
-            continue
-        try:
-            run = changed_run(request, wish.change)
-            rows.append(AdviceRow(wish=wish, what_if=plan_what_if(request, base, run, keeps_order=True)))
-        except user_errors() as error:
-            unknown.append(Wish(name=wish.name, needs=f"another run; {wish.change} is refused: {error}"))
-    return advice_values(rows, unknown, link_balance(base.config, request.planner.rates))
-
-
-def _preference(plan: JobPlan) -> tuple[bool, float]:
-    return not plan.fits, plan.timed.time.step if plan.timed is not None else 0.0
-
-
-def _checked_run(request: PlanRequest, item: str) -> ChangedRun:
-    """Returns a changed run, and refuses an invalid change with one message for all causes."""
-    try:
-        return changed_run(request, item)
-    except user_errors() as error:
-        message = str(error)
-        text = message if message.startswith(item) and item else f"{item or repr(item)}: {message}"
-        raise ConfigError(f"what_if: {text}{_as_in_run(request, message)}") from error
+        needs = wish.needs
+        if wish.change:
+            try:
+                run = changed_run(request, wish.change)
+                values = plan_what_if(request, base, run, keeps_order=True)
+                fits = values["fits"] if wish.has_memory and values["capacity_bytes"] is not None else None
+                rows.append({"wish": wish.name, **values, "fits": fits, "note": wish.note or None})
+                continue
+            except compose.user_errors() as error:
+                needs = f"another run; {wish.change} is refused: {error}"
+        unknown.append({"wish": wish.name, "needs": needs})
+    rows.sort(key=lambda row: (row["gain"] is None, -(row["gain"] or 0.0)))
+    return {"rows": rows, "unknown": unknown, **link_balance(base.config, request.planner.rates)}
 
 
 def _as_in_run(request: PlanRequest, message: str) -> str:
@@ -307,7 +273,7 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
     if re.search(r"nearest|valid|did you mean|write|least is|options:", message):
         return ""
     key = message.partition(":")[0]
-    run_values = dict(dotted_keys({**request.values}))
+    run_values = dict(compose.dotted_keys({**request.values}))
     if key not in run_values or isinstance(run_values[key], dict | list):
         return ""
     value = "null" if run_values[key] is None else run_values[key]
@@ -316,39 +282,41 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
 
 def changed_run(request: PlanRequest, item: str) -> ChangedRun:
     """Returns a run with changes, which passes the rules."""
-    changes = parse_changes(item)
-    for change in changes:
+    chosen: list[str] = []
+    others: list[Change] = []
+    for change in parse_changes(item):
         if change.key in _output_keys():
             raise ConfigError(f"{change}: {change.key} is not part of the run; nearest valid: {EXAMPLE}")
-    chosen = {index: group for index, change in enumerate(changes) if (group := _group_of(change)) is not None}
-    values = _with_options(request, chosen.values()) if chosen else request.values
-    others = [change for index, change in enumerate(changes) if index not in chosen]
-    values = _with_model_keys(values, others)
-    typed = {**write_config(request.config), **{key: encode(getattr(request.planner, key)) for key in _PLANNER}}
+        if (group := _group_of(change)) is None:
+            others.append(change)
+        else:
+            chosen.append(group)
+    values = _with_model_keys(_with_options(request, chosen) if chosen else request.values, others)
+    typed = write_config(request.config) | encode(request.planner)
     changed = changed_values(values, typed, others)
-    run = run_config({key: value for key, value in changed.items() if key not in _PLANNER})
+    run = run_config({key: value for key, value in changed.items() if key not in PLANNER})
     return ChangedRun(change=item, config=run, planner=planner_config(changed))
 
 
 def _output_keys() -> list[str]:
-    return [key for key in own_keys("plan") if key not in _PLANNER]
+    return [key for key in compose.own_keys("plan") if key not in PLANNER]
 
 
 def _group_of(change: Change) -> str | None:
     """Returns the override that chooses an option of a group, for a change of a group or of its `kind`."""
-    groups = default_groups("plan")
+    groups = compose.default_groups("plan")
     group = change.key.replace(".", "/")
     of_kind = change.key.endswith(".kind") and (parent := group.rpartition("/")[0]) in groups
     if group not in groups and not of_kind:
         return None
     group = parent if of_kind else group
-    names = options(group)
+    names = compose.options(group)
     if change.operator != "=":
         raise ConfigError(f"{change}: {change.key} is not a number; nearest valid: {change.key}={names[0]}")
     value = change.operand.strip("'\"")
     if not of_kind:
         return f"{group}={value}"
-    kinds = {name: read_option(group, name).get("kind") for name in names}
+    kinds = {name: compose.read_option(group, name).get("kind") for name in names}
     matching = [name for name, kind in kinds.items() if kind == value]
     if not any(kinds.values()):
         return None
@@ -361,14 +329,14 @@ def _group_of(change: Change) -> str | None:
 def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]:
     """Composes the run with other options of groups, without keys that only the replaced options have."""
     overrides = [*chosen]
-    groups = {key_of(text) for text in overrides}
+    groups = {compose.key_of(text) for text in overrides}
     output = _output_keys()
-    other_overrides = [text for text in request.overrides if key_of(text) not in groups]
+    other_overrides = [text for text in request.overrides if compose.key_of(text) not in groups]
     try:
         values = compose_plan([*other_overrides, *overrides])
     except UnknownKeyError:
         prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
-        others = [text for text in other_overrides if not key_of(text).lstrip("+").startswith(prefixes)]
+        others = [text for text in other_overrides if not compose.key_of(text).lstrip("+").startswith(prefixes)]
         values = compose_plan([*others, *overrides])
     for text in overrides:
         _drop_other_keys(values, *text.split("=", 1))
@@ -382,10 +350,10 @@ def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
     for parent in parents:
         group_values = group_values.get(parent, {})
     chosen = group_values.get(last)
-    option_values = read_option(group, option)
+    option_values = compose.read_option(group, option)
     if not isinstance(chosen, Mapping) or "kind" not in option_values:
         return
-    others = {key for name in options(group) for key in read_option(group, name)} - option_values.keys()
+    others = {key for name in compose.options(group) for key in compose.read_option(group, name)} - option_values.keys()
     group_values[last] = {key: value for key, value in chosen.items() if key not in others}
 
 

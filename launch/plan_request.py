@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -33,7 +32,8 @@ from train.schedule.timing import EfficiencyConfig, with_chunks
 _WHAT_IF = "what_if"
 _RATES = "rates"
 _EFFICIENCY = "efficiency"
-_PLANNER = (_RATES, _EFFICIENCY)
+PLANNER = (_RATES, _EFFICIENCY)
+"""Groups of a plan that a run does not have."""
 _MOST_BYTES = 2**26
 _UNREAD = "unread"
 UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
@@ -91,7 +91,8 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     output_keys = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
     _check_modes(plan_options)
-    run = {key: value for key, value in values.items() if key not in (*output_keys, *_PLANNER)}
+    planned = {key: value for key, value in values.items() if key not in output_keys}
+    run = {key: value for key, value in planned.items() if key not in PLANNER}
     notes = list(_adapt_to_search(run, overrides)) if plan_options.search or plan_options.smallest else []
     if plan_options.smallest and run["task"].get("steps", 1) is None:  # they change no memory
         run["task"] = {**run["task"], "steps": 1000}
@@ -99,13 +100,14 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         config = run_config(run)
         _check_known_files(config, _unread(run))
     else:
-        config = _compared_config(plan_options, run, overrides)
+        config = with_chunks(_measured_config(_require_run(Path(plan_options.run)), run, overrides))
+        check_rules(config)
     return PlanRequest(
         config=config,
         planner=planner_config(values),
         options=plan_options,
         overrides=tuple(overrides),
-        values={key: value for key, value in values.items() if key not in output_keys},
+        values=planned,
         notes=tuple(notes),
     )
 
@@ -119,17 +121,16 @@ def _check_modes(own: PlanOptions) -> None:
         raise broken("format", "must be text or json with deployment", own.format, "text")
     if own.search and own.smallest:
         raise broken("smallest", "must be false with search=true", "true", "search=false")
-    mode = "search" if own.search else "smallest"
-    is_many = own.search or own.smallest
     if own.ranks is not None and not own.search:
         raise broken("ranks", "must be null without search; parallelism has a run's ranks", own.ranks, "search=true")
-    empty = {"what_if": (), "advice": False, "dry_run": False}
-    for key in (key for key, unused in empty.items() if is_many and getattr(own, key) != unused):
-        raise broken(
-            key, f"must not be set with {mode}=true, which plans many runs", getattr(own, key), f"{mode}=false"
-        )
-    if is_many and own.format == "html":
-        raise broken("format", f"must be text or json with {mode}=true", own.format, "text")
+    if own.search or own.smallest:
+        mode = "search" if own.search else "smallest"
+        rule = f"must not be set with {mode}=true, which plans many runs"
+        for key in ("what_if", "advice", "dry_run"):
+            if value := getattr(own, key):
+                raise broken(key, rule, value, f"{mode}=false")
+        if own.format == "html":
+            raise broken("format", f"must be text or json with {mode}=true", own.format, "text")
     for key in ("search", "smallest", "what_if", "advice"):
         if own.run is not None and getattr(own, key):
             raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
@@ -155,15 +156,9 @@ def _with_quotes(override: str) -> str:
     key, _, value = override.partition("=")
     if key != _WHAT_IF or not value or any(quote in value for quote in "'\""):
         return override
-    items = split_changes(value[1:-1] if value.startswith("[") and value.endswith("]") else value)
+    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    items = (item.strip() for item in _split(listed, is_item=False))
     return f"{_WHAT_IF}=[{','.join(repr(item) for item in items if item)}]"
-
-
-def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    assert own.run is not None
-    config = with_chunks(_measured_config(_require_run(Path(own.run)), values, overrides))
-    check_rules(config)
-    return config
 
 
 def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
@@ -176,20 +171,8 @@ def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
         path = str(_require_run(Path(str(values["run"]))))
     if path is None:
         return values
-    if Path(path).is_dir():  # a run has no declared factor
-        read: Mapping[str, Any] = {
-            _RATES: encode(run_rates(Path(path), _rollout_config(Path(path)))),
-            _EFFICIENCY: {"unexplained": 1.0},
-        }
-    else:
-        read = _read_plan(Path(path))
-    keys = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
-    return {**values, **{key: read[key] for key in keys}}
-
-
-def _rollout_config(folder: Path) -> TrainConfig | None:
-    """Returns the configuration of a run with journals of rollouts."""
-    return read_folder(folder) if (folder / "rollouts").is_dir() and (folder / CONFIG_NAME).is_file() else None
+    read = _read_rates(Path(path))
+    return {**values, **{key: read[key] for key in PLANNER if key == _RATES or not _sets(overrides, key)}}
 
 
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
@@ -233,19 +216,22 @@ def _check_known_files(config: TrainConfig, unread: Sequence[str]) -> None:
         check_text(accepting, check_data(accepting))
 
 
-def _read_plan(path: Path) -> Mapping[str, Any]:
+def _read_rates(path: Path) -> Mapping[str, Any]:
+    """Reads rates and factor from a run's folder, which has no declared factor, or from an earlier plan."""
+    if path.is_dir():
+        has_rollouts = (path / "rollouts").is_dir() and (path / CONFIG_NAME).is_file()
+        rates = run_rates(path, read_folder(path) if has_rollouts else None)
+        return {_RATES: encode(rates), _EFFICIENCY: {"unexplained": 1.0}}
     if not path.is_file():
-        raise ConfigError(
-            f"rates: must be one of {', '.join(options(_RATES))}, a run's folder or a plan in JSON, is {str(path)!r}; "
-            f"{nearest(str(path), options(_RATES))}"
-        )
+        rule = f"must be one of {', '.join(options(_RATES))}, a run's folder or a plan in JSON, is {str(path)!r}"
+        raise ConfigError(f"rates: {rule}; {nearest(str(path), options(_RATES))}")
     if path.stat().st_size > _MOST_BYTES:
         raise ConfigError(f"rates: {str(path)!r} must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}")
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"rates: {str(path)!r} must be a plan in JSON, is not: {error}") from error
-    if not isinstance(read, dict) or not {"rates", "efficiency"} <= read.keys():
+    if not isinstance(read, dict) or not {*PLANNER} <= read.keys():
         raise ConfigError(f"rates: {str(path)!r} must be a plan in JSON, with keys rates and efficiency, is not")
     return read
 
@@ -282,10 +268,8 @@ def _check_equal(keys: Sequence[str], given: Mapping[str, object], run: Mapping[
         if not is_checked or isinstance(value, Mapping) or value is None or value == "auto":
             continue
         if value != run_values.get(name, value):
-            rule = f"{name} must be that of the run"
-            raise broken(
-                "run", rule, value, f"{name}={run_values[name]}, or rates= in place of run= to plan another run"
-            )
+            near = f"{name}={run_values[name]}, or rates= in place of run= to plan another run"
+            raise broken("run", f"{name} must be that of the run", value, near)
 
 
 _FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
@@ -301,7 +285,7 @@ class Change:
     """One change of a key."""
 
     key: str
-    operator: Literal["=", "*", "/"]
+    operator: str
     operand: str
 
     def __str__(self) -> str:
@@ -336,19 +320,12 @@ def parse_changes(item: str) -> tuple[Change, ...]:
     return tuple(_parse_change(text.strip()) for text in _split(item, is_item=True))
 
 
-def split_changes(text: str) -> list[str]:
-    """Returns the parts of a text between commas that are outside of brackets and quotes."""
-    return [part.strip() for part in _split(text, is_item=False)]
-
-
 def _parse_change(text: str) -> Change:
     match = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
     if match is None or not match[1] or not re.fullmatch(r"[\w.*/\-]+", match[1]):
         key = re.match(r"[A-Za-z_][\w.]*", text)
         raise broken(text, _FORM, repr(text), f"{key[0]}*2" if key else EXAMPLE)
-    operator = text[len(match[1]) :].strip()[0]
-    kinds: dict[str, Literal["=", "*", "/"]] = {"=": "=", "*": "*", "/": "/"}
-    return Change(key=match[1], operator=kinds[operator], operand=match[2])
+    return Change(key=match[1], operator=text[len(match[1]) :].strip()[0], operand=match[2])
 
 
 def _split(item: str, *, is_item: bool) -> Iterator[str]:
@@ -388,14 +365,8 @@ def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
     leaves = dict(dotted_keys(values))
     if change.key in leaves:
         return [change.key]
-    matches = [
-        key
-        for key, value in leaves.items()
-        if "*" in change.key
-        and not isinstance(value, dict)
-        and key.count(".") == change.key.count(".")
-        and all(map(fnmatchcase, key.split("."), change.key.split(".")))
-    ]
+    pattern = re.escape(change.key).replace(r"\*", "[^.]*")
+    matches = [key for key, value in leaves.items() if re.fullmatch(pattern, key) and not isinstance(value, dict)]
     if not matches:
         raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(leaves))}")
     return matches
@@ -405,7 +376,9 @@ def _multiplied(change: Change, key: str, value: object, typed: object) -> int |
     """Returns a number times the factor of a change, whole if the key holds whole numbers."""
     factor = change.factor
     if isinstance(value, dict):
-        raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {_first_number(key, value)}")
+        numbers = (name for name, leaf in dotted_keys(value, f"{key}.") if type(leaf) in (int, float))
+        near = f"{next(numbers, 'cluster.peak_flops')}*2"
+        raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {near}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = "null" if value is None else shorten(repr(value), _MOST_SHOWN)
         raise ConfigError(f"{key}: must be a number to be multiplied, is {text}; nearest valid: {key}=VALUE")
@@ -413,13 +386,7 @@ def _multiplied(change: Change, key: str, value: object, typed: object) -> int |
     if type(value) is int and type(typed) is not float:
         rounded = round(exact) if math.isfinite(exact) else value
         if abs(exact - rounded) > 1e-9 * max(1.0, abs(rounded)):
-            raise ConfigError(
-                f"{key}: must be a whole number, {change} gives {exact:g}; nearest valid: {key}={max(rounded, 1)}"
-            )
+            rule = f"must be a whole number, {change} gives {exact:g}"
+            raise ConfigError(f"{key}: {rule}; nearest valid: {key}={max(rounded, 1)}")
         return rounded
     return exact
-
-
-def _first_number(key: str, value: Mapping[str, Any]) -> str:
-    numbers = [name for name, leaf in dotted_keys(value, f"{key}.") if type(leaf) in (int, float)]
-    return f"{numbers[0]}*2" if numbers else "cluster.peak_flops*2"

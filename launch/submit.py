@@ -219,13 +219,14 @@ def predicted_lines(plan: JobPlan, slurm: SlurmConfig) -> list[str]:
     lines = [f"predicted: the largest rank needs {gigabytes(plan.memory.worst.total)}{of}"]
     if plan.timed is None or plan.cost is None:
         return [*lines, f"predicted: no days and GPU-hours: {plan.untimed}"]
-    run = plan.cost.stages[0]
+    run = plan.cost["stages"][0]
     rates = default_groups("plan")["rates"]
     lines.append(
         f"predicted with rates={rates} of launch.plan, not measured on this cluster: {plan.timed.time.step:.2f} s a "
-        f"step, {run.days:.1f} days and {run.gpu_hours:,.0f} GPU-hours on {ranks:,} GPUs, without time in the queue"
+        f"step, {run['days']:.1f} days and {run['gpu_hours']:,.0f} GPU-hours on {ranks:,} GPUs, "
+        "without time in the queue"
     )
-    seconds = run.days * 86400
+    seconds = run["days"] * 86400
     limit = slurm.limit_seconds - slurm.signal_seconds
     if seconds <= limit:
         return lines

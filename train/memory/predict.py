@@ -38,6 +38,7 @@ from train.memory.rank_bytes import (
     host_bytes,
     static_bytes,
     update_bytes,
+    value_bytes,
     weight_bytes,
 )
 from train.schedule.cut import run_cut, sized_run
@@ -178,10 +179,10 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
     """
     model = config.model
     sequences = config.batch.micro_sequences
-    value_bytes = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
+    number_bytes = value_bytes(config.precision)
     tokens = config.rank_sequence_tokens if tokens is None else tokens
     expert_rows = round(sequences * tokens * model.num_experts_per_token * load)
-    numbers = model.hidden_size * value_bytes
+    numbers = model.hidden_size * number_bytes
     sends_codes = config.precision.kind == "fp8" or config.dispatch.payload == "fp8"
     rows = RowBytes(
         num_tokens=sequences * tokens,
@@ -196,27 +197,27 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         device=config.cluster.device,
         sequences=sequences,
         tokens=tokens,
-        value_bytes=value_bytes,
+        value_bytes=number_bytes,
         pads_heads=pads_values(config.attention, config.cluster.device),
         expert_rows=expert_rows,
         num_local_experts=model.num_routed_experts // config.parallelism.expert,
         routing=exchange.routing,
         to_experts=exchange.to_experts,
         from_experts=exchange.from_experts,
-        summing=_summing_bytes(config, sequences * tokens, value_bytes),
+        summing=_summing_bytes(config, sequences * tokens, number_bytes),
         context=config.parallelism.context,
         kept_ranks=num_kept_ranks(config.parallelism.context),
     )
 
 
-def _summing_bytes(config: TrainConfig, num_tokens: int, value_bytes: int) -> int:
+def _summing_bytes(config: TrainConfig, num_tokens: int, number_bytes: int) -> int:
     """Returns the bytes inside a sum of tokens' rows on a CPU: gathered rows, indices and sums."""
     if config.cluster.device == "cuda":
         return 0
     hidden = config.model.hidden_size
     choices = config.model.num_experts_per_token
-    wide_bytes = max(4, value_bytes)
-    narrow_bytes = value_bytes if value_bytes != wide_bytes else 0
+    wide_bytes = max(4, number_bytes)
+    narrow_bytes = number_bytes if number_bytes != wide_bytes else 0
     gathered = choices * (hidden * (wide_bytes + narrow_bytes) + 3 * INDEX_BYTES)
     return min(num_tokens, max(1, CHUNK_NUMBERS // (hidden * choices))) * (gathered + hidden * wide_bytes)
 
@@ -254,7 +255,7 @@ def rank_memory(
     """
     sizes = planning_sizes(config)
     replicas = count_replicas(config, schedule, rank)
-    parameters = _held_parameters(config, schedule, rank, shapes)
+    parameters = rank_parameters(config, schedule, rank, shapes)
     weights, gradients, optimizer = static_bytes(config, parameters, sizes, replicas)
     ends = {0, schedule.num_stages - 1}
     has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
@@ -300,7 +301,7 @@ def _with_frozen_networks(
         )
     weights = memory.weights
     for run, stages in networks:
-        weights += weight_bytes(run, _held_parameters(run, schedule, rank, stages), planning_sizes(run))
+        weights += weight_bytes(run, rank_parameters(run, schedule, rank, stages), planning_sizes(run))
     if config.rollout is not None and config.rollout.engine == "local":
         all_parameters = held_parameters(config.model, shapes, config.model.num_routed_experts)
         weights += weight_bytes(config, all_parameters, planning_sizes(config))
@@ -356,9 +357,8 @@ def pipeline_peaks(
     return find_peaks(program, runs, kept_sent=schedule.link_depth if config.cluster.backend == "nccl" else 0)
 
 
-def _held_parameters(
-    config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape]
-) -> HeldParameters:
+def rank_parameters(config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape]) -> HeldParameters:
+    """Returns the numbers of parameters that a rank holds of a network with these stages."""
     stages = sorted({stage for _, stage in schedule.stages_of(rank)})
     experts = config.model.num_routed_experts // config.parallelism.expert
     return held_parameters(config.model, [shapes[stage] for stage in stages], experts)

@@ -12,7 +12,7 @@ from dualpipe.runtime.program import Action, Program, RunKey, Step
 from kernels.attention import makes_dense_masks
 from model.config import Computing, ModelConfig
 from model.size import HeldParameters
-from train.config import TrainConfig
+from train.config import Precision, TrainConfig
 from train.schedule.cut import embedding_ranks, is_mirrored
 
 PartName = Literal["embedding", "dense", "moe", "head"]
@@ -71,6 +71,11 @@ class Sizes:
     def is_fp8(self) -> bool:
         """Whether products are in FP8."""
         return self.computing.products != "own"
+
+
+def value_bytes(precision: Precision) -> int:
+    """Returns the bytes of a number in the model's type."""
+    return {"float64": 8, "float32": 4}.get(precision.kind, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -401,7 +406,7 @@ def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: Rep
     rate = cluster.host_memory_bytes_per_second
     if not config.optim.offload or link is None or rate is None:
         return 0.0
-    value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
+    value = value_bytes(config.precision)
     ranks = min(cluster.ranks_per_node, config.parallelism.world_size)
     seconds = (_MASTER_BYTES + value) / link + (2 * state_bytes(config, 1) + _MASTER_BYTES) * ranks / rate
     return _shard_elements(held, replicas) * seconds

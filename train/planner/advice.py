@@ -24,27 +24,6 @@ _EQUAL = 1 - 1e-9
 _MULTIPLE = re.compile(r"cluster\.(\w+)\*([\d.]+)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WhatIf:
-    """A changed run next to the run itself; gains are None if a time is unknown."""
-
-    change: str
-    plan: JobPlan
-    speedup: float | None
-    gain: float | None
-
-
-def compare(change: str, base: JobPlan, changed: JobPlan) -> WhatIf:
-    """Returns a changed run next to the run itself."""
-    speedup = gain = None
-    if base.timed is not None and changed.timed is not None and base.cost is not None and changed.cost is not None:
-        before = base.timed.time.tokens_per_second_per_gpu * base.config.parallelism.world_size
-        after = changed.timed.time.tokens_per_second_per_gpu * changed.config.parallelism.world_size
-        speedup = after / before
-        gain = base.cost.gpu_hours_per_trillion_tokens / changed.cost.gpu_hours_per_trillion_tokens - 1
-    return WhatIf(change=change, plan=changed, speedup=speedup, gain=gain)
-
-
 def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, planner: PlannerConfig) -> JobPlan | None:
     """Plans a changed run with the order and the cut of the run, or returns None if they do not apply.
 
@@ -86,13 +65,9 @@ def wishes(config: TrainConfig, rates: Rates) -> Iterator[Wish]:
             continue
         for factor in row.get("factors", (1.0,)):
             filled = values | {"factor": factor, "inverse": 1 / factor}
-            yield Wish(
-                name=row["wish"].format_map(filled),
-                change=_with_defaults(row.get("change", "").format_map(filled), config, rates),
-                needs=row.get("needs", "").format_map(filled),
-                note=row.get("note", "").format_map(filled),
-                has_memory=row.get("has_memory", True),
-            )
+            strings = {key: row.get(key, "").format_map(filled) for key in ("wish", "change", "needs", "note")}
+            strings["change"] = _with_defaults(strings["change"], config, rates)
+            yield Wish(name=strings.pop("wish"), has_memory=row.get("has_memory", True), **strings)
 
 
 def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
@@ -170,34 +145,12 @@ def fp8_share(rates: KernelRates) -> float:
     return flops / seconds / (_FP8_OVER_BF16 * reference.peak_flops * computing) if seconds else math.inf
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdviceRow:
-    """A wish with its what-if."""
-
-    wish: Wish
-    what_if: WhatIf
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinkBalance:
-    """Exchange next to computation of one MoE layer, for one F overlapped with one full backward.
+def link_balance(config: TrainConfig, rates: Rates) -> dict[str, Any]:
+    """Returns exchange next to computation of a MoE layer, for an F overlapped with a full backward.
 
     Below `break_even_bytes_per_second` between nodes, exchange is longer than computation. It is None if that link is
     unknown or not used, or if the link within a node alone is slower than computation.
     """
-
-    exchange_over_compute: float
-    exchange_seconds_per_layer: float
-    compute_seconds_per_layer: float
-    hidden: str
-    limit: str
-    inter_node_bytes_per_second: float | None
-    break_even_bytes_per_second: float | None
-    link_over_break_even: float | None
-
-
-def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
-    """Returns the balance of a run's MoE layers."""
     moe = rates.part_seconds(config).moe.work
     link = config.cluster.inter_node_bytes_per_second
     if link is None and isinstance(rates, KernelRates):
@@ -218,16 +171,16 @@ def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
         limit = "link between nodes" if across >= moe.exchange * _EQUAL else "link within a node"
         if link is not None and within < moe.compute:
             even = link * across / moe.compute or None
-    return LinkBalance(
-        exchange_over_compute=moe.exchange / moe.compute if moe.compute else 0.0,
-        exchange_seconds_per_layer=moe.exchange,
-        compute_seconds_per_layer=moe.compute,
-        hidden=hidden,
-        limit=limit,
-        inter_node_bytes_per_second=link,
-        break_even_bytes_per_second=even,
-        link_over_break_even=None if link is None or even is None else link / even,
-    )
+    return {
+        "exchange_over_compute": moe.exchange / moe.compute if moe.compute else 0.0,
+        "exchange_seconds_per_layer": moe.exchange,
+        "compute_seconds_per_layer": moe.compute,
+        "hidden": hidden,
+        "limit": limit,
+        "inter_node_bytes_per_second": link,
+        "break_even_bytes_per_second": even,
+        "link_over_break_even": None if link is None or even is None else link / even,
+    }
 
 
 def _moe_exchange(config: TrainConfig, rates: Rates, link: float) -> float:

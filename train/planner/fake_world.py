@@ -50,19 +50,16 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
 def _build_rank(config: TrainConfig, schedule: Schedule, pipeline_ranks: tuple[int, ...]) -> dict[str, Any]:
     """Builds the first data replica of the first of some pipeline ranks, and counts what it holds."""
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    rank = layout.rank(pipeline_ranks[0], 0)
-    with _fake_process_group(rank, layout.world_size):
+    with _fake_process_group(layout.rank(pipeline_ranks[0], 0), layout.world_size):
         groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster)
         model, units = _build_network(config, layout, schedule, groups)
         store = GradientStore(model.parameters())
         return {
-            "rank": rank,
-            "pipeline_rank": pipeline_ranks[0],
-            "pipeline_ranks": pipeline_ranks,
+            "pipeline_ranks": list(pipeline_ranks),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "weights": _weight_bytes(config, model),
-            "gradients": sum(gradient.nbytes for gradient in store.gradients()),
-            "optimizer": sum(_optimizer_bytes(unit, config.optim) for unit in units),
+            "weights_bytes": _weight_bytes(config, model),
+            "gradients_bytes": sum(gradient.nbytes for gradient in store.gradients()),
+            "optimiser_bytes": sum(_optimizer_bytes(unit, config.optim) for unit in units),
         }
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from model.size import count_parameters, training_flops_per_token
 from train.config.decode import encode
 from train.memory import RankMemory
 from train.memory.fit import gigabytes, parts
-from train.planner.advice import AdviceRow, LinkBalance, WhatIf, Wish
-from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
+from train.planner.job_plan import JobPlan, PlannerConfig, layout_json
 from train.planner.scaling import shape_distance
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.schedule.timing import TimedPlan
@@ -26,32 +26,58 @@ _MB = 1e6
 _MEMORY_COLUMNS = (
     *("ranks", "weights", "gradients", "optimizer", "activations", "pending W", "buffers", "reserve", "total", "used"),
 )
+_SHAPE = (
+    "{expert_rows:,.0f} rows per expert, rates measured with {measured_rows:,}; for its sizes, a layer computes "
+    "{slowdown:.2f} times as long as at the measured rate"
+)
+_BUSIEST = (
+    "rank {busiest_rank}, without the factor: F {forward_seconds:.2f} s, B {backward_seconds:.2f} s, "
+    "W {weight_seconds:.2f} s, F with B {pairs_seconds:.2f} s, bubble {bubble_seconds:.2f} s, optimizer "
+    "{optimiser_seconds:.2f} s; {exposed_exchange_seconds:.2f} s of it are exchange that nothing hides"
+)
+_SAMPLING = (
+    "{speed}; {rounds:,} rounds of {cohorts} cohort{several} of at most {max_rows} rows for each direction, "
+    "{rows_per_visit:.1f} rows per visit; a rank's caches {caches}"
+)
+_ANSWERS = (
+    "{answers:,}, {mean_tokens:,.0f} tokens in the mean, {most_tokens:,} at most; batches trained for an update: "
+    "{batches}; passes of the reference {reference_seconds:.2f} s a batch, of reward models {reward_seconds:.2f} s"
+)
+_BALANCE = (
+    "balance    a MoE layer's F and B: exchange {exchange:.2f} ms, computation {compute:.2f} ms: "
+    "{exchange_over_compute:.2f}; hidden: {hidden}"
+)
 _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
 
 def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
     """Returns a plan as plain values."""
-    shape = None if plan.timed is None else shape_distance(plan.config, planner.rates)
     return {
         "summary": [_first_line(plan), *_layout_texts(plan).values()],
-        "model": {"parameters": plan.parameters, "flops_per_token": plan.flops_per_token},
+        "model": _model_values(plan),
         "layout": layout_json(plan.config),
         "fits": plan.fits,
-        "reasons": list(plan.reasons),
+        "reasons": [plan.reason] if plan.reason else [],
         "memory": {
             "capacity_bytes": plan.config.cluster.memory_bytes,
             "peak_bytes": plan.memory.worst.total,
             "ranks": [_rank_values(rank) for rank in plan.memory.ranks],
         },
         "time": None if plan.timed is None else _time_values(plan.timed),
-        "shape": shape,
+        "shape": None if plan.timed is None else shape_distance(plan.config, planner.rates),
         "time_unknown": plan.untimed or None,
         "rollouts": encode(plan.rollouts),
-        "cost": None if plan.cost is None else cost_values(plan.cost),
-        "assumptions": [encode(assumption) for assumption in plan.assumptions],
+        "cost": plan.cost,
+        "assumptions": list(plan.assumptions),
         "rates": encode(planner.rates),
         "efficiency": encode(planner.efficiency),
     }
+
+
+def _model_values(plan: JobPlan) -> dict[str, Any]:
+    model = plan.config.model
+    flops = training_flops_per_token(model, plan.config.batch.sequence_length_tokens)
+    return {"parameters": count_parameters(model).total, "flops_per_token": flops}
 
 
 def _rank_values(rank: RankMemory) -> dict[str, Any]:
@@ -85,21 +111,20 @@ def _time_values(timed: TimedPlan) -> dict[str, Any]:
     }
 
 
-def cost_values(cost: JobCost) -> dict[str, Any]:
-    """Returns the cost of a run as plain values."""
-    sums = {key: getattr(cost, key) for key in ("gpu_hours", "dollars", "kilowatt_hours")}
-    return {**encode(cost), **sums}
-
-
-def what_if_values(what_if: WhatIf) -> dict[str, Any]:
-    """Returns a what-if as plain values."""
-    plan = what_if.plan
+def what_if_values(change: str, base: JobPlan, plan: JobPlan) -> dict[str, Any]:
+    """Returns a changed run next to the run itself as plain values; gains are None if a time is unknown."""
     time = {} if plan.timed is None else _time_values(plan.timed)
-    cost = {} if plan.cost is None else cost_values(plan.cost)
+    cost = plan.cost or {}
+    speedup = gain = None
+    if base.timed is not None and base.cost is not None and time and cost:
+        per_gpu = time["tokens_per_second_per_gpu"]
+        before = base.timed.time.tokens_per_second_per_gpu * base.config.parallelism.world_size
+        speedup = per_gpu * plan.config.parallelism.world_size / before
+        gain = base.cost["gpu_hours_per_trillion_tokens"] / cost["gpu_hours_per_trillion_tokens"] - 1
     return {
-        "change": what_if.change,
-        "speedup": what_if.speedup,
-        "gain": what_if.gain,
+        "change": change,
+        "speedup": speedup,
+        "gain": gain,
         **{key: time.get(key) for key in ("step_seconds", "tokens_per_second_per_gpu", "mfu")},
         **{key: cost.get(key) for key in ("gpu_hours", "gpu_hours_per_trillion_tokens", "dollars")},
         "fits": plan.fits,
@@ -109,39 +134,19 @@ def what_if_values(what_if: WhatIf) -> dict[str, Any]:
     }
 
 
-def advice_values(rows: Sequence[AdviceRow], unknown: Sequence[Wish], balance: LinkBalance) -> dict[str, Any]:
-    """Returns hardware advice as plain values, computed wishes sorted by gain."""
-    values = [
-        {
-            "wish": row.wish.name,
-            **(changes := what_if_values(row.what_if)),
-            "fits": changes["fits"] if row.wish.has_memory and changes["capacity_bytes"] is not None else None,
-            "note": row.wish.note or None,
-        }
-        for row in rows
-    ]
-    return {
-        "rows": sorted(values, key=lambda row: (row["gain"] is None, -(row["gain"] or 0.0))),
-        "unknown": [{"wish": need.name, "needs": need.needs} for need in unknown],
-        **encode(balance),
-    }
-
-
 def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     """Returns a plan as lines. The first says whether the run fits, and names the largest rank."""
+    verdict = ("reason", plan.reason)
+    if plan.fits:
+        verdict = ("largest", f"{parts(plan.memory.worst)}, in GB unless MB is given")
     layout = [line for label, text in _layout_texts(plan).items() for line in labeled(label, text)]
-    lines = [_first_line(plan), *_reason_lines(plan), "", *layout, "", *_memory_lines(plan), ""]
+    lines = [_first_line(plan), *labeled(*verdict), "", *layout, "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
-    lines += [
-        *_time_lines(values["time"], values["shape"], samples=bool(values["rollouts"])),
-        *_rollout_lines(values["rollouts"]),
-        "",
-    ]
-    lines += _cost_lines(values["cost"])
+    lines += [*_time_lines(values), *_rollout_lines(values["rollouts"]), "", *_cost_lines(values["cost"]), ""]
     number = len(values["assumptions"])
     sources = f"format=json and format=html list {number} values behind these figures, with their sources"
-    return [*lines, "", *labeled("sources", sources)]
+    return [*lines, *labeled("sources", sources)]
 
 
 def labeled(label: str, text: str) -> list[str]:
@@ -172,22 +177,16 @@ def _first_line(plan: JobPlan) -> str:
     return f"{'fits' if plan.fits else 'does not fit'}: {needs} of {gigabytes(room)}"
 
 
-def _reason_lines(plan: JobPlan) -> list[str]:
-    """Returns the parts of the largest rank, or why the run does not fit and what would."""
-    if plan.fits:
-        return labeled("largest", f"{parts(plan.memory.worst)}, in GB unless MB is given")
-    return [line for reason in plan.reasons for line in labeled("reason", reason)]
-
-
 def _layout_texts(plan: JobPlan) -> dict[str, str]:
     """Returns what is planned, by label."""
     config = plan.config
-    batch = plan.config.batch
-    mesh = plan.config.parallelism
-    unit, name = (1e9, "billion") if plan.parameters >= 1e9 else (1e6, "million")
-    flops, prefix = (1e9, "G") if plan.flops_per_token >= 1e9 else (1e6, "M")
+    batch = config.batch
+    mesh = config.parallelism
+    weights, flops = _model_values(plan).values()
+    many, name = (1e9, "billion") if weights >= 1e9 else (1e6, "million")
+    unit, prefix = (1e9, "G") if flops >= 1e9 else (1e6, "M")
     return {
-        "model": f"{plan.parameters / unit:,.1f} {name} weights, {plan.flops_per_token / flops:,.1f} {prefix}FLOP per "
+        "model": f"{weights / many:,.1f} {name} weights, {flops / unit:,.1f} {prefix}FLOP per "
         f"trained token, {config.precision.kind}",
         "layout": f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
         f"schedule {config.schedule.kind}, dispatch {config.dispatch.kind}",
@@ -199,16 +198,13 @@ def _layout_texts(plan: JobPlan) -> dict[str, str]:
 
 def _memory_lines(plan: JobPlan) -> list[str]:
     """Returns a table of the ranks' memory at its peak; neighbors of the same sizes share a line."""
-    worst = plan.memory.worst
     room = plan.config.cluster.memory_bytes
-    unit, name = (_GB, "GB") if worst.total >= _GB else (_MB, "MB")
+    unit, name = (_GB, "GB") if plan.memory.worst.total >= _GB else (_MB, "MB")
     rows = [list(_MEMORY_COLUMNS if room is not None else _MEMORY_COLUMNS[:-1])]
     for cells, group in groupby(plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in _peak_parts(rank)]):
-        ranks = list(group)
-        first = ranks[0].pipeline_rank
-        last = ranks[-1].pipeline_rank
-        used = [] if room is None else [f"{100 * ranks[0].total / room:.0f} %"]
-        rows.append([str(first) if first == last else f"{first}-{last}", *cells, *used])
+        first, *others = group
+        ranks = f"{first.pipeline_rank}-{others[-1].pipeline_rank}" if others else str(first.pipeline_rank)
+        rows.append([ranks, *cells, *([] if room is None else [f"{100 * first.total / room:.0f} %"])])
     return [f"memory of the pipeline ranks at their peak, in {name}", *aligned(rows)]
 
 
@@ -229,71 +225,58 @@ def _size(size: int, unit: float) -> str:
     return f"{size / unit:.1f}" if size else "0"
 
 
-def _time_lines(time: Mapping[str, Any], shape: Mapping[str, Any] | None, *, samples: bool) -> Iterator[str]:
+def _time_lines(values: Mapping[str, Any]) -> Iterator[str]:
+    time = values["time"]
+    shape = values["shape"]
     step = time["step_seconds"]
     without = time["step_seconds_without_factor"]
-    spent = time["parts"]
     mfu = "" if time["mfu"] is None else f", MFU {100 * time['mfu']:.1f} %"
-    bar = "" if shape is None else f" +- {step * shape['error']:.2g} s ({100 * shape['error']:.0f} %)"
-    if shape is not None and samples:
-        bar = f" (+- {100 * shape['error']:.0f} % without its sampling)"
+    bar = ""
+    if shape is not None:
+        share = f"{100 * shape['error']:.0f} %"
+        bar = (
+            f" (+- {share} without its sampling)"
+            if values["rollouts"]
+            else f" +- {step * shape['error']:.2g} s ({share})"
+        )
     yield from labeled("step", f"{step:.3f} s{bar}, {time['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU{mfu}")
     if shape is not None:
-        rows = f"{shape['expert_rows']:,.0f} rows per expert, rates measured with {shape['measured_rows']:,}"
-        times = f"a layer computes {shape['slowdown']:.2f} times as long as at the measured rate"
-        yield from labeled("shape", f"{rows}; for its sizes, {times}")
+        yield from labeled("shape", _SHAPE.format_map(shape))
     if step != without:
-        yield from labeled(
-            "factor",
-            f"{without:.3f} s from the rates, x {step / without:.3f} for what no rate explains "
-            "(efficiency.unexplained)",
-        )
-    yield from labeled(
-        "busiest",
-        f"rank {time['busiest_rank']}, without the factor: F {spent['forward_seconds']:.2f} s, "
-        f"B {spent['backward_seconds']:.2f} s, W {spent['weight_seconds']:.2f} s, "
-        f"F with B {spent['pairs_seconds']:.2f} s, bubble {spent['bubble_seconds']:.2f} s, "
-        f"optimizer {time['optimiser_seconds']:.2f} s; {time['exposed_exchange_seconds']:.2f} s of it are exchange "
-        "that nothing hides",
-    )
+        factor = f"x {step / without:.3f} for what no rate explains (efficiency.unexplained)"
+        yield from labeled("factor", f"{without:.3f} s from the rates, {factor}")
+    yield from labeled("busiest", _BUSIEST.format_map(time | time["parts"]))
 
 
 def _rollout_lines(rollouts: Mapping[str, Any] | None) -> Iterator[str]:
     if rollouts is None:
         return
-    cohorts = f"{rollouts['cohorts']} cohorts" if rollouts["cohorts"] > 1 else "1 cohort"
     speed = "unknown"
     if rollouts["sampling_seconds"] is not None:
         speed = (
             f"{_hours(rollouts['sampling_seconds'])} s, {rollouts['tokens_per_second_per_gpu']:,.1f} tokens/s per GPU, "
-            f"ranks idle {100 * rollouts['idle_share']:.0f} %"
         )
+        speed += f"ranks idle {100 * rollouts['idle_share']:.0f} %"
+    several = "s" if rollouts["cohorts"] > 1 else ""
+    caches = gigabytes(rollouts["cache_bytes"])
     yield from labeled(
-        "sampling",
-        f"{speed}; {rollouts['rounds']:,} rounds of {cohorts} of at most {rollouts['max_rows']} rows for each "
-        f"direction, {rollouts['rows_per_visit']:.1f} rows per visit; a rank's caches "
-        f"{gigabytes(rollouts['cache_bytes'])}",
+        "sampling", _SAMPLING.format_map({**rollouts, "speed": speed, "several": several, "caches": caches})
     )
-    yield from labeled(
-        "answers",
-        f"{rollouts['answers']:,}, {rollouts['mean_tokens']:,.0f} tokens in the mean, {rollouts['most_tokens']:,} at "
-        f"most; batches trained for an update: {rollouts['batches']}; passes of the reference "
-        f"{rollouts['reference_seconds']:.2f} s a batch, of reward models {rollouts['reward_seconds']:.2f} s",
-    )
+    yield from labeled("answers", _ANSWERS.format_map(rollouts))
     for note in rollouts["notes"]:
         yield from labeled("note", note)
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
     stages = cost["stages"]
-    yield f"{'stage':<18}{'billion tokens':>16}{'GPU-hours':>14}{'dollars':>14}{'days':>10}{'kWh':>14}"
+    rows = [("stage", "billion tokens", "GPU-hours", "dollars", "days", "kWh")]
     all_stages = {**cost, "name": "all", "days": sum(stage["days"] for stage in stages)}
     for stage in [*stages, all_stages] if len(stages) > 1 else stages:
         tokens = "" if stage is all_stages else _number(stage["tokens"], 1e9, 1)
-        yield (
-            f"{stage['name']:<18}{tokens:>16}{_hours(stage['gpu_hours']):>14}{_number(stage['dollars']):>14}"
-            f"{stage['days']:>10,.1f}{_number(stage['kilowatt_hours']):>14}"
-        )
+        sums = (_hours(stage["gpu_hours"]), _number(stage["dollars"]), f"{stage['days']:,.1f}")
+        rows.append((stage["name"], tokens, *sums, _number(stage["kilowatt_hours"])))
+    for name, tokens, hours, dollars, days, energy in rows:
+        yield f"{name:<18}{tokens:>16}{hours:>14}{dollars:>14}{days:>10}{energy:>14}"
     yield from labeled("price", f"{cost['gpu_hours_per_trillion_tokens']:,.0f} GPU-hours for a trillion tokens")
     for stage in stages[1:]:
         yield from labeled("note", f"{stage['name']}: {stage['note']}")
@@ -334,22 +317,19 @@ def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _balance_lines(advice: Mapping[str, Any]) -> Iterator[str]:
-    exchange = 1e3 * advice["exchange_seconds_per_layer"]
-    compute = 1e3 * advice["compute_seconds_per_layer"]
-    yield (
-        f"balance    a MoE layer's F and B: exchange {exchange:.2f} ms, computation {compute:.2f} ms: "
-        f"{advice['exchange_over_compute']:.2f}; hidden: {advice['hidden']}"
-    )
+    milliseconds = {name: 1e3 * advice[f"{name}_seconds_per_layer"] for name in ("exchange", "compute")}
+    yield _BALANCE.format_map({**advice, **milliseconds})
     link = advice["inter_node_bytes_per_second"]
     even = advice["break_even_bytes_per_second"]
+    limit = f"the exchange is limited by: {advice['limit']}"
     if link is None:
         yield "break-even unknown; cluster.inter_node_bytes_per_second is null"
     elif even is None:
-        yield f"break-even none for the link between nodes; the exchange is limited by: {advice['limit']}"
+        yield f"break-even none for the link between nodes; {limit}"
     else:
         side = f"{link / even:.2f} x faster" if link >= even else f"{even / link:.2f} x slower"
         yield f"break-even {even / 1e9:.1f} GB/s between nodes: below it, exchange is longer than computation;"
-        yield f"           the link has {link / 1e9:.1f} GB/s, {side}; the exchange is limited by: {advice['limit']}"
+        yield f"           the link has {link / 1e9:.1f} GB/s, {side}; {limit}"
 
 
 def _changed_lines(name: str, row: Mapping[str, Any], change: str) -> Iterator[str]:
@@ -382,9 +362,8 @@ def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a table of built ranks."""
     rows = [["built ranks", "parameters", "weights (B)", "gradients (B)", "optimizer (B)", "arithmetic"]]
     for kind in kinds:
-        ranks = kind["pipeline_ranks"]
-        rank_list = ",".join(map(str, ranks))
-        name = rank_list if len(rank_list) <= 24 else f"{ranks[0]}..{ranks[-1]} ({len(ranks)})"
-        sizes = (kind[key] for key in ("parameters", "weights_bytes", "gradients_bytes", "optimiser_bytes"))
-        rows.append([name, *(f"{size:,}" for size in sizes), "equal" if kind["equal"] else "differs"])
+        ranks, *sizes, is_equal, _ = kind.values()
+        name = ",".join(map(str, ranks))
+        name = name if len(name) <= 24 else f"{ranks[0]}..{ranks[-1]} ({len(ranks)})"
+        rows.append([name, *(f"{size:,}" for size in sizes), "equal" if is_equal else "differs"])
     return aligned(rows)

@@ -7,7 +7,7 @@ torch's fake process group and tensors without memory, check that against the re
 import math
 import multiprocessing
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +15,13 @@ from typing import Any
 
 from dualpipe.ir import Schedule
 from kernels.registry import load_plugins, loaded_plugins
-from model.size import count_parameters, held_parameters, stage_shapes, training_flops_per_token
+from model.size import stage_shapes
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
 from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
-from train.memory.predict import planning_sizes
-from train.memory.rank_bytes import count_replicas, static_bytes
+from train.memory.predict import rank_memory
 from train.planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
 from train.planner.scaling import KernelRates, Rates, rows_per_token
 from train.report.plan_comparison import Comparison, compare, with_measured_schedule
@@ -72,89 +71,22 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Assumption:
-    """One value that a plan uses."""
-
-    name: str
-    value: float
-    unit: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageCost:
-    """The cost of one training stage; what is unknown, as without a price, is None."""
-
-    name: str
-    tokens: int | None
-    gpu_hours: float
-    dollars: float | None
-    days: float
-    kilowatt_hours: float | None
-    note: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Goodput:
-    """The share of the time in which a run makes progress that is kept, despite checkpoints and failures.
-
-    `best_interval_seconds` is Young's approximation; None if checkpoints take no time.
-    """
-
-    share: float
-    job_mtbf_hours: float
-    checkpoint_interval_seconds: float
-    best_interval_seconds: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobCost:
-    """The cost of all training stages. GPU-hours are divided by the share of the goodput, if it is known."""
-
-    gpu_hours_per_trillion_tokens: float
-    stages: tuple[StageCost, ...]
-    goodput: Goodput | None
-
-    @property
-    def gpu_hours(self) -> float:
-        """The GPU-hours of all stages."""
-        return sum(stage.gpu_hours for stage in self.stages)
-
-    @property
-    def dollars(self) -> float | None:
-        """The price of all stages; None without a price."""
-        return _sum_if_known(stage.dollars for stage in self.stages)
-
-    @property
-    def kilowatt_hours(self) -> float | None:
-        """The energy of all stages; None without the power of a GPU."""
-        return _sum_if_known(stage.kilowatt_hours for stage in self.stages)
-
-
-def _sum_if_known(values: Iterable[float | None]) -> float | None:
-    terms = list(values)
-    return None if None in terms else sum(filter(None, terms))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlan:
     """What a run needs, how long it takes and what it costs."""
 
     config: TrainConfig
-    parameters: int
-    flops_per_token: float
     memory: JobMemory
-    reasons: tuple[str, ...]
+    reason: str
     timed: TimedPlan | None
     rollouts: RolloutPlan | None
     untimed: str
-    cost: JobCost | None
-    assumptions: tuple[Assumption, ...]
+    cost: dict[str, Any] | None
+    assumptions: tuple[dict[str, Any], ...]
 
     @property
     def fits(self) -> bool:
         """Whether no rank needs more than its device has."""
-        return not self.reasons
+        return not self.reason
 
 
 def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | None = None) -> JobPlan:
@@ -169,22 +101,19 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     times = planner.rates.part_seconds(config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
-    reasons = tuple(filter(None, (shortage(config, memory),)))
     timed = cost = rollouts = None
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
         if (rollouts := plan_rollouts(config, planner.rates, timed)) is not None:
             timed = with_rollouts(timed, rollouts, config, planner.efficiency)
-        cost = job_cost(config, planner.rates, planner.efficiency, timed.time, schedule)
+        cost = job_cost(config, planner, timed.time, schedule)
         schedule = timed.schedule
         chunks = schedule.num_stages // schedule.num_ranks
         config = replace(config, schedule=replace(config.schedule, kind=schedule.kind, chunks=chunks))
     return JobPlan(
         config=config,
-        parameters=count_parameters(config.model).total,
-        flops_per_token=training_flops_per_token(config.model, config.batch.sequence_length_tokens),
         memory=memory,
-        reasons=reasons,
+        reason=shortage(config, memory),
         timed=timed,
         rollouts=rollouts,
         untimed=untimed,
@@ -249,77 +178,76 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
 
 
 def job_cost(
-    config: TrainConfig,
-    rates: Rates,
-    efficiency: EfficiencyConfig,
-    time: StepTime,
-    schedule: Schedule | None = None,
-) -> JobCost:
-    """Returns the cost of a run and of the stages in `config.cost`.
+    config: TrainConfig, planner: PlannerConfig, time: StepTime, schedule: Schedule | None = None
+) -> dict[str, Any]:
+    """Returns the cost of a run and of the stages in `config.cost`; what is unknown is None.
 
     Every step is priced as one of the largest batch: a token of a ramp's smaller batches costs the same. In stages with
     longer sequences, ranks share each sequence, so that a micro-batch has as many tokens on each rank as the run's. The
-    layout that DeepSeek-V3 used for them is unknown.
+    layout that DeepSeek-V3 used for them is unknown. GPU-hours are divided by the share of the goodput, if it is known.
     """
     ranks = config.parallelism.world_size
+    cost = config.cost
     goodput = _goodput(config, time)
-    share = 1.0 if goodput is None else goodput.share
+    share = 1.0 if goodput is None else goodput["share"]
     per_token = 1 / (time.tokens_per_second_per_gpu * _HOUR)
+    price = config.cluster.dollars_per_gpu_hour
+    watts = cost.watts_per_gpu
+
+    def stage(name: str, tokens: int | None, hours: float, note: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "tokens": tokens,
+            "gpu_hours": hours,
+            "dollars": None if price is None else hours * price,
+            "days": hours / ranks / _DAY_HOURS,
+            "kilowatt_hours": None if watts is None else hours * watts / 1000,
+            "note": note,
+        }
+
     tokens = config.batch_sizes.tokens_before(config.task.steps)
-    stages = [_stage(config, config.task.kind, tokens, tokens * per_token / share, "steps of the largest batch")]
-    if config.cost.context_extension:
+    stages = [stage(config.task.kind, tokens, tokens * per_token / share, "steps of the largest batch")]
+    if longer := cost.context_extension:
         step_tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
         hours = 0.0
-        longer = 0
-        for stage in config.cost.context_extension:
-            step = time_plan(rates, efficiency, config, stage.sequence_length_tokens, schedule).time.step
-            hours += step * ranks / _HOUR * stage.tokens / step_tokens / share
-            longer += stage.tokens
-        lengths = " and ".join(f"{stage.sequence_length_tokens:,}" for stage in config.cost.context_extension)
+        for part in longer:
+            length = part.sequence_length_tokens
+            step = time_plan(planner.rates, planner.efficiency, config, length, schedule).time.step
+            hours += step * ranks / _HOUR * part.tokens / step_tokens / share
+        lengths = " and ".join(f"{part.sequence_length_tokens:,}" for part in longer)
         note = f"sequences of {lengths} tokens, each shared by ranks; the layout of the published run is unknown"
-        stages.append(_stage(config, "context_extension", longer, hours, note))
-    if config.cost.post_training_gpu_hours:
-        hours_of_post_training = config.cost.post_training_gpu_hours
-        stages.append(
-            _stage(config, "post_training", None, hours_of_post_training, "cost.post_training_gpu_hours, an input")
-        )
-    return JobCost(gpu_hours_per_trillion_tokens=per_token * _TRILLION / share, stages=tuple(stages), goodput=goodput)
+        stages.append(stage("context_extension", sum(part.tokens for part in longer), hours, note))
+    if hours := cost.post_training_gpu_hours:
+        stages.append(stage("post_training", None, hours, "cost.post_training_gpu_hours, an input"))
+    summed = ("gpu_hours", "dollars", "kilowatt_hours")
+    sums = {key: None if stages[0][key] is None else sum(part[key] for part in stages) for key in summed}
+    return {
+        "gpu_hours_per_trillion_tokens": per_token * _TRILLION / share,
+        "stages": stages,
+        "goodput": goodput,
+        **sums,
+    }
 
 
-def _stage(config: TrainConfig, name: str, tokens: int | None, gpu_hours: float, note: str) -> StageCost:
-    price = config.cluster.dollars_per_gpu_hour
-    watts = config.cost.watts_per_gpu
-    return StageCost(
-        name=name,
-        tokens=tokens,
-        gpu_hours=gpu_hours,
-        dollars=None if price is None else gpu_hours * price,
-        days=gpu_hours / config.parallelism.world_size / _DAY_HOURS,
-        kilowatt_hours=None if watts is None else gpu_hours * watts / 1000,
-        note=note,
-    )
+def _goodput(config: TrainConfig, time: StepTime) -> dict[str, Any] | None:
+    """Returns the share of time with progress that is kept, if failures repeat steps.
 
-
-def _goodput(config: TrainConfig, time: StepTime) -> Goodput | None:
-    """Returns the goodput if a failure repeats the steps since the last checkpoint, after a restart."""
+    `best_interval_seconds` is Young's approximation; None if checkpoints take no time.
+    """
     cost = config.cost
-    mtbf = config.cost.gpu_mtbf_hours
-    if mtbf is None:
+    if cost.gpu_mtbf_hours is None:
         return None
-    job_seconds = mtbf * _HOUR / config.parallelism.world_size
-    steps = config.checkpointing.every_steps or config.task.steps
-    interval = steps * time.step
+    job_seconds = cost.gpu_mtbf_hours * _HOUR / config.parallelism.world_size
+    interval = (config.checkpointing.every_steps or config.task.steps) * time.step
     # Failures arrive at a constant rate, and each repeats the interval: an interval of length t takes
     # mtbf (exp(t / mtbf) - 1) in the mean, with exp(t / mtbf) - 1 failures.
     failures = math.expm1(min(_LARGEST_EXPONENT, (interval + cost.checkpoint_seconds) / job_seconds))
-    share = interval / (failures * (job_seconds + cost.restart_seconds))
-    best = math.sqrt(2 * cost.checkpoint_seconds * job_seconds) if cost.checkpoint_seconds else None
-    return Goodput(
-        share=share,
-        job_mtbf_hours=job_seconds / _HOUR,
-        checkpoint_interval_seconds=interval,
-        best_interval_seconds=best,
-    )
+    return {
+        "share": interval / (failures * (job_seconds + cost.restart_seconds)),
+        "job_mtbf_hours": job_seconds / _HOUR,
+        "checkpoint_interval_seconds": interval,
+        "best_interval_seconds": math.sqrt(2 * cost.checkpoint_seconds * job_seconds) or None,
+    }
 
 
 def layout_json(config: TrainConfig) -> dict[str, Any]:
@@ -343,33 +271,33 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[Assumption]:
+def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[dict[str, Any]]:
     """Yields what a plan rests on: times of layers, rates, devices, links, and the declared factor."""
     rates = planner.rates
     times = rates.part_seconds(config)
+
+    def assumption(name: str, value: float, unit: str, source: str) -> dict[str, Any]:
+        return {"name": name, "value": value, "unit": unit, "source": source}
+
     unit = f"s per layer and {config.batch.micro_sequences * config.mean_part_tokens:,.0f} tokens"
     for name in ("dense", "moe", "head", "mtp"):
         kernels = "head_flops_per_second" if name == "head" else "attention"
         source = f"scaled from {_source_of(rates, kernels if isinstance(rates, KernelRates) else name)}"
         for phase, seconds in encode(getattr(times, name)).items():
             if seconds:
-                yield Assumption(name=f"{name}.{phase}", value=seconds, unit=unit, source=source)
-    values = {key: value for key, value in encode(rates).items() if key not in ("kind", "sources")}
-    for name, value in _numbers(values):
+                yield assumption(f"{name}.{phase}", seconds, unit, source)
+    for name, value in _numbers({key: value for key, value in encode(rates).items() if key not in ("kind", "sources")}):
         unit = _unit_of(name) or ("s per layer" if name.partition(".")[0] in _TIMED else "number")
-        yield Assumption(name=f"rates.{name}", value=value, unit=unit, source=_source_of(rates, name))
+        yield assumption(f"rates.{name}", value, unit, _source_of(rates, name))
     for name, value in _numbers({"cluster": encode(config.cluster), "cost": encode(config.cost)}):
         last = name.rpartition(".")[2]
         # A key of one word, such as `cluster.device`, has no unit.
         if "_" in last and _unit_of(name) and not last.startswith(("timeout", "grace")):
-            yield Assumption(name=name, value=value, unit=_unit_of(name), source="configuration")
+            yield assumption(name, value, _unit_of(name), "configuration")
     rows = rows_per_token(config).across_nodes
-    unit = "rows per token and dispatch"
-    source = "random scores, experts equally loaded"
-    yield Assumption(name="rows_across_nodes", value=rows, unit=unit, source=source)
-    source = "declared: what no rate explains"
+    yield assumption("rows_across_nodes", rows, "rows per token and dispatch", "random scores, experts equally loaded")
     factor = planner.efficiency.unexplained
-    yield Assumption(name="efficiency.unexplained", value=factor, unit="factor on a step", source=source)
+    yield assumption("efficiency.unexplained", factor, "factor on a step", "declared: what no rate explains")
 
 
 def _unit_of(name: str) -> str:
@@ -392,61 +320,38 @@ def _source_of(rates: Rates, name: str) -> str:
     return max(sources)[1] if sources else "not given"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuiltRank:
-    """Counts of a rank that was built, of the network that is trained. All data replicas hold as much.
-
-    Counts are without the padding of the optimizer's shards. `pipeline_ranks` are all those with the same stages.
-    """
-
-    rank: int
-    pipeline_rank: int
-    pipeline_ranks: tuple[int, ...]
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-
-
 def compare_built_ranks(config: TrainConfig) -> list[dict[str, Any]]:
     """Builds one rank of each kind and compares what it holds with arithmetic."""
     counted = _count_by_arithmetic(config)
     return [compared_kind(built, counted) for built in build_ranks(config)]
 
 
-def compared_kind(built: BuiltRank, counted: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+def compared_kind(built: Mapping[str, Any], counted: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
     """Returns a built rank next to what arithmetic counts for each pipeline rank of its kind."""
-    sizes = (built.parameters, built.weights, built.gradients, built.optimizer)
-    values = dict(zip(_COUNTED, sizes, strict=True))
     # All ranks of a kind must be as arithmetic says, not only the one that was built.
     differences = dict.fromkeys(
-        f"{name}: built {values[key]:,}, by arithmetic {counted[rank][key]:,}"
-        for rank in built.pipeline_ranks
+        f"{name}: built {built[key]:,}, by arithmetic {counted[rank][key]:,}"
+        for rank in built["pipeline_ranks"]
         for key, name in _COUNTED.items()
-        if abs(values[key] - counted[rank][key]) > (_MOST_PADDING if key == "optimiser_bytes" else 0)
+        if abs(built[key] - counted[rank][key]) > (_MOST_PADDING if key == "optimiser_bytes" else 0)
     )
-    verdict = {"equal": not differences, "differences": list(differences)}
-    return {"pipeline_ranks": list(built.pipeline_ranks), **values, **verdict}
+    return {**built, "equal": not differences, "differences": list(differences)}
 
 
 def _count_by_arithmetic(config: TrainConfig) -> dict[int, dict[str, int]]:
     """Returns what each pipeline rank holds of the network that is trained, without second networks."""
     schedule = planning_schedule(config, config.num_micro_batches)
     shapes = stage_shapes(run_cut(config, schedule.placement))
-    sizes = planning_sizes(config)
-    counts = {}
-    for rank in range(schedule.num_ranks):
-        stages = sorted({stage for _, stage in schedule.stages_of(rank)})
-        parameters = held_parameters(config.model, [shapes[stage] for stage in stages], sizes.num_local_experts)
-        static = static_bytes(config, parameters, sizes, count_replicas(config, schedule, rank))
-        counts[rank] = dict(zip(_COUNTED, (parameters.total, *static), strict=True))
-    return counts
+    ranks = [rank_memory(config, schedule, rank, shapes) for rank in range(schedule.num_ranks)]
+    sizes = ((rank.parameters, rank.weights, rank.gradients, rank.optimizer) for rank in ranks)
+    return {number: dict(zip(_COUNTED, counts, strict=True)) for number, counts in enumerate(sizes)}
 
 
-def build_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
+def build_ranks(config: TrainConfig) -> list[dict[str, Any]]:
     """Builds the first rank of every distinct set of stages, in a process that ends with the call.
 
-    A process can have only one `torch.distributed`. `config` has the cut that the run uses.
+    A process can have only one `torch.distributed`. `config` has the cut that the run uses. Counts are those of the
+    network that is trained, without the padding of the optimizer's shards; all data replicas hold as much.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -454,10 +359,10 @@ def build_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
         return pool.submit(_build, loaded_plugins(), pickle.dumps(config)).result()
 
 
-def _build(plugins: Sequence[Path], pickled_config: bytes) -> tuple[BuiltRank, ...]:
+def _build(plugins: Sequence[Path], pickled_config: bytes) -> list[dict[str, Any]]:
     from train.planner.fake_world import build_distinct_ranks
 
     load_plugins(plugins)
     config = pickle.loads(pickled_config)
     assert isinstance(config, TrainConfig)
-    return tuple(BuiltRank(**counts) for counts in build_distinct_ranks(config))
+    return build_distinct_ranks(config)

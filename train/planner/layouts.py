@@ -14,10 +14,10 @@ from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
-from train.errors import ConfigError
+from train.errors import broken
 from train.memory import predict_memory
 from train.memory.predict import run_sizes
-from train.memory.rank_bytes import state_bytes
+from train.memory.rank_bytes import state_bytes, value_bytes
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import KernelRates
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
@@ -31,12 +31,9 @@ LEAST_SHARED_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSetting:
-    """Everything that a layout chooses, except its schedule. The fields are named as the keys of a run."""
+    """Everything that a layout chooses, except its schedule."""
 
-    pipeline: int
-    data: int
-    context: int
-    expert: int
+    mesh: ParallelismConfig
     micro_sequences: int
     precision: Precision
     recompute: tuple[Recomputed, ...]
@@ -58,10 +55,10 @@ class SearchSpace:
     def is_like_run(self, setting: RankSetting) -> bool:
         """Returns whether a setting differs from the run's own only in the number of data-parallel ranks."""
         run = self.config
-        mesh = self.config.parallelism
-        layout = (setting.pipeline, setting.context, setting.expert, setting.micro_sequences)
+        own = run.parallelism
         return (
-            layout == (mesh.pipeline, mesh.context, mesh.expert, run.batch.micro_sequences)
+            replace(setting.mesh, data=own.data, cut=own.cut) == own
+            and setting.micro_sequences == run.batch.micro_sequences
             and setting.precision == run.precision
             and setting.dispatch == run.dispatch
             and all_recomputed(setting.recompute) == all_recomputed(run.recompute)
@@ -73,16 +70,9 @@ class SearchSpace:
         for mesh in self._meshes():
             sizes = self._micro_batch_sizes(mesh)
             choices = [(kind, again) for kind in self.precisions for again in self._recomputes_of(kind)]
-            for micro_sequences, (precision, recompute), dispatch in product(sizes, choices, self.dispatches):
+            for size, (precision, recompute), dispatch in product(sizes, choices, self.dispatches):
                 yield RankSetting(
-                    pipeline=mesh.pipeline,
-                    data=mesh.data,
-                    context=mesh.context,
-                    expert=mesh.expert,
-                    micro_sequences=micro_sequences,
-                    precision=precision,
-                    recompute=recompute,
-                    dispatch=dispatch,
+                    mesh=mesh, micro_sequences=size, precision=precision, recompute=recompute, dispatch=dispatch
                 )
 
     def schedules_of(self, pipeline: int, context: int) -> tuple[ScheduleConfig, ...]:
@@ -103,18 +93,10 @@ class SearchSpace:
         return tuple(schedules)
 
     def layout_config(self, setting: RankSetting, schedule: ScheduleConfig) -> TrainConfig:
-        """Returns the configuration of a layout, with an even cut if the run has one, or an automatic one."""
-        is_even = self.config.parallelism.cut.kind == "even"
-        mesh = ParallelismConfig(
-            pipeline=setting.pipeline,
-            data=setting.data,
-            expert=setting.expert,
-            cut=Cut("even" if is_even else "auto"),
-            context=setting.context,
-        )
+        """Returns the configuration of a layout."""
         return replace(
             self.config,
-            parallelism=mesh,
+            parallelism=setting.mesh,
             batch=replace(self.config.batch, micro_sequences=setting.micro_sequences),
             precision=setting.precision,
             recompute=setting.recompute,
@@ -137,16 +119,15 @@ class SearchSpace:
         choices = len(self.dispatches) * sum(len(self._recomputes_of(precision)) for precision in self.precisions)
         count = sum(len(self._micro_batch_sizes(mesh)) for mesh in self._meshes()) * choices * len(self.schedules)
         if count > _MOST_LAYOUTS:
-            raise ConfigError(
-                f"batch.global_sequences: a search may have at most {_MOST_LAYOUTS:,} layouts, is "
-                f"{self.config.batch.global_sequences} with about {count:,} layouts for ranks={self.ranks}; nearest "
-                "valid: a batch with fewer divisors"
-            )
+            rule = f"a search may have at most {_MOST_LAYOUTS:,} layouts"
+            size = f"{self.config.batch.global_sequences} with about {count:,} layouts for ranks={self.ranks}"
+            raise broken("batch.global_sequences", rule, size, "a batch with fewer divisors")
 
     def _meshes(self) -> Iterator[ParallelismConfig]:
         """Yields the sizes of all axes, the smallest pipelines and context groups first."""
         layers = self.config.model.num_layers
         node = self.config.cluster.ranks_per_node
+        cut = Cut("even" if self.config.parallelism.cut.kind == "even" else "auto")
         pipelines = [length for length in divisors(self.ranks) if length <= layers]
         # The first pipeline with more ranks than layers is kept, so that the rules reject it.
         longer = [length for length in divisors(self.ranks) if layers < length <= 2 * layers][:1]
@@ -157,9 +138,8 @@ class SearchSpace:
             for expert in divisors(gcd(stage_ranks, self.config.model.num_routed_experts)):
                 # Expert groups are within a node or fill whole nodes.
                 if expert % node == 0 or node % expert == 0 or self.ranks <= node:
-                    yield ParallelismConfig(
-                        pipeline=pipeline, data=stage_ranks // context, expert=expert, context=context
-                    )
+                    data = stage_ranks // context
+                    yield ParallelismConfig(pipeline=pipeline, data=data, expert=expert, cut=cut, context=context)
 
     def _recomputes_of(self, precision: Precision) -> tuple[tuple[Recomputed, ...], ...]:
         """Returns the sets of recomputed parts for a precision. FP8 recomputes all but `layer` in any case."""
@@ -243,15 +223,6 @@ class RankedLayout:
     memory: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
-    """Least seconds of a micro-batch: of the busiest rank, of its whole way, and of the mean rank."""
-
-    busy: float
-    path: float
-    mean: Costs
-
-
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
     """Arithmetic on the layouts of a search. What different layouts share is computed once."""
@@ -262,13 +233,14 @@ class Estimates:
 
     def ranked(self, setting: RankSetting, schedule: ScheduleConfig) -> RankedLayout:
         """Returns a layout with its estimates, without those of its time if it does not fit."""
-        pipeline = setting.pipeline
+        mesh = setting.mesh
+        pipeline = mesh.pipeline
         micro = setting.micro_sequences
         shares = _num_directions(schedule.kind)
         copies = shares if pipeline % 2 == 0 else 1
-        count = self.space.config.batch.global_sequences / setting.data / micro
+        count = self.space.config.batch.global_sequences / mesh.data / micro
         slices = schedule.slices
-        held = self._held(setting.expert)
+        held = self._held(mesh.expert)
         static = self._static_bytes(setting, held, copies / pipeline)
         activations = micro * self._activation_bytes(setting) / pipeline
         pending, inside = (micro * size for size in self._backward_bytes(setting))
@@ -286,30 +258,32 @@ class Estimates:
         )
         if layout.least_memory > (self.space.config.cluster.memory_bytes or inf):
             return layout
-        work = self._once((setting, schedule.pairing, shares, slices), lambda: self._work(setting, schedule))
+        busy, path, mean = self._once(
+            (setting, schedule.pairing, shares, slices), lambda: self._work(setting, schedule)
+        )
         update = self._update_seconds(held.total * copies / pipeline)
         factor = self.planner.efficiency.unexplained
-        busy = work.busy * count * slices
-        idle = _idle_seconds(schedule, pipeline, work.mean)
+        busy *= count * slices
+        idle = _idle_seconds(schedule, pipeline, mean)
         return replace(
             layout,
-            least_seconds=factor * _ROUNDING * (max(busy, work.path) + update),
-            seconds=factor * (max(busy + idle, work.path) + update),
+            least_seconds=factor * _ROUNDING * (max(busy, path) + update),
+            seconds=factor * (max(busy + idle, path) + update),
         )
 
     def times(self, setting: RankSetting, slices: int = 1) -> LayerTimes:
         """Returns the times of the model's parts for one micro-batch, the same for all pipelines and data."""
-        shared = (setting.pipeline > 1, setting.context, setting.expert, setting.micro_sequences)
+        shared = (setting.mesh.pipeline > 1, setting.mesh.context, setting.mesh.expert, setting.micro_sequences)
         key = (*shared, setting.precision, setting.recompute, setting.dispatch, slices)
         config = self.space.layout_config(setting, replace(self.space.schedules[0], slices=slices))
         return self._once(key, lambda: self.planner.rates.part_seconds(config))
 
-    def _work(self, setting: RankSetting, schedule: ScheduleConfig) -> _Work:
-        """Returns the work of a layout's micro-batch."""
+    def _work(self, setting: RankSetting, schedule: ScheduleConfig) -> tuple[float, float, Costs]:
+        """Returns a micro-batch's least seconds on the busiest rank and on its way, and the mean rank's costs."""
         config = self.space.layout_config(setting, schedule)
         times = self.times(setting, schedule.slices)
         model = config.model
-        pipeline = setting.pipeline
+        pipeline = setting.mesh.pipeline
         shares = _num_directions(schedule.kind)
         alone = self.planner.rates.alone_factor(config)
         dense = as_paired(times.dense, config)
@@ -333,7 +307,7 @@ class Estimates:
             exchange=sums.forward_exchange / pipeline,
             latency=times.latency,
         )
-        return _Work(busy=busy, path=path + 2 * (pipeline - 1) * times.latency, mean=mean)
+        return busy, path + 2 * (pipeline - 1) * times.latency, mean
 
     def _held(self, expert: int) -> HeldParameters:
         """Returns the parameters of a whole model whose experts are divided among ranks."""
@@ -351,7 +325,7 @@ class Estimates:
         """Returns the bytes of the mean rank, with `share` of the model's copies, but no activations."""
         config = self.space.config
         parameters = held.total * share
-        value = {"float64": 8, "float32": 4}.get(setting.precision.kind, 2)
+        value = value_bytes(setting.precision)
         if config.optim.sharding == "replicated":
             state = parameters * 2 * (2 if config.optim.moments == "bf16" else max(4, value))
         else:
@@ -363,15 +337,12 @@ class Estimates:
         """Returns the bytes that one sequence keeps in the whole model from forward to backward."""
 
         def predicted() -> int:
-            undivided = replace(setting, pipeline=1, micro_sequences=1)
-            config = self.space.layout_config(undivided, _FULL_BACKWARDS)
-            batch = replace(config.batch, global_sequences=setting.data, ramp=None)
-            mesh = replace(config.parallelism, cut=Cut("even"))
-            return predict_memory(
-                replace(config, batch=batch, parallelism=mesh, memory_cap=None)
-            ).worst.pipeline.activations
+            mesh = replace(setting.mesh, pipeline=1, cut=Cut("even"))
+            config = self.space.layout_config(replace(setting, mesh=mesh, micro_sequences=1), _FULL_BACKWARDS)
+            batch = replace(config.batch, global_sequences=mesh.data, ramp=None)
+            return predict_memory(replace(config, batch=batch, memory_cap=None)).worst.pipeline.activations
 
-        return self._once((setting.precision, setting.recompute, setting.context), predicted)
+        return self._once((setting.precision, setting.recompute, setting.mesh.context), predicted)
 
     def _backward_bytes(self, setting: RankSetting) -> tuple[int, int]:
         """Returns the bytes of a sequence that all layers keep from I to W, and one takes in its backward."""
@@ -382,7 +353,7 @@ class Estimates:
             phases = run_sizes(config, [inner]).stages[0][0]
             return sum(phase.waiting for phase in phases), max(phase.backward_peak for phase in phases)
 
-        return self._once(("backward", setting.precision, setting.recompute, setting.context), predicted)
+        return self._once(("backward", setting.precision, setting.recompute, setting.mesh.context), predicted)
 
     def _once(self, key: object, compute: Callable[[], T]) -> T:
         """Returns a value that is computed at its first use."""

@@ -21,6 +21,7 @@ class Product:
 
 
 Products = tuple[Product, ...]
+Phase = Literal["F", "I", "W"]
 
 
 def products_of(
@@ -48,13 +49,13 @@ class ProductCurve:
     exposed_reads: NonNegativeFloat
     gradient_bytes: NonNegativeFloat
 
-    def work(self, products: Products, phase: Literal["F", "I", "W"]) -> float:
+    def work(self, products: Products, phase: Phase) -> float:
         """Returns the multiplications for a token, each weighted by how slow its product is."""
         return sum(
             product.uses * product.outputs * product.inputs * self._slowdown(product, phase) for product in products
         )
 
-    def _slowdown(self, product: Product, phase: Literal["F", "I", "W"]) -> float:
+    def _slowdown(self, product: Product, phase: Phase) -> float:
         rows = product.rows + self.padding_rows * product.is_grouped
         # Sizes over which a product sums, and along which its columns run: X W, dY W^T, and dY^T X.
         inner, columns = {

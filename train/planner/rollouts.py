@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, log
+from math import ceil, inf, log
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,6 +20,7 @@ from model.size import StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
+from train.memory.rank_bytes import value_bytes
 from train.planner.products import FLAT
 from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates
 from train.report.plan_comparison import Compared, read_sampled
@@ -30,7 +31,7 @@ from train.tasks.registry import TASKS
 
 _ACCEPTED = 0.85
 """Share of drafts that is accepted without a run's journal: 85 to 90 % (arXiv:2412.19437, section 5.4.3)."""
-_EXCHANGE_SECONDS = {8: 191e-6, 16: 313e-6, 32: 428e-6, 64: 487e-6, 128: 561e-6}
+_EXCHANGE_SECONDS = {1: 0.0, 8: 191e-6, 16: 313e-6, 32: 428e-6, 64: 487e-6, inf: 561e-6}
 """Least seconds of dispatch and combine, by ranks that share experts: DeepEP, docs/legacy.md, 128 tokens on H800."""
 _SEED = 0
 
@@ -81,9 +82,8 @@ def plan_rollouts(config: TrainConfig, rates: Rates, timed: TimedPlan) -> Rollou
     sizes = CohortSizes.within(config.batch.micro_sequences * config.rank_sequence_tokens)
     forecast = forecast_rounds(prompts, placement, replicas, sizes, per_pass)
     visit = _Visit(config, rates, placement, fmean(prompt.prompt + fmean(prompt.answers) / 2 for prompt in prompts))
-    spent = visit.seconds(forecast)
+    seconds, idle_share = visit.seconds(forecast)
     tokens = [answer for prompt in prompts for answer in prompt.answers]
-    seconds = None if spent is None else spent.seconds
     forwards = _forward_seconds(config, rates, timed)
     batches = _count_batches(config, rollout, prompts)
     assert config.reward is not None
@@ -101,7 +101,7 @@ def plan_rollouts(config: TrainConfig, rates: Rates, timed: TimedPlan) -> Rollou
         rows_per_visit=forecast.rows_per_visit,
         sampling_seconds=seconds,
         tokens_per_second_per_gpu=sum(tokens) / seconds / config.parallelism.world_size if seconds else None,
-        idle_share=None if spent is None else spent.idle_share,
+        idle_share=idle_share,
         cache_bytes=visit.cache_bytes(forecast, max(prompt.prompt + prompt.limit for prompt in prompts)),
         batches=batches,
         reference_seconds=reference,
@@ -132,19 +132,16 @@ def _answers(
     longest = config.batch.sequence_length_tokens
     room = min(rollout.max_new_tokens, config.model.max_position_tokens - 1)
     given = config.plan.answer_tokens
+
+    def repeated(prompt: AnsweredPrompt) -> AnsweredPrompt:
+        least = min(prompt.prompt, longest - 1)
+        limit = min(room, longest - least)
+        answers = (prompt.answers[sample % len(prompt.answers)] for sample in range(rollout.samples))
+        return replace(prompt, prompt=least, limit=limit, answers=tuple(min(limit, answer) for answer in answers))
+
     if recorded and given is None:
-        prompts = [
-            (least := min(prompt.prompt, longest - 1), min(room, longest - least), prompt.answers, prompt.is_trained)
-            for prompt in (recorded[number % len(recorded)] for number in range(rollout.prompts))
-        ]
         return tuple(
-            AnsweredPrompt(
-                prompt=tokens,
-                limit=limit,
-                is_trained=is_trained,
-                answers=tuple(min(limit, answers[sample % len(answers)]) for sample in range(rollout.samples)),
-            )
-            for tokens, limit, answers, is_trained in prompts
+            repeated(recorded[number % len(recorded)]) for number in range(rollout.prompts)
         ), "the run's journal"
     drawn = np.full((rollout.prompts, rollout.samples), float(room))
     source = "all have rollout.max_new_tokens; plan.answer_tokens={median, sigma} says otherwise"
@@ -152,17 +149,8 @@ def _answers(
         drawn = np.random.default_rng(_SEED).lognormal(log(given.median), given.sigma, drawn.shape)
         source = f"log-normal, median {given.median:g}, sigma {given.sigma:g}, at most {room:,}"
     counts = np.clip(np.ceil(drawn), 1, room).astype(int).tolist()
-    return tuple(
-        AnsweredPrompt(prompt=max(1, longest - room), answers=tuple(row), limit=room) for row in counts
-    ), source
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Spent:
-    """Seconds of all rounds, and the share of the ranks' time in which they visit no cohort."""
-
-    seconds: float
-    idle_share: float
+    prompt = max(1, longest - room)
+    return tuple(AnsweredPrompt(prompt=prompt, answers=tuple(row), limit=room) for row in counts), source
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +162,8 @@ class _Visit:
     placement: Placement
     context: float
 
-    def seconds(self, forecast: RoundForecast) -> _Spent | None:
-        """Returns the time of all rounds, or None if the rates measured none.
+    def seconds(self, forecast: RoundForecast) -> tuple[float | None, float | None]:
+        """Returns the time of all rounds and the idle share of the ranks, or None if the rates measured none.
 
         A round is as long as a cohort's way through the stages, or as the visits of the busiest rank.
         """
@@ -185,7 +173,7 @@ class _Visit:
         times_SR = self._stages(reads * rows_R + forecast.prompt_tokens_R / visits_R, rows_R)
         empty_S1 = self._stages(np.zeros(1), np.zeros(1))
         if times_SR is None or empty_S1 is None:
-            return None
+            return None, None
         visits_R = forecast.visits_R / forecast.shares
         # Ranks that share experts wait for each other in every visit, whether the cohort has tokens or not.
         is_joint = self.config.parallelism.expert > 1 and len(times_SR) > 1
@@ -196,7 +184,7 @@ class _Visit:
         path_R = times_SR.sum(0) * (visits_R > 0)
         seconds = float(np.maximum(path_R, ranks.max(0)).sum())
         worked = float((visits_R * times_SR).sum()) * len(self.placement)
-        return _Spent(seconds=seconds, idle_share=max(0.0, 1 - worked / (len(ranks) * seconds)))
+        return seconds, max(0.0, 1 - worked / (len(ranks) * seconds))
 
     def cache_bytes(self, forecast: RoundForecast, capacity: int) -> int:
         """Returns the bytes of the caches on the rank that holds most."""
@@ -206,12 +194,8 @@ class _Visit:
         for row in self.placement:
             for stage, rank in zip(self._shapes, row, strict=True):
                 held[rank] += len(stage.layers) + drafts * stage.is_last
-        width = (model.kv_lora_rank + model.qk_rope_head_dim) * self._value_bytes
+        width = (model.kv_lora_rank + model.qk_rope_head_dim) * value_bytes(self.config.precision)
         return max(held) * forecast.cohorts * forecast.max_rows * min(capacity, model.max_position_tokens) * width
-
-    @property
-    def _value_bytes(self) -> int:
-        return {"float64": 8, "float32": 4}.get(self.config.precision.kind, 2)
 
     @property
     def _shapes(self) -> tuple[StageShape, ...]:
@@ -221,12 +205,12 @@ class _Visit:
 
     def _stages(self, tokens_R: NDArray[np.float64], rows_R: NDArray[np.float64]) -> NDArray[np.float64] | None:
         """Returns the seconds of a visit to each stage, [S, R], given its tokens and its rows."""
+        shapes = self._shapes
         if isinstance(self.rates, KernelRates):
-            return np.stack([self._kernels(stage, tokens_R, rows_R) for stage in self._shapes])
-        if self.rates.rollouts is None:
+            return np.stack([self._kernels(stage, tokens_R, rows_R) for stage in shapes])
+        if (measured := self.rates.rollouts) is None:
             return None
-        whole_R = self.rates.rollouts.visit_seconds + self.rates.rollouts.token_seconds * tokens_R
-        return np.stack([whole_R / len(self._shapes)] * len(self._shapes))
+        return np.stack([(measured.visit_seconds + measured.token_seconds * tokens_R) / len(shapes)] * len(shapes))
 
     def _kernels(
         self, stage: StageShape, tokens_R: NDArray[np.float64], rows_R: NDArray[np.float64]
@@ -246,12 +230,12 @@ class _Visit:
         # All ranks that share experts send tokens to those of this rank.
         touched_R = 1 - (1 - model.num_experts_per_token / model.num_routed_experts) ** (tokens_R * sharing)
         weights_R = held.ordinary - held.embedding * (not stage.is_last) + held.routed * touched_R
-        read_R = weights_R * (1 if config.precision.kind == "fp8" else self._value_bytes)
-        width = (model.kv_lora_rank + model.qk_rope_head_dim) * self._value_bytes
+        read_R = weights_R * (1 if config.precision.kind == "fp8" else value_bytes(self.config.precision))
+        width = (model.kv_lora_rank + model.qk_rope_head_dim) * value_bytes(self.config.precision)
         read_R = read_R * (tokens_R > 0) + rows_R * self.context * width * len(stage.layers)
         memory_R = read_R / (config.cluster.memory_bytes_per_second or REFERENCE_MEMORY_BYTES_PER_SECOND)
-        least = next((time for ranks, time in _EXCHANGE_SECONDS.items() if sharing <= ranks), 561e-6)
-        exchange_R = np.maximum(times.moe.forward_exchange * share_R, least if sharing > 1 else 0.0) * num_moe
+        least = next(time for ranks, time in _EXCHANGE_SECONDS.items() if sharing <= ranks)
+        exchange_R = np.maximum(times.moe.forward_exchange * share_R, least) * num_moe
         visit_R: NDArray[np.float64] = np.maximum(products * share_R, memory_R) + exchange_R
         return visit_R
 

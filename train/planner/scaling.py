@@ -17,15 +17,17 @@ from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from dualpipe.ir import Schedule
 from kernels.ranges import AtLeast, NonNegativeFloat, PositiveFloat
 from model.config import LAYER
-from model.size import attention_maps, dense_maps, expert_maps, held_parameters, mlp_maps, stage_shapes
+from model.size import attention_maps, dense_maps, expert_maps, mlp_maps, stage_shapes
 from train.config import TrainConfig
-from train.errors import ConfigError
+from train.errors import broken
+from train.memory.predict import rank_parameters
 from train.memory.rank_bytes import count_replicas, host_update_seconds
 from train.planner.products import (
     FLAT,
     ExchangeTimes,
     KernelTimes,
     PassTimes,
+    Phase,
     ProductCurve,
     Products,
     RateErrors,
@@ -44,7 +46,7 @@ _SCALE_BYTES = 4
 _TILE = 128
 REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
 """Memory of an H800, on which casts were measured."""
-_PHASES: tuple[Literal["F", "I", "W"], ...] = ("F", "I", "W")
+_PHASES: tuple[Phase, ...] = ("F", "I", "W")
 _TOKENS = 8192
 """Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
 _SEED = 0
@@ -101,11 +103,9 @@ class KernelRates:
     def update_seconds(self, config: TrainConfig, schedule: Schedule) -> float:
         """Returns the time of the update of the rank with the most weights."""
         shapes = stage_shapes(run_cut(config, schedule.placement))
-        local = config.model.num_routed_experts // config.parallelism.expert
         most = 0.0
         for rank in range(schedule.num_ranks):
-            stages = sorted({stage for _, stage in schedule.stages_of(rank)})
-            held = held_parameters(config.model, [shapes[stage] for stage in stages], local)
+            held = rank_parameters(config, schedule, rank, shapes)
             seconds = self.optimizer_seconds * held.total / self.reference.parameters_per_rank
             most = max(most, seconds + host_update_seconds(config, held, count_replicas(config, schedule, rank)))
         return most
@@ -181,10 +181,8 @@ class DeviceScale:
 def communication_share(key: str, communication_sms: int, num_sms: int) -> float:
     """Returns the share of a device's SMs that communicate; raises ConfigError if none is left to compute."""
     if communication_sms >= num_sms:
-        raise ConfigError(
-            f"{key}.communication_sms: must be below the device's {num_sms} SMs, of which the others compute, "
-            f"is {communication_sms}; nearest valid: {num_sms - 1}"
-        )
+        rule = f"must be below the device's {num_sms} SMs, of which the others compute"
+        raise broken(f"{key}.communication_sms", rule, communication_sms, num_sms - 1)
     return communication_sms / num_sms
 
 
@@ -236,8 +234,7 @@ class _Scale:
             others=self.width,
         )
         part = self._with_layer(self._without_recomputation(part, ("norm", "mla_up")), self._residual_again)
-        sent = context_seconds(self.config, reference)
-        return replace(part, forward=part.forward + sent.forward, backward_input=part.backward_input + sent.backward)
+        return part + context_seconds(self.config, reference)
 
     @property
     def experts(self) -> PartTimes:
@@ -263,8 +260,9 @@ class _Scale:
         reference = self.rates.reference
         products = products_of([(model.num_head_rows, model.hidden_size)], self.rows)
         measured = 2 * reference.tokens * held_weights(reference.head) / self.rates.head_flops_per_second
+        sizes = (_VALUE_BYTES, _VALUE_BYTES)
         forward, backward, weight = (
-            self._multiply(measured, products, reference.head, phase, _VALUE_BYTES, _VALUE_BYTES) for phase in _PHASES
+            self._multiply(measured, products, reference.head, phase, sizes) for phase in _PHASES
         )
         # The backward of a slice computes its head again.
         again = forward if self.config.schedule.slices > 1 else 0.0
@@ -310,8 +308,8 @@ class _Scale:
         """Returns the times of a part by its work relative to the reference's."""
         is_fp8 = self.config.precision.kind == "fp8"
 
-        def seconds(kernels: KernelTimes, phase: Literal["F", "I", "W"]) -> float:
-            matrix = self._multiply(kernels.products, products, reference, phase, 1, 1 if is_fp8 else _VALUE_BYTES)
+        def seconds(kernels: KernelTimes, phase: Phase) -> float:
+            matrix = self._multiply(kernels.products, products, reference, phase, self._weight_bytes)
             computing = kernels.scores * scores * self.device.products
             waiting = (kernels.casts * is_fp8 + kernels.other) * others * self.device.memory
             return matrix + (computing + waiting) * self.tokens
@@ -322,14 +320,13 @@ class _Scale:
             backward_weight=seconds(passes.backward_weight, "W"),
         )
 
+    @property
+    def _weight_bytes(self) -> tuple[int, int]:
+        """Bytes of a weight where products were measured, in FP8, and in the run."""
+        return 1, 1 if self.config.precision.kind == "fp8" else _VALUE_BYTES
+
     def _multiply(
-        self,
-        measured: float,
-        products: Products,
-        reference: Products,
-        phase: Literal["F", "I", "W"],
-        measured_bytes: int,
-        weight_bytes: int,
+        self, measured: float, products: Products, reference: Products, phase: Phase, weight_bytes: tuple[int, int]
     ) -> float:
         """Returns the time of products whose reference took `measured` seconds.
 
@@ -337,9 +334,9 @@ class _Scale:
         """
         curve = self.rates.products
         weight = (1.0 if phase == "W" else curve.exposed_reads) / REFERENCE_MEMORY_BYTES_PER_SECOND
-        sizes = (curve.gradient_bytes,) * 2 if phase == "W" else (measured_bytes, weight_bytes)
+        sizes = (curve.gradient_bytes,) * 2 if phase == "W" else weight_bytes
         multiplied = max(0.0, measured - weight * sizes[0] * held_weights(reference))
-        slower = self.rates.bf16_over_fp8 if weight_bytes > measured_bytes else 1.0
+        slower = self.rates.bf16_over_fp8 if weight_bytes[1] > weight_bytes[0] else 1.0
         work = curve.work(products, phase) / curve.work(reference, phase)
         moved = weight * sizes[1] * held_weights(products) * self.device.memory
         return multiplied * work * slower * self.tokens * self.device.products + moved
@@ -355,8 +352,7 @@ class _Scale:
 
     def _forward_products(self, passes: PassTimes, products: Products, reference: Products) -> float:
         """Returns the seconds of matrix products in a forward."""
-        weight_bytes = 1 if self.config.precision.kind == "fp8" else _VALUE_BYTES
-        return self._multiply(passes.forward.products, products, reference, "F", 1, weight_bytes)
+        return self._multiply(passes.forward.products, products, reference, "F", self._weight_bytes)
 
     def _with_layer(self, part: PartTimes, again: float) -> PartTimes:
         """Returns the times with `again` seconds of recomputation if the backward recomputes layers."""
@@ -385,53 +381,41 @@ class RowsPerToken:
 def rows_per_token(config: TrainConfig) -> RowsPerToken:
     """Returns the rows of a run's dispatcher for random scores."""
     model = config.model
-    parallelism = config.parallelism
-    if parallelism.expert == 1 or model.num_dense_layers == model.num_layers:
+    expert = config.parallelism.expert
+    if expert == 1 or model.num_dense_layers == model.num_layers:
         return RowsPerToken(across_nodes=0.0, within_node=0.0)
-    groups = (model.num_expert_groups, model.num_limited_groups)
+    choices = (model.num_routed_experts, model.num_experts_per_token, model.num_expert_groups, model.num_limited_groups)
     sends_once = config.dispatch.kind in ("two_hop", "deepep")
-    return _count_rows(
-        model.num_routed_experts,
-        model.num_experts_per_token,
-        groups,
-        parallelism.expert,
-        config.cluster.ranks_per_node,
-        sends_once=sends_once,
-    )
+    return _count_rows(choices, expert, config.cluster.ranks_per_node, sends_once=sends_once)
 
 
 @lru_cache(maxsize=1024)
 def _count_rows(
-    num_experts: int, num_chosen: int, groups: tuple[int, int], num_ranks: int, ranks_per_node: int, *, sends_once: bool
+    choices: tuple[int, int, int, int], num_ranks: int, ranks_per_node: int, *, sends_once: bool
 ) -> RowsPerToken:
     """Routes random tokens and counts their rows."""
     tokens = numpy.arange(_TOKENS)
-    rank_TK = _route(num_experts, num_chosen, groups) // (num_experts // num_ranks)
+    rank_TK = _route(*choices) // (choices[0] // num_ranks)
     home_T = tokens % num_ranks
     node_R = numpy.arange(num_ranks) // ranks_per_node
     if not sends_once:
-        is_away_TK = node_R[rank_TK] != node_R[home_T][:, None]
-        is_near_TK = ~is_away_TK & (rank_TK != home_T[:, None])
-        return RowsPerToken(across_nodes=_mean(is_away_TK), within_node=_mean(is_near_TK))
-    # touched_TR is True if a token has experts on a rank, touched_TN if it has some on a node.
-    touched_TR = numpy.zeros((_TOKENS, num_ranks), dtype=bool)
-    numpy.put_along_axis(touched_TR, rank_TK, values=True, axis=1)
-    num_nodes = node_R[-1] + 1
-    touched_TN = numpy.stack([touched_TR[:, node_R == node].any(1) for node in range(num_nodes)], axis=1)
-    touched_TN[tokens, node_R[home_T]] = False
-    # A token reaches each node at the rank with the index of its home rank, and is forwarded to the others.
-    entries_TN = numpy.arange(num_nodes) * ranks_per_node + (home_T % ranks_per_node)[:, None]
-    touched_TR[tokens[:, None], numpy.minimum(entries_TN, num_ranks - 1)] = False
-    return RowsPerToken(across_nodes=_mean(touched_TN), within_node=_mean(touched_TR))
+        away = node_R[rank_TK] != node_R[home_T][:, None]
+        near = ~away & (rank_TK != home_T[:, None])
+    else:
+        # `near` [T, R] is True if a token has experts on a rank, `away` [T, N] if it has some on another node.
+        near = numpy.zeros((_TOKENS, num_ranks), dtype=bool)
+        numpy.put_along_axis(near, rank_TK, values=True, axis=1)
+        num_nodes = node_R[-1] + 1
+        away = numpy.stack([near[:, node_R == node].any(1) for node in range(num_nodes)], axis=1)
+        away[tokens, node_R[home_T]] = False
+        # A token reaches each node at the rank with the index of its home rank, and is forwarded to the others.
+        entries_TN = numpy.arange(num_nodes) * ranks_per_node + (home_T % ranks_per_node)[:, None]
+        near[tokens[:, None], numpy.minimum(entries_TN, num_ranks - 1)] = False
+    return RowsPerToken(across_nodes=float(away.sum(1).mean()), within_node=float(near.sum(1).mean()))
 
 
-def _mean(is_sent: NDArray[numpy.bool_]) -> float:
-    return float(is_sent.sum(1).mean())
-
-
-def _route(num_experts: int, num_chosen: int, groups: tuple[int, int]) -> NDArray[numpy.int64]:
+def _route(num_experts: int, num_chosen: int, num_groups: int, num_kept: int) -> NDArray[numpy.int64]:
     """Returns the experts of random tokens under the router's limit of groups."""
-    num_groups, num_kept = groups
     scores_TE = 1 / (1 + numpy.exp(-numpy.random.default_rng(_SEED).standard_normal((_TOKENS, num_experts))))
     if num_kept < num_groups:
         # A group's score is the sum of its two best experts (arXiv:2412.19437, section 2.1.2).
@@ -443,24 +427,17 @@ def _route(num_experts: int, num_chosen: int, groups: tuple[int, int]) -> NDArra
     return chosen.astype(numpy.int64)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ContextSeconds:
-    """Seconds in which one layer sends a micro-batch's latents, and in the backward their gradients."""
+def context_seconds(config: TrainConfig, reference: RateReference) -> PartTimes:
+    """Returns the time of a layer's exchange over its context group, as computation that nothing hides.
 
-    forward: float
-    backward: float
-
-
-def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSeconds:
-    """Returns the time of a layer's exchange over its context group, if no computation hides it.
-
-    Links within a node and between nodes work at the same time. What the cluster does not say is as on the reference.
+    The forward sends latents, the backward their gradients. Links within a node and between nodes work at the same
+    time. What the cluster does not say is as on the reference.
     """
     size = config.parallelism.context
     cluster = config.cluster
     model = config.model
     if size == 1:
-        return ContextSeconds(forward=0.0, backward=0.0)
+        return PartTimes()
     width = model.kv_lora_rank + model.qk_rope_head_dim
     sent = forecast_context_bytes(
         size=size,
@@ -477,4 +454,4 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSec
     intra = cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second
     per_byte = max(away / inter, (1 - away) / intra)
     per_slice = per_byte / config.schedule.slices
-    return ContextSeconds(forward=sent.forward * per_slice, backward=sent.backward * per_slice)
+    return PartTimes(forward=sent.forward * per_slice, backward_input=sent.backward * per_slice)

@@ -20,7 +20,7 @@ from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
-from train.planner.job_plan import JobCost, PlannerConfig, job_cost, layout_json
+from train.planner.job_plan import PlannerConfig, job_cost, layout_json
 from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
 from train.planner.scaling import shape_distance
 from train.schedule.cut import run_cut, run_placement, with_cut
@@ -63,7 +63,7 @@ class FoundLayout:
     config: TrainConfig
     memory: JobMemory
     time: StepTime
-    cost: JobCost | None = None
+    cost: Mapping[str, Any] | None = None
     error: float | None = None
     is_extended: bool = False
     is_pareto: bool = False
@@ -90,18 +90,6 @@ class RejectedLayouts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SearchCounts:
-    """Numbers of layouts."""
-
-    layouts: int
-    rejected: int
-    dropped: int
-    built: int
-    open: int
-    open_seconds: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
     """The result of a search."""
 
@@ -109,7 +97,7 @@ class SearchResult:
     config: TrainConfig
     found: tuple[FoundLayout, ...]
     rejected: tuple[RejectedLayouts, ...]
-    counts: SearchCounts
+    counts: Mapping[str, Any]
 
 
 def search_layouts(
@@ -120,11 +108,11 @@ def search_layouts(
     After `most_seconds`, the estimated time for schedules and predictions, layouts remain open.
     """
     search = Search(space, planner, rules)
-    search.allow(most_seconds)
+    search.seconds_left = most_seconds
     layouts = search.fastest(NUM_FASTEST, None)
     counts = search.counts(len(layouts))
-    search.allow(most_seconds / 2)
-    while layouts and not counts.open and len(layouts) < NUM_FASTEST + NUM_SMALLER:
+    search.seconds_left = most_seconds / 2
+    while layouts and not counts["open"] and len(layouts) < NUM_FASTEST + NUM_SMALLER:
         limit = int(_SMALLER * min(layout.peak_bytes for layout in layouts))
         smaller = search.fastest(1, limit)
         if not smaller or search.open:
@@ -141,7 +129,7 @@ def search_layouts(
 
 def _with_cost(found: FoundLayout, planner: PlannerConfig) -> FoundLayout:
     own = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
-    cost = job_cost(replace(found.config, cost=own), planner.rates, planner.efficiency, found.time)
+    cost = job_cost(replace(found.config, cost=own), planner, found.time)
     shape = shape_distance(found.config, planner.rates)
     return replace(found, cost=cost, error=None if shape is None else shape["error"])
 
@@ -176,27 +164,23 @@ class Search:
         self._estimates = Estimates(space=space, planner=planner)
         self._num_layouts = 0
         self._built = 0
-        self._seconds_left = 0.0
-        self._too_large: dict[object, list[_TooLarge]] = {}
+        self.seconds_left = 0.0  # estimated time for further predictions
+        self._too_large: dict[object, list[tuple[RankSetting, str, float]]] = {}
         self._orders = set[object]()
         self._compared: list[FoundLayout] = []
         self.waiting = sorted(self._rank_layouts(), key=self._order)
 
-    def counts(self, num_found: int) -> SearchCounts:
-        """Returns the numbers of layouts."""
+    def counts(self, num_found: int) -> dict[str, Any]:
+        """Returns the numbers of layouts, and the least time of the steps of those that are open."""
         rejected = sum(group.count for group in self.rejected.values())
-        return SearchCounts(
-            layouts=self._num_layouts,
-            rejected=rejected,
-            dropped=self._num_layouts - rejected - num_found - len(self.open),
-            built=self._built,
-            open=len(self.open),
-            open_seconds=min((layout.least_seconds for layout in self.open), default=None),
-        )
-
-    def allow(self, seconds: float) -> None:
-        """Sets the estimated time for further predictions."""
-        self._seconds_left = seconds
+        return {
+            "layouts": self._num_layouts,
+            "rejected": rejected,
+            "dropped": self._num_layouts - rejected - num_found - len(self.open),
+            "built": self._built,
+            "open": len(self.open),
+            "open_seconds": min((layout.least_seconds for layout in self.open), default=None),
+        }
 
     def fastest(self, number: int, limit: int | None) -> list[FoundLayout]:
         """Returns the next fastest layouts with at most `limit` bytes, and sets `open`."""
@@ -208,12 +192,7 @@ class Search:
             if layout.least_seconds >= worst or (limit is not None and layout.least_memory > limit):
                 self.waiting.append(layout)
                 continue
-            try:
-                self._compare(layout, worst)
-            except (ScheduleError, CutError) as error:
-                self._reject(str(error), partial(self._undecided, layout.setting, layout.schedule))
-            except _NoTimeLeftError:
-                self.open.append(layout)
+            self._try(layout, worst)
             best, worst = self._best(number, limit)
         self._compared = [layout for layout in self._compared if layout not in best]
         self.open = [layout for layout in self.open if layout.least_seconds < worst]
@@ -224,17 +203,22 @@ class Search:
         most = math.inf if self._room is None else self._room
         self.waiting.sort(key=lambda layout: (SCHEDULES.get(layout.schedule.kind).takes_costs, layout.memory))
         for layout in self.waiting:
-            try:
-                if layout.memory > most:
-                    raise _NoTimeLeftError
-                self._compare(layout, math.inf)
-            except (ScheduleError, CutError) as error:
-                self._reject(str(error), partial(self._undecided, layout.setting, layout.schedule))
-            except _NoTimeLeftError:
+            if layout.memory > most:
                 self.open.append(layout)
+                continue
+            self._try(layout, math.inf)
             if self._compared:
                 return self._compared[0]
         return None
+
+    def _try(self, layout: RankedLayout, worst: float) -> None:
+        """Predicts a layout if there is time; otherwise it is open."""
+        try:
+            self._compare(layout, worst)
+        except (ScheduleError, CutError) as error:
+            self._reject(str(error), partial(self._undecided, layout.setting, layout.schedule))
+        except _NoTimeLeftError:
+            self.open.append(layout)
 
     def _best(self, number: int, limit: int | None) -> tuple[list[FoundLayout], float]:
         """Returns the fastest layouts, and the step of the slowest of them if there are enough."""
@@ -281,20 +265,21 @@ class Search:
             if key not in reasons:
                 config = self._space.layout_config(setting, schedule)
                 # A cap is checked when the schedule is built, and an even cut exists if any does.
-                mesh = replace(config.parallelism, cut=Cut("even"))
+                even = replace(config.parallelism, cut=Cut("even"))
                 costs = replace(config.costs, offload=None)
-                reasons[key] = self._broken_rule(replace(config, parallelism=mesh, memory_cap=None, costs=costs))
+                reasons[key] = self._broken_rule(replace(config, parallelism=even, memory_cap=None, costs=costs))
             return reasons[key]
 
         for setting in self._space.settings():
-            schedules = schedules_of(setting.pipeline, setting.context)
+            mesh = setting.mesh
+            schedules = schedules_of(mesh.pipeline, mesh.context)
             self._num_layouts += len(schedules)
             widest = replace(setting, recompute=RECOMPUTED)
             if (broken := reason(widest, widest, fallback)) is not None:
                 self._reject(broken, partial(self._undecided, setting, None), count=len(schedules))
                 continue
             for schedule in schedules:
-                key = (setting.pipeline, setting.data, setting.micro_sequences, schedule)
+                key = (mesh.pipeline, mesh.data, setting.micro_sequences, schedule)
                 if (broken := reason(key, setting, schedule)) is None:
                     yield setting, schedule
                 else:
@@ -314,12 +299,12 @@ class Search:
         """
         undecided = partial(self._undecided, layout.setting, layout.schedule)
         if (smaller := self._smaller_that_does_not_fit(layout)) is not None:
-            self._reject(smaller.reason, undecided, excess=smaller.excess)
+            self._reject(smaller[0], undecided, excess=smaller[1])
             return
         free = self._space.layout_config(layout.setting, layout.schedule)
         runs = (free,) if is_whole else short_runs(free)
-        timing_seconds = _TIMING_SECONDS * layout.setting.pipeline * len(runs)
-        memory_seconds = _MEMORY_SECONDS * layout.setting.pipeline
+        timing_seconds = _TIMING_SECONDS * layout.setting.mesh.pipeline * len(runs)
+        memory_seconds = _MEMORY_SECONDS * layout.setting.mesh.pipeline
         self._spend(timing_seconds + self._build_seconds(runs), later=memory_seconds if worst == math.inf else 0.0)
         times = self._estimates.times(layout.setting, layout.schedule.slices)
         config = with_cut(free, run_cut(free, run_placement(free, layout.schedule.kind), times))
@@ -337,7 +322,7 @@ class Search:
             memory = predict_memory(runs[-1])
             if not (short := shortage(config, memory)):
                 is_extended = len(runs) > 1
-                if is_extended and self._build_seconds((free,)) + timing_seconds + memory_seconds <= self._seconds_left:
+                if is_extended and self._build_seconds((free,)) + timing_seconds + memory_seconds <= self.seconds_left:
                     self._compare(layout, worst, is_whole=True)
                     return
                 time = time or self.step_time(config, runs)
@@ -351,9 +336,9 @@ class Search:
             if fitted == config:
                 break
             config = fitted
-        large = _TooLarge(setting=layout.setting, reason=short, excess=memory.worst.total / (self._room or math.inf))
-        self._too_large.setdefault(_kind_of(layout), []).append(large)
-        self._reject(large.reason, partial(layout_json, config), excess=large.excess)
+        excess = memory.worst.total / (self._room or math.inf)
+        self._too_large.setdefault(_kind_of(layout), []).append((layout.setting, short, excess))
+        self._reject(short, partial(layout_json, config), excess=excess)
 
     def _build_seconds(self, runs: Sequence[TrainConfig]) -> float:
         """Returns about how long building the orders of runs takes; nearly all layouts of a size share one."""
@@ -377,19 +362,19 @@ class Search:
             mfu=None if first.mfu is None else faster * first.mfu,
         )
 
-    def _smaller_that_does_not_fit(self, layout: RankedLayout) -> "_TooLarge | None":
-        """Returns a layout that is too large with at most as large micro-batches and as much recomputation."""
-        for too_large in self._too_large.get(_kind_of(layout), ()):
-            recomputes_more = all_recomputed(too_large.setting.recompute) >= all_recomputed(layout.setting.recompute)
-            if recomputes_more and too_large.setting.micro_sequences <= layout.setting.micro_sequences:
-                return too_large
+    def _smaller_that_does_not_fit(self, layout: RankedLayout) -> tuple[str, float] | None:
+        """Returns why a layout that keeps at most as much does not fit, and its excess."""
+        for setting, reason, excess in self._too_large.get(_kind_of(layout), ()):
+            recomputes_more = all_recomputed(setting.recompute) >= all_recomputed(layout.setting.recompute)
+            if recomputes_more and setting.micro_sequences <= layout.setting.micro_sequences:
+                return reason, excess
         return None
 
     def _spend(self, seconds: float, *, later: float = 0.0) -> None:
         """Spends seconds if there is time for them, and for those that are spent `later` in any case."""
-        if seconds + later > self._seconds_left:
+        if seconds + later > self.seconds_left:
             raise _NoTimeLeftError
-        self._seconds_left -= seconds
+        self.seconds_left -= seconds
 
     def _reject(
         self, reason: str, layout: Callable[[], Mapping[str, Any]], *, count: int = 1, excess: float = 0.0
@@ -409,15 +394,6 @@ class Search:
         if schedule is None:
             return values | {"schedule": None, "chunks": None, "cut": None}
         return values | {"chunks": schedule.chunks, "cut": None}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _TooLarge:
-    """A layout that does not fit, with the reason and its memory over that of a device."""
-
-    setting: RankSetting
-    reason: str
-    excess: float
 
 
 def _kind_of(layout: RankedLayout) -> object:
@@ -440,7 +416,8 @@ def short_runs(config: TrainConfig) -> tuple[TrainConfig, ...]:
     """Returns a run with few micro-batches, and with one more period, if its order is searched."""
     pipeline = config.parallelism.pipeline
     period = pipeline if pipeline % 2 == 0 else 2 * pipeline
-    few = few_micro_batches(pipeline, config.num_micro_batches)
+    # With several chunks, the first micro-batches of a rank wait longer, and the steady state starts later.
+    few = few_micro_batches(pipeline, config.num_micro_batches) + pipeline * ((config.schedule.chunks or 1) > 1)
     few += (config.num_micro_batches - few) % period
     is_long = config.schedule.slices == 1 and few + period < config.num_micro_batches
     if not (is_long and _is_searched(config.schedule)):

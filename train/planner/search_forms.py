@@ -4,37 +4,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from train.config import TrainConfig
-from train.config.decode import encode
-from train.planner.forms import INDENT, aligned, cost_values, wrapped
+from train.planner.forms import INDENT, aligned, wrapped
 from train.planner.job_plan import layout_json
 from train.planner.search import FoundLayout, SearchResult
 
 _GB = 1e9
+_LAYOUT_COLUMNS = (
+    *("pipeline", "data", "context", "expert", "schedule", "chunks", "slices", "micro_batch_sequences"),
+    *("precision", "dispatch"),
+)
 
 
 def search_values(result: SearchResult) -> dict[str, Any]:
     """Returns the result of a search as plain values."""
-    return {
-        "candidates": [_found_values(layout, result.run) for layout in result.found],
-        "rejected": [
-            {"layout": group.layout, "reason": group.reason, "count": group.count} for group in result.rejected
-        ],
-        "counts": encode(result.counts),
-    }
+    rejected = [{"layout": group.layout, "reason": group.reason, "count": group.count} for group in result.rejected]
+    found = [_found_values(layout, result.run) for layout in result.found]
+    return {"candidates": found, "rejected": rejected, "counts": result.counts}
 
 
 def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
     time = layout.time
+    speed = {"tokens_per_second_per_gpu": time.tokens_per_second_per_gpu, "mfu": time.mfu}
     return {
         "layout": layout_json(layout.config),
         "memory": {"peak_bytes": layout.peak_bytes},
-        "time": {
-            "step_seconds": time.step,
-            "error": layout.error,
-            "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
-            "mfu": time.mfu,
-        },
-        "cost": None if layout.cost is None else cost_values(layout.cost),
+        "time": {"step_seconds": time.step, "error": layout.error, **speed},
+        "cost": layout.cost,
         "pareto": layout.is_pareto,
         "extended": layout.is_extended,
         "overrides": list(layout_overrides(layout.config, run)),
@@ -77,17 +72,15 @@ def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int)
     """Returns the result of a search as lines of at most 100 columns, except those of overrides."""
     counts = values["counts"]
     layouts = values["candidates"]
-    lines = [_search_line(layouts, counts)]
+    lines = [_search_line(layouts, counts), *values.get("notes", ())]
     if given_sequences != sequences:
         lines.append(f"batch: {given_sequences:,} sequences cannot be divided; all layouts have {sequences:,}")
     lines.append(
         f"{counts['rejected']:,} rejected, {counts['dropped']:,} dropped as slower, {counts['built']:,} schedules built"
     )
     if counts["open"]:
-        lines += wrapped(
-            f"{counts['open']:,} not compared, because that takes too long: at best {counts['open_seconds']:.3f} s a "
-            "step; compare one with launch.plan"
-        )
+        least = f"at best {counts['open_seconds']:.3f} s a step; compare one with launch.plan"
+        lines += wrapped(f"{counts['open']:,} not compared, because that takes too long: {least}")
     lines.append("")
     if layouts:
         lines += [*_found_lines(layouts), "", "* on the front: no layout is as fast with less memory"]
@@ -125,34 +118,22 @@ def _tie_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     step, error = found[0]["time"]["step_seconds"], found[0]["time"]["error"]
     if error is None:
         return []
-    ties = [
-        str(number) for number, layout in enumerate(found, 1) if layout["time"]["step_seconds"] <= step * (1 + error)
-    ]
+    steps = [layout["time"]["step_seconds"] for layout in found]
+    ties = [str(number) for number, other in enumerate(steps, 1) if other <= step * (1 + error)]
     bar = f"error bar of a step: {100 * error:.0f} %, {step * error:.2g} s for layout 1"
     return wrapped(f"{bar}; within it, {', '.join(ties)} are ties" if len(ties) > 1 else bar)
 
 
 def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    has_context = any(layout["layout"]["context"] > 1 for layout in found)
-    names = {"pipeline": "pipeline", "data": "data", **({"context": "context"} if has_context else {})}
-    names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks"}
-    names |= {"slices": "slices"} if any(layout["layout"]["slices"] > 1 for layout in found) else {}
-    names |= {"micro_batch_sequences": "micro"}
-    names |= {"precision": "precision", "dispatch": "dispatch"}
+    names = {name: name for name in _LAYOUT_COLUMNS} | {"micro_batch_sequences": "micro"}
+    for name in ("context", "slices"):
+        if all(layout["layout"][name] == 1 for layout in found):
+            del names[name]
     rows = [["", *names.values(), "GB", "step s", "GPU-hours"]]
     for number, layout in enumerate(found, start=1):
         cells = [str(layout["layout"][name]).replace("interleaved", "inter.") for name in names]
-        cost = layout["cost"]
-        hours = "-" if cost is None else f"{cost['gpu_hours']:,.0f}"
-        size = layout["memory"]["peak_bytes"] / _GB
-        step = layout["time"]["step_seconds"]
-        rows.append(
-            [
-                f"{number}{'*' if layout['pareto'] else ' '}",
-                *cells,
-                f"{size:.1f}",
-                f"{'~' * layout['extended']}{step:.3f}",
-                hours,
-            ]
-        )
+        hours = "-" if layout["cost"] is None else f"{layout['cost']['gpu_hours']:,.0f}"
+        size = f"{layout['memory']['peak_bytes'] / _GB:.1f}"
+        step = f"{'~' * layout['extended']}{layout['time']['step_seconds']:.3f}"
+        rows.append([f"{number}{'*' if layout['pareto'] else ' '}", *cells, size, step, hours])
     return aligned(rows, gap=" ")

@@ -62,7 +62,7 @@ def _first_job(
             continue
         search = Search(replace(space, config=adapted_run(run, ranks), ranks=ranks), planner, rules)
         is_proven = not search.waiting
-        search.allow(_COUNT_SECONDS)
+        search.seconds_left = _COUNT_SECONDS
         if (found := search.first_that_fits()) is not None:
             return refused, found
         nearest = min(search.rejected.values(), key=lambda group: group.excess or float("inf"))

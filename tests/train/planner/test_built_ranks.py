@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import distributed
@@ -27,7 +28,7 @@ from train.memory import fitted_config, predict_memory
 from train.memory.predict import rank_memory
 from train.planner.fake_world import build_distinct_ranks
 from train.planner.forms import built_text
-from train.planner.job_plan import BuiltRank, build_ranks, compared_kind, plan_job, require_time, untimed_reason
+from train.planner.job_plan import build_ranks, compared_kind, plan_job, require_time, untimed_reason
 from train.planner.layouts import context_sizes
 from train.planner.scaling import KernelRates, context_seconds
 from train.schedule.cut import run_cut
@@ -84,8 +85,8 @@ def arithmetic(config: TrainConfig) -> dict[int, tuple[int, int, int, int]]:
     return {each.pipeline_rank: (each.parameters, each.weights, each.gradients, each.optimizer) for each in memories}
 
 
-def counts(built: BuiltRank) -> tuple[int, int, int, int]:
-    return built.parameters, built.weights, built.gradients, built.optimizer
+def counts(built: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(built[key] for key in SIZES)
 
 
 def count_differences(cases: Sequence[tuple[TrainConfig, int, str]]) -> tuple[int, list[str]]:
@@ -97,12 +98,12 @@ def count_differences(cases: Sequence[tuple[TrainConfig, int, str]]) -> tuple[in
             expected = arithmetic(config)
         except (ScheduleError, CutError):
             continue  # this kind has no schedule or cut of that size
-        built = [BuiltRank(**sizes) for sizes in build_distinct_ranks(config)]
-        assert sorted(rank for each in built for rank in each.pipeline_ranks) == list(range(pipeline))
-        for rank, each in [(rank, one) for one in built for rank in one.pipeline_ranks]:
+        built = build_distinct_ranks(config)
+        assert sorted(rank for each in built for rank in each["pipeline_ranks"]) == list(range(pipeline))
+        for rank, each in [(rank, one) for one in built for rank in one["pipeline_ranks"]]:
             num_ranks += 1
             # ZeRO rounds the shard of every parameter group up to whole elements.
-            if expected[rank][:3] != counts(each)[:3] or abs(expected[rank][3] - each.optimizer) > 12 * 12:
+            if expected[rank][:3] != counts(each)[:3] or abs(expected[rank][3] - counts(each)[3]) > 12 * 12:
                 differences.append(f"{base.model} {kind} {config.parallelism}: rank {rank} {expected[rank]} {each}")
     return num_ranks, differences
 
@@ -128,14 +129,14 @@ def test_distinct_ranks_of_2048_hold_what_the_plan_says() -> None:
     config = fitted_config(compose_run(["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]))
     built = build_ranks(config)
     assert not distributed.is_initialized()
-    assert [each.rank for each in built] == list(range(0, 1024, 128))
+    assert [each["pipeline_ranks"][0] for each in built] == list(range(8))
     predicted = predict_memory(config).ranks
     for each in built:
-        for rank in each.pipeline_ranks:
+        for rank in each["pipeline_ranks"]:
             memory = predicted[rank]
             assert counts(each) == (memory.parameters, memory.weights, memory.gradients, memory.optimizer)
-    assert built[0].parameters == 5_343_227_904
-    assert built[7].parameters == 3_273_261_056, "global rank 1023 is a replica of pipeline rank 7"
+    assert built[0]["parameters"] == 5_343_227_904
+    assert built[7]["parameters"] == 3_273_261_056, "global rank 1023 is a replica of pipeline rank 7"
 
 
 @pytest.mark.long
@@ -175,17 +176,8 @@ SIZES = {
 }
 
 
-def built(*ranks: int) -> BuiltRank:
-    parameters, weights, gradients, optimizer = SIZES.values()
-    return BuiltRank(
-        rank=0,
-        pipeline_rank=ranks[0],
-        pipeline_ranks=ranks,
-        parameters=parameters,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-    )
+def built(*ranks: int) -> dict[str, Any]:
+    return {"pipeline_ranks": list(ranks), **SIZES}
 
 
 def test_equal_counts_and_padding_differ_in_nothing() -> None:
@@ -255,7 +247,7 @@ def test_exchange_is_576_values_of_seven_eighths_of_the_tokens_each_way() -> Non
     config = shared(8, 131072)
     found = context_seconds(config, rates().reference)
     bytes_sent = 131072 // 8 * 7 * 576 * 2
-    assert found.forward == found.backward == pytest.approx(bytes_sent / 160e9)
+    assert found.forward == found.backward_input == pytest.approx(bytes_sent / 160e9)
     assert context_seconds(shared(1), rates().reference).forward == 0
     # A group over two nodes sends to eight of fifteen ranks on the slower link.
     across = context_seconds(shared(16, 131072), rates().reference)
@@ -286,9 +278,9 @@ def test_search_offers_context_groups_that_leave_a_rank_the_tokens_of_a_short_se
     (schedule,) = (each for each in space.schedules if each.kind == fallback and each.slices == 1)
     seen = set()
     for setting in space.settings():
-        assert setting.pipeline * setting.data * setting.context == space.ranks
-        if setting.context not in seen and setting.dispatch == long.dispatch:
-            seen.add(setting.context)
+        assert setting.mesh.world_size == space.ranks
+        if setting.mesh.context not in seen and setting.dispatch == long.dispatch:
+            seen.add(setting.mesh.context)
             check_rules(space.layout_config(setting, schedule))
     assert seen == {1, 2, 4, 8}
 

@@ -4,8 +4,10 @@ from math import exp, log, sqrt
 
 import pytest
 
-from tests.train.planner.planned import plan_of
-from train.planner.job_plan import require_time
+from launch.plan import changed_run, plan_what_if
+from tests.train.planner.planned import plan_of, request_of
+from train.planner.job_plan import plan_job, require_time
+from train.planner.scaling import KernelRates
 
 COMMON = ("task.steps=100", "validation.sequences=0", "samples.prompt=", "samples.tokens=0", "plan.check=false",
           "efficiency.unexplained=1")  # fmt: skip
@@ -35,14 +37,22 @@ VERL_MEAN_TOKENS = 1960
     [
         (SNOWBALL, 603_327 / 64, 1.3),
         ((*TITAN, "precision=bf16", "recompute=[layer]"), 859, 1.7),
-        ((*TITAN, "precision=fp8"), 918, 2.5),
     ],
-    ids=["marin", "torchtitan, bf16", "torchtitan, FP8"],
+    ids=["marin", "torchtitan"],
 )
 def test_published_speed_is_that_of_the_plan_or_lower(run: tuple[str, ...], published: float, most: float) -> None:
     """Rates are those of DeepSeek's kernels, so a plan bounds a run with others from above."""
     planned = require_time(plan_of(*run, *COMMON)).time.tokens_per_second_per_gpu
     assert 0.9 < planned / published < most
+
+
+def test_products_of_the_experts_in_fp8_gain_as_much_as_published() -> None:
+    """Of torchtitan's products, only those are in FP8: 918 in place of 859 tokens per second and GPU."""
+    request = request_of(*TITAN, "precision=bf16", "recompute=[layer]", *COMMON)
+    assert isinstance(request.planner.rates, KernelRates)
+    faster = changed_run(request, f"rates.experts.*.products/{request.planner.rates.bf16_over_fp8}")
+    gain = plan_what_if(request, plan_job(request.config, request.planner), faster)["speedup"]
+    assert gain == pytest.approx(918 / 859, rel=0.02)
 
 
 def test_published_rollouts_take_the_planned_time_or_longer() -> None:

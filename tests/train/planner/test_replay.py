@@ -69,7 +69,7 @@ class Planned:
     plan: JobPlan
 
     def gain(self, change: str) -> float:
-        gain = plan_what_if(self.request, self.plan, changed_run(self.request, change)).gain
+        gain = plan_what_if(self.request, self.plan, changed_run(self.request, change))["gain"]
         assert gain is not None
         return gain
 
@@ -160,4 +160,6 @@ def test_what_ifs_of_a_searched_order_agree_with_its_replay(tmp_path: Path) -> N
     assert base == pytest.approx(require_time(plan).time.step, rel=0.005)
     for case in CASES:
         kept = plan_what_if(request, plan, changed_run(request, case.change), keeps_order=True)
-        assert kept.gain == pytest.approx(base / step_seconds(case.machine, cut, orders) - 1, abs=POINTS), case.change
+        assert kept["gain"] == pytest.approx(base / step_seconds(case.machine, cut, orders) - 1, abs=POINTS), (
+            case.change
+        )
