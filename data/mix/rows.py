@@ -3,12 +3,17 @@
 # Shape legend: N sequences, L tokens per sequence, P pieces.
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.pack import PADDING_POSITION
+
+_OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the memory
 
 
 class SequencePieces(Protocol):
@@ -55,6 +60,7 @@ class ShardRows:
             pad_id: token that fills sequences; None: the rows are positions within the pieces.
         """
         self._shards = shards
+        self._open = lru_cache(_OPEN_SHARDS)(self._open_shard)
         self._first_rows = np.cumsum([0, *counts])
         self._pad_id = pad_id
         self.shape = (int(self._first_rows[-1]), length)
@@ -74,17 +80,28 @@ class ShardRows:
         within_N = numbers_N - self._first_rows[shards_N]
         # In the order of the shards, so that neighbors on disk are read together.
         for place in np.lexsort((within_N, shards_N)).tolist():
-            self._fill(values_NL[place], self._shards[shards_N[place]], int(within_N[place]))
+            self._fill(values_NL[place], self._open(int(shards_N[place])), int(within_N[place]))
         return values_NL[0] if np.ndim(rows) == 0 else values_NL
 
-    def _fill(self, values_L: NDArray[Any], shard: TokenFile, number: int) -> None:
-        table = shard.sequences(self.shape[1])
+    def _open_shard(self, number: int) -> "_OpenShard":
+        # A copy, because a shard keeps what it has read.
+        shard = copy(self._shards[number])
+        return _OpenShard(shard, shard.sequences(self.shape[1]))
+
+    def _fill(self, values_L: NDArray[Any], opened: "_OpenShard", number: int) -> None:
         filled = 0
+        table = opened.table
         for document, first, count in table.pieces[table.offsets[number] : table.offsets[number + 1]].tolist():
             end = filled + count
             if self._pad_id is None:
                 values_L[filled:end] = np.arange(count)
             else:
-                start = int(shard.starts[document]) + first
-                values_L[filled:end] = shard.tokens[start : start + count]
+                start = int(opened.shard.starts[document]) + first
+                values_L[filled:end] = opened.shard.tokens[start : start + count]
             filled = end
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    shard: TokenFile
+    table: SequencePieces

@@ -197,15 +197,18 @@ def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, 
 def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str, Any]) -> object:
     """Returns the file that `data.tokenizer` refers to, or None if a tokenizer must be trained.
 
-    `auto` is the tokenizer of the resumed run, unless it was trained, or else that of the weights. A folder with a
-    `tokenizer.json` is that of weights, a checkpoint or a run.
+    `auto` is the tokenizer of `data.folder`, or else of the resumed run, unless it was trained, or else that of the
+    weights. A folder with a `tokenizer.json` is that of weights, a checkpoint or a run.
     """
     if not isinstance(tokenizer, str):
         return tokenizer
     path = Path(tokenizer).expanduser()
     rule = f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
     if tokenizer == "auto":
-        file = _own_tokenizer(weights, values)
+        data = values.get("data")
+        folder = data.get("folder") if isinstance(data, Mapping) else None  # of a mixture that is prepared
+        file = find_tokenizer_file(Path(folder).expanduser()) if isinstance(folder, str) else None
+        file = file or _own_tokenizer(weights, values)
         return None if file is None else str(file)
     if tokenizer and path.is_dir():
         folder = locate(str(path), "data.tokenizer").folder if (path / CHECKPOINTS_NAME).is_dir() else path

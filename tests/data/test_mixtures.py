@@ -1,0 +1,119 @@
+"""Tests of runs on folders of launch.prepare: what they read, in which order, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import BatchSizes, DataConfig
+from data.corpus import DataError
+from data.loader import Loader
+from data.mix.source import MixtureSource
+from data.mixtures import open_folder
+from data.prepare import Prepared, prepare
+
+pytestmark = pytest.mark.slow
+L = 32
+
+
+def config_of(home: Path, **source: str | None) -> DataConfig:
+    values = {"kind": "mix", "manifest": None, "folder": None, "local_cache": None} | source
+    return DataConfig(
+        source=MixtureSource(**values),  # type: ignore[arg-type]
+        tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
+        tokenizer_vocab_size=300,
+        validation_fraction=0.2,
+        fim_rate=0.0,
+        seed=5,
+        cache_dir=str(home / "cache"),
+    )
+
+
+def write_manifest(folder: Path, name: str, weights: tuple[float, float]) -> str:
+    sources = [
+        {"name": source, "paths": [f"{source}.jsonl"], "weight": weight}
+        for source, weight in zip(("prose", "code"), weights, strict=True)
+    ]
+    path = folder / name
+    path.write_text(json.dumps({"sources": sources, "decontaminate": []}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mix")
+    draw = np.random.default_rng(0)
+    for name, alphabet in (("prose", "abcdef"), ("code", "{}()=+")):
+        words = ["".join(draw.choice(list(alphabet), 5)) for _ in range(40)]
+        rows = [json.dumps({"text": " ".join(draw.choice(words, draw.integers(3, 60)))}) for _ in range(150)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(text: Path) -> Prepared:
+    return prepare(config_of(text, manifest=write_manifest(text, "a.yaml", (0.7, 0.3))), L)
+
+
+def folder_of(text: Path) -> Path:
+    (folder,) = (text / "cache").glob("mix-*")
+    return folder
+
+
+def test_a_run_reads_every_token_of_every_source_in_its_order(text: Path, prepared: Prepared) -> None:
+    report = json.loads((folder_of(text) / "prepare.json").read_text())
+    assert (prepared.train_positions_NL[:] >= 0).sum() == prepared.train_tokens
+    tokens = {name: source["train"]["tokens"] for name, source in report["sources"].items()}
+    assert sum(tokens.values()) == prepared.train_tokens
+    assert prepared.validation_tokens == (prepared.validation_positions_NL[:] >= 0).sum() > 0
+    loader = Loader(prepared, sizes=BatchSizes(4), seed=5)
+    open_folder(folder_of(text), None, L).mixture(5).write_order(text, BatchSizes(4), 50)
+    prose = 0
+    for step, line in enumerate((text / "order.jsonl").read_text().splitlines()):
+        names = [name for name, _ in json.loads(line)["sequences"]]
+        texts = [
+            prepared.tokenizer.decode(row.tolist(), skip_special_tokens=True)
+            for row in loader.batch(step, 0, 4).tokens_BT
+        ]
+        assert names == ["prose" if set(text) & set("abcdef") else "code" for text in texts]
+        prose += names.count("prose")
+        assert abs(prose - 0.7 * 4 * (step + 1)) <= 1
+
+
+def test_other_weights_need_no_other_folder_and_change_the_fingerprint(text: Path, prepared: Prepared) -> None:
+    changed = prepare(config_of(text, manifest=write_manifest(text, "b.yaml", (0.0, 1.0))), L)
+    assert changed.fingerprint != prepared.fingerprint
+    assert changed.mixture is not None
+    assert set(changed.mixture.sources_of(changed.mixture.range(0, 30)).tolist()) == {1}
+    again = prepare(config_of(text, folder=str(folder_of(text))), L)
+    assert again.fingerprint == prepared.fingerprint
+    assert (again.train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()
+
+
+def test_a_local_copy_reads_the_same_and_is_made_once(text: Path, prepared: Prepared) -> None:
+    config = config_of(text, folder=str(folder_of(text)), local_cache=str(text / "local"))
+    assert (prepare(config, L).train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()
+    files = {path: path.stat().st_mtime_ns for path in (text / "local").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".tokens" for path in files)
+    prepare(config, L)
+    assert files == {path: path.stat().st_mtime_ns for path in (text / "local").rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_does_not_fit_is_refused(text: Path, prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.folder: must be a folder that launch\.prepare has completed"):
+        prepare(config_of(text, folder=str(tmp_path)), L)
+    manifest = write_manifest(text, "c.yaml", (1.0, 1.0)).replace("c.yaml", "d.yaml")
+    Path(manifest).write_text('{"sources": [{"name": "maths", "paths": ["code.jsonl"], "weight": 1}]}')
+    with pytest.raises(DataError, match=r"data\.folder: .* lacks maths, has prose, code"):
+        prepare(config_of(text, folder=str(folder_of(text)), manifest=manifest), L)
+    prepared.tokenizer.save(tmp_path / "tokenizer.json")
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content + " ")
+    config = replace(config_of(text, folder=str(folder_of(text))), tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"data\.tokenizer: must be the tokenizer that .* was prepared with"):
+        prepare(config, L)
