@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data.bulk_encoder import EncodedStrings
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, hash_unit
+from data.newline_split import NewlineSplitter
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.progress import NoProgress, Progress
 from data.readers.rows import ReadCounts
@@ -58,11 +59,12 @@ class DocumentEncoder:
     """Encodes documents in batches, and compares one document of each batch with `tokenizers`.
 
     An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
-    end of sentence.
+    end of sentence. `newline_split` is the share of tokens that `data.newline_split` splits.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, fim_rate: float, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, fim_rate: float, seed: int, newline_split: float = 0.0) -> None:
         self._tokenizer = tokenizer
+        self._splitter = NewlineSplitter(tokenizer, newline_split, seed) if newline_split else None
         self._fim_rate = 0.0 if tokenizer.special.fim is None else fim_rate
         self._seed = seed
         self._dtype = token_dtype(tokenizer)
@@ -84,12 +86,19 @@ class DocumentEncoder:
         self._check_one(documents)
         # Each document has a row: begin of sentence, the three tokens of fill-in-the-middle, end of sentence.
         is_cut = np.array([cut is not None for cut in cuts], dtype=bool)
-        num_texts = np.where(is_cut, 3, 1)
-        first = np.cumsum(num_texts) - num_texts
+        num_strings = np.where(is_cut, 3, 1)
+        first = np.cumsum(num_strings) - num_strings
+        if self._splitter is not None:
+            parts = [
+                f"{key}:{part}"
+                for key, count in zip(draw_keys, num_strings.tolist(), strict=True)
+                for part in range(count)
+            ]
+            encoded = self._splitter.split(encoded, parts)
         if any(document.tokens is not None for document in documents):
             encoded = self._with_token_documents(encoded, documents, first)
         places = encoded.offsets[np.minimum(first[:, None] + np.array([0, 0, 1, 2, 0]), len(strings))]
-        places[:, 4] = encoded.offsets[first + num_texts]
+        places[:, 4] = encoded.offsets[first + num_strings]
         special = self._tokenizer.special
         values = np.array([special.bos or 0, *(special.fim or (0, 0, 0)), special.eos])
         is_placed = np.stack([np.full(len(cuts), special.bos is not None), is_cut, is_cut, is_cut, is_cut | True], 1)
@@ -135,6 +144,7 @@ PARTS: tuple[Part, ...] = ("train", "validation")
 
 # More text for training the tokenizer takes time and hardly changes its merges.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
+TOKENIZER_128K_BYTES = 512 * 2**20
 TOKENIZER_CHUNK_CHARACTERS = 2**16
 ENCODE_BATCH_CHARACTERS = 4 * 2**20
 

@@ -21,11 +21,17 @@ from data.special_tokens import (
     BEGIN_OF_SENTENCE,
     CHAT_TOKENS,
     END_OF_SENTENCE,
+    END_THINK,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
     FIM_TOKENS,
     NAMES_FROM_FILES,
     NO_SIDECAR_FILES,
     PAD,
+    THINK,
     TOKENIZER_CONFIG_NAME,
+    TOOL_TOKENS,
     SidecarFiles,
     SpecialIds,
     SpecialNames,
@@ -37,6 +43,15 @@ from data.special_tokens import (
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, ASSISTANT)
+
+# `data.tokenizer=train_128k`: learned tokens with begin, end and padding, then special ones, as in DeepSeek-V3's file.
+TRAIN_128K = "train_128k"
+RELEASED_LEARNED = 128_000
+RELEASED_FIRST = 128_798
+RELEASED_TOKENS = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>", *TOOL_TOKENS)
+RELEASED_ROWS = 129_280
+# Share of joint tokens that are split with it (data/newline_split.py); that of DeepSeek-V3 is not disclosed.
+NEWLINE_SPLIT_128K = 0.05
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
@@ -146,19 +161,27 @@ class Tokenizer:
         """
         special = [*SPECIAL_TOKENS, *further_tokens]
         check_vocab_size(vocab_size, len(special))
-        backend = tokenizers.Tokenizer(models.BPE())
-        splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in SPLIT_PATTERNS]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        backend.train_from_iterator(documents, trainer)
-        return cls(backend)
+        return cls(_train_backend(documents, vocab_size, special))
+
+    @classmethod
+    def train_128k(cls, documents: Iterable[str]) -> "Tokenizer":
+        """Trains a tokenizer with the size and the special tokens' ids of the one that DeepSeek-V3 released.
+
+        Ids that the released one does not use, or that a small corpus leaves, have names that no text produces.
+        """
+        values = json.loads(_train_backend(documents, RELEASED_LEARNED, SPECIAL_TOKENS[:3]).to_str())
+        vocab = values["model"]["vocab"] | {token: RELEASED_FIRST + at for at, token in enumerate(RELEASED_TOKENS)}
+        unused = sorted(set(range(RELEASED_ROWS)) - set(vocab.values()))
+        values["model"]["vocab"] = vocab | {f"<｜place▁holder▁no▁{at}｜>": at_id for at, at_id in enumerate(unused)}
+        flags = {**values["added_tokens"][0]}
+        values["added_tokens"] += [{**flags, "id": vocab[token], "content": token} for token in RELEASED_TOKENS]
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(values, ensure_ascii=False)))
+
+    @property
+    def num_learned(self) -> int:
+        """Number of tokens that text can produce."""
+        placed = set(self.placed_names.values())
+        return sum(not token.startswith("<｜") and token not in placed for token in self._backend.get_vocab())
 
     @classmethod
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
@@ -262,6 +285,22 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; special tokens are named."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def _train_backend(documents: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in SPLIT_PATTERNS]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return backend
 
 
 def check_vocab_size(vocab_size: int, num_special: int = len(SPECIAL_TOKENS)) -> None:

@@ -18,7 +18,7 @@ from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.progress import bytes_text, progress_on, seconds_text
 from data.special_tokens import SpecialNames
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
+from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
@@ -52,6 +52,7 @@ class PrepareCommandConfig:
     sequence_length_tokens: Annotated[int, AtLeast(2)]
     order_steps: NonNegativeInt
     global_sequences: PositiveInt
+    punctuation_newline_split: Share | None
     unit_bytes: PositiveInt | None
     plugins: tuple[str, ...]
 
@@ -63,13 +64,12 @@ def main(overrides: Sequence[str]) -> int:
     tokenizer = _load_tokenizer(data)
     settings = BuildSettings(
         manifest=str(Path(data.manifest).expanduser().absolute()),
-        tokenizer={"vocab_size": data.tokenizer_vocab_size}
-        if tokenizer is None
-        else {"fingerprint": tokenizer.fingerprint, **tokenizer.token_names},
+        tokenizer=_tokenizer_values(data, tokenizer),
         validation_fraction=data.validation_fraction,
         fim_rate=data.fim_rate,
         seed=data.seed,
         sequence_length_tokens=config.sequence_length_tokens,
+        newline_split=_newline_split(config),
         unit_bytes=config.unit_bytes,
     )
     folder = Path(config.out).expanduser()
@@ -105,23 +105,40 @@ def _read(overrides: Sequence[str]) -> PrepareCommandConfig:
         raise broken(
             "data", "must be mix, whose manifest names the text", data["kind"], "data=mix data.manifest=MIX.yaml"
         )
-    data["tokenizer"] = expand_tokenizer(data["tokenizer"], None, {})
+    if data["tokenizer"] != TRAIN_128K:
+        data["tokenizer"] = expand_tokenizer(data["tokenizer"], None, {})
     names = [field.name for field in fields(PrepareDataConfig)]
     config = decode(PrepareCommandConfig, {**values, "data": {name: data[name] for name in names}})
     if not config.out:
         raise broken("out", "must be a folder", repr(config.out), "prepared")
     with system_errors():
         read_manifest(Path(config.data.manifest))
-        if _load_tokenizer(config.data) is None:
+        tokenizer = _load_tokenizer(config.data)
+        if tokenizer is not None and config.punctuation_newline_split and not tokenizer.is_byte_level:
+            rule = "must be 0 with a tokenizer whose vocabulary does not spell bytes"
+            raise broken("punctuation_newline_split", rule, config.punctuation_newline_split, 0)
+        if tokenizer is None and config.data.tokenizer is None:
             check_vocab_size(config.data.tokenizer_vocab_size, len(SPECIAL_TOKENS))
     return config
 
 
 def _load_tokenizer(data: PrepareDataConfig) -> Tokenizer | None:
-    if data.tokenizer is None:
+    if data.tokenizer in (None, TRAIN_128K):
         return None
     names = SpecialNames(bos=data.tokenizer_bos, eos=data.tokenizer_eos, pad=data.tokenizer_pad)
     return Tokenizer.load(Path(data.tokenizer).expanduser(), "data.tokenizer", names)
+
+
+def _tokenizer_values(data: PrepareDataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Returns what decides the token ids."""
+    if tokenizer is not None:
+        return {"fingerprint": tokenizer.fingerprint, **tokenizer.token_names}
+    return {"recipe": TRAIN_128K} if data.tokenizer == TRAIN_128K else {"vocab_size": data.tokenizer_vocab_size}
+
+
+def _newline_split(config: PrepareCommandConfig) -> float:
+    default = NEWLINE_SPLIT_128K if config.data.tokenizer == TRAIN_128K else 0.0
+    return default if config.punctuation_newline_split is None else config.punctuation_newline_split
 
 
 def _summary(report: Mapping[str, Any]) -> str:

@@ -25,12 +25,12 @@ from data.build.duplicates import drop_duplicates
 from data.build.units import SETTINGS_NAME, TextUnit
 from data.build.work import Build, BuildSettings, WorkerMessage, peak_rss_bytes, unwritable
 from data.corpus import DataError, hash_unit
-from data.encode import TOKENIZER_CHUNK_CHARACTERS, TOKENIZER_TEXT_BYTES, token_dtype
+from data.encode import TOKENIZER_128K_BYTES, TOKENIZER_CHUNK_CHARACTERS, TOKENIZER_TEXT_BYTES, token_dtype
 from data.progress import Progress
 from data.quality.inspection import CONTAMINATED
 from data.readers.rows import ReadCounts
 from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, replace_file
-from data.tokenizer import TOKENIZER_NAME, Tokenizer
+from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"
 DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `find_duplicates` gives, from 1
@@ -112,19 +112,48 @@ def _install_tokenizer(build: Build, tokenizer: Tokenizer | None, progress: Prog
 
 
 def _train_tokenizer(build: Build, progress: Progress) -> Tokenizer:
-    """Trains a tokenizer on chunks of the text, sampled by hash if there is more than 64 MiB."""
-    share = TOKENIZER_TEXT_BYTES / max(build.total_bytes, 1)
+    """Trains a tokenizer on chunks of the text, sampled by hash so that sources count by their weights."""
+    is_128k = build.settings.tokenizer.get("recipe") == TRAIN_128K
+    shares, total = _sample_shares(build, TOKENIZER_128K_BYTES if is_128k else TOKENIZER_TEXT_BYTES)
+    samples: dict[str, str] = {}
 
     def chunks() -> Iterator[str]:
         for unit in build.all_units():
+            source = unit.source.name
             for _, document in build.documents(unit, ReadCounts()):
                 for start in range(0, len(document.text), TOKENIZER_CHUNK_CHARACTERS):
-                    if hash_unit("tokenizer", build.settings.seed, f"{document.key}@{start}") < share:
-                        yield document.text[start : start + TOKENIZER_CHUNK_CHARACTERS]
+                    if hash_unit("tokenizer", build.settings.seed, f"{document.key}@{start}") < shares[source]:
+                        chunk = document.text[start : start + TOKENIZER_CHUNK_CHARACTERS]
+                        samples.setdefault(source, chunk)
+                        yield chunk
 
-    total = min(build.total_bytes, TOKENIZER_TEXT_BYTES)
     read = progress.over("reading text for the tokenizer", chunks(), total, lambda text: len(text.encode()))
-    return Tokenizer.train(read, build.settings.tokenizer["vocab_size"])
+    if not is_128k:
+        return Tokenizer.train(read, build.settings.tokenizer["vocab_size"])
+    tokenizer = Tokenizer.train_128k(read)
+    broken = [source for source, chunk in samples.items() if tokenizer.decode(tokenizer.encode(chunk)) != chunk]
+    learned = f"tokenizer: {tokenizer.num_learned:,} of {RELEASED_LEARNED - 3:,} tokens learned"
+    restored = f"does not restore a sample of {', '.join(broken)}" if broken else "restores a sample of every source"
+    progress.note(f"{learned}; decoding {restored}")
+    return tokenizer
+
+
+def _sample_shares(build: Build, budget_bytes: int) -> tuple[dict[str, float], int]:
+    """Returns the share of each source's text to sample, by weight, and the bytes of the sample.
+
+    What a small source leaves of its part goes to the others.
+    """
+    sizes = {name: sum(unit.size_bytes for unit in units) for name, units in build.units.items()}
+    weights = dict(zip(sizes, build.manifest.weights(), strict=True))
+    sampled = dict.fromkeys(sizes, 0.0)
+    while open_sources := [name for name in sizes if weights[name] and sampled[name] < sizes[name]]:
+        left = budget_bytes - sum(sampled.values())
+        if left < 1:
+            break
+        whole = sum(weights[name] for name in open_sources)
+        for name in open_sources:
+            sampled[name] = min(sizes[name], sampled[name] + left * weights[name] / whole)
+    return {name: sampled[name] / max(size, 1) for name, size in sizes.items()}, int(sum(sampled.values()))
 
 
 def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress: Progress) -> int:

@@ -44,6 +44,7 @@ class BuildSettings:
     fim_rate: float  # share of documents for fill-in-the-middle, of sources that have no own rate
     seed: int  # seed of the validation split and of fill-in-the-middle
     sequence_length_tokens: int  # length for which sequences are packed
+    newline_split: float = 0.0  # share of tokens of punctuation and line breaks that is split
     unit_bytes: int | None = None  # bytes of text of a unit; None: 256 MiB, less for small corpora
 
 
@@ -95,6 +96,7 @@ class Build:
             "format": FORMAT_VERSION,
             "tokenizer": self.settings.tokenizer,
             "validation_fraction": self.settings.validation_fraction,
+            "punctuation_newline_split": self.settings.newline_split,
             "seed": self.settings.seed,
             "filters": manifest.filters and asdict(manifest.filters),
             "decontaminate": self.contamination and self.contamination.fingerprint,
@@ -161,7 +163,7 @@ class UnitEncoder:
     def __init__(self, build: Build) -> None:
         self._build = build
         self._tokenizer = Tokenizer.load(build.folder / TOKENIZER_NAME)
-        self._encoders: dict[float, DocumentEncoder] = {}  # by the share of documents for fill-in-the-middle
+        self._encoders: dict[tuple[float, float], DocumentEncoder] = {}  # by fim_rate and newline_split
         with_sketches = build.manifest.dedup == "minhash"
         self._inspector = Inspector(build.manifest.filters, build.contamination, with_sketches=with_sketches)
 
@@ -187,11 +189,17 @@ class UnitEncoder:
             for part in PARTS:
                 self._build.shard(unit, part).sequences(self._build.settings.sequence_length_tokens)
 
-    def _encoder(self, fim_rate: float) -> DocumentEncoder:
-        if fim_rate not in self._encoders:
+    def _encoder(self, source: MixSource, part: Part) -> DocumentEncoder:
+        # The validation loss is measured on plain text.
+        is_train = part == "train"
+        rates = (self._build.fim_rate_of(source), self._build.settings.newline_split) if is_train else (0.0, 0.0)
+        if rates not in self._encoders:
             seed = self._build.settings.seed
-            self._encoders[fim_rate] = DocumentEncoder(self._tokenizer, fim_rate=fim_rate, seed=seed)
-        return self._encoders[fim_rate]
+            fim_rate, newline_split = rates
+            self._encoders[rates] = DocumentEncoder(
+                self._tokenizer, fim_rate=fim_rate, seed=seed, newline_split=newline_split
+            )
+        return self._encoders[rates]
 
     def _sketch_writer(self, writer: UnitWriter, unit: TextUnit) -> AbstractContextManager[SketchWriter | None]:
         has_sketches = self._build.manifest.dedup == "minhash"
@@ -219,10 +227,8 @@ class UnitEncoder:
             chosen = [index for index, row in enumerate(batch) if row.part == number]
             if not chosen:
                 continue
-            # The validation loss is measured on plain text.
-            rate = self._build.fim_rate_of(unit.source) if part == "train" else 0.0
             documents = [batch[index].document for index in chosen]
-            encoded = self._encoder(rate).encode(documents, [document.key for document in documents])
+            encoded = self._encoder(unit.source, part).encode(documents, [document.key for document in documents])
             writer.append(f"{part}-{unit.name}.tokens", encoded.tokens)
             rows["length"][chosen] = encoded.lengths
         rows["bytes"] = [row.num_bytes for row in batch]

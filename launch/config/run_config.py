@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.prepare import check_config, estimate_tokens
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
-from data.tokenizer import find_tokenizer_file, other_tokenizer
+from data.tokenizer import TRAIN_128K, find_tokenizer_file, other_tokenizer
 from infer.evaluate.protocol import EVALUATION_TASKS, checked_file
 from infer.scoring.reward import check_problems
 from launch.config.compose import MissingValueError, compose, own_keys
@@ -220,6 +220,8 @@ def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str
     if not tokenizer or not path.is_file():
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
         hint = near if near.startswith("did you mean") else "nearest valid: auto, or null, which trains one"
+        if tokenizer.startswith("train_"):
+            hint = f"nearest valid: data.tokenizer={TRAIN_128K} of launch.prepare, or null, which trains one"
         raise ConfigError(f"data.tokenizer: {rule}, is {tokenizer!r}; {hint}")
     return tokenizer
 

@@ -20,7 +20,16 @@ from data.corpus import DataError
 from data.loader import Loader
 from data.prepare import check_config, prepare
 from data.sources import FilesSource, read_documents
-from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, FIM_HOLE, PAD, SpecialNames
+from data.special_tokens import (
+    BEGIN_OF_SENTENCE,
+    END_OF_SENTENCE,
+    FIM_BEGIN,
+    FIM_HOLE,
+    PAD,
+    THINK,
+    TOOL_SEPARATOR,
+    SpecialNames,
+)
 from data.tokenizer import SPECIAL_TOKENS, USER, Tokenizer
 from infer.protocol import TextStream
 from tests.data.published_tokenizers import FAMILIES, write_family
@@ -81,6 +90,25 @@ def test_saved_is_loaded_and_a_broken_file_is_rejected(tmp_path: Path) -> None:
     for broken in (path, tmp_path / "missing.json"):
         with pytest.raises(DataError, match=broken.name):
             Tokenizer.load(broken)
+
+
+@pytest.mark.slow
+def test_128k_has_the_released_ids_and_learns_the_same_merges(tmp_path: Path) -> None:
+    """The ids are those of the released `tokenizer.json`."""
+    Tokenizer.train_128k(TEXTS).save(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    released = {THINK: 128_798, FIM_BEGIN: 128_801, FIM_HOLE: 128_800, USER: 128_803, TOOL_SEPARATOR: 128_814}
+    assert {token: tokenizer.special_id(token) for token in released} == released
+    assert (tokenizer.special.bos, tokenizer.special.eos, tokenizer.special.pad) == (0, 1, 2)
+    assert sorted(tokenizer.spellings()) == list(range(VOCAB_SIZE))
+    assert tokenizer.spellings()[3] == "!"
+    plain = Tokenizer.train(TEXTS, 4096)
+    for text in (*TEXTS[:5], *tokenizer.placed_names.values(), "<｜place▁holder▁no▁1｜> naïve 🙂"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids, default=0) < 128_000
+        assert [tokenizer.decode([token]) for token in ids] == [plain.decode([token]) for token in plain.encode(text)]
+    assert tokenizer.num_learned == plain.num_learned
 
 
 def test_digits_are_split_by_three_and_line_breaks_join_punctuation() -> None:

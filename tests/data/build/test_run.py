@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data.build.run import build_folder
+from data.build.run import _sample_shares, build_folder
 from data.build.work import Build, BuildSettings, UnitEncoder, build_units
 from data.corpus import DataError
 from data.encode import NO_PROGRESS
@@ -236,3 +236,16 @@ def test_full_disk_is_one_line_and_complete_units_stay(
     build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
     after = times_of(tmp_path / "out")
     assert {name: after[name] for name in complete} == complete
+
+
+def test_tokenizer_sees_sources_by_weight_and_what_small_ones_leave(settings: BuildSettings, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    build = Build(settings, tmp_path / "out")
+    sizes = {name: sum(unit.size_bytes for unit in units) for name, units in build.units.items()}
+    assert list(build.manifest.weights()) == [1, 2]
+    for budget in (600, 3 * min(sizes.values()) // 4, sizes["rows"] + 300, 10**9):
+        shares, total = _sample_shares(build, budget)
+        sampled = {name: share * sizes[name] for name, share in shares.items()}
+        assert abs(total - min(budget, sum(sizes.values()))) <= 2
+        assert sampled["rows"] == pytest.approx(min(2 * sampled["notes"], sizes["rows"])) or shares["notes"] == 1.0
+    build.close()
