@@ -98,7 +98,11 @@ class SketchFiles:
 
     def sizes(self) -> NDArray[np.uint64]:
         """Returns the number of n-grams of each document, [N]."""
-        return np.concatenate([block[0] for unit in range(len(self._paths)) for _, block in self._blocks(unit)])
+        sizes = np.zeros(self._offsets[-1], np.uint64)
+        for unit in range(len(self._paths)):
+            for start, block in self._blocks(unit):
+                sizes[start : start + block.shape[1]] = block[0]
+        return sizes
 
     def band(
         self, band: int, is_candidate: NDArray[np.bool_], first: np.uint64, last: np.uint64

@@ -133,6 +133,12 @@ def test_dropped_documents_resemble_a_kept_earlier_document(tmp_path: Path) -> N
             assert len(shingles[earlier] & shingles[later]) / len(shingles[earlier] | shingles[later]) < 0.85
 
 
+def test_units_without_documents_have_no_duplicates(tmp_path: Path) -> None:
+    decided = decide(tmp_path, [[], []])
+    assert [len(drops) for drops in decided.drops] == [0, 0]
+    assert not list(decided.pairs())
+
+
 def test_a_cut_file_of_sketches_is_refused(tmp_path: Path) -> None:
     with SketchWriter(tmp_path / "unit") as writer:
         writer.append(np.zeros((3, 1 + sketches.NUM_BANDS), np.uint64))
