@@ -17,6 +17,8 @@ from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.progress import bytes_text, progress_on, seconds_text
+from data.readers.megatron import write_megatron
+from data.shards import PARTS, open_shards
 from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
@@ -54,6 +56,7 @@ class PrepareCommandConfig:
     global_sequences: PositiveInt
     punctuation_newline_split: Share | None
     unit_bytes: PositiveInt | None
+    megatron: str | None
     plugins: tuple[str, ...]
 
 
@@ -79,6 +82,8 @@ def main(overrides: Sequence[str]) -> int:
         page = write_page(folder, report)
         if config.order_steps:
             _write_order(config, folder, report)
+        if config.megatron is not None:
+            _export(folder, Path(config.megatron).expanduser(), report)
     print(_summary(report), flush=True)
     print(page)
     return 0
@@ -139,6 +144,19 @@ def _tokenizer_values(data: PrepareDataConfig, tokenizer: Tokenizer | None) -> d
 def _newline_split(config: PrepareCommandConfig) -> float:
     default = NEWLINE_SPLIT_128K if config.data.tokenizer == TRAIN_128K else 0.0
     return default if config.punctuation_newline_split is None else config.punctuation_newline_split
+
+
+def _export(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
+    """Writes each part of a source as a dataset of Megatron-Core, with a document for each kept one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in report["sources"]:
+        for part in PARTS:
+            documents = (
+                shard.tokens[start : start + length]
+                for shard in open_shards(folder, name, part)
+                for start, length in zip(shard.starts.tolist(), shard.lengths.tolist(), strict=True)
+            )
+            write_megatron(out / f"{name}_{part}", documents, report["vocab_size"])
 
 
 def _summary(report: Mapping[str, Any]) -> str:

@@ -3,14 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data.corpus import DataError
+from data.prepare import check_config, prepare
+from data.shards import PARTS, open_shards
+from data.sources import FilesSource
+from data.tokenizer import Tokenizer
 from launch.prepare import main, preview
 from tests import ROOT
 from tests.refusals import assert_refused
+from tests.tiny import data_config
 from train.errors import ConfigError
 
 
@@ -75,3 +81,36 @@ def test_impossible_settings_are_refused_before_text_is_read(
     arguments: list[str], override: str, parts: list[str]
 ) -> None:
     assert_refused((ConfigError, DataError), parts, lambda: preview([*arguments, override]))
+
+
+def tokens_of(folder: Path, source: str) -> list[list[int]]:
+    """Returns the documents of both parts as token ids, sorted, because parts are drawn by the names of files."""
+    return sorted(
+        shard.tokens[start : start + length].tolist()
+        for part in PARTS
+        for shard in open_shards(folder, source, part)
+        for start, length in zip(shard.starts, shard.lengths, strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_tokens_survive_the_way_to_megatron_and_back(arguments: list[str], tmp_path: Path) -> None:
+    ours = tmp_path / "theirs"
+    assert main([*arguments, f"megatron={ours}", "data.fim_rate=0.3"]) == 0
+    (ours / "mix.yaml").write_text("sources:\n- {name: theirs, paths: ['*.bin'], weight: 1}\ndecontaminate: []\n")
+    again = [f"data.manifest={ours / 'mix.yaml'}", f"out={ours / 'out'}", f"data.tokenizer={tmp_path / 'out'}"]
+    assert main(again) == 0
+    assert tokens_of(ours / "out", "theirs") == tokens_of(tmp_path / "out", "rows")
+    source = FilesSource(kind="files", paths=(str(ours),), text_field="text")
+    tokenizer = str(tmp_path / "out" / "tokenizer.json")
+    check_config(config := data_config(tmp_path, source=source, tokenizer=tokenizer))
+    prepared = prepare(config, 64)
+    num_tokens = sum(map(len, tokens_of(ours / "out", "theirs")))
+    assert prepared.train_tokens + prepared.validation_tokens == num_tokens
+    assert prepared.bytes_per_token > 1
+    with pytest.raises(DataError, match=r"^data\.tokenizer: must be given for files of token ids such as .*\.bin; "):
+        check_config(replace(config, tokenizer=None))
+    other = Tokenizer.train(["a few words"], 290)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(DataError, match=r"\.bin:\d+: token ids must be 0 to \d+, are \d+ to \d+; nearest: data\.tok"):
+        prepare(replace(config, tokenizer=str(tmp_path / "other.json")), 64)
