@@ -82,9 +82,9 @@ def main(overrides: Sequence[str]) -> int:
         page = write_page(folder, report)
         if config.order_steps:
             _write_order(config, folder, report)
+        print(_summary(report), flush=True)
         if config.megatron is not None:
             _export(folder, Path(config.megatron).expanduser(), report)
-    print(_summary(report), flush=True)
     print(page)
     return 0
 
@@ -147,16 +147,17 @@ def _newline_split(config: PrepareCommandConfig) -> float:
 
 
 def _export(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
-    """Writes each part of a source as a dataset of Megatron-Core, with a document for each kept one."""
+    """Writes each part of a source as a dataset of Megatron-Core, unless it is empty, and prints its path."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in report["sources"]:
-        for part in PARTS:
+    for name, source in report["sources"].items():
+        for part in (part for part in PARTS if source[part]["documents"]):
             documents = (
                 shard.tokens[start : start + length]
                 for shard in open_shards(folder, name, part)
                 for start, length in zip(shard.starts.tolist(), shard.lengths.tolist(), strict=True)
             )
-            write_megatron(out / f"{name}_{part}", documents, report["vocab_size"])
+            num_tokens = write_megatron(out / f"{name}_{part}", documents, report["vocab_size"])
+            print(f"{out / f'{name}_{part}'}.bin: {num_tokens:,} tokens", flush=True)
 
 
 def _summary(report: Mapping[str, Any]) -> str:
