@@ -1,5 +1,6 @@
 """Reads corpus files in pieces, row by row, and counts what is skipped or replaced. Imports no torch."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -49,9 +50,11 @@ class ReadCounts:
         """Raises DataError if the share of broken rows is above the limit."""
         if self.broken > max_broken_share * self.rows:
             share = self.broken / self.rows
+            unit = 10.0 ** (math.floor(math.log10(share)) - 1)
             raise DataError(
                 f"{key}: must be at least the share of broken rows, is {max_broken_share:g}; {self.broken:,} of "
-                f"{self.rows:,} rows are broken, the first is {self.broken_places[0]}; nearest: {share:.2g}"
+                f"{self.rows:,} rows are broken, the first is {self.broken_places[0]}; nearest: "
+                f"{min(1.0, math.ceil(share / unit) * unit):.2g}"
             )
 
     def lines(self, key: str = "data.on_broken") -> Iterator[str]:

@@ -218,6 +218,11 @@ def test_limit_is_a_share_of_all_rows_and_the_line_names_every_row() -> None:
         DataError, match=r"is 0\.039; 40 of 1,000 rows are broken, the first is a:0: why; nearest: 0\.04$"
     ):
         counts.check(0.039)
+    for broken in (1, 3, 40, 999, 4081):
+        few = ReadCounts(rows=4081, broken=broken, broken_places=["a:1: why"])
+        with pytest.raises(DataError) as refused:
+            few.check(0.0)
+        few.check(float(str(refused.value).rpartition(" ")[2]))
     total = ReadCounts(replaced_bytes=3, replaced_documents=2)
     total.add(counts)
     replaced, skipped = total.lines()
