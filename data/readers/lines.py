@@ -192,7 +192,7 @@ def _open(path: Path) -> Iterator[io.BufferedReader[Any]]:
         return
     import pyarrow
 
-    # Unlike the module zstandard, pyarrow reports a file that ends within a frame.
+    # It reports a file that ends within a frame, which other decompressors take for a whole one.
     with pyarrow.input_stream(str(path), compression=compression) as native:
         yield io.BufferedReader(_Decompressed(native, path.stat().st_size), _BUFFER_BYTES)
 
