@@ -30,6 +30,7 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from launch.command import command, plain_text, write_output
 from launch.config.compose import compose, system_errors
 from launch.run_folder import CONFIG_NAME, read_folder
+from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest
@@ -37,6 +38,7 @@ from train.files.json_lines import LOADS_NAME, raw_lines, read_line
 from train.report.source import read_loads
 
 _TASK = "bits_per_byte"
+_BY_SOURCE = "validation_by_source"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +61,11 @@ class PlaceCommandConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredLoads:
-    """Loads of the experts of each layer, what they are of, and the model's groups and layers."""
+    """Loads of the experts of each layer, what they are of, and the model if it is known."""
 
     loads: Mapping[int, Loads]
     title: str
-    num_groups: int | None = None
-    num_layers: int | None = None
+    model: ModelConfig | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,57 +100,59 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
-    """Reads the loads of a run, or those of an evaluation by source."""
+    """Reads the loads of a run or of an evaluation, and weights their sources by shares of the traffic."""
     path = Path(config.loads).expanduser()
-    if (path / IDENTITY_NAME).is_file():
-        return _read_evaluation(path, config.domains)
+    is_evaluation = (path / IDENTITY_NAME).is_file()
     file = path / LOADS_NAME if path.is_dir() else path
-    if not file.is_file():
+    if not is_evaluation and not file.is_file():
         rule = f"must be a run's folder, a {LOADS_NAME} or the folder of an evaluation"
         raise broken("loads", rule, repr(config.loads), f"loads=outputs/NAME/TIME with a {LOADS_NAME}")
-    if config.domains is not None:
-        raise broken("domains", "must be null with loads of a run", config.domains, "null")
+    by_source, title, model = _read_evaluation(path) if is_evaluation else _read_run(file, config)
+    domains = config.domains
+    if domains is not None and not any(domains.get(name) for name in by_source):
+        raise ConfigError(f"domains: must weight sources of {path}, none has a weight; valid: {', '.join(by_source)}")
+    for name in domains or ():
+        if name not in by_source:
+            raise ConfigError(f"domains: must be sources of {path}, {name!r} is none; {nearest(name, [*by_source])}")
     total: dict[int, Loads] = {}
+    for name, loads in by_source.items():
+        for layer, load_E in loads.items():
+            weight = 1.0 if domains is None else domains.get(name, 0.0) / max(float(load_E.sum()), 1.0)
+            total[layer] = total.get(layer, 0.0) + weight * load_E
+    return MeasuredLoads(loads=total, title=f"{title}: {', '.join(domains)}" if domains else title, model=model)
+
+
+def _read_run(file: Path, config: PlaceCommandConfig) -> tuple[dict[str, dict[int, Loads]], str, ModelConfig | None]:
+    """Returns the loads of a run's last steps; with domains, those of its validation by source."""
+    by_source: dict[str, dict[int, Loads]] = {}
     steps = []
     # A run may be writing its last line.
     lines = [line for line in deque(enumerate(raw_lines(file), 1), config.steps + 1) if line[1].endswith(b"\n")]
     for number, line in lines[-config.steps :]:
         place = f"loads: {file}, line {number}"
-        _add(total, read_line(line), place)
-        steps.append(json.loads(line)["step"])
-    if not total:
-        raise ConfigError(f"loads: {file} must have a line with the loads of a MoE layer, has none")
-    title = f"steps {steps[0]:,} to {steps[-1]:,} of {file.parent}"
-    if not (file.parent / CONFIG_NAME).is_file():
-        return MeasuredLoads(loads=total, title=title)
-    model = read_folder(file.parent).model
-    return MeasuredLoads(loads=total, title=title, num_groups=model.num_expert_groups, num_layers=model.num_layers)
+        record = read_line(line) or {}
+        steps.append(record.get("step", 0))
+        sources = {"": record} if config.domains is None else record.get(_BY_SOURCE, {})
+        for name, loads in sources.items():
+            _add(by_source.setdefault(name, {}), loads, place)
+    if not by_source:
+        what = "the loads of a MoE layer" if config.domains is None else f"{_BY_SOURCE}, which domains weights"
+        raise ConfigError(f"loads: {file} must have a line with {what}, has none")
+    model = read_folder(file.parent).model if (file.parent / CONFIG_NAME).is_file() else None
+    return by_source, f"steps {steps[0]:,} to {steps[-1]:,} of {file.parent}", model
 
 
-def _read_evaluation(folder: Path, domains: Mapping[str, float] | None) -> MeasuredLoads:
-    """Reads the loads of documents, and weights the sources by their shares of the traffic."""
+def _read_evaluation(folder: Path) -> tuple[dict[str, dict[int, Loads]], str, ModelConfig | None]:
+    """Returns the loads of an evaluation's documents by source."""
     by_source: dict[str, dict[int, Loads]] = {}
     for record in (record for record in read_records(folder, _TASK) if record.get("num_tokens") != 0):
         place = f"loads: {folder}, document {record['id']!r}"
         _add(by_source.setdefault(str(record.get("source")), {}), record.get("loads"), place)
     if not by_source or not (folder / RESULTS_NAME).is_file():
         raise ConfigError(f"loads: {folder} must be a complete evaluation of {_TASK} with {_TASK}.loads=true, is not")
-    for name in domains or ():
-        if name not in by_source:
-            raise ConfigError(f"domains: must be sources of {folder}, {name!r} is none; {nearest(name, [*by_source])}")
-    total: dict[int, Loads] = {}
-    for name, loads in by_source.items():
-        for layer, load_E in loads.items():
-            weight = 1.0 if domains is None else domains.get(name, 0.0) / max(float(load_E.sum()), 1.0)
-            total[layer] = total.get(layer, 0.0) + weight * load_E
-    if not any(load_E.any() for load_E in total.values()):
-        raise broken("domains", "must have a weight above 0", domains, "{" + f"{next(iter(by_source))}: 1" + "}")
-    title = f"{', '.join(domains or by_source)} of {folder}"
     weights = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["checkpoint"]["folder"]
-    if not Path(weights).is_dir():
-        return MeasuredLoads(loads=total, title=title)
-    model = source_config(weights, "loads", drop_mtp=True)
-    return MeasuredLoads(loads=total, title=title, num_groups=model.num_expert_groups, num_layers=model.num_layers)
+    model = source_config(weights, "loads", drop_mtp=True) if Path(weights).is_dir() else None
+    return by_source, str(folder), model
 
 
 def _add(total: dict[int, Loads], record: Mapping[str, Any] | None, place: str) -> None:
@@ -173,7 +176,7 @@ def placement_shape(config: PlaceCommandConfig, measured: MeasuredLoads) -> Plac
         near = " or ".join(str(max(per_node, config.ranks // per_node * per_node + more)) for more in (0, per_node))
         raise broken("ranks", f"must be a multiple of ranks_per_node={per_node}", config.ranks, near)
     nodes = config.ranks // per_node
-    groups = config.groups or measured.num_groups or 1
+    groups = config.groups or (1 if measured.model is None else measured.model.num_expert_groups)
     auto: Policy = "hierarchical" if groups % nodes == 0 else "global"
     policy = auto if config.policy == "auto" else config.policy
     redundant = config.redundant
@@ -194,7 +197,7 @@ def placement_shape(config: PlaceCommandConfig, measured: MeasuredLoads) -> Plac
 def _shown(
     config: PlaceCommandConfig, measured: MeasuredLoads, shape: PlacementShape, layers: Mapping[int, PlacedLayer]
 ) -> str:
-    num_layers = config.layers or measured.num_layers or max(layers) + 1
+    num_layers = config.layers or (max(layers) + 1 if measured.model is None else measured.model.num_layers)
     served = {layer: placed.slots_S.tolist() for layer, placed in layers.items() if layer < num_layers}
     match config.format:
         case "sglang":

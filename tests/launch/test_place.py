@@ -71,6 +71,20 @@ def test_balance_is_that_of_the_loads_of_the_last_steps(loads: Path, capsys: pyt
     check_policy(page.read_text(), has_script=False)
 
 
+def test_domains_of_a_run_are_those_of_its_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"code": {"layer_0": [6, 2, 0, 0]}, "chat": {"layer_0": [0, 0, 8, 8]}}
+    lines = [{"step": 1, "layer_0": [1] * 4}, {"step": 2, "layer_0": [1] * 4, "validation_by_source": sources}]
+    (tmp_path / "loads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [f"loads={tmp_path}", "ranks=4", "redundant=0", "format=json"]
+    assert main([*command, "domains={code: 3, chat: 1}"]) == 0
+    layer = json.loads(capsys.readouterr().out)["layers"]["layer_0"]
+    # Three quarters of the tokens are code, of which expert 0 has three quarters.
+    by_expert = dict(zip(np.ravel(layer["experts"]).tolist(), layer["rank_loads"], strict=True))
+    assert by_expert == pytest.approx({0: 3 * 0.75, 1: 3 * 0.25, 2: 0.5, 3: 0.5})
+    for domains, part in (("{cod: 1}", "none has a weight"), ("{code: 1, cat: 1}", "did you mean")):
+        assert_refused(ConfigError, ["domains", part], lambda name=domains: main([*command, f"domains={name}"]))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -79,7 +93,7 @@ def test_balance_is_that_of_the_loads_of_the_last_steps(loads: Path, capsys: pyt
         (["redundant=3"], ["redundant", "is 3", "nearest valid: 0 or 8"]),
         (["policy=hierarchical", "ranks=16", "groups=1"], ["ranks", "2 nodes", "policy=global"]),
         (["policy=best"], ["policy", "auto", "best"]),
-        (["domains={code: 1}"], ["domains", "null", "loads of a run"]),
+        (["domains={code: 1}"], ["loads", "validation_by_source", "has none"]),
         (["loads=nowhere"], ["loads", "run's folder", "nowhere"]),
     ],
 )
