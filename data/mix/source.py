@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from data.corpus import DataError
 from data.mix.manifest import read_manifest
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
+from data.shards import read_report
 from data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def _check(source: MixtureSource, tokenizer: Tokenizer | None) -> None:
         )
     if source.manifest is not None:
         read_manifest(Path(source.manifest))
+    if source.folder is not None:
+        read_report(Path(source.folder).expanduser())
 
 
 def _prepare(config: "DataConfig", sequence_length_tokens: int, progress: "Progress") -> "Prepared":
