@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.linear import Projection, WeightSink, deliver_gradient, deliver_product, widen
 from model.norm import RmsNorm
 from model.precision.linears import Linears
+from model.slices import SharedGradient
 
 ValueFunction = Callable[[Tensor], Tensor]
 """Computes a loss from the log-probabilities of all rows."""
@@ -139,6 +140,7 @@ class _Scoring:
     value: ValueFunction
     sink: WeightSink | None
     rows_R: Tensor | None
+    shared: SharedGradient | None
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -165,8 +167,11 @@ class _ScoreTokens(torch.autograd.Function):
             log_probs_N = log_probs_N.new_zeros(num_rows).index_copy_(0, rows_R, log_probs_N)
         # The states' and the matrix's gradients, not the logits, wait for the backward.
         if records:
-            ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD, rows_R)
+            shared = scoring.shared
+            grad_head_VD = scores.head_VD if shared is None else shared.add(scores.head_VD)
+            ctx.save_for_backward(scores.rows_ND, grad_head_VD, head_VD, rows_R)
             ctx.sink = scoring.sink
+            ctx.shared = shared
             ctx.num_rows = num_rows
         ctx.mark_non_differentiable(log_probs_N)
         ctx.set_materialize_grads(False)
@@ -179,6 +184,8 @@ class _ScoreTokens(torch.autograd.Function):
         grad_ND, grad_head_VD, head_VD, rows_R = ctx.saved_tensors
         grad_head = None
         if grad_head_VD is not None:
+            if ctx.shared is not None:
+                ctx.shared.end()
             grad_head = deliver_gradient(head_VD, lambda: grad_head_VD.mul_(factor), ctx.sink)
         grad_ND = grad_ND.mul_(factor)
         # Rows without a target have no gradient.
@@ -212,6 +219,7 @@ def score_tokens(
     value: ValueFunction,
     slopes: RowSlopes | None = None,
     rows: Tensor | None = None,
+    shared: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss that is a function of the targets' log-probabilities.
 
@@ -223,6 +231,7 @@ def score_tokens(
         slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
             `kernels.cross_entropy`); None means 1 for every row.
         rows: numbers of all rows that have a target (`MicroBatch.target_rows`); None: the head reads all rows.
+        shared: sum of the matrix's gradients over slices, whose losses have equal factors; None: no slices.
 
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
@@ -236,7 +245,7 @@ def score_tokens(
             rows_RD, weight_VD, targets_R, row_slopes, wants_rows=records, wants_head=wants_head
         )
 
-    return score_rows(normal_BTD, head_VD, targets_BT, sink, score=score, value=value, rows=rows)
+    return score_rows(normal_BTD, head_VD, targets_BT, sink, score=score, value=value, rows=rows, shared=shared)
 
 
 def score_rows(
@@ -248,9 +257,10 @@ def score_rows(
     score: ScoreFunction,
     value: ValueFunction,
     rows: Tensor | None,
+    shared: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss whose gradients `score` computes with its log-probabilities, as `score_tokens`."""
-    scoring = _Scoring(score, value, sink, rows)
+    scoring = _Scoring(score, value, sink, rows, shared)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()
     )

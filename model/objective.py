@@ -17,6 +17,7 @@ from kernels.attention.documents import Documents
 from kernels.cross_entropy.reference import IGNORE
 from model.head import score_tokens
 from model.linear import WeightSink
+from model.slices import SharedGradient
 
 MAIN = "main"
 BALANCE = "balance"
@@ -92,10 +93,14 @@ def find_target_rows(targets_BT: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """An output head: its matrix, and the depth whose hidden state it reads, 0 for the main one."""
+    """An output head: its matrix, the depth whose hidden state it reads, 0 for the main one.
+
+    Slices add to the `shared` gradient of the matrix.
+    """
 
     depth: int
     weight_VD: Tensor
+    shared: SharedGradient | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,7 @@ class CrossEntropy:
             value=nats_of,
             slopes=None if weights_N is None else weights_N.to(wide),
             rows=batch.rows(head.depth),
+            shared=head.shared,
         )
         return TaskLoss(self.factors[head.depth] * nats, {depth_name(head.depth): nats.detach()}, log_probs_BT)
 

@@ -222,35 +222,3 @@ class RecomputedCombine(CombinePhase):
             return expert_gradients
 
         return MappedWork(gradients_work, finish)
-
-
-class RecomputedHead(ComputePhase[Hidden, Out]):
-    """An output head that the backward computes again; keeps its input.
-
-    A head that is recorded keeps the gradient of its whole matrix. With slices of sequences, every slice of a sequence
-    passes the head before the first backward.
-    """
-
-    def __init__(self, function: Function[Out], again: Function[Out], store: GradientStore) -> None:
-        super().__init__(function, store)
-        self._again = again
-        self._hidden: Hidden | None = None
-
-    def forward(self, values: Hidden) -> Out:
-        """Returns the head's values without recording it."""
-        self._hidden = values
-        with torch.no_grad():
-            return self._function(values, None).values
-
-    def backward(self, gradients: Gradients) -> Gradients:
-        """Computes the head again, and returns the gradients of its input."""
-        assert self._hidden is not None
-        hidden = self._hidden
-        self._hidden = None
-        self._recorded = record(self._again, hidden, self._queue)[1]
-        return super().backward(gradients)
-
-    def kept(self) -> Iterator[Tensor]:
-        """Yields the input."""
-        if self._hidden is not None:
-            yield self._hidden.hidden_BTD

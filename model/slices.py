@@ -5,6 +5,7 @@ in reverse, so the gradient of a slice's rows is complete when its backward begi
 Shape legend: T tokens of a slice, N = B T, S sequences or documents.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,19 +33,47 @@ class _SharedLayer:
     shares: dict[int, Tensor] = field(default_factory=dict)
 
 
+class SharedGradient:
+    """Sum of the gradients of an output head's matrix over slices, in place of one for each slice."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, gradient: Tensor | None) -> Tensor | None:
+        """Adds a slice's gradient, and returns the sum to the first slice, whose backward is the last."""
+        if self._total is None or gradient is None:
+            self._total = gradient
+            # Saved tensors must not change, but later slices add to this one.
+            return None if gradient is None else gradient.data
+        self._total += gradient
+        return None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields the sum, if a backward still needs it."""
+        if self._total is not None:
+            yield self._total
+
+    def end(self) -> None:
+        """Forgets the sum, which the backward of the first slice holds."""
+        self._total = None
+
+
 class SlicedSequences:
-    """Sequences of one micro-batch in one stage, and what their slices share in each layer."""
+    """Sequences of one micro-batch in one stage, and what their slices share in each layer and head."""
 
     def __init__(self, parts: SequenceParts) -> None:
         self.parts = parts
         self._layers: dict[int, _SharedLayer] = {}
+        self.heads: defaultdict[int, SharedGradient] = defaultdict(SharedGradient)
 
-    def rows(self) -> Iterator[Tensor]:
-        """Yields the rows of all slices that have run forward and not backward."""
+    def shared(self) -> Iterator[Tensor]:
+        """Yields what later slices read or add to: rows of slices before their backward, and gradients."""
         for layer in self._layers.values():
             for by_rank in layer.rows.values():
                 for rows in by_rank.values():
                     yield from rows
+        for head in self.heads.values():
+            yield from head.tensors()
 
     def carried(self) -> Iterator[Tensor]:
         """Yields the gradients of earlier slices' rows."""

@@ -25,7 +25,6 @@ from model.recomputed import (
     RecomputedAttend,
     RecomputedCombine,
     RecomputedExperts,
-    RecomputedHead,
     RecomputedPhase,
 )
 from model.router import Route, Router, Routes, Routing
@@ -333,20 +332,15 @@ class Stage:
             for depth in range(self._model.config.mtp_depth + 1):
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
-                compute = partial(self._head, depth, batch, objective, place=(place.direction, place.micro_batch))
-                # With slices, heads of all slices run before the first backward, so their gradients are not kept.
-                if store is None or place.sequences is None:
-                    phases.append(ComputePhase(compute(sums), store))
-                else:
-                    phases.append(RecomputedHead(compute(sums), compute(LossSums(sums.names)), store))
+                phases.append(ComputePhase(self._head(depth, batch, objective, sums, place), store))
         slices = place.sequences
         return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch, slices)))
 
     def _shared(self, batch: MicroBatch | None, slices: SlicedSequences | None = None) -> Iterator[Tensor]:
         yield from self._model.parameters()
         yield from self._model.buffers()
-        # Later slices attend to the rows of a slice whose other tensors are in host memory.
-        yield from () if slices is None else slices.rows()
+        # Later slices read or add to tensors of a slice whose others are in host memory.
+        yield from () if slices is None else slices.shared()
         if batch is not None:
             yield from (*batch.inputs_BT, *batch.targets_BT, *batch.extras.values())
             yield from (rows for rows in batch.target_rows if rows is not None)
@@ -357,7 +351,7 @@ class Stage:
         return lambda values, sink: Computed(Hidden(self._model.embed(tokens_BT, sink)))
 
     def _head(
-        self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums, place: tuple[int, int]
+        self, depth: int, batch: MicroBatch, objective: Objective, sums: LossSums, place: RunPlace
     ) -> Callable[[Hidden, WeightSink | None], Computed[Any]]:
         def compute(values: Hidden, sink: WeightSink | None) -> Computed[Any]:
             hidden_BTD = values.hidden_BTD

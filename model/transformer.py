@@ -22,6 +22,7 @@ from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linears import Linears
 from model.router import Router, Routing
+from model.slices import RunPlace
 
 BIAS = "e_score_correction_bias"
 SCORE = "score.weight"
@@ -189,21 +190,21 @@ class Transformer(nn.Module):
         sums: LossSums,
         sink: WeightSink | None,
         *,
-        place: tuple[int, int] = (0, 0),
+        place: RunPlace = RunPlace(),  # noqa: B008  frozen
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the loss of one depth: the only place that calls the objective.
 
         Args:
-            place: direction and number of the micro-batch.
+            place: which micro-batch it is, and the slices that share the gradient of the head's matrix.
 
         Returns:
             The depth's part of the step's loss, and the input of the next depth's block, BTD, None after the last.
         """
         # The only norm that the head sees. MTP modules have their own, and share the matrix.
         normal = self.final_norm(depth)(hidden_BTD)
-        head = OutputHead(depth, self.head_weight)
+        head = OutputHead(depth, self.head_weight, None if place.sequences is None else place.sequences.heads[depth])
         task_loss = objective.loss(normal, head, batch, sink)
-        sums.add_task(task_loss, head, place)
+        sums.add_task(task_loss, head, (place.direction, place.micro_batch))
         if depth == self.config.mtp_depth:
             return task_loss.loss, None
         # The next depth predicts one token further, so it also gets the embedding of that token.

@@ -211,7 +211,7 @@ def attend_in_slices(case: AttentionCase, ranks: ContextGroup, slices: int) -> l
         outputs.append(module.self_attn(x, module.norm, None, documents, context))
     for out, member in reversed(list(zip(outputs, members, strict=True))):
         out.backward(parts.take(whole[1], member))
-    assert not list(sequences.rows())
+    assert not list(sequences.shared())
     assert not list(sequences.carried())
     found: list[dict[str, Tensor]] = [{"output": out.detach()} for out in outputs]
     for made, x in zip(found, inputs, strict=True):

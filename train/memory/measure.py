@@ -114,8 +114,8 @@ class _Account:
         return self.storages.bytes_of(tensor for run in self.runs for tensor in run.kept())
 
     def resident_bytes(self) -> int:
-        """Returns the bytes of the rows to which later slices attend."""
-        return self.storages.bytes_of(self.sequences.rows())
+        """Returns the bytes of what later slices attend or add to."""
+        return self.storages.bytes_of(self.sequences.shared())
 
     def carried_bytes(self) -> int:
         """Returns the bytes of gradients of earlier slices' rows."""
