@@ -143,6 +143,7 @@ def _limit(schedule: Schedule, costs: CostModel, ranks: tuple[RankPace, ...], bu
         "exchange that groups do not hide: without it,": replace(
             costs,
             stages=tuple(replace(stage, forward_exchange=0.0, backward_exchange=0.0) for stage in costs.stages),
+            by_slice=(),
         ),
     }
     lengths = {}

@@ -69,14 +69,14 @@ class GroupChooser:
         self._values = self._operation_values()
         self._durations: dict[tuple[int, int], tuple[float, float]] = {}
         self._most_ahead = self._limits_ahead()
-        self._num_classes = 2 * pipeline.shape.num_stages + 1
+        self._num_classes = 2 * len(pipeline.activations) + 1
         self._largest = max(pipeline.activations)
 
     def _operation_values(self) -> tuple[list[float], list[float]]:
         preferences = self._preferences
         num_stages = self._pipeline.shape.num_stages
         # Depth in the pipeline, from 0 to 1: preferences favor F of deep stages, and I of the first ones.
-        depths = [stage / num_stages for stage in range(num_stages)]
+        depths = [stage / num_stages for stage in range(num_stages)] * self._pipeline.num_costs
         forwards = [preferences.forward + preferences.deep_forward * depth for depth in depths]
         return forwards, [3.0 + preferences.deep_backward * (1.0 - depth) for depth in depths]
 
@@ -325,12 +325,13 @@ class _Run:
 
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
         pipeline = self._pipeline
+        num_stages = pipeline.shape.num_stages
         group = []
         # F allocate, I queue their W; outputs leave at the end of the group.
         for member in choice.members:
             queue = self._order.queues[member.queue]
             micro_batch = queue.micro_batches[member.position]
-            group.append(Operation(OPS[member.kind], member.direction, member.stage, micro_batch))
+            group.append(Operation(OPS[member.kind], member.direction, member.stage % num_stages, micro_batch))
             self._order.following[member.queue] += 1
             state.work_left -= pipeline.computes[member.kind][member.stage]
             if member.kind == FORWARD:
@@ -342,7 +343,7 @@ class _Run:
             self._transfer(member, queue.places[member.position], now, choice.end)
         if choice.has_weight:
             direction, stage, micro_batch = state.weights.popleft()
-            group.append(Operation(Op.BACKWARD_WEIGHT, direction, stage, micro_batch))
+            group.append(Operation(Op.BACKWARD_WEIGHT, direction, stage % num_stages, micro_batch))
             state.work_left -= pipeline.computes[WEIGHT][stage]
             # Forwards of the group start before its W frees memory.
             state.alive[direction] -= pipeline.activations[stage]

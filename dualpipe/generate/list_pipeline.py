@@ -154,6 +154,7 @@ class OperationQueue:
     """All F, or all I, of one direction on one rank, in order. Lists have one item per operation.
 
     Attributes:
+        stages: stage of each operation, plus the number of stages times its slice if slices have different costs.
         sources: link that delivers each operation's input, or NONE if this rank makes it or there is none.
         links: link that takes each operation's output, or NONE.
         targets: queue that needs each operation's output, or NONE; `places` are indices in it.
@@ -178,16 +179,18 @@ class Pipeline:
         self.cap = memory_cap
         self.latency = costs.latency
         self.chunks = shape.num_stages // shape.num_ranks
-        self.computes = [[stage.compute_of(op) for stage in costs.stages] for op in OPS]
-        self.exchanges = [[stage.exchange_of(op) for stage in costs.stages] for op in OPS]
-        self.activations = [stage.activation for stage in costs.stages]
-        self.unit = sum(map(sum, self.computes)) / (3 * shape.num_stages) or 1.0
+        by_slice = costs.by_slice or (costs.stages,)
+        stages = [stage for stages in by_slice for stage in stages]
+        self.num_costs = len(by_slice)
+        self.computes = [[stage.compute_of(op) for stage in stages] for op in OPS]
+        self.exchanges = [[stage.exchange_of(op) for stage in stages] for op in OPS]
+        self.activations = [stage.activation for stage in costs.stages] * self.num_costs
+        self.unit = sum(map(sum, self.computes)) / (3 * len(stages)) or 1.0
         stages_of_rank = [shape.stages_of(rank) for rank in range(shape.num_ranks)]
         # Work and number of operations of each rank, to stop hopeless attempts early.
         sizes = [len(shape.micro_batches_of(direction)) for direction in range(shape.num_directions)]
-        self.work = [
-            sum(sizes[d] * sum(kind[stage] for kind in self.computes) for d, stage in row) for row in stages_of_rank
-        ]
+        means = [sum(stage.compute_of(op) for op in OPS) for stage in costs.stages]
+        self.work = [sum(sizes[d] * means[stage] for d, stage in row) for row in stages_of_rank]
         self.counts = [3 * sum(sizes[d] for d, _ in row) for row in stages_of_rank]
         self._queues: dict[Blocks, list[OperationQueue]] = {}
 
@@ -224,6 +227,9 @@ class Pipeline:
                     queues.append(queue)
         for queue in queues:
             self._connect(queue, numbers, places)
+            if self.num_costs > 1:
+                ordered = zip(queue.stages, queue.micro_batches, strict=True)
+                queue.stages = [stage + number % self.num_costs * shape.num_stages for stage, number in ordered]
         return queues
 
     def _connect(
@@ -331,7 +337,7 @@ class PartialOrder:
                 if source != NONE and source not in self.links:
                     self.links[source] = DeliveryLink(source // 2 // shape.num_ranks)
                     self.ranks[queue.rank].links.append((source, self.links[source]))
-                if queue.kind == FORWARD and stage == 0:
+                if queue.kind == FORWARD and stage % shape.num_stages == 0:
                     self.arrivals[number][index] = 0.0
         # The first block needs all chunks of its micro-batches but the last, and one sequence. `reserve` scales that.
         block = max(blocks.first, blocks.forward, shape.slices) * (pipeline.chunks - 1)

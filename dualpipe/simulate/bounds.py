@@ -31,7 +31,7 @@ over these cases. This time is lost for a lane, computation or exchange, in ever
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
 from dualpipe.ir import Op, Schedule, ScheduleError
@@ -188,6 +188,7 @@ class Bound:
 class _HeldStage:
     count: int
     costs: StageCosts
+    longest: StageCosts
     waves: StageWaves
 
     @property
@@ -233,13 +234,17 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
     if costs.can_offload:
         memory_cap = None
     directions = [direction for direction in range(schedule.num_directions) if schedule.micro_batches_of(direction)]
-    waves = {direction: stage_waves(schedule, costs, direction) for direction in directions}
+    # If slices differ, waves are those of the shortest ones, and time counts as filled by the longest ones.
+    shortest = replace(costs, stages=costs.extreme_stages(min), by_slice=())
+    longest = costs.extreme_stages(max)
+    waves = {direction: stage_waves(schedule, shortest, direction) for direction in directions}
     bounds = [_critical_path(waves)]
     for rank in range(schedule.num_ranks):
         shares = [
             _HeldStage(
                 count=len(schedule.micro_batches_of(direction)),
                 costs=costs.stages[stage],
+                longest=longest[stage],
                 waves=waves[direction][stage],
             )
             for direction, stage in schedule.stages_of(rank)
@@ -297,7 +302,7 @@ def _lane_bound(rank: int, shares: Sequence[_HeldStage], memory_cap: float, lane
 def _lost_at_begin(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Iterator[LostTime]:
     """Yields what a lane loses before the first forwards, or before the first gradients."""
     forwards = [
-        Arrival(span=span, time=lane.time_of(share.costs, Op.FORWARD))
+        Arrival(span=span, time=lane.time_of(share.longest, Op.FORWARD))
         for share in shares
         for span in share.waves.forwards
     ]
@@ -306,10 +311,10 @@ def _lost_at_begin(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane)
         for share in shares
         for input_span, weight_span in zip(share.waves.gradients, share.waves.weights, strict=True)
         for arrival in (
-            Arrival(span=input_span, time=lane.time_of(share.costs, Op.BACKWARD_INPUT)),
+            Arrival(span=input_span, time=lane.time_of(share.longest, Op.BACKWARD_INPUT)),
             Arrival(
                 span=weight_span,
-                time=lane.time_of(share.costs, Op.BACKWARD_WEIGHT),
+                time=lane.time_of(share.longest, Op.BACKWARD_WEIGHT),
                 released=share.costs.activation,
             ),
         )
@@ -329,12 +334,12 @@ def _lost_at_begin(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane)
 def _lost_at_end(shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Iterator[LostTime]:
     """Yields what a lane loses after the last gradients, or after the last forwards."""
     gradients = [
-        Arrival(span=span, time=lane.time_of(share.costs, Op.BACKWARD_INPUT))
+        Arrival(span=span, time=lane.time_of(share.longest, Op.BACKWARD_INPUT))
         for share in shares
         for span in share.waves.last_gradients
     ]
     forwards = [
-        Arrival(span=span, time=lane.time_of(share.costs, Op.FORWARD), released=share.costs.activation)
+        Arrival(span=span, time=lane.time_of(share.longest, Op.FORWARD), released=share.costs.activation)
         for share in shares
         for span in share.waves.last_forwards
     ]
@@ -368,13 +373,13 @@ def _most_work(shares: Sequence[_HeldStage], memory_cap: float, time: Callable[[
     is_uniform = len({share.costs.activation for share in shares}) == 1
     total = 0.0
     room = memory_cap
-    for share in sorted(shares, key=lambda share: _density(time(share.costs), share.costs.activation), reverse=True):
+    for share in sorted(shares, key=lambda share: _density(time(share.longest), share.costs.activation), reverse=True):
         weight = share.costs.activation
         fitting = room / weight if weight > 0 else math.inf
         # With equal weights only whole activations count. With unequal weights a fraction bounds what smaller ones
         # fill.
         number = min(share.count, math.floor(fitting + _ROUNDING) if is_uniform and fitting < math.inf else fitting)
-        total += number * time(share.costs)
+        total += number * time(share.longest)
         room -= number * weight if weight > 0 else 0.0
     return total
 

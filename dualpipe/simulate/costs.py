@@ -1,9 +1,9 @@
 """Defines the costs of operations for the simulator and the generators."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import assert_never
+from typing import Any, assert_never
 
 from dualpipe.ir import Group, Op, Operation, ScheduleError
 
@@ -90,6 +90,8 @@ class CostModel:
         alone: factor on the computation of a group of one operation. It is below 1 if exchange takes part of a device
             that computes, and an operation without another to hide its exchange has the whole device.
         slices: as `Schedule.slices`. Costs and activations are those of one slice.
+        by_slice: times of each slice by stage, of which `stages` has the means; empty if slices are equal. Activations
+            always count as equal.
         link_depth: as `Schedule.link_depth`.
     """
 
@@ -98,6 +100,7 @@ class CostModel:
     weights: float = 0.0
     alone: float = 1.0
     slices: int = 1
+    by_slice: tuple[tuple[StageCosts, ...], ...] = ()
     link_depth: int = 1
 
     def __repr__(self) -> str:
@@ -111,11 +114,31 @@ class CostModel:
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""
-        return self.stages[op.stage].compute_of(op.kind)
+        return self.stages_of(op.micro_batch)[op.stage].compute_of(op.kind)
 
     def exchange_of(self, op: Operation) -> float:
         """Returns the exchange time of one operation."""
-        return self.stages[op.stage].exchange_of(op.kind)
+        return self.stages_of(op.micro_batch)[op.stage].exchange_of(op.kind)
+
+    def stages_of(self, micro_batch: int) -> tuple[StageCosts, ...]:
+        """Returns the costs of every stage for a micro-batch."""
+        return self.by_slice[micro_batch % self.slices] if self.by_slice else self.stages
+
+    def extreme_stages(self, pick: Callable[[Iterable[float]], float]) -> tuple[StageCosts, ...]:
+        """Returns the smallest (`min`) or the largest (`max`) costs that any slice has in every stage."""
+        names = [field.name for field in fields(StageCosts) if field.name != "offload"]
+        return tuple(
+            replace(stage, **{name: pick([getattr(each, name) for each in of_slices]) for name in names})
+            for stage, *of_slices in zip(self.stages, *(self.by_slice or (self.stages,)), strict=True)
+        )
+
+    @classmethod
+    def of_slices(cls, slices: Sequence["CostModel"]) -> "CostModel":
+        """Returns the costs of all slices of a sequence, given those of each."""
+        by_slice = tuple(costs.stages for costs in slices)
+        means = tuple(map(_mean, zip(*by_slice, strict=True)))
+        latency = sum(costs.latency for costs in slices) / len(slices)
+        return replace(slices[0], stages=means, latency=latency, by_slice=by_slice if len(set(by_slice)) > 1 else ())
 
     @property
     def can_offload(self) -> bool:
@@ -136,7 +159,7 @@ class CostModel:
             stages.append(
                 replace(stage, **{name: cost * self.slices for name, cost in costs.items() if cost is not None})
             )
-        return replace(self, stages=tuple(stages), slices=1)
+        return replace(self, stages=tuple(stages), slices=1, by_slice=())
 
     def copy_time_of(self, op: Operation) -> float:
         """Returns the time of an offload's or reload's copy, or raises a `ScheduleError` if none is allowed."""
@@ -185,18 +208,30 @@ def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
 
 def resampled(costs: CostModel, num_stages: int) -> CostModel:
     """Returns the costs of the same model with another number of stages, each a fraction of the old ones."""
-    if num_stages == len(costs.stages):
+    num_old = len(costs.stages)
+    if num_stages == num_old:
         return costs
-    stages = []
-    for stage in range(num_stages):
-        shares = _shares(stage, num_stages, len(costs.stages))
-        names = (field.name for field in fields(StageCosts) if field.name != "offload" or costs.can_offload)
-        sums = {
-            name: sum(share * (getattr(costs.stages[old], name) or 0.0) for old, share in shares.items())
-            for name in names
-        }
-        stages.append(StageCosts(**sums))
-    return replace(costs, stages=tuple(stages))
+    shares = [_shares(stage, num_stages, num_old) for stage in range(num_stages)]
+    stages, *by_slice = (
+        tuple(_sum([old_stages[old] for old in each], each.values()) for each in shares)
+        for old_stages in (costs.stages, *costs.by_slice)
+    )
+    return replace(costs, stages=stages, by_slice=tuple(by_slice))
+
+
+def _mean(stages: Sequence[StageCosts]) -> StageCosts:
+    return _sum(stages, [1 / len(stages)] * len(stages))
+
+
+def _sum(stages: Sequence[StageCosts], weights: Iterable[float]) -> StageCosts:
+    """Returns the weighted sum of costs; no offload if none of them has any."""
+    weights = list(weights)
+    sums: dict[str, Any] = {}
+    for field in fields(StageCosts):
+        values = [getattr(stage, field.name) for stage in stages]
+        terms = [weight * (value or 0.0) for weight, value in zip(weights, values, strict=True)]
+        sums[field.name] = None if values == [None] * len(values) else sum(terms)
+    return StageCosts(**sums)
 
 
 def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:

@@ -79,12 +79,14 @@ class Timing:
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         self.operations = tuple([op for groups in schedule.ranks for group in groups for op in group])
         self._numbers: dict[tuple[Op, int, int, int], int] = {op: number for number, op in enumerate(self.operations)}
+        by_slice = costs.by_slice or (costs.stages,)
         lanes = {
-            (kind, stage): (stage_costs.compute_of(kind), stage_costs.exchange_of(kind))
-            for stage, stage_costs in enumerate(costs.stages)
+            (kind, stage, index): (stage_costs.compute_of(kind), stage_costs.exchange_of(kind))
+            for index, stages in enumerate(by_slice)
+            for stage, stage_costs in enumerate(stages)
             for kind in Op
         }
-        self._lanes = [lanes[op[0], op[2]] for op in self.operations]
+        self._lanes = [lanes[op[0], op[2], op[3] % len(by_slice)] for op in self.operations]
         self._durations: dict[NumberedGroup, float] = {}
         self._known_inputs: dict[NumberedGroup, tuple[tuple[int, float], ...]] = {}
         self._alone = costs.alone

@@ -142,7 +142,8 @@ def _duration(group: Group, costs: CostModel) -> float:
     """Returns the time of a group: both lanes work in parallel, but no member is faster than alone."""
     compute = exchange = longest = 0.0
     for op in group:
-        stage = costs.stages[op.stage]
+        stages = costs.by_slice[op.micro_batch % costs.slices] if costs.by_slice else costs.stages
+        stage = stages[op.stage]
         computing = {"F": stage.forward, "I": stage.backward_input, "W": stage.backward_weight}
         exchanging = {"F": stage.forward_exchange, "I": stage.backward_exchange, "W": 0.0}
         alone = 0.0

@@ -195,27 +195,30 @@ def test_split_has_no_latency_per_micro_batch() -> None:
 
 
 @pytest.mark.slow
-def test_every_size_is_valid_for_uneven_stages_and_its_makespan_is_that_of_the_event_clock() -> None:
+def test_every_size_is_valid_for_uneven_stages_and_slices_and_its_makespan_is_that_of_the_event_clock() -> None:
     """For odd numbers of ranks, fewer sequences than ranks, and more slices than a ring of ranks holds."""
     generator = random.Random(5)
     sizes = ((1, 2, 3, 2), (2, 1, 1, 1), (3, 7, 1, 1), (3, 2, 4, 2), (5, 3, 2, 1))
     for num_ranks, num_sequences, slices, chunks in sizes:
         for zero in (False, True):
-            stages = tuple(
-                StageCosts(
+            activations = [generator.uniform(0.5, 2) for _ in range(num_ranks * chunks)]
+            latency = generator.choice([0.0, 0.3])
+
+            def stage(activation: float, *, zero: bool = zero) -> StageCosts:
+                return StageCosts(
                     forward=0.0 if zero else generator.uniform(0.5, 2),
                     backward_input=generator.uniform(0.5, 2),
                     backward_weight=0.0 if zero else generator.uniform(0.5, 2),
                     forward_exchange=generator.choice([0.0, 3.0]),
                     backward_exchange=generator.choice([0.0, 1.0]),
-                    activation=generator.uniform(0.5, 2),
+                    activation=activation,
                 )
-                for _ in range(num_ranks * chunks)
-            )
-            costs = CostModel(stages=stages, latency=generator.choice([0.0, 0.3]), slices=slices)
+
+            by_slice = [tuple(map(stage, activations)) for _ in range(slices)]
+            costs = CostModel.of_slices([CostModel(stages=each, latency=latency, slices=slices) for each in by_slice])
             schedule = dualpipe_interleaved(num_ranks, num_sequences * slices, costs)
             validate_passes(schedule)
-            cap = (num_ranks + 2) * chunks * slices * max(stage.activation for stage in stages)
+            cap = (num_ranks + 2) * chunks * slices * max(activations)
             assert max(peak_memory(schedule, costs)) <= cap + 1e-6
             makespan_found = simulate(schedule, costs).makespan
             assert makespan_found == pytest.approx(EventClock(schedule, costs).makespan)

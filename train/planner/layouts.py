@@ -252,8 +252,7 @@ class Estimates:
             schedule=schedule,
             least_seconds=0.0,
             seconds=0.0,
-            # Slices keep no logits, which the activations of a whole sequence count.
-            least_memory=static + activations * (slices == 1),
+            least_memory=static + activations,
             memory=static + inside + kept,
         )
         if layout.least_memory > (self.space.config.cluster.memory_bytes or inf):

@@ -75,9 +75,11 @@ class KernelRates:
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
 
-    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    def part_seconds(
+        self, config: TrainConfig, attended_tokens: int | None = None, index: int | None = None
+    ) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch; see `LayerRates`."""
-        scale = _Scale(self, config, attended_tokens or config.batch.sequence_length_tokens)
+        scale = _Scale(self, config, attended_tokens or config.batch.sequence_length_tokens, index)
         again = LAYER in config.computing.recomputed
         moe = replace(
             scale.attention + scale.experts,
@@ -192,11 +194,24 @@ class _Scale:
 
     rates: KernelRates
     config: TrainConfig
-    attended_tokens: int
+    sequence_tokens: int
+    index: int | None
+
+    @cached_property
+    def part(self) -> float:
+        """The tokens of each sequence that a micro-batch has on a rank."""
+        return self.config.mean_part_tokens if self.index is None else self.config.part_lengths[self.index]
+
+    @cached_property
+    def before(self) -> float:
+        """The tokens of each sequence that a rank holds of earlier slices; without an index, their mean."""
+        if self.index is None:
+            return self.config.mean_part_tokens * (self.config.schedule.slices - 1) / 2
+        return sum(self.config.part_lengths[: self.index])
 
     @cached_property
     def rows(self) -> float:
-        return self.config.batch.micro_sequences * self.config.mean_part_tokens
+        return self.config.batch.micro_sequences * self.part
 
     @cached_property
     def tokens(self) -> float:
@@ -219,18 +234,18 @@ class _Scale:
         model = self.config.model
         reference = self.rates.reference
         score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
-        # Ranks that share a sequence expand the latents of all its tokens to keys and values, and slices those of all
-        # tokens before their end.
-        slices = self.config.schedule.slices
-        ranks = self.config.parallelism.context
-        shared = ranks * (slices + 1) / 2 if slices > 1 else self.attended_tokens / self.config.rank_sequence_tokens
+        # Ranks that share a sequence expand the latents of all its tokens before their slice's end to keys and values.
+        ranks = self.config.parallelism.context * self.sequence_tokens / self.config.batch.sequence_length_tokens
+        shared = ranks * (self.before + self.part) / self.part
+        # Without slices, tokens attend to half of their sequence in the mean.
+        attended = ranks * (2 * self.before + self.part)
         expanded = (model.num_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
         again = products_of([expanded], self.rows * shared, uses=shared - 1, copies=0)
         part = self._part(
             self.rates.attention,
             (*products_of(attention_maps(model), self.rows), *again),
             reference.attention,
-            scores=score_width * self.attended_tokens / reference.score_width / reference.sequence_length_tokens,
+            scores=score_width * attended / reference.score_width / reference.sequence_length_tokens,
             others=self.width,
         )
         part = self._with_layer(self._without_recomputation(part, ("norm", "mla_up")), self._residual_again)
@@ -242,7 +257,8 @@ class _Scale:
         model = self.config.model
         local = model.num_routed_experts // self.config.parallelism.expert
         uses = model.num_experts_per_token
-        routed = products_of(expert_maps(model), expert_rows(self.config), uses=uses, copies=local, is_grouped=True)
+        rows = max(1.0, expert_rows(self.config) * self.part / self.config.mean_part_tokens)
+        routed = products_of(expert_maps(model), rows, uses=uses, copies=local, is_grouped=True)
         shared = mlp_maps(model.hidden_size, model.num_shared_experts * model.expert_intermediate_size)
         active = (uses + model.num_shared_experts) * model.expert_intermediate_size
         return self._mlp((*routed, *products_of(shared, self.rows)), self.rates.reference.experts, active, 1.0)
@@ -264,9 +280,7 @@ class _Scale:
         forward, backward, weight = (
             self._multiply(measured, products, reference.head, phase, sizes) for phase in _PHASES
         )
-        # The backward of a slice computes its head again.
-        again = forward if self.config.schedule.slices > 1 else 0.0
-        return PartTimes(forward=forward, backward_input=backward + again, backward_weight=weight)
+        return PartTimes(forward=forward, backward_input=backward, backward_weight=weight)
 
     @property
     def projection(self) -> PartTimes:

@@ -27,12 +27,15 @@ from train.schedule.measured import PositiveShare
 class LayerRates(Protocol):
     """Rates from which the time of a run's step is predicted."""
 
-    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    def part_seconds(
+        self, config: TrainConfig, attended_tokens: int | None = None, index: int | None = None
+    ) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch.
 
         Args:
             attended_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has as
                 many tokens on each rank as the run's.
+            index: the slice of a sequence; None: the mean of all.
         """
         ...
 
@@ -94,7 +97,9 @@ class MeasuredRates:
     context: PositiveInt = 1
     rollouts: RolloutRates | None = None
 
-    def part_seconds(self, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    def part_seconds(
+        self, config: TrainConfig, attended_tokens: int | None = None, index: int | None = None
+    ) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch, which scale with its tokens."""
         scale = config.batch.micro_sequences * config.mean_part_tokens / self.tokens
         # Experts on one rank still permute rows, but between ranks they take longer.
@@ -195,7 +200,9 @@ def time_plan(
         config = with_cut(config, run_cut(config, run_placement(config, kind)))
     times = rates.part_seconds(config, attended_tokens)
     cut = run_cut(config, run_placement(config, kind), times)
-    costs = replace(stage_costs(times, config, cut), alone=rates.alone_factor(config))
+    slices = [rates.part_seconds(config, attended_tokens, index) for index in range(config.schedule.slices)]
+    costs = CostModel.of_slices([stage_costs(each, config, cut) for each in slices])
+    costs = replace(costs, alone=rates.alone_factor(config))
     if schedule is None:
         order = costs if measures else nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
