@@ -56,7 +56,7 @@ from train.planner.rollouts import compare_rollouts
 from train.planner.search import search_layouts
 from train.planner.search_forms import search_text, search_values
 from train.planner.smallest import smallest_text, smallest_values
-from train.schedule.timing import MeasuredRates
+from train.schedule.timing import SLICES, MeasuredRates
 from train.streams.check import check_streams
 from train.tasks.registry import TASKS
 
@@ -180,7 +180,7 @@ def _schedules(config: TrainConfig) -> Iterator[ScheduleConfig]:
 
     The pairing is that of the kind's option, or of the run if that is its kind.
     """
-    slices = {*_SLICES, config.schedule.slices} if TASKS.get(config.task.kind).splits_sequences else set[int]()
+    slices = {*SLICES, config.schedule.slices} if TASKS.get(config.task.kind).splits_sequences else set[int]()
     for kind, spec in candidates().items():
         schedule = replace(config.schedule, chunks=None, slices=1)
         if kind != schedule.kind:
@@ -202,10 +202,6 @@ def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
             dispatch: Any = decode(DISPATCHERS.get(name).config, values, "dispatch")
             dispatches.append(dispatch)
     return tuple(dispatches)
-
-
-_SLICES = (2, 4)
-"""Numbers of slices that a search compares with whole sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, plan
     if base.timed is None or _order_inputs(before) != _order_inputs(after):
         return None
     parallelism = replace(after.parallelism, cut=base.config.parallelism.cut)
-    schedule = replace(after.schedule, kind=base.config.schedule.kind)
+    schedule = replace(after.schedule, kind=base.config.schedule.kind, slices=base.config.schedule.slices)
     return plan_job(replace(after, parallelism=parallelism, schedule=schedule), planner, base.timed.schedule)
 
 

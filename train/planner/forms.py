@@ -65,6 +65,7 @@ def plan_values(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
         },
         "time": None if plan.timed is None else _time_values(plan.timed),
         "shape": None if plan.timed is None else shape_distance(plan.config, planner.rates),
+        "slices": {str(number): seconds for number, seconds in plan.slices.items()},
         "time_unknown": plan.untimed or None,
         "rollouts": encode(plan.rollouts),
         "cost": plan.cost,
@@ -143,10 +144,20 @@ def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     lines = [_first_line(plan), *labeled(*verdict), "", *layout, "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
-    lines += [*_time_lines(values), *_rollout_lines(values["rollouts"]), "", *_cost_lines(values["cost"]), ""]
+    lines += [*_time_lines(values), *_slices_lines(values), *_rollout_lines(values["rollouts"]), ""]
+    lines += [*_cost_lines(values["cost"]), ""]
     number = len(values["assumptions"])
     sources = f"format=json and format=html list {number} values behind these figures, with their sources"
     return [*lines, *labeled("sources", sources)]
+
+
+def _slices_lines(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the steps that were compared for numbers of slices, and what a run needs to be given."""
+    if values["slices"]:
+        planned = values["layout"]["slices"]
+        steps = ", ".join(f"{number}: {seconds:.3f} s" for number, seconds in values["slices"].items())
+        advice = f"; a run needs schedule.slices={planned}" if planned > 1 else ""
+        yield from labeled("slices", f"step by slices of each sequence {steps}; planned with {planned}{advice}")
 
 
 def labeled(label: str, text: str) -> list[str]:
@@ -185,13 +196,14 @@ def _layout_texts(plan: JobPlan) -> dict[str, str]:
     weights, flops = _model_values(plan).values()
     many, name = (1e9, "billion") if weights >= 1e9 else (1e6, "million")
     unit, prefix = (1e9, "G") if flops >= 1e9 else (1e6, "M")
+    sliced = f" with schedule.slices={config.schedule.slices}" if config.schedule.slices > 1 else ""
     return {
         "model": f"{weights / many:,.1f} {name} weights, {flops / unit:,.1f} {prefix}FLOP per "
         f"trained token, {config.precision.kind}",
         "layout": f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
-        f"schedule {config.schedule.kind}, dispatch {config.dispatch.kind}",
+        f"schedule {config.schedule.kind}{sliced}, dispatch {config.dispatch.kind}",
         "batch": f"{batch.global_sequences:,} sequences of {batch.sequence_length_tokens:,} tokens: in each pipeline "
-        f"{config.num_micro_batches} micro-batches of {batch.micro_sequences}",
+        f"{config.num_micro_batches // config.schedule.slices} micro-batches of {batch.micro_sequences}",
         "cut": f"{' '.join(map(str, mesh.cut.layers))} layers in the stages",
     }
 

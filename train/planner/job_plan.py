@@ -27,7 +27,16 @@ from train.planner.scaling import KernelRates, Rates, rows_per_token
 from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.schedule.cut import run_cut, with_cut
 from train.schedule.measured import layer_parameters
-from train.schedule.timing import EfficiencyConfig, StepTime, TimedPlan, planning_schedule, time_plan
+from train.schedule.timing import (
+    EfficiencyConfig,
+    StepTime,
+    TimedPlan,
+    compare_slices,
+    fastest_slices,
+    planning_schedule,
+    time_plan,
+)
+from train.tasks.registry import TASKS
 
 _SPEEDS = (
     *("peak_flops", "num_sms", "communication_sms", "inter_node_bytes_per_second", "intra_node_bytes_per_second"),
@@ -72,12 +81,16 @@ class PlannerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlan:
-    """What a run needs, how long it takes and what it costs."""
+    """What a run needs, how long it takes and what it costs.
+
+    `slices` has the seconds of a step by the number of slices, if `schedule=auto` has compared them.
+    """
 
     config: TrainConfig
     memory: JobMemory
     reason: str
     timed: TimedPlan | None
+    slices: Mapping[int, float]
     rollouts: RolloutPlan | None
     untimed: str
     cost: dict[str, Any] | None
@@ -98,6 +111,12 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     untimed = untimed_reason(config, planner.rates)
     # A run with schedule=auto measures before it cuts the model; any other uses the configured costs.
     measures = config.schedule.kind == "auto" and not untimed
+    slices = dict[int, float]()
+    # Rates of a run say nothing of smaller products, and a configured number of slices is kept.
+    is_free = measures and config.schedule.slices == 1 and isinstance(planner.rates, KernelRates)
+    if is_free and config.parallelism.context == 1 and TASKS.get(config.task.kind).splits_sequences:
+        slices = compare_slices(planner.rates, planner.efficiency, config)
+        config = replace(config, schedule=replace(config.schedule, slices=fastest_slices(slices)))
     times = planner.rates.part_seconds(config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
@@ -115,6 +134,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         memory=memory,
         reason=shortage(config, memory),
         timed=timed,
+        slices=slices,
         rollouts=rollouts,
         untimed=untimed,
         cost=cost,

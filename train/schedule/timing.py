@@ -3,7 +3,7 @@
 Memory reaches its peak once the pipeline is full, so a few micro-batches for each rank show the peak of thousands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -214,6 +214,27 @@ def time_plan(
     return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)
 
 
+def compare_slices(rates: LayerRates, efficiency: EfficiencyConfig, config: TrainConfig) -> dict[int, float]:
+    """Returns the seconds of a step by the number of slices, until more are slower or not possible."""
+    steps = dict[int, float]()
+    for slices in (1, *SLICES):
+        run = replace(config, schedule=replace(config.schedule, slices=slices))
+        try:
+            steps[slices] = time_plan(rates, efficiency, run).time.step
+        except ValueError:
+            if slices == 1:
+                raise
+            break
+        if steps[slices] > min(steps.values()):
+            break
+    return steps
+
+
+def fastest_slices(steps: Mapping[int, float]) -> int:
+    """Returns the number of slices with the shortest step; slices must save 1 % of it."""
+    return min(steps, key=lambda slices: steps[slices] * (1 if slices == 1 else 1 + LEAST_GAIN))
+
+
 def _step_time(
     rates: LayerRates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
 ) -> StepTime:
@@ -254,8 +275,10 @@ def _rank_parts(groups: Sequence[Group], starts: Sequence[float], ends: Sequence
 
 
 _MOST_PER_RANK = 8
-_LEAST_GAIN = 0.01
-"""Fraction of a step that more chunks must save, as each transfer and exchange also takes a fixed time."""
+LEAST_GAIN = 0.01
+"""Fraction of a step that more chunks or slices must save, as each transfer and exchange also takes a fixed time."""
+SLICES = (2, 4)
+"""Numbers of slices that are compared with whole sequences."""
 
 
 _PER_RANK = 3
@@ -365,7 +388,7 @@ def with_chunks(config: TrainConfig) -> TrainConfig:
     makespans = {chunks: _makespan(choice) for chunks, choice in named.items()}
     best = possible[0]
     for chunks in possible[1:]:
-        if makespans[chunks] < makespans[best] * (1 - _LEAST_GAIN):
+        if makespans[chunks] < makespans[best] * (1 - LEAST_GAIN):
             best = chunks
     return config if makespans[best] == float("inf") else named[best]
 

@@ -14,7 +14,9 @@ from model.size import training_flops_per_token
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.errors import ConfigError
+from train.planner.forms import plan_text, plan_values
 from train.planner.job_plan import plan_job, require_time
+from train.planner.products import FLAT
 from train.planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_token, shape_distance
 from train.schedule.layer_times import LayerTimes
 from train.schedule.timing import TimedPlan, nominal_costs, time_plan
@@ -82,10 +84,17 @@ def test_a_split_schedule_beats_the_published_order() -> None:
     assert 0.85 < split.step / published.step < 0.97
 
 
-def test_auto_is_planned_as_the_schedule_it_falls_back_to() -> None:
-    plan = plan_of(*SMALL, "schedule=auto")
-    schedule = plan.config.schedule
-    assert (schedule.kind, schedule.chunks) == (SCHEDULES.current_name(FALLBACK), 1)
+def test_auto_is_planned_as_the_schedule_it_falls_back_to_with_slices_if_they_save_time() -> None:
+    """Small products take longer for their work than at the measured rate, where slices cost nothing but expansion."""
+    request = request_of(*SMALL, "schedule=auto")
+    for products, chosen in ((rates().products, 1), (FLAT, 4)):
+        planner = replace(request.planner, rates=replace(rates(), products=products))
+        plan = plan_job(request.config, planner)
+        schedule = plan.config.schedule
+        assert (schedule.kind, schedule.chunks, schedule.slices) == (SCHEDULES.current_name(FALLBACK), 1, chosen)
+        assert plan.slices[chosen] == min(plan.slices.values()) == require_time(plan).time.step
+        text = "\n".join(plan_text(plan, plan_values(plan, planner)))
+        assert ("schedule.slices=4" in text) == (chosen == 4)
 
 
 def test_rates_of_other_precisions_and_unknown_devices_give_a_reason_instead_of_a_time() -> None:
