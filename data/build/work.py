@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,14 @@ def build_units(build: Build) -> Iterator[WorkerMessage]:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the largest resident memory that this process has had."""
+    """Returns the largest resident memory that this process has had.
+
+    On Linux, `ru_maxrss` begins with the memory of the process that started this one, so it is not used.
+    """
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if (match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)) is not None:
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
