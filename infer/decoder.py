@@ -8,7 +8,6 @@ L layers, K experts per token.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, assert_never
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch import Tensor
 from comm.protocol import RankLocalDispatcher
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from kernels.few_rows import MOST_CHOICES, few_rows_linear, has_few_rows_forms
-from model.attention.form import CacheView, KvCache, PromptView, StepView, rotation_table
+from model.attention.cache import BLOCK_TOKENS, CacheView, KvCache, PromptView, StepView
+from model.attention.form import rotation_table
 from model.block import Attended, Block, Mlp, Moe
 from model.config import ModelConfig
 from model.linear import widen
@@ -64,20 +64,12 @@ class RouteStore:
 class RouteRecorder:
     """Records the experts of the tokens in the rows of a decoder's main cache; none without a store."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layers: Sequence[int],
-        max_sequences: int,
-        capacity: int,
-        device: torch.device,
-        store: RouteStore | None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layers: Sequence[int], cache: KvCache, store: RouteStore | None) -> None:
         self._layers = tuple(layer for layer in layers if store is not None and layer >= config.num_dense_layers)
         self._store = store
         self._dtype = expert_id_dtype(config.num_routed_experts)
-        num_choices = config.num_experts_per_token
-        self._rows = KvCache(num_choices, len(self._layers), max_sequences, capacity, self._dtype, device)
+        self._cache = cache
+        self._ids = cache.attach(config.num_experts_per_token, len(self._layers), self._dtype)
         self._places: list[int] = []
         # Tokens of each row after the pass, drafts included. Used only in a stage that does not choose tokens.
         self._read: list[int] = []
@@ -85,47 +77,38 @@ class RouteRecorder:
     def write(self, layer: int, view: CacheView, ids_NK: Tensor) -> None:
         """Writes the experts of new tokens. A layer that is not the main model's is ignored."""
         if layer in self._layers:
-            at = self._layers.index(layer)
-            replace(view, cache=self._rows, layer=at).write(ids_NK.to(self._dtype))
+            self._ids.write(self._layers.index(layer), view.slots_N, ids_NK.to(self._dtype))
 
     def add(self, place: int) -> None:
         """Adds an empty row for the sequence of a place."""
-        self._rows.add()
         self._places.append(place)
 
-    def remove(self, row: int, lengths: Sequence[int]) -> None:
-        """Stores the sequence of a row and moves the last row into its place."""
-        self._keep(row, lengths[row])
-        self._rows.resize(len(lengths) - 1, lengths[-1])
-        self._rows.remove(row)
+    def remove(self, row: int) -> None:
+        """Stores the sequence of a row, which leaves the cache then, and moves the last row into its place."""
+        self._keep(row, self._cache.lengths[row])
         last = self._places.pop()
         if row < len(self._places):
             self._places[row] = last
 
-    def copy_start(self, source: int, target: int, length: int) -> None:
-        """Copies the first tokens of a row to another one."""
-        self._rows.copy_start(source, target, length)
-
-    def arrange(
-        self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
-    ) -> None:
-        """Replaces the sequences before a pass, as `PartDecoder.arrange` does, and stores those that leave."""
+    def arrange(self, lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]) -> None:
+        """Stores the sequences that leave the cache before a pass, and replaces the rest as the cache does then."""
         staying = set(places)
         for row, (sequence, num_read) in enumerate(zip(self._places, self._read, strict=True)):
             if sequence not in staying:
                 self._keep(row, num_read)
-        self._rows.arrange(sources, lengths)
         self._places = list(places)
         self._read = [length + count for length, count in zip(lengths, counts, strict=True)]
 
     def finish(self) -> None:
         """Stores the sequences of all rows after the last pass."""
-        self.arrange((), (), (), ())
+        self.arrange((), (), ())
 
     def _keep(self, row: int, length: int) -> None:
-        ids = [self._rows.read(layer, slice(row, row + 1), length)[0] for layer in range(len(self._layers))]
-        if self._store is not None and ids:
-            self._store.add(self._places[row], self._layers, torch.stack(ids))
+        if self._store is None or not self._layers:
+            return
+        blocks = self._cache.blocks(range(row, row + 1), length)
+        ids = [self._ids.read(layer, blocks)[0] for layer in range(len(self._layers))]
+        self._store.add(self._places[row], self._layers, torch.stack(ids))
 
 
 def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Sample]) -> SampledRoutes:
@@ -171,11 +154,13 @@ class PartDecoder:
         is_few = has_experts and has_few_rows_forms(weight)
         self._most_few = MOST_CHOICES // config.num_experts_per_token if is_few else 0
         width = model.attention.values_per_token(config)
-        self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
-        self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
+        lane = -(-capacity // BLOCK_TOKENS)
+        sizes = (max_sequences * lane, weight.dtype, weight.device)
+        self.main = KvCache(width, len(self._layers), *sizes, lane=lane)
+        self.mtp = KvCache(width, int(with_mtp), *sizes, lane=lane)
         table = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
         self._turns_TP = torch.complex(*table).to(weight.device)
-        self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
+        self.recorder = RouteRecorder(config, self._layers, self.main, routes)
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +180,7 @@ class PartDecoder:
 
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place."""
-        self.recorder.remove(row, self.main.lengths)
+        self.recorder.remove(row)
         self.mtp.remove(row)
         self.main.remove(row)
 
@@ -203,14 +188,13 @@ class PartDecoder:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
         self.main.copy_start(source, target, num_tokens)
         self.mtp.copy_start(source, target, num_tokens - 1)
-        self.recorder.copy_start(source, target, num_tokens)
 
     def arrange(
         self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
     ) -> None:
         """Replaces the sequences before a pass: a source is the row that held the tokens, or -1 if it is new."""
+        self.recorder.arrange(lengths, counts, places)
         self.main.arrange(sources, lengths)
-        self.recorder.arrange(sources, lengths, counts, places)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Returns the embeddings of tokens, ND."""
@@ -271,7 +255,8 @@ class PartDecoder:
     def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of attention within prompts, which start at position 0."""
         turns_NP = self._turns_TP[torch.cat([torch.arange(count) for count in counts]).to(self.device)]
-        return lambda layer: PromptView(cache, layer, rows, counts, turns_NP)
+        slots_N = cache.slots(rows, counts)
+        return lambda layer: PromptView(cache.values, layer, counts, slots_N, turns_NP)
 
     def over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
         """Returns the views of attention of `num_new` tokens of each row over its cached tokens."""
@@ -285,7 +270,9 @@ class PartDecoder:
         future_BST = None
         if num_new > 1 or min(lengths) < longest:
             future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
-        return lambda layer: StepView(cache, layer, rows.start, positions_BS, num_positions, future_BST, turns_NP)
+        slots_N = cache.slots(rows, [num_new] * len(rows))
+        blocks = cache.blocks(rows, num_positions)
+        return lambda layer: StepView(cache.values, layer, slots_N, blocks, positions_BS, future_BST, turns_NP)
 
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)

@@ -18,17 +18,10 @@ from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from kernels.few_rows import few_rows_linear
 from kernels.heads import rotate_
+from model.attention.cache import CacheView, PromptView, StepView
 from model.attention.context import mix_in_context
 from model.attention.core import mix
-from model.attention.form import (
-    Attention,
-    AttentionForm,
-    CacheView,
-    PromptView,
-    StepView,
-    rotation_table,
-    softmax_scale,
-)
+from model.attention.form import Attention, AttentionForm, rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.linear import Projection, WeightSink, join_storage, widen
 from model.norm import RmsNorm

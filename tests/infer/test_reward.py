@@ -21,7 +21,6 @@ from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
-from model.attention.form import KvCache
 from model.head import score_states
 from model.hf.writer import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
@@ -175,34 +174,6 @@ def test_packed_rounds_are_unpacked() -> None:
     empty = form.pack(RoundPlan(), None, cpu)
     assert len(empty) == form.plan_bytes
     assert form.unpack(empty)[0] == RoundPlan()
-
-
-def test_cache_rows_follow_their_sources() -> None:
-    generator = random.Random(3)
-    cache = KvCache(2, 3, 6, 8, torch.float64, torch.device("cpu"))
-    held: list[torch.Tensor] = []  # each row's tokens, [layers, T, values]
-    for _ in range(200):
-        sources, lengths = [], []
-        for _ in range(generator.randrange(7)):
-            source = generator.randrange(-1, len(held))
-            sources.append(source)
-            lengths.append(0 if source < 0 else generator.randrange(held[source].shape[1] + 1))
-        cache.arrange(sources, lengths)
-        held = [
-            held[source][:, :length].clone() if source >= 0 else torch.empty(3, 0, 2, dtype=torch.float64)
-            for source, length in zip(sources, lengths, strict=True)
-        ]
-        for row, values in enumerate(held):
-            num_new = generator.randrange(9 - values.shape[1])
-            new = torch.rand(3, num_new, 2, dtype=torch.float64)
-            for layer in range(3):
-                cache.write_row(layer, row, values.shape[1], new[layer])
-            held[row] = torch.cat((values, new), 1)
-            cache.resize(row, held[row].shape[1])
-        for row, values in enumerate(held):
-            for layer in range(3):
-                read = cache.read(layer, slice(row, row + 1), values.shape[1])[0]
-                assert torch.equal(read, values[layer])
 
 
 def test_cohort_alternates_with_its_caller_and_ends() -> None:

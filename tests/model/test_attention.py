@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
-from model.attention.form import KvCache, rotation_table
+from model.attention.cache import BLOCK_TOKENS, KvCache
+from model.attention.form import rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
 from model.block import Block
 from model.config import Computing, ModelConfig, Recomputed, YarnRope
@@ -254,6 +255,6 @@ def test_expanded_prompts_do_not_see_each_other() -> None:
 
 def test_cache_of_v3_holds_576_values_per_token_and_layer() -> None:
     config = replace(MODEL, kv_lora_rank=512, qk_rope_head_dim=64)
-    cache = KvCache(values_per_token(config), 61, 2, 3, torch.bfloat16, torch.device("meta"))
+    cache = KvCache(values_per_token(config), 61, 3, torch.bfloat16, torch.device("meta"))
     assert values_per_token(config) == 576
-    assert cache.num_bytes == 2 * 3 * 70272
+    assert cache.num_bytes == 3 * BLOCK_TOKENS * 70272

@@ -12,7 +12,8 @@ from comm.dispatch.local import LocalDispatcher
 from comm.protocol import ALONE, ContextGroup
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents
-from model.attention.form import Attention, AttentionForm, CacheView, PromptView
+from model.attention.cache import CacheView, PromptView
+from model.attention.form import Attention, AttentionForm
 from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig, Products, cut_layers
 from model.linear import GradientStore, Projection, WeightSink
