@@ -91,7 +91,7 @@ class RouteRecorder:
             self._places[row] = last
 
     def arrange(self, lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]) -> None:
-        """Stores the sequences that leave the cache before a pass, and replaces the rest as the cache does then."""
+        """Stores the sequences that leave the cache before a pass, and takes over the others' rows."""
         staying = set(places)
         for row, (sequence, num_read) in enumerate(zip(self._places, self._read, strict=True)):
             if sequence not in staying:

@@ -22,7 +22,7 @@ class OutOfBlocksError(Exception):
 
 
 class _Blocks:
-    """Counts the sequences that hold each block. Finished blocks stay readable by key until they are needed."""
+    """Counts the holders of each block. Finished blocks stay readable by key until they are needed."""
 
     def __init__(self, num_blocks: int, lane: int) -> None:
         self._lane = lane
@@ -30,7 +30,7 @@ class _Blocks:
         self._free = dict.fromkeys(range(num_blocks))
         self._keys: dict[int, bytes] = {}  # of finished blocks
         self._by_key: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # finished and held by nobody, the longest unused first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # finished and held by no sequence, the longest unused first
 
     @property
     def num_free(self) -> int:
@@ -299,7 +299,7 @@ class KvCache:
         return [self._blocks.hold(block) for block in table[: -(-length // BLOCK_TOKENS)]]
 
     def _own_last(self, row: int) -> None:
-        """Copies the last block of a row if it is not full and not the row's alone, because it will be written."""
+        """Copies the last block of a row if it is shared and not full, because it will be written."""
         table = self._tables[row]
         if self._lengths[row] % BLOCK_TOKENS and self._blocks.is_shared(table[-1]):
             block = self._blocks.take(table[-2] if len(table) > 1 else None)
