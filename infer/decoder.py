@@ -104,7 +104,7 @@ class RouteRecorder:
         self.arrange((), (), ())
 
     def _keep(self, row: int, length: int) -> None:
-        if self._store is None or not self._layers:
+        if self._store is None or not self._layers or not length:
             return
         blocks = self._cache.blocks(range(row, row + 1), length)
         ids = [self._ids.read(layer, blocks)[0] for layer in range(len(self._layers))]
@@ -187,7 +187,7 @@ class PartDecoder:
     def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
         self.main.copy_start(source, target, num_tokens)
-        self.mtp.copy_start(source, target, num_tokens - 1)
+        self.mtp.copy_start(source, target, min(num_tokens - 1, self.mtp.lengths[source]))
 
     def arrange(
         self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
