@@ -18,10 +18,10 @@ from torch import Tensor
 from comm.protocol import RankLocalDispatcher
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from kernels.few_rows import MOST_CHOICES, few_rows_linear, has_few_rows_forms
-from model.attention.cache import BLOCK_TOKENS, CacheView, KvCache, PromptView, StepView
+from model.attention.cache import CacheView, KvCache, PromptView, StepView
 from model.attention.form import rotation_table
 from model.block import Attended, Block, Mlp, Moe
-from model.config import ModelConfig
+from model.config import BLOCK_TOKENS, ModelConfig
 from model.linear import widen
 from model.router import expert_id_dtype
 from model.transformer import Transformer

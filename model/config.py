@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+BLOCK_TOKENS = 64
+"""Tokens of a block, in which the cache of attention is divided among sequences."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainRope:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS = 64
+from model.config import BLOCK_TOKENS
 
 
 class OutOfBlocksError(Exception):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
-from model.attention.cache import BLOCK_TOKENS, KvCache
+from model.attention.cache import KvCache
 from model.attention.form import rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
 from model.block import Block
-from model.config import Computing, ModelConfig, Recomputed, YarnRope
+from model.config import BLOCK_TOKENS, Computing, ModelConfig, Recomputed, YarnRope
 from model.linear import WeightSink
 from model.norm import RmsNorm
 from model.transformer import build_linears

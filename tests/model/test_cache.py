@@ -7,7 +7,8 @@ from itertools import chain
 import pytest
 import torch
 
-from model.attention.cache import BLOCK_TOKENS, KvCache, OutOfBlocksError
+from model.attention.cache import KvCache, OutOfBlocksError
+from model.config import BLOCK_TOKENS
 
 LAYERS, WIDTH, ROWS, MOST = 2, 3, 5, 3 * BLOCK_TOKENS
 

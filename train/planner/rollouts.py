@@ -16,6 +16,7 @@ from dualpipe.passes import forward_only
 from dualpipe.simulate.timing import makespan_of
 from infer.cohorts import AnsweredPrompt, CohortSizes, RoundForecast, forecast_rounds
 from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig
+from model.config import BLOCK_TOKENS
 from model.size import StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.config.decode import encode
@@ -195,7 +196,8 @@ class _Visit:
             for stage, rank in zip(self._shapes, row, strict=True):
                 held[rank] += len(stage.layers) + drafts * stage.is_last
         width = (model.kv_lora_rank + model.qk_rope_head_dim) * value_bytes(self.config.precision)
-        return max(held) * forecast.cohorts * forecast.max_rows * min(capacity, model.max_position_tokens) * width
+        blocks = -(-min(capacity, model.max_position_tokens) // BLOCK_TOKENS)
+        return max(held) * forecast.cohorts * forecast.max_rows * blocks * BLOCK_TOKENS * width
 
     @property
     def _shapes(self) -> tuple[StageShape, ...]:
