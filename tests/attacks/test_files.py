@@ -339,6 +339,7 @@ ALLOWED = {
     ("train/records/step_record.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
     ("launch/run_folder.py", "yaml.load"),
+    ("data/mix/manifest.py", "yaml.load"),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),
     # From this process to its child.

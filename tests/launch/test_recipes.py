@@ -65,7 +65,8 @@ T = 10**12
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "text").mkdir()
-    (folder / "text" / "a.txt").write_text("some text to train on", encoding="utf-8")
+    # Real text as far as a start reads it; the rest is sparse.
+    (folder / "text" / "a.txt").write_text("some text to train on\n" * 400_000, encoding="utf-8")
     os.truncate(folder / "text" / "a.txt", 3 * T)  # sparse: as many bytes as DeepSeek-V3's corpus needs at least
     (folder / "teacher").mkdir()
     write_weights_manifest(folder / "teacher", compose_run(["model=arithmetic"]).model, {})
