@@ -21,7 +21,13 @@ from train.report.plan_comparison import read_sampled
 from train.schedule.timing import MeasuredRates, RolloutRates
 
 GRPO = ("experiment=arithmetic_grpo", "init_from=random", "cluster=h800", "precision=bf16", "plan.check=false")
-RUN = ("experiment=arithmetic_grpo", "init_from=random", "task.steps=3", "validation.every_steps=0")
+RUN = (
+    "experiment=arithmetic_grpo",
+    "init_from=random",
+    "task.steps=2",
+    "validation.every_steps=0",
+    "rollout.max_new_tokens=10",
+)
 
 
 def rollouts_of(*overrides: str) -> RolloutPlan:
