@@ -1,16 +1,13 @@
 """Cache of attention in blocks of 64 tokens, and what one pass writes to it and reads from it.
 
-A sequence holds only the blocks that its tokens need. Full blocks are shared: among the answers to one prompt, and
-among prompts with the same beginning. Shape legend: B sequences, S new tokens of each, N new tokens of all, T
-positions, K blocks of a sequence, C values per token and layer, P rotated pairs.
+A sequence holds only the blocks that its tokens need. The answers to one prompt share its full blocks. Shape legend:
+B sequences, S new tokens of each, N new tokens of all, T positions, K blocks of a sequence, C values per token and
+layer, P rotated pairs.
 """
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,23 +19,20 @@ class OutOfBlocksError(Exception):
 
 
 class _Blocks:
-    """Counts the holders of each block. Finished blocks stay readable by key until they are needed."""
+    """Counts the holders of each block."""
 
     def __init__(self, num_blocks: int, lane: int) -> None:
         self._lane = lane
         self._holders = [0] * num_blocks
         self._free = dict.fromkeys(range(num_blocks))
-        self._keys: dict[int, bytes] = {}  # of finished blocks
-        self._by_key: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # finished and held by no sequence, the longest unused first
 
     @property
     def num_free(self) -> int:
         """Number of blocks that no sequence holds."""
-        return len(self._free) + len(self._idle)
+        return len(self._free)
 
     def take(self, before: int | None = None) -> int:
-        """Returns a block for new tokens, if need be the finished block that was unused for the longest.
+        """Returns a block for new tokens.
 
         Prefers the one that follows `before` in memory, and for a first block the start of a lane that is free.
         """
@@ -51,9 +45,6 @@ class _Blocks:
             del self._free[block]
         elif self._free:
             block, _ = self._free.popitem()
-        elif self._idle:
-            block, _ = self._idle.popitem(last=False)
-            del self._by_key[self._keys.pop(block)]
         else:
             raise OutOfBlocksError
         self._holders[block] = 1
@@ -64,7 +55,6 @@ class _Blocks:
 
     def hold(self, block: int) -> int:
         """Adds a holder to a block and returns it."""
-        self._idle.pop(block, None)
         self._holders[block] += 1
         return block
 
@@ -75,31 +65,8 @@ class _Blocks:
     def release(self, block: int) -> None:
         """Removes a holder."""
         self._holders[block] -= 1
-        if self._holders[block]:
-            return
-        if block in self._keys:
-            self._idle[block] = None
-        else:
+        if not self._holders[block]:
             self._free[block] = None
-
-    def finish(self, block: int, key: bytes) -> None:
-        """Makes a full block readable by the key of its tokens and of all before them, unless another one is."""
-        if key not in self._by_key and block not in self._keys:
-            self._by_key[key] = block
-            self._keys[block] = key
-
-    def of_key(self, key: bytes) -> int | None:
-        """Returns the finished block of a key."""
-        return self._by_key.get(key)
-
-
-def _keys(tokens: Sequence[int]) -> Iterator[bytes]:
-    """Yields the key of each full block: a hash of its tokens and of all before them."""
-    digest = hashlib.blake2b(digest_size=16)
-    numbers = np.asarray(tokens, dtype=np.int64)
-    for end in range(BLOCK_TOKENS, len(numbers) + 1, BLOCK_TOKENS):
-        digest.update(numbers[end - BLOCK_TOKENS : end].data)
-        yield digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,24 +215,6 @@ class KvCache:
             self._release(table)
         for row in range(len(self._tables)):
             self._own_last(row)
-
-    def finish(self, row: int, tokens: Sequence[int]) -> None:
-        """Makes the full blocks of a row readable by `start`, given the tokens of the row in order."""
-        for block, key in zip(self._tables[row], _keys(tokens[: self._lengths[row]]), strict=False):
-            self._blocks.finish(block, key)
-
-    def start(self, row: int, tokens: Sequence[int]) -> int:
-        """Fills an empty row with finished blocks of the same first tokens. Returns how many tokens these are.
-
-        At least the last token is left to read, because its logits are not kept.
-        """
-        for key in _keys(tokens[:-1]):
-            block = self._blocks.of_key(key)
-            if block is None:
-                break
-            self._tables[row].append(self._blocks.hold(block))
-        self._lengths[row] = len(self._tables[row]) * BLOCK_TOKENS
-        return self._lengths[row]
 
     def slots(self, rows: Iterable[int], counts: Iterable[int]) -> Tensor:
         """Returns where the values of the next tokens of rows are stored, N, after taking blocks for them."""

@@ -93,34 +93,6 @@ def test_rows_that_were_added_together_are_read_in_place() -> None:
     assert held.num_in_lanes == 2
 
 
-def test_a_prompt_starts_with_finished_blocks_of_the_same_tokens_only() -> None:
-    """Random prompts with common beginnings, in a cache that must drop finished blocks for new ones."""
-    chosen = random.Random(4)
-    held, num_shared = Held(12), 0
-    beginnings = [[chosen.randrange(256) for _ in range(MOST)] for _ in range(3)]
-    for _ in range(300):
-        prompt = beginnings[chosen.randrange(3)][: chosen.randrange(MOST)]
-        prompt = [*prompt, *(chosen.randrange(256) for _ in range(chosen.randrange(1, 3)))]
-        if len(held.rows) == 3:
-            held.cache.remove(2)
-            held.rows.pop()
-        row = held.cache.add()
-        start = held.cache.start(row, prompt)
-        assert start < len(prompt)
-        if start:
-            values = held.cache.values
-            blocks = held.cache.blocks(range(row, row + 1), start)
-            read = [values.read(layer, blocks)[0] for layer in range(LAYERS)]
-            held.rows.append((prompt[:start], torch.stack(read)))
-        else:
-            held.rows.append(([], EMPTY))
-        num_shared += start
-        held.write(row, prompt[start:])
-        held.cache.finish(row, prompt)
-        held.check()
-    assert num_shared > 10_000
-
-
 def test_without_a_free_block_nothing_is_lost() -> None:
     held = Held(2)
     for _ in range(2):
