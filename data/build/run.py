@@ -160,6 +160,7 @@ def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress
     """Builds units with worker processes and shows the progress. Returns the largest memory of a worker."""
     sizes = {unit.name: unit.size_bytes for unit in missing}
     done = dict.fromkeys(sizes, 0)
+    notes = set[str]()
     peak = 0
 
     def advance(message: WorkerMessage) -> int:
@@ -170,6 +171,9 @@ def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress
     messages = _messages(build, min(workers, len(missing)))
     for message in progress.over("preparing text", messages, sum(sizes.values()), advance):
         peak = max(peak, message.peak_rss_bytes)
+        notes |= {message.note}
+    for note in sorted(notes - {""}):
+        progress.note(note)
     return peak
 
 

@@ -51,11 +51,12 @@ class BuildSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerMessage:
-    """What a worker reports: bytes of a unit that are done, or why it stopped."""
+    """What a worker reports: bytes of a unit that are done, a line for the user, or why it stopped."""
 
     unit: str = ""
     done_bytes: int = 0
     peak_rss_bytes: int = 0
+    note: str = ""
     error: str = ""
 
 
@@ -168,6 +169,12 @@ class UnitEncoder:
         with_sketches = build.manifest.dedup == "minhash"
         self._inspector = Inspector(build.manifest.filters, build.contamination, with_sketches=with_sketches)
 
+    @property
+    def note(self) -> str:
+        """A line for the user if the tokenizer is slow, otherwise empty."""
+        reason = self._tokenizer.bulk.reason
+        return "" if reason is None else f"text is encoded slowly, with tokenizers, as fastokens cannot: {reason}"
+
     def encode(self, unit: TextUnit) -> Iterator[int]:
         """Writes a unit. Yields the bytes of its files that are done, after each batch of about 4 MB."""
         counts = ReadCounts()
@@ -269,7 +276,8 @@ def build_units(build: Build) -> Iterator[WorkerMessage]:
                 try:
                     if build.read(unit) is None:  # another process may have completed it just before
                         for done in encoder.encode(unit):
-                            yield WorkerMessage(unit=name, done_bytes=done, peak_rss_bytes=peak_rss_bytes())
+                            peak = peak_rss_bytes()
+                            yield WorkerMessage(unit=name, done_bytes=done, peak_rss_bytes=peak, note=encoder.note)
                 finally:
                     build.claims.release(name)
             del pending[name]

@@ -13,6 +13,7 @@ from data.loader import Loader
 from data.mix.source import MixtureSource
 from data.mixtures import open_folder
 from data.prepare import Prepared, prepare
+from tests.tiny import data_config
 
 pytestmark = pytest.mark.slow
 L = 32
@@ -20,18 +21,7 @@ L = 32
 
 def config_of(home: Path, **source: str | None) -> DataConfig:
     values = {"kind": "mix", "manifest": None, "folder": None, "local_cache": None} | source
-    return DataConfig(
-        source=MixtureSource(**values),  # type: ignore[arg-type]
-        tokenizer=None,
-        tokenizer_bos=None,
-        tokenizer_eos=None,
-        tokenizer_pad=None,
-        tokenizer_vocab_size=300,
-        validation_fraction=0.2,
-        fim_rate=0.0,
-        seed=5,
-        cache_dir=str(home / "cache"),
-    )
+    return data_config(home, source=MixtureSource(**values), seed=5)  # type: ignore[arg-type]
 
 
 def write_manifest(folder: Path, name: str, weights: tuple[float, float]) -> str:

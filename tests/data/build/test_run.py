@@ -18,6 +18,7 @@ from data.build.run import _sample_shares, build_folder
 from data.build.work import Build, BuildSettings, UnitEncoder, build_units
 from data.corpus import DataError
 from data.encode import NO_PROGRESS
+from data.progress import ProgressLines
 from data.shards import PARTS, UnitWriter, open_shards
 from data.tokenizer import Tokenizer
 from tests import ROOT
@@ -88,6 +89,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def times_of(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("sources/*/*")}
+
+
+def test_text_that_must_be_encoded_slowly_is_reported_once(
+    settings: BuildSettings, tokenizer: Tokenizer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    lines: list[str] = []
+    build_folder(settings, tokenizer, tmp_path / "slow", 1, ProgressLines(lines.append))
+    assert [line.partition(":")[0] for line in lines if "slowly" in line] == [
+        "text is encoded slowly, with tokenizers, as fastokens cannot"
+    ]
+    assert files_of(tmp_path / "slow") == files_of(folder)
 
 
 def test_folder_holds_each_document_once(folder: Path, settings: BuildSettings, tokenizer: Tokenizer) -> None:
