@@ -274,9 +274,11 @@ def check_data(config: TrainConfig) -> int:
         raise broken("model.vocab_size", f"must be at least the {tokens} tokens of data.kind={kind}", model, tokens)
     if config.data.tokenizer is None:
         raise broken("data.tokenizer_vocab_size", f"must be at most model.vocab_size={model}", tokens, model)
+    is_prepared = getattr(config.data.source, "folder", None) is not None
+    other = "" if is_prepared else ", or data.tokenizer=null, which trains one"
     raise ConfigError(
         f"data.tokenizer: must have at most model.vocab_size={model} tokens, {config.data.tokenizer} has {tokens}; "
-        f"nearest valid: model.vocab_size={tokens}, or data.tokenizer=null, which trains one"
+        f"nearest valid: model.vocab_size={tokens}{other}"
     )
 
 
