@@ -176,7 +176,7 @@ class UnitEncoder:
         return "" if reason is None else f"text is encoded slowly, with tokenizers, as fastokens cannot: {reason}"
 
     def encode(self, unit: TextUnit) -> Iterator[int]:
-        """Writes a unit. Yields the bytes of its files that are done, after each batch of about 4 MB."""
+        """Writes a unit. Yields the bytes of its files that are done, after each batch of about 1 MB."""
         counts = ReadCounts()
         dropped = Counter[str]()
         done = 0
