@@ -308,7 +308,7 @@ class PartDecoder:
         routing = attended.routing
         base_1ND = attended.residual_BTD
         rows = attended.rows
-        handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
+        handle = moe.plan(dispatcher, routing)
         arrived = dispatcher.dispatch(wire.pack(rows), routing.weights_TK, handle).wait()
         routed_AD = moe.experts(wire.unpack(arrived.rows_AD, rows), arrived.weights_A, arrived.counts, None)
         if moe.shared_experts is not None:

@@ -9,9 +9,9 @@ Shape legend: E experts of a layer, S slots of all ranks in their order, R ranks
 """
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,52 @@ class PlacementShape:
             rule = f"a rank must not need two copies of one of the {experts // nodes} experts of its node"
             most = ranks * (experts // nodes) - experts
             raise PlacementError.broken("redundant", rule, self.num_redundant, most)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The expert of each slot, S, of the layers that are placed. Other layers have `default_layer`."""
+
+    shape: PlacementShape
+    layers: Mapping[int, Experts]
+
+    @classmethod
+    def read(cls, values: Any, key: str) -> Self:
+        """Decodes a placement as `launch.place format=json` writes it; errors name the key."""
+        try:
+            shape = PlacementShape(**{field.name: values[field.name] for field in fields(PlacementShape)})
+            rows = {
+                int(name.removeprefix("layer_")): np.array(layer["experts"]) for name, layer in values["layers"].items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            rule = "must be what launch.place format=json writes"
+            raise PlacementError.broken(key, rule, f"{type(error).__name__} {error}", "a new placement") from error
+        form = (shape.num_ranks, shape.num_slots // shape.num_ranks)
+        for layer, experts_RK in rows.items():
+            rule = ""
+            if experts_RK.shape != form or experts_RK.dtype != np.int64:
+                rule = f"must list the experts of {form[0]} ranks with {form[1]} slots"
+            elif sorted({*experts_RK.flatten().tolist()}) != [*range(shape.num_experts)]:
+                rule = f"must place each of {shape.num_experts} experts"
+            elif any(len({*experts_K}) < form[1] for experts_K in experts_RK.tolist()):
+                rule = "must not have two copies of an expert on a rank"
+            if rule:
+                raise PlacementError.broken(key, f"layer {layer} {rule}", experts_RK.tolist(), "a new placement")
+        return cls(shape=shape, layers={layer: experts_RK.flatten() for layer, experts_RK in rows.items()})
+
+    @property
+    def num_local_slots(self) -> int:
+        """Slots of a rank."""
+        return self.shape.num_slots // self.shape.num_ranks
+
+    def slots(self, layer: int) -> Experts:
+        """Returns the experts of each rank's slots of a layer, RK."""
+        slots_S = self.layers.get(layer, default_layer(self.shape))
+        return slots_S.reshape(self.shape.num_ranks, -1)
+
+    def again(self, loads: Mapping[int, Loads]) -> Self:
+        """Returns the placement of the same shape for other loads."""
+        return type(self)(shape=self.shape, layers={layer: place_layer(loads[layer], self.shape) for layer in loads})
 
 
 def place_layer(load_E: Loads, shape: PlacementShape) -> Experts:

@@ -24,8 +24,32 @@ from model.router import Route, Router, Routing
 from model.values import ExpertOutput, Received
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertCopies:
+    """Slots of a layer's experts on all ranks. An expert may have several, which divide its tokens.
+
+    Attributes:
+        slots_EC: slots of each expert, of which the first `copies_E` count.
+        load_E: tokens of each expert on this rank so far.
+        first: copy that the first token of a pass takes. Ranks differ, so that a token on each uses all copies.
+    """
+
+    slots_EC: Tensor
+    copies_E: Tensor
+    load_E: Tensor
+    first: int
+
+    def choose(self, ids_TK: Tensor) -> Tensor:
+        """Counts the chosen experts, and returns a slot of each, TK. Neighboring tokens take other copies."""
+        self.load_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+        numbers_T1 = torch.arange(self.first, self.first + len(ids_TK), device=ids_TK.device)[:, None]
+        return self.slots_EC[ids_TK, numbers_T1 % self.copies_E[ids_TK]]
+
+
 class Moe(nn.Module):
     """The feed-forward part of a MoE layer: router, routed experts of this rank, shared experts."""
+
+    copies: ExpertCopies | None = None  # None: each expert has one slot, in the order of the experts
 
     def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
@@ -35,6 +59,11 @@ class Moe(nn.Module):
         self.gate = Router(config, dtype)
         self.experts = RoutedExperts(hidden, narrow, experts, dtype, linears)
         self.shared_experts = Mlp(hidden, shared * narrow, dtype, linears) if shared else None
+
+    def plan(self, dispatcher: Dispatcher, routing: Routing) -> Handle:
+        """Plans the exchange of the rows of routed tokens."""
+        ids_TK = routing.ids_TK if self.copies is None else self.copies.choose(routing.ids_TK)
+        return dispatcher.plan(ids_TK, routing.weights_TK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +253,7 @@ def run_block(
     residual_BTD = attended.residual_BTD
     rows = attended.rows
     routing = attended.routing
-    handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
+    handle = block.moe.plan(dispatcher, routing)
     # All experts are here: rows are read by index instead of copied, and results summed by token.
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
@@ -299,7 +328,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, hidden: int, intermediate: int, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
         self._linears = linears
-        self.experts = experts
+        self.experts: Sequence[int] = experts
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, intermediate, dtype=dtype))
 

@@ -54,7 +54,7 @@ class ParameterGroups:
     matrices: dict[str, nn.Parameter]
     vectors: dict[str, nn.Parameter]
     experts: dict[str, nn.Parameter]
-    held: range
+    held: Sequence[int]
     num_experts: int
 
     def all(self) -> dict[str, nn.Parameter]:
@@ -75,7 +75,7 @@ class ParameterGroups:
         if name not in self.experts:
             return Slice(num_elements, first, values)
         size = num_elements // len(self.held)
-        return Slice(size * self.num_experts, size * self.held.start + first, values)
+        return Slice(size * self.num_experts, size * self.held[0] + first, values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from comm.agreement import exchange_reports, gather_present
 from comm.config import AllToAllDispatchConfig, DispatchConfig, LocalDispatchConfig
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
-from comm.dispatch.process_group import Observers
+from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.registry import TokenSizes
 from comm.groups import start, stop
 from comm.layout import Layout
@@ -40,6 +40,8 @@ from infer.engines.local import LocalEngine
 from infer.engines.pipelined import PipelinedEngine
 from infer.engines.rounds import PipelinePlace, RoundFormat
 from infer.engines.vllm import TensorDigest
+from infer.expert_moves import place_experts
+from infer.placement import Placement
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
 from model.config import Computing, products_of
 from model.hf.reader import HfReader
@@ -128,6 +130,24 @@ class ReplicaPipeline:
         world = self.replica.world
         with world.log.collective("world", world.groups.world, "failure of decoding"):
             return exchange_reports(text or None, world.groups.world).first_text
+
+    def place_experts(self, placement: Placement) -> None:
+        """Moves the weights of experts to the slots of a placement. All ranks call it between two passes."""
+        world = self.replica.world
+        group = ExchangeGroup("expert", world.groups.expert, world.layout, self.replica.observers)
+
+        def exchange(rows_NB: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+            return world.lane.submit(lambda: group.start(rows_NB, sent, received, "experts", None).wait()).wait()
+
+        place_experts(self.replica.model, placement, group.index, exchange)
+        config = self.replica.config
+        if self.model.dispatcher.num_local_experts != placement.num_local_slots:
+            self.replica.dispatcher.close()
+            dispatcher = world.open_dispatcher(
+                config.dispatch, placement.shape.num_slots, self.replica.observers, config.tokens
+            )
+            self.replica = replace(self.replica, dispatcher=dispatcher)
+            self.model.dispatcher = dispatcher
 
     def close(self) -> None:
         """Closes the links. All ranks call it at the same point."""
@@ -223,7 +243,7 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     yield pipeline
     dist.barrier(group=groups.world)
     pipeline.close()
-    replica.close()
+    pipeline.replica.close()
     world.close()
     stop()
 
