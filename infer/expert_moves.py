@@ -66,7 +66,7 @@ def _copies(experts_RK: Experts, rank: int, device: torch.device) -> ExpertCopie
 
 
 def _move(moe: Moe, before_RK: Experts, after_RK: Experts, rank: int, exchange: Exchange) -> None:
-    """Replaces this rank's experts of a layer. Those that are here already stay, the first rank sends others."""
+    """Replaces this rank's experts of a layer. The first rank that has one sends it to others."""
     experts = moe.experts
     first_with_E = [int((before_RK == expert).any(1).argmax()) for expert in range(int(before_RK.max()) + 1)]
     source_RK = np.array(
