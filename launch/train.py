@@ -88,7 +88,7 @@ def dry_run(overrides: Sequence[str]) -> str:
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
         from data.loader import open_order
-        from data.sample_lines import sample_lines
+        from launch.sample_lines import sample_lines
         from train.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())

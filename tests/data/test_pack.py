@@ -27,9 +27,9 @@ from data.pack import (
 )
 from data.prepare import prepare
 from data.progress import EscapedStream, escape_terminals, printable, progress_on
-from data.sample_lines import sample_lines
 from launch import train
 from launch.command import command
+from launch.sample_lines import sample_lines
 from tests import ROOT
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines

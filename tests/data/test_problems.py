@@ -18,8 +18,8 @@ from data.pack import WEIGHTS
 from data.prepare import Prepared, check_config, prepare
 from data.problems import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
-from data.sample_lines import sample_lines
 from data.tokenizer import Tokenizer
+from launch.sample_lines import sample_lines
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of as source_config
 from tests.data.chat.test_sources import write_lines
