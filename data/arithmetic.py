@@ -9,13 +9,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models
 
-from data.chat.encode import check_tokens, encode_conversations, pair_sample
+from data.chat.encode import ChatSample, check_template, encode_samples
 from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, hash_unit
 from data.pack import PAIR_VALUES, WEIGHTS
 from data.problems import ProblemRecord
-from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
+from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
@@ -111,7 +111,6 @@ def _generator(seed: int, stream: int) -> np.random.Philox:
 
 CHARACTERS = "0123456789=\n?"
 UNKNOWN = "?"
-ENCODE_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,31 +142,16 @@ def _all_problems(source: ArithmeticSource) -> Iterator[ArithmeticProblem]:
     return islice(stream, source.num_samples)
 
 
-def _chosen_problems(source: ArithmeticSource) -> Iterator[tuple[ArithmeticProblem, str, str]]:
-    """Yields problems, each with the answer that is shown first and a wrong one."""
+def _chat_samples(source: ArithmeticSource) -> Iterator[ChatSample]:
+    """Yields problems with the right answer, with a wrong one, or with both as a pair."""
     numbers = draws(source.generator_seed)
     for problem in _all_problems(source):
-        is_wrong = next(numbers) / 2**64 < source.wrong_share and source.form == "demonstrations"
+        is_wrong = next(numbers) / 2**64 < source.wrong_share
         wrong = wrong_answer(problem.answer, next(numbers))
-        yield problem, wrong if is_wrong else problem.answer, wrong
-
-
-def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    template = CHAT_TEMPLATES.get(source.template)
-    chosen = _chosen_problems(source)
-    while batch := list(islice(chosen, ENCODE_BATCH)):
-        first = encode_conversations(
-            [_conversation(problem, answer) for problem, answer, _ in batch], template, tokenizer
-        )
-        if source.form == "demonstrations":
-            for (problem, _, _), chat in zip(batch, first, strict=True):
-                yield TrainingSample(key=problem.prompt, pieces=(chat.piece(),), may_be_cut=False)
-            continue
-        others = encode_conversations(
-            [_conversation(problem, wrong) for problem, _, wrong in batch], template, tokenizer
-        )
-        for (problem, _, _), right, wrong in zip(batch, first, others, strict=True):
-            yield pair_sample(problem.prompt, right, wrong)
+        is_pair = source.form == "preferences"
+        answers = (problem.answer, wrong) if is_pair else (wrong if is_wrong else problem.answer,)
+        views = tuple(Conversation(messages=(user(problem.prompt), assistant(answer))) for answer in answers)
+        yield ChatSample(key=problem.prompt, views=views, margin=0.0 if is_pair else None)
 
 
 def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
@@ -184,14 +168,9 @@ def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
             )
 
 
-def _conversation(problem: ArithmeticProblem, answer: str) -> Conversation:
-    return Conversation(messages=(user(problem.prompt), assistant(answer)))
-
-
 def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
     check_domains(source.domains, "data.domains")
-    if tokenizer is not None:
-        check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
+    check_template(source.template, tokenizer)
 
 
 DATA_SOURCES.register(
@@ -199,14 +178,14 @@ DATA_SOURCES.register(
     DataSourceEntry(
         summary="generated problems: sort or reverse the digits of a number",
         config=ArithmeticSource,
-        files=lambda source: (),
-        read=lambda source, file, limit_bytes: iter(()),  # there are no files
         place=lambda source: "data.kind: 'arithmetic'",
         settings=lambda source: [
             *(source.form, source.template, list(source.domains), source.num_digits, source.num_samples),
             *(source.wrong_share, source.generator_seed),
         ],
-        samples=_samples,
+        samples=lambda source, tokenizer: encode_samples(
+            _chat_samples(source), CHAT_TEMPLATES.get(source.template), tokenizer
+        ),
         tokenizer=lambda source: arithmetic_tokenizer(),
         check=_check,
         values=lambda source: PAIR_VALUES if source.form == "preferences" else (WEIGHTS,),

@@ -3,12 +3,24 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from kernels.ranges import Range
+
+T = TypeVar("T")
+Reader = Callable[[object, str], Any]  # reads a value at a place
 
 
 class DataError(ValueError):
     """Invalid text or data settings, with the place, the rule, the value and the nearest valid choice."""
+
+
+def refusal(place: str, rule: str, value: object, near: object) -> DataError:
+    """Returns the error about a value that breaks a rule such as `must be at most 3`."""
+    return DataError(f"{place}: {rule}, is {value}; nearest: {near}")
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:
@@ -47,7 +59,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 SHOWN_CHARACTERS = 80
-ONE_EACH = "nearest: one object in each line"
+_ONE_EACH = "one object in each line"
 
 
 def decode_line(line: bytes, place: str) -> dict[str, Any]:
@@ -55,53 +67,84 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
     try:
         value = decode_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: must be UTF-8, is not at byte {error.start + 1}; nearest: save it as UTF-8"
-        ) from error
+        raise refusal(place, "must be UTF-8", f"not at byte {error.start + 1}", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         beginning = shorten(line.decode("utf-8", errors="replace").strip())
-        raise DataError(f"{place}: must be a JSON object, is {beginning}: {error}; {ONE_EACH}") from error
+        raise refusal(place, "must be a JSON object", f"{beginning}: {error}", _ONE_EACH) from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: must be a JSON object, is {describe(value)}; {ONE_EACH}")
+        raise refusal(place, "must be a JSON object", describe(value), _ONE_EACH)
     return value
 
 
 def text_of(value: object, place: str) -> str:
     """Returns a string. Raises DataError if the value is not a string."""
     if not isinstance(value, str):
-        hint = '; nearest: ""' if value is None else f"; nearest: {shorten(json.dumps(json.dumps(value)))}"
-        raise DataError(f"{place}: must be a string, is {describe(value)}{hint}")
+        near = '""' if value is None else shorten(json.dumps(json.dumps(value)))
+        raise refusal(place, "must be a string", describe(value), near)
     return value
 
 
-def list_of(value: object, place: str) -> Sequence[object]:
-    """Returns a list with at least one item. Raises DataError if the value is not a list, or is empty."""
+def list_of(
+    value: object, place: str, read: Callable[[object, str], T], *, can_be_empty: bool = False
+) -> tuple[T, ...]:
+    """Returns the items of a list, each read with its place; if it can be empty, null is an empty list."""
+    if can_be_empty and value in (None, []):
+        return ()
     if not isinstance(value, list):
-        raise DataError(f"{place}: must be a list, is {describe(value)}; nearest: [{shorten(json.dumps(value))}]")
+        raise refusal(place, "must be a list", describe(value), f"[{shorten(json.dumps(value))}]")
     if not value:
-        raise DataError(f"{place}: must have at least one item, is []; nearest: a list with one item")
-    return value
+        raise refusal(place, "must have at least one item", "[]", "a list with one item")
+    return tuple(read(item, f"{place}[{number}]") for number, item in enumerate(value))
 
 
-def object_of(value: object, place: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Returns an object with all required names; names that are not allowed may only be null."""
+def object_of(
+    value: object, place: str, readers: Mapping[str, Reader | None], required: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns the fields of an object that have a reader, each read with its place.
+
+    A field whose reader is None may have any value, and a field that is not listed must be null. A place such as
+    `FILE:3: ` is followed by the name of the field, any other by a point and the name.
+    """
+    stem = place if place.endswith(": ") else f"{place}."
     if not isinstance(value, dict):
-        names = ", ".join(required or allowed)
-        raise DataError(f"{place}: must be an object, is {describe(value)}; nearest: an object with {names}")
+        names = ", ".join(required or readers)
+        raise refusal(place.removesuffix(": "), "must be an object", describe(value), f"an object with {names}")
     missing = [name for name in required if name not in value]
-    unknown = [name for name, field in value.items() if name not in allowed and field is not None]
+    unknown = [name for name, field in value.items() if name not in readers and field is not None]
     if unknown:
-        candidates = missing or allowed
-        raise DataError(
-            f"{place}.{unknown[0]}: must be one of the fields {', '.join(allowed)}, is unknown; "
-            f"nearest: {nearest_name(unknown[0], candidates)}"
-        )
+        near = nearest_name(unknown[0], missing or list(readers))
+        raise refusal(f"{stem}{unknown[0]}", f"must be one of the fields {', '.join(readers)}", "unknown", near)
     if missing:
-        present = [name for name in value if name not in required]
-        raise DataError(
-            f"{place}.{missing[0]}: must be given, is missing; nearest: {nearest_name(missing[0], present, missing[0])}"
-        )
-    return value
+        near = nearest_name(missing[0], [name for name in value if name not in required], missing[0])
+        raise refusal(f"{stem}{missing[0]}", "must be given", "missing", near)
+    return {name: read(value[name], f"{stem}{name}") for name, read in readers.items() if read and name in value}
+
+
+def optional(read: Callable[[object, str], T]) -> Callable[[object, str], T | None]:
+    """Returns a reader that also accepts null."""
+    return lambda value, place: None if value is None else read(value, place)
+
+
+def number_of(value: object, place: str, limits: Range, *, is_whole: bool = False) -> float:
+    """Returns a finite number within limits, which may be text, because YAML 1.1 reads 3e9 as text."""
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(value)
+    if math.isfinite(number) and limits.holds(number) and not (is_whole and number % 1):
+        return int(number) if is_whole else number
+    nearby = [near for near in (0, 1, *([round(number)] if math.isfinite(number) else [])) if limits.holds(near)]
+    near = min(nearby, key=lambda near: abs(near - number))  # the first of them, if the number is not finite
+    rule = f"must be a {'whole ' if is_whole else ''}number {limits}"
+    raise refusal(place, rule, shorten(str(value)), near)
+
+
+def choice_of(value: object, place: str, choices: Sequence[str]) -> str:
+    """Returns one of the names. Raises DataError for another value."""
+    if value not in choices:
+        text = value if isinstance(value, str) else describe(value)
+        raise refusal(place, f"must be {' or '.join(choices)}", text, nearest_name(str(value), choices))
+    return str(value)
 
 
 def nearest_name(name: str, names: Sequence[str], default: str | None = None) -> str:

@@ -14,26 +14,25 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import numpy as np
 
-from data.chat.encode import check_tokens, encode_prompt
-from data.chat.messages import ChatMessage, read_prompt, user
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.chat.encode import check_template, encode_prompt
+from data.chat.messages import ChatMessage, read_prompt, require_fields, user
+from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig, with_parts
-from data.corpus import DataError, describe, list_of, nearest_name, object_of, text_of
+from data.corpus import DataError, describe, list_of, nearest_name, object_of, optional, refusal, text_of
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
-from data.sources import JsonRecord, check_source, list_jsonl, read_json_lines
+from data.sources import check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
 
-_NAMES = ("prompt", "answer", "tests")
+_ASSERTION = "assert f(1) == 2"
 _LONGEST_OUTPUT = 2**16  # what the sandbox reads of a program's output
 
 
@@ -63,57 +62,40 @@ class ProblemRecord:
         return self.messages[-1].content
 
 
-def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answer: bool) -> ProblemRecord:
+def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answer: bool = False) -> ProblemRecord:
     """Returns the problem of an object with a field for answer or tests; if `needs_answer`, not null."""
-    if "prompt" not in values:
-        raise _missing(values, place, "prompt")
+    require_fields(values, place, ("prompt",))
     if all(values.get(name) is None if needs_answer else name not in values for name in ("answer", "tests")):
-        raise _missing(values, place, "answer")
+        require_fields(values, place, ("answer or tests",))
     messages = read_prompt(values["prompt"], f"{place}: prompt")
-    answer = None if values.get("answer") is None else text_of(values["answer"], f"{place}: answer")
+    answer = optional(text_of)(values.get("answer"), f"{place}: answer")
     if answer is not None and not answer.strip():
-        raise DataError(f"{place}: answer: must have text, is {json.dumps(answer)}; nearest: leave the line out")
-    tests = None if values.get("tests") is None else _read_tests(values["tests"], f"{place}: tests")
+        raise refusal(f"{place}: answer", "must have text", json.dumps(answer), "leave the line out")
+    tests = optional(_read_tests)(values.get("tests"), f"{place}: tests")
     return ProblemRecord(key=key, messages=messages, answer=answer, tests=tests, place=place)
 
 
 def _read_tests(value: object, place: str) -> str | tuple[StdinTest, ...]:
-    if isinstance(value, str):
-        source = text_of(value, place)
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError) as error:
-            raise DataError(f"{place}: must be Python, is not: {error}; nearest: assert f(1) == 2") from error
-        if not tree.body:
-            raise DataError(f"{place}: must have at least one statement, has none; nearest: assert f(1) == 2")
-        return source
-    if not isinstance(value, list):
-        raise DataError(
-            f"{place}: must be Python source, or a list of objects with stdin and stdout, is {describe(value)}; "
-            f'nearest: [{{"stdin": "1", "stdout": "2"}}]'
-        )
-    return tuple(_read_test(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
+    if isinstance(value, list):
+        return list_of(value, place, _read_test)
+    if not isinstance(value, str):
+        rule = "must be Python source, or a list of objects with stdin and stdout"
+        raise refusal(place, rule, describe(value), '[{"stdin": "1", "stdout": "2"}]')
+    try:
+        has_statements = bool(ast.parse(value).body)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise refusal(place, "must be Python", f"not: {error}", _ASSERTION) from error
+    if not has_statements:
+        raise refusal(place, "must have at least one statement", "without one", _ASSERTION)
+    return value
 
 
 def _read_test(value: object, place: str) -> StdinTest:
-    values = object_of(value, place, ("stdin", "stdout"), required=("stdin", "stdout"))
-    test = StdinTest(
-        stdin=text_of(values["stdin"], f"{place}.stdin"), stdout=text_of(values["stdout"], f"{place}.stdout")
-    )
-    if len(test.stdout.encode()) >= _LONGEST_OUTPUT:
-        raise DataError(
-            f"{place}.stdout: must have fewer than {_LONGEST_OUTPUT} bytes, has {len(test.stdout.encode())}"
-        )
+    test = StdinTest(**object_of(value, place, {"stdin": text_of, "stdout": text_of}, ("stdin", "stdout")))
+    size = len(test.stdout.encode())
+    if size >= _LONGEST_OUTPUT:
+        raise DataError(f"{place}.stdout: must have fewer than {_LONGEST_OUTPUT} bytes, has {size}")
     return test
-
-
-def _missing(values: Mapping[str, Any], place: str, name: str) -> DataError:
-    others = [field for field in values if field not in _NAMES]
-    needed = name if name == "prompt" else "answer or tests"
-    hint = f"{name} instead of {nearest_name(name, others)}" if others else name
-    return DataError(
-        f"{place}: {needed}: must be given, has the fields {', '.join(list(values)[:8]) or 'none'}; nearest: {hint}"
-    )
 
 
 PROBLEM_EXAMPLE = '{"prompt": "...", "answer": "..."}'
@@ -127,73 +109,56 @@ class ProblemsSource(DataSource):
     template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
 
 
-def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> TrainingSample:
-    """Returns a problem's prompt as a sample without targets; an error names the problem's place."""
-    try:
-        ids = encode_prompt(record.messages, template, tokenizer)
-    except DataError as error:
-        raise DataError(f"{record.place}: {error}") from error
-    tokens = np.asarray(ids, dtype=np.int32)
-    piece = SamplePiece(tokens=tokens, values={WEIGHTS: np.zeros(len(tokens), dtype=np.float32)})
-    return TrainingSample(key=record.key, pieces=(piece,), may_be_cut=False)
-
-
-def problem_text(record: ProblemRecord) -> str:
-    """Returns the text of a problem, from which a tokenizer can be trained."""
-    return "\n".join([*(message.content for message in record.messages), record.answer or ""])
+def _prompt_samples(
+    records: Iterator[ProblemRecord], template_name: str, tokenizer: Tokenizer
+) -> Iterator[TrainingSample]:
+    """Yields the prompts of problems as samples without targets; an error names the problem's place."""
+    for record in records:
+        try:
+            ids = encode_prompt(record.messages, CHAT_TEMPLATES.get(template_name), tokenizer)
+        except DataError as error:
+            raise DataError(f"{record.place}: {error}") from error
+        tokens = np.asarray(ids, dtype=np.int32)
+        piece = SamplePiece(tokens=tokens, values={WEIGHTS: np.zeros(len(tokens), dtype=np.float32)})
+        yield TrainingSample(key=record.key, pieces=(piece,), may_be_cut=False)
 
 
 def _list_problems(source: ProblemsSource) -> tuple[CorpusFile, ...]:
     return list_jsonl(source.paths, "problems", PROBLEM_EXAMPLE)
 
 
-def _read_file(file: CorpusFile, limit_bytes: int | None) -> Iterator[ProblemRecord]:
-    def read(values: Mapping[str, Any], place: str) -> ProblemRecord:
-        key = f"{file.key}:{place.rpartition(':')[2]}"
-        return read_problem(values, key, place, needs_answer=False)
-
-    records: Iterator[JsonRecord[ProblemRecord]] = read_json_lines(file, read, limit_bytes, "problems")
-    return (record.content for record in records)
-
-
 def _problems(source: ProblemsSource) -> Iterator[ProblemRecord]:
     for file in _list_problems(source):
-        yield from _read_file(file, None)
+        yield from read_json_lines(file, read_problem, None, "problems")
 
 
 def _documents(source: ProblemsSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
-    for record in _read_file(file, limit_bytes):
-        yield Document(key=record.key, text=problem_text(record))
-
-
-def _samples(source: ProblemsSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    return map(
-        partial(prompt_sample, template=CHAT_TEMPLATES.get(source.template), tokenizer=tokenizer), _problems(source)
-    )
+    for record in read_json_lines(file, read_problem, limit_bytes, "problems"):
+        text = "\n".join([*(message.content for message in record.messages), record.answer or ""])
+        yield Document(key=record.key, text=text)
 
 
 def _check(source: ProblemsSource, tokenizer: Tokenizer | None) -> None:
     check_source(source)
-    if tokenizer is not None:
-        check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
+    check_template(source.template, tokenizer)
 
 
+_entry = partial(
+    DataSourceEntry, chat_template=lambda source: source.template, values=lambda source: (WEIGHTS,), has_targets=False
+)
 DATA_SOURCES.register(
     "problems",
-    DataSourceEntry(
+    _entry(
         summary="problems in .jsonl files, of which the prompts are encoded",
         config=ProblemsSource,
         files=_list_problems,
         read=_documents,
         place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: source.template,
-        samples=_samples,
+        samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),
         special_tokens=CHAT_TOKENS,
         check=_check,
-        chat_template=lambda source: source.template,
-        values=lambda source: (WEIGHTS,),
         problems=_problems,
-        has_targets=False,
     ),
 )
 
@@ -218,10 +183,9 @@ def _open_dataset(source: GymSource) -> Any:
             f"valid: pip install '.[reasoning]'"
         ) from error
     if source.dataset not in factory.DATASETS:
-        close = get_close_matches(source.dataset, factory.DATASETS, n=1, cutoff=0.4) or sorted(factory.DATASETS)
-        raise DataError(
-            f"data.dataset: must be one of the {len(factory.DATASETS)} data sets of reasoning-gym, is "
-            f"{source.dataset!r}; nearest valid: {close[0]}"
+        rule = f"must be one of the {len(factory.DATASETS)} data sets of reasoning-gym"
+        raise refusal(
+            "data.dataset", rule, repr(source.dataset), nearest_name(source.dataset, sorted(factory.DATASETS))
         )
     return factory.create_dataset(source.dataset, size=source.count, seed=source.generator_seed)
 
@@ -247,46 +211,34 @@ def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
         )
 
 
-def _gym_samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    template = CHAT_TEMPLATES.get(source.template)
-    return (prompt_sample(record, template, tokenizer) for record in _gym_problems(source))
-
-
 def _check_gym(source: GymSource, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise DataError(
             "data.tokenizer: must be given with data=reasoning_gym, which has no text to train one on, is null; "
             "nearest valid: data.tokenizer=FOLDER, or auto with init_from"
         )
-    check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
+    check_template(source.template, tokenizer)
     _open_dataset(source)
 
 
-def _library_version() -> str:
+def _gym_settings(source: GymSource) -> list[object]:
     try:
-        return version("reasoning-gym")
+        library = version("reasoning-gym")
     except PackageNotFoundError:
-        return ""
+        library = ""
+    return [source.dataset, source.count, source.generator_seed, source.template, library]
 
 
 DATA_SOURCES.register(
     "reasoning_gym",
-    DataSourceEntry(
+    _entry(
         summary="problems that the library reasoning-gym generates",
         config=GymSource,
-        files=lambda source: (),
-        read=lambda source, file, limit_bytes: iter(()),  # there are no files
         place=lambda source: f"data.dataset: {source.dataset!r}",
-        settings=lambda source: [
-            *(source.dataset, source.count, source.generator_seed, source.template),
-            _library_version(),
-        ],
-        samples=_gym_samples,
+        settings=_gym_settings,
+        samples=lambda source, tokenizer: _prompt_samples(_gym_problems(source), source.template, tokenizer),
         check=_check_gym,
-        chat_template=lambda source: source.template,
-        values=lambda source: (WEIGHTS,),
         problems=_gym_problems,
-        has_targets=False,
     ),
 )
 

@@ -93,10 +93,6 @@ class TrainingSample:
         return sum(len(piece.tokens) for piece in self.pieces)
 
 
-def _no_settings(source: Any) -> object:
-    return None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSourceEntry:
     """A registered source of text, chosen by `data.kind`.
@@ -105,8 +101,8 @@ class DataSourceEntry:
 
     Attributes:
         files: returns its files, each once, in an order that depends only on their names. The cache of encoded text is
-            valid until the path, the size or the modification time of a file changes. A source that generates its
-            samples has no files, and a `check`.
+            valid until the path, the size or the modification time of a file changes. A source without files has a
+            `check`.
         read: yields the documents of one file, and rows that cannot be read; with a limit, of about that many bytes.
         place: returns the start of an error about the whole source.
         settings: returns plain values that decide how files are read, for the name of the cache entry.
@@ -125,10 +121,10 @@ class DataSourceEntry:
 
     summary: str
     config: type[DataSource]
-    files: Callable[[Any], tuple[CorpusFile, ...]]
-    read: Callable[[Any, CorpusFile, int | None], Iterator[Document | BrokenRow]]
     place: Callable[[Any], str]
-    settings: Callable[[Any], object] = _no_settings
+    files: Callable[[Any], tuple[CorpusFile, ...]] = lambda source: ()
+    read: Callable[[Any, CorpusFile, int | None], Iterator[Document | BrokenRow]] = lambda source, file, limit: iter(())
+    settings: Callable[[Any], object] = lambda source: None
     samples: Callable[[Any, Tokenizer], Iterator[TrainingSample]] | None = None
     tokenizer: Callable[[Any], Tokenizer] | None = None
     special_tokens: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.corpus import DataError, decode_line
 from data.readers.files import format_of, list_sources, search
@@ -168,32 +168,24 @@ DATA_SOURCES.register(
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JsonRecord(Generic[T]):
-    """A line of a file."""
-
-    key: str  # equal on every machine: the file's key with the line's number
-    place: str  # file and line, for errors
-    content: T  # what the line describes
-
-
 def read_json_lines(
-    file: CorpusFile, read: Callable[[Mapping[str, Any], str], T], limit_bytes: int | None, what: str
-) -> Iterator[JsonRecord[T]]:
-    """Yields the records of a `.jsonl` file, of about `limit_bytes`; `what` they are is for errors."""
+    file: CorpusFile, read: Callable[[Mapping[str, Any], str, str], T], limit_bytes: int | None, what: str
+) -> Iterator[T]:
+    """Yields what `read` makes of the lines of a `.jsonl` file, of about `limit_bytes`.
+
+    It takes the line's object, a key that is equal on every machine, and the place for errors. `what` the lines
+    describe is for errors, too.
+    """
     if file.path.suffix.lower() != ".jsonl":
-        raise DataError(
-            f"data.paths: {file.path} ends in {file.path.suffix!r}; a file of {what} must end in .jsonl; nearest: "
-            f"{str(file.path.with_suffix('.jsonl'))!r}"
-        )
+        rule = f"a file of {what} must end in .jsonl; nearest: {str(file.path.with_suffix('.jsonl'))!r}"
+        raise DataError(f"data.paths: {file.path} ends in {file.path.suffix!r}; {rule}")
     try:
         with file.path.open("rb") as stream:
             read_bytes = 0
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     place = f"{file.path}:{number}"
-                    content = read(decode_line(line, place), place)
-                    yield JsonRecord(key=f"{file.key}:{number}", place=place, content=content)
+                    yield read(decode_line(line, place), f"{file.key}:{number}", place)
                 read_bytes += len(line)
                 if limit_bytes is not None and read_bytes >= limit_bytes:
                     return

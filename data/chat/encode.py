@@ -7,17 +7,20 @@ Special tokens are placed by id, and text is encoded by itself. So text that spe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
-from data.chat.templates import TOOLS_HEADING, ChatTemplate, Pieces
+from data.chat.messages import ChatMessage, Conversation, ToolDefinition, check_order, check_role
+from data.chat.templates import CHAT_TEMPLATES, TOOLS_HEADING, ChatTemplate, Pieces
 from data.corpus import DataError
 from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.registry import SamplePiece, TrainingSample
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
 from data.tokenizer import Tokenizer
+
+_BATCH_SAMPLES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,13 +106,10 @@ def encode_prompt(
     tools: Sequence[ToolDefinition] = (),
 ) -> list[int]:
     """Returns the token ids after which the assistant answers; `thinking`: None follows the template."""
-    problem = order_problem(tuple(messages))
-    if problem is not None:
-        number, rule, valid = problem
-        raise DataError(f"messages[{number}].role: {rule}, is {messages[number].role!r}; nearest valid: {valid}")
-    if not messages or messages[-1].role not in ("user", "tool"):
-        last = repr(messages[-1].role) if messages else "none"
-        raise DataError(f"messages: the last message of a prompt must be a user's or a tool's, is {last}")
+    check_order(messages)
+    if not messages:
+        raise DataError("messages: must have at least one message, is []; nearest: a message of the user")
+    check_role(messages, -1, "messages", "last message of a prompt", ("user", "tool"))
     parts = _Parts(special_names=template.special_names)
     _write_messages(parts, messages, frozenset(), template, tools)
     _open_turn(parts, messages[-1], template, thinking=template.thinks if thinking is None else thinking)
@@ -125,6 +125,12 @@ def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer,
             f"{key}: {template_name} places the token {missing[0]!r}, which must be a special token of the tokenizer, "
             f"is not; nearest valid: a template without it, or a tokenizer released for chats or trained on them"
         )
+
+
+def check_template(name: str, tokenizer: Tokenizer | None) -> None:
+    """Rejects a tokenizer, if there is one, that lacks tokens which every conversation may need."""
+    if tokenizer is not None:
+        check_tokens(CHAT_TEMPLATES.get(name).required_tokens, name, tokenizer)
 
 
 def special_names(conversation: Conversation, template: ChatTemplate) -> tuple[str, ...]:
@@ -240,13 +246,33 @@ def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[Encod
     return chats
 
 
-def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: float = 0.0) -> TrainingSample:
-    """Returns a sample of two pieces, a prompt with the preferred answer and with the other, with values.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatSample:
+    """Conversations of one line: views of a chat, or two answers to a prompt, of which the first is preferred."""
 
-    Answers are found by position, because an end of sentence may also be part of a prompt.
+    key: str  # equal on every machine
+    views: tuple[Conversation, ...]
+    margin: float | None = None  # how much better the preferred answer is; None: the views are no pair
+
+
+def encode_samples(
+    samples: Iterator[ChatSample], template: ChatTemplate, tokenizer: Tokenizer, *, may_be_cut: bool = False
+) -> Iterator[TrainingSample]:
+    """Yields the training samples of chats, which are encoded many at a time.
+
+    Answers of a pair are found by position, because an end of sentence may also be part of a prompt.
     """
-    pieces = (_piece(chosen, 1, margin), _piece(rejected, -1, 0.0))
-    return TrainingSample(key=key, pieces=pieces, may_be_cut=False)
+    while batch := list(islice(samples, _BATCH_SAMPLES)):
+        views = [view for sample in batch for view in sample.views]
+        chats = iter(encode_conversations(views, template, tokenizer))
+        for sample in batch:
+            encoded = list(islice(chats, len(sample.views)))
+            if sample.margin is None:
+                for chat in encoded:
+                    yield TrainingSample(key=sample.key, pieces=(chat.piece(),), may_be_cut=may_be_cut)
+            else:
+                pieces = (_piece(encoded[0], 1, sample.margin), _piece(encoded[1], -1, 0.0))
+                yield TrainingSample(key=sample.key, pieces=pieces, may_be_cut=False)
 
 
 def _piece(chat: EncodedChat, number: int, margin: float) -> SamplePiece:

@@ -8,16 +8,29 @@ A prompt or an answer is a string, or a list of messages. Other fields of the ob
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
-from data.corpus import DataError, describe, list_of, nearest_name, object_of, text_of
+from data.corpus import (
+    DataError,
+    Reader,
+    describe,
+    list_of,
+    nearest_name,
+    number_of,
+    object_of,
+    optional,
+    refusal,
+    text_of,
+)
 from data.special_tokens import END_THINK, THINK
+from kernels.ranges import Range
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
+_ANSWERS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +56,8 @@ class ToolDefinition:
     """A tool that the assistant may call: its name, its description, and its parameters as JSON text."""
 
     name: str
-    description: str
-    parameters: str
+    description: str = ""
+    parameters: str = "{}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,29 +95,46 @@ def assistant(content: str, thoughts: str | None = None) -> ChatMessage:
     return ChatMessage(role="assistant", content=content, thoughts=thoughts)
 
 
-def order_problem(messages: tuple[ChatMessage, ...]) -> tuple[int, str, str] | None:
-    """Returns the number of the first message out of order, the rule, and valid roles, or None."""
-    before = None
+def check_order(messages: Sequence[ChatMessage], place: str = "") -> None:
+    """Rejects the first message that is out of order, by DataError with its place and valid roles."""
+    before: Role | None = None
+    has_calls = False
     for number, message in enumerate(messages):
-        role = message.role
-        if role == "system" and before not in (None, "system"):
-            return number, "a system message must be before all others", "user"
-        if role == "assistant" and before not in ("user", "tool"):
-            return number, "an assistant's message must follow a user's or a tool's", "user"
-        if role == "tool" and before != "tool" and not (number and messages[number - 1].tool_calls):
-            return number, "a tool's output must follow an assistant's message with tool_calls", "user or assistant"
-        if role == "user" and before == "tool":
-            return number, "a tool's output must be followed by the assistant", "assistant"
-        if before == "assistant" and messages[number - 1].tool_calls and role != "tool":
-            return number, "tool_calls must be followed by a tool's output", "tool"
-        before = role
-    return None
+        match message.role:
+            case "system" if before not in (None, "system"):
+                rule, valid = "a system message must be before all others", "user"
+            case "assistant" if before not in ("user", "tool"):
+                rule, valid = "an assistant's message must follow a user's or a tool's", "user"
+            case "tool" if before != "tool" and not has_calls:
+                rule, valid = "a tool's output must follow an assistant's message with tool_calls", "user or assistant"
+            case "user" if before == "tool":
+                rule, valid = "a tool's output must be followed by the assistant", "assistant"
+            case "user" if has_calls:
+                rule, valid = "tool_calls must be followed by a tool's output", "tool"
+            case _:
+                before = message.role
+                has_calls = bool(message.tool_calls)
+                continue
+        raise refusal(f"{place}messages[{number}].role", rule, f"{message.role!r} after {before or 'nothing'!r}", valid)
 
 
-THOUGHTS_FIELDS = ("thoughts", "reasoning_content")
-MESSAGE_FIELDS = ("role", "content", *THOUGHTS_FIELDS, "tool_calls", "tool_call_id", "name")
-CONVERSATION_FORM = 'an object with "messages", or with "prompt" and "answer"'
-PAIR_FORM = 'an object with "prompt", "chosen" and "rejected"'
+def check_role(messages: Sequence[ChatMessage], number: int, place: str, what: str, roles: Sequence[Role]) -> None:
+    """Rejects a message, whose place is in a list, that has another role than these."""
+    role = messages[number].role
+    if role not in roles:
+        authors = " or ".join(f"{'the' if role == 'assistant' else 'a'} {role}'s" for role in roles)
+        place = f"{place}[{number % len(messages)}].role"
+        raise refusal(place, f"the {what} must be {authors}", repr(role), roles[0])
+
+
+_THOUGHTS = ("thoughts", "reasoning_content")
+_COMMON_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
+_CONVERSATION_HINTS = {
+    "rejected": "data=preferences, which reads pairs",
+    "conversations": '"messages" instead of "conversations", with "role" and "content"',
+}
+_FIELDS = ("messages", "tools", "prompt", "answer", "tests", *_ANSWERS, *_THOUGHTS)
+_PAIR_HINTS = dict.fromkeys(("messages", "answer"), "data=chat, which reads conversations")
 
 
 def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
@@ -112,203 +142,169 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     tools = _read_tools(values.get("tools"), f"{place}: tools")
     if "messages" in values:
         messages = _read_messages(values["messages"], f"{place}: messages")
-        conversation = Conversation(messages=messages, tools=tools)
-    else:
-        for name in ("prompt", "answer"):
-            if name not in values:
-                raise _no_form(values, place, CONVERSATION_FORM, name, ("messages", "prompt", "answer"))
-        prompt = read_prompt(values["prompt"], f"{place}: prompt")
-        answer = _read_answer(values["answer"], f"{place}: answer")
-        thoughts = _read_thoughts(values, f"{place}: ")
-        if thoughts is not None and len(answer) > 1:
-            raise DataError(
-                f"{place}: thoughts: must be a field of a message if the answer is a list of messages, is a field next "
-                f"to it; nearest: answer[0].thoughts"
-            )
-        if thoughts is not None:
-            answer = (ChatMessage(role="assistant", content=answer[0].content, thoughts=thoughts),)
-        conversation = Conversation(messages=(*prompt, *answer), tools=tools, num_context=len(prompt))
-    _check(conversation, place)
-    return conversation
+        return _checked(Conversation(messages=messages, tools=tools), place)
+    form = ' in an object with "messages", or with "prompt" and "answer"'
+    require_fields(values, place, ("prompt", "answer"), form, _CONVERSATION_HINTS)
+    prompt = read_prompt(values["prompt"], f"{place}: prompt")
+    answer = _read_answer(values["answer"], f"{place}: answer")
+    thoughts = _read_thoughts(values, f"{place}: ")
+    if thoughts is not None and len(answer) > 1:
+        rule = "must be a field of a message if the answer is a list of messages"
+        raise refusal(f"{place}: thoughts", rule, "a field next to it", "answer[0].thoughts")
+    if thoughts is not None:
+        answer = (assistant(answer[0].content, thoughts),)
+    return _checked(Conversation(messages=(*prompt, *answer), tools=tools, num_context=len(prompt)), place)
 
 
 def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
     """Returns the two answers of an object, in which a number `margin` is optional."""
-    for name in ("prompt", "chosen", "rejected"):
-        if name not in values:
-            raise _no_form(values, place, PAIR_FORM, name, ("prompt", "chosen", "rejected"))
+    require_fields(
+        values, place, ("prompt", *_ANSWERS), ' in an object with "prompt", "chosen" and "rejected"', _PAIR_HINTS
+    )
     tools = _read_tools(values.get("tools"), f"{place}: tools")
     prompt = read_prompt(values["prompt"], f"{place}: prompt")
     pair = []
-    for name in ("chosen", "rejected"):
+    for name in _ANSWERS:
         messages = (*prompt, *_read_answer(values[name], f"{place}: {name}"))
         conversation = Conversation(messages=messages, tools=tools, num_context=len(prompt))
-        _check(conversation, f"{place}: {name}")
-        pair.append(conversation)
+        pair.append(_checked(conversation, f"{place}: {name}"))
     if pair[0] == pair[1]:
-        raise DataError(f"{place}: rejected: must differ from chosen, is equal; nearest: leave the line out")
-    return AnswerPair(chosen=pair[0], rejected=pair[1], margin=_read_margin(values.get("margin"), f"{place}: margin"))
-
-
-def _no_form(values: Mapping[str, Any], place: str, form: str, missing: str, names: tuple[str, ...]) -> DataError:
-    others = [name for name in values if name not in names]
-    field_names = ", ".join(list(values)[:8]) or "none"
-    hint = f"; nearest: {missing} instead of {nearest_name(missing, others)}" if others else f"; nearest: {missing}"
-    if {"chosen", "rejected"} <= set(values) and "answer" in names:
-        hint = "; nearest: data=preferences, which reads pairs"
-    elif "messages" in values or "answer" in values:
-        hint = "; nearest: data=chat, which reads conversations"
-    elif "conversations" in values and "messages" in names:
-        hint = '; nearest: "messages" instead of "conversations", with "role" and "content"'
-    return DataError(f"{place}: {missing}: must be given in {form}, has the fields {field_names}{hint}")
-
-
-def _check(conversation: Conversation, place: str) -> None:
-    messages = conversation.messages
-    problem = order_problem(messages)
-    if problem is not None:
-        number, rule, valid = problem
-        before = messages[number - 1].role if number else "nothing"
-        raise DataError(
-            f"{place}: messages[{number}].role: {rule}, is {messages[number].role!r} after {before!r}; nearest: {valid}"
-        )
-    if messages[-1].role != "assistant":
-        raise DataError(
-            f"{place}: messages[{len(messages) - 1}].role: the last message must be the assistant's, "
-            f"is {messages[-1].role!r}; nearest: assistant"
-        )
+        raise refusal(f"{place}: rejected", "must differ from chosen", "equal", "leave the line out")
+    margin = _read_margin(values.get("margin"), f"{place}: margin")
+    return AnswerPair(chosen=pair[0], rejected=pair[1], margin=margin or 0.0)
 
 
 def read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
     """Returns the messages of a prompt: a string is one message of the user."""
     if isinstance(value, str):
-        return (ChatMessage(role="user", content=text_of(value, place)),)
+        return (user(value),)
     messages = _read_messages(value, place)
-    if messages[-1].role not in ("user", "tool"):
-        raise DataError(
-            f"{place}[{len(messages) - 1}].role: the last message of a prompt must be a user's or a tool's, "
-            f"is {messages[-1].role!r}; nearest: user"
-        )
+    check_role(messages, -1, place, "last message of a prompt", ("user", "tool"))
     return messages
+
+
+def require_fields(
+    values: Mapping[str, Any],
+    place: str,
+    required: Sequence[str],
+    form: str = "",
+    hints: Mapping[str, str] | None = None,
+) -> None:
+    """Rejects an object without one of the fields; hints are what is nearest if it has another field."""
+    missing = next((name for name in required if name not in values), None)
+    if missing is not None:
+        near = missing.split()[0]
+        if others := [name for name in values if name not in _FIELDS]:
+            near = f"{near} instead of {nearest_name(near, others)}"
+        near = next((hint for name, hint in (hints or {}).items() if name in values), near)
+        raise DataError(
+            f"{place}: {missing}: must be given{form}, has the fields {', '.join(list(values)[:8]) or 'none'}; "
+            f"nearest: {near}"
+        )
+
+
+def _checked(conversation: Conversation, place: str) -> Conversation:
+    check_order(conversation.messages, f"{place}: ")
+    check_role(conversation.messages, -1, f"{place}: messages", "last message", ("assistant",))
+    return conversation
 
 
 def _read_answer(value: object, place: str) -> tuple[ChatMessage, ...]:
     if isinstance(value, str):
-        return (ChatMessage(role="assistant", content=_checked_content(text_of(value, place), place)),)
+        return (assistant(_checked_content(value, place)),)
     messages = _read_messages(value, place)
-    if messages[0].role != "assistant":
-        raise DataError(
-            f"{place}[0].role: the first message of an answer must be the assistant's, is {messages[0].role!r}; "
-            f"nearest: assistant"
-        )
+    check_role(messages, 0, place, "first message of an answer", ("assistant",))
     return messages
 
 
 def _read_messages(value: object, place: str) -> tuple[ChatMessage, ...]:
     if isinstance(value, str | dict):
-        raise DataError(
-            f"{place}: must be a list of messages, is {describe(value)}; "
-            f'nearest: [{{"role": "user", "content": "..."}}]'
-        )
-    return tuple(_read_message(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
+        raise refusal(place, "must be a list of messages", describe(value), '[{"role": "user", "content": "..."}]')
+    return list_of(value, place, _read_message)
 
 
 def _read_message(value: object, place: str) -> ChatMessage:
-    values = object_of(value, place, MESSAGE_FIELDS, required=("role",))
-    role = _read_role(values["role"], f"{place}.role")
-    calls = _read_calls(values.get("tool_calls"), f"{place}.tool_calls")
-    thoughts = _read_thoughts(values, f"{place}.")
+    fields = object_of(value, place, _MESSAGE_READERS, ["role"])
+    role = fields["role"]
+    calls = fields.get("tool_calls", ())
+    thoughts = _read_thoughts(fields, f"{place}.")
     for name, is_present in (("tool_calls", bool(calls)), ("thoughts", thoughts is not None)):
         if is_present and role != "assistant":
-            raise DataError(f"{place}.{name}: must be absent for the role {role}, is given; nearest: role assistant")
-    content = values.get("content")
-    if content is None and calls:
-        content = ""
-    if "content" not in values and not calls:
-        raise DataError(f"{place}.content: must be given, has the fields {', '.join(values)}; nearest: content")
-    text = text_of(content, f"{place}.content")
-    if role == "assistant":
-        _checked_content(text, f"{place}.content")
-    return ChatMessage(role=role, content=text, thoughts=thoughts, tool_calls=calls)
+            raise refusal(f"{place}.{name}", f"must be absent for the role {role}", "given", "role assistant")
+    if "content" not in fields and not calls:
+        near = ", ".join(fields)
+        raise DataError(f"{place}.content: must be given, has the fields {near}; nearest: content")
+    content = fields.get("content")
+    text = text_of("" if content is None and calls else content, f"{place}.content")
+    checked = _checked_content(text, f"{place}.content") if role == "assistant" else text
+    return ChatMessage(role=role, content=checked, thoughts=thoughts, tool_calls=calls)
 
 
-def _read_role(value: object, place: str) -> Role:
-    for role in get_args(Role):
-        if value == role:
-            valid_role: Role = role
-            return valid_role
-    common = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
+def _read_role(value: object, place: str) -> str:
+    if value in ROLES:
+        return str(value)
     name = value if isinstance(value, str) else ""
-    hint = common.get(name) or nearest_name(name, ROLES, "user")
-    raise DataError(f"{place}: must be one of {', '.join(ROLES)}, is {json.dumps(value)}; nearest: {hint}")
+    near = _COMMON_ROLES.get(name) or nearest_name(name, ROLES, "user")
+    raise refusal(place, f"must be one of {', '.join(ROLES)}", json.dumps(value), near)
 
 
 def _checked_content(text: str, place: str) -> str:
     """Rejects thoughts within an answer's text, which would be trained as text instead of special tokens."""
     if text.lstrip().startswith(THINK) and END_THINK in text:
-        raise DataError(
-            f"{place}: must not begin with {THINK}, because text never becomes special tokens, does; "
-            f'nearest: a field "thoughts" with the text between {THINK} and {END_THINK}'
-        )
+        rule = f"must not begin with {THINK}, because text never becomes special tokens"
+        raise DataError(f'{place}: {rule}, does; nearest: a field "thoughts" with the text before {END_THINK}')
     return text
 
 
 def _read_thoughts(values: Mapping[str, Any], prefix: str) -> str | None:
-    names = [name for name in THOUGHTS_FIELDS if values.get(name) is not None]
+    names = [name for name in _THOUGHTS if values.get(name) is not None]
     if len(names) > 1:
-        raise DataError(f"{prefix}{names[1]}: must be absent if {names[0]} is given; nearest: {names[0]} alone")
+        raise refusal(f"{prefix}{names[1]}", f"must be absent if {names[0]} is given", "given", f"{names[0]} alone")
     return text_of(values[names[0]], f"{prefix}{names[0]}") if names else None
 
 
-def _read_calls(value: object, place: str) -> tuple[ToolCall, ...]:
-    if value is None or value == []:
-        return ()
-    return tuple(_read_call(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
+def _function_of(value: object, place: str, readers: Mapping[str, Reader | None], required: Sequence[str]) -> Any:
+    """Returns the fields of an object, or of the object that its field `function` is."""
+    is_wrapped = isinstance(value, dict) and "function" in value
+    function = partial(object_of, readers=readers, required=required)
+    outer = {"type": None, **dict.fromkeys(readers), "function": function} if is_wrapped else {"type": None, **readers}
+    fields = object_of(value, place, outer, () if is_wrapped else required)
+    return fields["function"] if is_wrapped else fields
 
 
-def _read_call(value: object, location: str) -> ToolCall:
-    names = ("id", "index", "type", "function", "name", "arguments")
-    values = object_of(value, location, names)
-    if "function" in values:
-        location = f"{location}.function"
-        values = object_of(values["function"], location, ("name", "arguments"), required=("name", "arguments"))
-    else:
-        object_of(values, location, names, required=("name", "arguments"))
-    arguments = values["arguments"]
-    if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(
-        name=text_of(values["name"], f"{location}.name"), arguments=text_of(arguments, f"{location}.arguments")
-    )
+def _json_text(value: object, place: str) -> str:
+    if not isinstance(value, dict):
+        raise refusal(place, "must be an object", describe(value), "{}")
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _read_tools(value: object, place: str) -> tuple[ToolDefinition, ...]:
-    if value is None or value == []:
-        return ()
-    return tuple(_read_tool(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
+def _read_call(value: object, place: str) -> ToolCall:
+    return ToolCall(**_function_of(value, place, _CALL_READERS, ("name", "arguments")))
 
 
-def _read_tool(value: object, location: str) -> ToolDefinition:
-    names = ("name", "description", "parameters")
-    values = object_of(value, location, ("type", "function", *names))
-    if "function" in values:
-        location = f"{location}.function"
-        values = object_of(values["function"], location, (*names, "strict"), required=("name",))
-    else:
-        object_of(values, location, ("type", *names), required=("name",))
-    parameters = values.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise DataError(f"{location}.parameters: must be an object, is {describe(parameters)}; nearest: {{}}")
-    return ToolDefinition(
-        name=text_of(values["name"], f"{location}.name"),
-        description=text_of(values.get("description") or "", f"{location}.description"),
-        parameters=json.dumps(parameters, ensure_ascii=False),
-    )
+def _read_tool(value: object, place: str) -> ToolDefinition:
+    return ToolDefinition(**_function_of(value, place, _TOOL_READERS, ("name",)))
 
 
-def _read_margin(value: object, place: str) -> float:
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{place}: must be a finite number, is {describe(value)}; nearest: 0")
-    return float(value)
+_CALL_READERS: Mapping[str, Reader | None] = {
+    "id": None,
+    "index": None,
+    "name": text_of,
+    "arguments": lambda value, place: (_json_text if isinstance(value, dict) else text_of)(value, place),
+}
+_TOOL_READERS: Mapping[str, Reader | None] = {
+    "name": text_of,
+    "description": lambda value, place: text_of(value or "", place),
+    "parameters": lambda value, place: _json_text(value or {}, place),
+    "strict": None,
+}
+_MESSAGE_READERS: Mapping[str, Reader | None] = {
+    "role": _read_role,
+    "content": optional(text_of),
+    **dict.fromkeys(_THOUGHTS, optional(text_of)),
+    "tool_calls": partial(list_of, read=_read_call, can_be_empty=True),
+    "tool_call_id": None,
+    "name": None,
+}
+_read_tools = partial(list_of, read=_read_tool, can_be_empty=True)
+_read_margin = optional(partial(number_of, limits=Range("that is finite", lambda value: True)))

@@ -1,22 +1,20 @@
 """Registers sources of chats and of pairs of answers, read from `.jsonl` files. Imports no torch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Annotated, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from data.chat.encode import check_tokens, encode_conversations, pair_sample, special_names, split_views
-from data.chat.messages import AnswerPair, Conversation, read_conversation, read_pair
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.corpus import DataError
+from data.chat.encode import ChatSample, check_template, check_tokens, encode_samples, special_names, split_views
+from data.chat.messages import read_conversation, read_pair
+from data.chat.templates import CHAT_TEMPLATES
+from data.corpus import DataError, refusal
 from data.pack import PAIR_VALUES, WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
-from data.sources import CHECKED_BYTES, JsonRecord, check_source, list_jsonl, read_json_lines
+from data.sources import CHECKED_BYTES, check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 
-T = TypeVar("T", Conversation, AnswerPair)
-ENCODE_BATCH_RECORDS = 1024
 CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 
@@ -42,145 +40,96 @@ def _list_chats(source: ChatSource | PreferencesSource) -> tuple[CorpusFile, ...
     return list_jsonl(source.paths, "chats", CONVERSATION_EXAMPLE)
 
 
-def _check(
-    source: DataSource, template_name: str, tokenizer: Tokenizer | None, names: Callable[[], Iterator[str]]
-) -> None:
-    """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
-    check_source(source)
-    if tokenizer is None:
-        return
-    check_tokens(CHAT_TEMPLATES.get(template_name).required_tokens, template_name, tokenizer)
-    if not all(tokenizer.has_token(name) for name in CHAT_TOKENS):
-        # Only chats with tools need the other tokens.
-        check_tokens(tuple(dict.fromkeys(names())), template_name, tokenizer)
+def _read_chat(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
+    conversation = read_conversation(values, place)
+    return ChatSample(key=key, views=split_views(conversation))
 
 
-def _batches(records: Iterator[JsonRecord[T]]) -> Iterator[list[JsonRecord[T]]]:
-    while batch := list(islice(records, ENCODE_BATCH_RECORDS)):
-        yield batch
+def _read_pair(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
+    pair = read_pair(values, place)
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if len(split_views(answer)) > 1:
+            rule = "must have thoughts in its last message alone"
+            raise refusal(f"{place}: {name}", rule, "with some in an earlier one", "a pair that ends there")
+    return ChatSample(key=key, views=(pair.chosen, pair.rejected), margin=pair.margin)
 
 
-def _checked_views(record: JsonRecord[T], conversations: Sequence[Conversation], template: ChatTemplate) -> None:
-    """Rejects conversations that the template cannot write; the error names the line."""
-    for conversation in conversations:
+def _samples_of(
+    source: ChatSource | PreferencesSource, file: CorpusFile, limit_bytes: int | None = None
+) -> Iterator[ChatSample]:
+    """Yields what the lines of a file describe. An error about a template that cannot write it names the line."""
+    template = CHAT_TEMPLATES.get(source.template)
+    read_line = _read_chat if isinstance(source, ChatSource) else _read_pair
+
+    def read(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
+        sample = read_line(values, key, place)
         try:
-            special_names(conversation, template)
+            for view in sample.views:
+                special_names(view, template)
         except DataError as error:
-            raise DataError(f"{record.place}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
+        return sample
+
+    return read_json_lines(file, read, limit_bytes, "chats")
 
 
-def _text(conversations: Sequence[Conversation]) -> str:
-    """Returns the text of conversations, from which a tokenizer can be trained."""
-    messages = [message for conversation in conversations for message in conversation.messages]
+def _text(sample: ChatSample) -> str:
+    """Returns the text of a sample, from which a tokenizer can be trained."""
+    views = sample.views[-1:] if sample.margin is None else sample.views
+    messages = [message for view in views for message in view.messages]
     parts = [part for message in messages for part in (message.thoughts, message.content) if part]
     calls = [f"{call.name}\n{call.arguments}" for message in messages for call in message.tool_calls]
     return "\n".join([*parts, *calls])
 
 
-def _chat_records(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[JsonRecord[Conversation]]:
-    template = CHAT_TEMPLATES.get(source.template)
-    for record in read_json_lines(file, read_conversation, limit_bytes, "chats"):
-        _checked_views(record, split_views(record.content), template)
-        yield record
+def _documents(source: ChatSource | PreferencesSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+    for sample in _samples_of(source, file, limit_bytes):
+        yield Document(key=sample.key, text=_text(sample))
 
 
-def _chat_documents(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
-    for record in _chat_records(source, file, limit_bytes):
-        yield Document(key=record.key, text=_text([record.content]))
+def _samples(source: ChatSource | PreferencesSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
+    samples = (sample for file in _list_chats(source) for sample in _samples_of(source, file))
+    may_be_cut = isinstance(source, ChatSource) and source.too_long == "cut"
+    return encode_samples(samples, CHAT_TEMPLATES.get(source.template), tokenizer, may_be_cut=may_be_cut)
 
 
-def _chat_samples(source: ChatSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    template = CHAT_TEMPLATES.get(source.template)
-    records = (record for file in _list_chats(source) for record in _chat_records(source, file, None))
-    for batch in _batches(records):
-        keyed = [(record.key, view) for record in batch for view in split_views(record.content)]
-        chats = encode_conversations([view for _, view in keyed], template, tokenizer)
-        for (key, _), chat in zip(keyed, chats, strict=True):
-            yield TrainingSample(key=key, pieces=(chat.piece(),), may_be_cut=source.too_long == "cut")
+def _check(source: ChatSource | PreferencesSource, tokenizer: Tokenizer | None) -> None:
+    """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
+    check_source(source)
+    check_template(source.template, tokenizer)
+    if tokenizer is not None and not all(tokenizer.has_token(name) for name in CHAT_TOKENS):
+        # Only chats with tools need the other tokens.
+        template = CHAT_TEMPLATES.get(source.template)
+        samples = (sample for file in _list_chats(source) for sample in _samples_of(source, file, CHECKED_BYTES))
+        names = (name for sample in samples for view in sample.views for name in special_names(view, template))
+        check_tokens(tuple(dict.fromkeys(names)), source.template, tokenizer)
 
 
-def _check_chat(source: ChatSource, tokenizer: Tokenizer | None) -> None:
-    template = CHAT_TEMPLATES.get(source.template)
-
-    def names() -> Iterator[str]:
-        for file in _list_chats(source):
-            for record in _chat_records(source, file, CHECKED_BYTES):
-                yield from special_names(record.content, template)
-
-    _check(source, source.template, tokenizer, names)
-
-
-def _pair_records(
-    source: PreferencesSource, file: CorpusFile, limit_bytes: int | None
-) -> Iterator[JsonRecord[AnswerPair]]:
-    template = CHAT_TEMPLATES.get(source.template)
-    for record in read_json_lines(file, read_pair, limit_bytes, "chats"):
-        for name, answer in (("chosen", record.content.chosen), ("rejected", record.content.rejected)):
-            if len(split_views(answer)) > 1:
-                raise DataError(
-                    f"{record.place}: {name}: must have thoughts in its last message alone, has them in an earlier "
-                    f"one; nearest: a pair that ends there"
-                )
-        _checked_views(record, [record.content.chosen, record.content.rejected], template)
-        yield record
-
-
-def _pair_documents(source: PreferencesSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
-    for record in _pair_records(source, file, limit_bytes):
-        yield Document(key=record.key, text=_text([record.content.chosen, record.content.rejected]))
-
-
-def _pair_samples(source: PreferencesSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    template = CHAT_TEMPLATES.get(source.template)
-    records = (record for file in _list_chats(source) for record in _pair_records(source, file, None))
-    for batch in _batches(records):
-        answers = [answer for record in batch for answer in (record.content.chosen, record.content.rejected)]
-        chats = encode_conversations(answers, template, tokenizer)
-        for record, chosen, rejected in zip(batch, chats[::2], chats[1::2], strict=True):
-            yield pair_sample(record.key, chosen, rejected, record.content.margin)
-
-
-def _check_pairs(source: PreferencesSource, tokenizer: Tokenizer | None) -> None:
-    template = CHAT_TEMPLATES.get(source.template)
-
-    def names() -> Iterator[str]:
-        for file in _list_chats(source):
-            for record in _pair_records(source, file, CHECKED_BYTES):
-                yield from special_names(record.content.chosen, template)
-                yield from special_names(record.content.rejected, template)
-
-    _check(source, source.template, tokenizer, names)
-
-
+_entry = partial(
+    DataSourceEntry,
+    files=_list_chats,
+    read=_documents,
+    place=lambda source: f"data.paths: {list(source.paths)!r}",
+    samples=_samples,
+    special_tokens=CHAT_TOKENS,
+    check=_check,
+    chat_template=lambda source: source.template,
+)
 DATA_SOURCES.register(
     "chat",
-    DataSourceEntry(
+    _entry(
         summary="conversations in .jsonl files, of which the assistant's turns are trained",
         config=ChatSource,
-        files=_list_chats,
-        read=_chat_documents,
-        place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: [source.template, source.too_long],
-        samples=_chat_samples,
-        special_tokens=CHAT_TOKENS,
-        check=_check_chat,
-        chat_template=lambda source: source.template,
         values=lambda source: (WEIGHTS,),
     ),
 )
 DATA_SOURCES.register(
     "preferences",
-    DataSourceEntry(
+    _entry(
         summary="pairs of a preferred and a rejected answer in .jsonl files",
         config=PreferencesSource,
-        files=_list_chats,
-        read=_pair_documents,
-        place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: source.template,
-        samples=_pair_samples,
-        special_tokens=CHAT_TOKENS,
-        check=_check_pairs,
-        chat_template=lambda source: source.template,
         values=lambda source: PAIR_VALUES,
     ),
 )

@@ -7,18 +7,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
-from data.corpus import DataError, describe, list_of, nearest_name, object_of, shorten, text_of
+from data.corpus import DataError, Reader, choice_of, list_of, number_of, object_of, optional, shorten, text_of
 from data.quality.filters import FilterConfig, filter_config
+from kernels.ranges import Above, AtLeast, Between
 
 OnBroken = Literal["skip", "stop"]
 DedupKind = Literal["exact", "minhash"]
+_REQUIRED = ("name", "paths", "weight")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_weight = partial(number_of, limits=AtLeast(0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,95 +101,72 @@ class _ManifestLoader(yaml.SafeLoader):
 
 def parse_manifest(values: object, place: str, folder: Path) -> Manifest:
     """Returns the manifest of plain values; relative paths start at the folder, errors with the place."""
-    given = object_of(values, place, [field.name for field in fields(Manifest)], ["sources"])
-    items = list_of(given["sources"], f"{place}: sources")
-    sources = tuple(_source(item, f"{place}: sources[{number}]", folder) for number, item in enumerate(items))
-    names = [source.name for source in sources]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise DataError(f"{place}: sources[{number}].name: must differ from other names, is {name} again")
-    dedup = given.get("dedup")
-    if dedup is not None:
-        kind = object_of(dedup, f"{place}: dedup", ["kind"], ["kind"])["kind"]
-        dedup = _choice(kind, f"{place}: dedup.kind", ("exact", "minhash"))
-    files = given.get("decontaminate")
-    if files not in (None, []):
-        items = list_of(files, f"{place}: decontaminate")
-        files = [text_of(item, f"{place}: decontaminate[{number}]") for number, item in enumerate(items)]
-    filters = given.get("filters")
-    manifest = Manifest(
-        sources=sources,
-        phases=_phases(given.get("phases") or [], f"{place}: phases", names),
-        dedup=dedup,  # type: ignore[arg-type]
-        decontaminate=None if files is None else tuple(str(folder / Path(file).expanduser()) for file in files),
-        filters=None if filters is None else filter_config(filters, f"{place}: filters"),
-        on_broken=_choice(given.get("on_broken", "skip"), f"{place}: on_broken", ("skip", "stop")),  # type: ignore[arg-type]
-        max_broken_share=_number(given.get("max_broken_share", 0.001), f"{place}: max_broken_share", most=1.0),
-    )
-    for number, phase in enumerate((*manifest.phases, None)):
-        if not any(manifest.weights(phase)):
-            part = "sources" if phase is None else f"phases[{number}].weights"
-            raise DataError(f"{place}: {part}: at least one weight must be above 0, all are 0; nearest: 1")
+
+    def path_of(value: object, at: str) -> str:
+        path = text_of(value, at)
+        return path if path.startswith("~") else str(folder / path)
+
+    source: Mapping[str, Reader] = {
+        "name": _name,
+        "paths": partial(list_of, read=path_of),
+        "weight": _weight,
+        "text_field": text_of,
+        "max_epochs": optional(partial(number_of, limits=Above(0))),
+        "fim_rate": optional(partial(number_of, limits=Between(0, 1))),
+    }
+    readers: Mapping[str, Reader] = {
+        "sources": partial(list_of, read=lambda item, at: MixSource(**object_of(item, at, source, _REQUIRED))),
+        "phases": partial(list_of, read=_phase, can_be_empty=True),
+        "dedup": optional(_dedup),
+        "decontaminate": optional(partial(list_of, read=path_of, can_be_empty=True)),
+        "filters": optional(filter_config),
+        "on_broken": partial(choice_of, choices=get_args(OnBroken)),
+        "max_broken_share": partial(number_of, limits=Between(0, 1)),
+    }
+    manifest = Manifest(**object_of(values, f"{place}: ", readers, ["sources"]))
+    _check_rules(manifest, f"{place}: ")
     return manifest
 
 
-def _source(value: object, place: str, folder: Path) -> MixSource:
-    required = ["name", "paths", "weight"]
-    given = object_of(value, place, [field.name for field in fields(MixSource)], required)
-    name = text_of(given["name"], f"{place}.name")
+def _name(value: object, place: str) -> str:
+    name = text_of(value, place)
     if not _NAME.fullmatch(name):
         near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "source"
         rule = "must be 1 to 64 letters, digits, dots, - and _, and begin with a letter or digit"
-        raise DataError(f"{place}.name: {rule}, is {shorten(name)!r}; nearest: {near}")
-    items = list_of(given["paths"], f"{place}.paths")
-    paths = [text_of(item, f"{place}.paths[{number}]") for number, item in enumerate(items)]
-    epochs = given.get("max_epochs")
-    rate = given.get("fim_rate")
-    return MixSource(
-        name=name,
-        paths=tuple(path if path.startswith("~") else str(folder / path) for path in paths),
-        weight=_number(given["weight"], f"{place}.weight"),
-        text_field=text_of(given.get("text_field", "text"), f"{place}.text_field"),
-        max_epochs=None if epochs is None else _number(epochs, f"{place}.max_epochs", above_zero=True),
-        fim_rate=None if rate is None else _number(rate, f"{place}.fim_rate", most=1.0),
-    )
+        raise DataError(f"{place}: {rule}, is {shorten(name)!r}; nearest: {near}")
+    return name
 
 
-def _phases(value: object, place: str, names: list[str]) -> tuple[MixPhase, ...]:
-    phases: list[MixPhase] = []
-    for number, item in enumerate(list_of(value, place) if value else ()):
-        inner = f"{place}[{number}]"
-        given = object_of(item, inner, ["until_tokens", "weights"], ["until_tokens", "weights"])
-        until = math.ceil(_number(given["until_tokens"], f"{inner}.until_tokens", above_zero=True))
-        if phases and until <= phases[-1].until_tokens:
-            least = phases[-1].until_tokens + 1
-            rule = f"must be above {phases[-1].until_tokens} of the phase before it"
-            raise DataError(f"{inner}.until_tokens: {rule}, is {until}; nearest: {least}")
-        weights = object_of(given["weights"], f"{inner}.weights", names)
-        numbers = {name: _number(weight, f"{inner}.weights.{name}") for name, weight in weights.items()}
-        phases.append(MixPhase(until_tokens=until, weights=numbers))
-    return tuple(phases)
+def _dedup(value: object, place: str) -> str:
+    fields = object_of(value, place, {"kind": partial(choice_of, choices=get_args(DedupKind))}, ["kind"])
+    return str(fields["kind"])
 
 
-def _number(value: object, place: str, *, most: float = math.inf, above_zero: bool = False) -> float:
-    number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML 1.1 reads 3e9 as text
-        except (ValueError, OverflowError):
-            number = math.nan
-    if math.isfinite(number) and 0 <= number <= most and (number > 0 or not above_zero):
-        return number
-    least = "above 0" if above_zero else "0 or above"
-    rule = f"must be a number {least}" if most == math.inf else f"must be a number from 0 to {most:g}"
-    near = most if math.isfinite(number) and number > most else (1 if above_zero else 0)
-    raise DataError(f"{place}: {rule}, is {shorten(str(value))}; nearest: {near:g}")
+def _phase(value: object, place: str) -> MixPhase:
+    readers: Mapping[str, Reader] = {"until_tokens": partial(number_of, limits=Above(0)), "weights": _weights}
+    fields = object_of(value, place, readers, list(readers))
+    return MixPhase(until_tokens=math.ceil(fields["until_tokens"]), weights=fields["weights"])
 
 
-def _choice(value: object, place: str, choices: tuple[str, ...]) -> str:
-    if value in choices:
-        return str(value)
-    shown = describe(value) if not isinstance(value, str) else value
-    raise DataError(
-        f"{place}: must be {' or '.join(choices)}, is {shown}; nearest: {nearest_name(str(value), choices)}"
-    )
+def _weights(value: object, place: str) -> dict[str, float]:
+    return object_of(value, place, dict.fromkeys(value if isinstance(value, dict) else ["NAME"], _weight))
+
+
+def _check_rules(manifest: Manifest, place: str) -> None:
+    """Rejects names that repeat, phases that do not follow each other, and weights that are all 0."""
+    names = [source.name for source in manifest.sources]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise DataError(f"{place}sources[{number}].name: must differ from other names, is {name} again")
+    before = 0
+    for number, phase in enumerate(manifest.phases):
+        inner = f"{place}phases[{number}]"
+        if phase.until_tokens <= before:
+            rule = f"must be above {before} of the phase before it"
+            raise DataError(f"{inner}.until_tokens: {rule}, is {phase.until_tokens}; nearest: {before + 1}")
+        before = phase.until_tokens
+        object_of(dict(phase.weights), f"{inner}.weights", dict.fromkeys(names, _weight))
+    for number, changed in enumerate((*manifest.phases, None)):
+        if not any(manifest.weights(changed)):
+            part = "sources" if changed is None else f"phases[{number}].weights"
+            raise DataError(f"{place}{part}: at least one weight must be above 0, all are 0; nearest: 1")

@@ -49,8 +49,6 @@ DATA_SOURCES.register(
     DataSourceEntry(
         summary="sources mixed by weight, from a manifest or a folder of launch.prepare",
         config=MixtureSource,
-        files=lambda source: (),
-        read=lambda source, file, limit_bytes: iter(()),  # shards are read instead
         place=lambda source: f"data.folder: {source.folder}" if source.folder else f"data.manifest: {source.manifest}",
         check=_check,
         prepare=_prepare,

@@ -3,7 +3,6 @@
 A manifest chooses them under `filters`. The name of a key is the reason under which dropped documents are counted.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.corpus import DataError, describe, list_of, object_of
+from data.corpus import DataError, choice_of, list_of, number_of, object_of, optional
 from data.quality.words import Words
+from kernels.ranges import AtLeast, Between
 
 # Names of datatrove's filters and of their classes, each with the thresholds of its authors.
 DATATROVE_FILTERS = {
@@ -38,18 +38,11 @@ class FilterConfig:
 
 def filter_config(value: object, place: str) -> FilterConfig:
     """Reads the filters of a manifest. Raises DataError with place, rule, value and the nearest."""
-    given = dict(object_of(value, place, [field.name for field in fields(FilterConfig)]))
-    names = given.pop("datatrove", None) or []
-    for number, name in enumerate(list_of(names, f"{place}.datatrove") if names != [] else []):
-        object_of({str(name): True}, f"{place}.datatrove[{number}]", list(DATATROVE_FILTERS))
-    for key, limit in given.items():
-        is_count = key.endswith("_words")
-        most = math.inf if is_count else 1
-        is_number = isinstance(limit, int if is_count else int | float) and not isinstance(limit, bool)
-        if limit is not None and not (is_number and 0 <= limit <= most):
-            rule = "a whole number, 0 or above" if is_count else "a share between 0 and 1"
-            raise DataError(f"{place}.{key}: must be {rule}, or null, is {describe(limit)}; nearest: null, no limit")
-    config = FilterConfig(**given, datatrove=tuple(names))
+    count = optional(partial(number_of, limits=AtLeast(0), is_whole=True))
+    share = optional(partial(number_of, limits=Between(0, 1)))
+    names = partial(list_of, read=partial(choice_of, choices=tuple(DATATROVE_FILTERS)), can_be_empty=True)
+    readers = {field.name: count if field.name.endswith("_words") else share for field in fields(FilterConfig)}
+    config = FilterConfig(**object_of(value, place, {**readers, "datatrove": names}))
     if config.max_words is not None and config.max_words < (config.min_words or 0):
         least = config.min_words
         raise DataError(

@@ -141,10 +141,9 @@ def _choice_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
 
 
 def _read_choices(values: Mapping[str, Any], place: str) -> ChoiceQuestion:
-    items = list_of(field_of(values, "choices", place), f"{place}: choices")
-    if len(items) > MOST_CHOICES:
-        raise DataError(f"{place}: choices: must have at most {MOST_CHOICES} items, has {len(items)}")
-    choices = tuple(text_of(item, f"{place}: choices[{number}]") for number, item in enumerate(items))
+    choices = list_of(field_of(values, "choices", place), f"{place}: choices", text_of)
+    if len(choices) > MOST_CHOICES:
+        raise DataError(f"{place}: choices: must have at most {MOST_CHOICES} items, has {len(choices)}")
     for number, choice in enumerate(choices):
         if not choice:
             raise DataError(f'{place}: choices[{number}]: must have text, is ""; nearest: leave the choice out')

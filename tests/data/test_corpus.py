@@ -88,7 +88,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(tmp_path: Path) ->
 
 
 def chat_lines(path: Path) -> object:
-    return list(read_json_lines(list_files(files(path))[0], lambda values, place: values, None, "chats"))
+    return list(read_json_lines(list_files(files(path))[0], lambda values, key, place: (key, place), None, "chats"))
 
 
 READERS: dict[str, Callable[[Path], object]] = {

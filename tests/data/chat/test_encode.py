@@ -169,9 +169,9 @@ def test_tokens_that_the_tokenizer_lacks_are_named() -> None:
 @pytest.mark.parametrize(
     ("messages", "rule"),
     [
-        ((), "the last message of a prompt must be a user's or a tool's, is none"),
+        ((), "messages: must have at least one message"),
         ((user("a"), assistant("b")), "the last message of a prompt must be a user's or a tool's, is 'assistant'"),
-        ((assistant("b"),), "an assistant's message must follow a user's or a tool's, is 'assistant'"),
+        ((assistant("b"),), "an assistant's message must follow a user's or a tool's, is 'assistant' after 'nothing'"),
         ((user("a"), ChatMessage(role="system", content="b")), "a system message must be before all others"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_manifest_is_what_its_file_says(tmp_path: Path) -> None:
         ("dedup: 1\nsources: 2\ndedup: 3", "'dedup' occurs twice"),
         (SOURCES + "\ndedupe: {kind: exact}", "nearest: dedup"),
         (SOURCES + "\ndedup: {kind: minhsh}", "must be exact or minhash, is minhsh; nearest: minhash"),
-        (SOURCES + "\nmax_broken_share: 2", "max_broken_share: must be a number from 0 to 1, is 2; nearest: 1"),
+        (SOURCES + "\nmax_broken_share: 2", "max_broken_share: must be a number between 0 and 1, is 2; nearest: 1"),
         (SOURCES + "\ndecontaminate: {}", "decontaminate: must be a list"),
         (SOURCES + "\nfilters: 3", "filters: must be an object"),
         (SOURCES + "\n1: 2", "1: must be one of the fields"),
