@@ -248,7 +248,7 @@ def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[Encod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSample:
-    """Conversations of one line: views of a chat, or two answers to a prompt, of which the first is preferred."""
+    """Conversations of a line: views of a chat, or a pair of answers, the preferred one first."""
 
     key: str  # equal on every machine
     views: tuple[Conversation, ...]

@@ -57,7 +57,7 @@ def _read_pair(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
 def _samples_of(
     source: ChatSource | PreferencesSource, file: CorpusFile, limit_bytes: int | None = None
 ) -> Iterator[ChatSample]:
-    """Yields what the lines of a file describe. An error about a template that cannot write it names the line."""
+    """Yields what the lines of a file describe; an error of the template names the line."""
     template = CHAT_TEMPLATES.get(source.template)
     read_line = _read_chat if isinstance(source, ChatSource) else _read_pair
 
