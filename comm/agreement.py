@@ -56,6 +56,13 @@ def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) ->
     return [int(number) for number in sums.tolist()]  # host sync
 
 
+def smallest_over_ranks(number: int, group: ProcessGroup | None = None) -> int:
+    """Returns the smallest of the numbers of all ranks."""
+    smallest = torch.tensor([number], dtype=torch.int64, device=_device(group))
+    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=group)
+    return int(smallest.item())  # host sync
+
+
 def exchange_reports(report: str | None, group: ProcessGroup | None = None) -> Reports:
     """Exchanges reports of ranks, such as errors, cut to 4000 characters; without any, one all-reduce."""
     (total,) = sum_over_ranks([report is not None], group)
@@ -65,7 +72,7 @@ def exchange_reports(report: str | None, group: ProcessGroup | None = None) -> R
     for _ in range(min(total, MOST_REPORTS)):
         # The lowest rank with a report that was not exchanged yet.
         is_left = report is not None and (not reports or rank > reports[-1].rank)
-        source = _smallest(rank if is_left else size, group)
+        source = smallest_over_ranks(rank if is_left else size, group)
         text = [report[:_MOST_CHARACTERS] if report is not None and rank == source else None]
         distributed.broadcast_object_list(text, src=_global_rank(source, group), group=group)
         reports.append(RankReport(source, str(text[0])))
@@ -119,7 +126,7 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
     """Returns all ranks' values, in order, on the group's first rank, which alone needs memory for them."""
     content = pickle.dumps(value)
     device = _device(group)
-    longest = -_smallest(-len(content), group)
+    longest = -smallest_over_ranks(-len(content), group)
     row = torch.zeros(longest, dtype=torch.uint8)
     row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     if distributed.get_rank(group) != 0:
@@ -129,12 +136,6 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
     distributed.gather(row.to(device), list(rows_RB.unbind()), dst=_global_rank(0, group), group=group)
     # Zeros after the end of a pickle are ignored.
     return [pickle.loads(row_B.tobytes()) for row_B in rows_RB.cpu().numpy()]  # host sync
-
-
-def _smallest(number: int, group: ProcessGroup | None) -> int:
-    smallest = torch.tensor([number], dtype=torch.int64, device=_device(group))
-    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=group)
-    return int(smallest.item())  # host sync
 
 
 def _global_rank(rank: int, group: ProcessGroup | None) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
     HashStore,
     ProcessGroup,
     ProcessGroupGloo,
@@ -247,6 +248,11 @@ def make_host_group(timeout: timedelta) -> ProcessGroup:
             os.environ |= {} if previous is None else {_LAZY_VARIABLE: previous}
     assert isinstance(group, ProcessGroup)
     return group
+
+
+def is_peer_error(error: RuntimeError) -> bool:
+    """Returns whether a collective failed because another rank has ended or does not respond."""
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -265,8 +266,13 @@ def run_on_local_ranks(
     num_ranks: int,
     preloaded: Sequence[str],
     receive: Callable[..., None] = lambda *message: None,
+    *,
+    grace_seconds: float = 0.0,
 ) -> Any:
-    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call."""
+    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call.
+
+    After another rank has failed or died, rank 0 may continue for `grace_seconds`.
+    """
     apply_rank_environment(cluster)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", *preloaded])
@@ -285,6 +291,9 @@ def run_on_local_ranks(
                 processes.append(process)
                 ends[ours] = rank
             return _await_results(ends, receive)
+        except RankError:
+            _await_end(next(end for end, rank in ends.items() if rank == 0), grace_seconds)
+            raise
         finally:
             for process in processes:
                 process.kill()
@@ -294,23 +303,33 @@ def run_on_local_ranks(
 def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[..., None]) -> Any:
     """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
     result: Any = None
-    while ends:
-        for end in connection.wait(list(ends)):
+    waiting = set(ends)
+    while waiting:
+        for end in connection.wait(waiting):
             assert isinstance(end, connection.Connection)
+            rank = ends[end]
             try:
                 kind, content = end.recv()
             except (EOFError, ConnectionResetError) as error:
-                raise RankError(f"rank {ends[end]} died before it returned") from error
+                raise RankError(f"rank {rank} died before it returned") from error
             if kind == "message":
                 receive(*content)
                 continue
-            rank = ends.pop(end)
+            waiting.remove(end)
             if isinstance(content, ValueError) and kind == "user error":
                 raise content
             if kind == "error":
                 raise RankError(f"rank {rank} failed\n{content}")
             result = content if rank == 0 else result
     return result
+
+
+def _await_end(end: "connection.Connection", seconds: float) -> None:
+    """Waits until the rank at the other end has ended."""
+    until = time.monotonic() + seconds
+    with suppress(EOFError, ConnectionResetError):
+        while end.poll(max(0.0, until - time.monotonic())):
+            end.recv()
 
 
 def _run_rank(
