@@ -9,7 +9,7 @@ template is which release.
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from data.special_tokens import (
@@ -151,63 +151,6 @@ CHAT_TEMPLATES.register(
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
-# Names in capitals are replaced by values of the table.
-_JINJA = """\
-{%- if thinking is not defined -%}
-  {%- set thinking = enable_thinking if enable_thinking is defined else THINKS -%}
-{%- endif -%}
-{%- set system = namespace(parts=[]) -%}
-{%- for message in messages if message['role'] == 'system' -%}
-  {%- set system.parts = system.parts + [message['content']] -%}
-{%- endfor -%}
-{%- if tools -%}
-  {%- set system.parts = system.parts + [TOOLS_HEADING] -%}
-  {%- for tool in tools -%}
-    {%- set tool = tool['function'] or tool -%}
-    {%- set about = '\\nDescription: ' + (tool['description'] or '') -%}
-    {%- set parameters = '\\n\\nParameters: ' + ((tool['parameters'] or {}) | tojson) -%}
-    {%- set system.parts = system.parts + ['### ' + tool['name'] + about + parameters] -%}
-  {%- endfor -%}
-{%- endif -%}
-{{- BEGIN + (system.parts | join(SYSTEM_JOINT)) -}}
-{%- set state = namespace(before='') -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}
-    {{- USER + message['content'] -}}
-  {%- elif message['role'] == 'tool' -%}
-    {{- OUTPUT_JOINT if state.before == 'tool' else OUTPUTS_BEGIN -}}
-    {{- OUTPUT_BEGIN + message['content'] + OUTPUT_END -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {%- set content = message['content'] or '' -%}
-    {%- set thoughts = message['thoughts'] if message['thoughts'] is string else message['reasoning_content'] -%}
-    {%- if state.before == 'tool' -%}
-      {{- OUTPUTS_END -}}
-    {%- elif HAS_THOUGHTS and loop.last and thoughts is string -%}
-      {{- THOUGHTS_BEGIN + thoughts + THOUGHTS_END -}}
-    {%- else -%}
-      {{- ASSISTANT -}}
-    {%- endif -%}
-    {{- content.split(END_THINK)[-1] -}}
-    {%- for call in message['tool_calls'] or [] -%}
-      {%- set call = call['function'] or call -%}
-      {{- CALLS_BEGIN if loop.first else CALL_JOINT -}}
-      {{- CALL_BEGIN + call['name'] + SEPARATOR -}}
-      {{- call['arguments'] if call['arguments'] is string else (call['arguments'] | tojson) -}}
-      {{- CALL_END + (CALLS_END if loop.last else '') -}}
-    {%- endfor -%}
-    {{- END -}}
-  {%- endif -%}
-  {%- set state.before = message['role'] -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {%- if state.before == 'tool' -%}
-    {{- OUTPUTS_END -}}
-  {%- else -%}
-    {{- THOUGHTS_BEGIN if HAS_THOUGHTS and thinking else ASSISTANT -}}
-  {%- endif -%}
-{%- endif -%}
-"""
-
 
 def template_jinja(template: ChatTemplate) -> str:
     """Returns a template as Jinja.
@@ -216,33 +159,21 @@ def template_jinja(template: ChatTemplate) -> str:
     `enable_thinking`), which chooses the generation prompt. As in released templates, only the last message shows its
     thoughts (`reasoning_content`), and an answer's text up to the end of its thoughts is cut.
     """
-    thoughts = template.thoughts
-    tools = template.tools
+    thoughts = template.thoughts or ThoughtsForm(begin=(), end=())
+    pieces = {field.name: getattr(template.tools, field.name) for field in fields(template.tools)}
+    pieces |= {name: getattr(template, name) for name in ("begin", "user", "assistant", "end")}
+    pieces |= {"thoughts_begin": thoughts.begin, "thoughts_end": thoughts.end}
     values = {
         "THINKS": json.dumps(template.thinks),
         "TOOLS_HEADING": json.dumps(TOOLS_HEADING),
-        "BEGIN": _literal(template.begin),
         "SYSTEM_JOINT": json.dumps(template.system_joint),
-        "USER": _literal(template.user),
-        "OUTPUT_JOINT": _literal(tools.output_joint),
-        "OUTPUTS_BEGIN": _literal(tools.outputs_begin),
-        "OUTPUT_BEGIN": _literal(tools.output_begin),
-        "OUTPUT_END": _literal(tools.output_end),
-        "OUTPUTS_END": _literal(tools.outputs_end),
-        "HAS_THOUGHTS": json.dumps(thoughts is not None),
-        "THOUGHTS_BEGIN": _literal(() if thoughts is None else thoughts.begin),
-        "THOUGHTS_END": _literal(() if thoughts is None else thoughts.end),
-        "ASSISTANT": _literal(template.assistant),
+        "HAS_THOUGHTS": json.dumps(template.thoughts is not None),
         "END_THINK": json.dumps(END_THINK),
-        "CALLS_BEGIN": _literal(tools.calls_begin),
-        "CALL_JOINT": _literal(tools.call_joint),
-        "CALL_BEGIN": _literal(tools.call_begin),
-        "SEPARATOR": _literal(tools.separator),
-        "CALL_END": _literal(tools.call_end),
-        "CALLS_END": _literal(tools.calls_end),
-        "END": _literal(template.end),
+        **{name.upper(): _literal(value) for name, value in pieces.items()},
     }
-    return re.sub(r"\b[A-Z_]{3,}\b", lambda match: values[match[0]], _JINJA)
+    # Names in capitals are replaced by values of the table.
+    text = Path(__file__).with_name("template.jinja").read_text(encoding="utf-8")
+    return re.sub(r"\b[A-Z_]{3,}\b", lambda match: values[match[0]], text)
 
 
 def template_of(folder: Path) -> str | None:
