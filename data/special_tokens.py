@@ -71,10 +71,6 @@ class SpecialNames:
     eos: str | None
     pad: str | None
 
-    def of(self, kind: Kind) -> str | None:
-        """Returns the name of a kind of special token."""
-        return {"bos": self.bos, "eos": self.eos, "pad": self.pad}[kind]
-
 
 NAMES_FROM_FILES = SpecialNames(bos=None, eos=None, pad=None)
 
@@ -135,10 +131,8 @@ def find_special_ids(
     """Returns the ids of special tokens; raises DataError if a named one or `eos` is not known."""
     eos = _find("eos", backend, names, sidecars, place)
     if eos is None:
-        raise DataError(
-            f"data.tokenizer_eos: must name the token that ends a document, because {place} does not define it; "
-            f"{_choices(backend)}"
-        )
+        rule = f"must name the token that ends a document, because {place} does not define it"
+        raise _refusal("eos", rule, backend)
     bos, pad = (_find(kind, backend, names, sidecars, place) for kind in ("bos", "pad"))
     fim = next((family_ids for family in _FIM_FAMILIES if (family_ids := _family(backend, family)) is not None), None)
     return SpecialIds(bos=None if bos == eos else bos, eos=eos, pad=eos if pad is None else pad, fim=fim)
@@ -156,7 +150,7 @@ def describe_special(backend: tokenizers.Tokenizer, ids: SpecialIds) -> dict[str
 def _find(
     kind: Kind, backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles, place: str
 ) -> int | None:
-    named = names.of(kind)
+    named: str | None = getattr(names, kind)
     if named is not None:
         return None if kind == "bos" and not named else _named(kind, named, backend, place)
     for name in (TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME):
@@ -178,24 +172,17 @@ def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) ->
     """Returns the id of a special token, never produced from text, that the configuration names."""
     number = backend.token_to_id(token)
     if number is None:
-        raise DataError(
-            f"data.tokenizer_{kind}: must be a token of {place}, is {token!r}; {_choices(backend, near=token)}"
-        )
+        raise _refusal(kind, f"must be a token of {place}, is {token!r}", backend, near=token)
     if number not in backend.get_added_tokens_decoder():
-        raise DataError(
-            f"data.tokenizer_{kind}: must be a special token of {place}, is {token!r}, which text can produce; "
-            f"{_choices(backend)}"
-        )
+        raise _refusal(kind, f"must be a special token of {place}, is {token!r}, which text can produce", backend)
     return int(number)
 
 
 def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
     number = backend.token_to_id(token)
     if number is None:
-        raise DataError(
-            f"data.tokenizer_{kind}: must be set, because {place} names {token!r}, which is not in the vocabulary; "
-            f"{_choices(backend)}"
-        )
+        rule = f"must be set, because {place} names {token!r}, which is not in the vocabulary"
+        raise _refusal(kind, rule, backend)
     return int(number)
 
 
@@ -210,10 +197,11 @@ def _family(backend: tokenizers.Tokenizer, family: Iterable[str]) -> tuple[int, 
     return None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
 
 
-def _choices(backend: tokenizers.Tokenizer, *, near: str = "") -> str:
-    """Returns the end of an error: a few special tokens, the one with the nearest name first."""
+def _refusal(kind: Kind, rule: str, backend: tokenizers.Tokenizer, *, near: str = "") -> DataError:
+    """Returns an error with a few special tokens, the one with the nearest name first."""
     added = backend.get_added_tokens_decoder()
     names = [added[number].content for number in sorted(added)]
     close = difflib.get_close_matches(near, names, n=1, cutoff=0.5)
-    first_names = [*close, *(name for name in names if name not in close)][:6]
-    return f"nearest valid: {', '.join(first_names)}" if first_names else "it has no special token"
+    first_names = list(dict.fromkeys([*close, *names]))[:6]
+    choices = f"nearest valid: {', '.join(first_names)}" if first_names else "it has no special token"
+    return DataError(f"data.tokenizer_{kind}: {rule}; {choices}")
