@@ -1,9 +1,9 @@
 """Generates arithmetic problems, held out by the hash of their text for any seed. Imports no torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal
 
 import numpy as np
 import tokenizers
@@ -23,6 +23,10 @@ from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]
 Domain = Literal["sort", "reverse"]  # what to do with the digits of a number
+_DOMAINS: Mapping[Domain, tuple[str, Callable[[str], Iterable[str]]]] = {
+    "sort": ("{}=", sorted),
+    "reverse": ("={}", reversed),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +44,8 @@ def is_held_out(prompt: str) -> bool:
 
 def make_problem(digits: str, domain: Domain) -> ArithmeticProblem:
     """Returns the problem of a domain about digits. Its text shows the domain."""
-    match domain:
-        case "sort":
-            return ArithmeticProblem(prompt=f"{digits}=", answer="".join(sorted(digits)))
-        case "reverse":
-            return ArithmeticProblem(prompt=f"={digits}", answer=digits[::-1])
-        case _:
-            assert_never(domain)
+    prompt, arrange = _DOMAINS[domain]
+    return ArithmeticProblem(prompt=prompt.format(digits), answer="".join(arrange(digits)))
 
 
 def check_domains(domains: Sequence[Domain], key: str) -> None:
@@ -82,12 +81,15 @@ def problems(
     limit = int(10**num_digits * share / 2)
     if not 0 <= count <= limit:
         raise DataError(f"problems: must be from 0 to {limit} with {num_digits} digits, is {count}; nearest: {limit}")
-    by_prompt: dict[str, ArithmeticProblem] = {}
-    stream = problem_stream(seed, num_digits, part, domains)
-    while len(by_prompt) < count:
-        problem = next(stream)
-        by_prompt.setdefault(problem.prompt, problem)
-    return tuple(by_prompt.values())
+    return tuple(islice(_distinct(problem_stream(seed, num_digits, part, domains)), count))
+
+
+def _distinct(problems: Iterable[ArithmeticProblem]) -> Iterator[ArithmeticProblem]:
+    prompts = set[str]()
+    for problem in problems:
+        if problem.prompt not in prompts:
+            prompts.add(problem.prompt)
+            yield problem
 
 
 def wrong_answer(answer: str, draw: int) -> str:
@@ -155,17 +157,14 @@ def _chat_samples(source: ArithmeticSource) -> Iterator[ChatSample]:
 
 
 def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
-    seen: set[str] = set()
-    for number, problem in enumerate(_all_problems(source)):
-        if problem.prompt not in seen:
-            seen.add(problem.prompt)
-            yield ProblemRecord(
-                key=problem.prompt,
-                messages=(user(problem.prompt),),
-                answer=problem.answer,
-                tests=None,
-                place=f"data.kind=arithmetic, problem {number}",
-            )
+    for number, problem in enumerate(_distinct(_all_problems(source))):
+        yield ProblemRecord(
+            key=problem.prompt,
+            messages=(user(problem.prompt),),
+            answer=problem.answer,
+            tests=None,
+            place=f"data.kind=arithmetic, problem {number}",
+        )
 
 
 def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
@@ -179,10 +178,6 @@ DATA_SOURCES.register(
         summary="generated problems: sort or reverse the digits of a number",
         config=ArithmeticSource,
         place=lambda source: "data.kind: 'arithmetic'",
-        settings=lambda source: [
-            *(source.form, source.template, list(source.domains), source.num_digits, source.num_samples),
-            *(source.wrong_share, source.generator_seed),
-        ],
         samples=lambda source, tokenizer: encode_samples(
             _chat_samples(source), CHAT_TEMPLATES.get(source.template), tokenizer
         ),

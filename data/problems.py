@@ -26,7 +26,16 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, describe, list_of, nearest_name, object_of, optional, refusal, text_of
 from data.pack import WEIGHTS
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
+from data.registry import (
+    DATA_SOURCES,
+    CorpusFile,
+    DataSource,
+    DataSourceEntry,
+    Document,
+    SamplePiece,
+    TrainingSample,
+    field_values,
+)
 from data.sources import check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
@@ -154,7 +163,6 @@ DATA_SOURCES.register(
         files=_list_problems,
         read=_documents,
         place=lambda source: f"data.paths: {list(source.paths)!r}",
-        settings=lambda source: source.template,
         samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),
         special_tokens=CHAT_TOKENS,
         check=_check,
@@ -226,7 +234,7 @@ def _gym_settings(source: GymSource) -> list[object]:
         library = version("reasoning-gym")
     except PackageNotFoundError:
         library = ""
-    return [source.dataset, source.count, source.generator_seed, source.template, library]
+    return [field_values(source), library]
 
 
 DATA_SOURCES.register(

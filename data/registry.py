@@ -7,7 +7,7 @@ sources register in `data.sources`. A plugin file can register more (docs/extend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +93,11 @@ class TrainingSample:
         return sum(len(piece.tokens) for piece in self.pieces)
 
 
+def field_values(source: DataSource) -> list[object]:
+    """Returns the values of a source's own fields, without the names of its files."""
+    return [value for name, value in asdict(source).items() if name not in ("kind", "paths")]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSourceEntry:
     """A registered source of text, chosen by `data.kind`.
@@ -105,7 +110,7 @@ class DataSourceEntry:
             `check`.
         read: yields the documents of one file, and rows that cannot be read; with a limit, of about that many bytes.
         place: returns the start of an error about the whole source.
-        settings: returns plain values that decide how files are read, for the name of the cache entry.
+        settings: returns plain values that decide what is read, for the name of the cache entry.
         samples: yields the source's samples as token ids, in order, if it has samples instead of documents; `read` then
             yields their text, from which a tokenizer can be trained.
         tokenizer: returns the source's own tokenizer, which is used if none is given; None: one is trained.
@@ -124,7 +129,7 @@ class DataSourceEntry:
     place: Callable[[Any], str]
     files: Callable[[Any], tuple[CorpusFile, ...]] = lambda source: ()
     read: Callable[[Any, CorpusFile, int | None], Iterator[Document | BrokenRow]] = lambda source, file, limit: iter(())
-    settings: Callable[[Any], object] = lambda source: None
+    settings: Callable[[Any], object] = field_values
     samples: Callable[[Any, Tokenizer], Iterator[TrainingSample]] | None = None
     tokenizer: Callable[[Any], Tokenizer] | None = None
     special_tokens: tuple[str, ...] = ()

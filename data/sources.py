@@ -160,7 +160,6 @@ DATA_SOURCES.register(
         read=lambda source, file, limit_bytes: _read_file(file, source.text_field, limit_bytes),
         place=lambda source: f"data.paths: {list(source.paths)!r}",
         check=_check_files,
-        settings=lambda source: [source.text_field, source.on_broken, source.max_broken_share],
     ),
 )
 

@@ -120,7 +120,6 @@ DATA_SOURCES.register(
     _entry(
         summary="conversations in .jsonl files, of which the assistant's turns are trained",
         config=ChatSource,
-        settings=lambda source: [source.template, source.too_long],
         values=lambda source: (WEIGHTS,),
     ),
 )
@@ -129,7 +128,6 @@ DATA_SOURCES.register(
     _entry(
         summary="pairs of a preferred and a rejected answer in .jsonl files",
         config=PreferencesSource,
-        settings=lambda source: source.template,
         values=lambda source: PAIR_VALUES,
     ),
 )
