@@ -22,8 +22,7 @@ from data.build.work import BuildSettings
 from data.config import DataConfig
 from data.corpus import DataError
 from data.mix.manifest import Manifest, parse_manifest, read_manifest
-from data.mix.mixture import Mixture
-from data.mix.permutation import KeyedPermutation
+from data.mix.mixture import Mixture, hold_out
 from data.mix.rows import ShardRows
 from data.pack import entropy_nats
 from data.prepare import Prepared, find_tokenizer
@@ -35,7 +34,6 @@ from data.tokenizer import TOKENIZER_NAME, Tokenizer
 if TYPE_CHECKING:
     from data.mix.source import MixtureSource
 
-MOST_HELD_OUT = 4096  # sequences of each source that validation may read
 _ENTROPY_TOKENS = 2**20
 
 
@@ -55,7 +53,7 @@ class MixtureFolder:
 
     def sequences(self, part: Part) -> dict[str, int]:
         """Returns the number of a part's sequences of each source."""
-        return {name: sum(counts) for name, counts in self.counts[part].items()}
+        return {source.name: sum(self.counts[part][source.name]) for source in self.manifest.sources}
 
     def shards(self, part: Part) -> dict[str, tuple[Shard, ...]]:
         """Returns the shards of each source."""
@@ -201,21 +199,10 @@ def _prepared(opened: MixtureFolder, tokenizer: Tokenizer, seed: int) -> Prepare
         unigram_entropy_nats=_entropy(opened, measured, tokenizer),
         bytes_per_token=sum(ratios) / max(len(ratios), 1),
         fingerprint=_fingerprint(opened, seed),
-        mixture=mixture,
-        held_out=_held_out(opened, seed),
+        order=mixture,
+        held_out=hold_out([*opened.sequences("validation").values()], seed),
+        is_mixture=True,
     )
-
-
-def _held_out(opened: MixtureFolder, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Returns the validation rows of each source in a fixed order, at most `MOST_HELD_OUT`."""
-    rows = {}
-    first = 0
-    for source in opened.manifest.sources:
-        size = opened.sequences("validation")[source.name]
-        images = KeyedPermutation(max(size, 1), f"held out:{seed}:{source.name}")(np.arange(min(size, MOST_HELD_OUT)))
-        rows[source.name] = first + images
-        first += size
-    return rows
 
 
 def _entropy(opened: MixtureFolder, part: Part, tokenizer: Tokenizer) -> float:

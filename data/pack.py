@@ -205,10 +205,6 @@ class LongDocuments:
         others = num_others * self.other_tokens / max(self.other_sequences, 1)
         return long / (long + others)
 
-    def count_before(self, place: int) -> int:
-        """Returns the long documents' part of the first `place` sequences, never off `share x place` by one."""
-        return int(place * self.share)
-
 
 def pack_long_first(
     tokens: NDArray[np.integer], lengths: NDArray[np.int64], length: int, pad_id: int, config: LongDocumentsConfig

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError
 from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, read_values, source_tokenizer
-from data.mix.mixture import Mixture
+from data.mix.mixture import HeldOut, Mixture, hold_out, order_by_shares, single_order
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.readers.files import compression_of, format_of
@@ -62,6 +62,8 @@ class Prepared:
     # the first token of a piece). No model that ignores context has a lower validation loss. Without a validation part,
     # the entropy of the training part.
     unigram_entropy_nats: float
+    order: Mixture  # order in which runs read the training part
+    held_out: HeldOut  # order in which runs read the validation part
     bytes_per_token: float  # UTF-8 bytes of text per token of the same part, without begin of sentence
     fingerprint: str  # SHA-256 of the arrays; equal if and only if two machines read the same samples
     # further values of the training part's tokens by name, each [N, L, ...]; see `data.pack`.
@@ -71,9 +73,7 @@ class Prepared:
     counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
     # long documents of the training part; None: they are packed with others.
     long_documents: LongDocuments | None = None
-    # sources of the training part; None: it has one source. Its arrays are then read from shards when they are indexed.
-    mixture: Mixture | None = None
-    held_out: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # validation rows of each source
+    is_mixture: bool = False  # whether what is read is also recorded by source, of which the order has the names
 
 
 def check_config(config: DataConfig) -> int:
@@ -207,7 +207,7 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
 
     long = "" if config.long_documents is None else f"long-{config.long_documents.min_document_tokens}-"
     entry = open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{long}{encoded_name}", build)
-    return _open_prepared(entry, config.long_documents)
+    return _open_prepared(entry, config)
 
 
 def _encoded_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
@@ -263,11 +263,17 @@ def _build_packed(
     return values
 
 
-def _open_prepared(entry: CacheEntry, config: LongDocumentsConfig | None) -> Prepared:
+def _open_prepared(entry: CacheEntry, config: DataConfig) -> Prepared:
     arrays = {
         name: np.load(entry.folder / f"{name}.npy", mmap_mode="r")
         for name in ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL")
     }
+    num_sequences = len(arrays["train_tokens_NL"])
+    long = None if config.long_documents is None else _open_long(entry, config.long_documents, num_sequences)
+    order = single_order(num_sequences, config.seed)
+    if long is not None:
+        counts = {"long": long.num_sequences, "other": long.other_sequences}
+        order = order_by_shares(counts, (long.share, 1 - long.share), config.seed)
     return Prepared(
         tokenizer=Tokenizer.load(entry.folder / "tokenizer.json"),
         train_tokens_NL=arrays["train_tokens_NL"],
@@ -278,11 +284,13 @@ def _open_prepared(entry: CacheEntry, config: LongDocumentsConfig | None) -> Pre
         validation_tokens=int(entry.values["validation_tokens"]),
         unigram_entropy_nats=float(entry.values["unigram_entropy_nats"]),
         bytes_per_token=float(entry.values["bytes_per_token"]),
-        fingerprint=_fingerprint(entry, config),
+        order=order,
+        held_out=hold_out([len(arrays["validation_tokens_NL"])], config.seed),
+        fingerprint=_fingerprint(entry, config.long_documents),
         train_values=read_values(entry.folder, "train"),
         validation_values=read_values(entry.folder, "validation"),
         counts=counts_of(entry.values),
-        long_documents=None if config is None else _open_long(entry, config, len(arrays["train_tokens_NL"])),
+        long_documents=long,
     )
 
 

@@ -87,12 +87,11 @@ def dry_run(overrides: Sequence[str]) -> str:
         # A sample shows data alone.
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
-        from data.loader import open_order
         from launch.sample_lines import sample_lines
         from train.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())
-        first = int(open_order(prepared, config.data.seed).range(0, 1)[0])
+        first = int(prepared.order.range(0, 1)[0])
         task = TASKS.get(config.task.kind)
         # A task that samples answers trains nothing of the prompts.
         reads_weights = bool(task.values) or task.has_rollouts

@@ -35,8 +35,7 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
                 f"{config.data.source.kind} with {', '.join(prepared.train_values) or 'no values'}"
             )
     check_repeats(config, len(prepared.train_tokens_NL))
-    if prepared.mixture is not None:
-        prepared.mixture.check_epochs(config.batch_sizes.sequences_before(config.task.steps))
+    prepared.order.check_epochs(config.batch_sizes.sequences_before(config.task.steps))
     return prepared
 
 

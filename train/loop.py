@@ -65,7 +65,7 @@ class TrainingLoop:
         self._reporter = reporter
         self._status = status
         self._callbacks = callbacks or Callbacks()
-        self._loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+        self._loader = Loader(prepared, sizes=config.batch_sizes)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
         parts = RunParts(
             config=config,

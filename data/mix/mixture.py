@@ -4,7 +4,8 @@ Imports no torch.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from data.config import BatchSizes
 from data.corpus import DataError
-from data.mix.manifest import Manifest
+from data.mix.manifest import Manifest, MixSource
 from data.mix.order import MixOrder, Places
 from data.mix.permutation import KeyedPermutation
 
 ORDER_NAME = "order.jsonl"
+MOST_HELD_OUT = 2**16  # sequences of each source that validation may read
 
 
 class Mixture:
@@ -59,8 +61,14 @@ class Mixture:
 
     def range(self, first: int, count: int) -> NDArray[np.int64]:
         """Returns the rows of `count` consecutive sequences from position `first` of the training order."""
-        places = self._order.places(first, count)
+        places = self._places(first, count)
         return self.first_rows[places.sources_N] + self._indices(places)
+
+    def _places(self, first: int, count: int) -> Places:
+        if len(self.names) > 1:
+            return self._order.places(first, count)
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        return Places(sources_N=np.zeros_like(numbers), numbers_N=numbers)
 
     def _indices(self, places: Places) -> NDArray[np.int64]:
         """Returns the index of each sequence within its source: a new permutation in each epoch."""
@@ -106,11 +114,43 @@ class Mixture:
         partial = folder / f"{ORDER_NAME}.partial"
         with partial.open("w", encoding="utf-8") as stream:
             for step in range(steps):
-                places = self._order.places(sizes.sequences_before(step), sizes.sequences(step))
+                places = self._places(sizes.sequences_before(step), sizes.sequences(step))
                 names = [self.names[source] for source in places.sources_N.tolist()]
                 sequences = list(zip(names, self._indices(places).tolist(), strict=True))
                 stream.write(f"{json.dumps({'step': step + 1, 'sequences': sequences})}\n")
         partial.replace(folder / ORDER_NAME)
+
+
+def order_by_shares(sequences: Mapping[str, int], shares: Sequence[float], seed: int) -> Mixture:
+    """Returns the order of groups of sequences, each with a share of the run."""
+    sources = [MixSource(name=name, paths=(), weight=share) for name, share in zip(sequences, shares, strict=True)]
+    return Mixture(Manifest(sources=tuple(sources)), sequences, 1, seed)
+
+
+def single_order(num_sequences: int, seed: int) -> Mixture:
+    """Returns the order of sequences of one group: a new permutation in each epoch."""
+    return order_by_shares({"data": num_sequences}, (1.0,), seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HeldOut:
+    """The order in which validation reads sequences: sources take turns, each in a fixed permutation."""
+
+    rows_N: NDArray[np.int64]  # number of each sequence among those of all sources
+    sources_N: NDArray[np.int64]  # number of its source
+
+
+def hold_out(sequences: Sequence[int], seed: int) -> HeldOut:
+    """Returns the order of the held-out sequences of sources, at most `MOST_HELD_OUT` of each."""
+    parts = [np.empty((3, 0), dtype=np.int64)]
+    for source, size in enumerate(sequences):
+        turns = np.arange(min(size, MOST_HELD_OUT))
+        # Packing sorts by length: without a permutation, the first few would be those with long pieces.
+        rows = sum(sequences[:source]) + _permutation(max(size, 1), f"held out:{seed}:{source}")(turns)
+        parts.append(np.stack([turns, rows, np.full_like(turns, source)]))
+    turns, rows, sources = np.concatenate(parts, axis=1)
+    order = np.argsort(turns, kind="stable")
+    return HeldOut(rows_N=rows[order], sources_N=sources[order])
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,8 @@ import torch
 
 from data.config import BatchRamp, BatchSizes, DataConfig, LongDocumentsConfig, ramp_sizes
 from data.corpus import DataError
-from data.loader import IGNORE, Batch, Loader, SampleOrder, permutation
+from data.loader import IGNORE, Batch, Loader
+from data.mix.mixture import single_order
 from data.pack import WEIGHTS, pack_samples
 from data.prepare import Prepared, prepare
 from data.registry import SamplePiece, TrainingSample
@@ -31,8 +32,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 @pytest.mark.parametrize(("num_sequences", "global_batch"), [(1, 3), (7, 2), (12, 4), (5, 13)])
 def test_every_sample_occurs_exactly_once_per_epoch(num_sequences: int, global_batch: int) -> None:
-    order = SampleOrder(num_sequences, seed=11)
-    steps = [order.indices(step, BatchSizes(global_batch)) for step in range(6 * num_sequences)]
+    order = single_order(num_sequences, seed=11)
+    steps = [order.range(step * global_batch, global_batch) for step in range(6 * num_sequences)]
     stream = np.concatenate(steps)
     assert stream.dtype == np.int64
     for epoch in range(len(stream) // num_sequences):
@@ -41,52 +42,49 @@ def test_every_sample_occurs_exactly_once_per_epoch(num_sequences: int, global_b
 
 
 def test_order_depends_on_the_place_alone() -> None:
-    stream = SampleOrder(10, seed=3).range(0, 200)
-    fresh = SampleOrder(10, seed=3)
-    for step in (17, 2, 2, 19, 0):
-        assert fresh.indices(step, BatchSizes(8)).tolist() == stream[step * 8 : (step + 1) * 8].tolist()
+    stream = single_order(10, seed=3).range(0, 200)
+    fresh = single_order(10, seed=3)
     # Another batch size reads the same stream: a run with a changed global batch continues where the old one stopped.
-    assert fresh.indices(3, BatchSizes(16)).tolist() == stream[48:64].tolist()
+    for first, count in ((136, 8), (16, 8), (16, 8), (152, 8), (0, 8), (48, 16)):
+        assert fresh.range(first, count).tolist() == stream[first : first + count].tolist()
 
 
 def test_order_is_the_same_on_every_machine_and_differs_by_seed_and_epoch() -> None:
-    assert permutation(8, seed=1, epoch=0).tolist() == [3, 5, 2, 7, 0, 6, 1, 4]
-    first = permutation(100, seed=1, epoch=0).tolist()
-    assert first != permutation(100, seed=2, epoch=0).tolist()
-    assert first != permutation(100, seed=1, epoch=1).tolist()
-    assert sorted(permutation(100, seed=-5, epoch=2**40).tolist()) == list(range(100))
+    assert single_order(8, seed=1).range(0, 8).tolist() == [6, 3, 5, 4, 7, 2, 0, 1]
+    first = single_order(100, seed=1).range(0, 100).tolist()
+    assert first != single_order(100, seed=2).range(0, 100).tolist()
+    assert first != single_order(100, seed=1).range(100, 100).tolist()
+    assert sorted(single_order(100, seed=-5).range(100 * 2**40, 100).tolist()) == list(range(100))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 12])
 def test_any_splitting_into_ranks_reads_the_same_samples(prepared: Prepared, num_ranks: int) -> None:
-    whole = Loader(prepared, sizes=BatchSizes(12), seed=5)
+    whole = Loader(prepared, sizes=BatchSizes(12))
     share = 12 // num_ranks
     for step in (0, 1, 9):
         expected = whole.batch(step, 0, 12)
-        parts = [
-            Loader(prepared, sizes=BatchSizes(12), seed=5).batch(step, rank * share, share) for rank in range(num_ranks)
-        ]
+        parts = [Loader(prepared, sizes=BatchSizes(12)).batch(step, rank * share, share) for rank in range(num_ranks)]
         assert torch.equal(torch.cat([part.tokens_BT for part in parts]), expected.tokens_BT)
         assert torch.equal(torch.cat([part.positions_BT for part in parts]), expected.positions_BT)
 
 
 def test_batches_are_the_ordered_rows_of_the_arrays(prepared: Prepared) -> None:
-    loader = Loader(prepared, sizes=BatchSizes(6), seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(6))
     batch = loader.batch(3, 0, 6)
-    indices = SampleOrder(len(prepared.train_tokens_NL), seed=5).indices(3, BatchSizes(6))
+    indices = prepared.order.range(18, 6)
     assert batch.tokens_BT.dtype == batch.positions_BT.dtype == torch.int64
     assert batch.tokens_BT.tolist() == prepared.train_tokens_NL[indices].tolist()
     assert batch.positions_BT.tolist() == prepared.train_positions_NL[indices].tolist()
 
 
 def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) -> None:
-    loader = Loader(prepared, sizes=BatchSizes(6), seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(6))
     number = loader.num_validation_sequences
     whole = loader.validation_batch(0, number).tokens_BT
     one_by_one = [loader.validation_batch(place, 1).tokens_BT for place in range(number)]
     assert torch.equal(torch.cat(one_by_one), whole)
     assert sorted(whole.tolist()) == sorted(prepared.validation_tokens_NL.tolist())
-    again = Loader(prepared, sizes=BatchSizes(3), seed=5).validation_batch(0, number).tokens_BT
+    again = Loader(prepared, sizes=BatchSizes(3)).validation_batch(0, number).tokens_BT
     assert torch.equal(again, whole)
 
 
@@ -111,7 +109,7 @@ def test_padding_before_a_piece_predicts_nothing() -> None:
 
 
 def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
-    batch = Loader(prepared, sizes=BatchSizes(8), seed=0).batch(0, 0, 8)
+    batch = Loader(prepared, sizes=BatchSizes(8)).batch(0, 0, 8)
     tokens, positions = batch.tokens_BT.tolist(), batch.positions_BT.tolist()
     for shift in (1, 2, 3):
         expected = [
@@ -128,7 +126,7 @@ def test_targets_equal_the_rule_written_as_loops(prepared: Prepared) -> None:
 
 
 def test_slices_outside_are_rejected(prepared: Prepared) -> None:
-    loader = Loader(prepared, sizes=BatchSizes(4), seed=0)
+    loader = Loader(prepared, sizes=BatchSizes(4))
     with pytest.raises(DataError, match="the global batch has 4 sequences, got the slice from 3 of 2"):
         loader.batch(0, 3, 2)
     with pytest.raises(DataError, match="the validation part has"):
@@ -137,7 +135,7 @@ def test_slices_outside_are_rejected(prepared: Prepared) -> None:
 
 def test_a_validation_part_below_a_batch_is_filled_with_empty_sequences(prepared: Prepared) -> None:
     number = len(prepared.validation_tokens_NL)
-    loader = Loader(prepared, sizes=BatchSizes(number + 3), seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(number + 3))
     whole = loader.validation_batch(0, number + 3)
     assert torch.equal(whole.tokens_BT[:number], loader.validation_batch(0, number).tokens_BT)
     assert (whole.tokens_BT[number:] == whole.pad_id).all()
@@ -208,7 +206,7 @@ def prepared_of_long(config: DataConfig, share: float, least: int = LONG) -> Pre
 
 
 def loader(data: Prepared, sequences: int = 10) -> Loader:
-    return Loader(data, sizes=BatchSizes(sequences, LENGTH, None), seed=3)
+    return Loader(data, sizes=BatchSizes(sequences, LENGTH, None))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 1.0])

@@ -61,7 +61,7 @@ def test_a_run_reads_every_token_of_every_source_in_its_order(text: Path, prepar
     tokens = {name: source["train"]["tokens"] for name, source in report["sources"].items()}
     assert sum(tokens.values()) == prepared.train_tokens
     assert prepared.validation_tokens == (prepared.validation_positions_NL[:] >= 0).sum() > 0
-    loader = Loader(prepared, sizes=BatchSizes(4), seed=5)
+    loader = Loader(prepared, sizes=BatchSizes(4))
     open_folder(folder_of(text), None, L).mixture(5).write_order(text, BatchSizes(4), 50)
     prose = 0
     for step, line in enumerate((text / "order.jsonl").read_text().splitlines()):
@@ -78,8 +78,7 @@ def test_a_run_reads_every_token_of_every_source_in_its_order(text: Path, prepar
 def test_other_weights_need_no_other_folder_and_change_the_fingerprint(text: Path, prepared: Prepared) -> None:
     changed = prepare(config_of(text, manifest=write_manifest(text, "b.yaml", (0.0, 1.0))), L)
     assert changed.fingerprint != prepared.fingerprint
-    assert changed.mixture is not None
-    assert set(changed.mixture.sources_of(changed.mixture.range(0, 30)).tolist()) == {1}
+    assert set(changed.order.sources_of(changed.order.range(0, 30)).tolist()) == {1}
     again = prepare(config_of(text, folder=str(folder_of(text))), L)
     assert again.fingerprint == prepared.fingerprint
     assert (again.train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()

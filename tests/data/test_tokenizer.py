@@ -159,7 +159,7 @@ def test_given_tokenizer_prepares_every_document_and_its_large_ids_stay(config: 
     written = "".join(prepared.tokenizer.decode(row) for row in rows)
     for document in read_documents(config.source):
         assert f"{BEGIN_OF_SENTENCE}{document.text}" in written
-    loader = Loader(prepared, sizes=BatchSizes(1), seed=0)
+    loader = Loader(prepared, sizes=BatchSizes(1))
     batches = [loader.batch(step, 0, 1) for step in range(len(prepared.train_tokens_NL))]
     read = sorted(int(batch.tokens_BT.max()) for batch in batches)
     assert read == sorted(prepared.train_tokens_NL.max(axis=1).tolist())

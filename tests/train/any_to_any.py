@@ -135,7 +135,7 @@ def begin(
 
 def _begin(config: TrainConfig, schedule: Schedule | None) -> tuple[Path, Part]:
     learner, prepared = open_job(config, schedule), prepare(config.data, config.batch.sequence_length_tokens)
-    loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    loader = WatchedLoader(prepared, sizes=config.batch_sizes)
     loader.watch()
     for step in range(STEPS_BEFORE):
         train_step(learner, config.task, loader, step)
@@ -158,7 +158,7 @@ def go_on(
 
 def _go_on(config: TrainConfig, folder: Path, schedule: Schedule | None) -> Part:
     learner, prepared = open_job(config, schedule), prepare(config.data, config.batch.sequence_length_tokens)
-    loader = WatchedLoader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    loader = WatchedLoader(prepared, sizes=config.batch_sizes)
     samples = loader.watch()
     checkpoint.load(learner, folder)
     losses = [train_step(learner, config.task, loader, step).losses.total for step in _after(config)]

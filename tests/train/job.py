@@ -104,7 +104,7 @@ def close_job(learner: Learner) -> None:
 
 def open_loader(config: TrainConfig) -> Loader:
     """The run's data."""
-    return Loader(read_corpus(config), sizes=config.batch_sizes, seed=config.data.seed)
+    return Loader(read_corpus(config), sizes=config.batch_sizes)
 
 
 @lru_cache(maxsize=1)

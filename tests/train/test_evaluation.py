@@ -119,7 +119,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validation:
     """Validates the initial weights on one rank of a job."""
     learner, prepared = open_job(config), prepare_corpus(config)
-    loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    loader = Loader(prepared, sizes=config.batch_sizes)
     by_position = LossByPosition(config.batch.sequence_length_tokens, BASE, prepared.tokenizer, FIRST_RANGE)
     found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, measures=Measures(by_position))
     close_job(learner)
@@ -146,7 +146,7 @@ def test_every_layout_has_the_same_means_and_they_are_those_of_the_tokens(config
 
 def count_targets(config: TrainConfig) -> Counter[str]:
     """Counts the targets of each range, token by token."""
-    loader = Loader(prepare_corpus(config), sizes=config.batch_sizes, seed=config.data.seed)
+    loader = Loader(prepare_corpus(config), sizes=config.batch_sizes)
     batch = loader.validation_batch(0, NUM_SEQUENCES)
     counts = Counter[str]()
     for row, targets in zip(batch.positions_BT.tolist(), batch.targets(1).tolist(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from data.loader import Loader, SampleOrder
+from data.loader import Loader
 from data.prepare import Prepared, prepare
 from dualpipe.registry import ScheduleConfig
 from model.linear import GradientStore
@@ -253,8 +253,8 @@ def test_skipped_batch_changes_nothing_except_the_records(ends: dict[str, Any], 
     assert "above 20 x its median of 3 steps" in spike["text"]
     config = make_job(folder, "any", SKIP, 7, data=2).config
     prepared = prepare(config.data, config.batch.sequence_length_tokens)
-    order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
-    assert norm["samples"] == order.indices(2, config.batch_sizes).tolist()
+    sizes = config.batch_sizes
+    assert norm["samples"] == prepared.order.range(sizes.sequences_before(2), sizes.sequences(2)).tolist()
 
 
 @pytest.mark.slow

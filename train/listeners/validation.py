@@ -278,9 +278,9 @@ def open_by_position(config: TrainConfig, tokenizer: Tokenizer) -> "LossByPositi
 
 def open_by_source(config: TrainConfig, prepared: Prepared) -> MeansBySource | None:
     """Returns what measures a run's validations by source; None without a mixture."""
-    if prepared.mixture is None or open_by_position(config, prepared.tokenizer) is None:
+    if not prepared.is_mixture or open_by_position(config, prepared.tokenizer) is None:
         return None
-    return MeansBySource(config, prepared.mixture.names, prepared.tokenizer)
+    return MeansBySource(config, prepared.order.names, prepared.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

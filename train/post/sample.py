@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.loader import SampleOrder
+from data.mix.mixture import single_order
 from data.prepare import Prepared
 from data.problems import ProblemRecord, split_problems
 from data.progress import printable
@@ -53,7 +53,7 @@ class PromptOrder:
     def __init__(self, problems: Sequence[ProblemRecord], form: PromptForm, seed: int) -> None:
         self._problems = problems
         self._form = form
-        self._order = SampleOrder(len(problems), seed)
+        self._order = single_order(len(problems), seed)
 
     def take(self, first: int, count: int) -> list[Group]:
         """Returns the prompts at `count` positions from `first` on, with the position as number."""

@@ -16,6 +16,7 @@ from comm.config import LocalDispatchConfig, ParallelismConfig
 from comm.groups import Groups
 from comm.layout import Layout
 from data.loader import Loader
+from data.mix.mixture import hold_out, single_order
 from data.prepare import Prepared
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dualpipe.ir import to_json
@@ -67,6 +68,8 @@ def small_corpus(length: int, vocab_size: int, num_sequences: int) -> Prepared:
         train_tokens=real,
         validation_tokens=0,
         unigram_entropy_nats=0.0,
+        order=single_order(num_sequences, 0),
+        held_out=hold_out([0], 0),
         bytes_per_token=1.0,
         fingerprint=digest,
     )
@@ -82,7 +85,7 @@ def corpus_of(config: TrainConfig) -> Prepared:
 
 def loader_of(config: TrainConfig) -> Loader:
     """Returns the loader of a small run."""
-    return Loader(corpus_of(config), sizes=config.batch_sizes, seed=config.data.seed)
+    return Loader(corpus_of(config), sizes=config.batch_sizes)
 
 
 def loss_names(config: TrainConfig) -> tuple[str, ...]:

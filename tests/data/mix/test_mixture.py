@@ -15,7 +15,7 @@ from data.config import BatchSizes
 from data.corpus import DataError
 from data.loader import Batch, Loader
 from data.mix.manifest import Manifest, MixPhase, MixSource
-from data.mix.mixture import Mixture
+from data.mix.mixture import Mixture, hold_out
 from data.mix.rows import ShardRows
 from data.prepare import Prepared
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -73,10 +73,6 @@ def prepared_of(mixture: Mixture) -> Prepared:
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     counts = [len(shard.table) for shard in SHARDS]
     tokens, positions = (ShardRows(SHARDS, counts, L, pad_id) for pad_id in (0, None))
-    held_out = {
-        name: np.arange(min(size, 3)) + first
-        for first, (name, size) in zip((0, 23, 30, 41), SIZES.items(), strict=False)
-    }
     return Prepared(
         tokenizer=Tokenizer(backend),
         train_tokens_NL=tokens,  # type: ignore[arg-type]
@@ -88,8 +84,9 @@ def prepared_of(mixture: Mixture) -> Prepared:
         unigram_entropy_nats=1.0,
         bytes_per_token=1.0,
         fingerprint="",
-        mixture=mixture,
-        held_out=held_out,
+        order=mixture,
+        held_out=hold_out([3, 3, 3, 0], 3),
+        is_mixture=True,
     )
 
 
@@ -125,15 +122,15 @@ def test_any_ranks_batch_sizes_and_resumed_steps_read_the_same_order(num_ranks: 
     mixture = mixture_of()
     every = mixture.range(0, steps * 8)
     expected = ShardRows(SHARDS, [len(shard.table) for shard in SHARDS], L, 0)[every].tolist()
-    loader = Loader(prepared_of(mixture), sizes=BatchSizes(8), seed=3)
+    loader = Loader(prepared_of(mixture), sizes=BatchSizes(8))
     share = 8 // num_ranks
     read = [rows_of(loader.batch(step, rank * share, share)) for step in range(steps) for rank in range(num_ranks)]
     assert [row for part in read for row in part] == expected
     for step in range(0, steps, num_ranks):  # a resumed run starts at any step, without those before it
-        resumed = Loader(prepared_of(mixture_of()), sizes=BatchSizes(8), seed=3)
+        resumed = Loader(prepared_of(mixture_of()), sizes=BatchSizes(8))
         for later in range(step, min(step + 2, steps)):
             assert rows_of(resumed.batch(later, 0, 8)) == expected[8 * later : 8 * later + 8]
-    small = Loader(prepared_of(mixture), sizes=BatchSizes(num_ranks), seed=3)
+    small = Loader(prepared_of(mixture), sizes=BatchSizes(num_ranks))
     assert [row for step in range(9) for row in rows_of(small.batch(step, 0, num_ranks))] == expected[: 9 * num_ranks]
 
 
@@ -143,7 +140,7 @@ def test_the_written_order_is_that_of_training(tmp_path: Path) -> None:
     mixture.write_order(tmp_path, sizes, 20)
     lines = [json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
-    loader = Loader(prepared_of(mixture), sizes=sizes, seed=3)
+    loader = Loader(prepared_of(mixture), sizes=sizes)
     rows = ShardRows(SHARDS, [len(shard.table) for shard in SHARDS], L, 0)
     firsts = dict(zip(mixture.names, mixture.first_rows.tolist(), strict=False))
     for step, line in enumerate(lines):
@@ -188,6 +185,9 @@ def test_more_epochs_than_allowed_are_refused_and_the_nearest_is_accepted() -> N
 
 
 def test_validation_takes_turns_between_the_sources() -> None:
-    loader = Loader(prepared_of(mixture_of()), sizes=BatchSizes(4), seed=3)
+    loader = Loader(prepared_of(mixture_of()), sizes=BatchSizes(4))
     assert loader.num_validation_sequences == 9
     assert loader.validation_sources(0, 11).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, -1, -1]
+    held_out = hold_out([2, 3, 0, 1], 3)
+    assert sorted(held_out.rows_N.tolist()) == list(range(6))
+    assert held_out.sources_N.tolist() == [0, 1, 3, 0, 1, 1]

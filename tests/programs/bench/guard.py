@@ -41,7 +41,7 @@ def measure(overrides: Sequence[str], num_steps: int) -> Cost:
     config = compose_run([*CHOICES, *overrides])
     prepared = prepare_corpus(config)
     learner = open_job(config)
-    loader = Loader(prepared, sizes=config.batch_sizes, seed=0)
+    loader = Loader(prepared, sizes=config.batch_sizes)
     cost, plain_norm, plain_judge = Cost(), staged.local_norm, Guard.judge
     guard = Guard(replace(config.guard, spike_factor=1e9), [(1.0, 1.0)] * config.guard.spike_window_steps)
 
