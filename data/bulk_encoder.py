@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ SPLIT_PATTERNS = (
 _ESCAPED_PATTERN = SPLIT_PATTERNS[2].replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n")
 
 _CHECKED_CHARACTERS = 2**12
+# `fastokens` keeps every word that a thread has encoded until the thread ends: a thread encodes about so much.
+_THREAD_CHARACTERS = 2**23
 _SPACES_AND_FORMATS = (
     *(0x600, 0x61C, 0x6DD, 0x70F, 0x8E2, 0x1680, 0x180E, 0x3000, 0xFEFF),
     *range(0x2000, 0x2010),
@@ -54,6 +57,8 @@ class BulkEncoder:
         self._backend = backend
         # Why `fastokens` is not used; None if it is.
         self.reason: str | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._num_characters = 0
         try:
             import fastokens
 
@@ -82,7 +87,13 @@ class BulkEncoder:
         return common if len(ids) != len(expected) else None
 
     def _encode_fast(self, strings: Sequence[str]) -> EncodedStrings:
-        ids, offsets = self._fast.encode_batch_flat(list(strings), split_special_tokens=True)
+        self._num_characters += sum(map(len, strings))
+        if self._num_characters > _THREAD_CHARACTERS:
+            self._thread.shutdown()
+            self._thread = ThreadPoolExecutor(1)
+            self._num_characters = 0
+        encode = self._thread.submit(self._fast.encode_batch_flat, list(strings), split_special_tokens=True)
+        ids, offsets = encode.result()
         return EncodedStrings(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
     def _encode_slowly(self, strings: Sequence[str]) -> EncodedStrings:

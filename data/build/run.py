@@ -181,7 +181,8 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     """Yields what workers report until all units are complete. Ends the others if one fails."""
     job = json.dumps({"settings": asdict(build.settings), "folder": str(build.folder)}).encode()
     # Each worker computes on one core: libraries would start threads for all of them. One arena is less memory.
-    threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+    limits = "FASTOKENS_BPE_THREADS RAYON_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS MALLOC_ARENA_MAX"
+    threads = dict.fromkeys(limits.split(), "1")
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **threads, "PYTHONPATH": path}
     command = [sys.executable, "-P", "-m", "data.build.work"]
