@@ -157,16 +157,48 @@ def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
     tokenizer.save(tmp_path / "tokenizer.json")
     again = tmp_path / "again"
     draw = random.Random(0)
-    for moment in range(20):
-        process = start(settings, tmp_path / "tokenizer.json", again, 2)
-        time.sleep(draw.uniform(0.1, 1.0))
-        process.kill()
-        process.wait()
-        if moment % 5 == 4:
-            assert start(settings, tmp_path / "tokenizer.json", again, 2).wait() == 0
-            assert files_of(again) == files_of(folder)
-            for path in sorted(again.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
+    num_workers = 2
+    num_units = sum(len(units) for units in Build(settings, folder).units.values())
+    for _ in range(4):
+        complete: dict[str, int] = {}
+        begun = set[Path]()
+        for kills in range(1, 6):
+            process = start(settings, tmp_path / "tokenizer.json", again, num_workers)
+            time.sleep(draw.uniform(0.1, 1.0))
+            process.kill()
+            process.wait()
+            begun |= set(again.glob("sources/*/.building-*"))
+            assert len(begun) <= num_workers * kills
+            complete |= {name: time for name, time in times_of(again).items() if name.endswith(".json")}
+        assert start(settings, tmp_path / "tokenizer.json", again, num_workers).wait() == 0
+        assert files_of(again) == files_of(folder)
+        after = times_of(again)
+        assert {name: after[name] for name in complete} == complete
+        assert json.loads((again / "prepare.json").read_text())["units"]["built"] <= num_units - len(complete)
+        for path in sorted(again.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.long
+def test_memory_of_a_worker_does_not_grow_with_the_text(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    draw = random.Random(0)
+    letters = str.maketrans("0123456789", "ghijklmnop")
+    peaks = []
+    for size in (3 * 2**22, 2**26):
+        with (tmp_path / "rows.jsonl").open("w") as stream:
+            for _ in range(size // 2**16):  # almost all words occur once
+                words = draw.randbytes(2**15).hex().translate(letters)
+                text = " ".join(words[at : at + 7] for at in range(0, 2**16, 8))
+                stream.write(f"{json.dumps({'body': text})}\n")
+        folder = tmp_path / f"out-{size}"
+        large = replace(settings, unit_bytes=2**24)
+        assert start(large, tmp_path / "tokenizer.json", folder, 1).wait() == 0
+        peaks.append(json.loads((folder / "prepare.json").read_text())["peak_rss_bytes"])
+    assert peaks[1] - peaks[0] < 50 * 2**20
+    assert peaks[1] < 600 * 2**20
 
 
 @pytest.fixture
