@@ -39,22 +39,16 @@ class _Parts:
     special_names: frozenset[str]
     parts: list[_Part] = field(default_factory=list)
 
-    def place(self, pieces: Pieces, *, is_target: bool = False) -> None:
-        """Appends pieces of a template."""
-        for piece in pieces:
-            if piece in self.special_names:
-                self.parts.append(_Part(text=piece, is_special=True, is_target=is_target))
-            else:
-                self.write(piece, is_target=is_target)
-
-    def write(self, text: str, *, is_target: bool = False) -> None:
-        """Appends text, which never contains special tokens."""
-        if not text:
-            return
-        last = self.parts[-1] if self.parts else None
-        if last is not None and not last.is_special and last.is_target == is_target:
-            text = self.parts.pop().text + text
-        self.parts.append(_Part(text=text, is_special=False, is_target=is_target))
+    def add(self, *items: Pieces | str, is_target: bool = False) -> None:
+        """Appends pieces of a template, and text, which never contains special tokens."""
+        for item in items:
+            for piece in (item,) if isinstance(item, str) else item:
+                is_special = item is not piece and piece in self.special_names
+                last = self.parts[-1] if self.parts else None
+                is_joined = last is not None and not (last.is_special or is_special) and last.is_target == is_target
+                before = self.parts.pop().text if is_joined else ""
+                if before or piece:
+                    self.parts.append(_Part(text=before + piece, is_special=is_special, is_target=is_target))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -110,9 +104,8 @@ def encode_prompt(
     if not messages:
         raise DataError("messages: must have at least one message, is []; nearest: a message of the user")
     check_role(messages, -1, "messages", "last message of a prompt", ("user", "tool"))
-    parts = _Parts(special_names=template.special_names)
-    _write_messages(parts, messages, frozenset(), template, tools)
-    _open_turn(parts, messages[-1], template, thinking=template.thinks if thinking is None else thinking)
+    parts = _message_parts(messages, frozenset(), template, tools)
+    parts.add(_turn_begin(messages[-1], template, thinking=template.thinks if thinking is None else thinking))
     return _encode([parts], tokenizer)[0].ids
 
 
@@ -140,80 +133,65 @@ def special_names(conversation: Conversation, template: ChatTemplate) -> tuple[s
 
 
 def _conversation_parts(conversation: Conversation, template: ChatTemplate) -> _Parts:
-    parts = _Parts(special_names=template.special_names)
     targets = frozenset(conversation.trained_turns)
-    _write_messages(parts, conversation.messages, targets, template, conversation.tools)
-    return parts
+    return _message_parts(conversation.messages, targets, template, conversation.tools)
 
 
-def _write_messages(
-    parts: _Parts,
-    messages: Sequence[ChatMessage],
-    targets: frozenset[int],
-    template: ChatTemplate,
-    tools: Sequence[ToolDefinition],
-) -> None:
-    """Writes messages in order; the targets are the numbers of the assistant's trained turns."""
-    parts.place(template.begin)
+def _message_parts(
+    messages: Sequence[ChatMessage], targets: frozenset[int], template: ChatTemplate, tools: Sequence[ToolDefinition]
+) -> _Parts:
+    """Returns the parts of messages in order; the targets are the numbers of the assistant's trained turns."""
+    parts = _Parts(special_names=template.special_names)
+    form = template.tools
     system = [message.content for message in messages if message.role == "system"]
-    parts.write(template.system_joint.join([*system, *_tool_lines(tools)]))
+    parts.add(template.begin, template.system_joint.join([*system, *_tool_lines(tools)]))
     before: ChatMessage | None = None
     for number, message in enumerate(messages):
         match message.role:
             case "user":
-                parts.place(template.user)
-                parts.write(message.content)
+                parts.add(template.user, message.content)
             case "tool":
                 is_first = before is None or before.role != "tool"
-                parts.place(template.tools.outputs_begin if is_first else template.tools.output_joint)
-                parts.place(template.tools.output_begin)
-                parts.write(message.content)
-                parts.place(template.tools.output_end)
+                parts.add(form.outputs_begin if is_first else form.output_joint)
+                parts.add(form.output_begin, message.content, form.output_end)
             case "assistant":
                 assert before is not None
                 shows_thoughts = message.thoughts is not None and number == len(messages) - 1
                 if shows_thoughts and before.role == "tool":
-                    raise DataError(
-                        f"messages[{number}].thoughts: must be absent after a tool's output, where no template has "
-                        f"them; nearest valid: thoughts before the tool_calls"
-                    )
-                _open_turn(parts, before, template, thinking=shows_thoughts)
-                _write_turn(parts, message, template, shows_thoughts=shows_thoughts, is_target=number in targets)
+                    rule = "must be absent after a tool's output, where no template has them"
+                    raise DataError(f"messages[{number}].thoughts: {rule}; nearest: thoughts before the tool_calls")
+                parts.add(_turn_begin(before, template, thinking=shows_thoughts))
+                turn = _turn(message, template, shows_thoughts=shows_thoughts)
+                parts.add(*turn, is_target=number in targets)
         before = message
+    return parts
 
 
-def _open_turn(parts: _Parts, before: ChatMessage, template: ChatTemplate, *, thinking: bool) -> None:
-    """Places what precedes the assistant's turn after a user's message or a tool's output."""
+def _turn_begin(before: ChatMessage, template: ChatTemplate, *, thinking: bool) -> Pieces:
+    """Returns what precedes the assistant's turn after a user's message or a tool's output."""
     if before.role == "tool":
         # After outputs of tools, the assistant continues its turn without a header.
-        parts.place(template.tools.outputs_end)
-        return
-    if thinking and template.thoughts is None:
-        raise DataError(
-            "thoughts: must be absent with a template that has none; nearest valid: data.template=r1, r1_distill or "
-            "v3_1"
-        )
-    parts.place(template.thoughts.begin if thinking and template.thoughts is not None else template.assistant)
+        return template.tools.outputs_end
+    if not thinking:
+        return template.assistant
+    if template.thoughts is None:
+        rule = "must be absent with a template that has none"
+        raise DataError(f"thoughts: {rule}; nearest valid: data.template=r1, r1_distill or v3_1")
+    return template.thoughts.begin
 
 
-def _write_turn(
-    parts: _Parts, message: ChatMessage, template: ChatTemplate, *, shows_thoughts: bool, is_target: bool
-) -> None:
-    if shows_thoughts and template.thoughts is not None:
-        parts.write(message.thoughts or "", is_target=is_target)
-        parts.place(template.thoughts.end, is_target=is_target)
-    parts.write(message.content, is_target=is_target)
+def _turn(message: ChatMessage, template: ChatTemplate, *, shows_thoughts: bool) -> Iterator[Pieces | str]:
+    """Yields what the assistant writes."""
     form = template.tools
+    if shows_thoughts and template.thoughts is not None:
+        yield from (message.thoughts or "", template.thoughts.end)
+    yield message.content
     for number, call in enumerate(message.tool_calls):
-        parts.place(form.call_joint if number else form.calls_begin, is_target=is_target)
-        parts.place(form.call_begin, is_target=is_target)
-        parts.write(call.name, is_target=is_target)
-        parts.place(form.separator, is_target=is_target)
-        parts.write(call.arguments, is_target=is_target)
-        parts.place(form.call_end, is_target=is_target)
+        yield form.call_joint if number else form.calls_begin
+        yield from (form.call_begin, call.name, form.separator, call.arguments, form.call_end)
     if message.tool_calls:
-        parts.place(form.calls_end, is_target=is_target)
-    parts.place(template.end, is_target=is_target)
+        yield form.calls_end
+    yield template.end
 
 
 def _tool_lines(tools: Sequence[ToolDefinition]) -> Iterator[str]:
