@@ -59,6 +59,11 @@ class BrokenRow:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmptyFile(BrokenRow):
+    """A file that can have many rows and has none: it is reported, and no row."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SamplePiece:
     """Tokens that see each other, such as a conversation, with values of each token.

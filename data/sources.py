@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.corpus import DataError, decode_line
 from data.readers.files import format_of, list_sources, search
+from data.readers.lines import TextField
 from data.readers.rows import OnBroken, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, DataSourceEntry, Document
 from kernels.ranges import Share
@@ -113,7 +114,7 @@ def _on_broken(source: DataSource) -> OnBroken:
 
 def _read_file(file: CorpusFile, text_field: str, limit_bytes: int | None) -> Iterator[Document | BrokenRow]:
     left = limit_bytes or _ALL_BYTES
-    for row in read_rows(pieces(file, left)[0], text_field):
+    for row in read_rows(pieces(file, left)[0], TextField(text_field)):
         if limit_bytes is None or isinstance(row, BrokenRow):
             yield row
             continue

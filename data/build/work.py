@@ -24,6 +24,7 @@ from data.quality.contamination import Contamination
 from data.quality.inspection import Inspector
 from data.quality.sketches import SketchWriter
 from data.readers.files import list_sources
+from data.readers.lines import TextField
 from data.readers.rows import ReadCounts, read_piece
 from data.registry import Document, Part
 from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
@@ -126,7 +127,8 @@ class Build:
     def documents(self, unit: TextUnit, counts: ReadCounts) -> Iterator[tuple[int, Document]]:
         """Yields the documents of a unit, each with the number of its piece, and counts them."""
         for number, piece in enumerate(unit.pieces):
-            for document in read_piece(piece, unit.source.text_field, counts, self.manifest.on_broken):
+            field = TextField(unit.source.text_field, f"sources.{unit.source.name}.text_field")
+            for document in read_piece(piece, field, counts, self.manifest.on_broken):
                 yield number, document
 
     def close(self) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus import decode_json, shorten
+from data.corpus import decode_json, nearest_name, shorten
 from data.readers.files import compression_of, format_of
 from data.registry import BrokenRow, CorpusFile, Document
 
@@ -34,6 +34,21 @@ MIN_RATIO_BYTES = 256 * 2**20
 _NOT_DECODED = re.compile("[\udc80-\udcff]")
 
 
+@dataclass(frozen=True, slots=True)
+class TextField:
+    """The field of a row that contains the text, and the key that names it."""
+
+    name: str
+    key: str = "data.text_field"
+
+    def __str__(self) -> str:
+        return f'"{self.name}" ({self.key})'
+
+    def nearest(self, names: Sequence[str]) -> str:
+        """Returns the end of an error: the field with the nearest name, or the first one."""
+        return f"; nearest: {self.key}={nearest_name(self.name, names)!r}" if names else ""
+
+
 def decode_text(content: bytes) -> tuple[str, int]:
     """Decodes UTF-8. Returns the text and the number of bytes that are no UTF-8, replaced by U+FFFD."""
     try:
@@ -43,7 +58,7 @@ def decode_text(content: bytes) -> tuple[str, int]:
         return content.decode("utf-8-sig", errors="replace"), len(_NOT_DECODED.findall(escaped))
 
 
-def read_lines(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
+def read_lines(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields the rows of a text file or of JSON lines that begin in a range of bytes; compressed: all."""
     reader = _LineReader(file, first, None if compression_of(file.path) else last)
     try:
@@ -101,7 +116,7 @@ class _LineReader:
             self._earlier = 1 + self._count_newlines(0, self._block - 1)
         return f"{self._file.path}:{self._earlier + max(1, self._number)}"
 
-    def json_rows(self, text_field: str) -> Iterator[Document | BrokenRow]:
+    def json_rows(self, text_field: TextField) -> Iterator[Document | BrokenRow]:
         """Yields a row for each line that is not blank."""
         while (line := self._next_line()) is not None:
             if len(line) > MAX_DOCUMENT_BYTES:
@@ -207,25 +222,19 @@ def _line_end(content: bytes, least: int) -> int:
     return next((least + skip for skip, byte in enumerate(content[least : least + 4]) if byte & 0xC0 != 0x80), least)
 
 
-def _field_text(line: str, field: str) -> str:
-    rule = f'a line of .jsonl must be an object with a string field "{field}" (data.text_field)'
+def _field_text(line: str, field: TextField) -> str:
+    rule = f"a line of .jsonl must be an object with a string field {field}"
     try:
         value = decode_json(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{rule}, got {shorten(line.strip())}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{rule}, got {shorten(line.strip())}")
-    if field not in value:
+    if field.name not in value:
         names = [name for name in value if isinstance(value[name], str)]
         names.sort(key=lambda name: -len(value[name]))
-        raise ValueError(f"{rule}, got the fields {shorten(str(sorted(value)))}{nearest_field(field, names)}")
-    text = value[field]
+        raise ValueError(f"{rule}, got the fields {shorten(str(sorted(value)))}{field.nearest(names)}")
+    text = value[field.name]
     if not isinstance(text, str):
         raise ValueError(f"{rule}, got a value of type {type(text).__name__}: {shorten(str(text))}")
     return text
-
-
-def nearest_field(field: str, names: list[str]) -> str:
-    """Returns the end of an error: the field with the nearest name, or the first one."""
-    close = difflib.get_close_matches(field, names, n=1) or names[:1]
-    return f"; nearest: data.text_field={close[0]!r}" if close else ""

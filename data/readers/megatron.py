@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from data.readers.lines import TextField
 from data.registry import BrokenRow, CorpusFile, Document
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -47,7 +48,7 @@ def count_documents(file: CorpusFile) -> int:
         return _read_header(index).documents
 
 
-def read_megatron(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
+def read_megatron(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields documents `first` to `last - 1` as token ids."""
     row = first
     try:

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
+from itertools import chain, pairwise
 from typing import Literal
 
 from data.corpus import DataError
 from data.readers.files import compression_of, format_of
-from data.readers.lines import PART_BYTES, read_lines
+from data.readers.lines import PART_BYTES, TextField, read_lines
 from data.readers.megatron import count_documents, read_megatron
 from data.readers.tables import DAMAGES, group_row_groups, read_arrow, read_parquet
-from data.registry import BrokenRow, CorpusFile, Document
+from data.registry import BrokenRow, CorpusFile, Document, EmptyFile
 
 OnBroken = Literal["skip", "stop"]
 NAMED_ROWS = 50
@@ -39,12 +39,13 @@ class ReadCounts:
     replaced_bytes: int = 0
     replaced_documents: int = 0
     broken_places: list[str] = field(default_factory=list)  # the first 1,000, as "file:row: reason"
+    empty_files: list[str] = field(default_factory=list)
 
     def add(self, other: "ReadCounts") -> None:
         """Adds the counts of other pieces."""
-        for name in ("rows", "documents", "blank", "broken", "replaced_bytes", "replaced_documents"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.broken_places = (self.broken_places + other.broken_places)[:_KEPT_PLACES]
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+        del self.broken_places[_KEPT_PLACES:]
 
     def check(self, max_broken_share: float, key: str = "data.max_broken_share") -> None:
         """Raises DataError if the share of broken rows is above the limit."""
@@ -58,7 +59,9 @@ class ReadCounts:
             )
 
     def lines(self, key: str = "data.on_broken") -> Iterator[str]:
-        """Yields a line about replaced bytes and one that names broken rows, if there are any."""
+        """Yields a line about empty files, one about replaced bytes and one about broken rows, if there are any."""
+        if self.empty_files:
+            yield f"files without a row: {len(self.empty_files):,}, the first is {self.empty_files[0]}"
         if self.replaced_bytes:
             yield (
                 f"{self.replaced_bytes:,} bytes that are not UTF-8 were replaced by U+FFFD in "
@@ -93,19 +96,24 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
     return [FilePiece(file=file, first=first, last=last, size_bytes=size // count) for first, last in pairwise(ends)]
 
 
-def read_piece(piece: FilePiece, text_field: str, counts: ReadCounts, on_broken: OnBroken) -> Iterator[Document]:
+def read_piece(piece: FilePiece, field: TextField, counts: ReadCounts, on_broken: OnBroken) -> Iterator[Document]:
     """Yields the documents of a piece that are not blank, and counts its rows.
 
     Raises DataError for a broken row, unless it is to be skipped. Memory is bounded by a document.
     """
-    return keep_documents(read_rows(piece, text_field), counts, on_broken)
+    return keep_documents(read_rows(piece, field), counts, on_broken)
 
 
-def read_rows(piece: FilePiece, text_field: str) -> Iterator[Document | BrokenRow]:
-    """Yields every row of a piece."""
+def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenRow]:
+    """Yields every row of a piece, or that its file has none."""
     kind = format_of(piece.file.path)
     read = {"parquet": read_parquet, "arrow": read_arrow, "megatron": read_megatron}.get(kind or "", read_lines)
-    return read(piece.file, piece.first, piece.last, text_field)
+    rows = read(piece.file, piece.first, piece.last, field)
+    row = next(rows, None)
+    if row is not None:
+        yield from chain([row], rows)
+    elif piece.first == 0 and kind != "text":
+        yield EmptyFile(place=str(piece.file.path), reason="has no rows")
 
 
 def keep_documents(
@@ -113,6 +121,9 @@ def keep_documents(
 ) -> Iterator[Document]:
     """Yields the documents that are not blank, and counts all rows; a broken one is skipped or DataError."""
     for row in rows:
+        if isinstance(row, EmptyFile):
+            counts.empty_files.append(row.place)
+            continue
         counts.rows += 1
         if isinstance(row, BrokenRow):
             if on_broken == "stop":

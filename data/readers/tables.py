@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.readers.lines import MAX_DOCUMENT_BYTES, MAX_RATIO, MIN_RATIO_BYTES, decode_text, nearest_field
+from data.readers.lines import MAX_DOCUMENT_BYTES, MAX_RATIO, MIN_RATIO_BYTES, TextField, decode_text
 from data.registry import BrokenRow, CorpusFile, Document
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def group_row_groups(file: CorpusFile, piece_bytes: int) -> Iterator[tuple[int, 
     yield first, max(1, len(sizes)), total
 
 
-def read_parquet(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
+def read_parquet(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields the rows of a range of row groups. A damaged row group is one broken row."""
     row = 0
     try:
@@ -50,17 +50,17 @@ def read_parquet(file: CorpusFile, first: int, last: int, text_field: str) -> It
 
 
 def _read_row_group(
-    file: CorpusFile, parquet: Any, index: int, row: int, text_field: str
+    file: CorpusFile, parquet: Any, index: int, row: int, text_field: TextField
 ) -> Iterator[Document | BrokenRow]:
     group = parquet.metadata.row_group(index)
     end = row + group.num_rows
     try:
         columns = [group.column(number) for number in range(group.num_columns)]
-        column = next(column for column in columns if column.path_in_schema == text_field)
+        column = next(column for column in columns if column.path_in_schema == text_field.name)
         size = column.total_uncompressed_size
         if size > max(MIN_RATIO_BYTES, MAX_RATIO * column.total_compressed_size, MAX_DOCUMENT_BYTES * group.num_rows):
             raise ValueError(f"row group {index} has {size:,} bytes, more than its rows or its compression allow")
-        for batch in parquet.iter_batches(_BATCH_ROWS, [index], [text_field], use_threads=False):
+        for batch in parquet.iter_batches(_BATCH_ROWS, [index], [text_field.name], use_threads=False):
             yield from _column_rows(file, batch.column(0), row)
             row += batch.num_rows
     except DAMAGES as error:
@@ -69,7 +69,7 @@ def _read_row_group(
         yield BrokenRow(place=f"{file.path}:{row + 1}", reason=f"{_line(error)}{more}")
 
 
-def read_arrow(file: CorpusFile, first: int, last: int, text_field: str) -> Iterator[Document | BrokenRow]:
+def read_arrow(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields the rows of an Arrow file, in the file format or the stream format that `datasets` writes."""
     import pyarrow as pa
 
@@ -77,7 +77,7 @@ def read_arrow(file: CorpusFile, first: int, last: int, text_field: str) -> Iter
     try:
         with pa.OSFile(str(file.path)) as source:
             for batch in _batches(source, text_field):
-                column = batch.column(batch.schema.get_field_index(text_field))
+                column = batch.column(batch.schema.get_field_index(text_field.name))
                 column.validate(full=not pa.types.is_string(column.type))
                 for start in range(0, len(column), _BATCH_ROWS):
                     yield from _column_rows(file, column.slice(start, _BATCH_ROWS), row + start)
@@ -86,7 +86,7 @@ def read_arrow(file: CorpusFile, first: int, last: int, text_field: str) -> Iter
         yield BrokenRow(place=f"{file.path}:{row + 1}", reason=_line(error))
 
 
-def _batches(source: Any, text_field: str) -> Iterator[pa.RecordBatch]:
+def _batches(source: Any, text_field: TextField) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     is_file = source.read(6) == b"ARROW1"
@@ -115,16 +115,13 @@ def _column_rows(file: CorpusFile, column: pa.Array, row: int) -> Iterator[Docum
         yield Document(key=f"{file.key}:{number}", text=text, replaced_bytes=replaced)
 
 
-def _check_column(schema: pa.Schema, text_field: str) -> None:
+def _check_column(schema: pa.Schema, text_field: TextField) -> None:
     """Raises ValueError if the schema has no column of text with the name, or two."""
     names = [field.name for field in schema if _is_text(field.type)]
-    indices = schema.get_all_field_indices(text_field)
-    if len(indices) != 1 or text_field not in names:
+    indices = schema.get_all_field_indices(text_field.name)
+    if len(indices) != 1 or text_field.name not in names:
         kind = "none" if not indices else "two" if len(indices) > 1 else f"one of type {schema.field(indices[0]).type}"
-        raise ValueError(
-            f'must have a column of strings "{text_field}" (data.text_field), has {kind}'
-            f"{nearest_field(text_field, names)}"
-        )
+        raise ValueError(f"must have a column of strings {text_field}, has {kind}{text_field.nearest(names)}")
 
 
 def _is_text(kind: pa.DataType) -> bool:

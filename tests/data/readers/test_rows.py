@@ -18,6 +18,7 @@ import pytest
 from data.corpus import DataError
 from data.readers import lines, rows
 from data.readers.files import list_sources
+from data.readers.lines import TextField
 from data.readers.megatron import write_megatron
 from data.readers.rows import ReadCounts, keep_documents, pieces, read_piece, read_rows
 from data.registry import CorpusFile, Document
@@ -61,7 +62,9 @@ FORMATS: dict[str, Callable[[Path], object]] = {
 def read_in_pieces(file: CorpusFile, piece_bytes: int) -> list[Document]:
     counts = ReadCounts()
     documents = [
-        document for piece in pieces(file, piece_bytes) for document in read_piece(piece, "text", counts, "stop")
+        document
+        for piece in pieces(file, piece_bytes)
+        for document in read_piece(piece, TextField("text"), counts, "stop")
     ]
     assert (counts.rows, counts.broken) == (len(documents), 0)
     return documents
@@ -95,7 +98,7 @@ def test_parts_of_a_long_text_file_join_to_it(tmp_path: Path, monkeypatch: pytes
         plain.path.write_text(content, "utf-8")
         packed.path.write_bytes(gzip.compress(content.encode()))
         cut = [
-            [row for piece in pieces(file, size) for row in read_rows(piece, "")]
+            [row for piece in pieces(file, size) for row in read_rows(piece, TextField(""))]
             for file in (plain, packed)
             for size in (1, 1500, 9999)
         ]
@@ -122,7 +125,7 @@ def test_sequences_of_a_megatron_document_are_joined(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(np.arange(5, dtype="<i4").tobytes())
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 2, 3) + struct.pack("<2i2q3q", 2, 3, 0, 8, 0, 2, 2)
     (tmp_path / "a.idx").write_bytes(index)
-    rows_read = list(read_rows(pieces(CorpusFile(key="a", path=tmp_path / "a.bin"), 2**40)[0], ""))
+    rows_read = list(read_rows(pieces(CorpusFile(key="a", path=tmp_path / "a.bin"), 2**40)[0], TextField("")))
     assert [row.tokens.tolist() for row in rows_read] == [[0, 1, 2, 3, 4], []]  # type: ignore[union-attr]
 
 
@@ -193,14 +196,33 @@ def test_broken_row_is_named_and_the_others_are_read(
     (file,) = list_sources((str(tmp_path),)).files
     counts = ReadCounts()
     for piece in pieces(file, 2**40):
-        list(read_piece(piece, "text", counts, "skip"))
+        list(read_piece(piece, TextField("text"), counts, "skip"))
     assert counts.broken == 1
     assert counts.rows == counts.broken + counts.documents + counts.blank
     assert counts.broken_places[0].startswith(f"{file.path}:{row}: ")
     assert reason in counts.broken_places[0]
     with pytest.raises(DataError, match=rf"{name}:{row}: ") as refused:
-        [list(read_piece(piece, "text", ReadCounts(), "stop")) for piece in pieces(file, 2**40)]
+        [list(read_piece(piece, TextField("text"), ReadCounts(), "stop")) for piece in pieces(file, 2**40)]
     assert "\n" not in str(refused.value)
+
+
+def test_files_without_a_row_are_named_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n"))
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    parquet_of(pa.array([], pa.string()))(tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_bytes(b"")
+    counts = ReadCounts()
+    field = TextField("text", "sources.web.text_field")
+    for file in list_sources((str(tmp_path),)).files:
+        for piece in pieces(file, 2**40):
+            assert not list(read_piece(piece, field, counts, "stop"))
+    total = ReadCounts()
+    total.add(counts)
+    assert list(total.lines()) == [f"files without a row: 3, the first is {tmp_path}/a.jsonl.gz"]
+    (tmp_path / "b.jsonl").write_bytes(b'{"body": "a"}')
+    (piece,) = pieces(CorpusFile(key="b", path=tmp_path / "b.jsonl"), 2**40)
+    with pytest.raises(DataError, match=r"nearest: sources\.web\.text_field='body'"):
+        list(read_piece(piece, field, counts, "stop"))
 
 
 def test_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
@@ -210,7 +232,7 @@ def test_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(spoilt)
     counts = ReadCounts()
     (piece,) = pieces(CorpusFile(key="a", path=tmp_path / "a.parquet"), 2**40)
-    assert len(list(read_piece(piece, "text", counts, "skip"))) == 900
+    assert len(list(read_piece(piece, TextField("text"), counts, "skip"))) == 900
     assert "(and the 99 rows after it)" in counts.broken_places[0]
 
 
@@ -240,20 +262,23 @@ def test_replaced_bytes_are_counted_in_every_format(tmp_path: Path) -> None:
     parquet_of(pa.array(["é à".encode("latin-1"), "é".encode()]).cast(pa.binary()))(tmp_path / "a.parquet")
     for file in list_sources((str(tmp_path),)).files:
         counts = ReadCounts()
-        texts = [document.text for document in keep_documents(read_rows(pieces(file, 2**40)[0], "text"), counts)]
+        texts = [
+            document.text for document in keep_documents(read_rows(pieces(file, 2**40)[0], TextField("text")), counts)
+        ]
         assert (texts[0], counts.replaced_bytes, counts.replaced_documents) == ("\ufffd \ufffd", 2, 1)
 
 
 READ_ALL = """
 import resource, sys
 from data.readers.files import list_sources
+from data.readers.lines import TextField
 from data.readers.rows import ReadCounts, pieces, read_piece
 import pyarrow.parquet, pyarrow.compute
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 counts = ReadCounts()
 for file in list_sources((sys.argv[1],)).files:
     for piece in pieces(file, 2**28):
-        for document in read_piece(piece, "text", counts, "skip"):
+        for document in read_piece(piece, TextField("text"), counts, "skip"):
             pass
 print(counts.broken, counts.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
