@@ -140,7 +140,7 @@ def _conversation_parts(conversation: Conversation, template: ChatTemplate) -> _
 def _message_parts(
     messages: Sequence[ChatMessage], targets: frozenset[int], template: ChatTemplate, tools: Sequence[ToolDefinition]
 ) -> _Parts:
-    """Returns the parts of messages in order; the targets are the numbers of the assistant's trained turns."""
+    """Returns the parts of messages in order; targets are the numbers of trained turns."""
     parts = _Parts(special_names=template.special_names)
     form = template.tools
     system = [message.content for message in messages if message.role == "system"]

@@ -59,7 +59,7 @@ class ReadCounts:
             )
 
     def lines(self, key: str = "data.on_broken") -> Iterator[str]:
-        """Yields a line about empty files, one about replaced bytes and one about broken rows, if there are any."""
+        """Yields a line about empty files, about replaced bytes and about broken rows, if there are any."""
         if self.empty_files:
             yield f"files without a row: {len(self.empty_files):,}, the first is {self.empty_files[0]}"
         if self.replaced_bytes:
