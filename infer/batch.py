@@ -3,38 +3,20 @@
 Shape legend: B active sequences, S new tokens of each, N prompt tokens of all, D hidden size, V vocabulary.
 """
 
-import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from infer.chooser import choose_tokens, group_rows, join_rows, score_tokens
 from infer.cohorts import PROMPT_TOKENS, take_waiting
-from infer.config import Finish, GenerateError, Speculative, Statistics
+from infer.config import GenerateError, Speculative, Statistics
 from infer.decoder import Decoder
-from infer.protocol import Request
-from infer.sample import SequenceRandom, TokenHistory, distribution, draw, log_probs, num_times, penalize, verify
-
-StopCondition = Callable[[int, int], bool]
-"""Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
-
-
-def never_stop(index: int, token: int) -> bool:
-    """Ends no sequence."""
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenToken:
-    """A token, its log-probability (`infer.sample.log_probs`) and those that sampling kept, if recorded."""
-
-    token: int
-    log_prob: float
-    kept: tuple[int, ...] = ()
+from infer.protocol import ChosenToken
+from infer.sequence import ActiveSequence, StopCondition
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,54 +25,7 @@ class PromptEnd:
 
     state_1D: Tensor
     logits_V: Tensor
-    has_pairs: bool  # whether the MTP module has read the prompt
-
-
-@dataclass(slots=True, eq=False)
-class ActiveSequence:
-    """A prompt and its continuation so far.
-
-    Attributes:
-        finish: why it ended; None if it has not.
-        states_TD: states of the last 1 or 2 tokens, which the MTP module has not read.
-    """
-
-    index: int
-    prompt: Sequence[int]
-    max_tokens: int
-    random: SequenceRandom
-    sample: int = 0
-    place: int = 0
-    chosen: list[ChosenToken] = field(default_factory=list)
-    finish: Finish | None = None
-    states_TD: Tensor | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens of the continuation, including a stop token that ended it."""
-        return [chosen.token for chosen in self.chosen]
-
-    @property
-    def num_left(self) -> int:
-        """Number of tokens that can still be generated."""
-        return self.max_tokens - len(self.chosen)
-
-    @property
-    def max_length(self) -> int:
-        """Maximum number of tokens of prompt and continuation."""
-        return len(self.prompt) + self.max_tokens
-
-    def take(self, chosen: ChosenToken, stop: frozenset[int], stop_condition: StopCondition) -> bool:
-        """Adds a chosen token. Returns whether it is text, which a stop token is not."""
-        self.chosen.append(chosen)
-        if chosen.token in stop:
-            self.finish = "stop"
-            return False
-        if stop_condition(self.index, chosen.token):
-            self.finish = "stop"
-        elif self.num_left == 0:
-            self.finish = "length"
-        return True
+    num_pairs: int  # pairs of the prompt that the MTP module has read
 
 
 class DraftChoice:
@@ -151,106 +86,181 @@ _LEAST_PASSES = 4  # between passes of the slower kind, if both are equally fast
 _RECENT_DRAFTS = 64
 
 
+Results = list[tuple[ActiveSequence, list[ChosenToken]]]
+"""Sequences with their new tokens that are text."""
+
+
 class GenerationBatch:
-    """The active sequences, in the order of the decoder's rows."""
+    """Sequences by the decoder's rows: those that are continued, then those whose prompts are read."""
 
     def __init__(
         self,
         decoder: Decoder,
-        request: Request,
         stop_condition: StopCondition,
         *,
         drafts: DraftChoice,
         prefill_tokens: int = PROMPT_TOKENS,
+        keeps_blocks: bool = False,
     ) -> None:
-        self._decoder = decoder
-        self._request = request
+        """Starts empty. `keeps_blocks`: whether finished blocks of the cache stay readable for later prompts."""
+        self.decoder = decoder
+        self.rows: list[ActiveSequence] = []
+        self.num_active = 0
         self._stop_condition = stop_condition
-        self._sampling = request.sampling
         self._drafts = drafts
         # Other work on the machine adds no CPU time. A device is waited for at the end of each pass.
         self._clock = time.process_time if decoder.device.type == "cpu" else time.perf_counter
         self._prefill_tokens = prefill_tokens
-        self._reads_pairs = False  # whether the MTP module reads the prompts that are admitted
-        self._active: list[ActiveSequence] = []
+        self._keeps_blocks = keeps_blocks
+        self.num_reused = 0  # tokens of prompts that were found in finished blocks
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "visits": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
 
     def __len__(self) -> int:
-        return len(self._active)
+        return len(self.rows)
 
     def statistics(self, seconds: float) -> Statistics:
         """Returns the statistics of all tokens so far, generated in the given number of seconds."""
         return Statistics(**self._counts, seconds=seconds, choice=self._drafts.summary())
 
-    def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
+    def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[Results]:
         """Generates until no sequence is left. Yields the results of each pass."""
-        while waiting or self._active:
-            admitted = take_waiting(waiting, batch_size - len(self._active), self._prefill_tokens)
-            yield self.admit(admitted) if admitted else self.advance()
+        while waiting or self.rows:
+            admitted = take_waiting(waiting, batch_size - len(self), self._prefill_tokens)
+            results = self._admit(admitted) if admitted else self.advance()
+            for sequence, _ in results:
+                if sequence.error:
+                    raise GenerateError(sequence.error)
+            yield results
 
-    def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
-        """Reads prompts, each once, and generates the first token of each. Returns the same as `advance`."""
-        rows = [self._decoder.add(sequence.place) for sequence in sequences]
-        unread = {
-            sequence.index: row
-            for row, sequence in zip(reversed(rows), reversed(sequences), strict=True)
-            if sequence.index not in self._prompt_ends
-        }
-        sources = {sequence.index: row for row, sequence in enumerate(self._active)} | unread
-        self._active += sequences
-        self._reads_pairs = self._drafts.pays(len(self._active))
-        self._read_prompts([(row, self._active[row]) for row in sorted(unread.values())])
-        for row, sequence in zip(rows, sequences, strict=True):
-            if sources[sequence.index] != row:
-                self._decoder.copy_prompt(sources[sequence.index], row, len(sequence.prompt))
-            prompt_end = self._prompt_ends[sequence.index]
-            sequence.states_TD = prompt_end.state_1D
-            if not prompt_end.has_pairs:
-                self._decoder.mtp.resize(row, 0)
-        logits_BV = torch.stack([self._prompt_ends[sequence.index].logits_V for sequence in sequences])
-        new_tokens = self._take(sequences, self._choose(sequences, logits_BV))
-        self._drop_finished()
-        return new_tokens
-
-    def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
-        short = [(row, sequence) for row, sequence in unread if len(sequence.prompt) <= self._prefill_tokens]
-        if short:
-            self._counts["visits"] += 1
-            self._read_short_prompts([row for row, _ in short], [sequence for _, sequence in short])
-        for row, sequence in unread:
-            if len(sequence.prompt) > self._prefill_tokens:
-                self._prompt_ends[sequence.index] = self._read_long_prompt(row, sequence.prompt)
-        self._counts["passes"] += len(unread)
-
-    def _read_short_prompts(self, rows: Sequence[int], sequences: Sequence[ActiveSequence]) -> None:
-        prompts = [sequence.prompt for sequence in sequences]
-        states, logits_BV = self._decoder.read_prompts(rows, prompts)
-        for row, sequence, states_TD, logits_V in zip(rows, sequences, states, logits_BV, strict=True):
-            self._decoder.main.resize(row, len(sequence.prompt))
-            # A copy, so that the states of the whole prompt are freed.
-            self._prompt_ends[sequence.index] = PromptEnd(states_TD[-1:].clone(), logits_V, self._reads_pairs)
-        if self._reads_pairs:
-            self._read_pairs(rows, prompts, states)
-
-    def _read_long_prompt(self, row: int, prompt: Sequence[int]) -> PromptEnd:
-        """Reads a prompt chunk by chunk, so that no pass has more than `prefill_tokens` tokens."""
-        decoder = self._decoder
+    def _admit(self, sequences: Sequence[ActiveSequence]) -> Results:
+        """Reads prompts, each once, and generates the first token of each."""
+        read_prompts = set(self._prompt_ends)
+        unread = []
+        for sequence in sequences:
+            self.begin(sequence)
+            if sequence.index not in read_prompts:
+                read_prompts.add(sequence.index)
+                unread.append(sequence)
         size = self._prefill_tokens
-        for first in range(0, len(prompt), size):
-            self._counts["visits"] += 1
-            tokens = prompt[first : first + size]
-            states_TD, last_1D = decoder.read_chunk(row, tokens)
-            decoder.main.resize(row, first + len(tokens))
-            next_tokens = prompt[first + 1 : first + 1 + size]
-            if self._reads_pairs and next_tokens:
-                decoder.read_chunk_mtp(row, next_tokens, states_TD[: len(next_tokens)])
-                decoder.mtp.resize(row, first + len(next_tokens))
-        return PromptEnd(states_TD[-1:].clone(), decoder.logits(last_1D)[0], self._reads_pairs)
+        if short := [sequence for sequence in unread if len(sequence.prompt) <= size]:
+            self.read(short, [len(sequence.prompt) for sequence in short])
+        for sequence in unread:
+            if len(sequence.prompt) > size:
+                # No pass has more than `prefill_tokens` tokens.
+                for first in range(0, len(sequence.prompt), size):
+                    self.read([sequence], [min(size, len(sequence.prompt) - first)])
+        return self.join(sequences)
 
-    def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
-        """Runs one pass of the main model over all sequences. Returns the new tokens of each, one or two."""
-        active = list(self._active)
+    def begin(self, sequence: ActiveSequence) -> None:
+        """Adds a row for a sequence whose prompt is not read yet, except for finished blocks."""
+        row = self.decoder.add(sequence.place)
+        self.rows.append(sequence)
+        scores_prompt = sequence.request.scores_prompt and not sequence.chosen
+        if self._keeps_blocks and not scores_prompt and not self.can_copy(sequence):
+            self.num_reused += self.decoder.main.start(row, sequence.text)
+        if scores_prompt:
+            sequence.prompt_scores = []
+
+    def num_cached(self, sequence: ActiveSequence) -> int:
+        """Returns how many tokens of a sequence are in the cache."""
+        return self.decoder.main.lengths[self.rows.index(sequence)]
+
+    def reserve(self, sequence: ActiveSequence, count: int) -> bool:
+        """Takes blocks for the next tokens of a sequence. Returns false, and takes none, if too few are free."""
+        row = self.rows.index(sequence)
+        needs = [(cache, cache.lengths[row] + count) for cache in (self.decoder.main, self.decoder.mtp)]
+        if not all(cache.has_room(row, length) for cache, length in needs):
+            return False
+        for cache, length in needs:
+            cache.reserve(row, length)
+        return True
+
+    def read(self, sequences: Sequence[ActiveSequence], counts: Sequence[int]) -> None:
+        """Reads the next tokens in one pass: the first ones of empty rows, or later ones of a single row."""
+        decoder = self.decoder
+        rows = [self.rows.index(sequence) for sequence in sequences]
+        token_lists = [sequence.text for sequence in sequences]
+        ends = [decoder.main.lengths[row] + count for row, count in zip(rows, counts, strict=True)]
+        spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        values = decoder.read(rows, [text[span] for text, span in zip(token_lists, spans, strict=True)])
+        self._counts["visits"] += 1
+        for row, end in zip(rows, ends, strict=True):
+            decoder.main.resize(row, end)
+        states = [states_TD for states_TD, _ in values]
+        if self._drafts.pays(len(self)):
+            pairs = [text[span.start + 1 : span.stop + 1] for text, span in zip(token_lists, spans, strict=True)]
+            self._read_pairs(rows, pairs, states)
+        for sequence, (_, normal_TD), span in zip(sequences, values, spans, strict=True):
+            self._score_prompt(sequence, normal_TD, span)
+        # A copy of the last state, so that the states of the whole prompt are freed.
+        last = [at for at, (text, end) in enumerate(zip(token_lists, ends, strict=True)) if end == len(text)]
+        logits_BV = decoder.logits(torch.stack([values[at][1][-1] for at in last])) if last else ()
+        for at, logits_V in zip(last, logits_BV, strict=True):
+            sequence = sequences[at]
+            self._counts["passes"] += 1
+            sequence.states_TD = states[at][-1:].clone()
+            if self._keeps_blocks:
+                decoder.main.finish(rows[at], token_lists[at])
+            if not sequence.chosen:
+                num_pairs = decoder.mtp.lengths[rows[at]]
+                self._prompt_ends[sequence.index] = PromptEnd(sequence.states_TD, logits_V, num_pairs)
+
+    def _read_pairs(self, rows: Sequence[int], pairs: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:
+        """Runs the MTP module over pairs (state, next token) within prompts."""
+        filled = [at for at, next_tokens in enumerate(pairs) if next_tokens]
+        if not filled:
+            return
+        next_states = torch.cat([states[at][: len(pairs[at])] for at in filled])
+        self.decoder.read_mtp([rows[at] for at in filled], [pairs[at] for at in filled], next_states)
+        for at in filled:
+            self.decoder.mtp.resize(rows[at], self.decoder.mtp.lengths[rows[at]] + len(pairs[at]))
+
+    def _score_prompt(self, sequence: ActiveSequence, normal_TD: Tensor, span: slice) -> None:
+        """Scores the tokens of a prompt that follow those that were just read, if requested."""
+        if not sequence.request.scores_prompt or sequence.chosen:
+            return
+        targets = torch.tensor(sequence.prompt[span.start + 1 : span.stop + 1], device=normal_TD.device)
+        # A few tokens at a time, because each has a row of the vocabulary.
+        pieces = zip(targets.split(_SCORED_TOKENS), normal_TD[: len(targets)].split(_SCORED_TOKENS), strict=True)
+        for targets_R, normal_RD in pieces:
+            logits_RV = self.decoder.logits(normal_RD)
+            sequence.prompt_scores += score_tokens(logits_RV, targets_R, sequence.request.num_alternatives or 0)
+
+    def can_copy(self, sequence: ActiveSequence) -> bool:
+        """Returns whether an active sequence has the same prompt."""
+        return sequence.index in self._prompt_ends and not sequence.chosen
+
+    def join(self, sequences: Sequence[ActiveSequence]) -> Results:
+        """Continues sequences whose prompts are read or can be copied, and chooses their first tokens."""
+        for sequence in sequences:
+            row = self.rows.index(sequence)
+            if sequence.states_TD is None:
+                self._copy_prompt(sequence, row)
+            if row != self.num_active:
+                self.decoder.swap(row, self.num_active)
+                self.rows[row], self.rows[self.num_active] = self.rows[self.num_active], self.rows[row]
+            self.num_active += 1
+        empty = [sequence for sequence in sequences if sequence.max_tokens == 0]
+        for sequence in empty:
+            sequence.finish = "length"
+        results: Results = [(sequence, []) for sequence in empty]
+        if new := [sequence for sequence in sequences if not sequence.chosen and sequence.finish is None]:
+            logits_BV = torch.stack([self._prompt_ends[sequence.index].logits_V for sequence in new])
+            results += self._take(new, choose_tokens(new, logits_BV))
+        self._drop_finished()
+        return results
+
+    def _copy_prompt(self, sequence: ActiveSequence, row: int) -> None:
+        end = self._prompt_ends[sequence.index]
+        source = next(at for at, other in enumerate(self.rows[: self.num_active]) if other.index == sequence.index)
+        num_pairs = min(end.num_pairs, self.decoder.mtp.lengths[source])
+        self.decoder.copy_prompt(source, row, len(sequence.prompt), num_pairs)
+        sequence.states_TD = end.state_1D
+
+    def advance(self) -> Results:
+        """Runs one pass of the main model over all active sequences. Returns 1 or 2 new tokens of each."""
+        active = self.rows[: self.num_active]
         self._counts["passes"] += len(active)
         self._counts["visits"] += 1
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
@@ -259,108 +269,44 @@ class GenerationBatch:
         began = self._clock()
         chosen = self._advance_with_drafts(active) if is_drafted else self._advance_by_one(active)
         self._drafts.record(len(active), self._clock() - began, sum(map(len, chosen)), is_drafted=is_drafted)
-        new_tokens = self._take(active, chosen)
+        results = self._take(active, chosen)
         self._drop_finished()
-        return new_tokens
+        return results
 
     def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
-        state_B1D, logits_B1V = self._decoder.step(self._last_tokens(active))
+        state_B1D, logits_B1V = self.decoder.step(self._last_tokens(active))
         for row, (sequence, state_1D) in enumerate(zip(active, state_B1D, strict=True)):
             # The MTP module skips the tokens of passes without drafts, except the last.
             sequence.states_TD = state_1D
-            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1)
-        return self._choose(active, logits_B1V[:, 0])
-
-    def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
-        tokens_B, target_BV = self._draw(sequences, logits_BV, self._history(sequences), 0)
-        return [[token] for token in self._with_log_probs(sequences, logits_BV, target_BV, tokens_B)]
-
-    def _draw(
-        self, sequences: Sequence[ActiveSequence], logits_BV: Tensor, history: TokenHistory | None, ahead: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns tokens, B, and the distribution that they are drawn from; None if that is not needed.
-
-        Args:
-            ahead: whose random numbers are used: of each sequence's next token, 0, or the one after, 1. None: new ones.
-        """
-        adjusted_BV = penalize(logits_BV, history, self._sampling)
-        if self._sampling.temperature == 0 and not self._request.keeps_sets:
-            # The most probable token needs neither a distribution nor random numbers.
-            return adjusted_BV.argmax(-1), None
-        target_BV = distribution(adjusted_BV, self._sampling)
-        return draw(target_BV, self._times(sequences, ahead)), target_BV
-
-    def _times(self, sequences: Sequence[ActiveSequence], ahead: int | None) -> Tensor:
-        size = num_times(self._decoder.vocab_size)
-        numbers = [None if ahead is None else len(sequence.chosen) + ahead for sequence in sequences]
-        times = [sequence.random.times(size, number) for sequence, number in zip(sequences, numbers, strict=True)]
-        return torch.from_numpy(np.stack(times)).to(self._decoder.device)
-
-    def _with_log_probs(
-        self, sequences: Sequence[ActiveSequence], logits_BV: Tensor, target_BV: Tensor | None, tokens_B: Tensor
-    ) -> list[ChosenToken]:
-        """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""
-        # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.
-        kept_BV = target_BV > 0 if target_BV is not None and self._request.keeps_sets else None
-        log_probs_B = log_probs(logits_BV, tokens_B, self._sampling, kept_BV)
-        sets: Sequence[tuple[int, ...]] = [()] * len(tokens_B)
-        if kept_BV is not None:
-            rows_and_ids = kept_BV.nonzero().cpu()  # host sync
-            counts = torch.bincount(rows_and_ids[:, 0], minlength=len(tokens_B)).tolist()
-            sets = [tuple(ids.tolist()) for ids in rows_and_ids[:, 1].split(counts)]
-        rows = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
-        return [_checked(sequence, ChosenToken(*values)) for sequence, *values in rows]
+            self.decoder.main.resize(row, self.decoder.main.lengths[row] + 1)
+        return choose_tokens(active, logits_B1V[:, 0])
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         # Draft one token for each sequence. If drafts must change no token, the main model uses the random numbers of a
         # pass without drafts. A draft that is drawn with the same ones is often the same token.
         is_coupled = self._drafts.keeps_tokens
-        history = self._history(active)
-        drafts_B, draft_BV = self._draw(active, self._read_new_pairs(active), history, 0 if is_coupled else None)
+        groups = group_rows(active, self.decoder.device)
+        draft_BV = self._read_new_pairs(active)
+        drafts = [group.draft(group.select(draft_BV), is_coupled=is_coupled) for group in groups]
+        drafts_B = torch.empty(len(active), dtype=torch.int64, device=self.decoder.device)
+        for group, draft in zip(groups, drafts, strict=True):
+            drafts_B[group.rows] = draft.tokens_R
         # Run the main model over [last token, draft].
-        state_B2D, logits_B2V = self._decoder.step(torch.cat((self._last_tokens(active), drafts_B[:, None]), 1))
+        state_B2D, logits_B2V = self.decoder.step(torch.cat((self._last_tokens(active), drafts_B[:, None]), 1))
         # Choose the next token, and the one after it, which counts if the draft is right.
-        if is_coupled or draft_BV is None:
-            first_B, target_BV = self._draw(active, logits_B2V[:, 0], history, 0)
-            accepted_B = first_B == drafts_B
-        else:
-            target_BV = distribution(penalize(logits_B2V[:, 0], history, self._sampling), self._sampling)
-            accepted_B, first_B = verify(target_BV, draft_BV, drafts_B, self._times(active, None))
-        after = None if history is None else history.after(drafts_B)
-        second_B, after_BV = self._draw(active, logits_B2V[:, 1], after, 1 if is_coupled else None)
-        first = self._with_log_probs(active, logits_B2V[:, 0], target_BV, first_B)
-        second = self._with_log_probs(active, logits_B2V[:, 1], after_BV, second_B)
-        chosen = []
-        for row, (sequence, is_accepted) in enumerate(zip(active, accepted_B.tolist(), strict=True)):
-            sequence.states_TD = state_B2D[row, : 1 + is_accepted]
+        verdicts = [
+            group.judge(group.select(logits_B2V), draft, is_coupled=is_coupled)
+            for group, draft in zip(groups, drafts, strict=True)
+        ]
+        chosen = join_rows(groups, verdicts)
+        for row, (sequence, tokens) in enumerate(zip(active, chosen, strict=True)):
+            sequence.states_TD = state_B2D[row, : len(tokens)]
             # A rejected draft is removed from the cache by not counting it in the length.
-            self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + is_accepted)
+            self.decoder.main.resize(row, self.decoder.main.lengths[row] + len(tokens))
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
-                self._counts["drafts_accepted"] += is_accepted
-            chosen.append([first[row], second[row]][: 1 + is_accepted])
+                self._counts["drafts_accepted"] += len(tokens) - 1
         return chosen
-
-    def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
-        """Counts the tokens of prompts and continuations; None if the sampling has no penalties."""
-        if not self._sampling.has_penalties:
-            return None
-        decoder = self._decoder
-        size = decoder.vocab_size
-        device = decoder.device
-        return TokenHistory.join([TokenHistory.of(row.prompt, row.tokens, size, device) for row in sequences])
-
-    def _read_pairs(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:
-        """Runs the MTP module over the pairs (state, next token) within prompts."""
-        longer = [at for at, prompt in enumerate(prompts) if len(prompt) > 1]
-        if not longer:
-            return
-        next_tokens = [prompts[at][1:] for at in longer]
-        self._decoder.read_prompts_mtp(
-            [rows[at] for at in longer], next_tokens, torch.cat([states[at][:-1] for at in longer])
-        )
-        for at, tokens in zip(longer, next_tokens, strict=True):
-            self._decoder.mtp.resize(rows[at], len(tokens))
 
     def _read_new_pairs(self, active: Sequence[ActiveSequence]) -> Tensor:
         """Runs the MTP module over each sequence's 1 or 2 new pairs. Returns the logits of the draft, BV."""
@@ -376,48 +322,52 @@ class GenerationBatch:
             [sequence.chosen[at - count].token for at in row_positions]
             for sequence, row_positions, count in zip(active, positions, counts, strict=True)
         ]
-        chosen_B = torch.tensor(counts, device=self._decoder.device) - 1
-        logits_BV = self._decoder.step_mtp(torch.tensor(tokens, device=self._decoder.device), state_BSD, chosen_B)
+        chosen_B = torch.tensor(counts, device=self.decoder.device) - 1
+        logits_BV = self.decoder.step_mtp(torch.tensor(tokens, device=self.decoder.device), state_BSD, chosen_B)
         for row, count in enumerate(counts):
-            self._decoder.mtp.resize(row, self._decoder.mtp.lengths[row] + count)
+            self.decoder.mtp.resize(row, self.decoder.mtp.lengths[row] + count)
         return logits_BV
 
     def _last_tokens(self, active: Sequence[ActiveSequence]) -> Tensor:
-        return torch.tensor([[sequence.chosen[-1].token] for sequence in active], device=self._decoder.device)
+        return torch.tensor([[sequence.chosen[-1].token] for sequence in active], device=self.decoder.device)
 
-    def _take(
-        self, sequences: Sequence[ActiveSequence], chosen: Sequence[Sequence[ChosenToken]]
-    ) -> list[tuple[ActiveSequence, list[int]]]:
+    def _take(self, sequences: Sequence[ActiveSequence], chosen: Sequence[Sequence[ChosenToken]]) -> Results:
         """Adds tokens to each sequence until it ends. Returns the tokens of each that are text."""
-        text_tokens = []
+        results = []
         for sequence, tokens in zip(sequences, chosen, strict=True):
-            ids = []
+            text = []
             for token in tokens:
                 self._counts["tokens"] += 1
-                if sequence.take(token, self._request.stop, self._stop_condition):
-                    ids.append(token.token)
+                if sequence.take(token, self._stop_condition):
+                    text.append(token)
                 if sequence.finish is not None:
                     break
-            text_tokens.append((sequence, ids))
-        return text_tokens
+            results.append((sequence, text))
+        return results
 
-    def _drop_finished(self) -> None:
-        for row in reversed(range(len(self._active))):
-            if self._active[row].finish is None:
-                continue
-            self._decoder.remove(row)
-            last = self._active.pop()
-            if row < len(self._active):
-                self._active[row] = last
-        active = {sequence.index for sequence in self._active}
+    def remove(self, sequence: ActiveSequence) -> None:
+        """Removes a sequence and frees its blocks. It can begin again: its text is then read with its tokens."""
+        row = self.rows.index(sequence)
+        sequence.states_TD = None
+        if self._keeps_blocks:
+            self.decoder.main.finish(row, [*sequence.prompt, *sequence.tokens])
+        self.decoder.remove(row)
+        last = self.rows.pop()
+        if row < len(self.rows):
+            self.rows[row] = last
+        if row < self.num_active:
+            self.num_active -= 1
+            if self.num_active < len(self.rows):
+                # The last row was one whose prompt is read. It moves behind the active ones.
+                self.decoder.swap(row, self.num_active)
+                self.rows[row], self.rows[self.num_active] = self.rows[self.num_active], self.rows[row]
+        active = {sequence.index for sequence in self.rows[: self.num_active]}
         self._prompt_ends = {index: end for index, end in self._prompt_ends.items() if index in active}
 
+    def _drop_finished(self) -> None:
+        for sequence in reversed(self.rows[: self.num_active]):
+            if sequence.finish is not None:
+                self.remove(sequence)
 
-def _checked(sequence: ActiveSequence, chosen: ChosenToken) -> ChosenToken:
-    """Returns a chosen token, or raises an error if the logits of the sequence are not finite."""
-    if not math.isfinite(chosen.log_prob):
-        raise GenerateError(
-            f"prompt {sequence.index + 1}: the model's logits must be finite, are not after {len(sequence.chosen)} new "
-            f"tokens; its weights or their type are not usable"
-        )
-    return chosen
+
+_SCORED_TOKENS = 256  # tokens of a prompt that are scored together

@@ -90,6 +90,10 @@ class RouteRecorder:
         if row < len(self._places):
             self._places[row] = last
 
+    def swap(self, row: int, other: int) -> None:
+        """Exchanges the sequences of two rows."""
+        self._places[row], self._places[other] = self._places[other], self._places[row]
+
     def arrange(self, lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]) -> None:
         """Stores the sequences that leave the cache before a pass, and takes over the others' rows."""
         staying = set(places)
@@ -119,8 +123,8 @@ def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Sample]) -> Sam
 
 Views = Callable[[int], CacheView]  # maps a layer's index within its cache to its view of the cache in one pass
 
-PassKind = Literal["prompts", "chunk", "step"]
-"""New tokens of a pass: whole prompts in empty rows, the next part of one row's prompt, or tokens of all rows."""
+PassKind = Literal["parts", "step"]
+"""New tokens of a pass: parts of prompts, the first ones of empty rows or a later one of one row, or a step."""
 
 
 class PartDecoder:
@@ -141,8 +145,13 @@ class PartDecoder:
         with_mtp: bool,
         layers: Sequence[int] | None = None,
         routes: RouteStore | None = None,
+        num_blocks: int | None = None,
     ) -> None:
-        """Allocates the caches for the layers that run here, by default all."""
+        """Allocates the caches for the layers that run here, by default all.
+
+        Args:
+            num_blocks: blocks of each cache; None for as many as all sequences need at most, each in its own lane.
+        """
         config = model.config
         weight = next(model.parameters())
         self._model = model
@@ -154,8 +163,8 @@ class PartDecoder:
         is_few = has_experts and has_few_rows_forms(weight)
         self._most_few = MOST_CHOICES // config.num_experts_per_token if is_few else 0
         width = model.attention.values_per_token(config)
-        lane = -(-capacity // BLOCK_TOKENS)
-        sizes = (max_sequences * lane, weight.dtype, weight.device)
+        lane = 1 if num_blocks is not None else -(-capacity // BLOCK_TOKENS)
+        sizes = (num_blocks or max_sequences * lane, weight.dtype, weight.device)
         self.main = KvCache(width, len(self._layers), *sizes, lane=lane)
         self.mtp = KvCache(width, int(with_mtp), *sizes, lane=lane)
         table = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
@@ -172,6 +181,11 @@ class PartDecoder:
         """Number of tokens that the output head scores."""
         return self._config.vocab_size
 
+    @property
+    def num_free_blocks(self) -> int:
+        """Number of blocks that both caches have free."""
+        return min(self.main.num_free_blocks, self.mtp.num_free_blocks)
+
     def add(self, place: int = 0) -> int:
         """Adds an empty sequence. Returns its row, which is the same in both caches."""
         self.mtp.add()
@@ -184,10 +198,16 @@ class PartDecoder:
         self.mtp.remove(row)
         self.main.remove(row)
 
-    def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
-        """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
+    def swap(self, row: int, other: int) -> None:
+        """Exchanges two sequences."""
+        self.recorder.swap(row, other)
+        self.mtp.swap(row, other)
+        self.main.swap(row, other)
+
+    def copy_prompt(self, source: int, target: int, num_tokens: int, num_pairs: int) -> None:
+        """Copies the first tokens of a sequence, and its first pairs, to an empty row of both caches."""
         self.main.copy_start(source, target, num_tokens)
-        self.mtp.copy_start(source, target, min(num_tokens - 1, self.mtp.lengths[source]))
+        self.mtp.copy_start(source, target, num_pairs)
 
     def arrange(
         self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
@@ -224,18 +244,18 @@ class PartDecoder:
         """Returns the logits of the shared output head, NV, in float32 or wider."""
         return widen(few_rows_linear(normal_ND, self._model.head_weight))
 
-    def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
-        """Runs the MTP module over prompts of at least one next token, and fills empty rows of its cache."""
+    def read_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
+        """Runs the MTP module over the first pairs of some prompts, or over later ones of one."""
         counts = [len(tokens) for tokens in next_tokens]
         tokens_N = self._tensor([token for tokens in next_tokens for token in tokens])
-        self._run_mtp(tokens_N, state_ND, self.over_prompts(self.mtp, rows, counts))
+        self._run_mtp(tokens_N, state_ND, self._over_parts(self.mtp, rows, counts))
 
     def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
-        """Runs the MTP module over S new pairs of every cached sequence.
+        """Runs the MTP module over S new pairs of the sequences of the first B rows.
 
         Returns the logits, BV, of the token after the chosen pair in 0..S-1 of each sequence.
         """
-        views = self.over_rows(self.mtp, range(len(self.mtp.lengths)), next_tokens_BS.shape[1])
+        views = self.over_rows(self.mtp, range(len(chosen_B)), next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1).decode(hidden_ND[chosen_N]))
@@ -243,14 +263,18 @@ class PartDecoder:
     def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of the layers of this part in a pass."""
         match kind:
-            case "prompts":
-                return self.over_prompts(self.main, rows, counts)
-            case "chunk":
-                return self.over_rows(self.main, range(rows[0], rows[0] + 1), counts[0])
+            case "parts":
+                return self._over_parts(self.main, rows, counts)
             case "step":
-                return self.over_rows(self.main, range(len(self.main.lengths)), counts[0])
+                return self.over_rows(self.main, range(len(rows)), counts[0])
             case _ as other:
                 assert_never(other)
+
+    def _over_parts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
+        """Returns the views of attention of the next parts of prompts: within them, or over one row's cache."""
+        if cache.lengths[rows[0]]:
+            return self.over_rows(cache, range(rows[0], rows[0] + 1), counts[0])
+        return self.over_prompts(cache, rows, counts)
 
     def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of attention within prompts, which start at position 0."""
@@ -322,32 +346,18 @@ class PartDecoder:
 class Decoder(PartDecoder):
     """A whole model with KV caches. A subclass may hold only the last layers, if it overrides `_enter`."""
 
-    def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
-        """Runs the main model over whole prompts and fills empty rows of the cache.
+    def read(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """Runs the main model over the first parts of some prompts, or over a later one of one.
 
-        Returns the states of each prompt's tokens for the MTP module, TD, and the logits after its last token, BV.
+        Returns the states of each part's tokens for the MTP module and for the head, both TD.
         """
-        counts = [len(prompt) for prompt in prompts]
-        tokens_N = self._tensor([token for prompt in prompts for token in prompt])
-        state_ND, normal_ND = self._run_main("prompts", tokens_N, rows, counts)
-        last_B = self._tensor(counts).cumsum(0) - 1
-        return state_ND.split(counts), self.logits(normal_ND[last_B])
-
-    def read_chunk(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Runs the main model over the next tokens of one sequence's prompt.
-
-        Returns their states for the MTP module, ND, and the state for the head after the last of them, [1, D].
-        """
-        state_ND, normal_ND = self._run_main("chunk", self._tensor(tokens), [row], [len(tokens)])
-        return state_ND, normal_ND[-1:]
-
-    def read_chunk_mtp(self, row: int, next_tokens: Sequence[int], state_ND: Tensor) -> None:
-        """Runs the MTP module over the next pairs of one sequence's prompt, as `read_prompts_mtp` does."""
-        views = self.over_rows(self.mtp, range(row, row + 1), len(next_tokens))
-        self._run_mtp(self._tensor(next_tokens), state_ND, views)
+        counts = [len(part) for part in parts]
+        tokens_N = self._tensor([token for part in parts for token in part])
+        state_ND, normal_ND = self._run_main("parts", tokens_N, rows, counts)
+        return list(zip(state_ND.split(counts), normal_ND.split(counts), strict=True))
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs S new tokens of every cached sequence; returns states for the MTP module, BSD, and logits, BSV."""
+        """Runs S new tokens of the first B rows; returns states for the MTP module, BSD, and logits, BSV."""
         num_rows, num_new = tokens_BS.shape
         state_ND, normal_ND = self._run_main("step", tokens_BS.flatten(), range(num_rows), [num_new] * num_rows)
         return state_ND.view(num_rows, num_new, -1), self.logits(normal_ND).view(num_rows, num_new, -1)

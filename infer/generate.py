@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from infer.batch import StopCondition, never_stop
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
+from infer.sequence import StopCondition, never_stop
 from model.transformer import Transformer
 
 GREEDY = Sampling()
@@ -71,7 +71,7 @@ class Stream:
         for sequence in self._sequences:
             if sequence.num_left == 0:
                 yield Piece(sequence.index, (), "length")
-        for sequence, tokens in self._engine.run(self._sequences, self._request):
+        for sequence, tokens in self._engine.run(self._sequences):
             yield Piece(sequence.index, tuple(tokens), sequence.finish)
 
 

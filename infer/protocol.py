@@ -4,7 +4,7 @@ Shape legend: T tokens, K experts per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +27,32 @@ class NumberedPrompt:
     tokens: tuple[int, ...]
 
 
+class TokenConstraint(Protocol):
+    """Restricts the next token of one continuation."""
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Returns which tokens may come next, V, at least one; None if all may."""
+
+    def accept(self, token: int) -> None:
+        """Adds the token that was chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenToken:
+    """A token of a text, and what its request wants to know about it.
+
+    Attributes:
+        log_prob: as `Sample.log_probs`, or as `Request.num_alternatives` says.
+        kept: the tokens that sampling kept, if recorded.
+        alternatives: the most probable tokens with their log-probabilities, in descending order, if requested.
+    """
+
+    token: int
+    log_prob: float
+    kept: tuple[int, ...] = ()
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """How an engine continues prompts.
@@ -39,6 +65,11 @@ class Request:
         record_routes: whether the ranks record the experts of the tokens that they read.
         record_kept: whether the tokens that top-k, top-p and min-p kept are recorded. Log-probabilities are then those
             among the kept tokens. Without effect if the sampling keeps all tokens.
+        logit_bias: added to the logits of tokens.
+        num_alternatives: None for log-probabilities as in `Sample`. A number asks for those of the model itself, at
+            temperature 1, of each chosen token and of that many most probable ones.
+        scores_prompt: whether each prompt token after the first gets the same log-probabilities.
+        constraint: builds the constraint of a continuation; None allows every token.
     """
 
     samples: int
@@ -48,6 +79,15 @@ class Request:
     stop: frozenset[int] = frozenset()
     record_routes: bool = False
     record_kept: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    num_alternatives: int | None = None
+    scores_prompt: bool = False
+    constraint: Callable[[], TokenConstraint] | None = None
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What rows must have in common to be computed together."""
+        return (replace(self.sampling, seed=0), self.keeps_sets, self.num_alternatives)
 
     @property
     def keeps_sets(self) -> bool:

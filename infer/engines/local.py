@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infer.batch import ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.batch import DraftChoice, GenerationBatch
 from infer.cohorts import PROMPT_TOKENS
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
-from infer.sample import SequenceRandom
+from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
 from kernels.cross_entropy.reference import IGNORE, greedy_scores
 from model.router import Routing
 from model.transformer import Transformer
@@ -51,7 +51,7 @@ class LocalEngine:
         """Implements `Engine.generate`."""
         sequences = self.start(prompts, request)
         store = RouteStore(prompts, request.samples) if request.record_routes else None
-        for _ in self.run(sequences, request, store):
+        for _ in self.run(sequences, store):
             pass
         rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
         routes = None if store is None else join_routes([store], rollouts)
@@ -65,7 +65,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def run(
-        self, sequences: Sequence[ActiveSequence], request: Request, store: RouteStore | None = None
+        self, sequences: Sequence[ActiveSequence], store: RouteStore | None = None
     ) -> Iterator[tuple[ActiveSequence, list[int]]]:
         """Continues sequences, and yields the new tokens of each pass that are text. `statistics` count them."""
         self.statistics = Statistics()
@@ -78,7 +78,6 @@ class LocalEngine:
         decoder = Decoder(self._model, size, capacity, with_mtp=self._drafts.wanted is not False, routes=store)
         batch = GenerationBatch(
             decoder,
-            request,
             self._stop_condition,
             drafts=self._drafts,
             prefill_tokens=self._prefill_tokens,
@@ -87,23 +86,7 @@ class LocalEngine:
         with self._model.weights_unchanged():
             for results in batch.run(waiting, size):
                 self.statistics = batch.statistics(time.perf_counter() - began)
-                yield from results
-
-
-def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:
-    """Returns the empty continuations of all prompts: all samples of a prompt, then those of the next."""
-    return [
-        ActiveSequence(
-            prompt.number,
-            prompt.tokens,
-            min(request.max_new_tokens, max_positions - len(prompt.tokens)),
-            SequenceRandom(request.sampling.seed, prompt.number, sample, request.step),
-            sample=sample,
-            place=number * request.samples + sample,
-        )
-        for number, prompt in enumerate(prompts)
-        for sample in range(request.samples)
-    ]
+                yield from ((sequence, [chosen.token for chosen in tokens]) for sequence, tokens in results)
 
 
 def to_rollouts(sequences: Sequence[ActiveSequence], *, keeps_sets: bool) -> tuple[Sample, ...]:

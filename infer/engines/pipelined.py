@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import ForwardOnlyRun, Lane, PipelineStage
-from infer.batch import ActiveSequence, DraftChoice, GenerationBatch, StopCondition, never_stop
+from infer.batch import DraftChoice, GenerationBatch
 from infer.cohorts import DEFAULT_SIZES, CohortSizes, assign_prompt, num_rounds
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder, RouteStore, join_routes
-from infer.engines.local import start_sequences, to_rollouts
+from infer.engines.local import to_rollouts
 from infer.engines.rounds import (
     NOTHING,
     Cohort,
@@ -29,6 +29,7 @@ from infer.engines.rounds import (
     RoundFormat,
 )
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
+from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
 
 MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""
@@ -235,7 +236,7 @@ class PipelinedEngine:
                 if stage == len(row) - 1:
                     share = self._share(prompts, direction)
                     work.sequences[direction] = start_sequences(share, request, config.max_position_tokens)
-                    cohort_stage: CohortStage = self._last_stage(direction, request, work, capacity)
+                    cohort_stage: CohortStage = self._last_stage(direction, work, capacity)
                 else:
                     cohort_stage = self._inner_stage(stage, work, capacity, work.stores.get(direction))
                 stages_by_number.setdefault(stage, {})[direction] = cohort_stage
@@ -264,7 +265,7 @@ class PipelinedEngine:
         work.inner_decoders += decoders
         return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.place.shares_experts)
 
-    def _last_stage(self, direction: int, request: Request, work: "_RankWork", capacity: int) -> LastStage:
+    def _last_stage(self, direction: int, work: "_RankWork", capacity: int) -> LastStage:
         """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
         pipeline = self._pipeline
         form = work.form
@@ -282,7 +283,6 @@ class PipelinedEngine:
             )
             batch = GenerationBatch(
                 decoder,
-                request,
                 self._stop_condition,
                 drafts=DraftChoice(self._speculative and self._wanted, is_timed=False),
                 prefill_tokens=self._sizes.prefill_tokens,

@@ -280,9 +280,15 @@ class CohortDecoder(Decoder):
             self._sources[row] = last
             self._places[row] = last_place
 
-    def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
+    def swap(self, row: int, other: int) -> None:
+        """Exchanges two sequences, in all stages from the next round on."""
+        super().swap(row, other)
+        self._sources[row], self._sources[other] = self._sources[other], self._sources[row]
+        self._places[row], self._places[other] = self._places[other], self._places[row]
+
+    def copy_prompt(self, source: int, target: int, num_tokens: int, num_pairs: int) -> None:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of all stages."""
-        super().copy_prompt(source, target, num_tokens)
+        super().copy_prompt(source, target, num_tokens, num_pairs)
         self._sources[target] = self._sources[source]
 
     def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -1,13 +1,16 @@
 """Cache of attention in blocks of 64 tokens, and what one pass writes to it and reads from it.
 
-A sequence holds only the blocks that its tokens need. The answers to one prompt share its full blocks. Shape legend:
-B sequences, S new tokens of each, N new tokens of all, T positions, K blocks of a sequence, C values per token and
-layer, P rotated pairs.
+A sequence holds only the blocks that its tokens need. Full blocks are shared: among the answers to one prompt, and
+among prompts with the same beginning. Shape legend: B sequences, S new tokens of each, N new tokens of all, T
+positions, K blocks of a sequence, C values per token and layer, P rotated pairs.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,25 +22,28 @@ class OutOfBlocksError(Exception):
 
 
 class _Blocks:
-    """Counts the holders of each block."""
+    """Counts the holders of each block. Finished blocks stay readable by key until they are needed."""
 
     def __init__(self, num_blocks: int, lane: int) -> None:
         self._lane = lane
         self._holders = [0] * num_blocks
-        self._free = dict.fromkeys(range(num_blocks))
+        self._free = dict.fromkeys(reversed(range(num_blocks)))
+        self._keys: dict[int, bytes] = {}  # of finished blocks
+        self._by_key: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # finished and held by no sequence, the longest unused first
 
     @property
     def num_free(self) -> int:
         """Number of blocks that no sequence holds."""
-        return len(self._free)
+        return len(self._free) + len(self._idle)
 
     def take(self, before: int | None = None) -> int:
-        """Returns a block for new tokens.
+        """Returns a block for new tokens, if need be the finished block that was unused for the longest.
 
         Prefers the one that follows `before` in memory, and for a first block the start of a lane that is free.
         """
         if before is None:
-            starts = range(0, len(self._holders) - self._lane + 1, self._lane)
+            starts = range(0, len(self._holders) - self._lane + 1, self._lane) if self._lane > 1 else ()
             block = next((start for start in starts if self._is_free(start)), -1)
         else:
             block = before + 1
@@ -45,6 +51,9 @@ class _Blocks:
             del self._free[block]
         elif self._free:
             block, _ = self._free.popitem()
+        elif self._idle:
+            block, _ = self._idle.popitem(last=False)
+            del self._by_key[self._keys.pop(block)]
         else:
             raise OutOfBlocksError
         self._holders[block] = 1
@@ -55,6 +64,7 @@ class _Blocks:
 
     def hold(self, block: int) -> int:
         """Adds a holder to a block and returns it."""
+        self._idle.pop(block, None)
         self._holders[block] += 1
         return block
 
@@ -66,7 +76,26 @@ class _Blocks:
         """Removes a holder."""
         self._holders[block] -= 1
         if not self._holders[block]:
-            self._free[block] = None
+            (self._idle if block in self._keys else self._free)[block] = None
+
+    def finish(self, block: int, key: bytes) -> None:
+        """Makes a full block readable by the key of its tokens and of all before them, unless another one is."""
+        if key not in self._by_key and block not in self._keys:
+            self._by_key[key] = block
+            self._keys[block] = key
+
+    def of_key(self, key: bytes) -> int | None:
+        """Returns the finished block of a key."""
+        return self._by_key.get(key)
+
+
+def _keys(tokens: Sequence[int]) -> Iterator[bytes]:
+    """Yields the key of each full block: a hash of its tokens and of all before them."""
+    digest = hashlib.blake2b(digest_size=16)
+    numbers = np.asarray(tokens, dtype=np.int64)
+    for end in range(BLOCK_TOKENS, len(numbers) + 1, BLOCK_TOKENS):
+        digest.update(numbers[end - BLOCK_TOKENS : end].data)
+        yield digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +222,46 @@ class KvCache:
         assert 0 <= length <= len(self._tables[row]) * BLOCK_TOKENS, "a row is longer than its blocks"
         self._lengths[row] = length
 
+    def swap(self, row: int, other: int) -> None:
+        """Exchanges two rows."""
+        self._tables[row], self._tables[other] = self._tables[other], self._tables[row]
+        self._lengths[row], self._lengths[other] = self._lengths[other], self._lengths[row]
+
+    def finish(self, row: int, tokens: Sequence[int]) -> None:
+        """Makes the full blocks of a row readable by `start`, given the tokens of the row in order."""
+        for block, key in zip(self._tables[row], _keys(tokens[: self._lengths[row]]), strict=False):
+            self._blocks.finish(block, key)
+
+    def start(self, row: int, tokens: Sequence[int]) -> int:
+        """Fills an empty row with finished blocks of the same first tokens. Returns how many tokens these are.
+
+        At least the last token is left to read, because its logits are not stored.
+        """
+        for key in _keys(tokens[:-1]):
+            block = self._blocks.of_key(key)
+            if block is None:
+                break
+            self._tables[row].append(self._blocks.hold(block))
+        self._lengths[row] = len(self._tables[row]) * BLOCK_TOKENS
+        return self._lengths[row]
+
+    def has_room(self, row: int, length: int) -> bool:
+        """Returns whether enough blocks are free for `length` tokens of a row."""
+        return -(-length // BLOCK_TOKENS) - len(self._tables[row]) <= self._blocks.num_free
+
     def reserve(self, row: int, length: int) -> None:
-        """Takes blocks until a row has room for `length` tokens. Raises OutOfBlocksError if too few are free."""
+        """Takes blocks until a row has room for `length` tokens, or raises OutOfBlocksError and takes none."""
         table = self._tables[row]
+        if not self.has_room(row, length):
+            raise OutOfBlocksError
         while len(table) * BLOCK_TOKENS < length:
             table.append(self._blocks.take(table[-1] if table else None))
 
     def copy_start(self, source: int, target: int, length: int) -> None:
-        """Lets an empty row start with the first `length` tokens of another one."""
+        """Lets an empty row start with the first `length` tokens of another one, or raises OutOfBlocksError."""
+        if length % BLOCK_TOKENS and not self._blocks.num_free:
+            raise OutOfBlocksError
+        assert not self._tables[target], "a row that is not empty cannot start with another one"
         self._tables[target] = self._hold(self._tables[source], length)
         self._lengths[target] = length
         self._own_last(target)
@@ -258,7 +319,8 @@ class KvCache:
             table[-1] = block
 
     def _release(self, table: Sequence[int]) -> None:
-        for block in table:
+        # The last blocks first, because a later block is of no use without those before it.
+        for block in reversed(table):
             self._blocks.release(block)
 
 

@@ -244,13 +244,13 @@ def test_cached_passes_equal_whole_ones(shape: str, dtype: torch.dtype) -> None:
     expected = [whole_pass(model, tokens) for tokens in text]
     decoder = Decoder(model, len(LENGTHS), len(text[0]) + 1, with_mtp=True)
     rows = [decoder.add() for _ in LENGTHS]
-    states, logits = decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    read = decoder.read(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
     next_tokens = [tokens[1 : n + 1] for tokens, n in zip(text, LENGTHS, strict=True)]
-    decoder.read_prompts_mtp(rows, next_tokens, torch.cat(list(states)))
+    decoder.read_mtp(rows, next_tokens, torch.cat([states for states, _ in read]))
     for row, length in enumerate(LENGTHS):
         decoder.main.resize(row, length)
         decoder.mtp.resize(row, length)
-        torch.testing.assert_close(logits[row], expected[row][0][length - 1], **close)  # type: ignore[arg-type]
+        torch.testing.assert_close(decoder.logits(read[row][1])[-1], expected[row][0][length - 1], **close)  # type: ignore[arg-type]
     lengths = list(LENGTHS)
     for width in STEPS:
         new = torch.tensor([tokens[at : at + width] for tokens, at in zip(text, lengths, strict=True)])
@@ -271,7 +271,7 @@ def begun(model: Transformer, text: list[list[int]], capacity: int) -> Decoder:
     """Returns a decoder with a row for each of `LENGTHS`, which has read that many tokens."""
     decoder = Decoder(model, len(LENGTHS), capacity, with_mtp=False)
     rows = [decoder.add() for _ in LENGTHS]
-    decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    decoder.read(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
     for row, length in enumerate(LENGTHS):
         decoder.main.resize(row, length)
     return decoder

@@ -17,6 +17,7 @@ from data.chat.messages import read_conversation
 from data.chat.templates import CHAT_TEMPLATES
 from infer.cohorts import CohortSizes
 from infer.config import GenerateError, Sampling
+from infer.decoder import PassKind
 from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
@@ -148,7 +149,8 @@ def test_judged_tokens_are_those_that_training_reads() -> None:
 def test_packed_rounds_are_unpacked() -> None:
     generator, cpu = random.Random(2), torch.device("cpu")
     form = RoundFormat(max_rows=5, hidden_size=6, dtype=torch.bfloat16)
-    for kind in ("prompts", "chunk", "step"):
+    kinds: tuple[PassKind, ...] = ("parts", "step")
+    for kind in kinds:
         for num_rows in range(6):
             counts = tuple(generator.randrange(3) for _ in range(num_rows))
             plan = RoundPlan(

@@ -270,9 +270,9 @@ def test_cached_decoding_equals_whole_passes() -> None:
     expected = [model(torch.tensor([each]))[0] for each in tokens]
     decoder = Decoder(model, 2, 12, with_mtp=False)
     rows, lengths = [decoder.main.add() for _ in tokens], [3, 5]
-    _, logits_BV = decoder.read_prompts(rows, [each[:size] for each, size in zip(tokens, lengths, strict=True)])
+    read = decoder.read(rows, [each[:size] for each, size in zip(tokens, lengths, strict=True)])
     for row, size in enumerate(lengths):
-        torch.testing.assert_close(logits_BV[row], expected[row][size - 1], rtol=0, atol=1e-10)
+        torch.testing.assert_close(decoder.logits(read[row][1]), expected[row][:size], rtol=0, atol=1e-10)
     for width in (2, 1, 1):
         for row, size in enumerate(lengths):
             decoder.main.resize(row, size)

@@ -30,10 +30,10 @@ def logits(model: Transformer, prompt: list[int]) -> Tensor:
     with torch.no_grad():
         decoder = Decoder(model, 1, 32, with_mtp=True)
         decoder.add()
-        states, logits_BV = decoder.read_prompts([0], [prompt])
+        [(state_TD, normal_TD)] = decoder.read([0], [prompt])
         decoder.main.resize(0, len(prompt))
-        rows = [logits_BV[0]]
-        state_1SD = states[0][-1:][None]
+        rows = [decoder.logits(normal_TD[-1:])[0]]
+        state_1SD = state_TD[-1:][None]
         for token in (7, 12, 200):
             chosen_B = torch.tensor([0])
             rows.append(decoder.step_mtp(torch.tensor([[token]]), state_1SD, chosen_B)[0])

@@ -1,0 +1,287 @@
+"""Continues requests that arrive at any time with one model, in one batch and one paged cache.
+
+A step has at most one pass over parts of prompts and one over all sequences that are continued. Between steps, a
+request may arrive or be cancelled. Everything runs on the thread of the caller.
+"""
+
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+
+from infer.batch import DraftChoice, GenerationBatch, Results
+from infer.config import Finish, GenerateError, Speculative, check
+from infer.decoder import Decoder
+from infer.protocol import ChosenToken, NumberedPrompt, Request
+from infer.sequence import ActiveSequence, never_stop, start_sequences
+from model.config import BLOCK_TOKENS
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceNews:
+    """What a step adds to one continuation of a request.
+
+    Attributes:
+        tokens: new tokens that are text; a stop token is not.
+        prompt_scores: the prompt's tokens after the first, if requested: once, from the sample that read it.
+        finish: why it ended; None if it has not.
+        error: why it failed and ended; empty if it did not.
+    """
+
+    number: int
+    sample: int
+    tokens: tuple[ChosenToken, ...] = ()
+    prompt_scores: tuple[ChosenToken, ...] | None = None
+    finish: Finish | None = None
+    error: str = ""
+
+
+class Wants(NamedTuple):
+    """Passes of the next step."""
+
+    chunk: bool
+    decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Sequences whose text is read in one pass, and how many tokens of each."""
+
+    sequences: list[ActiveSequence]
+    counts: list[int]
+
+
+class ContinuousEngine:
+    """Serves requests in the order of their arrival; short prompts may overtake long ones.
+
+    A request gets the tokens that it would get alone as the first prompt of `infer.generate`. If no block of the cache
+    is free, the youngest sequence waits and is read again later, with the same tokens.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_sequences: int,
+        cached_tokens: int,
+        chunk_tokens: int = 512,
+        speculative: Speculative = "auto",
+        prefix_cache: bool = True,
+    ) -> None:
+        """Allocates a cache of `cached_tokens` tokens. `speculative`: true drafts in every pass."""
+        config = model.config
+        self._speculative = speculative
+        self._config = config
+        self._max_sequences = max_sequences
+        self._chunk_tokens = chunk_tokens
+        self._num_blocks = -(-cached_tokens // BLOCK_TOKENS)
+        wanted: Speculative = speculative if config.mtp_depth > 0 else False
+        self._new_tokens = 1 if wanted is False else 2  # most new tokens of a sequence in a pass
+        decoder = Decoder(
+            model,
+            max_sequences,
+            config.max_position_tokens,
+            with_mtp=wanted is not False,
+            num_blocks=self._num_blocks,
+        )
+        # Drafts that change no token may start and end at any time.
+        drafts = DraftChoice("auto", is_timed=False) if wanted is True else DraftChoice(wanted)
+        self.batch = GenerationBatch(decoder, never_stop, drafts=drafts, keeps_blocks=prefix_cache)
+        self._waiting: list[ActiveSequence] = []  # by age
+        self._chunk: _Chunk | None = None
+        self._news: list[SequenceNews] = []
+        self._num_submitted = 0
+        self._num_preempted = 0
+        self._prefers_oldest = False
+        self._unchanged = ExitStack()
+        self._unchanged.enter_context(model.weights_unchanged())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence waits or is continued."""
+        return not (self._waiting or self.batch.rows or self._news)
+
+    def counts(self) -> Mapping[str, int]:
+        """Returns the numbers of sequences and blocks, and what was counted since the start."""
+        statistics = self.batch.statistics(0.0)
+        return {
+            "queued": len(self._waiting),
+            "active": len(self.batch),
+            "free_blocks": self.batch.decoder.main.num_free_blocks,
+            "total_blocks": self._num_blocks,
+            "reused_tokens": self.batch.num_reused,
+            "preemptions": self._num_preempted,
+            "tokens": statistics.tokens,
+            "passes": statistics.visits,
+            "drafts_offered": statistics.drafts_offered,
+            "drafts_accepted": statistics.drafts_accepted,
+        }
+
+    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
+        """Queues the samples of a request. No other request in the engine has its number.
+
+        Raises:
+            GenerateError: the request is invalid, or the cache can never hold it.
+        """
+        limit = self._config.max_position_tokens
+        check(self._config, [prompt.tokens], request.max_new_tokens, self._speculative, self._max_sequences)
+        longest = min(len(prompt.tokens) + request.max_new_tokens, limit)
+        most = self._num_blocks * BLOCK_TOKENS
+        if longest > most:
+            raise GenerateError(
+                f"tokens: the cache must hold prompt and continuation, is {longest}; nearest valid: {most}"
+            )
+        # Random numbers depend on the seed, not on other requests.
+        for sequence in start_sequences([replace(prompt, number=0)], request, limit):
+            sequence.index = prompt.number
+            sequence.order = self._num_submitted
+            self._num_submitted += 1
+            self._waiting.append(sequence)
+
+    def cancel(self, number: int) -> None:
+        """Removes the samples of a request, and frees their blocks. Not between `wants` and the passes."""
+        self._waiting = [sequence for sequence in self._waiting if sequence.index != number]
+        self._news = [news for news in self._news if news.number != number]
+        for sequence in [row for row in self.batch.rows if row.index == number]:
+            self.batch.remove(sequence)
+
+    def step(self) -> list[SequenceNews]:
+        """Runs the passes of a step, and returns what is new."""
+        wants = self.wants()
+        if wants.decode:
+            self.run_decode()
+        if wants.chunk:
+            self.run_chunk()
+        return self.take_news()
+
+    @torch.no_grad()
+    def wants(self) -> Wants:
+        """Plans the passes of the next step, and reserves their blocks."""
+        self._copy_prompts()
+        for sequence in sorted(self.batch.rows[: self.batch.num_active], key=_AGE):
+            if sequence in self.batch.rows:
+                self._reserve_pass(sequence)
+        self._chunk = self._plan_chunk()
+        return Wants(self._chunk is not None, self.batch.num_active > 0)
+
+    @torch.no_grad()
+    def run_chunk(self) -> None:
+        """Reads the planned parts of prompts in one pass, and chooses the first tokens of those that are read."""
+        assert self._chunk is not None
+        self.batch.read(self._chunk.sequences, self._chunk.counts)
+        read = [sequence for sequence in self._chunk.sequences if sequence.states_TD is not None]
+        self._report(self.batch.join(read))
+
+    @torch.no_grad()
+    def run_decode(self) -> None:
+        """Runs one pass over the sequences that are continued."""
+        self._report(self.batch.advance())
+
+    def take_news(self) -> list[SequenceNews]:
+        """Returns what is new since the last call."""
+        news = self._news
+        self._news = []
+        return news
+
+    def close(self) -> None:
+        """Allows the weights to change. No step may follow."""
+        self._unchanged.close()
+
+    def _copy_prompts(self) -> None:
+        """Starts waiting samples of prompts that a row has already."""
+        for sequence in [waiting for waiting in self._waiting if self.batch.can_copy(waiting)]:
+            # A copy has its own last block. The row of the prompt may end with the first token of a copy.
+            has_room = len(self.batch) < self._max_sequences and self.batch.decoder.num_free_blocks > 1
+            if has_room and self.batch.can_copy(sequence):
+                self._waiting.remove(sequence)
+                self.batch.begin(sequence)
+                self._report(self.batch.join([sequence]))
+
+    def _plan_chunk(self) -> _Chunk | None:
+        """Chooses what is read next: in turn the oldest prompt, and the shortest ones."""
+        reading = self.batch.rows[self.batch.num_active :]
+        startable = self._startable(reading)
+        if not reading and not startable:
+            return None
+        self._prefers_oldest = not self._prefers_oldest
+        first = min([*reading, *startable], key=_AGE if self._prefers_oldest else self._num_unread)
+        if first in startable:
+            self._begin(first)
+        count = min(self._chunk_tokens, self._num_unread(first))
+        chunk = _Chunk([first], [count])
+        if self.batch.num_cached(first) or count < self._num_unread(first):
+            return chunk
+        for sequence in sorted({*reading, *startable} - {first}, key=self._num_unread):
+            if sum(chunk.counts) + self._num_unread(sequence) > self._chunk_tokens:
+                break
+            if sequence in startable:
+                if not self._has_room(sequence):
+                    break
+                self._begin(sequence)
+            if not self.batch.num_cached(sequence):
+                chunk.sequences.append(sequence)
+                chunk.counts.append(self._num_unread(sequence))
+        return chunk
+
+    def _startable(self, reading: Sequence[ActiveSequence]) -> list[ActiveSequence]:
+        """Returns the waiting sequences whose text can be read now; none if the oldest one has too few blocks."""
+        indices = {sequence.index for sequence in reading}
+        startable = []
+        for sequence in self._waiting:
+            # Other samples of a prompt wait until it is read.
+            if sequence.chosen or not (sequence.index in indices or self.batch.can_copy(sequence)):
+                indices.add(sequence.index)
+                startable.append(sequence)
+        if not startable or not self._has_room(startable[0]):
+            return []
+        return [sequence for sequence in startable if self._has_room(sequence)]
+
+    def _has_room(self, sequence: ActiveSequence) -> bool:
+        num_blocks = -(-(sequence.num_text + self._new_tokens) // BLOCK_TOKENS)
+        # A sequence alone always fits.
+        return not self.batch.rows or (
+            len(self.batch) < self._max_sequences and num_blocks <= self.batch.decoder.num_free_blocks
+        )
+
+    def _begin(self, sequence: ActiveSequence) -> None:
+        """Adds a row for a sequence, with blocks for its whole text."""
+        self._waiting.remove(sequence)
+        self.batch.begin(sequence)
+        has_room = self.batch.reserve(sequence, self._num_unread(sequence))
+        assert has_room, "a sequence began without room for its text"
+
+    def _num_unread(self, sequence: ActiveSequence) -> int:
+        num_cached = self.batch.num_cached(sequence) if sequence in self.batch.rows else 0
+        return sequence.num_text - num_cached
+
+    def _reserve_pass(self, sequence: ActiveSequence) -> None:
+        """Reserves the blocks of a sequence's next tokens, if need be those of younger sequences."""
+        while not self.batch.reserve(sequence, self._new_tokens):
+            youngest = max(self.batch.rows, key=_AGE)
+            self.batch.remove(youngest)
+            insort(self._waiting, youngest, key=_AGE)
+            self._num_preempted += 1
+            if youngest is sequence:
+                return
+
+    def _report(self, results: Results) -> None:
+        for sequence, tokens in results:
+            scores = tuple(sequence.prompt_scores) or None
+            sequence.prompt_scores = []
+            news = SequenceNews(
+                number=sequence.index,
+                sample=sequence.sample,
+                tokens=tuple(tokens),
+                prompt_scores=scores,
+                finish=sequence.finish,
+                error=sequence.error,
+            )
+            self._news.append(news)
+
+
+_AGE = attrgetter("order")

@@ -1,0 +1,275 @@
+"""Continuous batching: each request gets the tokens that it gets alone, and no block of the cache is lost."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from infer.config import GenerateError, Sampling, Speculative
+from infer.continuous import ContinuousEngine, SequenceNews
+from infer.generate import generate
+from infer.protocol import ChosenToken, NumberedPrompt, Request
+from model.config import BLOCK_TOKENS
+from model.transformer import Transformer
+from tests.covering import exhaustive
+from tests.infer.models import SMALL, make_foresighted, whole_pass
+
+CONFIG = replace(SMALL, max_position_tokens=512)
+VOCAB = CONFIG.vocab_size
+REQUEST = Request(samples=1, max_new_tokens=12, sampling=Sampling())
+DRAWN = Sampling(temperature=0.9, top_p=0.9, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_foresighted(CONFIG)
+
+
+def make_prompts(count: int) -> list[tuple[int, ...]]:
+    """Returns prompts of a few to 200 tokens, of which a third begin with the same two blocks."""
+    chosen = random.Random(5)
+    shared = tuple(chosen.randrange(VOCAB) for _ in range(2 * BLOCK_TOKENS))
+    lengths = [chosen.choice((1, 2, 9, BLOCK_TOKENS, BLOCK_TOKENS + 1, 100)) for _ in range(count)]
+    tails = [tuple(chosen.randrange(VOCAB) for _ in range(length)) for length in lengths]
+    return [shared + tail if number % 3 == 0 else tail for number, tail in enumerate(tails)]
+
+
+class Client:
+    """Collects the news of an engine by request and sample."""
+
+    def __init__(self, engine: ContinuousEngine) -> None:
+        self.engine = engine
+        self.tokens: dict[tuple[int, int], list[ChosenToken]] = {}
+        self.last: dict[tuple[int, int], SequenceNews] = {}
+        self.prompt_scores: dict[int, tuple[ChosenToken, ...]] = {}
+
+    def submit(self, number: int, prompt: Sequence[int], request: Request) -> None:
+        self.engine.submit(NumberedPrompt(number=number, tokens=tuple(prompt)), request)
+
+    def step(self) -> None:
+        """Runs a step, and checks the holders of all blocks."""
+        for news in self.engine.step():
+            key = (news.number, news.sample)
+            assert key not in self.last, "news of a sequence that has ended"
+            self.tokens.setdefault(key, []).extend(news.tokens)
+            if news.prompt_scores is not None:
+                self.prompt_scores[news.number] = news.prompt_scores
+            if news.finish is not None:
+                self.last[key] = news
+        self.check_blocks()
+
+    def run(self) -> None:
+        while not self.engine.is_idle:
+            self.step()
+
+    def ids(self, number: int, sample: int = 0) -> tuple[int, ...]:
+        return tuple(chosen.token for chosen in self.tokens[number, sample])
+
+    def check_blocks(self) -> None:
+        decoder = self.engine.batch.decoder
+        for cache in (decoder.main, decoder.mtp):
+            held = list(chain.from_iterable(cache._tables))
+            assert cache.num_free_blocks == self.engine.counts()["total_blocks"] - len(set(held))
+            assert [cache._blocks._holders[block] for block in held] == [held.count(block) for block in held]
+            assert len(cache.lengths) == len(self.engine.batch.rows)
+        # Rows being read have the blocks of their whole text, the others at most one block more than their tokens need.
+        for row, sequence in enumerate(self.engine.batch.rows):
+            needed = sequence.num_text if row >= self.engine.batch.num_active else decoder.main.lengths[row]
+            assert len(decoder.main._tables[row]) <= -(-needed // BLOCK_TOKENS) + 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("speculative", "prefix_cache", "blocks"),
+    [(False, False, 1000), (True, True, 8), *exhaustive(("auto", True, 1000), (False, True, 8), (True, False, 8))],
+)
+def test_requests_in_any_order_get_the_tokens_of_each_alone(
+    model: Transformer, sampling: Sampling, speculative: Speculative, prefix_cache: bool, blocks: int
+) -> None:
+    """Few blocks make requests wait, and sequences are preempted and read again."""
+    prompts = make_prompts(50)
+    request = replace(REQUEST, sampling=sampling)
+    alone = {
+        number: generate(model, [prompt], max_new_tokens=12, sampling=sampling, speculative=False)
+        for number, prompt in enumerate(prompts)
+    }
+    client = Client(
+        ContinuousEngine(
+            model,
+            max_sequences=12,
+            cached_tokens=blocks * BLOCK_TOKENS,
+            chunk_tokens=80,
+            speculative=speculative,
+            prefix_cache=prefix_cache,
+        )
+    )
+    order = random.Random(1).sample(range(50), 50)
+    for at, number in enumerate(order):
+        client.submit(number, prompts[number], request)
+        if at % 4 == 3:
+            client.step()
+    client.run()
+    assert {number: client.ids(number) for number in range(50)} == {
+        number: generation.continuations[0].tokens for number, generation in alone.items()
+    }
+    counts = client.engine.counts()
+    assert (counts["preemptions"] > 0) == (blocks == 8)
+    assert (counts["reused_tokens"] > 0) == prefix_cache
+
+
+class OnlyMultiples:
+    """Allows multiples of a number, and then of the next one."""
+
+    def __init__(self) -> None:
+        self.factor = 3
+
+    def allowed(self) -> NDArray[np.bool_]:
+        return np.arange(VOCAB) % self.factor == 0
+
+    def accept(self, token: int) -> None:
+        assert token % self.factor == 0
+        self.factor += 1
+
+
+def test_every_request_has_its_own_settings(model: Transformer) -> None:
+    """Seeds, stop tokens, biases, penalties, constraints and alternatives differ within one batch, with drafts."""
+    prompt = make_prompts(2)[1]
+    requests = {
+        0: REQUEST,
+        1: replace(REQUEST, sampling=DRAWN, samples=3),
+        2: replace(REQUEST, sampling=replace(DRAWN, seed=8), num_alternatives=3),
+        3: replace(REQUEST, logit_bias={5: 100.0}),
+        4: replace(REQUEST, constraint=OnlyMultiples, sampling=DRAWN),
+        5: replace(REQUEST, sampling=Sampling(repetition_penalty=1.5, temperature=0.7, top_k=9)),
+        6: replace(REQUEST, max_new_tokens=3, num_alternatives=0),
+    }
+    alone: dict[int, list[list[ChosenToken]]] = {}
+    for together in (False, True):
+        client = Client(ContinuousEngine(model, max_sequences=9, cached_tokens=4096, speculative=True))
+        for number, request in requests.items():
+            client.submit(number, prompt, request)
+            if not together:
+                client.run()
+        client.run()
+        texts = {number: [client.tokens[number, at] for at in range(requests[number].samples)] for number in requests}
+        alone = alone or texts
+    ids = {number: [client.ids(number, at) for at in range(requests[number].samples)] for number in requests}
+    assert ids == {number: [tuple(one.token for one in text) for text in samples] for number, samples in alone.items()}
+    assert len({text for number in (0, 1, 2) for text in ids[number]}) == 5
+    assert set(ids[3][0]) == {5}
+    assert all(token % (3 + at) == 0 for at, token in enumerate(ids[4][0]))
+    assert len(ids[6][0]) == 3
+    assert client.tokens[6, 0][0].alternatives == ()
+    # Log-probabilities are the model's own.
+    logits_TV, _ = whole_pass(model, [*prompt, *ids[2][0]])
+    logs_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
+    for at, chosen in enumerate(client.tokens[2, 0]):
+        best = logs_TV[at].topk(3)
+        assert chosen.log_prob == pytest.approx(float(logs_TV[at, chosen.token]), abs=1e-10)
+        assert [token for token, _ in chosen.alternatives] == best.indices.tolist()
+        assert [value for _, value in chosen.alternatives] == pytest.approx(best.values.tolist(), abs=1e-10)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 2])
+def test_prompts_are_scored_in_chunks_although_their_blocks_are_cached(model: Transformer, max_new_tokens: int) -> None:
+    prompt = make_prompts(1)[0]
+    client = Client(ContinuousEngine(model, max_sequences=4, cached_tokens=4096, chunk_tokens=50))
+    client.submit(0, prompt, REQUEST)
+    client.run()
+    request = replace(REQUEST, max_new_tokens=max_new_tokens, scores_prompt=True, num_alternatives=2, samples=2)
+    client.submit(1, prompt, request)
+    client.run()
+    logs_TV = whole_pass(model, list(prompt))[0].log_softmax(-1)
+    scores = client.prompt_scores[1]
+    assert tuple(one.token for one in scores) == prompt[1:]
+    for at, one in enumerate(scores):
+        assert one.log_prob == pytest.approx(float(logs_TV[at, prompt[at + 1]]), abs=1e-10)
+        assert one.alternatives[0][1] == pytest.approx(float(logs_TV[at].max()), abs=1e-10)
+    assert [len(client.ids(1, sample)) for sample in range(2)] == [max_new_tokens] * 2
+    assert client.ids(1) == client.ids(0)[:max_new_tokens]
+
+
+def test_short_request_behind_a_long_prompt_starts_within_two_chunks(model: Transformer) -> None:
+    client = Client(ContinuousEngine(model, max_sequences=4, cached_tokens=2048, chunk_tokens=16))
+    client.submit(0, [1] * 400, REQUEST)
+    for _ in range(3):
+        client.step()
+    client.submit(1, [1, 2, 3], REQUEST)
+    client.step()
+    client.step()
+    assert client.tokens[1, 0]
+    assert (0, 0) not in client.tokens
+    # The long one is not overtaken forever.
+    for number in range(2, 60):
+        client.submit(number, [1, 2, number], replace(REQUEST, max_new_tokens=1))
+        client.step()
+    assert client.tokens[0, 0]
+
+
+def test_shared_beginning_is_read_once(model: Transformer) -> None:
+    prompts = [(9,) * 448 + (tail,) for tail in range(3)]
+    client = Client(ContinuousEngine(model, max_sequences=4, cached_tokens=4096, chunk_tokens=64))
+    steps = []
+    for number, prompt in enumerate(prompts):
+        client.submit(number, prompt, replace(REQUEST, max_new_tokens=1))
+        before = client.engine.counts()["passes"]
+        client.run()
+        steps.append(client.engine.counts()["passes"] - before)
+    assert steps == [8, 1, 1]
+    assert client.engine.counts()["reused_tokens"] == 2 * 448
+
+
+def test_requests_that_never_fit_or_are_invalid_are_refused(model: Transformer) -> None:
+    engine = ContinuousEngine(model, max_sequences=2, cached_tokens=128)
+    with pytest.raises(GenerateError, match=r"^tokens: the cache must hold .*, is 130; nearest valid: 128$"):
+        engine.submit(NumberedPrompt(number=0, tokens=(1,) * 118), REQUEST)
+    with pytest.raises(GenerateError, match=r"^prompt 1: tokens must be"):
+        engine.submit(NumberedPrompt(number=0, tokens=(VOCAB,)), REQUEST)
+    assert engine.is_idle
+
+
+def test_unusable_logits_and_constraints_end_only_their_request(model: Transformer) -> None:
+    client = Client(ContinuousEngine(model, max_sequences=4, cached_tokens=1024))
+
+    class Nothing(OnlyMultiples):
+        def allowed(self) -> NDArray[np.bool_]:
+            return np.zeros(VOCAB, dtype=bool)
+
+    client.submit(0, [1, 2], replace(REQUEST, constraint=Nothing))
+    client.submit(1, [1, 2], REQUEST)
+    client.run()
+    assert client.last[0, 0].error == "prompt 1: its constraint allows no token"
+    assert client.last[1, 0].error == ""
+    assert len(client.ids(1)) == 12
+
+
+def test_random_submissions_and_cancellations_lose_no_block(model: Transformer) -> None:
+    chosen = random.Random(11)
+    prompts = make_prompts(12)
+    client = Client(
+        ContinuousEngine(model, max_sequences=5, cached_tokens=12 * BLOCK_TOKENS, chunk_tokens=70, speculative=True)
+    )
+    cancelled = set()
+    for number in range(500):
+        match chosen.randrange(4):
+            case 0:
+                request = replace(REQUEST, samples=chosen.randrange(1, 4), max_new_tokens=chosen.randrange(1, 9))
+                client.submit(number, chosen.choice(prompts), request)
+            case 1:
+                gone = chosen.randrange(number + 1)
+                cancelled.add(gone)
+                client.engine.cancel(gone)
+                client.check_blocks()
+                assert all(row.index != gone for row in client.engine.batch.rows)
+            case _:
+                client.step()
+    client.run()
+    counts = client.engine.counts()
+    assert counts["free_blocks"] == counts["total_blocks"] == 12
+    assert {number for number, _ in client.tokens} - {number for number, _ in client.last} <= cancelled
+    assert torch.is_grad_enabled()
