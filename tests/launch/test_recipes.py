@@ -54,6 +54,7 @@ SAME_RUNS = (
     "arithmetic_sft",
     "arithmetic_grpo",
     "quickstart_yarn",
+    "quickstart_mix",
     "v3_671b",
     "v2_lite_16b",
 )
@@ -246,7 +247,11 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         given = [f"data.paths=[{tmp_path / 'samples.jsonl'}]", "data.tokenizer=null", "validation.sequences=0"]
         given += ["init_from=random"] if name == "v3_grpo" else []
         return [*overrides, *given]
-    if name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
+    if name == "quickstart_mix":
+        text = "sources: [{name: one, paths: [text], weight: 1}, {name: two, paths: [text/a.txt], weight: 2}]"
+        (folder / "MIX.yaml").write_text(text, encoding="utf-8")
+        overrides.append(f"data.manifest={folder / 'MIX.yaml'}")
+    elif name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
         overrides.append(f"data.paths=[{folder / 'text'}]")
     if name in GIVEN or name in EXTENSIONS:
         overrides.append(f"data.tokenizer={folder / (name if name in GIVEN else 'v3_671b')}.json")
