@@ -5,7 +5,7 @@ request may arrive or be cancelled. Everything runs on the thread of the caller.
 """
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -72,9 +72,11 @@ class ContinuousEngine:
         chunk_tokens: int = 512,
         speculative: Speculative = "auto",
         prefix_cache: bool = True,
+        build_decoder: Callable[..., Decoder] = Decoder,
     ) -> None:
         """Allocates a cache of `cached_tokens` tokens. `speculative`: true drafts in every pass."""
         config = model.config
+        self.model = model
         self._speculative = speculative
         self._config = config
         self._max_sequences = max_sequences
@@ -82,7 +84,7 @@ class ContinuousEngine:
         self._num_blocks = -(-cached_tokens // BLOCK_TOKENS)
         wanted: Speculative = speculative if config.mtp_depth > 0 else False
         self._new_tokens = 1 if wanted is False else 2  # most new tokens of a sequence in a pass
-        decoder = Decoder(
+        decoder = build_decoder(
             model,
             max_sequences,
             config.max_position_tokens,
@@ -122,12 +124,8 @@ class ContinuousEngine:
             "drafts_accepted": statistics.drafts_accepted,
         }
 
-    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues the samples of a request. No other request in the engine has its number.
-
-        Raises:
-            GenerateError: the request is invalid, or the cache can never hold it.
-        """
+    def check(self, prompt: NumberedPrompt, request: Request) -> None:
+        """Raises GenerateError if a request is invalid, or if the cache can never hold it."""
         limit = self._config.max_position_tokens
         check(self._config, [prompt.tokens], request.max_new_tokens, self._speculative, self._max_sequences)
         longest = min(len(prompt.tokens) + request.max_new_tokens, limit)
@@ -136,8 +134,12 @@ class ContinuousEngine:
             raise GenerateError(
                 f"tokens: the cache must hold prompt and continuation, is {longest}; nearest valid: {most}"
             )
+
+    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
+        """Queues the samples of a request, or raises as `check`. No other request in the engine has its number."""
+        self.check(prompt, request)
         # Random numbers depend on the seed, not on other requests.
-        for sequence in start_sequences([replace(prompt, number=0)], request, limit):
+        for sequence in start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens):
             sequence.index = prompt.number
             sequence.order = self._num_submitted
             self._num_submitted += 1
@@ -187,6 +189,11 @@ class ContinuousEngine:
         news = self._news
         self._news = []
         return news
+
+    def forget_codes(self) -> None:
+        """Discards the quantized codes of weights. Call it after weights have changed between two steps."""
+        self._unchanged.close()
+        self._unchanged.enter_context(self.model.weights_unchanged())
 
     def close(self) -> None:
         """Allows the weights to change. No step may follow."""
