@@ -136,7 +136,7 @@ class ContinuousEngine:
             )
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues the samples of a request, or raises as `check`. No other request in the engine has its number."""
+        """Queues the samples of a request, or raises as `check`. No other request has its number."""
         self.check(prompt, request)
         # Random numbers depend on the seed, not on other requests.
         for sequence in start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens):
