@@ -14,7 +14,6 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from data.chat.encode import check_template, encode_prompt
 from data.chat.messages import ChatMessage, read_prompt, require_fields, user
+from data.chat.sources import ChatLines, lines_entry
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, describe, list_of, nearest_name, object_of, optional, refusal, text_of
@@ -37,7 +37,6 @@ from data.registry import (
     field_values,
 )
 from data.sources import check_source, list_jsonl, read_json_lines
-from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
 
@@ -110,12 +109,10 @@ def _read_test(value: object, place: str) -> StdinTest:
 PROBLEM_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProblemsSource(DataSource):
+class ProblemsSource(ChatLines):
     """Problems in `.jsonl` files. A prompt that is longer than a sequence is dropped."""
 
-    paths: tuple[str, ...]  # files, and folders that are searched for them
-    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+    __slots__ = ()
 
 
 def _prompt_samples(
@@ -152,21 +149,18 @@ def _check(source: ProblemsSource, tokenizer: Tokenizer | None) -> None:
     check_template(source.template, tokenizer)
 
 
-_entry = partial(
-    DataSourceEntry, chat_template=lambda source: source.template, values=lambda source: (WEIGHTS,), has_targets=False
-)
 DATA_SOURCES.register(
     "problems",
-    _entry(
+    lines_entry(
         summary="problems in .jsonl files, of which the prompts are encoded",
         config=ProblemsSource,
         files=_list_problems,
         read=_documents,
-        place=lambda source: f"data.paths: {list(source.paths)!r}",
         samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),
-        special_tokens=CHAT_TOKENS,
         check=_check,
+        values=lambda source: (WEIGHTS,),
         problems=_problems,
+        has_targets=False,
     ),
 )
 
@@ -186,27 +180,24 @@ def _open_dataset(source: GymSource) -> Any:
     try:
         factory = importlib.import_module("reasoning_gym.factory")
     except ImportError as error:
-        raise DataError(
-            f"data.kind: reasoning_gym needs the library reasoning-gym, which cannot be imported: {error}; nearest "
-            f"valid: pip install '.[reasoning]'"
-        ) from error
+        rule = f"reasoning_gym needs the library reasoning-gym, which cannot be imported: {error}"
+        raise DataError(f"data.kind: {rule}; nearest valid: pip install '.[reasoning]'") from error
     if source.dataset not in factory.DATASETS:
         rule = f"must be one of the {len(factory.DATASETS)} data sets of reasoning-gym"
-        raise refusal(
-            "data.dataset", rule, repr(source.dataset), nearest_name(source.dataset, sorted(factory.DATASETS))
-        )
+        near = nearest_name(source.dataset, sorted(factory.DATASETS))
+        raise refusal("data.dataset", rule, repr(source.dataset), near)
     return factory.create_dataset(source.dataset, size=source.count, seed=source.generator_seed)
 
 
 def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
     dataset = _open_dataset(source)
-    seen = set()
+    questions = set[str]()
     for index in range(source.count):
         entry = dataset[index]
         question = str(entry["question"])
-        if question in seen:
+        if question in questions:
             continue
-        seen.add(question)
+        questions.add(question)
         origin = {"dataset": source.dataset, "seed": source.generator_seed, "size": source.count, "index": index}
         yield ProblemRecord(
             # The same question from another seed is in the same part.
@@ -221,10 +212,8 @@ def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
 
 def _check_gym(source: GymSource, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
-        raise DataError(
-            "data.tokenizer: must be given with data=reasoning_gym, which has no text to train one on, is null; "
-            "nearest valid: data.tokenizer=FOLDER, or auto with init_from"
-        )
+        rule = "must be given with data=reasoning_gym, which has no text to train one on"
+        raise refusal("data.tokenizer", rule, "null", "data.tokenizer=FOLDER, or auto with init_from")
     check_template(source.template, tokenizer)
     _open_dataset(source)
 
@@ -239,14 +228,17 @@ def _gym_settings(source: GymSource) -> list[object]:
 
 DATA_SOURCES.register(
     "reasoning_gym",
-    _entry(
+    DataSourceEntry(
         summary="problems that the library reasoning-gym generates",
         config=GymSource,
         place=lambda source: f"data.dataset: {source.dataset!r}",
         settings=_gym_settings,
         samples=lambda source, tokenizer: _prompt_samples(_gym_problems(source), source.template, tokenizer),
         check=_check_gym,
+        chat_template=lambda source: source.template,
+        values=lambda source: (WEIGHTS,),
         problems=_gym_problems,
+        has_targets=False,
     ),
 )
 
@@ -256,13 +248,9 @@ def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[Proble
     entry = DATA_SOURCES.get(config.source.kind)
     if entry.problems is None:
         valid = [name for name, candidate in DATA_SOURCES.items() if candidate.problems is not None]
-        raise DataError(
-            f"data.kind: must be a source with problems, is {config.source.kind}; nearest valid: {', '.join(valid)}"
-        )
-    train: list[ProblemRecord] = []
-    held_out: list[ProblemRecord] = []
-    for part, record in with_parts(config, entry.problems):
-        (train if part == "train" else held_out).append(record)
+        raise refusal("data.kind", "must be a source with problems", config.source.kind, ", ".join(valid))
+    numbered = list(with_parts(config, entry.problems))
+    train, held_out = ([record for part, record in numbered if part == name] for name in ("train", "validation"))
     if not train:
         raise DataError(
             f"data.validation_fraction: {config.validation_fraction} of {len(held_out)} problems, selected by hash "

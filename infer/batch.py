@@ -227,6 +227,15 @@ class GenerationBatch:
             logits_RV = self.decoder.logits(normal_RD)
             sequence.prompt_scores += score_tokens(logits_RV, targets_R, sequence.request.num_alternatives or 0)
 
+    def load(self, sequence: ActiveSequence, main_LTC: Tensor, mtp_LTC: Tensor, states_TD: Tensor) -> None:
+        """Continues a sequence whose text another decoder has read."""
+        row = self.rows.index(sequence)
+        for cache, values_LTC in ((self.decoder.main, main_LTC), (self.decoder.mtp, mtp_LTC)):
+            # Blocks of the same beginning may be here already.
+            cache.load(row, values_LTC[:, cache.lengths[row] :])
+        sequence.states_TD = states_TD
+        self.join([sequence])
+
     def can_copy(self, sequence: ActiveSequence) -> bool:
         """Returns whether an active sequence has the same prompt."""
         return sequence.index in self._prompt_ends and not sequence.chosen

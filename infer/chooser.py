@@ -36,6 +36,8 @@ class RowGroup:
         self._rows_R = None if len(rows) == len(sequences) else torch.tensor(rows, device=device)
         self._request = self._sequences[0].request
         self._sampling = self._request.sampling
+        adjusted = [sequence.request.logit_bias or sequence.constraint for sequence in self._sequences]
+        self._adjusted = [row for row, adjustment in enumerate(adjusted) if adjustment]
 
     def select(self, values_B: Tensor) -> Tensor:
         """Returns the values of this group's rows."""
@@ -91,15 +93,13 @@ class RowGroup:
     def _adjust(self, logits_RV: Tensor, history: TokenHistory | None, ahead: int) -> Tensor:
         """Returns the logits after penalties, biases and, for the next token, constraints."""
         adjusted_RV = penalize(logits_RV, history, self._sampling)
-        for row, sequence in enumerate(self._sequences):
+        if self._adjusted:
+            adjusted_RV = widen(adjusted_RV).clone()
+        for row in self._adjusted:
+            sequence = self._sequences[row]
             bias = sequence.request.logit_bias
+            adjusted_RV[row, list(bias)] += adjusted_RV.new_tensor(list(bias.values()))
             allowed = sequence.constraint.allowed() if sequence.constraint is not None and not ahead else None
-            if not bias and allowed is None:
-                continue
-            if adjusted_RV is logits_RV:
-                adjusted_RV = widen(logits_RV).clone()
-            if bias:
-                adjusted_RV[row, list(bias)] += adjusted_RV.new_tensor(list(bias.values()))
             if allowed is not None and not allowed.any():
                 sequence.error = f"prompt {sequence.index + 1}: its constraint allows no token"
             elif allowed is not None:
@@ -155,6 +155,8 @@ def choose_tokens(sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> lis
 
 def join_rows(groups: Sequence[RowGroup], results: Sequence[Sequence[list[ChosenToken]]]) -> list[list[ChosenToken]]:
     """Returns the results of groups in the order of the rows."""
+    if len(groups) == 1:
+        return list(results[0])
     by_row = {
         row: chosen
         for group, rows in zip(groups, results, strict=True)

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from infer.batch import DraftChoice, GenerationBatch, Results
 from infer.config import Finish, GenerateError, Speculative, check
@@ -39,6 +40,25 @@ class SequenceNews:
     prompt_scores: tuple[ChosenToken, ...] | None = None
     finish: Finish | None = None
     error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MovedSequence:
+    """A sequence on its way to another engine of the same model: its text so far, and its cached values.
+
+    Attributes:
+        main_LTC: values of the main model's layers.
+        mtp_LTC: values of the MTP module; no layers without drafts.
+        states_TD: states of the last 1 or 2 tokens.
+    """
+
+    prompt: NumberedPrompt
+    request: Request
+    sample: int
+    chosen: tuple[ChosenToken, ...]
+    main_LTC: Tensor
+    mtp_LTC: Tensor
+    states_TD: Tensor
 
 
 class Wants(NamedTuple):
@@ -136,14 +156,45 @@ class ContinuousEngine:
             )
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues the samples of a request, or raises as `check`. No other request in the engine has its number."""
+        """Queues the samples of a request whose number no other one has, or raises as `check`."""
         self.check(prompt, request)
+        self._waiting += self._start(prompt, request)
+
+    def _start(self, prompt: NumberedPrompt, request: Request) -> list[ActiveSequence]:
         # Random numbers depend on the seed, not on other requests.
-        for sequence in start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens):
+        sequences = start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens)
+        for sequence in sequences:
             sequence.index = prompt.number
             sequence.order = self._num_submitted
             self._num_submitted += 1
-            self._waiting.append(sequence)
+        return sequences
+
+    def export_sequence(self, number: int, sample: int = 0) -> MovedSequence:
+        """Removes a sequence that has a token, and returns it."""
+        row = next(at for at, one in enumerate(self.batch.rows) if (one.index, one.sample) == (number, sample))
+        sequence = self.batch.rows[row]
+        assert sequence.states_TD is not None, "a sequence without a token has no state to move"
+        decoder = self.batch.decoder
+        moved = MovedSequence(
+            prompt=NumberedPrompt(number=number, tokens=tuple(sequence.prompt)),
+            request=sequence.request,
+            sample=sample,
+            chosen=tuple(sequence.chosen),
+            main_LTC=decoder.main.export(row),
+            mtp_LTC=decoder.mtp.export(row),
+            states_TD=sequence.states_TD,
+        )
+        self.batch.remove(sequence)
+        return moved
+
+    def import_sequence(self, moved: MovedSequence) -> None:
+        """Continues an exported sequence. It waits, and is read again, if it has no room yet."""
+        sequence = self._start(moved.prompt, moved.request)[moved.sample]
+        sequence.resume(moved.chosen)
+        self._waiting.append(sequence)
+        if self._has_room(sequence):
+            self._begin(sequence)
+            self.batch.load(sequence, moved.main_LTC, moved.mtp_LTC, moved.states_TD)
 
     def cancel(self, number: int) -> None:
         """Removes the samples of a request, and frees their blocks. Not between `wants` and the passes."""

@@ -81,6 +81,13 @@ class ActiveSequence:
         """Maximum number of tokens of prompt and continuation."""
         return len(self.prompt) + self.max_tokens
 
+    def resume(self, chosen: Sequence[ChosenToken]) -> None:
+        """Sets the continuation so far, of a sequence without one."""
+        self.chosen = list(chosen)
+        if self.constraint is not None:
+            for token in self.tokens:
+                self.constraint.accept(token)
+
     def take(self, chosen: ChosenToken, stop_condition: StopCondition) -> bool:
         """Adds a chosen token. Returns whether it is text, which a stop token is not."""
         if not math.isfinite(chosen.log_prob):

@@ -19,24 +19,28 @@ CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChatSource(DataSource):
-    """Conversations in `.jsonl` files, of which every turn of the assistant is trained."""
+class ChatLines(DataSource):
+    """Lines of `.jsonl` files that a chat template writes as samples."""
 
     paths: tuple[str, ...]  # files, and folders that are searched for them
     template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatSource(ChatLines):
+    """Conversations in `.jsonl` files, of which every turn of the assistant is trained."""
+
     # whether a conversation that is longer than a sequence is cut at its end or dropped.
     too_long: Literal["cut", "drop"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreferencesSource(DataSource):
+class PreferencesSource(ChatLines):
     """Pairs of answers in `.jsonl` files. A pair that is longer than a sequence is dropped."""
 
-    paths: tuple[str, ...]  # files, and folders that are searched for them
-    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+    __slots__ = ()
 
 
-def _list_chats(source: ChatSource | PreferencesSource) -> tuple[CorpusFile, ...]:
+def _list_chats(source: ChatLines) -> tuple[CorpusFile, ...]:
     return list_jsonl(source.paths, "chats", CONVERSATION_EXAMPLE)
 
 
@@ -54,9 +58,7 @@ def _read_pair(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
     return ChatSample(key=key, views=(pair.chosen, pair.rejected), margin=pair.margin)
 
 
-def _samples_of(
-    source: ChatSource | PreferencesSource, file: CorpusFile, limit_bytes: int | None = None
-) -> Iterator[ChatSample]:
+def _samples_of(source: ChatLines, file: CorpusFile, limit_bytes: int | None = None) -> Iterator[ChatSample]:
     """Yields what the lines of a file describe; an error of the template names the line."""
     template = CHAT_TEMPLATES.get(source.template)
     read_line = _read_chat if isinstance(source, ChatSource) else _read_pair
@@ -82,18 +84,18 @@ def _text(sample: ChatSample) -> str:
     return "\n".join([*parts, *calls])
 
 
-def _documents(source: ChatSource | PreferencesSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+def _documents(source: ChatLines, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
     for sample in _samples_of(source, file, limit_bytes):
         yield Document(key=sample.key, text=_text(sample))
 
 
-def _samples(source: ChatSource | PreferencesSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
+def _samples(source: ChatLines, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     samples = (sample for file in _list_chats(source) for sample in _samples_of(source, file))
     may_be_cut = isinstance(source, ChatSource) and source.too_long == "cut"
     return encode_samples(samples, CHAT_TEMPLATES.get(source.template), tokenizer, may_be_cut=may_be_cut)
 
 
-def _check(source: ChatSource | PreferencesSource, tokenizer: Tokenizer | None) -> None:
+def _check(source: ChatLines, tokenizer: Tokenizer | None) -> None:
     """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
     check_source(source)
     check_template(source.template, tokenizer)
@@ -105,16 +107,13 @@ def _check(source: ChatSource | PreferencesSource, tokenizer: Tokenizer | None) 
         check_tokens(tuple(dict.fromkeys(names)), source.template, tokenizer)
 
 
-_entry = partial(
+lines_entry = partial(
     DataSourceEntry,
-    files=_list_chats,
-    read=_documents,
     place=lambda source: f"data.paths: {list(source.paths)!r}",
-    samples=_samples,
     special_tokens=CHAT_TOKENS,
-    check=_check,
     chat_template=lambda source: source.template,
 )
+_entry = partial(lines_entry, files=_list_chats, read=_documents, samples=_samples, check=_check)
 DATA_SOURCES.register(
     "chat",
     _entry(

@@ -124,6 +124,7 @@ class CachedValues:
         shape = (num_layers, num_blocks, BLOCK_TOKENS * values_per_token)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = self._values.unbind()
+        self._tokens_width = values_per_token
         self._tokens = self._values.view(num_layers, num_blocks * BLOCK_TOKENS, values_per_token).unbind()
 
     @property
@@ -145,6 +146,11 @@ class CachedValues:
             return tokens_TC.as_strided(size, (step * tokens_TC.shape[1], tokens_TC.shape[1], 1), start)
         values_XC = self._layers[layer].index_select(0, rows.blocks_X)
         return values_XC.view(rows.num_rows, -1, tokens_TC.shape[1])[:, : rows.num_positions]
+
+    def read_blocks(self, blocks_K: Tensor) -> Tensor:
+        """Returns a copy of the values of blocks in all layers, [layers, T, C]."""
+        values = self._values[:, blocks_K]
+        return values.view(len(values), len(blocks_K) * BLOCK_TOKENS, self._tokens_width)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copies the values of a block."""
@@ -287,6 +293,18 @@ class KvCache:
             positions = range(first, first + count)
             slots += [table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in positions]
         return torch.tensor(slots, dtype=torch.int64, device=self._device)
+
+    def export(self, row: int) -> Tensor:
+        """Returns a copy of the values of a row, [layers, T, C]."""
+        blocks_K = torch.tensor(self._tables[row], dtype=torch.int64, device=self._device)
+        return self.values.read_blocks(blocks_K)[:, : self._lengths[row]]
+
+    def load(self, row: int, values_LTC: Tensor) -> None:
+        """Adds tokens to a row, with values that another cache exported."""
+        slots_N = self.slots([row], [values_LTC.shape[1]])
+        for layer, values_TC in enumerate(values_LTC):
+            self.values.write(layer, slots_N, values_TC)
+        self._lengths[row] += values_LTC.shape[1]
 
     def blocks(self, rows: range, num_positions: int) -> BlockRows:
         """Returns the blocks of the first positions of rows."""

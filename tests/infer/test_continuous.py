@@ -1,6 +1,8 @@
 """Continuous batching: each request gets the tokens that it gets alone, and no block of the cache is lost."""
 
+import functools
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -12,8 +14,8 @@ from numpy.typing import NDArray
 
 from infer.config import GenerateError, Sampling, Speculative
 from infer.continuous import ContinuousEngine, SequenceNews
-from infer.generate import generate
-from infer.protocol import ChosenToken, NumberedPrompt, Request
+from infer.engines.local import LocalEngine
+from infer.protocol import ChosenToken, NumberedPrompt, Request, Sample
 from model.config import BLOCK_TOKENS
 from model.transformer import Transformer
 from tests.covering import exhaustive
@@ -37,6 +39,16 @@ def make_prompts(count: int) -> list[tuple[int, ...]]:
     lengths = [chosen.choice((1, 2, 9, BLOCK_TOKENS, BLOCK_TOKENS + 1, 100)) for _ in range(count)]
     tails = [tuple(chosen.randrange(VOCAB) for _ in range(length)) for length in lengths]
     return [shared + tail if number % 3 == 0 else tail for number, tail in enumerate(tails)]
+
+
+@functools.cache
+def continue_alone(model: Transformer, sampling: Sampling) -> list[Sample]:
+    """Returns the answers to 50 prompts, each continued alone and without drafts."""
+    engine = LocalEngine(model, speculative=False)
+    request = replace(REQUEST, sampling=sampling)
+    return [
+        engine.generate([NumberedPrompt(number=0, tokens=prompt)], request).rollouts[0] for prompt in make_prompts(50)
+    ]
 
 
 class Client:
@@ -94,10 +106,6 @@ def test_requests_in_any_order_get_the_tokens_of_each_alone(
     """Few blocks make requests wait, and sequences are preempted and read again."""
     prompts = make_prompts(50)
     request = replace(REQUEST, sampling=sampling)
-    alone = {
-        number: generate(model, [prompt], max_new_tokens=12, sampling=sampling, speculative=False)
-        for number, prompt in enumerate(prompts)
-    }
     client = Client(
         ContinuousEngine(
             model,
@@ -114,9 +122,10 @@ def test_requests_in_any_order_get_the_tokens_of_each_alone(
         if at % 4 == 3:
             client.step()
     client.run()
-    assert {number: client.ids(number) for number in range(50)} == {
-        number: generation.continuations[0].tokens for number, generation in alone.items()
-    }
+    for number, sample in enumerate(continue_alone(model, sampling)):
+        assert client.ids(number) == sample.tokens
+        logs = [chosen.log_prob for chosen in client.tokens[number, 0]]
+        assert logs == pytest.approx(sample.log_probs, rel=0, abs=1e-10)
     counts = client.engine.counts()
     assert (counts["preemptions"] > 0) == (blocks == 8)
     assert (counts["reused_tokens"] > 0) == prefix_cache
@@ -224,6 +233,50 @@ def test_shared_beginning_is_read_once(model: Transformer) -> None:
     assert client.engine.counts()["reused_tokens"] == 2 * 448
 
 
+def test_bytes_of_the_cache_are_those_of_its_tokens(model: Transformer) -> None:
+    decoder = ContinuousEngine(model, max_sequences=3, cached_tokens=1000, speculative=True).batch.decoder
+    value_bytes = 8
+    layer_bytes = 16 * BLOCK_TOKENS * (CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim) * value_bytes
+    assert decoder.main.num_bytes == CONFIG.num_layers * layer_bytes
+    assert decoder.mtp.num_bytes == layer_bytes
+
+
+@pytest.mark.long
+def test_concurrent_requests_and_shared_beginnings_take_little_time() -> None:
+    config = replace(CONFIG, hidden_size=256, expert_intermediate_size=128, max_position_tokens=2048)
+    large = make_foresighted(config, torch.float32)
+    chosen = random.Random(2)
+    prompts = [[chosen.randrange(VOCAB) for _ in range(chosen.choice((4, 16, 60, 200)))] for _ in range(32)]
+    requests = [replace(REQUEST, max_new_tokens=chosen.choice((20, 50, 100))) for _ in prompts]
+
+    def seconds(batches: Sequence[Sequence[int]]) -> float:
+        client = Client(ContinuousEngine(large, max_sequences=32, cached_tokens=32 * 320))
+        began = time.process_time()
+        for batch in batches:
+            for number in batch:
+                client.submit(number, prompts[number], requests[number])
+            while not client.engine.is_idle:
+                client.engine.step()
+        return time.process_time() - began
+
+    together = min(seconds([range(32)]) for _ in range(2))
+    apart = seconds([[number] for number in range(32)])
+    print(f"together {together:.2f} s, one after another {apart:.2f} s: {together / apart:.2f}")
+    assert together <= 0.35 * apart
+
+    config = replace(config, hidden_size=512, dense_intermediate_size=2048, expert_intermediate_size=512)
+    larger = make_foresighted(config, torch.float32)
+    client = Client(ContinuousEngine(larger, max_sequences=2, cached_tokens=4096, speculative=False))
+    times = []
+    for number in range(4):
+        client.submit(number, [7] * 1024 + [number], replace(REQUEST, max_new_tokens=1))
+        began = time.process_time()
+        client.run()
+        times.append(time.process_time() - began)
+    print(f"1,025 tokens {times[0]:.4f} s, with a shared beginning {min(times[1:]):.4f} s")
+    assert min(times[1:]) <= 0.05 * times[0]
+
+
 def test_requests_that_never_fit_or_are_invalid_are_refused(model: Transformer) -> None:
     engine = ContinuousEngine(model, max_sequences=2, cached_tokens=128)
     with pytest.raises(GenerateError, match=r"^tokens: the cache must hold .*, is 130; nearest valid: 128$"):
@@ -246,6 +299,35 @@ def test_unusable_logits_and_constraints_end_only_their_request(model: Transform
     assert client.last[0, 0].error == "prompt 1: its constraint allows no token"
     assert client.last[1, 0].error == ""
     assert len(client.ids(1)) == 12
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_sequences_move_between_engines(model: Transformer, speculative: bool) -> None:
+    """One engine reads prompts and another one continues them, with the same tokens and draws."""
+    prompts = make_prompts(8)
+    request = replace(REQUEST, sampling=DRAWN, samples=2)
+    alone = Client(ContinuousEngine(model, max_sequences=8, cached_tokens=4096, speculative=False))
+    prefill, decode = (
+        Client(ContinuousEngine(model, max_sequences=8, cached_tokens=tokens, speculative=speculative))
+        for tokens in (4096, 1024)
+    )
+    for number, prompt in enumerate(prompts):
+        alone.submit(number, prompt, request)
+        prefill.submit(number, prompt, request)
+    alone.run()
+    while not prefill.engine.is_idle:
+        prefill.step()
+        for sequence in list(prefill.engine.batch.rows[: prefill.engine.batch.num_active]):
+            decode.engine.import_sequence(prefill.engine.export_sequence(sequence.index, sequence.sample))
+        decode.step()
+    decode.run()
+    counts = decode.engine.counts()
+    assert counts["free_blocks"] == counts["total_blocks"]
+    for key, tokens in alone.tokens.items():
+        moved = [*prefill.tokens[key], *decode.tokens.get(key, [])]
+        assert [chosen.token for chosen in moved] == [chosen.token for chosen in tokens]
+        logs = [chosen.log_prob for chosen in tokens]
+        assert [chosen.log_prob for chosen in moved] == pytest.approx(logs, rel=0, abs=1e-10)
 
 
 def test_random_submissions_and_cancellations_lose_no_block(model: Transformer) -> None:

@@ -93,6 +93,35 @@ def test_rows_that_were_added_together_are_read_in_place() -> None:
     assert held.num_in_lanes == 2
 
 
+def test_rows_start_with_the_finished_blocks_of_their_own_beginning_only() -> None:
+    chosen = random.Random(5)
+    cache = KvCache(1, 1, 40, torch.float32, torch.device("cpu"))
+    num_shared = 0
+    for _ in range(1000):
+        row = cache.add()
+        tokens = [chosen.randrange(3) for _ in range(chosen.randrange(1, 4 * BLOCK_TOKENS))]
+        other = [*tokens, 1]
+        changed = chosen.randrange(len(tokens))
+        other[changed] += 3
+        num_cached = cache.start(row, tokens)
+        num_shared += num_cached
+        cache.reserve(row, len(tokens))
+        slots_N = cache.slots([row], [len(tokens) - num_cached])
+        cache.values.write(0, slots_N, torch.tensor(tokens[num_cached:], dtype=torch.float32)[:, None])
+        cache.resize(row, len(tokens))
+        cache.finish(row, tokens)
+        follower = cache.add()
+        assert cache.start(follower, other) == changed // BLOCK_TOKENS * BLOCK_TOKENS
+        assert cache.export(follower)[0, :, 0].tolist() == other[: cache.lengths[follower]]
+        again = cache.add()
+        assert cache.start(again, [*tokens, 2]) == len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert cache.export(row)[0, :, 0].tolist() == tokens
+        for _ in range(3):
+            cache.remove(0)
+        assert cache.num_free_blocks == 40
+    assert num_shared == 0
+
+
 def test_without_a_free_block_nothing_is_lost() -> None:
     held = Held(2)
     for _ in range(2):
