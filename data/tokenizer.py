@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,19 @@ class Tokenizer:
         return hashlib.sha256(self._content).hexdigest()
 
     @property
+    def serialized(self) -> str:
+        """The `tokenizer.json` of the backend, in which tokens of chats are special."""
+        return str(self._backend.to_str())
+
+    def token_bytes(self, number: int) -> bytes:
+        """Returns the bytes that a token stands for, which need not be whole characters."""
+        token = str(self._backend.id_to_token(number) or "")
+        letters = _letter_bytes() if self.is_byte_level and number not in self.placed_names else {}
+        if letters and all(letter in letters for letter in token):
+            return bytes(letters[letter] for letter in token)
+        return self.decode([number]).encode()
+
+    @property
     def vocab_size(self) -> int:
         """Largest token id plus one, including special tokens; exceeds the token count if there are gaps."""
         return max(self._backend.get_vocab().values(), default=-1) + 1
@@ -245,7 +258,7 @@ class Tokenizer:
         """Returns how the vocabulary spells each token, by id."""
         return {number: token for token, number in self._backend.get_vocab().items()}
 
-    @property
+    @cached_property
     def is_byte_level(self) -> bool:
         """Whether the vocabulary spells each byte of a text as one character."""
         return "ByteLevel" in json.dumps(json.loads(self._content).get("decoder"))
@@ -409,6 +422,11 @@ def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
     listed = config.get("added_tokens_decoder")
     named = {int(number): token["content"] for number, token in (listed or {}).items()}
     return [named.get(number, f"<|reserved_token_{number}|>") for number in range(first_id, first_id + NUM_SPECIAL)]
+
+
+@cache
+def _letter_bytes() -> dict[str, int]:
+    return {letter: byte for byte, letter in _byte_letters().items()}
 
 
 def _byte_letters() -> dict[int, str]:

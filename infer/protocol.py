@@ -265,7 +265,7 @@ class TextStream:
             self.is_stopped = True
             self._held = ""
             return text[: min(ends)]
-        begun = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        begun = max((overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]
 
@@ -277,7 +277,7 @@ def decode_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], 
     return text[len(start) :] if text.startswith(start) else decode(ids)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Returns the length of the longest end of the text that is the start of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[len(text) - size :])), 0)

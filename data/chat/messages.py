@@ -139,7 +139,7 @@ _PAIR_HINTS = dict.fromkeys(("messages", "answer"), "data=chat, which reads conv
 
 def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     """Returns the conversation of an object, or raises DataError with place, field, rule and value."""
-    tools = _read_tools(values.get("tools"), f"{place}: tools")
+    tools = read_tools(values.get("tools"), f"{place}: tools")
     if "messages" in values:
         messages = _read_messages(values["messages"], f"{place}: messages")
         return _checked(Conversation(messages=messages, tools=tools), place)
@@ -161,7 +161,7 @@ def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
     require_fields(
         values, place, ("prompt", *_ANSWERS), ' in an object with "prompt", "chosen" and "rejected"', _PAIR_HINTS
     )
-    tools = _read_tools(values.get("tools"), f"{place}: tools")
+    tools = read_tools(values.get("tools"), f"{place}: tools")
     prompt = read_prompt(values["prompt"], f"{place}: prompt")
     pair = []
     for name in _ANSWERS:
@@ -306,5 +306,5 @@ _MESSAGE_READERS: Mapping[str, Reader | None] = {
     "tool_call_id": None,
     "name": None,
 }
-_read_tools = partial(list_of, read=_read_tool, can_be_empty=True)
+read_tools = partial(list_of, read=_read_tool, can_be_empty=True)
 _read_margin = optional(partial(number_of, limits=Range("that is finite", lambda value: True)))
