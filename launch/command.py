@@ -238,6 +238,7 @@ _PATHS = {
     "convert": "if it is the folder with weights; path={value}",
     "place": "if it is the run's folder; loads={value}",
     "redraw": "if it is the run's folder; run={value}",
+    "serve": "if it is a folder with weights; ckpt={value}",
 }
 """For each command, the advice for a path without a key, written as in `advice.yaml`."""
 

@@ -201,6 +201,7 @@ _CONFIGS = {
     "redraw": "launch.redraw RedrawConfig",
     "sample": "launch.sample SampleCommandConfig",
     "schedule": "launch.schedule ScheduleCommandConfig",
+    "serve": "launch.serve ServeCommandConfig",
     "workflow": "launch.workflow WorkflowCommandConfig",
 }
 """Modules and dataclasses of the commands whose keys are not those of a run."""

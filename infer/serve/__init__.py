@@ -1,0 +1,1 @@
+"""HTTP server with the interface of OpenAI's API."""

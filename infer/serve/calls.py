@@ -1,0 +1,275 @@
+"""Reads requests of `/v1/completions` and `/v1/chat/completions` into prompts for an engine. Imports no torch."""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from data.chat.encode import encode_prompt
+from data.chat.messages import ToolDefinition
+from data.chat.templates import ChatTemplate, Pieces
+from data.corpus import DataError, describe, refusal
+from data.tokenizer import Tokenizer
+from infer.config import GenerateError, Sampling
+from infer.protocol import Request
+from infer.serve.constraint import GrammarConstraint, Grammars
+from infer.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, STRUCTURES, ApiError, integer_of, read_body
+
+Endpoint = Literal["completions", "chat/completions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What requests need to know of the model.
+
+    Attributes:
+        template: of chats; None: the model answers no chats.
+        thinking: whether answers to chats begin with thoughts; None follows the template.
+        end_ids: token ids that end an answer.
+        max_tokens: maximum number of tokens of a prompt and its answer.
+        most_choices: maximum number of answers of a request.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    thinking: bool | None
+    end_ids: tuple[int, ...]
+    vocab_size: int
+    max_tokens: int
+    most_choices: int
+    grammars: Grammars
+
+    def read_token(self, value: object, place: str) -> int:
+        """Returns a token id of the vocabulary."""
+        return integer_of(value, place, 0, self.vocab_size - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiCall:
+    """A request that was read: its prompts, and how each is continued and answered.
+
+    Attributes:
+        template: by which answers are parsed; None: they are text.
+        opens_thoughts: whether the prompt ends where thoughts begin.
+        parses_calls: whether calls of tools in an answer become fields.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    request: Request
+    num_choices: int
+    stop_strings: tuple[str, ...]
+    is_streamed: bool
+    includes_usage: bool
+    echo: bool = False
+    template: ChatTemplate | None = None
+    opens_thoughts: bool = False
+    parses_calls: bool = False
+
+    def submissions(self) -> Iterator[tuple[tuple[int, ...], Request]]:
+        """Yields the prompt and the request of each answer. Answers of one prompt have different random numbers."""
+        for prompt in self.prompts:
+            for number in range(self.num_choices):
+                yield prompt, replace(self.request, step=number)
+
+
+def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCall:
+    """Reads the body of a request, or raises ApiError."""
+    is_chat = endpoint == "chat/completions"
+    try:
+        fields = read_body(content, CHAT_FIELDS if is_chat else COMPLETION_FIELDS)
+        name = fields.get("model", served.name)
+        if name != served.name:
+            message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return _read_chat(served, fields) if is_chat else _read_completion(served, fields)
+    except (DataError, GenerateError) as error:
+        raise ApiError.of_field(error) from error
+
+
+def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
+    prompts = _read_prompts(served, fields)
+    num_choices = fields.get("n", 1)
+    echo = fields.get("echo", False)
+    max_new_tokens = fields.get("max_tokens", 16)
+    if fields.get("best_of", num_choices) != num_choices:
+        raise refusal("best_of", "must equal n, because every answer is returned", fields["best_of"], num_choices)
+    if max_new_tokens == 0 and not echo:
+        raise refusal("max_tokens", "must be at least 1 without echo", 0, 1)
+    constraint = _read_structure(served, fields, ())
+    alternatives = fields.get("logprobs")
+    request = _read_request(served, fields, max_new_tokens, alternatives, constraint)
+    request = replace(request, scores_prompt=echo and alternatives is not None)
+    return _checked(served, ApiCall(prompts=prompts, request=request, echo=echo, **_read_form(fields)))
+
+
+def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
+    template = served.template
+    if template is None:
+        message = "this model has no chat template; start the server with chat=v3, or use /v1/completions"
+        raise ApiError(400, message, "messages", "no_chat_template")
+    if "messages" not in fields:
+        raise ApiError(400, "messages: must be given", "messages")
+    messages = fields["messages"]
+    thinking = _read_thinking(served, template, fields)
+    forced = _read_tool_choice(fields)
+    tools = () if forced is None else fields.get("tools", ())
+    prompt = tuple(encode_prompt(messages, template, served.tokenizer, thinking=thinking, tools=tools))
+    opens_thoughts = thinking and messages[-1].role == "user"
+    thoughts_end = template.thoughts.end if opens_thoughts and template.thoughts is not None else ()
+    constraint = _read_structure(served, fields, thoughts_end)
+    if forced:
+        if constraint is not None:
+            raise refusal("tool_choice", "must be auto or none with a structured answer", "given", "auto")
+        constraint = served.grammars.build_call(forced, template, thoughts_end)
+    has_scores = fields.get("logprobs", False)
+    if "top_logprobs" in fields and not has_scores:
+        raise refusal("top_logprobs", "must be absent unless logprobs is true", fields["top_logprobs"], "logprobs=true")
+    limit = max(served.max_tokens - len(prompt), 1)
+    max_new_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", limit))
+    if max_new_tokens == 0:
+        raise refusal("max_completion_tokens", "must be at least 1", 0, 1)
+    alternatives = fields.get("top_logprobs", 0) if has_scores else None
+    call = ApiCall(
+        prompts=(prompt,),
+        request=_read_request(served, fields, max_new_tokens, alternatives, constraint),
+        **_read_form(fields),
+        template=template,
+        opens_thoughts=opens_thoughts,
+        parses_calls=bool(tools),
+    )
+    return _checked(served, call)
+
+
+def _read_form(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the form of the answers."""
+    is_streamed = fields.get("stream", False)
+    if "stream_options" in fields and not is_streamed:
+        raise refusal("stream_options", "must be absent unless stream is true", "given", "stream=true")
+    return {
+        "num_choices": fields.get("n", 1),
+        "stop_strings": fields.get("stop", ()),
+        "is_streamed": is_streamed,
+        "includes_usage": fields.get("stream_options", {}).get("include_usage", False),
+    }
+
+
+def _checked(served: ServedModel, call: ApiCall) -> ApiCall:
+    """Rejects calls that the model's positions or the queue can never hold."""
+    longest = max(map(len, call.prompts))
+    if longest + call.request.max_new_tokens > served.max_tokens:
+        message = (
+            f"max_tokens: a prompt of {longest} tokens and {call.request.max_new_tokens} new ones exceed the maximum "
+            f"of {served.max_tokens} tokens"
+        )
+        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+    count = len(call.prompts) * call.num_choices
+    if count > served.most_choices:
+        raise refusal("n", f"must ask for at most {served.most_choices} answers in a request", count, 1)
+    return call
+
+
+def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Returns the token ids of a text, of several, of a list of token ids, or of several."""
+    value = fields.get("prompt")
+    if value is None:
+        raise ApiError(400, "prompt: must be given", "prompt")
+    is_list = isinstance(value, list) and value and isinstance(value[0], list | str)
+    prompts = []
+    for number, prompt in enumerate(value if is_list else [value]):
+        place = f"prompt[{number}]" if is_list else "prompt"
+        if isinstance(prompt, str):
+            prompts.append(tuple(served.tokenizer.prompt(prompt)))
+        elif isinstance(prompt, list) and prompt:
+            prompts.append(tuple(served.read_token(item, place) for item in prompt))
+        else:
+            raise refusal(place, "must be text or token ids", describe(prompt), '"text"')
+    return tuple(prompts)
+
+
+def _read_request(
+    served: ServedModel,
+    fields: Mapping[str, Any],
+    max_new_tokens: int,
+    alternatives: int | None,
+    constraint: GrammarConstraint | None,
+) -> Request:
+    names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    seed = fields.get("seed")
+    sampling = Sampling(
+        temperature=fields.get("temperature", 1.0),
+        top_k=fields["top_k"] if fields.get("top_k", 0) > 0 else None,
+        seed=secrets.randbits(63) if seed is None else seed % 2**64,
+        **{name: fields[name] for name in names if name in fields},
+    )
+    stop_ids = fields.get("stop_token_ids", [])
+    if not isinstance(stop_ids, list):
+        raise refusal("stop_token_ids", "must be a list", describe(stop_ids), [])
+    ends = () if fields.get("ignore_eos", False) else served.end_ids
+    return Request(
+        samples=1,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=frozenset((*(served.read_token(item, "stop_token_ids") for item in stop_ids), *ends)),
+        logit_bias=_read_bias(served, fields.get("logit_bias", {})),
+        num_alternatives=alternatives,
+        constraint=None if constraint is None else constraint.copy,
+    )
+
+
+def _read_bias(served: ServedModel, value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise refusal("logit_bias", "must be an object", describe(value), {})
+    bias: dict[int, float] = {}
+    for name, item in value.items():
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else name
+        if type(item) not in (int, float) or not -100 <= item <= 100:
+            raise refusal("logit_bias", "must have numbers from -100 to 100", describe(item), 0)
+        bias[served.read_token(token, "logit_bias")] = float(item)
+    return bias
+
+
+def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end: Pieces) -> GrammarConstraint | None:
+    """Returns the constraint of the one field that demands a structure, or None."""
+    demands = {f"guided_{name}": (name, fields.get(f"guided_{name}")) for name in STRUCTURES}
+    options = fields.get("structured_outputs", {})
+    demands |= {f"structured_outputs.{name}": (name, options.get(name)) for name in STRUCTURES}
+    anything = {"type": "object"}
+    if options.get("json_object"):
+        demands["structured_outputs.json_object"] = ("json", anything)
+    form = fields.get("response_format", {"type": "text"})
+    if ("json_schema" in form) != (form["type"] == "json_schema"):
+        raise refusal("response_format.json_schema", "must be given with the type json_schema", "not", "json_schema")
+    if form["type"] != "text":
+        demands["response_format"] = ("json", form.get("json_schema", {}).get("schema", anything))
+    chosen = [(place, kind, value) for place, (kind, value) in demands.items() if value is not None]
+    if len(chosen) > 1:
+        raise refusal(chosen[1][0], f"must be absent with {chosen[0][0]}", "given", chosen[0][0])
+    return served.grammars.build(*chosen[0], thoughts_end) if chosen else None
+
+
+def _read_thinking(served: ServedModel, template: ChatTemplate, fields: Mapping[str, Any]) -> bool:
+    options = fields.get("chat_template_kwargs", {})
+    default = template.thinks if served.thinking is None else served.thinking
+    thinking: bool = options.get("thinking", options.get("enable_thinking", default))
+    if thinking and template.thoughts is None:
+        rule = "must be false, because the model's template has no thoughts"
+        raise refusal("chat_template_kwargs.thinking", rule, "true", "false")
+    return thinking
+
+
+def _read_tool_choice(fields: Mapping[str, Any]) -> tuple[ToolDefinition, ...] | None:
+    """Returns the tools of which one must be called; none: the model chooses. None: no tool may be called."""
+    value = fields.get("tool_choice", "auto")
+    if not fields.get("parallel_tool_calls", True) and value in ("auto",):
+        rule = "must be true unless tool_choice is none or demands a call, which is one"
+        raise refusal("parallel_tool_calls", rule, "false", "true")
+    if value in ("auto", "none"):
+        return () if value == "auto" else None
+    tools: Sequence[ToolDefinition] = fields.get("tools", ())
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    chosen = tuple(tool for tool in tools if value == "required" or tool.name == name)
+    if not chosen:
+        raise refusal("tool_choice", "must be none, auto, required or one of the tools", describe(value), "auto")
+    return chosen

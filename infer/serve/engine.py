@@ -1,0 +1,188 @@
+"""Runs an engine on a thread, and delivers its tokens to the coroutines of an event loop."""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from infer.config import GenerateError
+from infer.continuous import SequenceNews
+from infer.protocol import NumberedPrompt, Request
+from infer.serve.fields import ApiError
+
+_IDLE_SECONDS = 20.0
+
+
+class ServingEngine(Protocol):
+    """Protocol of an engine that a server drives. One thread makes all calls."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence waits or is active."""
+
+    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
+        """Queues a prompt, or raises GenerateError if it can never be continued."""
+
+    def cancel(self, number: int) -> None:
+        """Ends the sequences of a prompt and frees their memory."""
+
+    def step(self) -> list[SequenceNews]:
+        """Runs one pass, and returns the new tokens."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Returns the sizes of queue and cache."""
+
+    def close(self) -> None:
+        """Ends the engine; no step follows."""
+
+
+@dataclass(eq=False)
+class Subscription:
+    """The sequences of one call, and the news that were not read yet."""
+
+    engine: "EngineThread"
+    numbers: dict[int, int]  # index of each sequence in its call, by number; without those that ended
+    news: asyncio.Queue[tuple[int, SequenceNews] | ApiError] = field(default_factory=asyncio.Queue)
+
+    async def read(self) -> AsyncIterator[tuple[int, SequenceNews]]:
+        """Yields the index of a sequence and its news until all have ended, or raises ApiError."""
+        while self.numbers or not self.news.empty():
+            item = await self.news.get()
+            if isinstance(item, ApiError):
+                raise item
+            yield item
+
+    def cancel(self, index: int | None = None) -> None:
+        """Cancels the sequence with an index, or all."""
+        numbers = [number for number, at in self.numbers.items() if index in (None, at)]
+        self.engine.cancel(self, numbers)
+
+
+class EngineThread:
+    """An engine with its thread. All methods are called on the event loop's thread."""
+
+    def __init__(self, engine: ServingEngine, *, most_open: int) -> None:
+        """Takes over an engine that no other thread uses.
+
+        Args:
+            most_open: maximum number of sequences that wait or are active.
+        """
+        self._engine = engine
+        self._most_open = most_open
+        self._commands = queue.SimpleQueue[list[tuple[NumberedPrompt, Request | None]] | None]()
+        self._numbers = itertools.count()
+        self._open: dict[int, Subscription] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.counts = engine.counts()
+        self.failure: BaseException | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Number of sequences that have not ended."""
+        return len(self._open)
+
+    def start(self) -> None:
+        """Starts the thread. Call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its current step."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def submit(self, sequences: Iterable[tuple[tuple[int, ...], Request]]) -> Subscription:
+        """Queues the sequences of a call; raises ApiError if too many wait."""
+        if self.failure is not None:
+            raise _died(self.failure)
+        numbered = [
+            (NumberedPrompt(number=next(self._numbers), tokens=tokens), request) for tokens, request in sequences
+        ]
+        if self.num_open + len(numbered) > self._most_open:
+            raise ApiError(429, f"{self.num_open} answers are in progress; try again later", code="queue_full")
+        numbers = {prompt.number: index for index, (prompt, _) in enumerate(numbered)}
+        subscription = Subscription(self, numbers)
+        self._open |= dict.fromkeys(numbers, subscription)
+        self._commands.put([*numbered])
+        return subscription
+
+    def cancel(self, subscription: Subscription, numbers: Iterable[int]) -> None:
+        """Cancels sequences before the next step. No news of them follow."""
+        cancelled: list[tuple[NumberedPrompt, Request | None]] = []
+        for number in numbers:
+            subscription.numbers.pop(number)
+            if self._open.pop(number, None) is not None:
+                cancelled.append((NumberedPrompt(number=number, tokens=()), None))
+        if cancelled:
+            self._commands.put(cancelled)
+
+    def fail_all(self, error: ApiError) -> None:
+        """Ends all calls with an error."""
+        for subscription in set(self._open.values()):
+            subscription.news.put_nowait(error)
+            self.cancel(subscription, list(subscription.numbers))
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._call(self._deliver, self._engine.step(), self._engine.counts())
+            self._engine.close()
+        except BaseException as error:  # the thread ends, and the server reports why
+            self._call(self._fail, error)
+
+    def _obey(self) -> bool:
+        """Runs all commands that wait, and waits for one if the engine is idle. Returns whether to continue."""
+        while True:
+            try:
+                # An idle engine steps, too: its other ranks wait for a sign of it.
+                commands = self._commands.get(self._engine.is_idle, _IDLE_SECONDS)
+            except queue.Empty:
+                return True
+            if commands is None:
+                return False
+            for prompt, request in commands:
+                if request is None:
+                    self._engine.cancel(prompt.number)
+                    continue
+                try:
+                    self._engine.submit(prompt, request)
+                except GenerateError as error:
+                    self._call(self._refuse, prompt.number, ApiError.of_field(error))
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, news: list[SequenceNews], counts: Mapping[str, int]) -> None:
+        self.counts = counts
+        for item in news:
+            subscription = self._open.get(item.number)
+            if subscription is None:
+                continue
+            if item.error:
+                self._refuse(item.number, ApiError(500, item.error, code="generation_failed"))
+                continue
+            subscription.news.put_nowait((subscription.numbers[item.number], item))
+            if item.finish is not None:
+                del self._open[item.number]
+                del subscription.numbers[item.number]
+
+    def _refuse(self, number: int, error: ApiError) -> None:
+        subscription = self._open.get(number)
+        if subscription is not None:
+            subscription.news.put_nowait(error)
+            self.cancel(subscription, list(subscription.numbers))
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.fail_all(_died(error))
+
+
+def _died(error: BaseException) -> ApiError:
+    return ApiError(503, f"the engine has ended: {type(error).__name__}: {error}"[:500], code="engine_died")

@@ -1,0 +1,67 @@
+"""Runs the application on uvicorn until a signal, and drains it."""
+
+import asyncio
+import logging
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+
+from infer.serve.app import Service
+from infer.serve.fields import ApiError
+
+EXIT_ENGINE = 1  # the engine failed with an error that has no exit code
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that refuses new requests after a signal, and ends when those in progress have ended.
+
+    A second signal ends it at once.
+    """
+
+    def __init__(self, service: Service, drain_seconds: float) -> None:
+        config = uvicorn.Config(
+            service.app(), log_level=logging.WARNING, access_log=False, timeout_graceful_shutdown=2, server_header=False
+        )
+        super().__init__(config)
+        self._service = service
+        self._drain_seconds = drain_seconds
+        self._deadline: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to accept connections, and prints the URL."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port, *_ = bound.getsockname()
+            at = f"[{host}]" if ":" in host else host
+            print(f"serving {self._service.served.name} at http://{at}:{port}/v1", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain. uvicorn's own handler would end the process with the signal."""
+        self.should_exit = self._service.is_draining
+        self.force_exit = self._service.is_draining
+        self._drain()
+
+    def _drain(self) -> None:
+        if not self._service.is_draining:
+            self._service.is_draining = True
+            self._deadline = time.monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns whether to end: drained, or too late."""
+        if self._service.engine.failure is not None:
+            self._drain()
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._service.engine.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+            await asyncio.sleep(0.1)  # until the errors are sent
+            return True
+        return await super().on_tick(counter) or (self._service.is_draining and self._service.num_calls == 0)
+
+
+def run_server(service: Service, bound: socket.socket, drain_seconds: float) -> int:
+    """Serves at a bound socket. Returns the exit code: 0 if drained, and that of the engine's error if it failed."""
+    server = DrainingServer(service, drain_seconds)
+    asyncio.run(server.serve(sockets=[bound]))
+    failure = service.engine.failure
+    return 0 if failure is None else getattr(failure, "exit_code", EXIT_ENGINE)

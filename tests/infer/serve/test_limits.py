@@ -1,0 +1,348 @@
+"""What a server refuses, and how it ends: errors in OpenAI's form, limits, clients that disconnect, signals."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from infer.continuous import SequenceNews
+from infer.generate import generate
+from infer.serve.app import MOST_BODY_BYTES, Service
+from infer.serve.engine import EngineThread
+from launch.generate import Prompt, Transcript
+from launch.serve import API_KEY, main
+from tests import ROOT
+from tests.infer.models import make_model
+from tests.infer.serve.servers import (
+    MODEL,
+    MOST_OPEN,
+    TOKENIZER,
+    RunningServer,
+    describe,
+    make_engine,
+    save_weights,
+    serving,
+)
+from train.errors import ConfigError
+
+COMPLETION: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+WRONG: tuple[Any, ...] = (
+    *(
+        True,
+        -1,
+        3.5,
+        10**30,
+        1e400,
+        float("nan"),
+        "",
+        "x" * 99,
+        "\ud800",
+        [],
+        [[]],
+        [None],
+        {},
+        {"a": 1},
+        {"type": "x"},
+    ),
+    *([{"role": "user"}], [[1, "a"]], [-1], [10**9], [{"role": "robot", "content": "a"}], ["", 3]),
+)
+FIELDS = (
+    *(
+        "model",
+        "prompt",
+        "messages",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "logit_bias",
+        "seed",
+    ),
+    *(
+        "frequency_penalty",
+        "repetition_penalty",
+        "n",
+        "best_of",
+        "stop",
+        "stop_token_ids",
+        "stream_options",
+        "logprobs",
+    ),
+    *("top_logprobs", "echo", "max_tokens", "tools", "tool_choice", "response_format", "structured_outputs", "suffix"),
+    *("guided_json", "guided_regex", "guided_choice", "chat_template_kwargs", "stream"),
+)
+RAW = (
+    *(
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 10**5,
+    ),
+    *(b'{"metadata": ' + b'{"a":' * 500 + b"1" + b"}" * 501, b'{"seed": ' + b"9" * 5000 + b"}", b'{"n": 1e999}', b"\0"),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    torch.set_num_threads(1)
+    with serving(make_engine()) as running:
+        yield running
+
+
+def bodies(count: int) -> Iterator[tuple[str, bytes]]:
+    """Yields endpoints and bodies that are wrong, most in one field."""
+    draw = random.Random(0)
+    for content in RAW:
+        yield draw.choice(["completions", "chat/completions"]), content
+    for _ in range(count - len(RAW)):
+        endpoint, body = draw.choice([("completions", COMPLETION), ("chat/completions", CHAT)])
+        changed = {**body, draw.choice(FIELDS): draw.choice(WRONG)}
+        yield endpoint, json.dumps(changed, ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass")
+
+
+def test_200_wrong_bodies_are_refused_in_the_form_of_openai(server: RunningServer) -> None:
+    """A few of the values are valid by chance; none of the others is an error of the server."""
+    statuses: list[int] = []
+    with httpx.Client(base_url=server.url) as client:
+        for endpoint, content in bodies(260):
+            response = client.post(f"/v1/{endpoint}", content=content)
+            statuses.append(response.status_code)
+            if response.status_code == 200:
+                continue
+            assert 400 <= response.status_code < 500, (endpoint, content[:200], response.text)
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}, content[:200]
+            assert isinstance(error["message"], str)
+            assert error["message"]
+    assert sum(status != 200 for status in statuses) >= 200
+    assert all(status != 200 for status in statuses[: len(RAW)])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/v2", 404), ("GET", "/v1/models/x", 404)],
+)
+def test_unknown_routes_have_errors_of_the_same_form(
+    server: RunningServer, method: str, path: str, status: int
+) -> None:
+    response = httpx.request(method, server.url + path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_too_large_body_is_refused(server: RunningServer) -> None:
+    response = httpx.post(f"{server.url}/v1/completions", content=b" " * (MOST_BODY_BYTES + 1))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+
+
+def test_structured_output_without_its_package_names_the_extra(server: RunningServer) -> None:
+    with mock.patch.dict(sys.modules, {"llguidance": None}):
+        response = httpx.post(f"{server.url}/v1/completions", json={**COMPLETION, "guided_regex": "a"})
+    assert response.status_code == 400
+    assert "extra structured" in response.json()["error"]["message"]
+
+
+def test_model_without_a_template_refuses_chats() -> None:
+    with serving(make_engine(), describe(template=None)) as running:
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "no_chat_template")
+
+
+def test_api_key_is_demanded_of_requests() -> None:
+    with serving(make_engine(), api_key="secret") as running:
+        for headers, status in (
+            ({}, 401),
+            ({"authorization": "Bearer wrong"}, 401),
+            ({"authorization": "Bearer secret"}, 200),
+        ):
+            response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, headers=headers)
+            assert response.status_code == status, headers
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert httpx.get(f"{running.url}/v1/models").status_code == 401
+
+
+def test_full_queue_is_refused_with_429() -> None:
+    with serving(make_engine(), most_open=2) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        response = client.post("/v1/completions", json={**COMPLETION, "n": 3})
+        assert response.status_code == 429
+        assert response.headers["retry-after"]
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert client.post("/v1/completions", json={**COMPLETION, "n": 2}).status_code == 200
+
+
+LONG = {"prompt": "hello", "max_tokens": 450, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_disconnects_frees_its_blocks(stream: bool) -> None:
+    engine = make_engine()
+    step = engine.step
+
+    def slow_step() -> list[SequenceNews]:
+        time.sleep(0.005)
+        return step()
+
+    with serving(engine) as running, mock.patch.object(engine, "step", slow_step):
+        free = engine.counts()["free_blocks"]
+        url = f"{running.url}/v1/completions"
+        body = {**LONG, "stream": stream, "n": 4}
+        if stream:
+            with httpx.stream("POST", url, json=body) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=body, timeout=0.5)
+        deadline = time.monotonic() + 10
+        while running.service.engine.num_open or not engine.is_idle:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert engine.counts()["free_blocks"] == free
+        assert " 499, " in running.lines[-1]
+        assert httpx.post(f"{running.url}/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_signal_drains_what_is_in_progress_and_refuses_the_rest() -> None:
+    with serving(make_engine()) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        client.get("/health")  # a connection that stays open
+        answers: list[httpx.Response] = []
+        body = {**LONG, "max_tokens": 120}
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{running.url}/v1/completions", json=body, timeout=30))
+        )
+        asking.start()
+        while not running.service.engine.num_open:
+            time.sleep(0.01)
+        running.server.handle_exit(signal.SIGTERM, None)
+        response = client.post("/v1/completions", json=COMPLETION)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert client.get("/health").status_code == 503
+        asking.join()
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] == 120
+
+
+class LostEngineError(RuntimeError):
+    exit_code = 78
+
+
+def test_engine_that_fails_answers_503_and_ends_the_server() -> None:
+    engine = make_engine()
+    with serving(engine) as running, mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")):
+        response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_died"
+        assert "LostEngineError: rank 2 is lost" in response.json()["error"]["message"]
+        while not running.service.is_draining:
+            time.sleep(0.05)
+        assert isinstance(running.service.engine.failure, LostEngineError)
+
+
+def text_of(prompt: list[int], tokens: Sequence[int]) -> str:
+    """Returns what `launch.generate` prints."""
+    transcript = Transcript(Prompt(prompt, prompt), TOKENIZER, ())
+    for token in tokens:
+        transcript.push(token)
+    transcript.end("length")
+    return transcript.text
+
+
+def test_50_prompts_in_random_order_get_the_text_of_generate(server: RunningServer) -> None:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(6, 300) for _ in range(draw.randint(1, 90))] for _ in range(50)]
+    end = TOKENIZER.end_of_sentence_id
+    made = generate(make_model(MODEL), prompts, max_new_tokens=16, stop=[end], speculative=False)
+    expected = [text_of(prompt, item.tokens) for prompt, item in zip(prompts, made.continuations, strict=True)]
+    order = draw.sample(range(50), 50)
+
+    async def ask() -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            bodies = [{"prompt": prompts[at], "temperature": 0, "max_tokens": 16} for at in order]
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            return [answer.json()["choices"][0]["text"] for answer in answers]
+
+    texts = asyncio.run(ask())
+    assert dict(zip(order, texts, strict=True)) == dict(enumerate(expected))
+
+
+@pytest.mark.slow
+def test_command_serves_and_ends_with_0_on_sigterm(tmp_path: Path) -> None:
+    folder = save_weights(tmp_path / "tiny")
+    command = [sys.executable, "-m", "launch.serve", f"ckpt={folder}", "port=0", "dtype=float32", "chat=v3_1"]
+    environment = {**os.environ, API_KEY: "secret", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving tiny at http://127.0.0.1:"), line
+            url = line.split()[-1]
+            headers = {"authorization": "Bearer secret"}
+            answer = httpx.post(f"{url}/chat/completions", json=CHAT, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+            assert httpx.post(f"{url}/completions", json=COMPLETION).status_code == 401
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=30)
+            assert process.returncode == 0, errors
+            assert time.monotonic() - began < 10
+            assert "chat/completions 200" in errors
+            assert "hello" not in errors
+        finally:
+            process.kill()
+
+
+@pytest.mark.long
+def test_10_000_short_requests_keep_memory() -> None:
+    """In one process without sockets, so that only the server's own memory grows."""
+
+    async def ask() -> int:
+        engine = EngineThread(make_engine(replace(MODEL, num_layers=1, num_dense_layers=1)), most_open=MOST_OPEN)
+        service = Service(describe(), engine, api_key=None, write_line=lambda line: None)
+        engine.start()
+        transport = httpx.ASGITransport(service.app())
+        process = psutil.Process()
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def some(count: int) -> None:
+                for number in range(count):
+                    body = {"prompt": f"{number} hello", "max_tokens": 1}
+                    assert (await client.post("/v1/completions", json=body)).status_code == 200
+
+            await asyncio.gather(*(some(125) for _ in range(8)))
+            before = process.memory_info().rss
+            await asyncio.gather(*(some(1250) for _ in range(8)))
+            grown = process.memory_info().rss - before
+        engine.stop()
+        return grown
+
+    assert asyncio.run(ask()) < 20 * 2**20
+
+
+def test_port_in_use_is_a_user_error(tmp_path: Path) -> None:
+    folder = save_weights(tmp_path / "tiny")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="port=0"):
+        main([f"ckpt={folder}", f"port={taken.getsockname()[1]}"])
