@@ -63,6 +63,10 @@ class VllmEngine:
             raise GenerateError(
                 "record_routes: must be false with vllm, which does not report experts, is true; nearest valid: false"
             )
+        plain = Request(samples=1, max_new_tokens=0, sampling=request.sampling)
+        for name in ("logit_bias", "constraint", "num_alternatives", "scores_prompt"):
+            if getattr(request, name) != getattr(plain, name):
+                raise GenerateError(f"{name}: must be left out with vllm, whose adapter does not pass it on")
         tokens = [prompt.tokens for prompt in prompts]
         check(self._config, tokens, request.max_new_tokens, speculative=False, batch_size=1)
         _check_sampling(request.sampling)

@@ -453,6 +453,11 @@ def test_sampling_whose_log_probs_vllm_changes_is_refused(engine: VllmEngine) ->
         engine.generate(VLLM_PROMPTS, request)
 
 
+def test_fields_that_the_adapter_of_vllm_ignores_are_refused(engine: VllmEngine) -> None:
+    with pytest.raises(GenerateError, match=r"^num_alternatives: must be left out with vllm"):
+        engine.generate(VLLM_PROMPTS, replace(VLLM_REQUEST, num_alternatives=0))
+
+
 def test_engine_without_vllm_is_refused_with_other_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(GenerateError, match=r"^engine: vllm must be installed, .*; nearest valid: local or pipelined$"):
