@@ -312,7 +312,8 @@ class KvCache:
         tables = [self._tables[row][:most] for row in rows]
         first = tables[0][0]
         # A row that is shorter than its lane is followed by blocks that no token may see.
-        in_lanes = most <= self._lane and first + len(tables) * self._lane <= self._num_blocks
+        is_in_lane = most <= self._lane or len(tables) == 1
+        in_lanes = is_in_lane and first + (len(tables) - 1) * self._lane + most <= self._num_blocks
         for number, table in enumerate(tables):
             start = first + number * self._lane
             in_lanes = in_lanes and table == list(range(start, start + len(table)))
