@@ -158,6 +158,7 @@ class ContinuousEngine:
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
         """Queues the samples of a request whose number no other one has, or raises as `check`."""
         self.check(prompt, request)
+        assert all(one.index != prompt.number for one in (*self._waiting, *self.batch.rows)), "the number is taken"
         self._waiting += self._start(prompt, request)
 
     def _start(self, prompt: NumberedPrompt, request: Request) -> list[ActiveSequence]:
