@@ -110,6 +110,7 @@ class GenerationBatch:
         self._drafts = drafts
         # Other work on the machine adds no CPU time. A device is waited for at the end of each pass.
         self._clock = time.process_time if decoder.device.type == "cpu" else time.perf_counter
+        self._is_timed = drafts.wanted == "auto"
         self._prefill_tokens = prefill_tokens
         self._keeps_blocks = keeps_blocks
         self.num_reused = 0  # tokens of prompts that were found in finished blocks
@@ -169,12 +170,12 @@ class GenerationBatch:
     def reserve(self, sequence: ActiveSequence, count: int) -> bool:
         """Takes blocks for the next tokens of a sequence. Returns false, and takes none, if too few are free."""
         row = self.rows.index(sequence)
-        needs = [(cache, cache.lengths[row] + count) for cache in (self.decoder.main, self.decoder.mtp)]
-        if not all(cache.has_room(row, length) for cache, length in needs):
-            return False
-        for cache, length in needs:
-            cache.reserve(row, length)
-        return True
+        caches = (self.decoder.main, self.decoder.mtp)
+        has_room = all(cache.has_room(row, count) for cache in caches)
+        if has_room:
+            for cache in caches:
+                cache.reserve(row, count)
+        return has_room
 
     def read(self, sequences: Sequence[ActiveSequence], counts: Sequence[int]) -> None:
         """Reads the next tokens in one pass: the first ones of empty rows, or later ones of a single row."""
@@ -246,9 +247,7 @@ class GenerationBatch:
             row = self.rows.index(sequence)
             if sequence.states_TD is None:
                 self._copy_prompt(sequence, row)
-            if row != self.num_active:
-                self.decoder.swap(row, self.num_active)
-                self.rows[row], self.rows[self.num_active] = self.rows[self.num_active], self.rows[row]
+            self._swap(row, self.num_active)
             self.num_active += 1
         empty = [sequence for sequence in sequences if sequence.max_tokens == 0]
         for sequence in empty:
@@ -275,9 +274,10 @@ class GenerationBatch:
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
         # would depend on the other sequences in its batch.
         is_drafted = self._drafts.choose(len(active))
-        began = self._clock()
+        began = self._clock() if self._is_timed else 0.0
         chosen = self._advance_with_drafts(active) if is_drafted else self._advance_by_one(active)
-        self._drafts.record(len(active), self._clock() - began, sum(map(len, chosen)), is_drafted=is_drafted)
+        if self._is_timed:
+            self._drafts.record(len(active), self._clock() - began, sum(map(len, chosen)), is_drafted=is_drafted)
         results = self._take(active, chosen)
         self._drop_finished()
         return results
@@ -368,10 +368,14 @@ class GenerationBatch:
             self.num_active -= 1
             if self.num_active < len(self.rows):
                 # The last row was one whose prompt is read. It moves behind the active ones.
-                self.decoder.swap(row, self.num_active)
-                self.rows[row], self.rows[self.num_active] = self.rows[self.num_active], self.rows[row]
+                self._swap(row, self.num_active)
         active = {sequence.index for sequence in self.rows[: self.num_active]}
         self._prompt_ends = {index: end for index, end in self._prompt_ends.items() if index in active}
+
+    def _swap(self, row: int, other: int) -> None:
+        if row != other:
+            self.decoder.swap(row, other)
+            self.rows[row], self.rows[other] = self.rows[other], self.rows[row]
 
     def _drop_finished(self) -> None:
         for sequence in reversed(self.rows[: self.num_active]):

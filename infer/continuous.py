@@ -253,10 +253,13 @@ class ContinuousEngine:
 
     def _copy_prompts(self) -> None:
         """Starts waiting samples of prompts that a row has already."""
-        for sequence in [waiting for waiting in self._waiting if self.batch.can_copy(waiting)]:
-            # A copy has its own last block. The row of the prompt may end with the first token of a copy.
+        for sequence in list(self._waiting):
+            # A copy has its own last block.
             has_room = len(self.batch) < self._max_sequences and self.batch.decoder.num_free_blocks > 1
-            if has_room and self.batch.can_copy(sequence):
+            if not has_room or not (self.batch.can_copy(sequence) or self._has_room(sequence)):
+                # No younger sequence takes the blocks that this one waits for.
+                return
+            if self.batch.can_copy(sequence):
                 self._waiting.remove(sequence)
                 self.batch.begin(sequence)
                 self._report(self.batch.join([sequence]))

@@ -251,15 +251,17 @@ class KvCache:
         self._lengths[row] = len(self._tables[row]) * BLOCK_TOKENS
         return self._lengths[row]
 
-    def has_room(self, row: int, length: int) -> bool:
-        """Returns whether enough blocks are free for `length` tokens of a row."""
+    def has_room(self, row: int, count: int) -> bool:
+        """Returns whether enough blocks are free for the next tokens of a row."""
+        length = self._lengths[row] + count
         return -(-length // BLOCK_TOKENS) - len(self._tables[row]) <= self._blocks.num_free
 
-    def reserve(self, row: int, length: int) -> None:
-        """Takes blocks until a row has room for `length` tokens, or raises OutOfBlocksError and takes none."""
-        table = self._tables[row]
-        if not self.has_room(row, length):
+    def reserve(self, row: int, count: int) -> None:
+        """Takes blocks for the next tokens of a row, or raises OutOfBlocksError and takes none."""
+        if not self.has_room(row, count):
             raise OutOfBlocksError
+        table = self._tables[row]
+        length = self._lengths[row] + count
         while len(table) * BLOCK_TOKENS < length:
             table.append(self._blocks.take(table[-1] if table else None))
 
@@ -288,7 +290,7 @@ class KvCache:
         slots = []
         for row, count in zip(rows, counts, strict=True):
             first = self._lengths[row]
-            self.reserve(row, first + count)
+            self.reserve(row, count)
             table = self._tables[row]
             positions = range(first, first + count)
             slots += [table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in positions]

@@ -105,7 +105,6 @@ def test_rows_start_with_the_finished_blocks_of_their_own_beginning_only() -> No
         other[changed] += 3
         num_cached = cache.start(row, tokens)
         num_shared += num_cached
-        cache.reserve(row, len(tokens))
         slots_N = cache.slots([row], [len(tokens) - num_cached])
         cache.values.write(0, slots_N, torch.tensor(tokens[num_cached:], dtype=torch.float32)[:, None])
         cache.resize(row, len(tokens))
@@ -130,7 +129,7 @@ def test_without_a_free_block_nothing_is_lost() -> None:
     held.write(0, list(range(BLOCK_TOKENS)))
     held.write(1, [1, 2, 3])
     with pytest.raises(OutOfBlocksError):
-        held.cache.reserve(0, BLOCK_TOKENS + 1)
+        held.cache.reserve(0, 1)
     held.check()
     held.cache.remove(1)
     held.rows.pop()
