@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import BatchSizes
 from data.corpus import DataError
-from data.prepare import Prepared
+from data.parts import Prepared
 
 IGNORE = -100
 

@@ -1,4 +1,4 @@
-"""Opens a folder that `launch.prepare` wrote as the corpus of a run, or prepares it in the cache.
+"""Opens a folder of shards as the corpus of a run, and prepares it in the cache if it is not there.
 
 Imports no torch.
 """
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,73 +17,143 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from data.build.run import build_folder
-from data.build.work import BuildSettings
-from data.config import DataConfig
-from data.corpus import DataError
-from data.mix.manifest import Manifest, parse_manifest, read_manifest
+from data.config import DataConfig, LongDocumentsConfig
+from data.corpus import DataError, hash_unit
+from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
 from data.mix.mixture import Mixture, hold_out
 from data.mix.rows import ShardRows
+from data.mix.source import MixtureSource
 from data.pack import entropy_nats
-from data.prepare import Prepared, find_tokenizer
+from data.parts import LongDocuments, Prepared
 from data.progress import Progress
-from data.registry import Part
-from data.shards import REPORT_NAME, SOURCES_NAME, Shard, open_shards, read_report, replace_file
+from data.registry import DATA_SOURCES, Part
+from data.samples import cache_errors, lowered_line
+from data.shards import (
+    ANY_LENGTH,
+    PARTS,
+    REPORT_NAME,
+    SOURCES_NAME,
+    Shard,
+    open_shards,
+    read_report,
+    read_unit,
+    replace_file,
+)
+from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
-    from data.mix.source import MixtureSource
+    from data.build.work import BuildSettings
 
 _ENTROPY_TOKENS = 2**20
+_LONG = "data.long_documents"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureFolder:
+class ShardFolder:
     """A prepared folder, opened for one sequence length."""
 
     folder: Path
     report: Mapping[str, Any]  # prepare.json
-    manifest: Manifest
+    manifest: Manifest  # weights of the sources
     length: int
-    counts: Mapping[Part, Mapping[str, Sequence[int]]]  # sequences of each shard of a source
+    long: LongDocumentsConfig | None = None  # the training part is read as two sources: long documents, and others
+
+    def shards(self, part: Part) -> dict[str, tuple[Shard, ...]]:
+        """Returns the shards of each source that runs read."""
+        if self.long is None or part == "validation":
+            return {name: open_shards(self.folder, name, part) for name in self.stored_names}
+        (name, *_) = self.stored_names
+        least = self.long.min_document_tokens
+        lengths = (range(least, ANY_LENGTH.stop), range(least))
+        return {
+            source.name: open_shards(self.folder, name, part, some)
+            for source, some in zip(self.manifest.sources, lengths, strict=True)
+        }
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the sources that runs read, as the folder has them."""
+        read = [source.name for source in self.manifest.sources]
+        return read if self.long is None else list(self.report[SOURCES_NAME])
+
+    def counts(self) -> dict[str, Any]:
+        """Returns sequences of each shard and tokens of each source of both parts, and the entropy of tokens.
+
+        They are stored in a file that the first run of a length writes.
+        """
+        name = f"sequences-{self.length}{f'-{self.long.min_document_tokens}' if self.long else ''}.json"
+        decides = {name: source["units"] for name, source in self.report[SOURCES_NAME].items()}
+        decides["order"] = [source.name for source in self.manifest.sources]
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            stored: dict[str, Any] = json.loads((self.folder / name).read_bytes())
+            if stored["decides"] == decides:
+                return stored
+        counts: dict[str, Any] = {"decides": decides}
+        for part in PARTS:
+            shards = self.shards(part)
+            counts[part] = {
+                name: [len(shard.sequences(self.length)) for shard in each] for name, each in shards.items()
+            }
+            tokens = {name: sum(int(shard.lengths.sum()) for shard in each) for name, each in shards.items()}
+            counts[f"{part}_tokens"] = tokens
+            if any(tokens.values()):  # of the held-out part, if there is one
+                counts["entropy_nats"] = self._entropy_nats(shards)
+        with suppress(OSError):  # a folder that cannot be written is counted by every run
+            replace_file(self.folder / name, json.dumps(counts).encode())
+        return counts
+
+    def _entropy_nats(self, shards: Mapping[str, tuple[Shard, ...]]) -> float:
+        """Returns the entropy of the tokens that a model predicts, with equal shares of the sources."""
+        shares_V = np.zeros(self.report["vocab_size"])
+        for each in shards.values():
+            counts_V = np.zeros_like(shares_V)
+            for shard in each:
+                if counts_V.sum() < _ENTROPY_TOKENS:
+                    counts_V += np.bincount(_predicted(shard, self.length), minlength=len(shares_V))
+            shares_V += counts_V / max(counts_V.sum(), 1)
+        return entropy_nats(shares_V) if shares_V.any() else 0.0
 
     def mixture(self, seed: int) -> Mixture:
         """Returns the order of the training sequences."""
-        return Mixture(self.manifest, self.sequences("train"), self.length, seed)
+        sequences = {name: sum(each) for name, each in self.counts()["train"].items()}
+        return Mixture(self.manifest, sequences, self.length, seed)
 
-    def sequences(self, part: Part) -> dict[str, int]:
-        """Returns the number of a part's sequences of each source."""
-        return {source.name: sum(self.counts[part][source.name]) for source in self.manifest.sources}
 
-    def shards(self, part: Part) -> dict[str, tuple[Shard, ...]]:
-        """Returns the shards of each source."""
-        return {source.name: open_shards(self.folder, source.name, part) for source in self.manifest.sources}
+def _predicted(shard: Shard, length: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Returns the tokens of a shard's first sequences that are not the first of a piece."""
+    document, first, sizes = shard.sequences(length).pieces.T.astype(np.int64)
+    num_pieces = int(np.searchsorted(np.cumsum(sizes), _ENTROPY_TOKENS)) + 1
+    starts = (shard.starts[document] + first + 1)[:num_pieces]
+    sizes = sizes[:num_pieces] - 1
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    predicted: NDArray[np.unsignedinteger[Any]] = shard.tokens[np.repeat(starts, sizes) + within]
+    return predicted
 
 
 def open_mixture(
-    config: DataConfig, place: "MixtureSource", sequence_length_tokens: int, progress: Progress
+    config: DataConfig, source: MixtureSource, tokenizer: Tokenizer | None, length: int, progress: Progress
 ) -> Prepared:
     """Opens the folder of a run's mixture; without `data.folder`, prepares it in the cache first."""
-    tokenizer = find_tokenizer(config)
-    if place.folder is None:
-        assert place.manifest is not None
-        folder = _prepare_in_cache(config, place.manifest, tokenizer, sequence_length_tokens, progress)
+    if source.folder is None:
+        assert source.manifest is not None
+        folder = _prepare_in_cache(config, source.manifest, tokenizer, length, progress)
     else:
-        folder = Path(place.folder).expanduser()
-    opened = open_folder(folder, place.manifest, sequence_length_tokens)
+        folder = Path(source.folder).expanduser()
+    opened = open_folder(folder, source.manifest, length)
     stored = Tokenizer.load(folder / TOKENIZER_NAME)
     if tokenizer is not None and tokenizer.fingerprint != stored.fingerprint:
         raise DataError(
             f"data.tokenizer: must be the tokenizer that {str(folder)!r} was prepared with, is {config.tokenizer}; "
             f"nearest: data.tokenizer={folder / TOKENIZER_NAME}"
         )
-    if place.local_cache is not None:
-        local = copy_locally(folder, Path(place.local_cache).expanduser(), opened.report)
+    if source.local_cache is not None:
+        local = copy_locally(folder, Path(source.local_cache).expanduser(), opened.report)
         opened = replace(opened, folder=local)
-    return _prepared(opened, tokenizer or stored, config.seed)
+    return replace(_open(opened, tokenizer or stored, config.seed), is_mixture=True)
 
 
-def open_folder(folder: Path, manifest: str | None, sequence_length_tokens: int) -> MixtureFolder:
+def open_folder(folder: Path, manifest: str | None, length: int) -> ShardFolder:
     """Opens a complete folder, with the weights of another manifest if one is given.
 
     Raises DataError if the folder is not complete, or lacks a source of the manifest.
@@ -99,42 +169,16 @@ def open_folder(folder: Path, manifest: str | None, sequence_length_tokens: int)
             f"data.folder: must have every source of data.manifest, {str(folder)!r} lacks {missing[0]}, has "
             f"{', '.join(names)}; nearest: python -m launch.prepare data.manifest={manifest} out=NEW_FOLDER"
         )
-    counts = _sequence_counts(folder, report, sequence_length_tokens)
-    return MixtureFolder(folder=folder, report=report, manifest=chosen, length=sequence_length_tokens, counts=counts)
-
-
-def _sequence_counts(folder: Path, report: Mapping[str, Any], length: int) -> dict[Part, dict[str, list[int]]]:
-    """Returns the number of sequences of every shard, from a file that the first run of a length writes."""
-    path = folder / f"sequences-{length}.json"
-    units = {name: source["units"] for name, source in report[SOURCES_NAME].items()}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored: dict[str, Any] = json.loads(path.read_bytes())
-        if stored["units"] == units:
-            return cast("dict[Part, dict[str, list[int]]]", stored["counts"])
-    parts: tuple[Part, ...] = ("train", "validation")
-    counts = {
-        part: {name: [len(shard.sequences(length)) for shard in open_shards(folder, name, part)] for name in units}
-        for part in parts
-    }
-    with suppress(OSError):  # a folder that cannot be written is counted by every run
-        replace_file(path, json.dumps({"units": units, "counts": counts}).encode())
-    return counts
+    return ShardFolder(folder=folder, report=report, manifest=chosen, length=length)
 
 
 def _prepare_in_cache(
     config: DataConfig, manifest_path: str, tokenizer: Tokenizer | None, length: int, progress: Progress
 ) -> Path:
+    from data.build.run import build_folder  # imports what builds shards, which most starts do not need
+
     path = Path(manifest_path).expanduser().absolute()
-    settings = BuildSettings(
-        manifest=str(path),
-        tokenizer={"vocab_size": config.tokenizer_vocab_size}
-        if tokenizer is None
-        else {"fingerprint": tokenizer.fingerprint, **tokenizer.token_names},
-        validation_fraction=config.validation_fraction,
-        fim_rate=config.fim_rate,
-        seed=config.seed,
-        sequence_length_tokens=length,
-    )
+    settings = _settings(config, str(path), tokenizer, length)
     manifest = read_manifest(path)
     sources = [replace(item, weight=1.0, max_epochs=None) for item in manifest.sources]
     text = replace(manifest, sources=tuple(sources), phases=()).plain()  # weights and phases change no token
@@ -143,6 +187,81 @@ def _prepare_in_cache(
     folder = Path(config.cache_dir).expanduser() / f"mix-{key}"
     build_folder(settings, tokenizer, folder, len(os.sched_getaffinity(0)), progress)
     return folder
+
+
+def open_documents(
+    config: DataConfig, tokenizer: Tokenizer | None, key: str, length: int, progress: Progress
+) -> Prepared:
+    """Opens the documents that are in the cache under a key, and prepares them first if they are not."""
+    folder = Path(config.cache_dir).expanduser() / f"documents-{key}"
+    if not _is_complete(folder):
+        _prepare_documents(config, tokenizer, length, folder, progress)
+    report = read_report(folder)
+    long = config.long_documents
+    first, *others = report[SOURCES_NAME]
+    weights = (
+        {first: 1.0, **dict.fromkeys(others, 0.0)} if long is None else {"long": long.share, "other": 1 - long.share}
+    )
+    sources = (MixSource(name=name, paths=(), weight=weight) for name, weight in weights.items())
+    opened = ShardFolder(
+        folder=folder, report=report, manifest=Manifest(sources=tuple(sources)), length=length, long=long
+    )
+    return _open(opened, tokenizer or Tokenizer.load(folder / TOKENIZER_NAME), config.seed)
+
+
+def _prepare_documents(
+    config: DataConfig, tokenizer: Tokenizer | None, length: int, folder: Path, progress: Progress
+) -> None:
+    from data.build.run import build_folder
+    from data.build.work import RunText
+
+    with cache_errors(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    text = RunText(source=config.source, held_out=config.validation_source)
+    config = replace(config, validation_fraction=_held_out_fraction(config, progress))
+    build_folder(_settings(config, "", tokenizer, length), tokenizer, folder, 1, progress, text)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sources = read_report(folder)[SOURCES_NAME]
+    except DataError:
+        return False
+    named = [(folder / SOURCES_NAME / name, unit) for name, source in sources.items() for unit in source["units"]]
+    return all(read_unit(place, unit) is not None for place, unit in named)
+
+
+def _held_out_fraction(config: DataConfig, progress: Progress) -> float:
+    """Returns the share to hold out, lowered if it would leave no document to train on."""
+    largest = 0.0
+    count = 0
+    for document in read_documents(config.source):
+        drawn = hash_unit("split", config.seed, document.key)
+        if config.validation_paths is not None or drawn >= config.validation_fraction:
+            return config.validation_fraction
+        largest = max(largest, drawn)  # a document is held out if its hash is below the fraction
+        count += 1
+    if count > 1:
+        progress.note(lowered_line(config, count, "documents"))
+    return largest
+
+
+def _settings(config: DataConfig, manifest: str, tokenizer: Tokenizer | None, length: int) -> "BuildSettings":
+    from data.build.work import BuildSettings
+
+    trained = {
+        "vocab_size": config.tokenizer_vocab_size,
+        "special_tokens": list(DATA_SOURCES.get(config.source.kind).special_tokens),
+    }
+    return BuildSettings(
+        manifest=manifest,
+        tokenizer=trained if tokenizer is None else {"fingerprint": tokenizer.fingerprint, **tokenizer.token_names},
+        validation_fraction=config.validation_fraction,
+        fim_rate=config.fim_rate,
+        seed=config.seed,
+        sequence_length_tokens=length,
+        folder_key="data.cache_dir",
+    )
 
 
 def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
@@ -170,23 +289,23 @@ def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
     return local
 
 
-def _prepared(opened: MixtureFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
-    sources = [opened.report[SOURCES_NAME][source.name] for source in opened.manifest.sources]
-    mixture = opened.mixture(seed)
+def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
+    counts = opened.counts()
     rows = {}
-    for part in opened.counts:
-        shards = opened.shards(part)
-        flat = [shard for name in mixture.names for shard in shards[name]]
-        counts = [count for name in mixture.names for count in opened.counts[part][name]]
-        for holds, pad_id in (("tokens", tokenizer.pad_id), ("positions", None)):
+    for part in PARTS:
+        shards = [shard for each in opened.shards(part).values() for shard in each]
+        sequences = [number for each in counts[part].values() for number in each]
+        for name, pad_id in (("tokens", tokenizer.pad_id), ("positions", None)):
             # Indexed as an array is, and read from disk only then.
-            rows[part, holds] = cast("NDArray[Any]", ShardRows(flat, counts, opened.length, pad_id))
-    measured: Part = "validation" if any(opened.sequences("validation").values()) else "train"
+            rows[part, name] = cast("NDArray[Any]", ShardRows(shards, sequences, opened.length, pad_id))
+    num_tokens = {part: sum(counts[f"{part}_tokens"].values()) for part in PARTS}
+    measured: Part = "validation" if num_tokens["validation"] else "train"
+    sources = [opened.report[SOURCES_NAME][name][measured] for name in opened.stored_names]
     ratios = [
-        source[measured]["text_bytes"] / (source[measured]["tokens"] - begins)
+        source["text_bytes"] / (source["tokens"] - begins)
         for source in sources
-        if source[measured].get("tokens")
-        for begins in [source[measured]["documents"] if tokenizer.begin_of_sentence_id is not None else 0]
+        if source.get("tokens")
+        for begins in [source["documents"] if tokenizer.begin_of_sentence_id is not None else 0]
     ]
     return Prepared(
         tokenizer=tokenizer,
@@ -194,31 +313,48 @@ def _prepared(opened: MixtureFolder, tokenizer: Tokenizer, seed: int) -> Prepare
         train_positions_NL=rows["train", "positions"],
         validation_tokens_NL=rows["validation", "tokens"],
         validation_positions_NL=rows["validation", "positions"],
-        train_tokens=sum(source["train"].get("tokens", 0) for source in sources),
-        validation_tokens=sum(source["validation"].get("tokens", 0) for source in sources),
-        unigram_entropy_nats=_entropy(opened, measured, tokenizer),
+        train_tokens=num_tokens["train"],
+        validation_tokens=num_tokens["validation"],
+        unigram_entropy_nats=counts["entropy_nats"],
         bytes_per_token=sum(ratios) / max(len(ratios), 1),
-        fingerprint=_fingerprint(opened, seed),
-        order=mixture,
-        held_out=hold_out([*opened.sequences("validation").values()], seed),
-        is_mixture=True,
+        long_documents=_long_documents(opened, counts),
+        order=opened.mixture(seed),
+        held_out=hold_out([sum(each) for each in counts["validation"].values()], seed),
+        fingerprint=_fingerprint(opened, counts, seed),
     )
 
 
-def _entropy(opened: MixtureFolder, part: Part, tokenizer: Tokenizer) -> float:
-    """Returns the entropy of token frequencies, with equal shares of the sources."""
-    frequencies = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for shards in opened.shards(part).values():
-        tokens = next((shard.tokens[:_ENTROPY_TOKENS] for shard in shards if len(shard.tokens)), np.empty(0, np.int64))
-        counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
-        frequencies += (counts * _ENTROPY_TOKENS / max(counts.sum(), 1)).astype(np.int64)
-    return entropy_nats(frequencies) if frequencies.any() else 0.0
+def _long_documents(opened: ShardFolder, counts: Mapping[str, Any]) -> LongDocuments | None:
+    """Returns the counts of long documents. Raises DataError if there are none, or too few others."""
+    if (config := opened.long) is None:
+        return None
+    tokens = counts["train_tokens"]
+    if not tokens["long"]:
+        longest = max(int(shard.lengths.max(initial=0)) for shard in opened.shards("train")["other"])
+        raise DataError(
+            f"{_LONG}.min_document_tokens: at least one training document must have as many tokens, the longest has "
+            f"{longest}, is {config.min_document_tokens}; nearest: {longest}"
+        )
+    if not tokens["other"] and config.share < 1:
+        raise DataError(
+            f"{_LONG}.share: must be 1, because every training document has at least {config.min_document_tokens} "
+            f"tokens, is {config.share:g}; nearest: 1, or {_LONG}=null"
+        )
+    return LongDocuments(
+        min_document_tokens=config.min_document_tokens,
+        share=config.share,
+        num_sequences=sum(counts["train"]["long"]),
+        tokens=tokens["long"],
+        other_sequences=sum(counts["train"]["other"]),
+        other_tokens=tokens["other"],
+    )
 
 
-def _fingerprint(opened: MixtureFolder, seed: int) -> str:
+def _fingerprint(opened: ShardFolder, counts: Mapping[str, Any], seed: int) -> str:
     """Returns what is equal if and only if two machines read the same samples in the same order."""
     manifest = opened.manifest
     weights = [[phase and phase.until_tokens, manifest.weights(phase)] for phase in (*manifest.phases, None)]
-    units = {source.name: opened.report[SOURCES_NAME][source.name]["units"] for source in manifest.sources}
-    decides = [opened.report["tokenizer"], units, opened.counts, weights, seed, opened.length]
+    # Folders of earlier versions have no hash of their content.
+    content = [source.get("sha256", source["units"]) for source in opened.report[SOURCES_NAME].values()]
+    decides = [opened.report["tokenizer"], content, counts, weights, seed, opened.length]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

@@ -5,33 +5,19 @@ Cuts only documents that are longer than a sequence. Samples are never split.
 
 # Shape legend: N sequences, L tokens per sequence, P pieces of documents, T tokens of a piece.
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import LongDocumentsConfig
 from data.corpus import DataError
 from data.registry import SamplePiece, TrainingSample
 from data.tokenizer import Tokenizer
 
 PADDING_POSITION = -1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Packed:
-    """Packed sequences, each with one or more documents or pieces of documents.
-
-    Tokens `i` and `i + k` belong to the same piece if and only if `positions[i + k] == positions[i] + k` and
-    `positions[i] >= 0`, because the positions of each piece start at 0.
-    """
-
-    # token ids in the documents' dtype, with the pad id after each sequence's last piece.
-    tokens_NL: NDArray[np.integer]
-    positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -103,31 +89,6 @@ def pack_windows(
     )
 
 
-def pack_documents(
-    tokens: NDArray[np.integer],
-    lengths_tokens: NDArray[np.int64],
-    sequence_length_tokens: int,
-    pad_id: int,
-    is_chosen: NDArray[np.bool_] | None = None,
-) -> Packed:
-    """Packs documents, or the chosen ones, all at once, and reads all sequences."""
-    length = sequence_length_tokens
-    chosen = np.arange(len(lengths_tokens)) if is_chosen is None else np.flatnonzero(is_chosen)
-    starts = (np.cumsum(lengths_tokens) - lengths_tokens)[chosen]
-    table = pack_windows(lengths_tokens[chosen], length, math.inf)
-    tokens_NL = np.full((len(table), length), pad_id, dtype=tokens.dtype)
-    positions_NL = np.full((len(table), length), PADDING_POSITION, dtype=np.int32)
-    ramp = np.arange(length, dtype=np.int32)
-    for row in range(len(table)):
-        begin = 0
-        for document, first, size in table.of(row).tolist():
-            start = int(starts[document]) + first
-            tokens_NL[row, begin : begin + size] = tokens[start : start + size]
-            positions_NL[row, begin : begin + size] = ramp[:size]
-            begin = begin + size
-    return Packed(tokens_NL=tokens_NL, positions_NL=positions_NL)
-
-
 def cut_pieces(
     lengths_tokens: NDArray[np.int64], sequence_length_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -169,69 +130,10 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
     return bins, num_bins
 
 
-def entropy_nats(counts: NDArray[np.int64]) -> float:
+def entropy_nats(counts: NDArray[np.number[Any]]) -> float:
     """Returns the entropy in nats of the distribution with these counts, whose sum is at least 1."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
-
-
-_KEY = "data.long_documents"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LongDocuments:
-    """The long documents of a prepared training part."""
-
-    min_document_tokens: int  # tokens from which a document is long
-    share: float  # share of the training sequences that hold long documents only
-    num_sequences: int  # number of these sequences in the corpus; they precede all others
-    tokens: int  # number of their tokens
-    other_sequences: int  # number of the sequences without long documents
-    other_tokens: int  # number of their tokens
-
-    @property
-    def own_share(self) -> float:
-        """Share of the corpus's tokens that are in long documents."""
-        return self.tokens / (self.tokens + self.other_tokens)
-
-    @property
-    def read_share(self) -> float:
-        """Share of the tokens that the run reads that are in long documents."""
-        return self.share_of(self.share, 1 - self.share)
-
-    def share_of(self, num_long: float, num_others: float) -> float:
-        """Returns the share of tokens in long documents, given how many sequences of both kinds are read."""
-        long = num_long * self.tokens / max(self.num_sequences, 1)
-        others = num_others * self.other_tokens / max(self.other_sequences, 1)
-        return long / (long + others)
-
-
-def pack_long_first(
-    tokens: NDArray[np.integer], lengths: NDArray[np.int64], length: int, pad_id: int, config: LongDocumentsConfig
-) -> tuple[Packed, dict[str, int]]:
-    """Packs sequences with long documents first; returns also the counts that `LongDocuments` needs."""
-    is_long = lengths >= config.min_document_tokens
-    if not is_long.any():
-        raise DataError(
-            f"{_KEY}.min_document_tokens: at least one training document must have as many tokens, the longest has "
-            f"{lengths.max()}, is {config.min_document_tokens}; nearest: {lengths.max()}"
-        )
-    if is_long.all() and config.share < 1:
-        raise DataError(
-            f"{_KEY}.share: must be 1, because every training document has at least {config.min_document_tokens} "
-            f"tokens, is {config.share:g}; nearest: 1, or {_KEY}=null"
-        )
-    first = pack_documents(tokens, lengths, length, pad_id, is_long)
-    others = pack_documents(tokens, lengths, length, pad_id, ~is_long)
-    packed = Packed(
-        tokens_NL=np.concatenate([first.tokens_NL, others.tokens_NL]),
-        positions_NL=np.concatenate([first.positions_NL, others.positions_NL]),
-    )
-    return packed, {
-        "long_sequences": len(first.tokens_NL),
-        "long_tokens": int(lengths[is_long].sum()),
-        "other_tokens": int(lengths[~is_long].sum()),
-    }
 
 
 def count_token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:

@@ -88,6 +88,9 @@ class NoProgress:
         """Shows nothing."""
 
 
+NO_PROGRESS = NoProgress()
+
+
 class ProgressLines:
     """Progress as plain lines: the first after one second, then at most one every five seconds."""
 

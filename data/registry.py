@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 from kernels.registry import Registry
 
 if TYPE_CHECKING:
-    from data.config import DataConfig
-    from data.prepare import Prepared
     from data.problems import ProblemRecord
-    from data.progress import Progress
     from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]
@@ -125,7 +122,6 @@ class DataSourceEntry:
         chat_template: returns the name of the chat template of the samples; None: they are no chats.
         values: returns the names of the values that every sample has; None: they are known only after preparation.
         problems: yields the source's problems in order, each with the key of its sample; None: it has none.
-        prepare: opens the corpus for a sequence length, if the source does so itself; `read` then yields nothing.
         has_targets: whether samples have targets. Those of a source of prompts alone have none and are kept without.
     """
 
@@ -142,7 +138,6 @@ class DataSourceEntry:
     chat_template: Callable[[Any], str] | None = None
     values: Callable[[Any], tuple[str, ...]] | None = None
     problems: Callable[[Any], Iterator[ProblemRecord]] | None = None
-    prepare: Callable[[DataConfig, int, Progress], Prepared] | None = None
     has_targets: bool = True
 
 

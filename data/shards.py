@@ -36,6 +36,7 @@ INDEX = np.dtype(
     ]
 )
 KEY_BLOCK_BYTES = 2**23
+ANY_LENGTH = range(2**32)
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
 
@@ -86,6 +87,7 @@ class UnitWriter:
             if digest is None:
                 with (self._building / name).open("rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256")
+                    os.fsync(stream.fileno())
             else:
                 self._streams[name].flush()
                 os.fsync(self._streams[name].fileno())
@@ -125,12 +127,19 @@ def read_unit(folder: Path, unit: str) -> dict[str, Any] | None:
 class Shard:
     """One part of a unit: tokens on disk, and the documents that are not dropped as duplicates."""
 
-    def __init__(self, folder: Path, unit: str, part: Part, dtype: np.dtype[Any]) -> None:
-        """Opens nothing yet: `folder` is that of the source, `dtype` that of its tokens."""
+    def __init__(self, folder: Path, unit: str, part: Part, dtype: np.dtype[Any], lengths: range = ANY_LENGTH) -> None:
+        """Opens nothing yet.
+
+        Args:
+            folder: that of the source.
+            dtype: type of its tokens.
+            lengths: numbers of tokens that its documents have; all others are left out.
+        """
         self._folder = folder
         self._unit = unit
         self._part = part
         self._dtype = dtype
+        self._lengths = lengths
 
     @cached_property
     def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -146,6 +155,7 @@ class Shard:
         is_part = rows["part"] == PARTS.index(self._part)
         lengths = rows["length"][is_part].astype(np.int64)
         is_kept = read_drops(self._folder, self._unit)[is_part] == 0
+        is_kept &= (lengths >= self._lengths.start) & (lengths < self._lengths.stop)
         return rows[is_part][is_kept], (np.cumsum(lengths) - lengths)[is_kept]
 
     @property
@@ -165,19 +175,21 @@ class Shard:
 
     def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         """Returns the pieces of the kept documents in each sequence; packs them if no earlier call has."""
-        path = self._folder / f"{self._part}-{self._unit}.sequences-{sequence_length_tokens}.npy"
-        if not path.exists():
-            table = pack_windows(self.lengths, sequence_length_tokens)
-            partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-            try:
-                table.save(partial)
-                partial.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-                return table  # the folder can only be read, and the next call packs again
-            finally:
-                partial.unlink(missing_ok=True)
+        some = "" if self._lengths == ANY_LENGTH else f"-{self._lengths.start}-{self._lengths.stop}"
+        path = self._folder / f"{self._part}-{self._unit}.sequences-{sequence_length_tokens}{some}.npy"
+        with suppress(OSError, ValueError):  # it is absent or cut
+            return SequenceTable.load(path)
+        table = pack_windows(self.lengths, sequence_length_tokens)
+        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        try:
+            table.save(partial)
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return table  # the folder can only be read, and the next call packs again
+        finally:
+            partial.unlink(missing_ok=True)
         return SequenceTable.load(path)
 
 
@@ -205,9 +217,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def open_shards(folder: Path, source: str, part: Part) -> tuple[Shard, ...]:
+def open_shards(folder: Path, source: str, part: Part, lengths: range = ANY_LENGTH) -> tuple[Shard, ...]:
     """Returns the shards of a source of a complete folder, in the order that its sequences have."""
     report = read_report(folder)
     dtype = np.dtype(report["token_dtype"])
     units = report[SOURCES_NAME][source]["units"]
-    return tuple(Shard(folder / SOURCES_NAME / source, unit, part, dtype) for unit in units)
+    return tuple(Shard(folder / SOURCES_NAME / source, unit, part, dtype, lengths) for unit in units)

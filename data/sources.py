@@ -93,13 +93,6 @@ def read_documents(source: DataSource, counts: ReadCounts | None = None) -> Iter
         counts.check(source.max_broken_share)
 
 
-def source_notes(source: DataSource, counts: ReadCounts) -> Iterator[str]:
-    """Yields what a user must know of a source that was read: ignored files, replaced bytes, skipped rows."""
-    ignored = list_sources(source.paths).ignored_line() if isinstance(source, FilesSource) else None
-    yield from [] if ignored is None else [ignored]
-    yield from counts.lines()
-
-
 def size_bytes(file: CorpusFile) -> int:
     """Returns the size of a file. Raises DataError if it cannot be read."""
     try:

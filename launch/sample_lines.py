@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.pack import PAIR, WEIGHTS
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.progress import printable
 from data.tokenizer import Tokenizer
 

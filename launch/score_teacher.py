@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.prepare import Prepared, prepare
+from data.parts import Prepared
+from data.prepare import prepare
 from data.progress import progress_on
 from kernels.ranges import PositiveFloat, PositiveInt
 from launch.command import command, experiment_text

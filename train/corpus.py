@@ -5,8 +5,9 @@ import threading
 from collections.abc import Callable
 
 from data.corpus import DataError
-from data.prepare import Prepared, prepare
-from data.progress import NoProgress, Progress
+from data.parts import Prepared
+from data.prepare import prepare
+from data.progress import NO_PROGRESS, Progress
 from data.registry import DATA_SOURCES
 from train.config import TrainConfig
 from train.tasks.registry import TASKS
@@ -14,7 +15,6 @@ from train.tasks.registry import TASKS
 MOST_REPEATS = 100
 """Number of times that a run may read its corpus unless `accept` has `repeated_corpus`."""
 
-_NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
 
 Exchange = Callable[["State"], "State"]
@@ -23,7 +23,7 @@ State = tuple[bool, str]
 """Whether a rank's part of the preparation is over, and why it failed; empty if it did not."""
 
 
-def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Prepared:
+def prepare_corpus(config: TrainConfig, progress: Progress = NO_PROGRESS) -> Prepared:
     """Opens the run's corpus, and builds what is not in the cache."""
     prepared = prepare(config.data, config.batch.sequence_length_tokens, progress)
     task = TASKS.get(config.task.kind)
@@ -61,7 +61,7 @@ def check_repeats(config: TrainConfig, num_sequences: float) -> None:
     )
 
 
-def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _NO_PROGRESS) -> None:
+def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = NO_PROGRESS) -> None:
     """Builds what the cache lacks on one rank per machine. All ranks call it; it has no time limit.
 
     A separate thread builds. All ranks exchange their state about once a second, so no collective takes longer than

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from torch import distributed as dist
 
 from data.loader import Loader
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.progress import progress_on
 from infer.config import GenerateError
 from infer.scoring.score import ScoringError

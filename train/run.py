@@ -25,7 +25,7 @@ from comm.watchdog.membership import JobKeyError, Membership
 from comm.watchdog.ranks import RankSet
 from comm.watchdog.rendezvous import Job, join
 from comm.watchdog.verdict import Verdict
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.progress import printable_on
 from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume

@@ -19,7 +19,7 @@ from comm.exits import Preemption
 from comm.groups import Groups
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.progress import NoProgress, progress_on
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify_sizes

@@ -3,6 +3,7 @@
 Any number of commands with the same settings may run on a folder at the same time, on any number of machines.
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -23,9 +24,9 @@ import numpy as np
 
 from data.build.duplicates import drop_duplicates
 from data.build.units import SETTINGS_NAME, TextUnit
-from data.build.work import Build, BuildSettings, WorkerMessage, peak_rss_bytes, unwritable
+from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
 from data.corpus import DataError, hash_unit
-from data.encode import TOKENIZER_128K_BYTES, TOKENIZER_CHUNK_CHARACTERS, TOKENIZER_TEXT_BYTES, token_dtype
+from data.encode import token_dtype
 from data.progress import Progress
 from data.quality.inspection import CONTAMINATED
 from data.readers.rows import ReadCounts
@@ -34,22 +35,32 @@ from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokeniz
 
 BROKEN_NAME = "broken.txt"
 DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `find_duplicates` gives, from 1
+# More text for training the tokenizer takes time and hardly changes its merges.
+TOKENIZER_TEXT_BYTES = 64 * 2**20
+TOKENIZER_128K_BYTES = 512 * 2**20
+TOKENIZER_CHUNK_CHARACTERS = 2**16
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def build_folder(
-    settings: BuildSettings, tokenizer: Tokenizer | None, folder: Path, workers: int, progress: Progress
+    settings: BuildSettings,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    workers: int,
+    progress: Progress,
+    text: RunText | None = None,
 ) -> dict[str, Any]:
     """Prepares what is missing in a folder, and returns the values of its `prepare.json`.
 
-    Without a tokenizer, one is trained, unless the folder has one. Raises DataError if the folder belongs to something
-    else or to other settings, or cannot be written, or too many rows are broken. Complete units always stay.
+    The text is that of the manifest, or of a run. Without a tokenizer, one is trained, unless the folder has one.
+    Raises DataError if the folder belongs to something else or to other settings, or cannot be written, or too many
+    rows are broken. Complete units always stay.
     """
     began = time.monotonic()
     _check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with closing(Build(settings, folder)) as build:
+        with closing(Build(settings, folder, text)) as build:
             missing = [unit for unit in build.all_units() if build.read(unit) is None]
             report = None if missing else _read_current(build)
             if report is None:
@@ -66,7 +77,7 @@ def build_folder(
                 replace_file(folder / REPORT_NAME, json.dumps(report, indent=1).encode())
             return report
     except OSError as error:
-        raise DataError(unwritable(folder, error)) from error
+        raise DataError(unwritable(folder, error, settings.folder_key)) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -120,7 +131,8 @@ def _train_tokenizer(build: Build, progress: Progress) -> Tokenizer:
     def chunks() -> Iterator[str]:
         for unit in build.all_units():
             source = unit.source.name
-            for _, document in build.documents(unit, ReadCounts()):
+            documents = (document for _, document in build.documents(unit, ReadCounts()))
+            for document in (document for document in documents if build.part_of(unit, document) == "train"):
                 for start in range(0, len(document.text), TOKENIZER_CHUNK_CHARACTERS):
                     if hash_unit("tokenizer", build.settings.seed, f"{document.key}@{start}") < shares[source]:
                         chunk = document.text[start : start + TOKENIZER_CHUNK_CHARACTERS]
@@ -129,7 +141,8 @@ def _train_tokenizer(build: Build, progress: Progress) -> Tokenizer:
 
     read = progress.over("reading text for the tokenizer", chunks(), total, lambda text: len(text.encode()))
     if not is_128k:
-        return Tokenizer.train(read, build.settings.tokenizer["vocab_size"])
+        values = build.settings.tokenizer
+        return Tokenizer.train(read, values["vocab_size"], values.get("special_tokens", ()))
     tokenizer = Tokenizer.train_128k(read)
     broken = [source for source, chunk in samples.items() if tokenizer.decode(tokenizer.encode(chunk)) != chunk]
     learned = f"tokenizer: {tokenizer.num_learned:,} of {RELEASED_LEARNED - 3:,} tokens learned"
@@ -168,7 +181,7 @@ def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress
         done[message.unit] = done.get(message.unit, 0) + step
         return step
 
-    messages = _messages(build, min(workers, len(missing)))
+    messages = _messages(build, min(workers, len(missing))) if build.text is None else build_units(build)
     for message in progress.over("preparing text", messages, sum(sizes.values()), advance):
         peak = max(peak, message.peak_rss_bytes)
         notes |= {message.note}
@@ -277,10 +290,10 @@ def _check_counts(build: Build, counts: Mapping[str, ReadCounts], progress: Prog
     total = ReadCounts()
     for source_counts in counts.values():
         total.add(source_counts)
-    for line in (*build.notes, *total.lines("on_broken")):
+    for line in (*build.notes, *total.lines(build.key("on_broken") if build.text else "on_broken")):
         progress.note(line)
     replace_file(build.folder / BROKEN_NAME, "".join(f"{place}\n" for place in total.broken_places).encode())
-    total.check(build.manifest.max_broken_share, f"{build.settings.manifest}: max_broken_share")
+    total.check(build.manifest.max_broken_share, build.key("max_broken_share"))
 
 
 def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
@@ -288,6 +301,7 @@ def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
     units = build.units[source]
     dropped = Counter[str]()
     parts = {part: Counter[str]() for part in PARTS}
+    digest = hashlib.sha256()
     for unit in units:
         values = build.read(unit)
         if values is None:
@@ -295,6 +309,7 @@ def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
         counts.add(ReadCounts(**values["counts"]))
         dropped.update(values["dropped"])
         drop = read_drops(build.folder_of(source), unit.name)
+        digest.update(json.dumps(values["files"], sort_keys=True).encode() + drop.tobytes())
         dropped.update({kind: int((drop == value).sum()) for value, kind in enumerate(DUPLICATE_KINDS, start=1)})
         for part, totals in parts.items():
             shard = build.shard(unit, part)
@@ -315,4 +330,5 @@ def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
         "text_bytes": sum(part["text_bytes"] for part in parts.values()),
         **{part: dict(values) for part, values in parts.items()},
         "units": [unit.name for unit in units],
+        "sha256": digest.hexdigest(),
     }

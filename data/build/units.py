@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ LOCK_NAME = ".lock"
 LEAST_UNIT_BYTES = 2**22
 MOST_UNIT_BYTES = 2**28
 _UNITS = 16
+
+Cut = Callable[[CorpusFile, int], list[FilePiece]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +48,13 @@ def choose_unit_bytes(total_bytes: int) -> int:
     return min(max(1 << (share.bit_length() - 1), LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
 
 
-def divide(source: MixSource, files: Sequence[CorpusFile], unit_bytes: int, settings: object) -> list[TextUnit]:
+def divide(
+    source: MixSource, files: Sequence[CorpusFile], unit_bytes: int, settings: object, cut: Cut = pieces
+) -> list[TextUnit]:
     """Returns the units of a source, each of about `unit_bytes`: a piece of a large file, or small files."""
     units = []
     names = set[str]()
-    for group in _groups(files, unit_bytes):
+    for group in _groups(files, unit_bytes, cut):
         described = [(piece.file.key, piece.first, piece.last, piece.size_bytes) for piece in group]
         repeat = 0
         while (name := _hash([settings, described, repeat])) in names:  # folders with equal names in them
@@ -62,7 +66,7 @@ def divide(source: MixSource, files: Sequence[CorpusFile], unit_bytes: int, sett
     return units
 
 
-def _groups(files: Sequence[CorpusFile], unit_bytes: int) -> Iterator[tuple[FilePiece, ...]]:
+def _groups(files: Sequence[CorpusFile], unit_bytes: int, cut: Cut) -> Iterator[tuple[FilePiece, ...]]:
     """Yields the pieces of each unit; a file that changes moves only the ends of units next to it.
 
     A unit of small files ends before a file that its name's hash selects, once half of the size is reached.
@@ -78,9 +82,9 @@ def _groups(files: Sequence[CorpusFile], unit_bytes: int) -> Iterator[tuple[File
             group = []
             size = 0
         if file_bytes >= half:
-            yield from ((piece,) for piece in pieces(file, unit_bytes))
+            yield from ((piece,) for piece in cut(file, unit_bytes))
         else:
-            group += pieces(file, unit_bytes)
+            group += cut(file, unit_bytes)
             size += file_bytes
     if group:
         yield tuple(group)

@@ -23,24 +23,51 @@ from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
 from data.quality.inspection import Inspector
 from data.quality.sketches import SketchWriter
-from data.readers.files import list_sources
+from data.readers.files import Listed, list_sources
 from data.readers.lines import TextField
-from data.readers.rows import ReadCounts, read_piece
-from data.registry import Document, Part
+from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, Document, Part
 from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
-from data.sources import size_bytes
+from data.sources import FilesSource, list_files, size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 FORMAT_VERSION = 1
 BATCH_CHARACTERS = 2**20
 _POLL_SECONDS = 0.2
+_PLACE = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of a document's key
+
+
+CORPUS = "corpus"
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunText:
+    """The documents of a run without a manifest, which are prepared in its own process."""
+
+    source: DataSource
+    held_out: DataSource | None = None  # source of the held-out part; None: a share of `source`
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """Sources by name."""
+        return {CORPUS: self.source} | ({} if self.held_out is None else {HELD_OUT: self.held_out})
+
+    @property
+    def manifest(self) -> Manifest:
+        """The mixture of one source."""
+        sources = tuple(MixSource(name=name, paths=(), weight=float(name == CORPUS)) for name in self.sources)
+        if not isinstance(self.source, FilesSource):
+            return Manifest(sources=sources, decontaminate=(), on_broken="stop")
+        limits = {"on_broken": self.source.on_broken, "max_broken_share": self.source.max_broken_share}
+        return Manifest(sources=sources, decontaminate=(), **limits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
     """What a command prepares, in values that a worker process receives as JSON."""
 
-    manifest: str  # path of the manifest
+    manifest: str  # path of the manifest; empty for the text of a run
     tokenizer: dict[str, Any]  # what decides the token ids
     validation_fraction: float  # share of documents that are held out
     fim_rate: float  # share of documents for fill-in-the-middle, of sources that have no own rate
@@ -48,6 +75,7 @@ class BuildSettings:
     sequence_length_tokens: int  # length for which sequences are packed
     newline_split: float = 0.0  # share of tokens of punctuation and line breaks that is split
     unit_bytes: int | None = None  # bytes of text of a unit; None: 256 MiB, less for small corpora
+    folder_key: str = "out"  # key of the folder, for errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,14 +92,17 @@ class WorkerMessage:
 class Build:
     """The work of a folder: its settings, which never change, and the units of each source in order."""
 
-    def __init__(self, settings: BuildSettings, folder: Path) -> None:
+    def __init__(self, settings: BuildSettings, folder: Path, text: RunText | None = None) -> None:
         self.folder = folder
         self.settings = settings
-        self.manifest: Manifest = read_manifest(Path(settings.manifest))
+        self.text = text
+        self.manifest: Manifest = read_manifest(Path(settings.manifest)) if text is None else text.manifest
         self.contamination = Contamination.load(self.manifest.decontaminate)
         self.claims = Claims(folder)
-        keys = {source.name: f"{settings.manifest}: sources.{source.name}.paths" for source in self.manifest.sources}
-        listed = {source.name: list_sources(source.paths, keys[source.name]) for source in self.manifest.sources}
+        keys = {source.name: self.key(f"sources.{source.name}.paths") for source in self.manifest.sources}
+        if text is not None:
+            keys = {CORPUS: self.key("paths"), HELD_OUT: self.key("validation_paths")}
+        listed = {source.name: self._list(source, keys[source.name]) for source in self.manifest.sources}
         target = folder.resolve()
         # What earlier commands wrote is no text, also if the folder lies within that of a source.
         files = {
@@ -89,9 +120,34 @@ class Build:
             folder, self._values(), self.claims, () if settings.unit_bytes else ("unit_bytes",)
         )
         self.units = {
-            source.name: divide(source, files[source.name], self.stored["unit_bytes"], self._values_of(source))
+            source.name: divide(
+                source, files[source.name], self.stored["unit_bytes"], self._values_of(source), self._cut
+            )
             for source in self.manifest.sources
         }
+
+    def key(self, name: str) -> str:
+        """Returns the name of a key, for errors."""
+        return f"data.{name}" if self.text is not None else f"{self.settings.manifest}: {name}"
+
+    def _source(self, source: MixSource) -> DataSource:
+        if self.text is not None:
+            return self.text.sources[source.name]
+        return FilesSource(kind="files", paths=source.paths, text_field=source.text_field)
+
+    def _list(self, source: MixSource, key: str) -> Listed:
+        text = self._source(source)
+        return (
+            list_sources(text.paths, key)
+            if isinstance(text, FilesSource)
+            else Listed(files=list_files(text), ignored={})
+        )
+
+    def _cut(self, file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
+        """Returns the pieces of a file, which is read whole if its source has another reader."""
+        if self.text is None or isinstance(self.text.source, FilesSource):
+            return pieces(file, piece_bytes)
+        return [FilePiece(file=file, first=0, last=1, size_bytes=size_bytes(file))]
 
     def _values(self) -> dict[str, Any]:
         manifest = self.manifest
@@ -126,10 +182,23 @@ class Build:
 
     def documents(self, unit: TextUnit, counts: ReadCounts) -> Iterator[tuple[int, Document]]:
         """Yields the documents of a unit, each with the number of its piece, and counts them."""
+        source = self._source(unit.source)
         for number, piece in enumerate(unit.pieces):
-            field = TextField(unit.source.text_field, f"sources.{unit.source.name}.text_field")
-            for document in read_piece(piece, field, counts, self.manifest.on_broken):
+            if isinstance(source, FilesSource):
+                key = self.key("text_field") if self.text else f"sources.{unit.source.name}.text_field"
+                rows = read_rows(piece, TextField(source.text_field, key))
+            else:
+                rows = DATA_SOURCES.get(source.kind).read(source, piece.file, None)
+            for document in keep_documents(rows, counts, self.manifest.on_broken):
                 yield number, document
+
+    def part_of(self, unit: TextUnit, document: Document) -> Part:
+        """Returns the part of a document."""
+        settings = self.settings
+        if self.text is not None and self.text.held_out is not None:
+            return "validation" if unit.source.name == HELD_OUT else "train"
+        is_held_out = is_validation(document.key, settings.validation_fraction, settings.seed)
+        return "validation" if is_held_out else "train"
 
     def close(self) -> None:
         """Releases all claims."""
@@ -216,16 +285,14 @@ class UnitEncoder:
         return SketchWriter(writer.path(f"{unit.name}.sketches")) if has_sketches else nullcontext()
 
     def _read(self, unit: TextUnit, counts: ReadCounts) -> Iterator[_Row]:
-        settings = self._build.settings
         for number, document in self._build.documents(unit, counts):
             text = document.text if document.tokens is None else self._tokenizer.decode(document.tokens.tolist())
-            is_held_out = is_validation(document.key, settings.validation_fraction, settings.seed)
             yield _Row(
                 document=document,
                 text=text,
                 num_bytes=len(text.encode()),
                 piece=number,
-                part=PARTS.index("validation" if is_held_out else "train"),
+                part=PARTS.index(self._build.part_of(unit, document)),
             )
 
     def _append(self, writer: UnitWriter, unit: TextUnit, batch: Sequence[_Row], hashes: NDArray[np.uint64]) -> None:
@@ -243,9 +310,11 @@ class UnitEncoder:
             rows["length"][chosen] = encoded.lengths
         rows["bytes"] = [row.num_bytes for row in batch]
         rows["piece"] = [row.piece for row in batch]
-        keys = [row.document.key.removeprefix(unit.pieces[row.piece].file.key) for row in batch]
-        rows["block"] = [int(key[1:].partition(":")[0]) // KEY_BLOCK_BYTES if key[:1] == "@" else 0 for key in keys]
-        rows["row"] = [int(key.rpartition(":")[2]) if ":" in key else 0 for key in keys]
+        for index, row in enumerate(batch):
+            place = row.document.key.removeprefix(unit.pieces[row.piece].file.key)
+            if (match := _PLACE.fullmatch(place)) is not None:
+                rows["block"][index] = int(match["offset"] or 0) // KEY_BLOCK_BYTES
+                rows["row"][index] = int(match["row"] or 0)
         writer.append(f"{unit.name}.index", rows)
 
 
@@ -310,15 +379,15 @@ def main() -> None:
     except BrokenPipeError:  # the command has ended
         os._exit(1)
     except (DataError, OSError) as error:
-        text = str(error) if isinstance(error, DataError) else unwritable(folder, error)
+        text = str(error) if isinstance(error, DataError) else unwritable(folder, error, job["settings"]["folder_key"])
         print(json.dumps(asdict(WorkerMessage(error=text))), flush=True)
 
 
-def unwritable(folder: Path, error: OSError) -> str:
+def unwritable(folder: Path, error: OSError, key: str) -> str:
     """Returns the message about a folder that cannot be written, for example because the disk is full."""
     return (
-        f"out: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete units "
-        f"stay, and the same command continues"
+        f"{key}: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete "
+        f"units stay, and the same command continues"
     )
 
 

@@ -2,18 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data.corpus import DataError
 from data.mix.manifest import read_manifest
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
 from data.shards import read_report
 from data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from data.config import DataConfig
-    from data.prepare import Prepared
-    from data.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +31,6 @@ def _check(source: MixtureSource, tokenizer: Tokenizer | None) -> None:
         read_report(Path(source.folder).expanduser())
 
 
-def _prepare(config: "DataConfig", sequence_length_tokens: int, progress: "Progress") -> "Prepared":
-    from data.mixtures import open_mixture  # imports what builds shards, which other sources do not need
-
-    assert isinstance(config.source, MixtureSource)
-    return open_mixture(config, config.source, sequence_length_tokens, progress)
-
-
 DATA_SOURCES.register(
     "mix",
     DataSourceEntry(
@@ -51,6 +38,5 @@ DATA_SOURCES.register(
         config=MixtureSource,
         place=lambda source: f"data.folder: {source.folder}" if source.folder else f"data.manifest: {source.manifest}",
         check=_check,
-        prepare=_prepare,
     ),
 )

@@ -14,7 +14,8 @@ from data.corpus import DataError
 from data.loader import IGNORE, Batch, Loader
 from data.mix.mixture import single_order
 from data.pack import WEIGHTS, pack_samples
-from data.prepare import Prepared, prepare
+from data.parts import Prepared
+from data.prepare import prepare
 from data.registry import SamplePiece, TrainingSample
 from tests.tiny import data_config, tiny_config
 
@@ -83,7 +84,7 @@ def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) 
     whole = loader.validation_batch(0, number).tokens_BT
     one_by_one = [loader.validation_batch(place, 1).tokens_BT for place in range(number)]
     assert torch.equal(torch.cat(one_by_one), whole)
-    assert sorted(whole.tolist()) == sorted(prepared.validation_tokens_NL.tolist())
+    assert sorted(whole.tolist()) == sorted(prepared.validation_tokens_NL[:].tolist())
     again = Loader(prepared, sizes=BatchSizes(3)).validation_batch(0, number).tokens_BT
     assert torch.equal(again, whole)
 

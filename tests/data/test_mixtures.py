@@ -12,7 +12,8 @@ from data.corpus import DataError
 from data.loader import Loader
 from data.mix.source import MixtureSource
 from data.mixtures import open_folder
-from data.prepare import Prepared, prepare
+from data.parts import Prepared
+from data.prepare import prepare
 from tests.tiny import data_config
 
 pytestmark = pytest.mark.slow

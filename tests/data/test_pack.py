@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.chat.sources import ChatSource, PreferencesSource
+from data.mix.rows import ShardRows
 from data.pack import (
     WEIGHTS,
     SequenceTable,
     best_fit_decreasing,
     cut_pieces,
-    pack_documents,
     pack_windows,
 )
 from data.prepare import prepare
@@ -44,6 +44,28 @@ def documents_of(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(10, 10 + sum(lengths), dtype=np.int32), np.asarray(lengths, dtype=np.int64)
 
 
+@dataclasses.dataclass
+class MemoryShard:
+    """A shard in memory, packed in one window."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def sequences(self, sequence_length_tokens: int) -> SequenceTable:
+        return pack_windows(self.lengths, sequence_length_tokens)
+
+
+def packed_rows(tokens: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens and the positions of all sequences."""
+    shard = MemoryShard(tokens, lengths)
+    count = len(shard.sequences(length))
+    return ShardRows([shard], [count], length, PAD)[:], ShardRows([shard], [count], length, None)[:]
+
+
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
 
@@ -52,10 +74,10 @@ LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 @given(LENGTHS, st.integers(2, 17))
 def test_packing_loses_and_invents_no_token(lengths: list[int], length: int) -> None:
     tokens, counts = documents_of(lengths)
-    packed = pack_documents(tokens, counts, length, PAD)
-    real = packed.positions_NL >= 0
-    assert sorted(packed.tokens_NL[real].tolist()) == tokens.tolist()
-    assert (packed.tokens_NL[~real] == PAD).all()
+    tokens_NL, positions_NL = packed_rows(tokens, counts, length)
+    real = positions_NL >= 0
+    assert sorted(tokens_NL[real].tolist()) == tokens.tolist()
+    assert (tokens_NL[~real] == PAD).all()
     # Padding is at the end, and no sequence is all padding.
     assert (np.diff(real.astype(int), axis=1) <= 0).all()
     assert real[:, 0].all()
@@ -65,13 +87,13 @@ def test_packing_loses_and_invents_no_token(lengths: list[int], length: int) -> 
 @given(LENGTHS, st.integers(2, 17))
 def test_the_position_rule_says_exactly_what_follows_within_a_piece(lengths: list[int], length: int) -> None:
     tokens, counts = documents_of(lengths)
-    packed = pack_documents(tokens, counts, length, PAD)
+    tokens_NL, positions_NL = packed_rows(tokens, counts, length)
     piece = {}
     starts = np.cumsum(counts) - counts
     for number, (document, first, size) in enumerate(zip(*cut_pieces(counts, length), strict=True)):
         start = starts[document] + first
         piece.update(dict.fromkeys(tokens[start : start + size].tolist(), number))
-    for row, positions in zip(packed.tokens_NL.tolist(), packed.positions_NL.tolist(), strict=True):
+    for row, positions in zip(tokens_NL.tolist(), positions_NL.tolist(), strict=True):
         for i in range(length):
             for k in range(1, length - i):
                 rule = positions[i] >= 0 and positions[i + k] == positions[i] + k

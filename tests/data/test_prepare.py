@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.build.units import LOCK_NAME
 from data.config import DataConfig
 from data.corpus import DataError, is_validation
-from data.encode import encode_part, train_tokenizer
 from data.pack import entropy_nats
-from data.prepare import Prepared, check_config, open_or_build, prepare
+from data.parts import Prepared
+from data.prepare import check_config, prepare
 from data.progress import ProgressLines
+from data.shards import REPORT_NAME
 from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
 
@@ -35,8 +37,8 @@ def config(tmp_path: Path) -> DataConfig:
 
 def texts_of(prepared: Prepared, part: str) -> list[str]:
     """Returns the documents that are shorter than a sequence, found in the packed arrays."""
-    tokens = prepared.train_tokens_NL if part == "train" else prepared.validation_tokens_NL
-    positions = prepared.train_positions_NL if part == "train" else prepared.validation_positions_NL
+    tokens = (prepared.train_tokens_NL if part == "train" else prepared.validation_tokens_NL)[:]
+    positions = (prepared.train_positions_NL if part == "train" else prepared.validation_positions_NL)[:]
     texts = []
     for row, place in zip(tokens.tolist(), positions.tolist(), strict=True):
         begins = [i for i, value in enumerate(place) if value == 0]
@@ -84,29 +86,29 @@ def test_the_tokenizer_never_sees_validation_text(config: DataConfig, tmp_path: 
     assert [changed.tokenizer.decode([i]) for i in range(300)] == [prepared.tokenizer.decode([i]) for i in range(300)]
 
 
-def test_a_large_corpus_trains_the_tokenizer_on_a_sample(config: DataConfig) -> None:
+def test_a_large_corpus_trains_the_tokenizer_on_a_sample(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(config, tokenizer_vocab_size=280)
-    assert train_tokenizer(small, 64 * 2**20).vocab_size == 280
+    assert prepare(small, 16).tokenizer.vocab_size == 280
+    monkeypatch.setattr("data.build.run.TOKENIZER_TEXT_BYTES", 0)
     # A sample of nothing at all leaves the bytes and the special tokens.
-    assert train_tokenizer(small, 2**70).vocab_size == 264
+    assert prepare(dataclasses.replace(small, cache_dir=f"{small.cache_dir}2"), 16).tokenizer.vocab_size == 264
 
 
 def test_encoding_does_not_depend_on_the_batches(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = train_tokenizer(config, 1)
-    tokens, lengths = encode_part(config, "train", tokenizer)
-    monkeypatch.setattr("data.encode.ENCODE_BATCH_CHARACTERS", 200)
-    again, again_lengths = encode_part(config, "train", tokenizer)
-    assert np.array_equal(tokens, again)
-    assert np.array_equal(lengths, again_lengths)
+    whole = prepare(config, 16)
+    monkeypatch.setattr("data.build.work.BATCH_CHARACTERS", 200)
+    again = prepare(dataclasses.replace(config, cache_dir=f"{config.cache_dir}2"), 16)
+    assert whole.fingerprint == again.fingerprint
+    assert np.array_equal(whole.train_tokens_NL[:], again.train_tokens_NL[:])
 
 
 def test_counts_and_entropy_are_those_of_the_arrays(config: DataConfig) -> None:
     prepared = prepare(config, 16)
-    assert prepared.train_tokens == (prepared.train_positions_NL >= 0).sum()
-    assert prepared.validation_tokens == (prepared.validation_positions_NL >= 0).sum()
-    predicted = prepared.validation_tokens_NL[:, 1:][
-        (prepared.validation_positions_NL[:, 1:] == prepared.validation_positions_NL[:, :-1] + 1)
-        & (prepared.validation_positions_NL[:, :-1] >= 0)
+    assert prepared.train_tokens == (prepared.train_positions_NL[:] >= 0).sum()
+    assert prepared.validation_tokens == (prepared.validation_positions_NL[:] >= 0).sum()
+    predicted = prepared.validation_tokens_NL[:][:, 1:][
+        (prepared.validation_positions_NL[:][:, 1:] == prepared.validation_positions_NL[:][:, :-1] + 1)
+        & (prepared.validation_positions_NL[:][:, :-1] >= 0)
     ]
     shares = [(predicted == token).mean() for token in set(predicted.tolist())]
     assert prepared.unigram_entropy_nats == pytest.approx(-sum(p * np.log(p) for p in shares), rel=1e-12)
@@ -120,16 +122,18 @@ def test_entropy_of_equal_counts_is_the_logarithm_and_of_one_value_is_zero() -> 
     assert entropy_nats(np.array([0, 9])) == 0.0
 
 
+ARRAYS = ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL")
+
+
 def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     cold = prepare(config, 16)
-    monkeypatch.setattr("data.prepare.build_encoded", None)
+    monkeypatch.setattr("data.build.run.build_folder", None)
     other_length = prepare(config, 32)
-    monkeypatch.setattr("data.prepare.pack_documents", None)
+    monkeypatch.setattr("data.shards.pack_windows", None)
     warm = prepare(config, 16)
     assert warm.fingerprint == cold.fingerprint != other_length.fingerprint
-    for name in ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL"):
-        assert np.array_equal(getattr(warm, name), getattr(cold, name))
-        assert isinstance(getattr(warm, name), np.memmap)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(warm, name)[:], getattr(cold, name)[:])
     assert warm.unigram_entropy_nats == cold.unigram_entropy_nats
 
 
@@ -155,7 +159,7 @@ def test_changed_text_is_read_again(config: DataConfig, tmp_path: Path) -> None:
 def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, tmp_path: Path, before: str) -> None:
     if before == "broken":
         prepare(config, 16)
-        for path in (tmp_path / "cache").glob("*/meta.json"):
+        for path in (tmp_path / "cache").glob("*/sources/*/*.json"):
             path.write_text("{", encoding="utf-8")
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(2), context.Queue()
@@ -167,59 +171,40 @@ def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, 
         worker.join(timeout=60)
         assert worker.exitcode == 0
     assert fingerprints == {prepare(config, 16).fingerprint}
-    assert not [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
-
-
-def _open_many(cache_dir: Path, barrier: object, queue: object) -> None:
-    """Sends how many of 100 entries were missing for a process that built them concurrently."""
-    missing = 0
-    for number in range(100):
-        barrier.wait()  # type: ignore[attr-defined]
-        entry = open_or_build(cache_dir, f"entry-{number}", _build_entry)
-        missing += not (entry.folder / "array").is_file()
-    queue.put(missing)  # type: ignore[attr-defined]
-
-
-def _build_entry(folder: Path) -> dict[str, int]:
-    (folder / "array").write_bytes(b"numbers")
-    return {}
-
-
-def test_what_one_process_opened_no_other_moves_away(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, queue = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_open_many, args=(tmp_path, barrier, queue)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    assert [queue.get(timeout=60) for _ in workers] == [0] * 4
-    for worker in workers:
-        worker.join(timeout=60)
-    assert len(list(tmp_path.iterdir())) == 100
+    assert not [path for path in (tmp_path / "cache").rglob(".*") if path.name != LOCK_NAME]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["meta_garbage", "meta_list", "meta_missing", "array_cut", "array_missing"])
-@pytest.mark.parametrize("level", ["packed", "encoded"])
-def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: str, level: str) -> None:
-    fingerprint = prepare(config, 16).fingerprint
-    if level == "encoded":
-        for path in (tmp_path / "cache").glob("packed-*"):
-            path.rename(tmp_path / "away")
-    (folder,) = (tmp_path / "cache").glob(f"{level}-*")
-    array = sorted(folder.glob("train_tokens*.npy"))[0]
+@pytest.mark.parametrize(
+    "damage", ["unit_garbage", "unit_list", "unit_missing", "tokens_cut", "tokens_missing", "report_cut", "packed_cut"]
+)
+def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: str) -> None:
+    before = prepare(config, 16)
+    arrays = [getattr(before, name)[:] for name in ARRAYS]
+    (folder,) = (tmp_path / "cache").glob("*/sources/corpus")
+    (tokens,) = folder.glob("train-*.tokens")
+    unit = folder / f"{tokens.stem.removeprefix('train-')}.json"
+    report = folder.parents[1] / REPORT_NAME
+    (packed,) = folder.glob("train-*.sequences-16.npy")
     match damage:
-        case "meta_garbage":
-            (folder / "meta.json").write_text("{", encoding="utf-8")
-        case "meta_list":
-            (folder / "meta.json").write_text("[]", encoding="utf-8")
-        case "meta_missing":
-            (folder / "meta.json").unlink()
-        case "array_cut":
-            array.write_bytes(array.read_bytes()[:-3])
-        case "array_missing":
-            array.unlink()
-    assert prepare(config, 16).fingerprint == fingerprint
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+        case "unit_garbage":
+            unit.write_text("{", encoding="utf-8")
+        case "unit_list":
+            unit.write_text("[]", encoding="utf-8")
+        case "unit_missing":
+            unit.unlink()
+        case "tokens_cut":
+            tokens.write_bytes(tokens.read_bytes()[:-3])
+        case "tokens_missing":
+            tokens.unlink()
+        case "report_cut":
+            report.write_bytes(report.read_bytes()[:-3])
+        case "packed_cut":
+            packed.write_bytes(packed.read_bytes()[:-3])
+    after = prepare(config, 16)
+    assert after.fingerprint == before.fingerprint
+    assert all(np.array_equal(getattr(after, name)[:], array) for name, array in zip(ARRAYS, arrays, strict=True))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +212,10 @@ def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare.pack_documents", fail)
+        patch.setattr("data.shards.UnitWriter.finish", fail)
         with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left"):
             prepare(config, 16)
-    assert [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()] == ["encoded"]
+    assert not [*(tmp_path / "cache").rglob("*.tokens"), *(tmp_path / "cache").rglob(REPORT_NAME)]
     assert prepare(config, 16).train_tokens > 0
 
 
@@ -258,7 +243,7 @@ def test_a_single_document_is_trained_on_regardless_of_its_hash(
     prepared = prepare(dataclasses.replace(config, source=one, validation_fraction=fraction, fim_rate=0.0), 16)
     assert prepared.validation_tokens == 0
     assert prepared.validation_tokens_NL.shape == (0, 16)
-    tokens = prepared.train_tokens_NL[prepared.train_positions_NL >= 0]
+    tokens = prepared.train_tokens_NL[:][prepared.train_positions_NL[:] >= 0]
     assert prepared.tokenizer.decode(tokens.tolist(), skip_special_tokens=True) == path.read_text("utf-8")
     # Pieces lie in the order in which they were packed, so the text is compared only if it fits one sequence.
     assert prepared.bytes_per_token > 1
@@ -310,7 +295,7 @@ def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     assert prepared.train_tokens > 1_000_000
     assert 0.005 < prepared.validation_tokens / prepared.train_tokens < 0.08
     assert 4.0 < prepared.unigram_entropy_nats < np.log(4096)
-    assert (prepared.train_positions_NL < 0).mean() < 0.01
+    assert (prepared.train_positions_NL[:] < 0).mean() < 0.01
     # Of computation, which other programs do not change: 4 to 7 s and 0.05 s.
     assert cold_seconds < 40.0
     assert warm_seconds < 1.0

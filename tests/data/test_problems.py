@@ -15,7 +15,8 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import WEIGHTS
-from data.prepare import Prepared, check_config, prepare
+from data.parts import Prepared
+from data.prepare import check_config, prepare
 from data.problems import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer

@@ -153,16 +153,15 @@ def test_given_tokenizer_prepares_every_document_and_its_large_ids_stay(config: 
     assert check_config(config) == VOCAB_SIZE
     prepared = prepare(dataclasses.replace(config, fim_rate=0.0), 512)
     assert prepared.tokenizer.vocab_size == VOCAB_SIZE
-    assert prepared.train_tokens_NL.dtype == np.uint32
-    assert prepared.train_tokens_NL.max() >= 2**16
-    rows = [*prepared.train_tokens_NL.tolist(), *prepared.validation_tokens_NL.tolist()]
+    assert prepared.train_tokens_NL[:].max() >= 2**16
+    rows = [*prepared.train_tokens_NL[:].tolist(), *prepared.validation_tokens_NL[:].tolist()]
     written = "".join(prepared.tokenizer.decode(row) for row in rows)
     for document in read_documents(config.source):
         assert f"{BEGIN_OF_SENTENCE}{document.text}" in written
     loader = Loader(prepared, sizes=BatchSizes(1))
     batches = [loader.batch(step, 0, 1) for step in range(len(prepared.train_tokens_NL))]
     read = sorted(int(batch.tokens_BT.max()) for batch in batches)
-    assert read == sorted(prepared.train_tokens_NL.max(axis=1).tolist())
+    assert read == sorted(prepared.train_tokens_NL[:].max(axis=1).tolist())
     assert {batch.pad_id for batch in batches} == {2}
 
 
@@ -309,12 +308,12 @@ def test_a_corpus_is_prepared_and_every_document_is_there(family: tuple[str, Pat
     check_config(config)
     prepared = prepare(config, 512)
     assert prepared.tokenizer.special == Tokenizer.load(path).special
-    rows = [*prepared.train_tokens_NL.tolist(), *prepared.validation_tokens_NL.tolist()]
+    rows = [*prepared.train_tokens_NL[:].tolist(), *prepared.validation_tokens_NL[:].tolist()]
     ends = sum(row.count(prepared.tokenizer.end_of_sentence_id) for row in rows)
-    padding = int(np.sum(prepared.train_positions_NL < 0) + np.sum(prepared.validation_positions_NL < 0))
+    padding = int(np.sum(prepared.train_positions_NL[:] < 0) + np.sum(prepared.validation_positions_NL[:] < 0))
     assert ends == 12 + (padding if EXPECTED[name][1] == EXPECTED[name][2] else 0)
     fim = prepared.tokenizer.special.fim
-    marked = 0 if fim is None else sum(row.count(fim[0]) for row in prepared.train_tokens_NL.tolist())
+    marked = 0 if fim is None else sum(row.count(fim[0]) for row in prepared.train_tokens_NL[:].tolist())
     assert (marked > 0) == EXPECTED[name][3]
     assert prepare(dataclasses.replace(config, tokenizer_bos=""), 512).train_tokens <= prepared.train_tokens
 

@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from comm.agreement import gather_on_first
 from comm.groups import make_host_group
-from data.prepare import Prepared
+from data.parts import Prepared
 from dualpipe.ir import to_json
 from model.hf.files import sync, write_synced
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge

@@ -14,7 +14,7 @@ from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, Sh
 from kernels.registry import Registry
 
 if TYPE_CHECKING:
-    from data.prepare import Prepared
+    from data.parts import Prepared
     from model.config import HeadKind, ModelConfig
     from train.config import BatchConfig, TaskConfig, TrainConfig
     from train.tasks.registry import Task

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.mix.mixture import single_order
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.problems import ProblemRecord, split_problems
 from data.progress import printable
 from data.registry import DATA_SOURCES

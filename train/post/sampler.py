@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from comm.agreement import broadcast_first
 from data.loader import Batch, Loader
-from data.prepare import Prepared
+from data.parts import Prepared
 from infer.config import Sampling
 from infer.protocol import Group, Request, Sample
 from infer.sample import SequenceRandom

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import distributed as dist
 
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.registry import DATA_SOURCES
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.pack import WEIGHTS
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.progress import Progress
 from data.registry import Part
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share

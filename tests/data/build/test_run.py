@@ -17,8 +17,7 @@ import pytest
 from data.build.run import _sample_shares, build_folder
 from data.build.work import Build, BuildSettings, UnitEncoder, build_units
 from data.corpus import DataError
-from data.encode import NO_PROGRESS
-from data.progress import ProgressLines
+from data.progress import NO_PROGRESS, ProgressLines
 from data.shards import PARTS, UnitWriter, open_shards
 from data.tokenizer import Tokenizer
 from tests import ROOT
@@ -28,7 +27,7 @@ import json, sys
 from pathlib import Path
 from data.build.run import build_folder
 from data.build.work import BuildSettings
-from data.encode import NO_PROGRESS
+from data.progress import NO_PROGRESS
 from data.tokenizer import Tokenizer
 settings, tokenizer, folder, workers = json.load(sys.stdin)
 build_folder(BuildSettings(**settings), Tokenizer.load(Path(tokenizer)), Path(folder), workers, NO_PROGRESS)

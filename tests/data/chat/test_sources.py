@@ -26,7 +26,8 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
-from data.prepare import Prepared, check_config, prepare
+from data.parts import Prepared
+from data.prepare import check_config, prepare
 from data.registry import DATA_SOURCES, DataSource
 from data.sources import check_source, read_documents
 from data.special_tokens import CHAT_TOKENS

@@ -17,7 +17,7 @@ from data.loader import Batch, Loader
 from data.mix.manifest import Manifest, MixPhase, MixSource
 from data.mix.mixture import Mixture, hold_out
 from data.mix.rows import ShardRows
-from data.prepare import Prepared
+from data.parts import Prepared
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 L = 8

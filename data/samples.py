@@ -1,0 +1,164 @@
+"""Encodes and packs samples, such as conversations, and caches the arrays. Imports no torch."""
+
+# Shape legend: N sequences, L tokens per sequence.
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.build.units import Claims
+from data.config import DataConfig, with_parts
+from data.corpus import DataError, hash_unit
+from data.mix.mixture import hold_out, single_order
+from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
+from data.parts import Prepared
+from data.progress import Progress
+from data.registry import DATA_SOURCES, Part, TrainingSample
+from data.shards import PARTS, UnitWriter, read_unit
+from data.sources import read_documents
+from data.tokenizer import TOKENIZER_NAME, Tokenizer
+
+_UNIT = "samples"
+
+
+def open_samples(
+    config: DataConfig, tokenizer: Tokenizer | None, key: str, sequence_length_tokens: int, progress: Progress
+) -> Prepared:
+    """Opens the samples that are in the cache under a key, and builds them first if they are not."""
+    cache_dir = Path(config.cache_dir).expanduser()
+    folder = cache_dir / f"samples-{sequence_length_tokens}-{key}"
+    values = read_unit(folder, _UNIT)
+    if values is None:
+        with cache_errors(cache_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+            with closing(Claims(folder)) as claims, claims.claimed(_UNIT):
+                values = read_unit(folder, _UNIT)  # of another process that has just completed it
+                if values is None:
+                    with UnitWriter(folder, _UNIT) as writer:
+                        values = _build_samples(config, tokenizer, sequence_length_tokens, writer, progress)
+                        writer.finish(values)
+    arrays = {
+        (part, name): np.load(folder / f"{part}_{name}_NL.npy", mmap_mode="r")
+        for part in PARTS
+        for name in ("tokens", "positions")
+    }
+    names = [field.name for field in fields(SampleCounts)]
+    return Prepared(
+        tokenizer=Tokenizer.load(folder / TOKENIZER_NAME),
+        train_tokens_NL=arrays["train", "tokens"],
+        train_positions_NL=arrays["train", "positions"],
+        validation_tokens_NL=arrays["validation", "tokens"],
+        validation_positions_NL=arrays["validation", "positions"],
+        train_tokens=int(values["train_tokens"]),
+        validation_tokens=int(values["validation_tokens"]),
+        unigram_entropy_nats=float(values["unigram_entropy_nats"]),
+        bytes_per_token=float(values["bytes_per_token"]),
+        order=single_order(len(arrays["train", "tokens"]), config.seed),
+        held_out=hold_out([len(arrays["validation", "tokens"])], config.seed),
+        fingerprint=str(values["fingerprint"]),
+        train_values=_read_values(folder, "train"),
+        validation_values=_read_values(folder, "validation"),
+        counts={
+            part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS
+        },
+    )
+
+
+def train_on_samples(config: DataConfig) -> Tokenizer:
+    """Trains a tokenizer on the text of the samples to train on."""
+    documents = (document.text for part, document in with_parts(config, read_documents) if part == "train")
+    return Tokenizer.train(documents, config.tokenizer_vocab_size, DATA_SOURCES.get(config.source.kind).special_tokens)
+
+
+def _build_samples(
+    config: DataConfig, loaded: Tokenizer | None, sequence_length_tokens: int, writer: UnitWriter, progress: Progress
+) -> dict[str, int | float | str]:
+    """Writes the tokenizer, trained if none is given, and the packed samples; returns their counts."""
+    tokenizer = loaded or train_on_samples(config)
+    for path in tokenizer.save(writer.path(TOKENIZER_NAME)):
+        writer.path(path.name)
+    digest = hashlib.sha256()
+    values: dict[str, int | float | str] = {}
+    has_targets = DATA_SOURCES.get(config.source.kind).has_targets
+    for part, samples in _encode_samples(config, tokenizer, progress).items():
+        packed = pack_samples(
+            samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size, has_targets=has_targets
+        )
+        if part == "train" and not packed.counts.kept:
+            rule = " with a token to predict" if has_targets else ""
+            raise DataError(
+                f"batch.sequence_length_tokens: {sequence_length_tokens} leaves no sample of {packed.counts.dropped}; "
+                f"at least one must fit{rule}; nearest: "
+                f"{min(sample.num_tokens for sample in samples)}"
+            )
+        arrays = {"tokens": packed.tokens_NL, "positions": packed.positions_NL}
+        for name, array in {**arrays, **{f"value-{name}": value for name, value in packed.values.items()}}.items():
+            np.save(writer.path(f"{part}_{name}_NL.npy"), array)
+            digest.update(np.ascontiguousarray(array).data)
+        values[f"{part}_tokens"] = int((packed.positions_NL >= 0).sum())
+        values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
+        if predicted := _predicted_tokens(packed, has_targets=has_targets):
+            values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
+            text = tokenizer.decode(predicted, skip_special_tokens=True)
+            values["bytes_per_token"] = max(len(text.encode()), 1) / len(predicted)
+    values["fingerprint"] = digest.hexdigest()
+    return values
+
+
+def _read_values(folder: Path, part: Part) -> dict[str, NDArray[np.generic]]:
+    """Returns the values of a part's tokens by name, memory-mapped."""
+    start = f"{part}_value-"
+    end = "_NL.npy"
+    paths = sorted(folder.glob(f"{start}*{end}"))
+    return {path.name.removeprefix(start).removesuffix(end): np.load(path, mmap_mode="r") for path in paths}
+
+
+def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> dict[Part, list[TrainingSample]]:
+    encode = DATA_SOURCES.get(config.source.kind).samples
+    assert encode is not None
+    parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}
+    for part, sample in with_parts(config, lambda source: encode(source, tokenizer)):
+        parts[part].append(sample)
+    if not parts["train"] and parts["validation"]:
+        count = len(parts["validation"])
+        if count > 1:
+            progress.note(lowered_line(config, count, "samples"))
+        last = max(range(count), key=lambda number: hash_unit("split", config.seed, parts["validation"][number].key))
+        parts["train"].append(parts["validation"].pop(last))
+    return parts
+
+
+def lowered_line(config: DataConfig, count: int, unit: str) -> str:
+    """Returns the line about a validation set that would hold out everything."""
+    return (
+        f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by hash "
+        f"with data.seed={config.seed}; the validation set is lowered to {count - 1}"
+    )
+
+
+def _predicted_tokens(packed: PackedSamples, *, has_targets: bool) -> list[int]:
+    """Returns the tokens of all trained predictions in order, or of all prompts if there are no targets."""
+    is_predicted_NL = packed.positions_NL[:, 1:] >= 1
+    if has_targets and WEIGHTS in packed.values:
+        is_predicted_NL &= packed.values[WEIGHTS][:, :-1].astype(bool)
+    tokens: list[int] = packed.tokens_NL[:, 1:][is_predicted_NL].tolist()
+    return tokens
+
+
+@contextmanager
+def cache_errors(cache_dir: Path) -> Iterator[None]:
+    """Names the cache in errors of its file system."""
+    try:
+        yield
+    except OSError as error:
+        parents = (parent for parent in cache_dir.absolute().parents if parent.is_dir() and os.access(parent, os.W_OK))
+        nearest = next((f"; nearest: {str(parent)!r}" for parent in parents), "")
+        raise DataError(
+            f"data.cache_dir: {str(cache_dir)!r} must be a folder that can be written: {error}{nearest}"
+        ) from error
