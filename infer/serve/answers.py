@@ -54,16 +54,21 @@ class AnswerBuilder:
         self._prompt_scores: Sequence[ChosenToken] = ()
 
     def push(self, news: "SequenceNews") -> None:
-        """Adds tokens; those after a stop string are dropped."""
+        """Adds tokens; those after a stop string or an ending token are dropped."""
         self._prompt_scores = news.prompt_scores or self._prompt_scores
+        is_stopped = False
         for token in news.tokens:
-            if not self._stream.is_stopped:
-                self._text += self._stream.push(token.token)
-                self._tokens.append(token)
+            self._tokens.append(token)
+            is_stopped = token.token in self._call.scored_ends
+            if not is_stopped:
                 self.num_tokens += 1
-        if news.finish is not None or self._stream.is_stopped:
+                self._text += self._stream.push(token.token)
+                is_stopped = self._stream.is_stopped
+            if is_stopped:
+                break
+        if news.finish is not None or is_stopped:
             self._text += self._stream.close()
-            self.finish = "stop" if self._stream.is_stopped else news.finish
+            self.finish = "stop" if is_stopped else news.finish
 
     def take(self) -> dict[str, Any] | None:
         """Returns the choice of an event with what is new, or None if nothing can be sent yet."""

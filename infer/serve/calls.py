@@ -50,6 +50,7 @@ class ApiCall:
     """A request that was read: its prompts, and how each is continued and answered.
 
     Attributes:
+        scored_ends: token ids that end an answer and are listed with their log-probabilities, as harnesses count on.
         template: by which answers are parsed; None: they are text.
         opens_thoughts: whether the prompt ends where thoughts begin.
         parses_calls: whether calls of tools in an answer become fields.
@@ -62,6 +63,7 @@ class ApiCall:
     is_streamed: bool
     includes_usage: bool
     echo: bool = False
+    scored_ends: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
     opens_thoughts: bool = False
     parses_calls: bool = False
@@ -99,8 +101,12 @@ def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     constraint = _read_structure(served, fields, ())
     alternatives = fields.get("logprobs")
     request = _read_request(served, fields, max_new_tokens, alternatives, constraint)
-    request = replace(request, scores_prompt=echo and alternatives is not None)
-    return _checked(served, ApiCall(prompts=prompts, request=request, echo=echo, **_read_form(fields)))
+    ends: frozenset[int] = frozenset()
+    if alternatives is not None:
+        ends = request.stop
+        request = replace(request, scores_prompt=echo, stop=frozenset())
+    call = ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, **_read_form(fields))
+    return _checked(served, call)
 
 
 def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:

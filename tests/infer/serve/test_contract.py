@@ -12,6 +12,8 @@ import torch
 
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
+from infer.engines.local import LocalModel
+from infer.evaluate.protocol import TargetSequence
 from infer.generate import generate
 from tests.infer.models import make_model
 from tests.infer.serve.servers import MODEL, TOKENIZER, RunningServer, describe, make_engine, serving
@@ -194,6 +196,47 @@ def test_echo_scores_the_prompt(client: openai.OpenAI, max_tokens: int) -> None:
     assert choice.logprobs.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-9)
     best = [max(top.values()) for top in choice.logprobs.top_logprobs[1 : len(ids)]]
     assert best == pytest.approx(log_probs(ids)[:-1].max(-1).values.tolist(), abs=1e-9)
+
+
+def parsed_by_harness(answer: dict[str, Any], context_lengths: list[int]) -> list[tuple[float, bool]]:
+    """Returns what `local-completions` of lm-evaluation-harness 0.4.13 reads, by its own code where it is installed."""
+    try:
+        from lm_eval.models.openai_completions import LocalCompletionsAPI
+    except ImportError:
+        pass
+    else:
+        return LocalCompletionsAPI.parse_logprobs(answer, ctxlens=context_lengths)
+    parsed = []
+    for choice, length in zip(answer["choices"], context_lengths, strict=True):
+        scores = choice["logprobs"]["token_logprobs"][length:-1]
+        tops = choice["logprobs"]["top_logprobs"][length:-1]
+        is_greedy = all(score == max(top.values()) for score, top in zip(scores, tops, strict=True))
+        parsed.append((sum(scores), is_greedy))
+    return parsed
+
+
+def test_harness_reads_the_scores_of_an_evaluation(server: RunningServer) -> None:
+    context = TOKENIZER.prompt("The server answers")
+    likely = [*context, *greedy(context, 3)]
+    sequences = [likely, [*context, *TOKENIZER.encode(": hello")], [*context, *TOKENIZER.encode(" 你好")]]
+    lengths = [len(context)] * 3
+    body = {"prompt": sequences, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", **body}).json()
+    targets = [TargetSequence(tokens=tuple(ids), num_targets=len(ids) - len(context)) for ids in sequences]
+    scores = LocalModel(make_model(MODEL), batch_size=4).score(targets)
+    expected = [(pytest.approx(sum(score.log_probs), abs=1e-9), all(score.are_greedy)) for score in scores]
+    assert parsed_by_harness(answer, lengths) == expected
+    assert [is_greedy for _, is_greedy in expected] == [True, False, False]
+
+
+def test_token_that_ends_a_scored_answer_is_listed(client: openai.OpenAI) -> None:
+    """lm-evaluation-harness drops the last token of the list as the generated one."""
+    ids = TOKENIZER.prompt(PROMPT)
+    end = {str(TOKENIZER.end_of_sentence_id): 100}
+    choice = complete(client, prompt=ids, echo=True, logprobs=1, max_tokens=4, logit_bias=end).choices[0]
+    assert (choice.text, choice.finish_reason) == (PROMPT, "stop")
+    assert len(choice.logprobs.tokens) == len(ids) + 1
+    assert complete(client, max_tokens=4, logit_bias=end).choices[0].text == ""
 
 
 def test_echo_alone_prefixes_the_prompt(client: openai.OpenAI) -> None:
