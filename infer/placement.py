@@ -79,6 +79,14 @@ class Placement:
     layers: Mapping[int, Experts]
 
     @classmethod
+    def in_order(cls, num_experts: int, num_ranks: int) -> Self:
+        """Returns the placement with an equal number of consecutive experts on each rank."""
+        shape = PlacementShape(
+            num_experts=num_experts, num_groups=1, num_ranks=num_ranks, num_nodes=1, num_redundant=0, policy="global"
+        )
+        return cls(shape=shape, layers={})
+
+    @classmethod
     def read(cls, values: Any, key: str) -> Self:
         """Decodes a placement as `launch.place format=json` writes it; errors name the key."""
         try:

@@ -260,6 +260,10 @@ class RankError(RuntimeError):
     """Raised if a rank failed with an error that is not the user's, or died."""
 
 
+class DeadRankError(RankError):
+    """Raised if a rank died."""
+
+
 def run_on_local_ranks(
     function: RankFunction,
     cluster: ClusterConfig,
@@ -311,7 +315,7 @@ def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[.
             try:
                 kind, content = end.recv()
             except (EOFError, ConnectionResetError) as error:
-                raise RankError(f"rank {rank} died before it returned") from error
+                raise DeadRankError(f"rank {rank} died before it returned") from error
             if kind == "message":
                 receive(*content)
                 continue

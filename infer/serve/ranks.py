@@ -1,0 +1,287 @@
+"""Serves with experts spread over ranks: each rank continues its share of requests in common rounds.
+
+Every rank has its own cache, and all weights but those of other ranks' experts. Rank 0 has the HTTP server and sends
+requests to the ranks. In a round each rank runs at most one decoding pass and reads at most one chunk of prompts. Ranks
+agree before each pass of the model: those without such a pass only run the experts of its layers for the others.
+
+Shape legend: N new tokens, D hidden size, L layers, E experts.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comm.agreement import broadcast_first, gather_on_first, smallest_over_ranks, sum_over_ranks
+from comm.exits import EXIT_LOST
+from comm.groups import is_peer_error, make_host_group
+from infer.continuous import ContinuousEngine, SequenceNews
+from infer.decoder import Decoder, PassKind
+from infer.expert_moves import expert_loads
+from infer.placement import Placement
+from infer.protocol import NumberedPrompt, Request
+from infer.serve.roles import DepartingSequence, Move, SequenceTransfers
+
+
+class LostRankError(RuntimeError):
+    """A rank of the server has ended or does not respond."""
+
+    exit_code = EXIT_LOST
+
+
+class Pass(IntEnum):
+    """Kinds of passes, in their order within a round."""
+
+    DRAFT = 0
+    STEP = 1
+    PROMPTS = 2
+    PAIRS = 3
+    NONE = 4
+
+
+class Turns:
+    """Agrees with the other ranks on the next pass. Small facts travel through host memory."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """Opens the ranks' group. All ranks call it at the same point."""
+        self.group = make_host_group(timedelta(seconds=timeout_seconds))
+        self.decoder: Decoder | None = None
+
+    def take(self, wanted: Pass) -> None:
+        """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks."""
+        decoder = self.decoder
+        assert decoder is not None
+        while (turn := smallest_over_ranks(wanted, self.group)) != wanted:
+            if turn in (Pass.PAIRS, Pass.DRAFT):
+                decoder.run_idle_mtp()
+            else:
+                decoder.run_idle_layers()
+
+
+class RankDecoder(Decoder):
+    """A decoder whose experts are spread over ranks, all of which take part in each pass."""
+
+    def __init__(self, turns: Turns, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._turns = turns
+        turns.decoder = self
+
+    def read_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
+        """Runs the MTP module over the next pairs of prompts when it is the turn of such passes."""
+        self._turns.take(Pass.PAIRS)
+        super().read_mtp(rows, next_tokens, state_ND)
+
+    def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
+        """Runs the MTP module over new pairs when it is the turn of such passes."""
+        self._turns.take(Pass.DRAFT)
+        return super().step_mtp(next_tokens_BS, state_BSD, chosen_B)
+
+    def _run_main(
+        self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        self._turns.take(Pass.STEP if kind == "step" else Pass.PROMPTS)
+        return super()._run_main(kind, tokens_N, rows, counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A request, and the rank that continues its prompt."""
+
+    rank: int
+    prompt: NumberedPrompt
+    request: Request
+
+
+@dataclass(kw_only=True, slots=True)
+class Orders:
+    """What ranks do at the start of a round. `cancelled` are ranks with numbers of prompts."""
+
+    moves: list[Move] = field(default_factory=list)
+    submissions: list[Submission] = field(default_factory=list)
+    cancelled: list[tuple[int, int]] = field(default_factory=list)
+    places_again: bool = False
+    is_end: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """What a rank reports of a round."""
+
+    news: list[SequenceNews]
+    departures: list[DepartingSequence]
+    counts: Mapping[str, int]
+
+
+class ServingRank:
+    """One rank of a server: runs its engine in rounds with the others."""
+
+    def __init__(
+        self,
+        turns: Turns,
+        engine: ContinuousEngine,
+        placement: Placement,
+        place: Callable[[Placement], None],
+        transfers: SequenceTransfers,
+    ) -> None:
+        """Takes over an engine with a `RankDecoder`. `place` moves the experts' weights."""
+        self.engine = engine
+        self._transfers = transfers
+        self._turns = turns
+        self.placement = placement
+        self._place = place
+
+    def follow(self) -> None:
+        """Takes part in rounds until rank 0 ends them, or raises LostRankError. The other ranks call it."""
+        while self._run_checked(None) is not None:
+            pass
+
+    def round(self, orders: Orders) -> list[RoundReport]:
+        """Runs a round on rank 0; returns what each rank reports, nothing if the round was the end."""
+        return self._run_checked(orders) or []
+
+    def _run_checked(self, orders: Orders | None) -> list[RoundReport] | None:
+        try:
+            return self._run(orders)
+        except RuntimeError as error:
+            if not is_peer_error(error):
+                raise
+            raise LostRankError(f"ranks: one has ended or does not respond: {error}") from error
+
+    @torch.no_grad()
+    def _run(self, orders: Orders | None) -> list[RoundReport] | None:
+        """Runs a round with the orders of rank 0, which gets the reports. Returns None after the last round."""
+        group = self._turns.group
+        rank = group.rank()
+        orders = broadcast_first(orders, group)
+        assert orders is not None
+        if orders.is_end:
+            self._transfers.close()
+            return None
+        if orders.places_again:
+            self._place_again()
+        for move in orders.moves:
+            if move.source == rank:
+                self._transfers.send(move)
+            if move.target == rank:
+                self._transfers.receive(move)
+        for submission in orders.submissions:
+            if submission.rank == rank:
+                self.engine.submit(submission.prompt, submission.request)
+        for other, number in orders.cancelled:
+            if other == rank:
+                self.engine.cancel(number)
+        news = self.engine.step()
+        self._turns.take(Pass.NONE)
+        report = RoundReport(news=news, departures=self._transfers.depart(), counts=self.engine.counts())
+        return gather_on_first(report, group) or []
+
+    def _place_again(self) -> None:
+        """Moves experts to a placement for the tokens that all ranks counted since the last one."""
+        loads = expert_loads(self.engine.model)
+        counts_LE = torch.stack(list(loads.values()))
+        sums = sum_over_ranks(counts_LE.flatten().tolist(), self._turns.group)  # host sync
+        by_layer = dict(zip(loads, np.array(sums, np.float64).reshape(counts_LE.shape), strict=True))
+        placement = self.placement.again(by_layer) if self._turns.group.rank() == 0 else self.placement
+        self.placement = broadcast_first(placement, self._turns.group)
+        self._place(self.placement)
+        self.engine.forget_codes()
+
+
+@dataclass(slots=True)
+class _Share:
+    """A prompt that is not finished: its rank, the tokens that it may need, and its unfinished samples."""
+
+    rank: int
+    num_tokens: int
+    num_samples: int
+
+
+class RanksEngine:
+    """The engine of a server on several ranks, on rank 0; the other ranks call `ServingRank.follow`.
+
+    `step` must be called now and then even if it is idle, because the other ranks wait for a round.
+    """
+
+    def __init__(self, rank: ServingRank, *, prefill_ranks: int = 0, place_again_seconds: float | None = None) -> None:
+        """Starts without requests.
+
+        Args:
+            prefill_ranks: number of first ranks that read all prompts, for the others to decode; 0 if all do both.
+            place_again_seconds: seconds between two placements of the experts; None keeps the first one.
+        """
+        self._rank = rank
+        self._reports = rank.round(Orders())
+        ranks = range(len(self._reports))
+        self._reading = ranks[: prefill_ranks or None]
+        self._decoding = ranks[prefill_ranks:]
+        self._shares: dict[int, _Share] = {}
+        self._orders = Orders()
+        self._seconds = place_again_seconds
+        self._placed = time.monotonic()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is unfinished, and no rank has to be informed of anything."""
+        return not (self._shares or self._orders.cancelled)
+
+    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
+        """Queues a prompt for the rank with the fewest tokens, or raises GenerateError if it never fits."""
+        self._rank.engine.check(prompt, request)
+        # A constraint has state that is not sent to other ranks.
+        rank = 0 if request.constraint is not None else self._least_loaded(self._reading)
+        num_tokens = len(prompt.tokens) + request.samples * request.max_new_tokens
+        self._shares[prompt.number] = _Share(rank, num_tokens, request.samples)
+        self._orders.submissions.append(Submission(rank=rank, prompt=prompt, request=request))
+
+    def cancel(self, number: int) -> None:
+        """Ends the sequences of a prompt before the next pass."""
+        share = self._shares.pop(number, None)
+        if share is not None:
+            self._orders.cancelled.append((share.rank, number))
+
+    def step(self) -> list[SequenceNews]:
+        """Runs a round on all ranks, and returns the new tokens of all; raises LostRankError."""
+        orders = self._orders
+        self._orders = Orders()
+        if self._seconds is not None and time.monotonic() > self._placed + self._seconds:
+            orders.places_again = True
+            self._placed = time.monotonic()
+        self._reports = self._rank.round(orders)
+        for source, report in enumerate(self._reports):
+            for departure in report.departures:
+                share = self._shares[departure.sequence.prompt.number]
+                share.rank = self._least_loaded(self._decoding)
+                self._orders.moves.append(Move(departure=departure, source=source, target=share.rank))
+        news = [item for report in self._reports for item in report.news if item.number in self._shares]
+        for item in news:
+            if item.finish is not None or item.error:
+                self._finish_sample(item.number)
+        return news
+
+    def counts(self) -> Mapping[str, int]:
+        """Returns the sums over all ranks."""
+        return {name: sum(report.counts[name] for report in self._reports) for name in self._reports[0].counts}
+
+    def close(self) -> None:
+        """Ends the rounds of all ranks."""
+        self._rank.round(Orders(is_end=True))
+
+    def _least_loaded(self, ranks: Sequence[int]) -> int:
+        """Returns the rank whose prompts may need the fewest tokens, the first one of several."""
+        loads = dict.fromkeys(ranks, 0)
+        for share in self._shares.values():
+            if share.rank in loads:
+                loads[share.rank] += share.num_tokens
+        return min(loads, key=loads.__getitem__)
+
+    def _finish_sample(self, number: int) -> None:
+        share = self._shares[number]
+        share.num_samples -= 1
+        if share.num_samples == 0:
+            del self._shares[number]

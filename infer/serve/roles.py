@@ -1,0 +1,109 @@
+"""Moves sequences from ranks that read prompts to ranks that decode, with their values in the caches.
+
+Shape legend: L layers, T tokens of a sequence, C values per token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from comm.config import ParallelismConfig
+from comm.layout import Layout
+from comm.transfers import MessageKey, PipelineTransport
+from comm.watchdog.collective_log import CollectiveLog
+from infer.continuous import ContinuousEngine, MovedSequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepartingSequence:
+    """A sequence that left its rank, without its values in both caches, and their shapes."""
+
+    sequence: MovedSequence
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """The ranks that a sequence leaves and joins."""
+
+    departure: DepartingSequence
+    source: int
+    target: int
+
+    def messages(self) -> Iterator[tuple[MessageKey, tuple[int, ...]]]:
+        """Yields the key and the shape of the message with the values of each cache."""
+        sequence = self.departure.sequence
+        for cache, shape in enumerate(self.departure.shapes):
+            key = MessageKey(
+                kind="activation",
+                direction=cache,
+                stage=sequence.sample,
+                micro_batch=sequence.prompt.number,
+                source=self.source,
+                destination=self.target,
+            )
+            yield key, shape
+
+
+class SequenceTransfers:
+    """Links from the first ranks of a server, which read prompts, to the others, which decode."""
+
+    def __init__(self, engine: ContinuousEngine, rank: int, num_ranks: int, num_reading: int, seconds: float) -> None:
+        """Opens links with a timeout in seconds. All ranks call it at the same point."""
+        self._engine = engine
+        self.is_reading = rank < num_reading
+        self._values: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of sequences that are not sent yet
+        # The ranks as one pipeline, whose stages have links with each other.
+        layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), num_ranks)
+        pairs = [(source, target) for source in range(num_reading) for target in range(num_reading, num_ranks)]
+        weight = next(engine.model.parameters())
+        self._dtype = weight.dtype
+        self._transport = PipelineTransport(layout, pairs, weight.device, seconds, CollectiveLog(), ("activation",))
+
+    @torch.no_grad()
+    def depart(self) -> list[DepartingSequence]:
+        """Removes the sequences that have their first token, and keeps their values until they are sent.
+
+        Sequences with a constraint stay, because its state is not sent.
+        """
+        if not self.is_reading:
+            return []
+        batch = self._engine.batch
+        departures = []
+        for row in [row for row in batch.rows[: batch.num_active] if row.constraint is None]:
+            moved = self._engine.export_sequence(row.index, row.sample)
+            values = (moved.main_LTC, moved.mtp_LTC)
+            self._values[row.index, row.sample] = values
+            none_LTC = moved.main_LTC[:0]
+            # Copies, because a view is pickled with all of its storage.
+            states_TD = moved.states_TD.clone()
+            sequence = replace(moved, main_LTC=none_LTC.clone(), mtp_LTC=none_LTC.clone(), states_TD=states_TD)
+            shapes = tuple(tuple(values_LTC.shape) for values_LTC in values)
+            departures.append(DepartingSequence(sequence=sequence, shapes=shapes))
+        return departures
+
+    def send(self, move: Move) -> None:
+        """Sends the values of a sequence that has left this rank."""
+        self._transport.flush()  # Their receivers have taken the values of earlier rounds.
+        sequence = move.departure.sequence
+        values = self._values.pop((sequence.prompt.number, sequence.sample))
+        for (key, _), values_LTC in zip(move.messages(), values, strict=True):
+            if values_LTC.numel():
+                self._transport.send(key, values_LTC)
+
+    def receive(self, move: Move) -> None:
+        """Receives the values of a sequence, and continues it here."""
+        values = []
+        for key, shape in move.messages():
+            values_LTC = torch.empty(shape, dtype=self._dtype)
+            if values_LTC.numel():
+                values_LTC = self._transport.post_receive(key, shape, self._dtype).wait()
+            values.append(values_LTC)
+        main_LTC, mtp_LTC = values
+        self._engine.import_sequence(replace(move.departure.sequence, main_LTC=main_LTC, mtp_LTC=mtp_LTC))
+
+    def close(self) -> None:
+        """Closes the links. All ranks call it at the same point."""
+        self._transport.close()
