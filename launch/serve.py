@@ -6,25 +6,31 @@ if not __package__:
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from data.chat.templates import template_of
 from infer.config import Speculative, check
-from kernels.ranges import Between, NonNegativeInt, PositiveInt
+from kernels.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import Device, Dtype, WeightsSource, find_template, find_weights, load_model
+from launch.machine import is_other_rank
+from launch.serve_ranks import RanksConfig, check_ranks, serve_on_ranks
 from train.checkpoint.index import WeightsKind
 from train.config.decode import decode, encode
 from train.errors import ConfigError
 
 if TYPE_CHECKING:
+    from infer.continuous import ContinuousEngine
+    from infer.decoder import Decoder
     from infer.serve.calls import ServedModel
     from infer.serve.engine import ServingEngine
+    from model.transformer import Transformer
 
 API_KEY = "SERVE_API_KEY"
 
@@ -47,6 +53,10 @@ class ServeCommandConfig:
     prefix_cache: bool
     speculative: Speculative
     drain_seconds: Annotated[float, Between(0, 29)]
+    ranks: PositiveInt
+    prefill_ranks: NonNegativeInt
+    placement: str | None
+    place_again_seconds: PositiveFloat | None
     dtype: Dtype
     device: Device
     plugins: tuple[str, ...]
@@ -57,22 +67,24 @@ def main(overrides: Sequence[str]) -> int:
     config = _decode(overrides)
     with system_errors():
         source = _find_source(config)
-        served = describe_model(config, source)
+        describe_model(config, source)
+        ranks = _check_ranks(config, source)
+        if ranks is not None and is_other_rank(os.environ):
+            return serve_on_ranks(ranks, partial(build_engine, config), None)
         with _bind(config) as bound:
-            from infer.serve.app import Service
-            from infer.serve.engine import EngineThread
-            from infer.serve.http import run_server
-
-            engine = EngineThread(open_engine(config, source), most_open=config.max_sequences + config.max_queue)
-            service = Service(served, engine, api_key=os.environ.get(API_KEY), write_line=_write_line)
-            return run_server(service, bound, config.drain_seconds)
+            serve = partial(_serve, config, source, bound)
+            if ranks is not None:
+                return serve_on_ranks(ranks, partial(build_engine, config), serve)
+            return serve(build_engine(config, load_model(source, config.dtype, config.device)))
 
 
 def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML."""
     config = _decode(overrides)
     with system_errors():
-        describe_model(config, _find_source(config))
+        source = _find_source(config)
+        describe_model(config, source)
+        _check_ranks(config, source)
     return plain_text("serve", encode(config))
 
 
@@ -84,6 +96,17 @@ def _find_source(config: ServeCommandConfig) -> WeightsSource:
     source = find_weights(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
     check(source.model, [], 0, config.speculative, config.max_sequences)
     return source
+
+
+def _check_ranks(config: ServeCommandConfig, source: WeightsSource) -> RanksConfig | None:
+    return check_ranks(
+        source.without_mtp() if config.speculative is False else source,
+        (config.dtype, config.device),
+        config.ranks,
+        placement=config.placement,
+        prefill_ranks=config.prefill_ranks,
+        place_again_seconds=config.place_again_seconds,
+    )
 
 
 def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "ServedModel":
@@ -118,10 +141,24 @@ def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "Served
     )
 
 
-def open_engine(config: ServeCommandConfig, source: WeightsSource) -> "ServingEngine":
-    """Loads the weights, and returns the engine that the server drives."""
-    model = load_model(source, config.dtype, config.device)
+def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.socket, engine: "ServingEngine") -> int:
+    """Serves at a bound socket until a signal, and returns the exit code."""
+    from infer.serve.app import Service
+    from infer.serve.engine import EngineThread
+    from infer.serve.http import run_server
+
+    thread = EngineThread(engine, most_open=config.max_sequences + config.max_queue)
+    served = describe_model(config, source)
+    service = Service(served, thread, api_key=os.environ.get(API_KEY), write_line=_write_line)
+    return run_server(service, bound, config.drain_seconds)
+
+
+def build_engine(
+    config: ServeCommandConfig, model: "Transformer", build_decoder: "Callable[..., Decoder] | None" = None
+) -> "ContinuousEngine":
+    """Returns an engine that continues requests with a model."""
     from infer.continuous import ContinuousEngine
+    from infer.decoder import Decoder
 
     return ContinuousEngine(
         model,
@@ -130,6 +167,7 @@ def open_engine(config: ServeCommandConfig, source: WeightsSource) -> "ServingEn
         chunk_tokens=config.chunk_tokens,
         speculative=config.speculative,
         prefix_cache=config.prefix_cache,
+        build_decoder=build_decoder or Decoder,
     )
 
 

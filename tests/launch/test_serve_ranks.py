@@ -1,0 +1,135 @@
+"""Tests of `launch.serve` on several ranks: the texts of `launch.generate`, signals, and a lost rank."""
+
+import json
+import os
+import random
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comm.exits import EXIT_LOST
+from infer.placement import PlacementError
+from launch.generate import main as run_generate
+from launch.place import main as run_place
+from launch.serve import main as run_serve
+from tests.commands import StartedCommand
+from tests.ports import reserved_port
+from tests.refusals import assert_refused
+from train.errors import ConfigError
+
+
+@contextmanager
+def started(run: Path, *overrides: str) -> Iterator[tuple[StartedCommand, str]]:
+    """Starts a server and yields it with its URL when it answers."""
+    with reserved_port() as port:
+        sizes = [f"port={port}", "max_sequences=8", "cached_tokens=512"]
+        server = StartedCommand(["python", "-m", "launch.serve", f"ckpt={run}", "name=tiny", *sizes, *overrides])
+        url = f"http://127.0.0.1:{port}"
+        try:
+            until = time.monotonic() + 120
+            while status(f"{url}/health") != 200:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            yield server, url
+        finally:
+            server.kill()
+
+
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def complete(url: str, **body: Any) -> tuple[int, Any]:
+    content = json.dumps({"model": "tiny", "temperature": 0, **body}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", content, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def ranks_of(server: StartedCommand) -> list[int]:
+    """Returns the processes of a server's ranks, by rank: the children of its fork server."""
+    parents = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    forks = {process for process, parent in parents.items() if parent == server.pid}
+    return sorted(process for process, parent in parents.items() if parent in forks)
+
+
+@pytest.mark.long
+def test_concurrent_requests_get_the_texts_of_generate_and_a_lost_rank_is_named(run: Path, tmp_path: Path) -> None:
+    rng = random.Random(2)
+    words = ["def f(x):", "naïve", " café", "return x + 1\n", "日本", " x", "a"]
+    prompts = ["".join(rng.choices(words, k=rng.randrange(1, 5))) for _ in range(50)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts), encoding="utf-8")
+    made = tmp_path / "made.jsonl"
+    assert run_generate([f"ckpt={run}", f"prompts={file}", "temperature=0", "max_new_tokens=8", f"out={made}"]) == 0
+    expected = [json.loads(line)["text"] for line in made.read_text(encoding="utf-8").splitlines()]
+    placement = tmp_path / "placement.json"
+    loads = tmp_path / "loads.jsonl"
+    loads.write_text(json.dumps({"step": 1, "layer_1": [90, 1, 1, 2, 50, 3, 2, 1]}) + "\n")
+    sizes = ["ranks=4", "ranks_per_node=4", "redundant=4", "groups=4", "layers=2", "format=json"]
+    assert run_place([f"loads={loads}", *sizes, f"out={placement}"]) == 0
+    with started(run, "ranks=4", f"placement={placement}", "place_again_seconds=0.2") as (server, url):
+        order = rng.sample(range(50), 50)
+        with ThreadPoolExecutor(16) as threads:
+            answers = dict(
+                zip(order, threads.map(lambda at: complete(url, prompt=prompts[at], max_tokens=8), order), strict=True)
+            )
+        assert [answers[at][1]["choices"][0]["text"] for at in range(50)] == expected
+        os.kill(ranks_of(server)[2], signal.SIGKILL)
+        code, body = complete(url, prompt="a", max_tokens=40)
+        assert (code, body["error"]["code"]) == (503, "engine_died"), body
+        ended = server.wait(30)
+    assert ended.returncode == EXIT_LOST, ended.stderr
+    assert "rank 2 died" in ended.stderr
+
+
+@pytest.mark.long
+def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
+    with started(run, "ranks=2", "prefill_ranks=1") as (server, url), ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(complete, url, prompt="def f", max_tokens=40, ignore_eos=True)
+        time.sleep(0.1)
+        os.kill(server.pid, signal.SIGTERM)
+        ended = server.wait(30)
+        assert answer.result()[0] in (200, 503)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "parts"),
+    [
+        ("ranks=3", ConfigError, ["num_routed_experts", "is 8"]),
+        ("ranks=2 prefill_ranks=2", ConfigError, ["prefill_ranks", "less than ranks=2", "is 2", "valid: 1"]),
+        ("place_again_seconds=5", ConfigError, ["ranks", "at least 2"]),
+        ("ranks=2 placement=FILE", PlacementError, ["placement", "ranks=2 and 8 experts", "for 4 and 8"]),
+    ],
+)
+def test_ranks_that_cannot_serve_are_refused(
+    overrides: str, error: type[ValueError], parts: list[str], run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "placement.json"
+    sizes = {"num_experts": 8, "num_groups": 4, "num_ranks": 4, "num_nodes": 1, "num_redundant": 4, "policy": "global"}
+    file.write_text(json.dumps({**sizes, "layers": {}}))
+    assert_refused(error, parts, lambda: run_serve([f"ckpt={run}", *overrides.replace("FILE", str(file)).split()]))
