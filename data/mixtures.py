@@ -21,7 +21,6 @@ from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, hash_unit
 from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
 from data.mix.mixture import Mixture, hold_out
-from data.mix.rows import ShardRows
 from data.mix.source import MixtureSource
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared
@@ -34,6 +33,7 @@ from data.shards import (
     REPORT_NAME,
     SOURCES_NAME,
     Shard,
+    ShardRows,
     open_shards,
     read_report,
     read_unit,

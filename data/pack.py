@@ -6,7 +6,7 @@ Cuts only documents that are longer than a sequence. Samples are never split.
 # Shape legend: N sequences, L tokens per sequence, P pieces of documents, T tokens of a piece.
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,34 +169,6 @@ class SampleCounts:
     targets: int  # predictions that are trained
 
 
-@dataclass(slots=True)
-class _PartSamples:
-    has_targets: bool
-    samples: list[TrainingSample] = field(default_factory=list)
-    num_cut: int = 0
-    num_dropped: int = 0
-
-    def add(self, sample: TrainingSample, length: int) -> None:
-        """Adds a sample. Cuts or drops it if it is longer than a sequence."""
-        fitting = _cut(sample, length)
-        if fitting is None or (self.has_targets and not _has_targets(fitting)):
-            self.num_dropped += 1
-            return
-        self.num_cut += fitting is not sample
-        self.samples.append(fitting)
-
-    @property
-    def counts(self) -> SampleCounts:
-        """The counts so far."""
-        pieces = (piece for sample in self.samples for piece in sample.pieces)
-        return SampleCounts(
-            kept=len(self.samples),
-            cut=self.num_cut,
-            dropped=self.num_dropped,
-            targets=sum(_count_targets(piece) for piece in pieces),
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedSamples:
     """Packed samples of one part."""
@@ -217,17 +189,24 @@ def pack_samples(
 ) -> PackedSamples:
     """Packs samples by best fit, longest first, each into one sequence; longer ones are cut or dropped."""
     length = sequence_length_tokens
-    part = _PartSamples(has_targets)
+    kept: list[TrainingSample] = []
+    num_cut = 0
+    num_dropped = 0
     for sample in samples:
-        part.add(sample, length)
-    bins, num_bins = best_fit_decreasing([sample.num_tokens for sample in part.samples], length)
+        fitting = _cut(sample, length)
+        if fitting is None or (has_targets and not _has_targets(fitting)):
+            num_dropped += 1
+        else:
+            num_cut += fitting is not sample
+            kept.append(fitting)
+    bins, num_bins = best_fit_decreasing([sample.num_tokens for sample in kept], length)
     tokens_NL = np.full((num_bins, length), pad_id, dtype=np.uint16 if vocab_size <= 2**16 else np.int32)
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
-    first = part.samples[0].pieces[0].values if part.samples else {}
+    first = kept[0].pieces[0].values if kept else {}
     values = {name: np.zeros((num_bins, length, *value.shape[1:]), dtype=value.dtype) for name, value in first.items()}
     filled = [0] * num_bins
     numbers = [0] * num_bins
-    for row, sample in zip(bins, part.samples, strict=True):
+    for row, sample in zip(bins, kept, strict=True):
         for piece in sample.pieces:
             span = slice(filled[row], filled[row] + len(piece.tokens))
             tokens_NL[row, span] = piece.tokens
@@ -236,7 +215,9 @@ def pack_samples(
                 values[name][row, span] = _renumber(value, numbers[row]) if name in NUMBERED else value
             filled[row] = span.stop
         numbers[row] += _count_numbers(sample)
-    return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=part.counts)
+    targets = sum(_count_targets(piece) for sample in kept for piece in sample.pieces)
+    counts = SampleCounts(kept=len(kept), cut=num_cut, dropped=num_dropped, targets=targets)
+    return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=counts)
 
 
 def _count_targets(piece: SamplePiece) -> int:

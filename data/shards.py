@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from copy import copy
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import DataError
-from data.pack import SequenceTable, pack_windows
+from data.pack import PADDING_POSITION, SequenceTable, pack_windows
 from data.registry import Part
 
 PARTS: tuple[Part, ...] = ("train", "validation")
@@ -37,6 +38,7 @@ INDEX = np.dtype(
 )
 KEY_BLOCK_BYTES = 2**23
 ANY_LENGTH = range(2**32)
+_OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the memory
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
 
@@ -223,3 +225,52 @@ def open_shards(folder: Path, source: str, part: Part, lengths: range = ANY_LENG
     dtype = np.dtype(report["token_dtype"])
     units = report[SOURCES_NAME][source]["units"]
     return tuple(Shard(folder / SOURCES_NAME / source, unit, part, dtype, lengths) for unit in units)
+
+
+class ShardRows:
+    """Sequences of one part as rows of an array [N, L], read when they are indexed: tokens, or positions."""
+
+    def __init__(self, shards: Sequence[Shard], counts: Sequence[int], length: int, pad_id: int | None) -> None:
+        """Opens no shard yet.
+
+        Args:
+            counts: number of sequences of each shard.
+            length: tokens of a sequence.
+            pad_id: token that fills sequences; None: the rows are positions within the pieces.
+        """
+        self._shards = shards
+        self._open = lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._first_rows = np.cumsum([0, *counts])
+        self._pad_id = pad_id
+        self.shape = (int(self._first_rows[-1]), length)
+        self.dtype: np.dtype[Any] = np.dtype(np.int32 if pad_id is None else np.int64)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
+        """Returns one row, or several in the given order."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        numbers_N = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        fill = PADDING_POSITION if self._pad_id is None else self._pad_id
+        values_NL = np.full((len(numbers_N), self.shape[1]), fill, dtype=self.dtype)
+        shards_N = np.searchsorted(self._first_rows, numbers_N, side="right") - 1
+        within_N = numbers_N - self._first_rows[shards_N]
+        # In the order of the shards, so that neighbors on disk are read together.
+        for place in np.lexsort((within_N, shards_N)).tolist():
+            self._fill(values_NL[place], *self._open(int(shards_N[place])), int(within_N[place]))
+        return values_NL[0] if np.ndim(rows) == 0 else values_NL
+
+    def _open_shard(self, number: int) -> tuple[Shard, SequenceTable]:
+        # A copy, because a shard keeps what it has read.
+        shard = copy(self._shards[number])
+        return shard, shard.sequences(self.shape[1])
+
+    def _fill(self, values_L: NDArray[Any], shard: Shard, table: SequenceTable, number: int) -> None:
+        filled = 0
+        for document, first, count in table.of(number).tolist():
+            start = int(shard.starts[document]) + first
+            values = np.arange(count) if self._pad_id is None else shard.tokens[start : start + count]
+            values_L[filled : filled + count] = values
+            filled += count

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.chat.sources import ChatSource, PreferencesSource
-from data.mix.rows import ShardRows
 from data.pack import (
     WEIGHTS,
     SequenceTable,
@@ -27,6 +27,7 @@ from data.pack import (
 )
 from data.prepare import prepare
 from data.progress import EscapedStream, escape_terminals, printable, progress_on
+from data.shards import ShardRows
 from launch import train
 from launch.command import command
 from launch.sample_lines import sample_lines
@@ -61,7 +62,7 @@ class MemoryShard:
 
 def packed_rows(tokens: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens and the positions of all sequences."""
-    shard = MemoryShard(tokens, lengths)
+    shard: Any = MemoryShard(tokens, lengths)
     count = len(shard.sequences(length))
     return ShardRows([shard], [count], length, PAD)[:], ShardRows([shard], [count], length, None)[:]
 

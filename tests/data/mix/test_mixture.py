@@ -1,14 +1,12 @@
 """Laws of a mixture: any ranks, batch sizes and resumed steps read the same sequences, and shards are rows."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-from numpy.typing import NDArray
 from tokenizers import models
 
 from data.config import BatchSizes
@@ -16,8 +14,9 @@ from data.corpus import DataError
 from data.loader import Batch, Loader
 from data.mix.manifest import Manifest, MixPhase, MixSource
 from data.mix.mixture import Mixture, hold_out
-from data.mix.rows import ShardRows
+from data.pack import SequenceTable
 from data.parts import Prepared
+from data.shards import ShardRows
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 L = 8
@@ -35,15 +34,6 @@ def mixture_of(manifest: Manifest | None = None) -> Mixture:
     return Mixture(manifest or manifest_of(), SIZES, L, seed=3)
 
 
-@dataclass
-class Table:
-    offsets: NDArray[Any]
-    pieces: NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-
 class Shard:
     """Documents of 1 to 12 tokens, of which a sequence has one, two, or a part of one."""
 
@@ -58,14 +48,16 @@ class Shard:
             one = int(min(documents[3 * number], 5))
             pieces += [(3 * number, 0, one), (3 * number + 1, 0, int(min(documents[3 * number + 1], L - one)))]
             offsets.append(len(pieces))
-        self.table = Table(np.array(offsets, dtype=np.uint64), np.array(pieces, dtype=np.uint32).reshape(-1, 3))
+        self.table = SequenceTable(
+            offsets=np.array(offsets, dtype=np.uint32), pieces=np.array(pieces, dtype=np.uint32).reshape(-1, 3)
+        )
 
-    def sequences(self, sequence_length_tokens: int) -> Table:
+    def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         assert sequence_length_tokens == L
         return self.table
 
 
-SHARDS = [Shard(number, count) for number, count in enumerate((20, 3, 7, 0, 11))]
+SHARDS: list[Any] = [Shard(number, count) for number, count in enumerate((20, 3, 7, 0, 11))]
 
 
 def prepared_of(mixture: Mixture) -> Prepared:

@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from data.mix.mixture import KeyedPermutation
 from data.mix.order import MixOrder
-from data.mix.permutation import KeyedPermutation
 
 
 def phases_of(draw: np.random.Generator, num_sources: int, num_phases: int) -> list[tuple[int, list[float]]]:
