@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+import traceback
 from types import FrameType
 
 import uvicorn
@@ -64,4 +65,7 @@ def run_server(service: Service, bound: socket.socket, drain_seconds: float) -> 
     server = DrainingServer(service, drain_seconds)
     asyncio.run(server.serve(sockets=[bound]))
     failure = service.engine.failure
-    return 0 if failure is None else getattr(failure, "exit_code", EXIT_ENGINE)
+    if failure is None:
+        return 0
+    traceback.print_exception(failure)
+    return int(getattr(failure, "exit_code", EXIT_ENGINE))

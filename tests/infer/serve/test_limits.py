@@ -25,6 +25,7 @@ from infer.continuous import SequenceNews
 from infer.generate import generate
 from infer.serve.app import MOST_BODY_BYTES, Service
 from infer.serve.engine import EngineThread
+from infer.serve.http import run_server
 from launch.generate import Prompt, Transcript
 from launch.serve import API_KEY, main
 from tests import ROOT
@@ -248,16 +249,23 @@ class LostEngineError(RuntimeError):
     exit_code = 78
 
 
-def test_engine_that_fails_answers_503_and_ends_the_server() -> None:
+def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.CaptureFixture[str]) -> None:
     engine = make_engine()
-    with serving(engine) as running, mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")):
-        response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] == "engine_died"
-        assert "LostEngineError: rank 2 is lost" in response.json()["error"]["message"]
-        while not running.service.is_draining:
-            time.sleep(0.05)
-        assert isinstance(running.service.engine.failure, LostEngineError)
+    service = Service(describe(), EngineThread(engine, most_open=8), api_key=None, write_line=lambda line: None)
+    codes: list[int] = []
+    with socket.socket() as bound, mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")):
+        bound.bind(("127.0.0.1", 0))
+        bound.listen()
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/completions"
+        runner = threading.Thread(target=lambda: codes.append(run_server(service, bound, drain_seconds=5)))
+        runner.start()
+        response = httpx.post(url, json=COMPLETION, timeout=30)
+        runner.join(20)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_died"
+    assert "LostEngineError: rank 2 is lost" in response.json()["error"]["message"]
+    assert codes == [LostEngineError.exit_code]
+    assert "LostEngineError: rank 2 is lost" in capfd.readouterr().err
 
 
 def text_of(prompt: list[int], tokens: Sequence[int]) -> str:
