@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from infer.config import GenerateError, Sampling, Speculative
 from infer.continuous import ContinuousEngine, SequenceNews
+from infer.deployment import Deployment, DeploymentConfig
 from infer.engines.local import LocalEngine
 from infer.protocol import ChosenToken, NumberedPrompt, Request, Sample
+from launch.plan_request import read_request
 from model.config import BLOCK_TOKENS
 from model.transformer import Transformer
 from tests.covering import exhaustive
@@ -233,12 +235,13 @@ def test_shared_beginning_is_read_once(model: Transformer) -> None:
     assert client.engine.counts()["reused_tokens"] == 2 * 448
 
 
-def test_bytes_of_the_cache_are_those_of_its_tokens(model: Transformer) -> None:
+def test_bytes_of_the_cache_are_those_that_a_plan_predicts() -> None:
+    model = make_foresighted(CONFIG, torch.bfloat16)
+    cluster = read_request(["experiment=v3_671b"]).config.cluster
+    deployment = Deployment(CONFIG, cluster, "bf16", DeploymentConfig())
     decoder = ContinuousEngine(model, max_sequences=3, cached_tokens=1000, speculative=True).batch.decoder
-    value_bytes = 8
-    layer_bytes = 16 * BLOCK_TOKENS * (CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim) * value_bytes
-    assert decoder.main.num_bytes == CONFIG.num_layers * layer_bytes
-    assert decoder.mtp.num_bytes == layer_bytes
+    # 1,000 tokens need 16 whole blocks.
+    assert decoder.main.num_bytes + decoder.mtp.num_bytes == 16 * BLOCK_TOKENS * deployment.token_bytes
 
 
 @pytest.mark.long
