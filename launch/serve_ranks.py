@@ -147,8 +147,9 @@ def _serve_as_rank(config: RanksConfig, build_engine: BuildEngine, serve: Serve 
         serving = ServingRank(turns, engine, config.placement, pipeline.place_experts, transfers)
         if rank == 0:
             assert serve is not None
-            # Ctrl-C in a terminal goes to the whole group; only the parent passes it on.
-            os.setpgid(0, 0)
+            # Ctrl-C in a terminal goes to the whole group; only the parent passes it on. torchrun's ranks have their own.
+            if os.getpgid(0) != os.getpid():
+                os.setpgid(0, 0)
             send(os.getpid())
             ranks = RanksEngine(
                 serving, prefill_ranks=config.num_reading, place_again_seconds=config.place_again_seconds

@@ -186,6 +186,8 @@ class ServingRank:
         loads = expert_loads(self.engine.model)
         counts_LE = torch.stack(list(loads.values()))
         sums = sum_over_ranks(counts_LE.flatten().tolist(), self._turns.group)  # host sync
+        if not any(sums):
+            return
         by_layer = dict(zip(loads, np.array(sums, np.float64).reshape(counts_LE.shape), strict=True))
         placement = self.placement.again(by_layer) if self._turns.group.rank() == 0 else self.placement
         self.placement = broadcast_first(placement, self._turns.group)
