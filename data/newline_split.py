@@ -8,10 +8,10 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.bulk_encoder import EncodedStrings
 from data.corpus import DataError, hash_unit
+from data.quality.words import mix_bits
 from data.tokenizer import Tokenizer
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -35,7 +35,7 @@ class NewlineSplitter:
         used, numbers = np.unique(strings, return_inverse=True)
         bases = [int(hash_unit("newline split", self._seed, keys[string]) * 2**48) for string in used.tolist()]
         base = np.array(bases, dtype=np.uint64)[numbers]
-        draws = _split_mix(base + (candidates - encoded.offsets[strings] + 1).astype(np.uint64) * _STEP)
+        draws = mix_bits(base + (candidates - encoded.offsets[strings] + 1).astype(np.uint64) * _STEP)
         chosen = candidates[(draws >> np.uint64(11)) < self._limit]
         parts = [self._parts[token] for token in encoded.ids[chosen].tolist()]
         ids = encoded.ids.copy()
@@ -45,12 +45,6 @@ class NewlineSplitter:
         added = np.concatenate([[0], np.cumsum(further)])[np.searchsorted(chosen, encoded.offsets)]
         ids = np.insert(ids, np.repeat(chosen + 1, further), values)
         return EncodedStrings(ids=ids, offsets=encoded.offsets + added)
-
-
-def _split_mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _joint_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:

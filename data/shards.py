@@ -71,7 +71,7 @@ class UnitWriter:
         if name not in self._streams:
             self._streams[name] = (self._building / name).open("wb")
             self._files[name] = hashlib.sha256()
-        content = np.ascontiguousarray(values).data.cast("B")
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         self._streams[name].write(content)
         self._files[name].update(content)
 

@@ -6,12 +6,10 @@ Any number of commands with the same settings may run on a folder at the same ti
 import hashlib
 import json
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -192,37 +190,28 @@ def _build_missing(build: Build, missing: list[TextUnit], workers: int, progress
 
 def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     """Yields what workers report until all units are complete. Ends the others if one fails."""
-    job = json.dumps({"settings": asdict(build.settings), "folder": str(build.folder)}).encode()
+    job = json.dumps({"settings": asdict(build.settings), "folder": str(build.folder)})
     # Each worker computes on one core: libraries would start threads for all of them. One arena is less memory.
     limits = "FASTOKENS_BPE_THREADS RAYON_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS MALLOC_ARENA_MAX"
-    threads = dict.fromkeys(limits.split(), "1")
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **threads, "PYTHONPATH": path}
-    command = [sys.executable, "-P", "-m", "data.build.work"]
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    environment = {**os.environ, **dict.fromkeys(limits.split(), "1"), "PYTHONPATH": path}
+    command = [sys.executable, "-P", "-m", "data.build.work", job]
+    reading, writing = os.pipe()  # of all workers: a line is written whole
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for _ in range(workers):
-            # Ctrl-C must reach this process alone, which ends the workers.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                process_group=0,
-                env=environment,
-            )
-            processes.append(process)
-            threading.Thread(target=_forward, args=(process, job, lines), daemon=True).start()
-        running = workers
-        while running:
-            line = lines.get()
-            if line is None:
-                running -= 1
-                continue
-            message = WorkerMessage(**json.loads(line))
-            if message.error:
-                raise DataError(message.error)
-            yield message
+        with open(reading, encoding="utf-8") as lines:
+            with open(writing, "wb") as stream:
+                for _ in range(workers):
+                    # Ctrl-C must reach this process alone, which ends the workers.
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=stream, process_group=0, env=environment
+                    )
+                    processes.append(process)
+            for line in lines:
+                message = WorkerMessage(**json.loads(line))
+                if message.error:
+                    raise DataError(message.error)
+                yield message
         if failed := [process.wait() for process in processes if process.wait()]:
             raise DataError(
                 f"workers: a worker ended with code {failed[0]}, out of memory if it is -9; complete units stay, and "
@@ -232,21 +221,6 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def _forward(process: subprocess.Popen[bytes], job: bytes, lines: "queue.SimpleQueue[bytes | None]") -> None:
-    """Sends the job to a worker, and its lines to a queue, then None."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(job)
-        process.stdin.close()
-        for line in process.stdout:
-            lines.put(line)
-    except OSError:
-        pass  # the worker has ended, and its exit code says so
-    finally:
-        lines.put(None)
 
 
 def _write_report(build: Build, built: int, peak: int, began: float, progress: Progress) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from data.encode import DocumentEncoder
 from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
 from data.quality.inspection import Inspector
-from data.quality.sketches import SketchWriter
+from data.quality.sketches import NUM_BANDS, full_blocks
 from data.readers.files import Listed, list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
@@ -34,6 +34,7 @@ from data.tokenizer import TOKENIZER_NAME, Tokenizer
 FORMAT_VERSION = 1
 BATCH_CHARACTERS = 2**20
 _POLL_SECONDS = 0.2
+_ERROR_CHARACTERS = 600  # a line of at most 4 KiB (`PIPE_BUF`) is not mixed with those of other workers
 _PLACE = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of a document's key
 
 
@@ -251,18 +252,21 @@ class UnitEncoder:
         counts = ReadCounts()
         dropped = Counter[str]()
         done = 0
+        sketches = np.empty((0, 1 + NUM_BANDS), np.uint64)
         with UnitWriter(self._build.folder_of(unit.source.name), unit.name) as writer:
-            with self._sketch_writer(writer, unit) as sketches:
-                for batch in _batches(self._read(unit, counts)):
-                    inspection = self._inspector.inspect([row.text for row in batch])
-                    dropped.update(reason for reason in inspection.reasons if reason is not None)
-                    kept = [number for number, reason in enumerate(inspection.reasons) if reason is None]
-                    if kept:
-                        self._append(writer, unit, [batch[number] for number in kept], inspection.hashes[kept])
-                    if sketches is not None and inspection.sketches is not None:
-                        sketches.append(inspection.sketches[kept])
-                    done += sum(row.num_bytes for row in batch)
-                    yield min(done, unit.size_bytes)
+            for batch in _batches(self._read(unit, counts)):
+                inspection = self._inspector.inspect([row.text for row in batch])
+                dropped.update(reason for reason in inspection.reasons if reason is not None)
+                kept = [number for number, reason in enumerate(inspection.reasons) if reason is None]
+                if kept:
+                    self._append(writer, unit, [batch[number] for number in kept], inspection.hashes[kept])
+                if inspection.sketches is not None:
+                    blocks, sketches = full_blocks(np.concatenate([sketches, inspection.sketches[kept]]))
+                    writer.append(f"{unit.name}.sketches", blocks)
+                done += sum(row.num_bytes for row in batch)
+                yield min(done, unit.size_bytes)
+            if self._build.manifest.dedup == "minhash":
+                writer.append(f"{unit.name}.sketches", sketches.T)
             writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
         if self._build.manifest.dedup is None:  # otherwise they are packed when all duplicates are known
             for part in PARTS:
@@ -279,10 +283,6 @@ class UnitEncoder:
                 self._tokenizer, fim_rate=fim_rate, seed=seed, newline_split=newline_split
             )
         return self._encoders[rates]
-
-    def _sketch_writer(self, writer: UnitWriter, unit: TextUnit) -> AbstractContextManager[SketchWriter | None]:
-        has_sketches = self._build.manifest.dedup == "minhash"
-        return SketchWriter(writer.path(f"{unit.name}.sketches")) if has_sketches else nullcontext()
 
     def _read(self, unit: TextUnit, counts: ReadCounts) -> Iterator[_Row]:
         for number, document in self._build.documents(unit, counts):
@@ -370,17 +370,21 @@ def peak_rss_bytes() -> int:
 
 
 def main() -> None:
-    """Builds units of the job on standard input, and prints messages until all units are complete."""
-    job = json.load(sys.stdin)
+    """Builds units of the job in its argument, and prints messages until all units are complete."""
+    job = json.loads(sys.argv[1])
     folder = Path(job["folder"])
     try:
         for message in build_units(Build(BuildSettings(**job["settings"]), folder)):
-            print(json.dumps(asdict(message)), flush=True)
+            _send(message)
     except BrokenPipeError:  # the command has ended
         os._exit(1)
     except (DataError, OSError) as error:
         text = str(error) if isinstance(error, DataError) else unwritable(folder, error, job["settings"]["folder_key"])
-        print(json.dumps(asdict(WorkerMessage(error=text))), flush=True)
+        _send(WorkerMessage(error=text[:_ERROR_CHARACTERS]))
+
+
+def _send(message: WorkerMessage) -> None:
+    os.write(1, f"{json.dumps(asdict(message))}\n".encode())  # one call: other workers write to the same pipe
 
 
 def unwritable(folder: Path, error: OSError, key: str) -> str:

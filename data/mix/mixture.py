@@ -17,11 +17,11 @@ from data.config import BatchSizes
 from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource
 from data.mix.order import MixOrder, Places
+from data.quality.words import mix_bits
 
 ORDER_NAME = "order.jsonl"
 MOST_HELD_OUT = 2**16  # sequences of each source that validation may read
 _ROUNDS = 6
-_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of SplitMix64
 
 
 class Mixture:
@@ -181,10 +181,7 @@ class KeyedPermutation:
         left = numbers >> self._half_bits
         right = numbers & self._mask
         for key in self._keys:
-            mixed = right + key
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * _FACTORS[0]
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * _FACTORS[1]
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self._mask)
+            left, right = right, left ^ (mix_bits(right + key) & self._mask)
         images: NDArray[np.uint64] = (left << self._half_bits) | right
         return images
 

@@ -67,7 +67,7 @@ class Contamination:
         is_hit = np.zeros(len(words.ends), np.bool_)
         for length, ngrams in self._ngrams.items():
             is_inside = starts + length <= words.ends[documents]
-            is_hit[documents[is_inside][_contains(ngrams, _hash_runs(words, starts[is_inside], length))]] = True
+            is_hit[documents[is_inside][np.isin(_hash_runs(words, starts[is_inside], length), ngrams)]] = True
         return is_hit
 
     def _add_file(self, lines: Sequence[Sequence[str]], weak: NDArray[np.uint64]) -> None:
@@ -100,11 +100,6 @@ def _table_index(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
     return (hashes >> np.uint64(64 - _TABLE_BITS)).astype(np.intp)
 
 
-def _contains(ascending: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    is_equal: NDArray[np.bool_] = np.append(ascending, ~values[-1:])[np.searchsorted(ascending, values)] == values
-    return is_equal
-
-
 def _is_template(hashes: NDArray[np.uint64], lines: NDArray[np.intp], num_lines: int) -> NDArray[np.bool_]:
     """Returns whether each n-gram is in so many lines that it cannot be a question."""
     order = np.lexsort((lines, hashes))
@@ -125,23 +120,19 @@ def _expand(path: str) -> list[Path]:
 
 def _read_lines(file: Path) -> list[list[str]]:
     lines = []
+    number = 0
     try:
         with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for line in stream:
+                number += 1
                 if line.strip():
-                    lines.append(list(_strings(_decode(line, f"decontaminate: {file}:{number}"))))
+                    lines.append(list(_strings(decode_json(line.decode("utf-8-sig")))))
     except OSError as error:
         raise DataError(f"decontaminate: {file} cannot be read: {error.strerror}") from error
-    return lines
-
-
-def _decode(line: bytes, place: str) -> Any:
-    try:
-        return decode_json(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: a line must be JSON, got {shorten(line.decode(errors='replace').strip())}: {error}"
-        ) from error
+        text = shorten(line.decode(errors="replace").strip())
+        raise DataError(f"decontaminate: {file}:{number}: a line must be JSON, got {text}: {error}") from error
+    return lines
 
 
 def _strings(value: Any) -> Iterator[str]:

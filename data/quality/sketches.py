@@ -1,14 +1,12 @@
 """Sketches of documents by MinHash, and their files.
 
 A sketch has 128 values of 16 bits. The share of equal values of two sketches estimates how many n-grams of words their
-documents have in common. Four values are a band, whose 64 bits are the key that candidates share.
+documents have in common. Four values are a band, whose 64 bits are the key that candidates share. A file has blocks of
+rows in which each band is contiguous; the last one has fewer rows.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import rensa
@@ -43,38 +41,10 @@ def sketch(words: Words) -> NDArray[np.uint64]:
     return sketches
 
 
-class SketchWriter:
-    """Writes the sketches of a unit to a file, in blocks of rows in which each band is contiguous."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._rows = np.empty((0, 1 + NUM_BANDS), np.uint64)
-
-    def __enter__(self) -> "SketchWriter":
-        self._file = self._path.open("wb")
-        return self
-
-    def append(self, sketches: NDArray[np.uint64]) -> None:
-        """Adds rows of `sketch`."""
-        self._rows = np.concatenate([self._rows, sketches])
-        while len(self._rows) >= _BLOCK_ROWS:
-            self._write(_BLOCK_ROWS)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._file is not None
-        with self._file:
-            if kind is None:
-                self._write(len(self._rows))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def _write(self, num_rows: int) -> None:
-        assert self._file is not None
-        self._file.write(np.ascontiguousarray(self._rows[:num_rows].T).astype("<u8", copy=False).tobytes())
-        self._rows = self._rows[num_rows:]
+def full_blocks(rows: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Returns the full blocks of rows of `sketch` as a file has them, band by band, and the other rows."""
+    size = len(rows) // _BLOCK_ROWS * _BLOCK_ROWS
+    return rows[:size].reshape(-1, _BLOCK_ROWS, 1 + NUM_BANDS).transpose(0, 2, 1).ravel(), rows[size:]
 
 
 class SketchFiles:

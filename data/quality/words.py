@@ -72,7 +72,7 @@ class Words:
                 joined = run if num_joined == 0 else _join(joined, run, num_joined, run_length)
                 num_joined += run_length
             if num_joined == length:
-                return _mix(joined)
+                return mix_bits(joined)
             run = _join(run, run, run_length, run_length)
             run_length *= 2
 
@@ -172,7 +172,7 @@ def _join(
     return first[:size] * factor + second[first_length:]
 
 
-def _mix(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Returns hashes whose every bit depends on every bit (the finalizer of SplitMix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -195,7 +195,7 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         part = kinds[first : last + 1]
         part[(part == _LETTER) | (0xD800 <= first <= 0xDFFF)] = _SINGLE
     steps = np.arange(1, _CODE_UNITS + 1, dtype=np.uint64) * np.uint64(_CHARACTER_FACTOR)
-    return kinds, np.where(kinds == _SEPARATOR, np.uint64(0), _mix(steps)[lower % _CODE_UNITS])
+    return kinds, np.where(kinds == _SEPARATOR, np.uint64(0), mix_bits(steps)[lower % _CODE_UNITS])
 
 
 @cache
