@@ -1,6 +1,5 @@
 """Errors of data, JSON values, and hashes that are equal on every machine."""
 
-import difflib
 import hashlib
 import json
 import math
@@ -10,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from kernels.ranges import Range
+from kernels.registry import closest
 
 T = TypeVar("T")
 Reader = Callable[[object, str], Any]  # reads a value at a place
@@ -150,8 +150,7 @@ def choice_of(value: object, place: str, choices: Sequence[str]) -> str:
 
 def nearest_name(name: str, names: Sequence[str], default: str | None = None) -> str:
     """Returns the most similar name, or the default, or the first name."""
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
-    return (close or [default or names[0]])[0]
+    return (closest(name, names, cutoff=0.4) or [default or names[0]])[0]
 
 
 def describe(value: object) -> str:

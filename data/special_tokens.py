@@ -5,7 +5,6 @@ Begin (bos), end (eos) and padding (pad) are each taken from the first of these 
 names; names that are common in other tokenizers. Imports no torch.
 """
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import tokenizers
 
 from data.corpus import DataError
+from kernels.registry import closest
 
 Kind = Literal["bos", "eos", "pad"]
 
@@ -201,7 +201,6 @@ def _refusal(kind: Kind, rule: str, backend: tokenizers.Tokenizer, *, near: str 
     """Returns an error with a few special tokens, the one with the nearest name first."""
     added = backend.get_added_tokens_decoder()
     names = [added[number].content for number in sorted(added)]
-    close = difflib.get_close_matches(near, names, n=1, cutoff=0.5)
-    first_names = list(dict.fromkeys([*close, *names]))[:6]
+    first_names = list(dict.fromkeys([*closest(near, names, cutoff=0.5), *names]))[:6]
     choices = f"nearest valid: {', '.join(first_names)}" if first_names else "it has no special token"
     return DataError(f"data.tokenizer_{kind}: {rule}; {choices}")

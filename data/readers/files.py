@@ -1,6 +1,5 @@
 """Finds the files that paths, folders and globs name, and counts those that no reader reads."""
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Literal
 
 from data.corpus import DataError
 from data.registry import CorpusFile
+from kernels.registry import closest
 
 Format = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
 
@@ -131,8 +131,7 @@ def _named_file(name: str, path: Path) -> CorpusFile:
         raise DataError(f"{name!r} must be a regular file or a folder, is neither; nearest: a copy of its content")
     suffix = "".join(path.suffixes[-2:]).lower() if compression_of(path) else path.suffix.lower()
     if format_of(path) is None:
-        known = [*_FORMATS, ".jsonl.gz", ".jsonl.zst"]
-        close = difflib.get_close_matches(suffix, known, n=1)
+        close = closest(suffix, [*_FORMATS, ".jsonl.gz", ".jsonl.zst"])
         hint = f"; nearest: {close[0]!r}" if close else ""
         raise DataError(f"{name!r} ends in {suffix!r}; a file must end in one of {READ_SUFFIXES}{hint}")
     if not _reads(path):
@@ -196,8 +195,7 @@ def _nearest(path: Path) -> str:
         siblings = sorted(os.listdir(missing.parent))
     except OSError:
         return ""
-    close = difflib.get_close_matches(missing.name, siblings, n=1)
-    if close:
+    if close := closest(missing.name, siblings):
         candidate = missing.with_name(close[0])
         corrected = candidate / path.relative_to(missing)
         return f"; nearest: {str(corrected if corrected.exists() else candidate)!r}"
