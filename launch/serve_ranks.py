@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_LOST
@@ -32,18 +32,16 @@ from train.errors import broken
 
 if TYPE_CHECKING:
     from infer.continuous import ContinuousEngine
-    from infer.decoder import Decoder
     from infer.serve.engine import ServingEngine
-    from model.transformer import Transformer
 
 _GRACE_SECONDS = 10.0  # after a rank is lost, for the answers that say so
 
 
-class BuildEngine(Protocol):
-    """Builds the engine of one rank."""
+BuildEngine = Callable[..., "ContinuousEngine"]
+"""Builds the engine of a rank for a model, given `build_decoder`."""
 
-    def __call__(self, model: "Transformer", *, build_decoder: "Callable[..., Decoder]") -> "ContinuousEngine":
-        """Returns an engine with decoders of the given kind."""
+Serve = Callable[["ServingEngine"], int]
+"""Serves with an engine, and returns the exit code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,10 +92,6 @@ def check_ranks(
     )
 
 
-Serve = Callable[["ServingEngine"], int]
-"""Serves with an engine, and returns the exit code."""
-
-
 def serve_on_ranks(config: RanksConfig, build_engine: BuildEngine, serve: Serve | None) -> int:
     """Serves on rank 0 with an engine over all ranks, and returns the exit code. Other ranks pass None."""
     function = partial(_serve_as_rank, config, build_engine, serve)
@@ -130,7 +124,7 @@ def _pass_signals_to(process: int) -> None:
 
 def _serve_as_rank(config: RanksConfig, build_engine: BuildEngine, serve: Serve | None, send: Send) -> int:
     """Serves as one rank until rank 0 ends; returns the exit code."""
-    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, ServingRank, Turns
+    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, ServingRank, open_group
     from infer.serve.roles import SequenceTransfers
 
     rank = int(os.environ["RANK"])
@@ -141,13 +135,12 @@ def _serve_as_rank(config: RanksConfig, build_engine: BuildEngine, serve: Serve 
     with open_ranks(config.network) as pipeline:
         num_ranks = config.network.parallelism.world_size
         pipeline.place_experts(config.placement)
-        turns = Turns(seconds)
-        engine = build_engine(pipeline.model, build_decoder=partial(RankDecoder, turns))
+        engine = build_engine(pipeline.model, build_decoder=partial(RankDecoder, open_group(seconds)))
         transfers = SequenceTransfers(engine, rank, num_ranks, config.num_reading, seconds)
-        serving = ServingRank(turns, engine, config.placement, pipeline.place_experts, transfers)
+        serving = ServingRank(engine, config.placement, pipeline.place_experts, transfers)
         if rank == 0:
             assert serve is not None
-            # Ctrl-C in a terminal goes to the whole group; only the parent passes it on. torchrun's ranks have their own.
+            # Ctrl-C in a terminal goes to the whole group; only the parent passes it on. Ranks of torchrun lead one.
             if os.getpgid(0) != os.getpid():
                 os.setpgid(0, 0)
             send(os.getpid())

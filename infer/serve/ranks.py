@@ -45,47 +45,40 @@ class Pass(IntEnum):
     NONE = 4
 
 
-class Turns:
-    """Agrees with the other ranks on the next pass. Small facts travel through host memory."""
-
-    def __init__(self, timeout_seconds: float) -> None:
-        """Opens the ranks' group. All ranks call it at the same point."""
-        self.group = make_host_group(timedelta(seconds=timeout_seconds))
-        self.decoder: Decoder | None = None
-
-    def take(self, wanted: Pass) -> None:
-        """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks."""
-        decoder = self.decoder
-        assert decoder is not None
-        while (turn := smallest_over_ranks(wanted, self.group)) != wanted:
-            if turn in (Pass.PAIRS, Pass.DRAFT):
-                decoder.run_idle_mtp()
-            else:
-                decoder.run_idle_layers()
+def open_group(seconds: float) -> Any:
+    """Opens the group in which ranks agree through host memory. All ranks call it at the same point."""
+    return make_host_group(timedelta(seconds=seconds))
 
 
 class RankDecoder(Decoder):
     """A decoder whose experts are spread over ranks, all of which take part in each pass."""
 
-    def __init__(self, turns: Turns, *args: Any, **options: Any) -> None:
+    def __init__(self, group: Any, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._turns = turns
-        turns.decoder = self
+        self.group = group
+
+    def take_turn(self, wanted: Pass) -> None:
+        """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks."""
+        while (turn := smallest_over_ranks(wanted, self.group)) != wanted:
+            if turn in (Pass.PAIRS, Pass.DRAFT):
+                self.run_idle_mtp()
+            else:
+                self.run_idle_layers()
 
     def read_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
         """Runs the MTP module over the next pairs of prompts when it is the turn of such passes."""
-        self._turns.take(Pass.PAIRS)
+        self.take_turn(Pass.PAIRS)
         super().read_mtp(rows, next_tokens, state_ND)
 
     def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
         """Runs the MTP module over new pairs when it is the turn of such passes."""
-        self._turns.take(Pass.DRAFT)
+        self.take_turn(Pass.DRAFT)
         return super().step_mtp(next_tokens_BS, state_BSD, chosen_B)
 
     def _run_main(
         self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        self._turns.take(Pass.STEP if kind == "step" else Pass.PROMPTS)
+        self.take_turn(Pass.STEP if kind == "step" else Pass.PROMPTS)
         return super()._run_main(kind, tokens_N, rows, counts)
 
 
@@ -123,7 +116,6 @@ class ServingRank:
 
     def __init__(
         self,
-        turns: Turns,
         engine: ContinuousEngine,
         placement: Placement,
         place: Callable[[Placement], None],
@@ -132,7 +124,8 @@ class ServingRank:
         """Takes over an engine with a `RankDecoder`. `place` moves the experts' weights."""
         self.engine = engine
         self._transfers = transfers
-        self._turns = turns
+        assert isinstance(engine.batch.decoder, RankDecoder)
+        self._decoder = engine.batch.decoder
         self.placement = placement
         self._place = place
 
@@ -156,7 +149,7 @@ class ServingRank:
     @torch.no_grad()
     def _run(self, orders: Orders | None) -> list[RoundReport] | None:
         """Runs a round with the orders of rank 0, which gets the reports. Returns None after the last round."""
-        group = self._turns.group
+        group = self._decoder.group
         rank = group.rank()
         orders = broadcast_first(orders, group)
         assert orders is not None
@@ -177,7 +170,7 @@ class ServingRank:
             if other == rank:
                 self.engine.cancel(number)
         news = self.engine.step()
-        self._turns.take(Pass.NONE)
+        self._decoder.take_turn(Pass.NONE)
         report = RoundReport(news=news, departures=self._transfers.depart(), counts=self.engine.counts())
         return gather_on_first(report, group) or []
 
@@ -185,12 +178,12 @@ class ServingRank:
         """Moves experts to a placement for the tokens that all ranks counted since the last one."""
         loads = expert_loads(self.engine.model)
         counts_LE = torch.stack(list(loads.values()))
-        sums = sum_over_ranks(counts_LE.flatten().tolist(), self._turns.group)  # host sync
+        sums = sum_over_ranks(counts_LE.flatten().tolist(), self._decoder.group)  # host sync
         if not any(sums):
             return
         by_layer = dict(zip(loads, np.array(sums, np.float64).reshape(counts_LE.shape), strict=True))
-        placement = self.placement.again(by_layer) if self._turns.group.rank() == 0 else self.placement
-        self.placement = broadcast_first(placement, self._turns.group)
+        placement = self.placement.again(by_layer) if self._decoder.group.rank() == 0 else self.placement
+        self.placement = broadcast_first(placement, self._decoder.group)
         self._place(self.placement)
         self.engine.forget_codes()
 

@@ -15,7 +15,7 @@ from infer.continuous import ContinuousEngine
 from infer.engines.local import LocalEngine
 from infer.placement import Placement, PlacementShape
 from infer.protocol import NumberedPrompt, Request
-from infer.serve.ranks import RankDecoder, RanksEngine, ServingRank, Turns
+from infer.serve.ranks import RankDecoder, RanksEngine, ServingRank, open_group
 from infer.serve.roles import SequenceTransfers
 from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
@@ -76,7 +76,6 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
     for variant in VARIANTS:
         with opened(config_of(Layout(kind="1f1b", data=world_size, expert=world_size), folder)) as (_, pipeline):
             pipeline.place_experts(variant.placement)
-            turns = Turns(60.0)
             engine = ContinuousEngine(
                 pipeline.model,
                 max_sequences=8,
@@ -84,10 +83,10 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
                 chunk_tokens=16,
                 speculative=variant.speculative,
                 prefix_cache=variant.prefix_cache,
-                build_decoder=partial(RankDecoder, turns),
+                build_decoder=partial(RankDecoder, open_group(60.0)),
             )
             transfers = SequenceTransfers(engine, rank, world_size, variant.prefill_ranks, 60.0)
-            serving = ServingRank(turns, engine, variant.placement, pipeline.place_experts, transfers)
+            serving = ServingRank(engine, variant.placement, pipeline.place_experts, transfers)
             tokens = {}
             if rank:
                 serving.follow()
