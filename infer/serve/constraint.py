@@ -25,8 +25,10 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Returns whether each token of the vocabulary may be next, [V]."""
+        """Returns whether each token of the vocabulary may be next, [V]; none if the grammar became too complex."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            return np.zeros(self._vocab_size, dtype=np.bool_)
         return np.unpackbits(packed, count=self._vocab_size, bitorder="little").astype(np.bool_)
 
     def accept(self, token: int) -> None:
@@ -81,6 +83,7 @@ class Grammars:
                 start = f"start: THOUGHTS {self._literal(thoughts_end)} @answer\nTHOUGHTS: /(?s:.*)/"
                 grammars.insert(0, {"lark_grammar": start})
             matcher = LLMatcher(self._backend, json.dumps({"grammars": grammars}), log_level=0)
+            matcher.compute_bitmask()  # finds most problems here, and not on the engine's thread
             problem = matcher.get_error()
         except (ValueError, TypeError) as error:
             problem = str(error)
