@@ -278,7 +278,8 @@ class ContinuousEngine:
         chunk = _Chunk([first], [count])
         if self.batch.num_cached(first) or count < self._num_unread(first):
             return chunk
-        for sequence in sorted({*reading, *startable} - {first}, key=self._num_unread):
+        others = [sequence for sequence in (*reading, *startable) if sequence is not first]
+        for sequence in sorted(others, key=self._num_unread):
             if sum(chunk.counts) + self._num_unread(sequence) > self._chunk_tokens:
                 break
             if sequence in startable:

@@ -45,12 +45,13 @@ def make_prompts(count: int) -> list[tuple[int, ...]]:
 
 @functools.cache
 def continue_alone(model: Transformer, sampling: Sampling) -> list[Sample]:
-    """Returns the answers to 50 prompts, each continued alone and without drafts."""
+    """Returns the answers to 50 prompts without drafts, each continued alone if the number of a prompt counts."""
     engine = LocalEngine(model, speculative=False)
     request = replace(REQUEST, sampling=sampling)
-    return [
-        engine.generate([NumberedPrompt(number=0, tokens=prompt)], request).rollouts[0] for prompt in make_prompts(50)
-    ]
+    prompts = [NumberedPrompt(number=0, tokens=prompt) for prompt in make_prompts(50)]
+    if sampling.temperature:
+        return [engine.generate([prompt], request).rollouts[0] for prompt in prompts]
+    return list(engine.generate([replace(prompt, number=at) for at, prompt in enumerate(prompts)], request).rollouts)
 
 
 class Client:
@@ -97,10 +98,19 @@ class Client:
             assert len(decoder.main._tables[row]) <= -(-needed // BLOCK_TOKENS) + 1
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(
-    ("speculative", "prefix_cache", "blocks"),
-    [(False, False, 1000), (True, True, 8), *exhaustive(("auto", True, 1000), (False, True, 8), (True, False, 8))],
+    ("sampling", "speculative", "prefix_cache", "blocks"),
+    [
+        (Sampling(), False, False, 1000),
+        (DRAWN, True, True, 8),
+        *exhaustive(
+            (Sampling(), True, True, 8),
+            (DRAWN, False, False, 1000),
+            *((sampling, "auto", True, 1000) for sampling in (Sampling(), DRAWN)),
+            *((sampling, False, True, 8) for sampling in (Sampling(), DRAWN)),
+            *((sampling, True, False, 8) for sampling in (Sampling(), DRAWN)),
+        ),
+    ],
 )
 def test_requests_in_any_order_get_the_tokens_of_each_alone(
     model: Transformer, sampling: Sampling, speculative: Speculative, prefix_cache: bool, blocks: int
