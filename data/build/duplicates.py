@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.build.units import TextUnit
 from data.build.work import Build
-from data.quality.duplicates import find_duplicates
+from data.quality.duplicates import EXACT, find_duplicates
 from data.shards import KEY_BLOCK_BYTES, read_rows, replace_file
 
 DUPLICATES_NAME = "duplicates.jsonl"
@@ -38,10 +38,16 @@ def drop_duplicates(build: Build) -> None:
         lambda unit: rows_of(unit)["hash"],
         sketches if build.manifest.dedup == "minhash" else None,
     )
-    for unit, drop in zip(units, duplicates.drops, strict=True):
+    drops = duplicates.drops
+    for unit, drop in zip(units, drops, strict=True):
         _write_drop(build, unit, drop)
     lines = (
-        {"dropped": place(*pair.dropped), "kind": pair.kind, "kept": place(*pair.kept)} for pair in duplicates.pairs()
+        {
+            "dropped": place(*dropped),
+            "kind": "exact" if drops[dropped[0]][dropped[1]] == EXACT else "near",
+            "kept": place(*kept),
+        }
+        for dropped, kept in duplicates.pairs()
     )
     encoded = (f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape") for line in lines)
     replace_file(build.folder / DUPLICATES_NAME, encoded)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,45 +36,28 @@ _MAX_DOCUMENTS = 1 << 32
 _Positions = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DroppedDuplicate:
-    """A dropped document and the earlier document that is kept; each is a unit and a row."""
-
-    dropped: tuple[int, int]
-    kind: Literal["exact", "near"]
-    kept: tuple[int, int]
-
-
+@dataclass(frozen=True, slots=True, eq=False)
 class Duplicates:
     """Which documents of each unit are dropped, and for which documents."""
 
-    def __init__(self, offsets: NDArray[np.int64], drops: NDArray[np.uint8], pairs: NDArray[np.uint64]) -> None:
-        """Keeps the decision.
-
-        Args:
-            offsets: number of the first document of each unit, and of all documents, [units + 1].
-            drops: `KEPT`, `EXACT` or `NEAR` of each document, [N].
-            pairs: each dropped document << 32 | the earlier document that is kept, ascending.
-        """
-        self._offsets = offsets
-        self._drops = drops
-        self._pairs = pairs
+    offsets: NDArray[np.int64]  # number of the first document of each unit, and of all documents, [units + 1]
+    decisions: NDArray[np.uint8]  # `KEPT`, `EXACT` or `NEAR` of each document, [N]
+    packed: NDArray[np.uint64]  # each dropped document << 32 | the earlier document that is kept, ascending
 
     @property
     def drops(self) -> list[NDArray[np.uint8]]:
         """`KEPT`, `EXACT` or `NEAR` of each document of each unit."""
-        return np.split(self._drops, self._offsets[1:-1])
+        return np.split(self.decisions, self.offsets[1:-1])
 
-    def pairs(self) -> Iterator[DroppedDuplicate]:
-        """Yields each dropped document, in order."""
-        for start in range(0, len(self._pairs), _COMPARED_PAIRS):
-            for later, earlier in zip(*_unpack(self._pairs[start : start + _COMPARED_PAIRS]), strict=True):
-                kind: Literal["exact", "near"] = "exact" if self._drops[later] == EXACT else "near"
-                yield DroppedDuplicate(dropped=self._place(later), kind=kind, kept=self._place(earlier))
+    def pairs(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Yields unit and row of each dropped document, in order, and those of the document that is kept."""
+        for start in range(0, len(self.packed), _COMPARED_PAIRS):
+            for later, earlier in zip(*_unpack(self.packed[start : start + _COMPARED_PAIRS]), strict=True):
+                yield self._place(later), self._place(earlier)
 
     def _place(self, document: np.int64) -> tuple[int, int]:
-        unit = int(np.searchsorted(self._offsets, document, side="right")) - 1
-        return unit, int(document - self._offsets[unit])
+        unit = int(np.searchsorted(self.offsets, document, side="right")) - 1
+        return unit, int(document - self.offsets[unit])
 
 
 def find_duplicates(
