@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models
 
-from data.chat.encode import ChatSample, check_template, encode_samples
+from data.chat.encode import ChatSample, encode_samples
 from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, hash_unit
@@ -167,11 +167,6 @@ def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
         )
 
 
-def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
-    check_domains(source.domains, "data.domains")
-    check_template(source.template, tokenizer)
-
-
 DATA_SOURCES.register(
     "arithmetic",
     DataSourceEntry(
@@ -182,7 +177,7 @@ DATA_SOURCES.register(
             _chat_samples(source), CHAT_TEMPLATES.get(source.template), tokenizer
         ),
         tokenizer=lambda source: arithmetic_tokenizer(),
-        check=_check,
+        check=lambda source, tokenizer: check_domains(source.domains, "data.domains"),
         values=lambda source: PAIR_VALUES if source.form == "preferences" else (WEIGHTS,),
         chat_template=lambda source: source.template,
         problems=_problems,

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from data.chat.encode import check_template
 from data.config import DataConfig
 from data.corpus import DataError
 from data.mix.source import MixtureSource
@@ -52,11 +53,13 @@ def check_config(config: DataConfig) -> int:
 
 
 def _check_source(source: DataSource, tokenizer: Tokenizer | None) -> None:
-    check = DATA_SOURCES.get(source.kind).check
-    if check is None:
+    entry = DATA_SOURCES.get(source.kind)
+    if entry.chat_template is not None:
+        check_template(entry.chat_template(source), tokenizer)
+    if entry.check is None:
         check_source(source)
     else:
-        check(source, tokenizer)
+        entry.check(source, tokenizer)
 
 
 def _check_validation_paths(config: DataConfig, tokenizer: Tokenizer | None) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from data.chat.encode import check_template, encode_prompt
+from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage, read_prompt, require_fields, user
 from data.chat.sources import ChatLines, lines_entry
 from data.chat.templates import CHAT_TEMPLATES
@@ -36,7 +36,7 @@ from data.registry import (
     TrainingSample,
     field_values,
 )
-from data.sources import check_source, list_jsonl, read_json_lines
+from data.sources import list_jsonl, read_json_lines
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
 
@@ -144,11 +144,6 @@ def _documents(source: ProblemsSource, file: CorpusFile, limit_bytes: int | None
         yield Document(key=record.key, text=text)
 
 
-def _check(source: ProblemsSource, tokenizer: Tokenizer | None) -> None:
-    check_source(source)
-    check_template(source.template, tokenizer)
-
-
 DATA_SOURCES.register(
     "problems",
     lines_entry(
@@ -157,7 +152,6 @@ DATA_SOURCES.register(
         files=_list_problems,
         read=_documents,
         samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),
-        check=_check,
         values=lambda source: (WEIGHTS,),
         problems=_problems,
         has_targets=False,
@@ -214,7 +208,6 @@ def _check_gym(source: GymSource, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         rule = "must be given with data=reasoning_gym, which has no text to train one on"
         raise refusal("data.tokenizer", rule, "null", "data.tokenizer=FOLDER, or auto with init_from")
-    check_template(source.template, tokenizer)
     _open_dataset(source)
 
 

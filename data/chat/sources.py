@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from data.chat.encode import ChatSample, check_template, check_tokens, encode_samples, special_names, split_views
+from data.chat.encode import ChatSample, check_tokens, encode_samples, special_names, split_views
 from data.chat.messages import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, refusal
@@ -98,7 +98,6 @@ def _samples(source: ChatLines, tokenizer: Tokenizer) -> Iterator[TrainingSample
 def _check(source: ChatLines, tokenizer: Tokenizer | None) -> None:
     """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
     check_source(source)
-    check_template(source.template, tokenizer)
     if tokenizer is not None and not all(tokenizer.has_token(name) for name in CHAT_TOKENS):
         # Only chats with tools need the other tokens.
         template = CHAT_TEMPLATES.get(source.template)
