@@ -173,18 +173,15 @@ def build_engine(
 
 def _bind(config: ServeCommandConfig) -> socket.socket:
     """Returns a socket at the address, which accepts connections once the weights are read."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    from infer.serve.http import open_socket
+
     try:
-        bound.bind((config.host, config.port))
+        return open_socket(config.host, config.port)
     except OSError as error:
-        bound.close()
         raise ConfigError(
             f"port: {config.host}:{config.port} must be a free address, cannot be used: {error.strerror or error}; "
             f"nearest valid: port=0, which chooses a free one"
         ) from error
-    return bound
 
 
 def _write_line(text: str) -> None:

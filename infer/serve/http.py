@@ -60,6 +60,20 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter) or (self._service.is_draining and self._service.num_calls == 0)
 
 
+def open_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket at an address, or raises OSError. It accepts connections once a server listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named, or asyncio does not know that its connections are TCP and leaves Nagle's algorithm on: 40 ms for a reply.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
 def run_server(service: Service, bound: socket.socket, drain_seconds: float) -> int:
     """Serves at a bound socket. Returns the exit code: 0 if drained, and that of the engine's error if it failed."""
     server = DrainingServer(service, drain_seconds)

@@ -1,7 +1,6 @@
 """Servers with a small untrained model, on a thread of the test's process."""
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from infer.serve.app import Service
 from infer.serve.calls import ServedModel
 from infer.serve.constraint import Grammars
 from infer.serve.engine import EngineThread, ServingEngine
-from infer.serve.http import DrainingServer
+from infer.serve.http import DrainingServer, open_socket
 from model.config import ModelConfig
 from model.hf.writer import save_hf
 from tests.infer.models import SMALL, make_model
@@ -71,8 +70,7 @@ def serving(
     thread = EngineThread(engine, most_open=most_open)
     service = Service(served or describe(), thread, api_key=api_key, write_line=lines.append)
     server = DrainingServer(service, drain_seconds=5)
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
+    with open_socket("127.0.0.1", 0) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         runner = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
         runner.start()

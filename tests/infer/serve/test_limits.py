@@ -25,7 +25,7 @@ from infer.continuous import SequenceNews
 from infer.generate import generate
 from infer.serve.app import MOST_BODY_BYTES, Service
 from infer.serve.engine import EngineThread
-from infer.serve.http import run_server
+from infer.serve.http import open_socket, run_server
 from launch.generate import Prompt, Transcript
 from launch.serve import API_KEY, main
 from tests import ROOT
@@ -253,8 +253,10 @@ def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.Capture
     engine = make_engine()
     service = Service(describe(), EngineThread(engine, most_open=8), api_key=None, write_line=lambda line: None)
     codes: list[int] = []
-    with socket.socket() as bound, mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")):
-        bound.bind(("127.0.0.1", 0))
+    with (
+        open_socket("127.0.0.1", 0) as bound,
+        mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")),
+    ):
         bound.listen()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/completions"
         runner = threading.Thread(target=lambda: codes.append(run_server(service, bound, drain_seconds=5)))
@@ -293,6 +295,12 @@ def test_50_prompts_in_random_order_get_the_text_of_generate(server: RunningServ
 
     texts = asyncio.run(ask())
     assert dict(zip(order, texts, strict=True)) == dict(enumerate(expected))
+
+
+def test_replies_are_sent_at_once(server: RunningServer) -> None:
+    """A reply has two packets. With Nagle's algorithm the second one waits 40 ms for the client's acknowledgment."""
+    (bound,) = [bound for listening in server.server.servers for bound in listening.sockets]
+    assert bound.proto == socket.IPPROTO_TCP
 
 
 @pytest.mark.slow
