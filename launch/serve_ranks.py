@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,8 @@ def _pass_signals_to(process: int) -> None:
     """Lets a process handle the signals that end a server."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        os.kill(process, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

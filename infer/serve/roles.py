@@ -60,7 +60,8 @@ class SequenceTransfers:
         pairs = [(source, target) for source in range(num_reading) for target in range(num_reading, num_ranks)]
         weight = next(engine.model.parameters())
         self._dtype = weight.dtype
-        self._transport = PipelineTransport(layout, pairs, weight.device, seconds, CollectiveLog(), ("activation",))
+        self._device = weight.device
+        self._transport = PipelineTransport(layout, pairs, self._device, seconds, CollectiveLog(), ("activation",))
 
     @torch.no_grad()
     def depart(self) -> list[DepartingSequence]:
@@ -76,10 +77,10 @@ class SequenceTransfers:
             moved = self._engine.export_sequence(row.index, row.sample)
             values = (moved.main_LTC, moved.mtp_LTC)
             self._values[row.index, row.sample] = values
-            none_LTC = moved.main_LTC[:0]
-            # Copies, because a view is pickled with all of its storage.
-            states_TD = moved.states_TD.clone()
-            sequence = replace(moved, main_LTC=none_LTC.clone(), mtp_LTC=none_LTC.clone(), states_TD=states_TD)
+            none_LTC = torch.empty(0)
+            # Copies on the host, because a view is pickled with all of its storage, and a device has other ranks.
+            states_TD = moved.states_TD.cpu().clone()
+            sequence = replace(moved, main_LTC=none_LTC, mtp_LTC=none_LTC, states_TD=states_TD)
             shapes = tuple(tuple(values_LTC.shape) for values_LTC in values)
             departures.append(DepartingSequence(sequence=sequence, shapes=shapes))
         return departures
@@ -97,12 +98,14 @@ class SequenceTransfers:
         """Receives the values of a sequence, and continues it here."""
         values = []
         for key, shape in move.messages():
-            values_LTC = torch.empty(shape, dtype=self._dtype)
+            values_LTC = torch.empty(shape, dtype=self._dtype, device=self._device)
             if values_LTC.numel():
                 values_LTC = self._transport.post_receive(key, shape, self._dtype).wait()
             values.append(values_LTC)
         main_LTC, mtp_LTC = values
-        self._engine.import_sequence(replace(move.departure.sequence, main_LTC=main_LTC, mtp_LTC=mtp_LTC))
+        sequence = move.departure.sequence
+        states_TD = sequence.states_TD.to(self._device)
+        self._engine.import_sequence(replace(sequence, main_LTC=main_LTC, mtp_LTC=mtp_LTC, states_TD=states_TD))
 
     def close(self) -> None:
         """Closes the links. All ranks call it at the same point."""
