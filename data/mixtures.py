@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -89,19 +90,24 @@ class ShardFolder:
             stored: dict[str, Any] = json.loads((self.folder / name).read_bytes())
             if stored["decides"] == decides:
                 return stored
-        counts: dict[str, Any] = {"decides": decides}
+        counts: dict[str, Any] = {"decides": decides, "entropy_nats": 0.0}
         for part in PARTS:
             shards = self.shards(part)
+            # Copies, because a shard keeps what it has read.
             counts[part] = {
-                name: [len(shard.sequences(self.length)) for shard in each] for name, each in shards.items()
+                name: [len(copy(shard).sequences(self.length)) for shard in each] for name, each in shards.items()
             }
-            tokens = {name: sum(int(shard.lengths.sum()) for shard in each) for name, each in shards.items()}
-            counts[f"{part}_tokens"] = tokens
-            if any(tokens.values()):  # of the held-out part, if there is one
+            counts[f"{part}_tokens"] = {name: self._count_tokens(part, name, each) for name, each in shards.items()}
+            if any(counts[f"{part}_tokens"].values()):  # of the held-out part, if there is one
                 counts["entropy_nats"] = self._entropy_nats(shards)
         with suppress(OSError):  # a folder that cannot be written is counted by every run
             replace_file(self.folder / name, json.dumps(counts).encode())
         return counts
+
+    def _count_tokens(self, part: Part, name: str, shards: Iterable[Shard]) -> int:
+        if name in self.report[SOURCES_NAME]:
+            return int(self.report[SOURCES_NAME][name][part].get("tokens", 0))
+        return sum(int(copy(shard).lengths.sum()) for shard in shards)
 
     def _entropy_nats(self, shards: Mapping[str, tuple[Shard, ...]]) -> float:
         """Returns the entropy of the tokens that a model predicts, with equal shares of the sources."""
@@ -110,7 +116,7 @@ class ShardFolder:
             counts_V = np.zeros_like(shares_V)
             for shard in each:
                 if counts_V.sum() < _ENTROPY_TOKENS:
-                    counts_V += np.bincount(_predicted(shard, self.length), minlength=len(shares_V))
+                    counts_V += np.bincount(_predicted(copy(shard), self.length), minlength=len(shares_V))
             shares_V += counts_V / max(counts_V.sum(), 1)
         return entropy_nats(shares_V) if shares_V.any() else 0.0
 

@@ -143,8 +143,11 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
     tokenizer = find_tokenizer(config)
     if isinstance(config.source, MixtureSource):
         return open_mixture(config, config.source, tokenizer, sequence_length_tokens, progress)
+    key = _cache_key(config, tokenizer)
+    if not any(Path(config.cache_dir).expanduser().glob(f"*-{key}")):
+        check_config(config)
     open_parts = open_documents if DATA_SOURCES.get(config.source.kind).samples is None else open_samples
-    return open_parts(config, tokenizer, _cache_key(config, tokenizer), sequence_length_tokens, progress)
+    return open_parts(config, tokenizer, key, sequence_length_tokens, progress)
 
 
 def _cache_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:

@@ -59,10 +59,12 @@ def build_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(Build(settings, folder, text)) as build:
-            missing = [unit for unit in build.all_units() if build.read(unit) is None]
-            report = None if missing else _read_current(build)
+            with build.claims.claimed(REPORT_NAME):  # another command may write the report, which must stay then
+                missing = [unit for unit in build.all_units() if build.read(unit) is None]
+                report = None if missing else _read_current(build)
+                if missing:
+                    (folder / REPORT_NAME).unlink(missing_ok=True)
             if report is None:
-                (folder / REPORT_NAME).unlink(missing_ok=True)
                 _install_tokenizer(build, tokenizer, progress)
                 peak = _build_missing(build, missing, workers, progress) if missing else 0
                 with build.claims.claimed(REPORT_NAME):

@@ -267,8 +267,11 @@ def test_documents_of_which_none_is_held_out_are_all_trained_on(config: DataConf
     ],
 )
 def test_values_out_of_range_are_rejected_by_name(config: DataConfig, key: str, value: float, nearest: str) -> None:
+    changed = dataclasses.replace(config, **{key: value})  # type: ignore[arg-type]
     with pytest.raises(DataError) as caught:
-        check_config(dataclasses.replace(config, **{key: value}))  # type: ignore[arg-type]
+        check_config(changed)
+    with pytest.raises(DataError, match=f"data.{key}: "):
+        prepare(changed, 16)
     assert str(caught.value).startswith(f"data.{key}: ")
     assert str(value) in str(caught.value)
     assert str(caught.value).endswith(f"nearest: {nearest}")
