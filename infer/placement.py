@@ -94,7 +94,7 @@ class Placement:
             rows = {
                 int(name.removeprefix("layer_")): np.array(layer["experts"]) for name, layer in values["layers"].items()
             }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             rule = "must be what launch.place format=json writes"
             raise PlacementError.broken(key, rule, f"{type(error).__name__} {error}", "a new placement") from error
         form = (shape.num_ranks, shape.num_slots // shape.num_ranks)
