@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from transformers import DeepseekV3ForCausalLM
 
 from infer.continuous import SequenceNews
 from infer.generate import generate
@@ -279,22 +280,49 @@ def text_of(prompt: list[int], tokens: Sequence[int]) -> str:
     return transcript.text
 
 
-def test_50_prompts_in_random_order_get_the_text_of_generate(server: RunningServer) -> None:
+def random_prompts() -> list[list[int]]:
     draw = random.Random(3)
-    prompts = [[draw.randrange(6, 300) for _ in range(draw.randint(1, 90))] for _ in range(50)]
-    end = TOKENIZER.end_of_sentence_id
-    made = generate(make_model(MODEL), prompts, max_new_tokens=16, stop=[end], speculative=False)
-    expected = [text_of(prompt, item.tokens) for prompt, item in zip(prompts, made.continuations, strict=True)]
-    order = draw.sample(range(50), 50)
+    return [[draw.randrange(6, 300) for _ in range(draw.randint(1, 90))] for _ in range(50)]
+
+
+def ask_together(url: str, prompts: list[list[int]]) -> dict[int, str]:
+    """Returns greedy answers by number of the prompt. All are asked at once, in random order."""
+    order = random.Random(4).sample(range(len(prompts)), len(prompts))
 
     async def ask() -> list[str]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             bodies = [{"prompt": prompts[at], "temperature": 0, "max_tokens": 16} for at in order]
             answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
             return [answer.json()["choices"][0]["text"] for answer in answers]
 
-    texts = asyncio.run(ask())
-    assert dict(zip(order, texts, strict=True)) == dict(enumerate(expected))
+    return dict(zip(order, asyncio.run(ask()), strict=True))
+
+
+def test_50_prompts_in_random_order_get_the_text_of_generate(server: RunningServer) -> None:
+    prompts = random_prompts()
+    end = TOKENIZER.end_of_sentence_id
+    made = generate(make_model(MODEL), prompts, max_new_tokens=16, stop=[end], speculative=False)
+    answers = ask_together(server.url, prompts)
+    for at, (prompt, continuation) in enumerate(zip(prompts, made.continuations, strict=True)):
+        assert answers[at] == text_of(prompt, continuation.tokens), at
+
+
+@pytest.mark.long
+def test_50_prompts_get_the_text_of_transformers_on_the_export(tmp_path: Path) -> None:
+    folder = save_weights(tmp_path / "tiny")
+    settings: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}
+    reference = DeepseekV3ForCausalLM.from_pretrained(folder, **settings)
+    end = TOKENIZER.end_of_sentence_id
+    prompts = random_prompts()
+    expected = {}
+    for at, prompt in enumerate(prompts):
+        limits = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+        made = reference.generate(torch.tensor([prompt]), **limits)[0, len(prompt) :].tolist()
+        expected[at] = text_of(prompt, [token for token in made if token != end])
+    variants: tuple[dict[str, Any], ...] = ({}, {"speculative": True, "prefix_cache": False})
+    for options in variants:
+        with serving(make_engine(**options)) as running:
+            assert ask_together(running.url, prompts) == expected, options
 
 
 def test_replies_are_sent_at_once(server: RunningServer) -> None:
