@@ -4,7 +4,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 Item = TypeVar("Item")
@@ -132,10 +131,25 @@ class ProgressBars:
         self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
     ) -> Iterator[Item]:
         """Yields the items; see `Progress`."""
-        with _bar(self._stream, what, total, unit) as advance:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+        with Bars(*columns, console=Console(file=unescaped(self._stream)), transient=True) as bars:
+            escape_terminals()  # the bar has replaced both streams
+            task = bars.add_task(printable(what), total=total)
             for item in items:
                 yield item
-                advance(size(item))
+                bars.advance(task, size(item))
 
     def note(self, line: str) -> None:
         """Writes the line; a bar that is shown moves below it."""
@@ -174,24 +188,3 @@ def seconds_text(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-@contextmanager
-def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Shown
-
-    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-    with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as bars:
-        escape_terminals()  # the bar has replaced both streams
-        task = bars.add_task(printable(what), total=total)
-        yield lambda count: bars.advance(task, count)
