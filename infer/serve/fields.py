@@ -113,7 +113,7 @@ def _raw(value: object, place: str) -> object:
 
 
 # Fields that change no answer here; clients send them by default or for bookkeeping.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _TOKENS = _integer(0, 2**31)
 _SEED = _integer(-(2**63), 2**63 - 1)
 _SCHEMA: dict[str, Reader | None] = {"schema": _raw, "name": None, "description": None, "strict": None}
