@@ -63,7 +63,7 @@ class ServeCommandConfig:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Serves until SIGTERM or SIGINT, which drain the server. All user errors are reported before weights are read."""
+    """Serves until a signal drains the server. User errors are reported before weights are read."""
     config = _decode(overrides)
     with system_errors():
         source = _find_source(config)

@@ -1,4 +1,4 @@
-"""Builds answers in the form of OpenAI's API from the tokens of an engine, whole or as events. Imports no torch."""
+"""Builds answers of OpenAI's API from the tokens of an engine, whole or as events. Imports no torch."""
 
 import secrets
 import time
@@ -211,7 +211,7 @@ def _log_prob(value: float) -> float:
 
 
 def _token_text(tokenizer: Tokenizer, number: int) -> str:
-    """Returns a token's text, or its bytes as `bytes:` and hexadecimal digits if they are no whole characters."""
+    """Returns a token's text, or its bytes in hexadecimal digits if they are no whole characters."""
     text = tokenizer.decode([number])
     if REPLACEMENT not in text:
         return text

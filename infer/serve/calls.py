@@ -1,4 +1,4 @@
-"""Reads requests of `/v1/completions` and `/v1/chat/completions` into prompts for an engine. Imports no torch."""
+"""Reads requests of completions and chats into prompts for an engine. Imports no torch."""
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +69,7 @@ class ApiCall:
     parses_calls: bool = False
 
     def submissions(self) -> Iterator[tuple[tuple[int, ...], Request]]:
-        """Yields the prompt and the request of each answer. Answers of one prompt have different random numbers."""
+        """Yields the prompt and the request of each answer, with random numbers of its number."""
         for prompt in self.prompts:
             for number in range(self.num_choices):
                 yield prompt, replace(self.request, step=number)

@@ -25,7 +25,7 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Returns whether each token of the vocabulary may be next, [V]; none if the grammar became too complex."""
+        """Returns whether each token may be next, [V]; none if the grammar became too complex."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             return np.zeros(self._vocab_size, dtype=np.bool_)

@@ -86,7 +86,7 @@ def _strings_of(value: object, place: str, most: int) -> tuple[str, ...]:
 
 
 def _message_of(value: Any, place: str) -> Any:
-    """Returns a message of OpenAI's API in the form of this project's chats: parts of the content are joined."""
+    """Returns a message of OpenAI's API in the form of this project's chats."""
     if not isinstance(value, Mapping):
         return value
     absent = ("annotations", "refusal", "audio", "function_call")

@@ -75,7 +75,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def run_server(service: Service, bound: socket.socket, drain_seconds: float) -> int:
-    """Serves at a bound socket. Returns the exit code: 0 if drained, and that of the engine's error if it failed."""
+    """Serves at a bound socket, and returns the exit code: 0, or that of the engine's error."""
     server = DrainingServer(service, drain_seconds)
     asyncio.run(server.serve(sockets=[bound]))
     failure = service.engine.failure

@@ -1,4 +1,4 @@
-"""Parses the turn of an assistant, token by token, into thoughts, content and calls of tools. Imports no torch."""
+"""Parses an assistant's turn into thoughts, content and calls of tools. Imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
