@@ -4,7 +4,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Protocol, TextIO, TypeVar
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TextIO, TypeVar
 
 Item = TypeVar("Item")
 Unit = Literal["bytes", "phases", "batches", "tokens"]
@@ -60,96 +62,82 @@ def escape_terminals() -> None:
             setattr(sys, name, EscapedStream(stream))
 
 
-class Progress(Protocol):
-    """Progress display for iterables."""
+class Progress:
+    """Progress over iterables, of which this class shows nothing."""
 
     def over(
         self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
     ) -> Iterator[Item]:
         """Yields the items and shows the progress; `total` is the sum of all sizes, or an estimate."""
-        ...
+        with self._display(what, total, unit) as advance:
+            for item in items:
+                yield item
+                advance(size(item))
 
     def note(self, line: str) -> None:
         """Shows a line that the user must see."""
-        ...
+
+    @contextmanager
+    def _display(self, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], object]]:
+        """Opens the display of some work, and yields what is called with the size of each item that is done."""
+        yield lambda amount: None
 
 
-class NoProgress:
-    """Shows nothing."""
-
-    def over(
-        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
-    ) -> Iterator[Item]:
-        """Yields the items."""
-        yield from items
-
-    def note(self, line: str) -> None:
-        """Shows nothing."""
+NO_PROGRESS = Progress()
 
 
-NO_PROGRESS = NoProgress()
-
-
-class ProgressLines:
+class ProgressLines(Progress):
     """Progress as plain lines: the first after one second, then at most one every five seconds."""
 
     def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
         self._clock = clock
 
-    def over(
-        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
-    ) -> Iterator[Item]:
-        """Yields the items; see `Progress`."""
+    def note(self, line: str) -> None:
+        """Prints the line."""
+        self._say(line)
+
+    @contextmanager
+    def _display(self, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], object]]:
         began = self._clock()
         due = began + _FIRST_SECONDS
         done = 0
         has_said = False
-        for item in items:
-            yield item
-            done += size(item)
+
+        def advance(amount: int) -> None:
+            nonlocal due, done, has_said
+            done += amount
             now = self._clock()
             if now >= due:
                 self._say(f"{what}: {progress_text(done, total, now - began, unit)}")
                 due = now + _EVERY_SECONDS
                 has_said = True
+
+        yield advance
         if has_said:
             self._say(f"{what}: done, {amount_text(done, unit)} in {seconds_text(self._clock() - began)}")
 
-    def note(self, line: str) -> None:
-        """Writes the line."""
-        self._say(line)
 
-
-class ProgressBars:
+class ProgressBars(Progress):
     """Progress bars on a terminal, removed when the work is done."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def over(
-        self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
-    ) -> Iterator[Item]:
-        """Yields the items; see `Progress`."""
+    @contextmanager
+    def _display(self, what: str, total: int, unit: Unit) -> Iterator[Callable[[int], object]]:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.progress import Progress as Bars
 
-        counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-        columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-        with Bars(*columns, console=Console(file=unescaped(self._stream)), transient=True) as bars:
+        columns: list[progress.ProgressColumn] = [progress.TextColumn("{task.description}"), progress.BarColumn()]
+        if unit == "bytes":
+            columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+        else:
+            columns.append(progress.MofNCompleteColumn())
+        console = Console(file=unescaped(self._stream))
+        with progress.Progress(*columns, progress.TimeRemainingColumn(), console=console, transient=True) as bars:
             escape_terminals()  # the bar has replaced both streams
-            task = bars.add_task(printable(what), total=total)
-            for item in items:
-                yield item
-                bars.advance(task, size(item))
+            yield partial(bars.advance, bars.add_task(printable(what), total=total))
 
     def note(self, line: str) -> None:
         """Writes the line; a bar that is shown moves below it."""

@@ -17,7 +17,7 @@ from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.corpus import decode_json
-from data.progress import NoProgress, Progress, progress_on
+from data.progress import NO_PROGRESS, Progress, progress_on
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
@@ -372,7 +372,7 @@ def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
     writer = _open_writer(job, transcripts, file)
     model = load_model(job.source, job.config.dtype, job.config.device)
     # Standard output shows text as it is generated; a file shows nothing.
-    progress = progress_on() if job.config.out else NoProgress()
+    progress = progress_on() if job.config.out else NO_PROGRESS
     return continue_prompts(job, request, model, transcripts, writer.update, progress)
 
 
@@ -382,7 +382,7 @@ def continue_prompts(
     model: "Transformer",
     transcripts: Sequence[Transcript],
     update: Callable[[], None] = lambda: None,
-    progress: Progress | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Statistics:
     """Continues all prompts in this process, and calls `update` after each change of the transcripts."""
     from infer.generate import Stream
@@ -399,7 +399,7 @@ def continue_prompts(
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
     most = len(job.prompts) * config.max_new_tokens
-    pieces = (progress or NoProgress()).over("generating", stream, most, lambda piece: len(piece.tokens), "tokens")
+    pieces = progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens")
     for piece in pieces:
         if piece.finish is not None:
             transcripts[piece.index].end(piece.finish)

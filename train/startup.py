@@ -20,7 +20,7 @@ from comm.groups import Groups
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
 from data.parts import Prepared
-from data.progress import NoProgress, progress_on
+from data.progress import NO_PROGRESS, progress_on
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify_sizes
 from train.checkpoint.manifest import read_step
@@ -173,7 +173,7 @@ def prepare_corpus_together(
             problems = exchange_reports(problem or None, groups.world)
         return num_busy == 0, problems.first_text
 
-    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else NoProgress())
+    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else NO_PROGRESS)
     prepared = prepare_corpus(config)
     with log.collective("world", groups.world, "comparison of the corpus"):
         expected, others = compare_with_first_rank(prepared.fingerprint, groups.world)

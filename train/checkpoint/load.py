@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
-from data.progress import NoProgress, progress_on
+from data.progress import NO_PROGRESS, progress_on
 from model.config import Computing, ModelConfig, Products
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.index import Index, WeightsKind, read_index
@@ -92,7 +92,7 @@ def verify_together(folder: Path) -> None:
     problem: str | None = None
     try:
         # The work is divided evenly, so rank 0's part shows the progress of all.
-        progress = progress_on() if rank == 0 else NoProgress()
+        progress = progress_on() if rank == 0 else NO_PROGRESS
         verify(folder, progress=progress, share=(rank, dist.get_world_size()))
     except CheckpointError as error:
         problem = str(error)

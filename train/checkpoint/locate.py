@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
-from data.progress import NoProgress, Progress
+from data.progress import NO_PROGRESS, Progress
 from model.config import ModelConfig
 from model.size import count_parameters
 from train.checkpoint.manifest import (
@@ -39,14 +39,13 @@ CHECKPOINTS_NAME = "checkpoints"
 _BYTES_PER_WEIGHT = 64
 _LEAST_BYTES = 2**30
 _LONGEST_NAME = 255
-_NO_PROGRESS = NoProgress()
 
 Check = Callable[[Path], None]
 """Checks a checkpoint; raises CheckpointError if it is not whole."""
 
 
 def verify(
-    folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS, share: tuple[int, int] = (0, 1)
+    folder: Path, *, hashes: bool = True, progress: Progress = NO_PROGRESS, share: tuple[int, int] = (0, 1)
 ) -> None:
     """Compares a checkpoint's files with its manifest.
 

@@ -11,7 +11,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from data.corpus import DataError
 from data.prepare import prepare
-from data.progress import NoProgress
+from data.progress import NO_PROGRESS
 from model.objectives.distillation import DIVERGENCE, KeepStates
 from model.transformer import Transformer, initialize_weights
 from tests.covering import exhaustive
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         temperature=TEMPERATURE,
     )
     with ScoresWriter(folder / "scores", meta) as writer:
-        write_scores(teacher, prepared, meta, writer, 3, NoProgress())
+        write_scores(teacher, prepared, meta, writer, 3, NO_PROGRESS)
     return folder
 
 
