@@ -26,7 +26,7 @@ from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_
 from data.corpus import DataError, hash_unit
 from data.encode import token_dtype
 from data.progress import Progress
-from data.quality.inspection import CONTAMINATED
+from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
 from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, replace_file
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer

@@ -21,8 +21,8 @@ from data.corpus import DataError, is_validation
 from data.encode import DocumentEncoder
 from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
-from data.quality.inspection import Inspector
-from data.quality.sketches import NUM_BANDS, full_blocks
+from data.quality.duplicates import NUM_BANDS, full_blocks
+from data.quality.filters import Inspector
 from data.readers.files import Listed, list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows

@@ -1,6 +1,7 @@
-"""Filters of documents by length, symbols and repetition, and those of the optional package datatrove.
+"""Inspects many documents at a time: hashes, filters, contamination and sketches.
 
-A manifest chooses them under `filters`. The name of a key is the reason under which dropped documents are counted.
+Filters are by length, symbols and repetition, and those of the optional package datatrove. A manifest chooses them
+under `filters`. The name of a key is the reason under which dropped documents are counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from data.corpus import DataError, choice_of, list_of, number_of, object_of, optional
-from data.quality.words import Words
+from data.quality.contamination import Contamination
+from data.quality.duplicates import sketch
+from data.quality.words import Words, compose, split_words
 from kernels.ranges import AtLeast, Between
 
 # Names of datatrove's filters and of their classes, each with the thresholds of its authors.
@@ -22,6 +26,10 @@ DATATROVE_FILTERS = {
     "fineweb": "FineWebQualityFilter",
 }
 REPEATED_WORDS = 10
+CONTAMINATED = "contaminated"
+
+# What an ASCII document has in addition to its words is its punctuation.
+_WORDS_AND_SPACE = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz \t\n\r\x0b\x0c"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,38 +60,22 @@ def filter_config(value: object, place: str) -> FilterConfig:
     return config
 
 
-class Filters:
-    """The filters of a configuration, ready to be used."""
-
-    def __init__(self, config: FilterConfig) -> None:
-        self._config = config
-        self._datatrove = _open_datatrove(config.datatrove, "filters")
-
-    def reasons(self, documents: Sequence[str], words: Words) -> list[str | None]:
-        """Returns the first limit that each document exceeds, or None."""
-        config = self._config
-        counts = words.counts
-        exceeds: dict[str, NDArray[np.bool_]] = {}
-        if config.min_words is not None:
-            exceeds["min_words"] = counts < config.min_words
-        if config.max_words is not None:
-            exceeds["max_words"] = counts > config.max_words
-        if config.max_symbol_share is not None:
-            exceeds["max_symbol_share"] = _symbol_shares(documents, words) > config.max_symbol_share
-        if config.max_repeated_line_share is not None:
-            shares = np.array([_repeated_line_share(document) for document in documents])
-            exceeds["max_repeated_line_share"] = shares > config.max_repeated_line_share
-        if config.max_repeated_ngram_share is not None:
-            exceeds["max_repeated_ngram_share"] = _repeated_ngram_shares(words) > config.max_repeated_ngram_share
-        reasons: list[str | None] = [None] * len(documents)
-        for name, is_exceeded in reversed(exceeds.items()):
-            for number in np.flatnonzero(is_exceeded).tolist():
-                reasons[number] = name
-        for name, is_good in self._datatrove.items():
-            for number, document in enumerate(documents):
-                if reasons[number] is None and not is_good(document):
-                    reasons[number] = name
-        return reasons
+def _first_reasons(config: FilterConfig, documents: Sequence[str], words: Words) -> list[str | None]:
+    """Returns the first limit that each document exceeds, or None."""
+    measures: dict[str, Callable[[], NDArray[Any]]] = {
+        "max_words": lambda: words.counts,
+        "max_symbol_share": lambda: _symbol_shares(documents, words),
+        "max_repeated_line_share": lambda: np.array([_repeated_line_share(document) for document in documents]),
+        "max_repeated_ngram_share": lambda: _repeated_ngram_shares(words),
+    }
+    limits = {name: getattr(config, name) for name in measures}
+    exceeds = {name: measures[name]() > limit for name, limit in limits.items() if limit is not None}
+    exceeds = {"min_words": words.counts < (config.min_words or 0), **exceeds}
+    reasons: list[str | None] = [None] * len(documents)
+    for name, is_exceeded in reversed(exceeds.items()):
+        for number in np.flatnonzero(is_exceeded).tolist():
+            reasons[number] = name
+    return reasons
 
 
 def _symbol_shares(documents: Sequence[str], words: Words) -> NDArray[np.float64]:
@@ -131,3 +123,63 @@ def _open_datatrove(names: Sequence[str], place: str) -> dict[str, Callable[[str
         return bool(answer[0] if isinstance(answer, tuple) else answer)
 
     return {name: partial(passes, chosen_filter) for name, chosen_filter in chosen.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Inspection:
+    """What is known of documents.
+
+    Attributes:
+        reasons: why each document is dropped: `CONTAMINATED` or the name of a filter; None: it is kept.
+        hashes: 128-bit hash of each document's words and punctuation; case and white space are ignored. uint64, [N, 2].
+        sketches: a row of `sketch` for each document, or None if they were not wanted.
+    """
+
+    reasons: list[str | None]
+    hashes: NDArray[np.uint64]
+    sketches: NDArray[np.uint64] | None
+
+
+class Inspector:
+    """Inspects documents; results do not depend on how documents are grouped."""
+
+    def __init__(
+        self, filters: FilterConfig | None, contamination: Contamination | None, *, with_sketches: bool
+    ) -> None:
+        self._filters = filters
+        self._datatrove = {} if filters is None else _open_datatrove(filters.datatrove, "filters")
+        self._contamination = contamination
+        self._with_sketches = with_sketches
+
+    def inspect(self, documents: Sequence[str]) -> Inspection:
+        """Returns hashes and reasons of documents, which should have 0.25 to 4 MB of text together."""
+        documents = [compose(document) for document in documents]
+        words = split_words(documents)
+        reasons: list[str | None] = [None] * len(documents)
+        if self._filters is not None:
+            reasons = _first_reasons(self._filters, documents, words)
+        for name, is_good in self._datatrove.items():
+            for number, document in enumerate(documents):
+                if reasons[number] is None and not is_good(document):
+                    reasons[number] = name
+        if self._contamination is not None:
+            for number in np.flatnonzero(self._contamination.hits(words)).tolist():
+                reasons[number] = reasons[number] or CONTAMINATED
+        return Inspection(
+            reasons=reasons,
+            hashes=_hash_documents(documents, words),
+            sketches=sketch(words) if self._with_sketches else None,
+        )
+
+
+def _hash_documents(documents: Sequence[str], words: Words) -> NDArray[np.uint64]:
+    values = words.hashes.astype("<u8", copy=False)
+    starts = (words.ends - words.counts).tolist()
+    digests = []
+    for document, start, end in zip(documents, starts, words.ends.tolist(), strict=True):
+        digest = xxhash.xxh3_128(values[start:end].data)
+        # The rest of letters that ASCII does not have is hashed again, which is harmless.
+        rest = document if document.isascii() else document.lower()
+        digest.update(rest.encode("utf-8", "surrogatepass").translate(None, _WORDS_AND_SPACE))
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)

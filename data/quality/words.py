@@ -20,7 +20,9 @@ _GROUP_CHARACTERS = 1 << 16
 _PIECE_CHARACTERS = 1 << 17
 _SPACE = re.compile(r"\s")
 
-_SEPARATOR, _LETTER, _SINGLE = 0, 1, 2
+_SEPARATOR = 0
+_LETTER = 1
+_SINGLE = 2
 _CODE_UNITS = 1 << 16
 # First and last code units of scripts without spaces: Thai to Lao, Myanmar, Khmer, kana, Han, surrogates, Han.
 _SINGLE_RANGES = (
@@ -31,7 +33,6 @@ _SINGLE_RANGES = (
 # Odd factors of the polynomials of a word's characters and of an n-gram's words.
 _CHARACTER_FACTOR = 0x9E3779B97F4A7C15
 _WORD_FACTOR = 0xD6E8FEB86659FD93
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,8 +66,10 @@ class Words:
         if len(self.hashes) < length:
             return self.hashes[:0]
         # Runs of 1, 2, 4, ... words; those that make up `length` in binary are joined.
-        joined, num_joined = self.hashes[:0], 0
-        run, run_length = self.hashes, 1
+        joined = self.hashes[:0]
+        num_joined = 0
+        run = self.hashes
+        run_length = 1
         while True:
             if length & run_length:
                 joined = run if num_joined == 0 else _join(joined, run, num_joined, run_length)

@@ -8,7 +8,7 @@ import pytest
 
 from data.corpus import DataError
 from data.quality.contamination import CODE_PROBLEMS, Contamination
-from data.quality.inspection import CONTAMINATED, Inspector
+from data.quality.filters import CONTAMINATED, Inspector
 from tests.data.quality.test_duplicates import Writer
 
 QUESTIONS = [

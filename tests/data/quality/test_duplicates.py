@@ -10,10 +10,8 @@ import pytest
 
 from data.corpus import DataError
 from data.quality import duplicates as module
-from data.quality import sketches
-from data.quality.duplicates import EXACT, KEPT, NEAR, Duplicates, find_duplicates
-from data.quality.inspection import Inspector
-from data.quality.sketches import full_blocks
+from data.quality.duplicates import EXACT, KEPT, NEAR, Duplicates, find_duplicates, full_blocks
+from data.quality.filters import Inspector
 
 VOCABULARY = [
     f"{first}{second}{third}" for first in "bdfklmnprst" for second in "aeiou" for third in ("n", "r", "st", "")
@@ -102,7 +100,7 @@ def test_decision_depends_on_the_order_of_documents_alone(tmp_path: Path, monkey
     (whole,) = decide(tmp_path, [documents]).drops
     monkeypatch.setattr(module, "_SORTED_KEYS", 700)
     monkeypatch.setattr(module, "_COMPARED_PAIRS", 40)
-    monkeypatch.setattr(sketches, "_BLOCK_ROWS", 256)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 256)
     units = [unit.tolist() for unit in np.split(np.array(documents, object), [1, 1, 900, 1650])]
     assert np.array_equal(np.concatenate(decide(tmp_path, units).drops), whole)
 
@@ -139,6 +137,6 @@ def test_units_without_documents_have_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_cut_file_of_sketches_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "unit").write_bytes(bytes(3 * 8 * (1 + sketches.NUM_BANDS)))
+    (tmp_path / "unit").write_bytes(bytes(3 * 8 * (1 + module.NUM_BANDS)))
     with pytest.raises(DataError, match="must have 1056 bytes for 4 documents, has 792"):
         find_duplicates([4], lambda _: np.zeros((4, 2), np.uint64), [tmp_path / "unit"])

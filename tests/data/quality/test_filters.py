@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from data.corpus import DataError
-from data.quality.filters import FilterConfig, filter_config
-from data.quality.inspection import Inspector
+from data.quality.filters import FilterConfig, Inspector, filter_config
 from tests.data.quality.test_duplicates import Writer
 
 
