@@ -177,8 +177,8 @@ def read_json_lines(
             read_bytes = 0
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    place = f"{file.path}:{number}"
-                    yield read(decode_line(line, place), f"{file.key}:{number}", place)
+                    path_line = f"{file.path}:{number}"
+                    yield read(decode_line(line, path_line), f"{file.key}:{number}", path_line)
                 read_bytes += len(line)
                 if limit_bytes is not None and read_bytes >= limit_bytes:
                     return

@@ -48,8 +48,8 @@ def format_of(path: Path) -> Format | None:
     compressed = path.suffix.lower() in _COMPRESSIONS
     suffix = (path.with_suffix("") if compressed else path).suffix.lower()
     # Files of JSON lines are often called .json.gz; a .json file that is not compressed is seldom one.
-    found = _FORMATS.get(".jsonl" if compressed and suffix == ".json" else suffix)
-    return None if compressed and found not in ("text", "jsonl") else found
+    kind = _FORMATS.get(".jsonl" if compressed and suffix == ".json" else suffix)
+    return None if compressed and kind not in ("text", "jsonl") else kind
 
 
 def compression_of(path: Path) -> str | None:
@@ -72,11 +72,8 @@ def list_sources(paths: tuple[str, ...], key: str = "data.paths") -> Listed:
             listed = _list_path(path, ignored)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # too long, forbidden, unknown ~user, a NUL, a bad glob
+        # It is too long or forbidden, or has an unknown ~user, a NUL or a bad glob.
+        except (OSError, RuntimeError, ValueError) as error:
             raise DataError(f"{key}: {path!r} cannot be looked up: {error}") from error
         # A file that is listed twice would count twice. With two keys, it could be both trained on and held out.
         for file in listed:
@@ -140,8 +137,8 @@ def _named_file(name: str, path: Path) -> CorpusFile:
 
 
 def _reads(path: Path) -> bool:
-    found = format_of(path)
-    return found is not None and (found != "megatron" or path.with_suffix(".idx").is_file())
+    kind = format_of(path)
+    return kind is not None and (kind != "megatron" or path.with_suffix(".idx").is_file())
 
 
 def _matching_files(path: Path, ignored: Counter[str]) -> Iterator[CorpusFile]:

@@ -62,7 +62,7 @@ def read_lines(file: CorpusFile, first: int, last: int, text_field: TextField) -
     """Yields the rows of a text file or of JSON lines that begin in a range of bytes; compressed: all."""
     reader = _LineReader(file, first, None if compression_of(file.path) else last)
     try:
-        with reader.opened():
+        with _open(file.path) as reader.stream:
             start = reader.stream.peek(_START_BYTES)[:_START_BYTES]
             if (b"\0" in start and start.strip(b"\0")) or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 if first == 0:
@@ -90,12 +90,6 @@ class _LineReader:
         self._block = first // BLOCK_BYTES * BLOCK_BYTES
         self._number = 0  # number of lines of the block that have begun
         self._earlier: int | None = 0 if self._block == 0 else None  # lines before the block, if they were counted
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Opens the file."""
-        with _open(self._file.path) as self.stream:
-            yield
 
     def seek(self, *, is_json: bool) -> None:
         """Goes to the first line, and counts the lines of its block before it."""

@@ -25,6 +25,7 @@ _ROWS = 2**16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Index:
+    path: Path
     dtype: np.dtype[np.integer]
     sequences: int
     documents: int
@@ -44,34 +45,33 @@ class _Index:
 
 def count_documents(file: CorpusFile) -> int:
     """Returns the number of documents; raises ValueError or OSError if the index is damaged."""
-    with file.path.with_suffix(".idx").open("rb") as index:
-        return _read_header(index).documents
+    return _read_header(file.path.with_suffix(".idx")).documents
 
 
 def read_megatron(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields documents `first` to `last - 1` as token ids."""
     row = first
     try:
-        with file.path.with_suffix(".idx").open("rb") as index, file.path.open("rb") as tokens:
-            header = _read_header(index)
-            for row, content in enumerate(_documents(index, tokens, header, first, min(last, header.documents)), first):
-                ids = np.frombuffer(content, dtype=header.dtype)
+        index = _read_header(file.path.with_suffix(".idx"))
+        with file.path.open("rb") as tokens:
+            for row, content in enumerate(_documents(index, tokens, first, min(last, index.documents)), first):
+                ids = np.frombuffer(content, dtype=index.dtype)
                 yield Document(key=f"{file.key}:{row + 1}", text="", tokens=ids)
     except (OSError, ValueError) as error:
         yield BrokenRow(place=f"{file.path}:{row + 1}", reason=f"cannot be read: {error}")
 
 
-def _documents(index: BinaryIO, tokens: BinaryIO, header: _Index, first: int, last: int) -> Iterator[bytes]:
+def _documents(index: _Index, tokens: BinaryIO, first: int, last: int) -> Iterator[bytes]:
     """Yields the bytes of documents, each of which is one or more sequences."""
     size = os.fstat(tokens.fileno()).st_size
     for begin in range(first, last, _ROWS):
-        ends = _numbers(index, header.ends_at + 8 * begin, "<i8", min(_ROWS, last - begin) + 1)
-        if (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > header.sequences:
+        ends = np.fromfile(index.path, "<i8", min(_ROWS, last - begin) + 1, offset=index.ends_at + 8 * begin)
+        if (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > index.sequences:
             raise ValueError("the documents of the index are not in order")
         count = int(ends[-1] - ends[0])
-        lengths = _numbers(index, header.lengths_at + 4 * int(ends[0]), "<i4", count)
-        starts = _numbers(index, header.starts_at + 8 * int(ends[0]), "<i8", count)
-        bytes_of = lengths.astype(np.int64) * header.dtype.itemsize
+        lengths = np.fromfile(index.path, "<i4", count, offset=index.lengths_at + 4 * int(ends[0]))
+        starts = np.fromfile(index.path, "<i8", count, offset=index.starts_at + 8 * int(ends[0]))
+        bytes_of = lengths.astype(np.int64) * index.dtype.itemsize
         if count and (lengths.min() < 0 or starts.min() < 0 or (starts + bytes_of).max() > size):
             raise ValueError(f"the index names tokens that {size:,} bytes of .bin do not have")
         for a, b in zip(ends[:-1] - ends[0], ends[1:] - ends[0], strict=True):
@@ -80,22 +80,18 @@ def _documents(index: BinaryIO, tokens: BinaryIO, header: _Index, first: int, la
             )
 
 
-def _read_header(index: BinaryIO) -> _Index:
-    start = index.read(len(_MAGIC) + _HEADER.size)
+def _read_header(path: Path) -> _Index:
+    with path.open("rb") as index:
+        start = index.read(len(_MAGIC) + _HEADER.size)
     if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + _HEADER.size:
         raise ValueError("the .idx file is no index of Megatron-Core")
     version, kind, sequences, ends = _HEADER.unpack(start[len(_MAGIC) :])
     if version != 1 or kind not in _TYPES or not ends:
         raise ValueError(f"the index has version {version} and type {kind}; nearest: version 1 with integers")
-    header = _Index(dtype=np.dtype(_TYPES[kind]), sequences=sequences, documents=ends - 1)
-    if os.fstat(index.fileno()).st_size < header.ends_at + 8 * ends:
+    header = _Index(path=path, dtype=np.dtype(_TYPES[kind]), sequences=sequences, documents=ends - 1)
+    if path.stat().st_size < header.ends_at + 8 * ends:
         raise ValueError(f"the .idx file is truncated: it must have {header.ends_at + 8 * ends:,} bytes")
     return header
-
-
-def _numbers(index: BinaryIO, offset: int, dtype: str, count: int) -> NDArray[np.integer]:
-    index.seek(offset)
-    return np.frombuffer(index.read(np.dtype(dtype).itemsize * count), dtype=dtype)
 
 
 def write_megatron(path: Path, documents: Iterable[NDArray[np.integer]], vocab_size: int) -> int:

@@ -69,7 +69,7 @@ class ReadCounts:
             )
         if self.broken:
             first, *others = self.broken_places
-            places = [place.partition(": ")[0] for place in others[: NAMED_ROWS - 1]]
+            places = [row.partition(": ")[0] for row in others[: NAMED_ROWS - 1]]
             more = self.broken - len(places) - 1
             yield (
                 f"{self.broken:,} of {self.rows:,} rows are broken and were skipped ({key}=skip): "
@@ -83,9 +83,8 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
     try:
         size = file.path.stat().st_size
         if kind == "parquet":
-            return [
-                FilePiece(file=file, first=a, last=b, size_bytes=n) for a, b, n in group_row_groups(file, piece_bytes)
-            ]
+            groups = group_row_groups(file, piece_bytes)
+            return [FilePiece(file=file, first=first, last=last, size_bytes=size) for first, last, size in groups]
         grain = PART_BYTES if kind == "text" else 1
         units = count_documents(file) if kind == "megatron" else -(-size // grain)
     except DAMAGES:
@@ -94,14 +93,6 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
     count = 1 if is_whole else max(1, min(units, -(-size // piece_bytes)))
     ends = [units * number // count * grain for number in range(count + 1)]
     return [FilePiece(file=file, first=first, last=last, size_bytes=size // count) for first, last in pairwise(ends)]
-
-
-def read_piece(piece: FilePiece, field: TextField, counts: ReadCounts, on_broken: OnBroken) -> Iterator[Document]:
-    """Yields the documents of a piece that are not blank, and counts its rows.
-
-    Raises DataError for a broken row, unless it is to be skipped. Memory is bounded by a document.
-    """
-    return keep_documents(read_rows(piece, field), counts, on_broken)
 
 
 def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenRow]:
@@ -119,7 +110,10 @@ def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenR
 def keep_documents(
     rows: Iterable[Document | BrokenRow], counts: ReadCounts, on_broken: OnBroken = "stop"
 ) -> Iterator[Document]:
-    """Yields the documents that are not blank, and counts all rows; a broken one is skipped or DataError."""
+    """Yields the documents that are not blank, and counts all rows; a broken one is skipped or DataError.
+
+    Memory is bounded by a document.
+    """
     for row in rows:
         if isinstance(row, EmptyFile):
             counts.empty_files.append(row.place)

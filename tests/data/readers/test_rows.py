@@ -20,7 +20,7 @@ from data.readers import lines, rows
 from data.readers.files import list_sources
 from data.readers.lines import TextField
 from data.readers.megatron import write_megatron
-from data.readers.rows import ReadCounts, keep_documents, pieces, read_piece, read_rows
+from data.readers.rows import ReadCounts, keep_documents, pieces, read_rows
 from data.registry import CorpusFile, Document
 from tests import ROOT
 
@@ -64,7 +64,7 @@ def read_in_pieces(file: CorpusFile, piece_bytes: int) -> list[Document]:
     documents = [
         document
         for piece in pieces(file, piece_bytes)
-        for document in read_piece(piece, TextField("text"), counts, "stop")
+        for document in keep_documents(read_rows(piece, TextField("text")), counts, "stop")
     ]
     assert (counts.rows, counts.broken) == (len(documents), 0)
     return documents
@@ -196,13 +196,16 @@ def test_broken_row_is_named_and_the_others_are_read(
     (file,) = list_sources((str(tmp_path),)).files
     counts = ReadCounts()
     for piece in pieces(file, 2**40):
-        list(read_piece(piece, TextField("text"), counts, "skip"))
+        list(keep_documents(read_rows(piece, TextField("text")), counts, "skip"))
     assert counts.broken == 1
     assert counts.rows == counts.broken + counts.documents + counts.blank
     assert counts.broken_places[0].startswith(f"{file.path}:{row}: ")
     assert reason in counts.broken_places[0]
     with pytest.raises(DataError, match=rf"{name}:{row}: ") as refused:
-        [list(read_piece(piece, TextField("text"), ReadCounts(), "stop")) for piece in pieces(file, 2**40)]
+        [
+            list(keep_documents(read_rows(piece, TextField("text")), ReadCounts(), "stop"))
+            for piece in pieces(file, 2**40)
+        ]
     assert "\n" not in str(refused.value)
 
 
@@ -215,14 +218,14 @@ def test_files_without_a_row_are_named_in_a_line(tmp_path: Path) -> None:
     field = TextField("text", "sources.web.text_field")
     for file in list_sources((str(tmp_path),)).files:
         for piece in pieces(file, 2**40):
-            assert not list(read_piece(piece, field, counts, "stop"))
+            assert not list(keep_documents(read_rows(piece, field), counts, "stop"))
     total = ReadCounts()
     total.add(counts)
     assert list(total.lines()) == [f"files without a row: 3, the first is {tmp_path}/a.jsonl.gz"]
     (tmp_path / "b.jsonl").write_bytes(b'{"body": "a"}')
     (piece,) = pieces(CorpusFile(key="b", path=tmp_path / "b.jsonl"), 2**40)
     with pytest.raises(DataError, match=r"nearest: sources\.web\.text_field='body'"):
-        list(read_piece(piece, field, counts, "stop"))
+        list(keep_documents(read_rows(piece, field), counts, "stop"))
 
 
 def test_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
@@ -232,7 +235,7 @@ def test_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(spoilt)
     counts = ReadCounts()
     (piece,) = pieces(CorpusFile(key="a", path=tmp_path / "a.parquet"), 2**40)
-    assert len(list(read_piece(piece, TextField("text"), counts, "skip"))) == 900
+    assert len(list(keep_documents(read_rows(piece, TextField("text")), counts, "skip"))) == 900
     assert "(and the 99 rows after it)" in counts.broken_places[0]
 
 
@@ -272,13 +275,13 @@ READ_ALL = """
 import resource, sys
 from data.readers.files import list_sources
 from data.readers.lines import TextField
-from data.readers.rows import ReadCounts, pieces, read_piece
+from data.readers.rows import ReadCounts, keep_documents, pieces, read_rows
 import pyarrow.parquet, pyarrow.compute
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 counts = ReadCounts()
 for file in list_sources((sys.argv[1],)).files:
     for piece in pieces(file, 2**28):
-        for document in read_piece(piece, TextField("text"), counts, "skip"):
+        for document in keep_documents(read_rows(piece, TextField("text")), counts, "skip"):
             pass
 print(counts.broken, counts.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
