@@ -23,6 +23,7 @@ from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]
 Domain = Literal["sort", "reverse"]  # what to do with the digits of a number
+# How the user's text shows the digits, and the order of the answer's.
 _DOMAINS: Mapping[Domain, tuple[str, Callable[[str], Iterable[str]]]] = {
     "sort": ("{}=", sorted),
     "reverse": ("={}", reversed),
@@ -42,12 +43,6 @@ def is_held_out(prompt: str) -> bool:
     return hash_unit("arithmetic", 0, prompt) < HELD_OUT_SHARE
 
 
-def make_problem(digits: str, domain: Domain) -> ArithmeticProblem:
-    """Returns the problem of a domain about digits. Its text shows the domain."""
-    prompt, arrange = _DOMAINS[domain]
-    return ArithmeticProblem(prompt=prompt.format(digits), answer="".join(arrange(digits)))
-
-
 def check_domains(domains: Sequence[Domain], key: str) -> None:
     """Rejects an empty list of domains, and one that repeats a domain, by DataError with the key."""
     if not domains or len(set(domains)) < len(domains):
@@ -60,12 +55,12 @@ def problem_stream(
     """Yields problems of one part without end; problems may repeat."""
     generator = _generator(seed, 0)
     for domain in cycle(domains):
-        while True:
+        form, arrange = _DOMAINS[domain]
+        prompt = ""
+        while not prompt or is_held_out(prompt) != (part == "held_out"):
             digits = "".join(map(str, (generator.random_raw(num_digits) % 10).tolist()))
-            problem = make_problem(digits, domain)
-            if is_held_out(problem.prompt) == (part == "held_out"):
-                break
-        yield problem
+            prompt = form.format(digits)
+        yield ArithmeticProblem(prompt=prompt, answer="".join(arrange(digits)))
 
 
 def problems(
@@ -140,8 +135,7 @@ def arithmetic_tokenizer() -> Tokenizer:
 
 def _all_problems(source: ArithmeticSource) -> Iterator[ArithmeticProblem]:
     """Yields the problems of the source, some of them more than once."""
-    stream = problem_stream(source.generator_seed, source.num_digits, domains=source.domains)
-    return islice(stream, source.num_samples)
+    return islice(problem_stream(source.generator_seed, source.num_digits, domains=source.domains), source.num_samples)
 
 
 def _chat_samples(source: ArithmeticSource) -> Iterator[ChatSample]:
@@ -179,7 +173,6 @@ DATA_SOURCES.register(
         tokenizer=lambda source: arithmetic_tokenizer(),
         check=lambda source, tokenizer: check_domains(source.domains, "data.domains"),
         values=lambda source: PAIR_VALUES if source.form == "preferences" else (WEIGHTS,),
-        chat_template=lambda source: source.template,
         problems=_problems,
     ),
 )

@@ -54,8 +54,8 @@ def check_config(config: DataConfig) -> int:
 
 def _check_source(source: DataSource, tokenizer: Tokenizer | None) -> None:
     entry = DATA_SOURCES.get(source.kind)
-    if entry.chat_template is not None:
-        check_template(entry.chat_template(source), tokenizer)
+    if source.chat_template is not None:
+        check_template(source.chat_template, tokenizer)
     if entry.check is None:
         check_source(source)
     else:

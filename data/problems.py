@@ -228,7 +228,6 @@ DATA_SOURCES.register(
         settings=_gym_settings,
         samples=lambda source, tokenizer: _prompt_samples(_gym_problems(source), source.template, tokenizer),
         check=_check_gym,
-        chat_template=lambda source: source.template,
         values=lambda source: (WEIGHTS,),
         problems=_gym_problems,
         has_targets=False,

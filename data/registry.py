@@ -25,9 +25,14 @@ Part = Literal["train", "validation"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """Base class of source configurations: the name of the source."""
+    """Base class of source configurations: the name of the source. One of chats has a field `template`."""
 
     kind: str
+
+    @property
+    def chat_template(self) -> str | None:
+        """Name of the chat template of the samples; None: they are no chats."""
+        return getattr(self, "template", None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +124,6 @@ class DataSourceEntry:
         special_tokens: special tokens that a tokenizer trained for the source has in addition to the usual ones.
         check: rejects a source that cannot be read, before a run; it also receives the tokenizer, or None if one will
             be trained. If None, the first megabytes of the files are read.
-        chat_template: returns the name of the chat template of the samples; None: they are no chats.
         values: returns the names of the values that every sample has; None: they are known only after preparation.
         problems: yields the source's problems in order, each with the key of its sample; None: it has none.
         has_targets: whether samples have targets. Those of a source of prompts alone have none and are kept without.
@@ -135,7 +139,6 @@ class DataSourceEntry:
     tokenizer: Callable[[Any], Tokenizer] | None = None
     special_tokens: tuple[str, ...] = ()
     check: Callable[[Any, Tokenizer | None], None] | None = None
-    chat_template: Callable[[Any], str] | None = None
     values: Callable[[Any], tuple[str, ...]] | None = None
     problems: Callable[[Any], Iterator[ProblemRecord]] | None = None
     has_targets: bool = True

@@ -98,7 +98,7 @@ def _samples(source: ChatLines, tokenizer: Tokenizer) -> Iterator[TrainingSample
 def _check(source: ChatLines, tokenizer: Tokenizer | None) -> None:
     """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
     check_source(source)
-    if tokenizer is not None and not all(tokenizer.has_token(name) for name in CHAT_TOKENS):
+    if tokenizer is not None and not set(CHAT_TOKENS) <= set(tokenizer.placed_names.values()):
         # Only chats with tools need the other tokens.
         template = CHAT_TEMPLATES.get(source.template)
         samples = (sample for file in _list_chats(source) for sample in _samples_of(source, file, CHECKED_BYTES))
@@ -110,7 +110,6 @@ lines_entry = partial(
     DataSourceEntry,
     place=lambda source: f"data.paths: {list(source.paths)!r}",
     special_tokens=CHAT_TOKENS,
-    chat_template=lambda source: source.template,
 )
 _entry = partial(lines_entry, files=_list_chats, read=_documents, samples=_samples, check=_check)
 DATA_SOURCES.register(

@@ -301,12 +301,10 @@ def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
     if judge.max_new_tokens >= most:
         rule = f"max_new_tokens must be below model.max_position_tokens={most}, which also hold the question"
         raise broken(key, rule, judge.max_new_tokens, most // 2)
-    template = DATA_SOURCES.get(config.data.source.kind).chat_template
-    if judge.thinking and template is not None:
-        name = template(config.data.source)
-        if CHAT_TEMPLATES.get(name).thoughts is None:
-            rule = f"thinking must be false with data.template={name}, which has no thoughts"
-            raise broken(key, rule, "true", "false")
+    name = config.data.source.chat_template
+    if judge.thinking and name is not None and CHAT_TEMPLATES.get(name).thoughts is None:
+        rule = f"thinking must be false with data.template={name}, which has no thoughts"
+        raise broken(key, rule, "true", "false")
 
 
 def _check_rollout_sizes(config: TrainConfig) -> None:

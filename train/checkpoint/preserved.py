@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
-from data.registry import DATA_SOURCES
 from data.special_tokens import GENERATION_NAME, TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME
 from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
@@ -78,11 +77,11 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
     stored frequencies are left out. A run on chats has its own chat template.
     """
     preserved = _preserved_of_source(config, tokenizer)
-    template = DATA_SOURCES.get(config.data.source.kind).chat_template
-    if template is None:
+    name = config.data.source.chat_template
+    if name is None:
         return preserved
-    jinja = template_jinja(CHAT_TEMPLATES.get(template(config.data.source))).encode()
-    files = {name: content for name, content in preserved.files.items() if name != OLD_CHAT_TEMPLATE_NAME}
+    jinja = template_jinja(CHAT_TEMPLATES.get(name)).encode()
+    files = {file: content for file, content in preserved.files.items() if file != OLD_CHAT_TEMPLATE_NAME}
     return replace(preserved, files={**files, CHAT_TEMPLATE_NAME: jinja})
 
 

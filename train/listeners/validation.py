@@ -18,7 +18,6 @@ from torch import Tensor
 from data.loader import IGNORE, Batch, Loader
 from data.pack import WEIGHTS, count_token_bytes
 from data.parts import Prepared
-from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.generate import Continuation, generate
@@ -310,7 +309,7 @@ def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str],
     samples = config.samples
     has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation_tokens_NL) > 0
     # A model of chats continues no plain text; its held-out prompts are chats.
-    continues = samples.prompt and DATA_SOURCES.get(config.data.source.kind).chat_template is None
+    continues = samples.prompt and config.data.source.chat_template is None
     if not samples.tokens or not (continues or (samples.held_out and has_answers)):
         return
     folder = step_folder(Path(config.out_dir), config.task.steps)
@@ -335,7 +334,7 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
         [prompt[:limit]],
         max_new_tokens=config.samples.tokens,
         sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
-        stop=[tokenizer.end_of_sentence_id],
+        stop=[tokenizer.special.eos],
     )
     text = config.samples.prompt + decode_after(
         tokenizer.decode, tokenizer.text_context(prompt), generation.continuations[0].tokens
@@ -354,13 +353,13 @@ def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer)
         [exchange.prompt for exchange in exchanges],
         max_new_tokens=samples.tokens,
         sampling=Sampling(temperature=samples.temperature, seed=config.seed),
-        stop=[tokenizer.end_of_sentence_id],
+        stop=[tokenizer.special.eos],
     )
     return [
         HeldOutAnswer(
             prompt=redact(tokenizer.decode(exchange.prompt)),
             reference=redact(tokenizer.decode(exchange.reference)),
-            answer=redact(tokenizer.decode(_with_end(continued, tokenizer.end_of_sentence_id))),
+            answer=redact(tokenizer.decode(_with_end(continued, tokenizer.special.eos))),
         )
         for exchange, continued in zip(exchanges, generation.continuations, strict=True)
     ]

@@ -14,7 +14,6 @@ from data.mix.mixture import single_order
 from data.parts import Prepared
 from data.problems import ProblemRecord, split_problems
 from data.progress import printable
-from data.registry import DATA_SOURCES
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
@@ -132,10 +131,9 @@ class AnswerPlace:
 
 def prompt_form(config: TrainConfig, prepared: Prepared) -> PromptForm:
     """Returns how a run that learns from rewards renders its problems."""
-    entry = DATA_SOURCES.get(config.data.source.kind)
     assert config.rollout is not None
-    assert entry.chat_template is not None
-    template = CHAT_TEMPLATES.get(entry.chat_template(config.data.source))
+    assert config.data.source.chat_template is not None
+    template = CHAT_TEMPLATES.get(config.data.source.chat_template)
     thinking = template.thinks if config.rollout.thinking is None else config.rollout.thinking
     return PromptForm(template=template, tokenizer=prepared.tokenizer, thinking=thinking)
 
