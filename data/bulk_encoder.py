@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import tokenizers
@@ -78,13 +79,8 @@ class BulkEncoder:
         if self.reason is not None:
             return None
         begin = [string[:_CHECKED_CHARACTERS]]
-        ids = self._encode_fast(begin).ids
-        expected = self._encode_slowly(begin).ids
-        common = min(len(ids), len(expected))
-        differing = np.flatnonzero(ids[:common] != expected[:common])
-        if len(differing):
-            return int(differing[0])
-        return common if len(ids) != len(expected) else None
+        pairs = zip_longest(self._encode_fast(begin).ids.tolist(), self._encode_slowly(begin).ids.tolist())
+        return next((number for number, (token, expected) in enumerate(pairs) if token != expected), None)
 
     def _encode_fast(self, strings: Sequence[str]) -> EncodedStrings:
         self._num_characters += sum(map(len, strings))
@@ -123,5 +119,5 @@ def _probe(added_tokens: Sequence[str]) -> list[str]:
     """
     codes = (*range(0x180), *range(0x180, 0xD800, 64), *_SPACES_AND_FORMATS, *range(0xE000, 0x20000, 256))
     characters = map(chr, codes)
-    samples = [f"{each}a{each}  {each}   {each}    {each}1{each}\n\n" for each in characters]
+    samples = [f"{mark}a{mark}  {mark}   {mark}    {mark}1{mark}\n\n" for mark in characters]
     return [*samples, *(f"a{token} {token}" for token in added_tokens)]

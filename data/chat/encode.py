@@ -144,7 +144,9 @@ def _message_parts(
     parts = _Parts(special_names=template.special_names)
     form = template.tools
     system = [message.content for message in messages if message.role == "system"]
-    parts.add(template.begin, template.system_joint.join([*system, *_tool_lines(tools)]))
+    system += [TOOLS_HEADING] if tools else []
+    system += [f"### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}" for tool in tools]
+    parts.add(template.begin, template.system_joint.join(system))
     before: ChatMessage | None = None
     for number, message in enumerate(messages):
         match message.role:
@@ -194,19 +196,12 @@ def _turn(message: ChatMessage, template: ChatTemplate, *, shows_thoughts: bool)
     yield template.end
 
 
-def _tool_lines(tools: Sequence[ToolDefinition]) -> Iterator[str]:
-    if tools:
-        yield TOOLS_HEADING
-    for tool in tools:
-        yield f"### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}"
-
-
 def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[EncodedChat]:
     """Encodes parts. All text is encoded in one call, which uses the machine's cores."""
-    begin = tokenizer.begin_of_sentence_id
+    begin = tokenizer.special.bos
     placed: dict[str, list[int]] = {
         BEGIN_OF_SENTENCE: [] if begin is None else [begin],
-        END_OF_SENTENCE: [tokenizer.end_of_sentence_id],
+        END_OF_SENTENCE: [tokenizer.special.eos],
     }
     strings = [part.text for conversation in conversations for part in conversation.parts if not part.is_special]
     encoded = iter(tokenizer.encode_batch(strings))
@@ -256,10 +251,9 @@ def encode_samples(
 def _piece(chat: EncodedChat, number: int, margin: float) -> SamplePiece:
     piece = chat.piece()
     is_last = np.arange(len(chat.ids)) == len(chat.ids) - 1
-    weights = piece.values[WEIGHTS]
     values = {
-        WEIGHTS: weights,
-        PAIR: np.where(weights != 0, number, 0).astype(np.int16),
+        **piece.values,
+        PAIR: np.where(piece.values[WEIGHTS] != 0, number, 0).astype(np.int16),
         SCORE: np.where(is_last, number, 0).astype(np.int16),
         MARGIN: np.where(is_last, margin, 0).astype(np.float32),
     }

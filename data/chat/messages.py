@@ -102,19 +102,20 @@ def check_order(messages: Sequence[ChatMessage], place: str = "") -> None:
     for number, message in enumerate(messages):
         match message.role:
             case "system" if before not in (None, "system"):
-                rule, valid = "a system message must be before all others", "user"
+                broken = ("a system message must be before all others", "user")
             case "assistant" if before not in ("user", "tool"):
-                rule, valid = "an assistant's message must follow a user's or a tool's", "user"
+                broken = ("an assistant's message must follow a user's or a tool's", "user")
             case "tool" if before != "tool" and not has_calls:
-                rule, valid = "a tool's output must follow an assistant's message with tool_calls", "user or assistant"
+                broken = ("a tool's output must follow an assistant's message with tool_calls", "user or assistant")
             case "user" if before == "tool":
-                rule, valid = "a tool's output must be followed by the assistant", "assistant"
+                broken = ("a tool's output must be followed by the assistant", "assistant")
             case "user" if has_calls:
-                rule, valid = "tool_calls must be followed by a tool's output", "tool"
+                broken = ("tool_calls must be followed by a tool's output", "tool")
             case _:
                 before = message.role
                 has_calls = bool(message.tool_calls)
                 continue
+        rule, valid = broken
         raise refusal(f"{place}messages[{number}].role", rule, f"{message.role!r} after {before or 'nothing'!r}", valid)
 
 
@@ -123,8 +124,8 @@ def check_role(messages: Sequence[ChatMessage], number: int, place: str, what: s
     role = messages[number].role
     if role not in roles:
         authors = " or ".join(f"{'the' if role == 'assistant' else 'a'} {role}'s" for role in roles)
-        place = f"{place}[{number % len(messages)}].role"
-        raise refusal(place, f"the {what} must be {authors}", repr(role), roles[0])
+        subject = f"{place}[{number % len(messages)}].role"
+        raise refusal(subject, f"the {what} must be {authors}", repr(role), roles[0])
 
 
 _THOUGHTS = ("thoughts", "reasoning_content")
@@ -148,10 +149,10 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     prompt = read_prompt(values["prompt"], f"{place}: prompt")
     answer = _read_answer(values["answer"], f"{place}: answer")
     thoughts = _read_thoughts(values, f"{place}: ")
-    if thoughts is not None and len(answer) > 1:
-        rule = "must be a field of a message if the answer is a list of messages"
-        raise refusal(f"{place}: thoughts", rule, "a field next to it", "answer[0].thoughts")
     if thoughts is not None:
+        if len(answer) > 1:
+            rule = "must be a field of a message if the answer is a list of messages"
+            raise refusal(f"{place}: thoughts", rule, "a field next to it", "answer[0].thoughts")
         answer = (assistant(answer[0].content, thoughts),)
     return _checked(Conversation(messages=(*prompt, *answer), tools=tools, num_context=len(prompt)), place)
 
@@ -265,11 +266,10 @@ def _read_thoughts(values: Mapping[str, Any], prefix: str) -> str | None:
 
 def _function_of(value: object, place: str, readers: Mapping[str, Reader | None], required: Sequence[str]) -> Any:
     """Returns the fields of an object, or of the object that its field `function` is."""
-    is_wrapped = isinstance(value, dict) and "function" in value
+    if not (isinstance(value, dict) and "function" in value):
+        return object_of(value, place, {"type": None, **readers}, required)
     function = partial(object_of, readers=readers, required=required)
-    outer = {"type": None, **dict.fromkeys(readers), "function": function} if is_wrapped else {"type": None, **readers}
-    fields = object_of(value, place, outer, () if is_wrapped else required)
-    return fields["function"] if is_wrapped else fields
+    return object_of(value, place, {"type": None, **dict.fromkeys(readers), "function": function})["function"]
 
 
 def _json_text(value: object, place: str) -> str:
