@@ -67,12 +67,12 @@ class Loader:
     @property
     def end_of_sentence_id(self) -> int:
         """The token that ends an answer."""
-        return self._prepared.tokenizer.end_of_sentence_id
+        return self._prepared.tokenizer.special.eos
 
     @property
     def pad_id(self) -> int:
         """The token that fills sequences."""
-        return self._prepared.tokenizer.pad_id
+        return self._prepared.tokenizer.special.pad
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Returns sequences `first` to `first + count - 1` of a step's global batch."""
@@ -137,7 +137,7 @@ class Loader:
         return Batch(
             tokens_BT=torch.from_numpy(tokens_NL[indices].astype(np.int64)),
             positions_BT=torch.from_numpy(positions_NL[indices].astype(np.int64)),
-            pad_id=self._prepared.tokenizer.pad_id,
+            pad_id=self._prepared.tokenizer.special.pad,
             extras={name: torch.from_numpy(value[indices]) for name, value in values.items()},
         )
 

@@ -301,7 +301,7 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
     for part in PARTS:
         shards = [shard for each in opened.shards(part).values() for shard in each]
         sequences = [number for each in counts[part].values() for number in each]
-        for name, pad_id in (("tokens", tokenizer.pad_id), ("positions", None)):
+        for name, pad_id in (("tokens", tokenizer.special.pad), ("positions", None)):
             # Indexed as an array is, and read from disk only then.
             rows[part, name] = cast("NDArray[Any]", ShardRows(shards, sequences, opened.length, pad_id))
     num_tokens = {part: sum(counts[f"{part}_tokens"].values()) for part in PARTS}
@@ -311,7 +311,7 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
         source["text_bytes"] / (source["tokens"] - begins)
         for source in sources
         if source.get("tokens")
-        for begins in [source["documents"] if tokenizer.begin_of_sentence_id is not None else 0]
+        for begins in [source["documents"] if tokenizer.special.bos is not None else 0]
     ]
     return Prepared(
         tokenizer=tokenizer,

@@ -88,7 +88,7 @@ def _build_samples(
     has_targets = DATA_SOURCES.get(config.source.kind).has_targets
     for part, samples in _encode_samples(config, tokenizer, progress).items():
         packed = pack_samples(
-            samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size, has_targets=has_targets
+            samples, sequence_length_tokens, tokenizer.special.pad, tokenizer.vocab_size, has_targets=has_targets
         )
         if part == "train" and not packed.counts.kept:
             rule = " with a token to predict" if has_targets else ""

@@ -6,7 +6,7 @@ names; names that are common in other tokenizers. Imports no torch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ class SpecialIds:
     eos: int  # id after every document
     pad: int  # id that fills the rest of a sequence; `eos` if the tokenizer has none
     # ids before a document's prefix, suffix and middle; None if the tokenizer has no such tokens.
-    fim: tuple[int, int, int] | None
+    fim: tuple[int, ...] | None
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -134,7 +134,8 @@ def find_special_ids(
         rule = f"must name the token that ends a document, because {place} does not define it"
         raise _refusal("eos", rule, backend)
     bos, pad = (_find(kind, backend, names, sidecars, place) for kind in ("bos", "pad"))
-    fim = next((family_ids for family in _FIM_FAMILIES if (family_ids := _family(backend, family)) is not None), None)
+    families = ([backend.token_to_id(token) for token in family] for family in _FIM_FAMILIES)
+    fim = next((tuple(number for number in ids if number is not None) for ids in families if None not in ids), None)
     return SpecialIds(bos=None if bos == eos else bos, eos=eos, pad=eos if pad is None else pad, fim=fim)
 
 
@@ -159,7 +160,11 @@ def _find(
             return None
         if f"{kind}_token" in values:
             token = _content(values[f"{kind}_token"])
-            return None if token is None else _of_file(kind, token, backend, f"{place}, {name}")
+            number = None if token is None else backend.token_to_id(token)
+            if token is not None and number is None:
+                rule = f"must be set, because {place}, {name} names {token!r}, which is not in the vocabulary"
+                raise _refusal(kind, rule, backend)
+            return number
     number = sidecars.values.get(GENERATION_NAME, {}).get(f"{kind}_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if type(number) is int and backend.id_to_token(number) is not None:
@@ -178,23 +183,10 @@ def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) ->
     return int(number)
 
 
-def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
-    number = backend.token_to_id(token)
-    if number is None:
-        rule = f"must be set, because {place} names {token!r}, which is not in the vocabulary"
-        raise _refusal(kind, rule, backend)
-    return int(number)
-
-
 def _content(token: object) -> str | None:
     """Returns a token's text from a string or from the field `content` of an object, if there is one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
-
-
-def _family(backend: tokenizers.Tokenizer, family: Iterable[str]) -> tuple[int, int, int] | None:
-    prefix, suffix, middle = (backend.token_to_id(token) for token in family)
-    return None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
 
 
 def _refusal(kind: Kind, rule: str, backend: tokenizers.Tokenizer, *, near: str = "") -> DataError:

@@ -33,7 +33,6 @@ from data.special_tokens import (
     TOKENIZER_CONFIG_NAME,
     TOOL_TOKENS,
     SidecarFiles,
-    SpecialIds,
     SpecialNames,
     describe_special,
     find_special_ids,
@@ -80,49 +79,30 @@ class Tokenizer:
         # A tokenizer file can enable truncation and padding.
         backend.no_truncation()
         backend.no_padding()
-        self._special = find_special_ids(backend, names, sidecars, place)
+        # Ids of the tokens that are inserted around and within documents.
+        self.special = find_special_ids(backend, names, sidecars, place)
         self._config = self._tokenizer_config(backend, names, sidecars)
         # Files may declare some of these as ordinary tokens. Then a document that contains the text
         # "<｜end▁of▁sentence｜>" would produce the special token. Both calls below prevent this.
-        placed = [backend.id_to_token(number) for number in self._special.all_ids]
+        placed = [backend.id_to_token(number) for number in self.special.all_ids]
         added = [token for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if backend.token_to_id(token) is not None]
         backend.add_special_tokens(list(dict.fromkeys([*added, *placed])))
         backend.encode_special_tokens = True
         self._backend = backend
 
     @property
-    def special(self) -> SpecialIds:
-        """Ids of the tokens that are inserted around and within documents."""
-        return self._special
-
-    @property
-    def begin_of_sentence_id(self) -> int | None:
-        """Id of the token before every document; None if the tokenizer has no such token."""
-        return self._special.bos
-
-    @property
-    def end_of_sentence_id(self) -> int:
-        """Id of the token after every document."""
-        return self._special.eos
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the token that fills the rest of a sequence."""
-        return self._special.pad
-
-    @property
     def token_names(self) -> dict[str, str | None]:
         """Names of begin, end and padding under the keys of `tokenizer_config.json`."""
-        return describe_special(self._backend, self._special)
+        return describe_special(self._backend, self.special)
 
     def document(self, ids: Sequence[int]) -> list[int]:
         """Returns a document's tokens: begin of sentence (if there is one), text, end of sentence."""
-        return [*([] if self._special.bos is None else [self._special.bos]), *ids, self._special.eos]
+        return [*([] if self.special.bos is None else [self.special.bos]), *ids, self.special.eos]
 
     def prompt(self, text: str) -> list[int]:
         """Returns the tokens of a text to continue: begin of sentence (if there is one) and text; never empty."""
-        ids = [*([] if self._special.bos is None else [self._special.bos]), *self.encode(text)]
-        return ids or [self._special.eos]
+        ids = [*([] if self.special.bos is None else [self.special.bos]), *self.encode(text)]
+        return ids or [self.special.eos]
 
     def text_context(self, tokens: Sequence[int]) -> list[int]:
         """Returns the last few tokens of a text without special tokens.
@@ -130,7 +110,7 @@ class Tokenizer:
         A following token may decode differently. Many tokenizers drop the leading space of the first token, so that a
         continuation must be decoded in context.
         """
-        placed = set(self._special.all_ids)
+        placed = set(self.special.all_ids)
         end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
         return list(tokens[max(end, len(tokens) - CONTEXT_TOKENS) :])
 
@@ -139,10 +119,6 @@ class Tokenizer:
         """Names by id of the tokens that are placed by id and never produced from text."""
         added = self._backend.get_added_tokens_decoder()
         return {number: token.content for number, token in added.items() if token.special}
-
-    def has_token(self, token: str) -> bool:
-        """Returns whether the vocabulary has a token with this name."""
-        return self._backend.token_to_id(token) is not None
 
     def special_id(self, token: str) -> int:
         """Returns the id of one of `SPECIAL_TOKENS` or `CHAT_TOKENS`. Raises DataError if there is none."""
@@ -221,14 +197,14 @@ class Tokenizer:
         only_config = {name: values for name, values in sidecars.values.items() if name == TOKENIZER_CONFIG_NAME}
         config_alone = SidecarFiles(values=only_config, config_content=sidecars.config_content)
         try:
-            if find_special_ids(backend, NAMES_FROM_FILES, config_alone, self._place) == self._special:
+            if find_special_ids(backend, NAMES_FROM_FILES, config_alone, self._place) == self.special:
                 return sidecars.config_content
         except DataError:
             pass  # the configuration or another file names a token that this file does not name
         values = {**only_config.get(TOKENIZER_CONFIG_NAME, {"tokenizer_class": "PreTrainedTokenizerFast"})}
         if names.bos is not None:
             values["add_bos_token"] = bool(names.bos)
-        values |= describe_special(backend, self._special)
+        values |= describe_special(backend, self.special)
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
     @property
@@ -301,11 +277,7 @@ class Tokenizer:
 
 
 def _train_backend(documents: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in SPLIT_PATTERNS]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    backend.decoder = decoders.ByteLevel()
+    backend = _byte_level(models.BPE(), SPLIT_PATTERNS)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(special),
@@ -313,6 +285,16 @@ def _train_backend(documents: Iterable[str], vocab_size: int, special: Sequence[
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def _byte_level(model: models.BPE, patterns: Sequence[str]) -> tokenizers.Tokenizer:
+    """Returns a backend that splits text by patterns, one after the other, and spells bytes as characters."""
+    backend = tokenizers.Tokenizer(model)
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 
@@ -377,16 +359,16 @@ def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
             f"has {config.get('tokenizer_class')!r}; save it as tokenizer.json with its publisher's tool"
         )
     ranks = _read_ranks(path)
-    letters = _byte_letters()
+    letters = {byte: letter for letter, byte in _letter_bytes().items()}
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     merges = [(spelled[left], spelled[right]) for left, right in _find_merges(ranks)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    split = pre_tokenizers.Split(tokenizers.Regex(_TIKTOKEN_PATTERN), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(_special_tokens(config, len(ranks)))
+    backend = _byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), [_TIKTOKEN_PATTERN])
+    listed = config.get("added_tokens_decoder") or {}
+    named = {int(number): token["content"] for number, token in listed.items()}
+    # Special tokens in the order of their ids, which follow the ids of all other tokens.
+    special_ids = range(len(ranks), len(ranks) + NUM_SPECIAL)
+    backend.add_special_tokens([named.get(number, f"<|reserved_token_{number}|>") for number in special_ids])
     return backend
 
 
@@ -407,30 +389,14 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _find_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Returns every pair of tokens whose concatenation is a token, ordered by the rank of that token."""
-    ranked_merges: list[tuple[int, int, int, bytes, bytes]] = []
-    for token, rank in ranks.items():
-        for cut in range(1, len(token)):
-            left = token[:cut]
-            right = token[cut:]
-            if left in ranks and right in ranks:
-                ranked_merges.append((rank, ranks[left], ranks[right], left, right))
-    return [(left, right) for *_, left, right in sorted(ranked_merges)]
-
-
-def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
-    """Returns the special tokens in the order of their ids, which follow the ids of all other tokens."""
-    listed = config.get("added_tokens_decoder")
-    named = {int(number): token["content"] for number, token in (listed or {}).items()}
-    return [named.get(number, f"<|reserved_token_{number}|>") for number in range(first_id, first_id + NUM_SPECIAL)]
+    cuts = ((token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token)))
+    merges = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+    return sorted(merges, key=lambda merge: (ranks[merge[0] + merge[1]], ranks[merge[0]], ranks[merge[1]]))
 
 
 @cache
 def _letter_bytes() -> dict[str, int]:
-    return {letter: byte for byte, letter in _byte_letters().items()}
-
-
-def _byte_letters() -> dict[int, str]:
-    """Returns the character of each byte in byte-level tokenizers (GPT-2): printable, or from 256 on."""
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in prints]
-    return {byte: chr(byte) for byte in prints} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+    """Returns the byte of each character of byte-level tokenizers (GPT-2): printable, or from 256 on."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable_bytes = [ord(letter) for letter in letters if ord(letter) < 256]
+    return dict(zip(letters, [*printable_bytes, *sorted(set(range(256)) - set(printable_bytes))], strict=True))

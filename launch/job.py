@@ -109,7 +109,7 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
             raise
         tokenizer = None
     if tokenizer is not None:
-        end_ids.append(tokenizer.end_of_sentence_id)
+        end_ids.append(tokenizer.special.eos)
     return WeightsSource(
         ckpt=ckpt,
         folder=folder,

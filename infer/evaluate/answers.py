@@ -163,8 +163,8 @@ def context_tokens(tokenizer: Tokenizer, context: Text) -> list[int]:
     """
     if isinstance(context, str):
         return tokenizer.prompt(context)
-    begin = tokenizer.begin_of_sentence_id
-    return [*([] if begin is None else [begin]), *context] or [tokenizer.end_of_sentence_id]
+    begin = tokenizer.special.bos
+    return [*([] if begin is None else [begin]), *context] or [tokenizer.special.eos]
 
 
 def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> tuple[list[int], list[int]]:

@@ -42,12 +42,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """Id of the token that ends a document."""
-        return self._tokenizer.end_of_sentence_id
+        return self._tokenizer.special.eos
 
     @property
     def prefix_token_id(self) -> int:
         """Id of the token before every context: begin of sentence, or its end if the tokenizer has no begin."""
-        begin = self._tokenizer.begin_of_sentence_id
+        begin = self._tokenizer.special.bos
         return self.eot_token_id if begin is None else begin
 
     @property
@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001
         """Returns the token ids of a text, after the begin of sentence unless `add_special_tokens` is false."""
-        begin = self._tokenizer.begin_of_sentence_id
+        begin = self._tokenizer.special.bos
         ids = self._tokenizer.encode(string)
         return ids if begin is None or add_special_tokens is False else [begin, *ids]
 

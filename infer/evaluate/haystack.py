@@ -142,7 +142,7 @@ class HaystackPrompt:
 
 def num_begin(tokenizer: Tokenizer) -> int:
     """Returns the number of tokens before every prompt."""
-    return int(tokenizer.begin_of_sentence_id is not None)
+    return int(tokenizer.special.bos is not None)
 
 
 def hide(

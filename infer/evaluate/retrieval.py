@@ -226,7 +226,7 @@ def _subtask(
     problems = {cell: _PROBLEMS[subtask](drawn, config) for cell, drawn in draws.items()}
     longest = max(len(tokenizer.encode(" " + ", ".join(problem.expected))) for problem in problems.values())
     answer_tokens = longest * 3 // 2 + 8
-    begin = [] if tokenizer.begin_of_sentence_id is None else [tokenizer.begin_of_sentence_id]
+    begin = [] if tokenizer.special.bos is None else [tokenizer.special.bos]
     samples = []
     for (length, number), problem in problems.items():
         prompt = _build_prompt(tokenizer, filler, problem, draws[length, number], length - answer_tokens)

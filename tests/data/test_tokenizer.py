@@ -49,7 +49,7 @@ def test_any_text_round_trips(text: str) -> None:
 def test_special_ids_are_the_first_in_their_order() -> None:
     ids = [TOKENIZER.special_id(token) for token in SPECIAL_TOKENS]
     assert ids == list(range(8))
-    assert ids[:3] == [TOKENIZER.begin_of_sentence_id, TOKENIZER.end_of_sentence_id, TOKENIZER.pad_id]
+    assert ids[:3] == [TOKENIZER.special.bos, TOKENIZER.special.eos, TOKENIZER.special.pad]
     assert TOKENIZER.decode(ids) == "".join(SPECIAL_TOKENS)
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == ""
 
@@ -309,7 +309,7 @@ def test_a_corpus_is_prepared_and_every_document_is_there(family: tuple[str, Pat
     prepared = prepare(config, 512)
     assert prepared.tokenizer.special == Tokenizer.load(path).special
     rows = [*prepared.train_tokens_NL[:].tolist(), *prepared.validation_tokens_NL[:].tolist()]
-    ends = sum(row.count(prepared.tokenizer.end_of_sentence_id) for row in rows)
+    ends = sum(row.count(prepared.tokenizer.special.eos) for row in rows)
     padding = int(np.sum(prepared.train_positions_NL[:] < 0) + np.sum(prepared.validation_positions_NL[:] < 0))
     assert ends == 12 + (padding if EXPECTED[name][1] == EXPECTED[name][2] else 0)
     fim = prepared.tokenizer.special.fim

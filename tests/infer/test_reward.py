@@ -141,7 +141,7 @@ def test_judged_tokens_are_those_that_training_reads() -> None:
         (encoded,) = encode_conversations([conversation], template, tokenizer)
         judged = sample.tokens(template, tokenizer)
         verdict = judged.yes if approves else judged.no
-        assert encoded.ids == [*judged.prompt, *verdict, tokenizer.end_of_sentence_id]
+        assert encoded.ids == [*judged.prompt, *verdict, tokenizer.special.eos]
         assert judged.yes != judged.no
         assert encoded.is_target[len(judged.prompt) :] == [True] * (len(verdict) + 1)
 

@@ -49,9 +49,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(run: Path, texts: list[str], num_tokens: int, sampling: Sampling) -> tuple[list[list[int]], list[str]]:
     folder = locate(str(run)).folder
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    prompts = [[tokenizer.begin_of_sentence_id, *tokenizer.encode(text)] for text in texts]
+    prompts = [[tokenizer.special.bos, *tokenizer.encode(text)] for text in texts]
     model = load_whole(read_model(folder), folder, torch.float32)
-    stop = [tokenizer.end_of_sentence_id]
+    stop = [tokenizer.special.eos]
     made = generate(model, prompts, max_new_tokens=num_tokens, sampling=sampling, stop=stop).continuations  # type: ignore[arg-type]
     tokens = [list(continuation.tokens) for continuation in made]
     return tokens, [tokenizer.decode(ids) for ids in tokens]

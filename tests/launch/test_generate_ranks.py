@@ -175,7 +175,7 @@ def answer(folder: Path, template: str, text: str, thinking: bool | None) -> str
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     prompt = encode_prompt([user(text)], CHAT_TEMPLATES.get(template), tokenizer, thinking=thinking)
     model = load_whole(read_model(folder), folder, torch.float32)
-    made = infer_generate(model, [prompt], max_new_tokens=8, stop=[tokenizer.end_of_sentence_id]).continuations
+    made = infer_generate(model, [prompt], max_new_tokens=8, stop=[tokenizer.special.eos]).continuations
     return tokenizer.decode(list(made[0].tokens))
 
 

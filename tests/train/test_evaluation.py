@@ -180,7 +180,7 @@ def test_bytes_of_tokens_add_up_to_those_of_the_text() -> None:
     counts = count_token_bytes(tokenizer)
     for text in ("naïve café", "中文字符", "plain text\n  with spaces", "\u00a0x"):
         assert counts[tokenizer.encode(text)].sum() == len(text.encode("utf-8"))
-    assert counts[[tokenizer.end_of_sentence_id, tokenizer.pad_id]].sum() == 0
+    assert counts[[tokenizer.special.eos, tokenizer.special.pad]].sum() == 0
 
 
 def test_validation_part_below_a_batch_is_read_whole_and_said(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Evaluator(Listener):
         model = PipelinedModel(
             replica, _BATCH_SIZE, partial(self._open_pipeline), most_tokens=replica.config.tokens.max_tokens
         )
-        self._answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], most)
+        self._answerer = Answerer(model, tokenizer, [tokenizer.special.eos], most)
 
     def is_due(self, num_done: int) -> bool:
         """Implements `Listener.is_due`."""

@@ -138,7 +138,7 @@ class RolloutMaker:
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
             step=step,
-            stop=frozenset([self._form.tokenizer.end_of_sentence_id]),
+            stop=frozenset([self._form.tokenizer.special.eos]),
             record_routes=records and config.keep_routing,
             record_kept=records and config.keep_sampling_mask,
         )

@@ -136,7 +136,7 @@ def open_reward_model(
     replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
     source.fill(named_tensors(replica.network))
     longest = min(run.batch.sequence_length_tokens, run.model.max_position_tokens)
-    return PipelinedRater(longest, replica, tokenizer.pad_id)
+    return PipelinedRater(longest, replica, tokenizer.special.pad)
 
 
 class ModelPart(Protocol):
@@ -198,7 +198,7 @@ def _open_judge(
 ) -> JudgePart:
     longest = max(1, config.model.max_position_tokens - part.max_new_tokens)
     judge = Judge(part, form.template, form.tokenizer, part.constitution, longest)
-    stop = frozenset([form.tokenizer.end_of_sentence_id])
+    stop = frozenset([form.tokenizer.special.eos])
     if part.weights == "policy":
         return JudgePart(judge=judge, engine=engine, seed=config.seed, stop=stop)
     assert reference is not None

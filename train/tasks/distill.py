@@ -185,7 +185,7 @@ def write_scores(
             batch = Batch(
                 tokens_BT=torch.from_numpy(tokens_NL[rows].astype(np.int64)),
                 positions_BT=torch.from_numpy(positions_NL[rows].astype(np.int64)),
-                pad_id=prepared.tokenizer.pad_id,
+                pad_id=prepared.tokenizer.special.pad,
             )
             is_target_BT = (batch.targets(1) != IGNORE) & torch.from_numpy(weights_NL[rows] != 0)
             documents = Documents.from_positions(batch.positions_BT).to(device)

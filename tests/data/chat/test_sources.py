@@ -65,8 +65,8 @@ def test_pairs_are_numbered_by_position_and_unique_in_a_sequence(tmp_path: Path)
     ]
     # The end of sentence also fills sequences, and is written in prompts and answers.
     prepared = prepared_pairs(tmp_path, lines, tokenizer_pad="<｜end▁of▁sentence｜>")
-    eos, tokenizer, values = prepared.tokenizer.end_of_sentence_id, prepared.tokenizer, prepared.train_values
-    assert prepared.tokenizer.pad_id == eos
+    eos, tokenizer, values = prepared.tokenizer.special.eos, prepared.tokenizer, prepared.train_values
+    assert prepared.tokenizer.special.pad == eos
     assert {name: str(value.dtype) for name, value in values.items()} == {
         WEIGHTS: "float32",
         PAIR: "int16",
@@ -158,7 +158,7 @@ def test_tokenizers_trained_on_chats_have_their_tokens_and_others_keep_their_ids
     with pytest.raises(DataError, match=r"data\.tokenizer_vocab_size: must be at least 275 .* nearest: 275"):
         check_config(dataclasses.replace(config, tokenizer_vocab_size=274))
     plain = Tokenizer.train(["sort 1 2 3"], 300)
-    assert not any(plain.has_token(token) for token in CHAT_TOKENS)
+    assert not set(CHAT_TOKENS) & set(plain.spellings().values())
     with pytest.raises(DataError, match=r"data\.template: v3_1 places the token '</think>'.* must be a special token"):
         check_config(config_of(source, tmp_path, plain))
     # Without thoughts and tools, a tokenizer of documents is enough.

@@ -142,7 +142,7 @@ def evaluate(
     opened: OpenTask, model: object, tokenizer: Tokenizer, max_tokens: int = 512
 ) -> tuple[list[Record], TaskResult]:
     records: list[Record] = []
-    answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], max_tokens)  # type: ignore[arg-type]
+    answerer = Answerer(model, tokenizer, [tokenizer.special.eos], max_tokens)  # type: ignore[arg-type]
     run_tasks([opened], answerer, {}, lambda _, fresh: records.extend(fresh))
     opened.task.close()
     result = task_result(opened, records)

@@ -61,7 +61,7 @@ def export(tmp_path: Path) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"bos_token_id": tokenizer.begin_of_sentence_id, "eos_token_id": tokenizer.end_of_sentence_id}
+    config |= {"bos_token_id": tokenizer.special.bos, "eos_token_id": tokenizer.special.eos}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -101,7 +101,7 @@ def test_context_and_choice_have_the_tokens_of_the_whole(tokenizer: Tokenizer, c
     before, after = encode_continuation(
         tokenizer, ContinuationRequest(context=context, continuation=continuation, place="")
     )
-    assert before[0] == tokenizer.begin_of_sentence_id
+    assert before[0] == tokenizer.special.bos
     assert after
     whole = tokenizer.prompt(context + continuation)
     assert whole[-len(after) :] == after
@@ -114,7 +114,7 @@ def test_choice_that_merges_with_the_context_has_the_last_token(tokenizer: Token
     context = next("return"[:size] for size in range(5, 0, -1) if len(tokenizer.encode(" " + "return"[:size])) == 1)
     request = ContinuationRequest(context=" " + context, continuation="return"[len(context) :], place="")
     before, after = encode_continuation(tokenizer, request)
-    assert (before, after) == ([tokenizer.begin_of_sentence_id], tokenizer.encode(" return"))
+    assert (before, after) == ([tokenizer.special.bos], tokenizer.encode(" return"))
 
 
 def test_long_contexts_lose_their_first_tokens(tokenizer: Tokenizer) -> None:
@@ -140,7 +140,7 @@ def test_windows_score_each_token_once(
         assert len(each.tokens) <= most + 1
         assert 1 <= each.num_targets <= (most if number == 0 or stride is None else min(stride, most))
         # Context is as long as it can be: a window begins with the document, or is full.
-        assert each.tokens[0] == tokenizer.begin_of_sentence_id or len(each.tokens) == most + 1
+        assert each.tokens[0] == tokenizer.special.bos or len(each.tokens) == most + 1
 
 
 PAIRS = [
@@ -192,7 +192,7 @@ def test_reward_scores_are_those_of_the_last_token(path: Path) -> None:
     records, _ = evaluate(opened, LocalModel(model, 3), tokenizer, 64)
     for sample, record in zip(opened.task.samples(), records, strict=True):
         for name, request in zip(("chosen", "rejected"), sample.requests, strict=True):
-            assert request.tokens[-1] == tokenizer.end_of_sentence_id  # type: ignore[union-attr]
+            assert request.tokens[-1] == tokenizer.special.eos  # type: ignore[union-attr]
             assert record[name] == pytest.approx(score_answers(model, [request.tokens])[0], abs=1e-6)  # type: ignore[union-attr]
     assert len({record["chosen"] for record in records}) == 4
 

@@ -38,7 +38,7 @@ def make_engine(config: ModelConfig = MODEL, **options: object) -> ContinuousEng
 
 
 def describe(template: str | None = "v3_1", **changes: object) -> ServedModel:
-    end = (TOKENIZER.end_of_sentence_id,)
+    end = (TOKENIZER.special.eos,)
     served = ServedModel(
         name="tiny",
         tokenizer=TOKENIZER,

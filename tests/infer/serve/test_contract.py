@@ -59,7 +59,7 @@ def greedy(prompt: list[int], max_new_tokens: int = 12) -> list[int]:
         make_model(MODEL),
         [prompt],
         max_new_tokens=max_new_tokens,
-        stop=[TOKENIZER.end_of_sentence_id],
+        stop=[TOKENIZER.special.eos],
         speculative=False,
     )
     return list(made.continuations[0].tokens)
@@ -232,7 +232,7 @@ def test_harness_reads_the_scores_of_an_evaluation(server: RunningServer) -> Non
 def test_token_that_ends_a_scored_answer_is_listed(client: openai.OpenAI) -> None:
     """lm-evaluation-harness drops the last token of the list as the generated one."""
     ids = TOKENIZER.prompt(PROMPT)
-    end = {str(TOKENIZER.end_of_sentence_id): 100}
+    end = {str(TOKENIZER.special.eos): 100}
     choice = complete(client, prompt=ids, echo=True, logprobs=1, max_tokens=4, logit_bias=end).choices[0]
     assert (choice.text, choice.finish_reason) == (PROMPT, "stop")
     assert len(choice.logprobs.tokens) == len(ids) + 1

@@ -300,7 +300,7 @@ def ask_together(url: str, prompts: list[list[int]]) -> dict[int, str]:
 
 def test_50_prompts_in_random_order_get_the_text_of_generate(server: RunningServer) -> None:
     prompts = random_prompts()
-    end = TOKENIZER.end_of_sentence_id
+    end = TOKENIZER.special.eos
     made = generate(make_model(MODEL), prompts, max_new_tokens=16, stop=[end], speculative=False)
     answers = ask_together(server.url, prompts)
     for at, (prompt, continuation) in enumerate(zip(prompts, made.continuations, strict=True)):
@@ -312,7 +312,7 @@ def test_50_prompts_get_the_text_of_transformers_on_the_export(tmp_path: Path) -
     folder = save_weights(tmp_path / "tiny")
     settings: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}
     reference = DeepseekV3ForCausalLM.from_pretrained(folder, **settings)
-    end = TOKENIZER.end_of_sentence_id
+    end = TOKENIZER.special.eos
     prompts = random_prompts()
     expected = {}
     for at, prompt in enumerate(prompts):

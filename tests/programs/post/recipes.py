@@ -70,7 +70,7 @@ class LoadedRun:
 
     def sequence(self, prompt: str, answer: str) -> tuple[int, ...]:
         """Returns the tokens of a prompt with its answer and the end of the sentence."""
-        return (*self.prompt_tokens(prompt), *self.tokenizer.encode(answer), self.tokenizer.end_of_sentence_id)
+        return (*self.prompt_tokens(prompt), *self.tokenizer.encode(answer), self.tokenizer.special.eos)
 
     def sample(
         self, chosen: Sequence[ArithmeticProblem], samples: int, seed: int, temperature: float = 1.0
@@ -83,7 +83,7 @@ class LoadedRun:
             samples=samples,
             max_new_tokens=LONGEST_ANSWER_TOKENS,
             sampling=Sampling(temperature=temperature, seed=seed),
-            stop=frozenset([self.tokenizer.end_of_sentence_id]),
+            stop=frozenset([self.tokenizer.special.eos]),
         )
         made = LocalEngine(self.model, batch_size=200).generate(prompts, request).rollouts
         return [list(made[first : first + samples]) for first in range(0, len(made), samples)]

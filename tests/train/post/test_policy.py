@@ -201,7 +201,7 @@ def test_sampled_ids_are_trained_as_they_are(tmp_path: Path) -> None:
         prompts, request = engine.asked[-1]
         assert [each.number for each in prompts] == list(range(len(given)))
         assert (request.step, request.sampling.seed, request.max_new_tokens) == (step, 9, 5)
-        assert request.stop == {prepared.tokenizer.end_of_sentence_id}
+        assert request.stop == {prepared.tokenizer.special.eos}
         whole = [(prompt.tokens + engine.made[prompt.number])[:24] for prompt in prompts]
         kept = len(given) - int(metrics["left_out"])
         assert pieces(batch) == sorted(whole[:kept])

@@ -197,7 +197,7 @@ class ScriptedJudge:
         for prompt in prompts:
             answer = TOKENIZER.decode(prompt.tokens).split("=")[2]
             says = "?" if answer.startswith("8") else "1" if answer[0] in "13" else "2"
-            tokens = (*TOKENIZER.encode(says), TOKENIZER.end_of_sentence_id)
+            tokens = (*TOKENIZER.encode(says), TOKENIZER.special.eos)
             made += [
                 Sample(prompt=prompt.number, sample=sample, tokens=tokens, log_probs=(0.0, 0.0), finish="stop")
                 for sample in range(request.samples)
@@ -207,7 +207,7 @@ class ScriptedJudge:
 
 def sampled_groups() -> list[Group]:
     """Answers to three problems; one answer is longer than the reward model reads."""
-    end = TOKENIZER.end_of_sentence_id
+    end = TOKENIZER.special.eos
     return [
         group_of(
             *(

@@ -11,7 +11,7 @@ from infer.scoring.score import Problem, Score
 from train.post.journal import write_journal
 from train.post.sample import RolloutHeader, ScoredRollout
 
-END = arithmetic_tokenizer().end_of_sentence_id
+END = arithmetic_tokenizer().special.eos
 
 
 def answer_of(sample: int, text: str, log_probs: tuple[float, ...] | None = None) -> Sample:

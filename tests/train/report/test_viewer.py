@@ -36,7 +36,7 @@ def test_pieces_are_the_text_of_the_answer_token_by_token() -> None:
     tokenizer = Tokenizer.train(["Sort the digits of a number. " * 20], 300)
     pieces = TokenPieces(tokenizer)
     for text in ("Sort the number.", " two  spaces\n", "a\u6f22\U0001f600b", "e\u0301"):
-        ids = [*tokenizer.encode(text), tokenizer.end_of_sentence_id]
+        ids = [*tokenizer.encode(text), tokenizer.special.eos]
         found = pieces.of(ids)
         assert len(found) == len(ids)
         assert "".join(found[:-1]) == text
