@@ -109,12 +109,6 @@ def _read_test(value: object, place: str) -> StdinTest:
 PROBLEM_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 
-class ProblemsSource(ChatLines):
-    """Problems in `.jsonl` files. A prompt that is longer than a sequence is dropped."""
-
-    __slots__ = ()
-
-
 def _prompt_samples(
     records: Iterator[ProblemRecord], template_name: str, tokenizer: Tokenizer
 ) -> Iterator[TrainingSample]:
@@ -129,16 +123,16 @@ def _prompt_samples(
         yield TrainingSample(key=record.key, pieces=(piece,), may_be_cut=False)
 
 
-def _list_problems(source: ProblemsSource) -> tuple[CorpusFile, ...]:
+def _list_problems(source: ChatLines) -> tuple[CorpusFile, ...]:
     return list_jsonl(source.paths, "problems", PROBLEM_EXAMPLE)
 
 
-def _problems(source: ProblemsSource) -> Iterator[ProblemRecord]:
+def _problems(source: ChatLines) -> Iterator[ProblemRecord]:
     for file in _list_problems(source):
         yield from read_json_lines(file, read_problem, None, "problems")
 
 
-def _documents(source: ProblemsSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+def _documents(source: ChatLines, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
     for record in read_json_lines(file, read_problem, limit_bytes, "problems"):
         text = "\n".join([*(message.content for message in record.messages), record.answer or ""])
         yield Document(key=record.key, text=text)
@@ -148,7 +142,7 @@ DATA_SOURCES.register(
     "problems",
     lines_entry(
         summary="problems in .jsonl files, of which the prompts are encoded",
-        config=ProblemsSource,
+        config=ChatLines,
         files=_list_problems,
         read=_documents,
         samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),

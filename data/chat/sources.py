@@ -20,7 +20,10 @@ CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatLines(DataSource):
-    """Lines of `.jsonl` files that a chat template writes as samples."""
+    """Lines of `.jsonl` files that a chat template writes as samples, such as pairs of answers or problems.
+
+    A pair, or the prompt of a problem, that is longer than a sequence is dropped.
+    """
 
     paths: tuple[str, ...]  # files, and folders that are searched for them
     template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
@@ -32,12 +35,6 @@ class ChatSource(ChatLines):
 
     # whether a conversation that is longer than a sequence is cut at its end or dropped.
     too_long: Literal["cut", "drop"]
-
-
-class PreferencesSource(ChatLines):
-    """Pairs of answers in `.jsonl` files. A pair that is longer than a sequence is dropped."""
-
-    __slots__ = ()
 
 
 def _list_chats(source: ChatLines) -> tuple[CorpusFile, ...]:
@@ -124,7 +121,7 @@ DATA_SOURCES.register(
     "preferences",
     _entry(
         summary="pairs of a preferred and a rejected answer in .jsonl files",
-        config=PreferencesSource,
+        config=ChatLines,
         values=lambda source: PAIR_VALUES,
     ),
 )

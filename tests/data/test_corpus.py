@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from data.chat.sources import ChatSource, PreferencesSource
+from data.chat.sources import ChatLines, ChatSource
 from data.config import with_parts
 from data.corpus import DataError, is_validation
 from data.prepare import check_config, prepare
-from data.problems import ProblemsSource, split_problems
+from data.problems import split_problems
 from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 from data.registry import DataSource
 from data.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
@@ -226,9 +226,9 @@ def source_of(kind: str, path: Path) -> DataSource:
         case "chat":
             return ChatSource(kind=kind, paths=paths, template="v3", too_long="cut")
         case "preferences":
-            return PreferencesSource(kind=kind, paths=paths, template="v3")
+            return ChatLines(kind=kind, paths=paths, template="v3")
         case "problems":
-            return ProblemsSource(kind=kind, paths=paths, template="v3")
+            return ChatLines(kind=kind, paths=paths, template="v3")
         case _:
             return FilesSource(kind=kind, paths=paths, text_field="text")
 

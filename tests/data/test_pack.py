@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.chat.sources import ChatSource, PreferencesSource
+from data.chat.sources import ChatLines, ChatSource
 from data.pack import (
     WEIGHTS,
     SequenceTable,
@@ -202,7 +202,7 @@ def test_every_target_is_marked_in_every_sequence(tmp_path: Path) -> None:
 def test_pairs_show_both_answers_and_hostile_text_is_escaped(tmp_path: Path) -> None:
     line = {"prompt": "a\x1b[2Jb\u202e", "chosen": "right", "rejected": "wrong\r"}
     path = write_lines(tmp_path / "pairs.jsonl", [line, line])
-    source = PreferencesSource(kind="preferences", paths=(str(path),), template="v3")
+    source = ChatLines(kind="preferences", paths=(str(path),), template="v3")
     config = dataclasses.replace(config_of(source, tmp_path, chat_tokenizer()), validation_fraction=0.001)
     shown = list(sample_lines(prepare(config, L), 0, reads_weights=True))
     prompt = "       | <｜begin▁of▁sentence｜><｜User｜>a\\x1b[2Jb\\u202e<｜Assistant｜>"

@@ -11,13 +11,14 @@ import pytest
 from data.arithmetic import ArithmeticSource, arithmetic_tokenizer, is_held_out, problems, wrong_answer
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
+from data.chat.sources import ChatLines
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import WEIGHTS
 from data.parts import Prepared
 from data.prepare import check_config, prepare
-from data.problems import ProblemsSource, split_problems
+from data.problems import split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from launch.sample_lines import sample_lines
@@ -150,8 +151,8 @@ def test_tokenizer_has_32_tokens_one_for_each_character_and_survives_saving(tmp_
 L = 40
 
 
-def source_of(path: Path) -> ProblemsSource:
-    return ProblemsSource(kind="problems", paths=(str(path),), template="v3")
+def source_of(path: Path) -> ChatLines:
+    return ChatLines(kind="problems", paths=(str(path),), template="v3")
 
 
 def read_prompts(prepared: Prepared) -> list[list[int]]:

@@ -21,7 +21,7 @@ from data.chat.messages import (
     read_pair,
     user,
 )
-from data.chat.sources import ChatSource, PreferencesSource
+from data.chat.sources import ChatLines, ChatSource
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
@@ -53,7 +53,7 @@ def config_of(source: DataSource, folder: Path, tokenizer: Tokenizer | None = No
 
 def prepared_pairs(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Prepared:
     path = write_lines(folder / "pairs.jsonl", lines)
-    source = PreferencesSource(kind="preferences", paths=(str(path),), template="v3")
+    source = ChatLines(kind="preferences", paths=(str(path),), template="v3")
     return prepare(config_of(source, folder, chat_tokenizer(), **changes), L)
 
 
@@ -262,10 +262,10 @@ def broken_pairs() -> list[tuple[object, str]]:
     return lines
 
 
-def source_of(path: Path, *, is_pair: bool) -> ChatSource | PreferencesSource:
+def source_of(path: Path, *, is_pair: bool) -> ChatSource | ChatLines:
     paths = (str(path),)
     if is_pair:
-        return PreferencesSource(kind="preferences", paths=paths, template="v3_1")
+        return ChatLines(kind="preferences", paths=paths, template="v3_1")
     return ChatSource(kind="chat", paths=paths, template="v3_1", too_long="cut")
 
 
