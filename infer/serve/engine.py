@@ -137,12 +137,14 @@ class EngineThread:
 
     def _obey(self) -> bool:
         """Runs all commands that wait, and waits for one if the engine is idle. Returns whether to continue."""
+        waits = self._engine.is_idle
         while True:
             try:
                 # An idle engine steps, too: its other ranks wait for a sign of it.
-                commands = self._commands.get(self._engine.is_idle, _IDLE_SECONDS)
+                commands = self._commands.get(waits, _IDLE_SECONDS)
             except queue.Empty:
                 return True
+            waits = False  # a step follows even if all was cancelled: it delivers the counts
             if commands is None:
                 return False
             for prompt, request in commands:
