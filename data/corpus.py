@@ -113,8 +113,9 @@ def object_of(
     missing = [name for name in required if name not in value]
     unknown = [name for name, field in value.items() if name not in readers and field is not None]
     if unknown:
-        near = nearest_name(unknown[0], missing or list(readers))
-        raise refusal(f"{stem}{unknown[0]}", f"must be one of the fields {', '.join(readers)}", "unknown", near)
+        name = shorten(str(unknown[0]))
+        near = nearest_name(name, missing or list(readers))
+        raise refusal(f"{stem}{name}", f"must be one of the fields {', '.join(readers)}", "unknown", near)
     if missing:
         near = nearest_name(missing[0], [name for name in value if name not in required], missing[0])
         raise refusal(f"{stem}{missing[0]}", "must be given", "missing", near)

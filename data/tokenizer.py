@@ -54,6 +54,7 @@ NEWLINE_SPLIT_128K = 0.05
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
+_LONG_TEXT = 2**14  # characters, above which other threads run meanwhile: the backend's `encode` holds Python's lock
 
 
 class Tokenizer:
@@ -241,6 +242,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without begin and end of sentence."""
+        if len(text) > _LONG_TEXT:
+            return self.encode_batch([text])[0]
         with self._panics():
             return list(self._backend.encode(text, add_special_tokens=False).ids)
 

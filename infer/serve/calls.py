@@ -116,6 +116,7 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
         raise ApiError(400, message, "messages", "no_chat_template")
     if "messages" not in fields:
         raise ApiError(400, "messages: must be given", "messages")
+    _check_count(served, fields, 1)
     messages = fields["messages"]
     thinking = _read_thinking(served, template, fields)
     forced = _read_tool_choice(fields)
@@ -161,7 +162,7 @@ def _read_form(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(served: ServedModel, call: ApiCall) -> ApiCall:
-    """Rejects calls that the model's positions or the queue can never hold."""
+    """Rejects calls that the model's positions or the cache can never hold."""
     longest = max(map(len, call.prompts))
     if longest + call.request.max_new_tokens > served.max_tokens:
         message = (
@@ -169,10 +170,14 @@ def _checked(served: ServedModel, call: ApiCall) -> ApiCall:
             f"of {served.max_tokens} tokens"
         )
         raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-    count = len(call.prompts) * call.num_choices
+    return call
+
+
+def _check_count(served: ServedModel, fields: Mapping[str, Any], num_prompts: int) -> None:
+    """Rejects calls that the queue can never hold, before their prompts are encoded."""
+    count = num_prompts * fields.get("n", 1)
     if count > served.most_choices:
         raise refusal("n", f"must ask for at most {served.most_choices} answers in a request", count, 1)
-    return call
 
 
 def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -181,8 +186,10 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
     if value is None:
         raise ApiError(400, "prompt: must be given", "prompt")
     is_list = isinstance(value, list) and value and isinstance(value[0], list | str)
+    values = value if is_list else [value]
+    _check_count(served, fields, len(values))
     prompts = []
-    for number, prompt in enumerate(value if is_list else [value]):
+    for number, prompt in enumerate(values):
         place = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
             prompts.append(tuple(served.tokenizer.prompt(prompt)))

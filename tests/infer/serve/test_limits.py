@@ -160,6 +160,24 @@ def test_too_large_body_is_refused(server: RunningServer) -> None:
     assert response.json()["error"]["code"] == "body_too_large"
 
 
+def test_names_and_numbers_of_large_bodies_are_refused_in_a_short_message(server: RunningServer) -> None:
+    for body in ({"k" * 10**6: 1}, {"prompt": ["a"] * 10**5}):
+        message = httpx.post(f"{server.url}/v1/completions", json=body).json()["error"]["message"]
+        assert len(message) < 1000
+
+
+def test_long_prompt_is_encoded_while_others_are_answered(server: RunningServer) -> None:
+    body = {"prompt": "hello, world " * 100_000}
+    long = threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, timeout=60))
+    num_answers = 0
+    with httpx.Client(base_url=server.url) as client:
+        long.start()
+        while long.is_alive():
+            num_answers += client.get("/health").status_code == 200
+            time.sleep(0.01)
+    assert num_answers > 10
+
+
 def test_structured_output_without_its_package_names_the_extra(server: RunningServer) -> None:
     with mock.patch.dict(sys.modules, {"llguidance": None}):
         response = httpx.post(f"{server.url}/v1/completions", json={**COMPLETION, "guided_regex": "a"})
@@ -223,6 +241,8 @@ def test_client_that_disconnects_frees_its_blocks(stream: bool) -> None:
             time.sleep(0.01)
         assert engine.counts()["free_blocks"] == free
         assert " 499, " in running.lines[-1]
+        samples = httpx.get(f"{running.url}/metrics").text.splitlines()
+        assert {"serve_engine_active 0", f"serve_engine_free_blocks {free}"} <= {*samples}
         assert httpx.post(f"{running.url}/v1/completions", json=COMPLETION).status_code == 200
 
 
