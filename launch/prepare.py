@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-from data.build.page import write_page
 from data.build.run import build_folder
 from data.build.work import BuildSettings
 from data.config import BatchSizes
@@ -18,15 +18,19 @@ from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.progress import bytes_text, progress_on, seconds_text
 from data.readers.megatron import write_megatron
-from data.shards import PARTS, open_shards
+from data.shards import PARTS, open_shards, replace_file
 from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
+from dualpipe.draw.style import document
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.config.run_config import expand_tokenizer
 from train.config.decode import decode, encode
 from train.errors import broken
+from train.figures import table
+
+_PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +83,7 @@ def main(overrides: Sequence[str]) -> int:
     workers = config.workers or len(os.sched_getaffinity(0))
     with system_errors():
         report = build_folder(settings, tokenizer, folder, workers, progress_on())
-        page = write_page(folder, report)
+        page = _write_page(folder, report)
         if config.order_steps:
             _write_order(config, folder, report)
         print(_summary(report), flush=True)
@@ -87,6 +91,47 @@ def main(overrides: Sequence[str]) -> int:
             _export(folder, Path(config.megatron).expanduser(), report)
     print(page)
     return 0
+
+
+def _write_page(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Writes what was kept of each source, and dropped, as a page, and returns its path."""
+    sources: Mapping[str, Mapping[str, Any]] = report["sources"]
+    reasons = list(next(iter(sources.values()))["dropped"])
+    total = sum(source["tokens"] for source in sources.values())
+    sizes = [
+        [
+            name,
+            bytes_text(source["text_bytes"]),
+            f"{source['tokens']:,}",
+            f"{source['text_bytes'] / source['tokens']:.2f}" if source["tokens"] else "-",
+            f"{source['tokens'] / max(total, 1):.1%}",
+        ]
+        for name, source in sources.items()
+    ]
+    documents = [
+        [name, *(f"{count:,}" for count in (source["documents_read"], source["documents_kept"]))]
+        + [f"{source['dropped'][reason]:,}" for reason in reasons]
+        + [f"{source[part]['documents']:,}" for part in PARTS]
+        for name, source in sources.items()
+    ]
+    facts = [
+        ["sequence length", f"{report['sequence_length_tokens']:,} tokens"],
+        ["vocabulary", f"{report['vocab_size']:,} tokens of {8 * int(report['token_dtype'][-1])} bits"],
+        ["units", f"{report['units']['total']:,} of about {bytes_text(report['unit_bytes'])}"],
+        ["units built by the last command", f"{report['units']['built']:,} in {seconds_text(report['seconds'])}"],
+        ["peak memory of a process", bytes_text(report["peak_rss_bytes"])],
+    ]
+    title = f"Prepared text: {folder.name}"
+    tables = {
+        "Tokens": table(["source", "text", "tokens", "bytes per token", "share of tokens"], sizes),
+        "Documents": table(
+            ["source", "read", "kept", *(reason.replace("_", " ") for reason in reasons), *PARTS], documents
+        ),
+        "Folder": table(["", ""], facts),
+    }
+    body = f"<h1>{escape(title)}</h1>" + "".join(f"<h2>{name}</h2>{rows}" for name, rows in tables.items())
+    replace_file(folder / _PAGE_NAME, document(title, body, "").encode("utf-8", errors="replace"))
+    return folder / _PAGE_NAME
 
 
 def _write_order(config: PrepareCommandConfig, folder: Path, report: Mapping[str, Any]) -> None:
