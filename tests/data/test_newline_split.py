@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from data.encode import DocumentEncoder
-from data.newline_split import NewlineSplitter
+from data.encode import DocumentEncoder, NewlineSplitter
 from data.registry import Document
 from data.tokenizer import Tokenizer
 
