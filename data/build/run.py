@@ -4,6 +4,7 @@ Any number of commands with the same settings may run on a folder at the same ti
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,28 +16,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data.build.duplicates import drop_duplicates
 from data.build.units import SETTINGS_NAME, TextUnit
 from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
 from data.corpus import DataError, hash_unit
 from data.encode import token_dtype
 from data.progress import Progress
+from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shards import PARTS, REPORT_NAME, SOURCES_NAME, read_drops, replace_file
+from data.shards import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, read_drops, read_rows, replace_file
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"
+DUPLICATES_NAME = "duplicates.jsonl"
 DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `find_duplicates` gives, from 1
 # More text for training the tokenizer takes time and hardly changes its merges.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
 TOKENIZER_128K_BYTES = 512 * 2**20
 TOKENIZER_CHUNK_CHARACTERS = 2**16
+_OPEN_UNITS = 64  # indexes that are mapped into memory at a time
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -70,7 +75,7 @@ def build_folder(
                 with build.claims.claimed(REPORT_NAME):
                     report = _read_current(build)  # of another command that has just finished
                     if report is None and build.manifest.dedup is not None:
-                        drop_duplicates(build)
+                        _drop_duplicates(build)
                     report = report or _write_report(build, len(missing), max(peak, peak_rss_bytes()), began, progress)
             else:
                 report |= {"cached": True, "seconds": round(time.monotonic() - began, 3)}
@@ -163,9 +168,9 @@ def _sample_shares(build: Build, budget_bytes: int) -> tuple[dict[str, float], i
         left = budget_bytes - sum(sampled.values())
         if left < 1:
             break
-        whole = sum(weights[name] for name in open_sources)
+        weight = sum(weights[name] for name in open_sources)
         for name in open_sources:
-            sampled[name] = min(sizes[name], sampled[name] + left * weights[name] / whole)
+            sampled[name] = min(sizes[name], sampled[name] + left * weights[name] / weight)
     return {name: sampled[name] / max(size, 1) for name, size in sizes.items()}, int(sum(sampled.values()))
 
 
@@ -225,6 +230,61 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
             process.wait()
 
 
+def _drop_duplicates(build: Build) -> None:
+    """Decides which documents of complete units are dropped, and writes what has changed.
+
+    Of equal or similar documents, the first one in the order of the sources is kept. `duplicates.jsonl` names each
+    document that is dropped, and the one that is kept for it.
+    """
+    units = build.all_units()
+
+    @lru_cache(_OPEN_UNITS)
+    def rows_of(unit: int) -> NDArray[Any]:
+        return read_rows(build.folder_of(units[unit].source.name), units[unit].name)
+
+    def key_of(unit: int, row: int) -> str:
+        return _document_key(units[unit], rows_of(unit)[row])
+
+    sketches = [build.folder_of(unit.source.name) / f"{unit.name}.sketches" for unit in units]
+    duplicates = find_duplicates(
+        [len(rows_of(unit)) for unit in range(len(units))],
+        lambda unit: rows_of(unit)["hash"],
+        sketches if build.manifest.dedup == "minhash" else None,
+    )
+    drops = duplicates.drops
+    for unit, drop in zip(units, drops, strict=True):
+        _write_drop(build, unit, drop)
+    lines = (
+        {
+            "dropped": key_of(*dropped),
+            "kind": "exact" if drops[dropped[0]][dropped[1]] == EXACT else "near",
+            "kept": key_of(*earlier),
+        }
+        for dropped, earlier in duplicates.pairs()
+    )
+    encoded = (f"{json.dumps(line, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape") for line in lines)
+    replace_file(build.folder / DUPLICATES_NAME, encoded)
+
+
+def _write_drop(build: Build, unit: TextUnit, drop: NDArray[np.uint8]) -> None:
+    """Writes why each document of a unit is dropped, unless the file has the same content."""
+    stream = io.BytesIO()
+    np.save(stream, drop)
+    path = build.folder_of(unit.source.name) / f"{unit.name}.drop.npy"
+    if not path.exists() or path.read_bytes() != stream.getvalue():
+        for packed in path.parent.glob(f"*{unit.name}.sequences-*"):
+            packed.unlink()
+        replace_file(path, stream.getvalue())
+
+
+def _document_key(unit: TextUnit, row: NDArray[Any]) -> str:
+    """Returns the source and the key of a document."""
+    key = unit.pieces[int(row["piece"])].file.key
+    block = f"@{int(row['block']) * KEY_BLOCK_BYTES}" if row["block"] else ""
+    line = f":{row['row']}" if row["row"] else ""
+    return f"{unit.source.name}/{key}{block}{line}"
+
+
 def _write_report(build: Build, built: int, peak: int, began: float, progress: Progress) -> dict[str, Any]:
     """Checks the counts, removes files of units that are no longer needed, and writes `prepare.json`."""
     tokenizer = Tokenizer.load(build.folder / TOKENIZER_NAME)
@@ -268,7 +328,7 @@ def _check_counts(build: Build, counts: Mapping[str, ReadCounts], progress: Prog
         total.add(source_counts)
     for line in (*build.notes, *total.lines(build.key("on_broken") if build.text else "on_broken")):
         progress.note(line)
-    replace_file(build.folder / BROKEN_NAME, "".join(f"{place}\n" for place in total.broken_places).encode())
+    replace_file(build.folder / BROKEN_NAME, "".join(f"{line}\n" for line in total.broken_places).encode())
     total.check(build.manifest.max_broken_share, build.key("max_broken_share"))
 
 
