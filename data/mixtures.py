@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import copy
@@ -39,6 +38,7 @@ from data.shards import (
     read_report,
     read_unit,
     replace_file,
+    replacing,
 )
 from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -282,12 +282,8 @@ def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
             if target.exists() and target.stat().st_size == path.stat().st_size:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-            try:
+            with replacing(target) as partial:
                 shutil.copyfile(path, partial)
-                partial.rename(target)
-            finally:
-                partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"data.local_cache: {str(cache)!r} must be a folder with space for {str(folder)!r}: {error}; nearest: null"

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -98,17 +99,23 @@ class UnitWriter:
         replace_file(self._folder / f"{self._unit}.json", json.dumps({**values, "files": files}, indent=1).encode())
 
 
-def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that is complete or absent, even after a crash."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which has its name when it is complete, or never."""
     partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with partial.open("wb") as stream:
-            stream.writelines((content,) if isinstance(content, bytes) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield partial
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file that is complete or absent, even after a crash."""
+    with replacing(path) as partial, partial.open("wb") as stream:
+        stream.writelines((content,) if isinstance(content, bytes) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,38 +133,31 @@ def read_unit(folder: Path, unit: str) -> dict[str, Any] | None:
     return values if is_complete else None
 
 
+@dataclass(frozen=True)
 class Shard:
     """One part of a unit: tokens on disk, and the documents that are not dropped as duplicates."""
 
-    def __init__(self, folder: Path, unit: str, part: Part, dtype: np.dtype[Any], lengths: range = ANY_LENGTH) -> None:
-        """Opens nothing yet.
-
-        Args:
-            folder: that of the source.
-            dtype: type of its tokens.
-            lengths: numbers of tokens that its documents have; all others are left out.
-        """
-        self._folder = folder
-        self._unit = unit
-        self._part = part
-        self._dtype = dtype
-        self._lengths = lengths
+    folder: Path  # that of the source
+    unit: str
+    part: Part
+    dtype: np.dtype[Any]  # type of its tokens
+    sizes: range = ANY_LENGTH  # numbers of tokens that its documents have; all others are left out
 
     @cached_property
     def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
         """Token ids of all documents one after the other, mapped from disk."""
-        path = self._folder / f"{self._part}-{self._unit}.tokens"
+        path = self.folder / f"{self.part}-{self.unit}.tokens"
         if not path.exists():  # no document of the unit is in this part
-            return np.empty(0, self._dtype)
-        return np.memmap(path, self._dtype, mode="r")
+            return np.empty(0, self.dtype)
+        return np.memmap(path, self.dtype, mode="r")
 
     @cached_property
     def _rows(self) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        rows = np.array(read_rows(self._folder, self._unit))
-        is_part = rows["part"] == PARTS.index(self._part)
+        rows = np.array(read_rows(self.folder, self.unit))
+        is_part = rows["part"] == PARTS.index(self.part)
         lengths = rows["length"][is_part].astype(np.int64)
-        is_kept = read_drops(self._folder, self._unit)[is_part] == 0
-        is_kept &= (lengths >= self._lengths.start) & (lengths < self._lengths.stop)
+        is_kept = read_drops(self.folder, self.unit)[is_part] == 0
+        is_kept &= (lengths >= self.sizes.start) & (lengths < self.sizes.stop)
         return rows[is_part][is_kept], (np.cumsum(lengths) - lengths)[is_kept]
 
     @property
@@ -177,21 +177,18 @@ class Shard:
 
     def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         """Returns the pieces of the kept documents in each sequence; packs them if no earlier call has."""
-        some = "" if self._lengths == ANY_LENGTH else f"-{self._lengths.start}-{self._lengths.stop}"
-        path = self._folder / f"{self._part}-{self._unit}.sequences-{sequence_length_tokens}{some}.npy"
+        some = "" if self.sizes == ANY_LENGTH else f"-{self.sizes.start}-{self.sizes.stop}"
+        path = self.folder / f"{self.part}-{self.unit}.sequences-{sequence_length_tokens}{some}.npy"
         with suppress(OSError, ValueError):  # it is absent or cut
             return SequenceTable.load(path)
         table = pack_windows(self.lengths, sequence_length_tokens)
-        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         try:
-            table.save(partial)
-            partial.rename(path)
+            with replacing(path) as partial:
+                table.save(partial)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             return table  # the folder can only be read, and the next call packs again
-        finally:
-            partial.unlink(missing_ok=True)
         return SequenceTable.load(path)
 
 
@@ -258,8 +255,8 @@ class ShardRows:
         shards_N = np.searchsorted(self._first_rows, numbers_N, side="right") - 1
         within_N = numbers_N - self._first_rows[shards_N]
         # In the order of the shards, so that neighbors on disk are read together.
-        for place in np.lexsort((within_N, shards_N)).tolist():
-            self._fill(values_NL[place], *self._open(int(shards_N[place])), int(within_N[place]))
+        for index in np.lexsort((within_N, shards_N)).tolist():
+            self._fill(values_NL[index], *self._open(int(shards_N[index])), int(within_N[index]))
         return values_NL[0] if np.ndim(rows) == 0 else values_NL
 
     def _open_shard(self, number: int) -> tuple[Shard, SequenceTable]:

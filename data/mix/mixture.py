@@ -18,6 +18,7 @@ from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource
 from data.mix.order import MixOrder, Places
 from data.quality.words import mix_bits
+from data.shards import replacing
 
 ORDER_NAME = "order.jsonl"
 MOST_HELD_OUT = 2**16  # sequences of each source that validation may read
@@ -113,14 +114,12 @@ class Mixture:
 
     def write_order(self, folder: Path, sizes: BatchSizes, steps: int) -> None:
         """Writes `order.jsonl`: the source and index of every sequence of the first steps, from step 1."""
-        partial = folder / f"{ORDER_NAME}.partial"
-        with partial.open("w", encoding="utf-8") as stream:
+        with replacing(folder / ORDER_NAME) as partial, partial.open("w", encoding="utf-8") as stream:
             for step in range(steps):
                 places = self._places(sizes.sequences_before(step), sizes.sequences(step))
                 names = [self.names[source] for source in places.sources_N.tolist()]
                 sequences = list(zip(names, self._indices(places).tolist(), strict=True))
                 stream.write(f"{json.dumps({'step': step + 1, 'sequences': sequences})}\n")
-        partial.replace(folder / ORDER_NAME)
 
 
 def order_by_shares(sequences: Mapping[str, int], shares: Sequence[float], seed: int) -> Mixture:
@@ -181,7 +180,9 @@ class KeyedPermutation:
         left = numbers >> self._half_bits
         right = numbers & self._mask
         for key in self._keys:
-            left, right = right, left ^ (mix_bits(right + key) & self._mask)
+            mixed = left ^ (mix_bits(right + key) & self._mask)
+            left = right
+            right = mixed
         images: NDArray[np.uint64] = (left << self._half_bits) | right
         return images
 
