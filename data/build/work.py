@@ -7,9 +7,10 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
 from data.quality.duplicates import NUM_BANDS, full_blocks
 from data.quality.filters import Inspector
-from data.readers.files import Listed, list_sources
+from data.readers.files import list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, Document, Part
@@ -35,7 +36,7 @@ FORMAT_VERSION = 1
 BATCH_CHARACTERS = 2**20
 _POLL_SECONDS = 0.2
 _ERROR_CHARACTERS = 600  # a line of at most 4 KiB (`PIPE_BUF`) is not mixed with those of other workers
-_PLACE = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of a document's key
+_KEY_END = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of a document's key
 
 
 CORPUS = "corpus"
@@ -90,6 +91,10 @@ class WorkerMessage:
     error: str = ""
 
 
+def _files_of(source: MixSource) -> FilesSource:
+    return FilesSource(kind="files", paths=source.paths, text_field=source.text_field)
+
+
 class Build:
     """The work of a folder: its settings, which never change, and the units of each source in order."""
 
@@ -100,25 +105,18 @@ class Build:
         self.manifest: Manifest = read_manifest(Path(settings.manifest)) if text is None else text.manifest
         self.contamination = Contamination.load(self.manifest.decontaminate)
         self.claims = Claims(folder)
-        keys = {source.name: self.key(f"sources.{source.name}.paths") for source in self.manifest.sources}
-        if text is not None:
-            keys = {CORPUS: self.key("paths"), HELD_OUT: self.key("validation_paths")}
-        listed = {source.name: self._list(source, keys[source.name]) for source in self.manifest.sources}
-        target = folder.resolve()
-        # What earlier commands wrote is no text, also if the folder lies within that of a source.
-        files = {
-            name: [file for file in one.files if not file.path.resolve().is_relative_to(target)]
-            for name, one in listed.items()
-        }
-        self.notes = [line for name, one in listed.items() if (line := one.ignored_line(keys[name]))]
-        if (found := self.contamination) is not None and found.num_searched < found.num_lines:
-            short = found.num_lines - found.num_searched
-            self.notes.append(
-                f"{short:,} of {found.num_lines:,} lines of evaluation files are too short to be searched for"
-            )
-        self.total_bytes = sum(size_bytes(file) for listed_files in files.values() for file in listed_files)
+        self.text_sources: Mapping[str, DataSource] = (
+            {source.name: _files_of(source) for source in self.manifest.sources} if text is None else text.sources
+        )
+        self.notes: list[str] = []
+        files = {name: self._list(name) for name in self.text_sources}
+        if (evaluations := self.contamination) is not None and evaluations.num_searched < evaluations.num_lines:
+            num_lines = evaluations.num_lines
+            short = num_lines - evaluations.num_searched
+            self.notes.append(f"{short:,} of {num_lines:,} lines of evaluation files are too short to be searched for")
+        total_bytes = sum(size_bytes(file) for listed in files.values() for file in listed)
         self.stored = agree_on_settings(
-            folder, self._values(), self.claims, () if settings.unit_bytes else ("unit_bytes",)
+            folder, self._values(total_bytes), self.claims, () if settings.unit_bytes else ("unit_bytes",)
         )
         self.units = {
             source.name: divide(
@@ -131,18 +129,20 @@ class Build:
         """Returns the name of a key, for errors."""
         return f"data.{name}" if self.text is not None else f"{self.settings.manifest}: {name}"
 
-    def _source(self, source: MixSource) -> DataSource:
-        if self.text is not None:
-            return self.text.sources[source.name]
-        return FilesSource(kind="files", paths=source.paths, text_field=source.text_field)
-
-    def _list(self, source: MixSource, key: str) -> Listed:
-        text = self._source(source)
-        return (
-            list_sources(text.paths, key)
-            if isinstance(text, FilesSource)
-            else Listed(files=list_files(text), ignored={})
-        )
+    def _list(self, name: str) -> list[CorpusFile]:
+        """Returns the files of a source, and notes those that are ignored."""
+        text = self.text_sources[name]
+        if isinstance(text, FilesSource):
+            in_run = {CORPUS: "paths", HELD_OUT: "validation_paths"}
+            key = self.key(f"sources.{name}.paths" if self.text is None else in_run[name])
+            listed = list_sources(text.paths, key)
+            files = listed.files
+            self.notes += filter(None, [listed.ignored_line(key)])
+        else:
+            files = list_files(text)
+        # What earlier commands wrote is no text, also if the folder lies within that of a source.
+        target = self.folder.resolve()
+        return [file for file in files if not file.path.resolve().is_relative_to(target)]
 
     def _cut(self, file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
         """Returns the pieces of a file, which is read whole if its source has another reader."""
@@ -150,7 +150,7 @@ class Build:
             return pieces(file, piece_bytes)
         return [FilePiece(file=file, first=0, last=1, size_bytes=size_bytes(file))]
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self, total_bytes: int) -> dict[str, Any]:
         manifest = self.manifest
         return {
             "format": FORMAT_VERSION,
@@ -162,7 +162,7 @@ class Build:
             "decontaminate": self.contamination and self.contamination.fingerprint,
             "dedup": manifest.dedup,
             "on_broken": manifest.on_broken,
-            "unit_bytes": self.settings.unit_bytes or choose_unit_bytes(self.total_bytes),
+            "unit_bytes": self.settings.unit_bytes or choose_unit_bytes(total_bytes),
             SOURCES_NAME: {
                 source.name: {"text_field": source.text_field, "fim_rate": self.fim_rate_of(source)}
                 for source in manifest.sources
@@ -183,7 +183,7 @@ class Build:
 
     def documents(self, unit: TextUnit, counts: ReadCounts) -> Iterator[tuple[int, Document]]:
         """Yields the documents of a unit, each with the number of its piece, and counts them."""
-        source = self._source(unit.source)
+        source = self.text_sources[unit.source.name]
         for number, piece in enumerate(unit.pieces):
             if isinstance(source, FilesSource):
                 key = self.key("text_field") if self.text else f"sources.{unit.source.name}.text_field"
@@ -237,7 +237,7 @@ class UnitEncoder:
     def __init__(self, build: Build) -> None:
         self._build = build
         self._tokenizer = Tokenizer.load(build.folder / TOKENIZER_NAME)
-        self._encoders: dict[tuple[float, float], DocumentEncoder] = {}  # by fim_rate and newline_split
+        self._open_encoder = cache(partial(DocumentEncoder, self._tokenizer, seed=build.settings.seed))
         with_sketches = build.manifest.dedup == "minhash"
         self._inspector = Inspector(build.manifest.filters, build.contamination, with_sketches=with_sketches)
 
@@ -257,11 +257,11 @@ class UnitEncoder:
             for batch in _batches(self._read(unit, counts)):
                 inspection = self._inspector.inspect([row.text for row in batch])
                 dropped.update(reason for reason in inspection.reasons if reason is not None)
-                kept = [number for number, reason in enumerate(inspection.reasons) if reason is None]
-                if kept:
-                    self._append(writer, unit, [batch[number] for number in kept], inspection.hashes[kept])
+                numbers = [number for number, reason in enumerate(inspection.reasons) if reason is None]
+                if numbers:
+                    self._append(writer, unit, [batch[number] for number in numbers], inspection.hashes[numbers])
                 if inspection.sketches is not None:
-                    blocks, sketches = full_blocks(np.concatenate([sketches, inspection.sketches[kept]]))
+                    blocks, sketches = full_blocks(np.concatenate([sketches, inspection.sketches[numbers]]))
                     writer.append(f"{unit.name}.sketches", blocks)
                 done += sum(row.num_bytes for row in batch)
                 yield min(done, unit.size_bytes)
@@ -274,15 +274,10 @@ class UnitEncoder:
 
     def _encoder(self, source: MixSource, part: Part) -> DocumentEncoder:
         # The validation loss is measured on plain text.
-        is_train = part == "train"
-        rates = (self._build.fim_rate_of(source), self._build.settings.newline_split) if is_train else (0.0, 0.0)
-        if rates not in self._encoders:
-            seed = self._build.settings.seed
-            fim_rate, newline_split = rates
-            self._encoders[rates] = DocumentEncoder(
-                self._tokenizer, fim_rate=fim_rate, seed=seed, newline_split=newline_split
-            )
-        return self._encoders[rates]
+        if part == "validation":
+            return self._open_encoder(fim_rate=0.0, newline_split=0.0)
+        build = self._build
+        return self._open_encoder(fim_rate=build.fim_rate_of(source), newline_split=build.settings.newline_split)
 
     def _read(self, unit: TextUnit, counts: ReadCounts) -> Iterator[_Row]:
         for number, document in self._build.documents(unit, counts):
@@ -311,8 +306,8 @@ class UnitEncoder:
         rows["bytes"] = [row.num_bytes for row in batch]
         rows["piece"] = [row.piece for row in batch]
         for index, row in enumerate(batch):
-            place = row.document.key.removeprefix(unit.pieces[row.piece].file.key)
-            if (match := _PLACE.fullmatch(place)) is not None:
+            ending = row.document.key.removeprefix(unit.pieces[row.piece].file.key)
+            if (match := _KEY_END.fullmatch(ending)) is not None:
                 rows["block"][index] = int(match["offset"] or 0) // KEY_BLOCK_BYTES
                 rows["row"][index] = int(match["row"] or 0)
         writer.append(f"{unit.name}.index", rows)
