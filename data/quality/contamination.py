@@ -65,9 +65,12 @@ class Contamination:
         starts = np.flatnonzero(self._is_first.take(_table_index(words.runs(MIN_WORDS))))
         documents = words.documents_of(starts)
         is_hit = np.zeros(len(words.ends), np.bool_)
+        # The words from each start on, whose runs are compared; those after the end of a document do not matter.
+        nearby = words.hashes.take(starts[:, None] + np.arange(NGRAM_WORDS), mode="clip").ravel()
         for length, ngrams in self._ngrams.items():
+            runs = Words(hashes=nearby, ends=words.ends, num_letters=words.num_letters).runs(length)[::NGRAM_WORDS]
             is_inside = starts + length <= words.ends[documents]
-            is_hit[documents[is_inside][np.isin(_hash_runs(words, starts[is_inside], length), ngrams)]] = True
+            is_hit[documents[is_inside & np.isin(runs, ngrams)]] = True
         return is_hit
 
     def _add_file(self, lines: Sequence[Sequence[str]], weak: NDArray[np.uint64]) -> None:
@@ -76,24 +79,17 @@ class Contamination:
         num_strong = np.concatenate([[0], np.cumsum(~np.isin(words.hashes, weak))])
         is_searched = np.zeros(len(lines), np.bool_)
         for length in self._ngrams:
-            ngrams = words.ngrams(length)
-            starts = words.starts_of(ngrams)
-            strings = np.repeat(np.arange(len(words.ends)), ngrams.counts)
+            starts = words.starts(length)
+            hashes = words.runs(length)[starts]
+            strings = words.documents_of(starts)
             is_chosen = 2 * (num_strong[starts + length] - num_strong[starts]) >= length
             if length < NGRAM_WORDS:
                 is_chosen &= words.counts[strings] == length
-            is_chosen &= ~_is_template(ngrams.hashes, line_of[strings], len(lines))
-            self._ngrams[length] = np.union1d(self._ngrams[length], ngrams.hashes[is_chosen])
+            is_chosen &= ~_is_template(hashes, line_of[strings], len(lines))
+            self._ngrams[length] = np.union1d(self._ngrams[length], hashes[is_chosen])
             is_searched[line_of[strings[is_chosen]]] = True
-            self._is_first[_table_index(_hash_runs(words, starts[is_chosen], MIN_WORDS))] = True
+            self._is_first[_table_index(words.runs(MIN_WORDS)[starts[is_chosen]])] = True
         self.num_searched += int(is_searched.sum())
-
-
-def _hash_runs(words: Words, starts: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
-    """Returns the hashes of the runs of words that begin at some words."""
-    runs = words.hashes[starts[:, None] + np.arange(length)]
-    ends = np.arange(1, len(runs) + 1) * length
-    return Words(hashes=runs.ravel(), ends=ends, num_letters=ends).ngrams(length).hashes
 
 
 def _table_index(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:

@@ -56,10 +56,13 @@ class Words:
 
     def ngrams(self, length: int) -> "Words":
         """Returns the hashes of all runs of `length` words that lie in one document."""
-        runs = self.runs(length)
-        is_inside = np.arange(length, length + len(runs)) <= np.repeat(self.ends, self.counts)[: len(runs)]
         ends = np.cumsum(np.maximum(self.counts - length + 1, 0))
-        return Words(hashes=runs[is_inside], ends=ends, num_letters=self.num_letters)
+        return Words(hashes=self.runs(length)[self.starts(length)], ends=ends, num_letters=self.num_letters)
+
+    def starts(self, length: int) -> NDArray[np.intp]:
+        """Returns the positions in `hashes` from which on `length` words lie in one document."""
+        ends = np.repeat(self.ends, self.counts)
+        return np.flatnonzero(np.arange(length, len(ends) + length) <= ends)
 
     def runs(self, length: int) -> NDArray[np.uint64]:
         """Returns the hash of `length` words from each word on, also if they end in another document."""
@@ -78,12 +81,6 @@ class Words:
                 return mix_bits(joined)
             run = _join(run, run, run_length, run_length)
             run_length *= 2
-
-    def starts_of(self, ngrams: "Words") -> NDArray[np.int64]:
-        """Returns the position of the first word of each n-gram that `ngrams` returned."""
-        shifts = (self.ends - self.counts) - (ngrams.ends - ngrams.counts)
-        starts: NDArray[np.int64] = np.arange(len(ngrams.hashes)) + np.repeat(shifts, ngrams.counts)
-        return starts
 
     def documents_of(self, positions: NDArray[np.intp]) -> NDArray[np.intp]:
         """Returns the document of each position in `hashes`."""
