@@ -37,6 +37,11 @@ class ArithmeticProblem:
     prompt: str
     answer: str
 
+    def record(self, place: str) -> ProblemRecord:
+        """Returns the problem as one of a data set, with its place for errors."""
+        messages = (user(self.prompt),)
+        return ProblemRecord(key=self.prompt, messages=messages, answer=self.answer, tests=None, place=place)
+
 
 def is_held_out(prompt: str) -> bool:
     """Returns whether a problem is held out from training."""
@@ -152,13 +157,7 @@ def _chat_samples(source: ArithmeticSource) -> Iterator[ChatSample]:
 
 def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
     for number, problem in enumerate(_distinct(_all_problems(source))):
-        yield ProblemRecord(
-            key=problem.prompt,
-            messages=(user(problem.prompt),),
-            answer=problem.answer,
-            tests=None,
-            place=f"data.kind=arithmetic, problem {number}",
-        )
+        yield problem.record(f"data.kind=arithmetic, problem {number}")
 
 
 DATA_SOURCES.register(

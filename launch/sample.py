@@ -14,7 +14,7 @@ from typing import Any, Literal
 from data.arithmetic import Domain, check_domains
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
-from data.chat.messages import ChatMessage, user
+from data.chat.messages import ChatMessage
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import DataError, decode_line
 from data.problems import ProblemRecord, read_problem
@@ -309,16 +309,7 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
             seed = config.generator_seed
             count = config.count
             problems = arithmetic_problems(seed, count, config.num_digits, config.part, config.domains)
-            return [
-                ProblemRecord(
-                    key=problem.prompt,
-                    messages=(user(problem.prompt),),
-                    answer=problem.answer,
-                    tests=None,
-                    place=f"problems: number {number}",
-                )
-                for number, problem in enumerate(problems)
-            ]
+            return [problem.record(f"problems: number {number}") for number, problem in enumerate(problems)]
 
 
 def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
