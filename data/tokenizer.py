@@ -100,10 +100,13 @@ class Tokenizer:
         """Returns a document's tokens: begin of sentence (if there is one), text, end of sentence."""
         return [*([] if self.special.bos is None else [self.special.bos]), *ids, self.special.eos]
 
-    def prompt(self, text: str) -> list[int]:
-        """Returns the tokens of a text to continue: begin of sentence (if there is one) and text; never empty."""
-        ids = [*([] if self.special.bos is None else [self.special.bos]), *self.encode(text)]
-        return ids or [self.special.eos]
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """Returns the tokens of a text, or of its ids, to continue: begin of sentence (if there is one) and text.
+
+        A tokenizer without that token puts the end of sentence before an empty text.
+        """
+        ids = self.encode(text) if isinstance(text, str) else text
+        return self.document(ids)[:-1] or [self.special.eos]
 
     def text_context(self, tokens: Sequence[int]) -> list[int]:
         """Returns the last few tokens of a text without special tokens.

@@ -25,7 +25,6 @@ from infer.evaluate.protocol import (
     RatingRequest,
     TargetScores,
     TargetSequence,
-    Text,
 )
 from infer.protocol import NumberedPrompt, Request, Sample, TextStream
 
@@ -117,7 +116,7 @@ class Answerer:
         return [NumberedPrompt(number=first + sample, tokens=prompt) for sample in range(request.samples)]
 
     def _prompt_tokens(self, request: GenerationRequest) -> Sequence[int]:
-        return context_tokens(self.tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
+        return self.tokenizer.prompt(request.prompt) if isinstance(request.prompt, str) else request.prompt
 
     def _stream(self, request: GenerationRequest, prompt: Sequence[int]) -> TextStream:
         decode = partial(self.tokenizer.decode, skip_special_tokens=not request.shows_special)
@@ -156,17 +155,6 @@ def _likelihood(request: EvaluationRequest, scores: Sequence[TargetScores], num_
     )
 
 
-def context_tokens(tokenizer: Tokenizer, context: Text) -> list[int]:
-    """Returns the begin-of-sentence token and the context.
-
-    A tokenizer without that token puts nothing before a context, and the end of sentence before an empty one.
-    """
-    if isinstance(context, str):
-        return tokenizer.prompt(context)
-    begin = tokenizer.special.bos
-    return [*([] if begin is None else [begin]), *context] or [tokenizer.special.eos]
-
-
 def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> tuple[list[int], list[int]]:
     """Returns the token ids of a context and of its continuation.
 
@@ -190,7 +178,7 @@ def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> t
         after = list(continuation)
     if not continuation or not after:
         raise EvaluationError(f"{request.place}: must have at least one token, has none")
-    return context_tokens(tokenizer, tuple(before)), after
+    return tokenizer.prompt(before), after
 
 
 def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_tokens: int) -> tuple[TargetSequence, int]:
@@ -213,7 +201,7 @@ def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens:
     tokens = tokenizer.encode(request.text) if isinstance(request.text, str) else list(request.text)
     window = min(request.window or max_tokens, max_tokens)
     stride = min(request.stride or window, window)
-    all_tokens = [*context_tokens(tokenizer, ()), *tokens]
+    all_tokens = [*tokenizer.prompt(()), *tokens]
     first = len(all_tokens) - len(tokens)
     end = min(len(all_tokens), window + 1)  # the last token of a window is only a target
     while first < len(all_tokens):

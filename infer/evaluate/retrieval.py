@@ -226,7 +226,6 @@ def _subtask(
     problems = {cell: _PROBLEMS[subtask](drawn, config) for cell, drawn in draws.items()}
     longest = max(len(tokenizer.encode(" " + ", ".join(problem.expected))) for problem in problems.values())
     answer_tokens = longest * 3 // 2 + 8
-    begin = [] if tokenizer.special.bos is None else [tokenizer.special.bos]
     samples = []
     for (length, number), problem in problems.items():
         prompt = _build_prompt(tokenizer, filler, problem, draws[length, number], length - answer_tokens)
@@ -235,7 +234,7 @@ def _subtask(
                 f"ruler.lengths: must have room for a problem of {subtask}, is {length}; nearest valid: "
                 f"{min(2 * length, context.max_tokens)}, or other ruler.subtasks"
             )
-        request = GenerationRequest(prompt=(*begin, *prompt.ids), max_new_tokens=answer_tokens)
+        request = GenerationRequest(prompt=tuple(tokenizer.prompt(prompt.ids)), max_new_tokens=answer_tokens)
         source = {"subtask": subtask, "length": length, "expected": list(problem.expected)}
         samples.append(EvaluationSample(key=f"{subtask}-{length}-{number}", requests=(request,), source=source))
     return samples
