@@ -48,19 +48,19 @@ class ThoughtsForm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolForm:
-    """How a template writes calls of tools and their outputs."""
+    """How a template writes calls of tools and their outputs; the defaults are those of V3.1."""
 
     calls_begin: Pieces = (CALLS_BEGIN,)  # before the first call
-    call_begin: Pieces  # before each name
-    separator: Pieces  # between name and arguments
-    call_end: Pieces  # after the arguments
-    call_joint: Pieces  # between two calls
+    call_begin: Pieces = (CALL_BEGIN,)  # before each name
+    separator: Pieces = (TOOL_SEPARATOR,)  # between name and arguments
+    call_end: Pieces = (CALL_END,)  # after the arguments
+    call_joint: Pieces = ()  # between two calls
     calls_end: Pieces = (CALLS_END,)  # after the last call
-    outputs_begin: Pieces  # before the first output
+    outputs_begin: Pieces = ()  # before the first output
     output_begin: Pieces = (OUTPUT_BEGIN,)  # before each output
     output_end: Pieces = (OUTPUT_END,)  # after each output
-    output_joint: Pieces  # between two outputs
-    outputs_end: Pieces  # after the last output, before the assistant continues
+    output_joint: Pieces = ()  # between two outputs
+    outputs_end: Pieces = ()  # after the last output, before the assistant continues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,15 +136,7 @@ CHAT_TEMPLATES.register(
         assistant=(ASSISTANT, END_THINK),
         thoughts=ThoughtsForm(begin=(ASSISTANT, THINK), end=(END_THINK,)),
         thinks=False,
-        tools=ToolForm(
-            call_begin=(CALL_BEGIN,),
-            separator=(TOOL_SEPARATOR,),
-            call_end=(CALL_END,),
-            call_joint=(),
-            outputs_begin=(),
-            output_joint=(),
-            outputs_end=(),
-        ),
+        tools=ToolForm(),
     ),
 )
 
