@@ -228,10 +228,10 @@ class GenerationBatch:
             logits_RV = self.decoder.logits(normal_RD)
             sequence.prompt_scores += score_tokens(logits_RV, targets_R, sequence.request.num_alternatives or 0)
 
-    def load(self, sequence: ActiveSequence, main_LTC: Tensor, mtp_LTC: Tensor, states_TD: Tensor) -> None:
+    def load(self, sequence: ActiveSequence, values: Sequence[Tensor], states_TD: Tensor) -> None:
         """Continues a sequence whose text another decoder has read."""
         row = self.rows.index(sequence)
-        for cache, values_LTC in ((self.decoder.main, main_LTC), (self.decoder.mtp, mtp_LTC)):
+        for cache, values_LTC in zip((self.decoder.main, self.decoder.mtp), values, strict=True):
             # Blocks of the same beginning may be here already.
             cache.load(row, values_LTC[:, cache.lengths[row] :])
         sequence.states_TD = states_TD

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +46,7 @@ class MovedSequence:
     """A sequence on its way to another engine of the same model: its text so far, and its cached values.
 
     Attributes:
-        main_LTC: values of the main model's layers.
-        mtp_LTC: values of the MTP module; no layers without drafts.
+        values: of the main model's layers, and of the MTP module, both LTC; no layers without drafts.
         states_TD: states of the last 1 or 2 tokens.
     """
 
@@ -56,24 +54,8 @@ class MovedSequence:
     request: Request
     sample: int
     chosen: tuple[ChosenToken, ...]
-    main_LTC: Tensor
-    mtp_LTC: Tensor
+    values: tuple[Tensor, ...]
     states_TD: Tensor
-
-
-class Wants(NamedTuple):
-    """Passes of the next step."""
-
-    chunk: bool
-    decode: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Sequences whose text is read in one pass, and how many tokens of each."""
-
-    sequences: list[ActiveSequence]
-    counts: list[int]
 
 
 class ContinuousEngine:
@@ -115,7 +97,6 @@ class ContinuousEngine:
         drafts = DraftChoice("auto", is_timed=False) if wanted is True else DraftChoice(wanted)
         self.batch = GenerationBatch(decoder, never_stop, drafts=drafts, keeps_blocks=prefix_cache)
         self._waiting: list[ActiveSequence] = []  # by age
-        self._chunk: _Chunk | None = None
         self._news: list[SequenceNews] = []
         self._num_submitted = 0
         self._num_preempted = 0
@@ -181,8 +162,7 @@ class ContinuousEngine:
             request=sequence.request,
             sample=sample,
             chosen=tuple(sequence.chosen),
-            main_LTC=decoder.main.export(row),
-            mtp_LTC=decoder.mtp.export(row),
+            values=(decoder.main.export(row), decoder.mtp.export(row)),
             states_TD=sequence.states_TD,
         )
         self.batch.remove(sequence)
@@ -195,49 +175,28 @@ class ContinuousEngine:
         self._waiting.append(sequence)
         if self._has_room(sequence):
             self._begin(sequence)
-            self.batch.load(sequence, moved.main_LTC, moved.mtp_LTC, moved.states_TD)
+            self.batch.load(sequence, moved.values, moved.states_TD)
 
     def cancel(self, number: int) -> None:
-        """Removes the samples of a request, and frees their blocks. Not between `wants` and the passes."""
+        """Removes the samples of a request, and frees their blocks."""
         self._waiting = [sequence for sequence in self._waiting if sequence.index != number]
         self._news = [news for news in self._news if news.number != number]
         for sequence in [row for row in self.batch.rows if row.index == number]:
             self.batch.remove(sequence)
 
+    @torch.no_grad()
     def step(self) -> list[SequenceNews]:
         """Runs the passes of a step, and returns what is new."""
-        wants = self.wants()
-        if wants.decode:
-            self.run_decode()
-        if wants.chunk:
-            self.run_chunk()
-        return self.take_news()
-
-    @torch.no_grad()
-    def wants(self) -> Wants:
-        """Plans the passes of the next step, and reserves their blocks."""
         self._copy_prompts()
         for sequence in sorted(self.batch.rows[: self.batch.num_active], key=_AGE):
             if sequence in self.batch.rows:
                 self._reserve_pass(sequence)
-        self._chunk = self._plan_chunk()
-        return Wants(self._chunk is not None, self.batch.num_active > 0)
-
-    @torch.no_grad()
-    def run_chunk(self) -> None:
-        """Reads the planned parts of prompts in one pass, and chooses the first tokens of those that are read."""
-        assert self._chunk is not None
-        self.batch.read(self._chunk.sequences, self._chunk.counts)
-        read = [sequence for sequence in self._chunk.sequences if sequence.states_TD is not None]
-        self._report(self.batch.join(read))
-
-    @torch.no_grad()
-    def run_decode(self) -> None:
-        """Runs one pass over the sequences that are continued."""
-        self._report(self.batch.advance())
-
-    def take_news(self) -> list[SequenceNews]:
-        """Returns what is new since the last call."""
+        chunk = self._plan_chunk()
+        if self.batch.num_active:
+            self._report(self.batch.advance())
+        if chunk:
+            self.batch.read([*chunk], [*chunk.values()])
+            self._report(self.batch.join([sequence for sequence in chunk if sequence.states_TD is not None]))
         news = self._news
         self._news = []
         return news
@@ -264,31 +223,29 @@ class ContinuousEngine:
                 self.batch.begin(sequence)
                 self._report(self.batch.join([sequence]))
 
-    def _plan_chunk(self) -> _Chunk | None:
-        """Chooses what is read next: in turn the oldest prompt, and the shortest ones."""
+    def _plan_chunk(self) -> dict[ActiveSequence, int]:
+        """Chooses what is read next, as numbers of tokens: in turn the oldest prompt, and the shortest ones."""
         reading = self.batch.rows[self.batch.num_active :]
         startable = self._startable(reading)
         if not reading and not startable:
-            return None
+            return {}
         self._prefers_oldest = not self._prefers_oldest
         first = min([*reading, *startable], key=_AGE if self._prefers_oldest else self._num_unread)
         if first in startable:
             self._begin(first)
-        count = min(self._chunk_tokens, self._num_unread(first))
-        chunk = _Chunk([first], [count])
-        if self.batch.num_cached(first) or count < self._num_unread(first):
+        chunk = {first: min(self._chunk_tokens, self._num_unread(first))}
+        if self.batch.num_cached(first) or chunk[first] < self._num_unread(first):
             return chunk
         others = [sequence for sequence in (*reading, *startable) if sequence is not first]
         for sequence in sorted(others, key=self._num_unread):
-            if sum(chunk.counts) + self._num_unread(sequence) > self._chunk_tokens:
+            if sum(chunk.values()) + self._num_unread(sequence) > self._chunk_tokens:
                 break
             if sequence in startable:
                 if not self._has_room(sequence):
                     break
                 self._begin(sequence)
             if not self.batch.num_cached(sequence):
-                chunk.sequences.append(sequence)
-                chunk.counts.append(self._num_unread(sequence))
+                chunk[sequence] = self._num_unread(sequence)
         return chunk
 
     def _startable(self, reading: Sequence[ActiveSequence]) -> list[ActiveSequence]:

@@ -21,12 +21,12 @@ from torch import Tensor
 from comm.agreement import broadcast_first, gather_on_first, smallest_over_ranks, sum_over_ranks
 from comm.exits import EXIT_LOST
 from comm.groups import is_peer_error, make_host_group
-from infer.continuous import ContinuousEngine, SequenceNews
+from infer.continuous import ContinuousEngine, MovedSequence, SequenceNews
 from infer.decoder import Decoder, PassKind
 from infer.expert_moves import expert_loads
 from infer.placement import Placement
 from infer.protocol import NumberedPrompt, Request
-from infer.serve.roles import DepartingSequence, Move, SequenceTransfers
+from infer.serve.roles import Move, SequenceTransfers
 
 
 class LostRankError(RuntimeError):
@@ -82,21 +82,12 @@ class RankDecoder(Decoder):
         return super()._run_main(kind, tokens_N, rows, counts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A request, and the rank that continues its prompt."""
-
-    rank: int
-    prompt: NumberedPrompt
-    request: Request
-
-
 @dataclass(kw_only=True, slots=True)
 class Orders:
-    """What ranks do at the start of a round. `cancelled` are ranks with numbers of prompts."""
+    """What ranks do at the start of a round: requests, and numbers of cancelled prompts, each with its rank."""
 
     moves: list[Move] = field(default_factory=list)
-    submissions: list[Submission] = field(default_factory=list)
+    submissions: list[tuple[int, NumberedPrompt, Request]] = field(default_factory=list)
     cancelled: list[tuple[int, int]] = field(default_factory=list)
     places_again: bool = False
     is_end: bool = False
@@ -107,7 +98,7 @@ class RoundReport:
     """What a rank reports of a round."""
 
     news: list[SequenceNews]
-    departures: list[DepartingSequence]
+    departures: list[MovedSequence]
     counts: Mapping[str, int]
 
 
@@ -128,34 +119,30 @@ class ServingRank:
         self._decoder = engine.batch.decoder
         self.placement = placement
         self._place = place
+        self._is_ended = False
 
     def follow(self) -> None:
         """Takes part in rounds until rank 0 ends them, or raises LostRankError. The other ranks call it."""
-        while self._run_checked(None) is not None:
-            pass
+        while not self._is_ended:
+            self.round(Orders())
 
+    @torch.no_grad()
     def round(self, orders: Orders) -> list[RoundReport]:
-        """Runs a round on rank 0; returns what each rank reports, nothing if the round was the end."""
-        return self._run_checked(orders) or []
-
-    def _run_checked(self, orders: Orders | None) -> list[RoundReport] | None:
+        """Runs a round with the orders of rank 0, which gets what each rank reports; nothing after the last round."""
         try:
-            return self._run(orders)
+            return self._run(broadcast_first(orders, self._decoder.group))
         except RuntimeError as error:
             if not is_peer_error(error):
                 raise
             raise LostRankError(f"ranks: one has ended or does not respond: {error}") from error
 
-    @torch.no_grad()
-    def _run(self, orders: Orders | None) -> list[RoundReport] | None:
-        """Runs a round with the orders of rank 0, which gets the reports. Returns None after the last round."""
+    def _run(self, orders: Orders) -> list[RoundReport]:
         group = self._decoder.group
         rank = group.rank()
-        orders = broadcast_first(orders, group)
-        assert orders is not None
+        self._is_ended = orders.is_end
         if orders.is_end:
             self._transfers.close()
-            return None
+            return []
         if orders.places_again:
             self._place_again()
         for move in orders.moves:
@@ -163,11 +150,11 @@ class ServingRank:
                 self._transfers.send(move)
             if move.target == rank:
                 self._transfers.receive(move)
-        for submission in orders.submissions:
-            if submission.rank == rank:
-                self.engine.submit(submission.prompt, submission.request)
-        for other, number in orders.cancelled:
-            if other == rank:
+        for target, prompt, request in orders.submissions:
+            if target == rank:
+                self.engine.submit(prompt, request)
+        for target, number in orders.cancelled:
+            if target == rank:
                 self.engine.cancel(number)
         news = self.engine.step()
         self._decoder.take_turn(Pass.NONE)
@@ -232,7 +219,7 @@ class RanksEngine:
         rank = 0 if request.constraint is not None else self._least_loaded(self._reading)
         num_tokens = len(prompt.tokens) + request.samples * request.max_new_tokens
         self._shares[prompt.number] = _Share(rank, num_tokens, request.samples)
-        self._orders.submissions.append(Submission(rank=rank, prompt=prompt, request=request))
+        self._orders.submissions.append((rank, prompt, request))
 
     def cancel(self, number: int) -> None:
         """Ends the sequences of a prompt before the next pass."""
@@ -249,10 +236,10 @@ class RanksEngine:
             self._placed = time.monotonic()
         self._reports = self._rank.round(orders)
         for source, report in enumerate(self._reports):
-            for departure in report.departures:
-                share = self._shares[departure.sequence.prompt.number]
+            for sequence in report.departures:
+                share = self._shares[sequence.prompt.number]
                 share.rank = self._least_loaded(self._decoding)
-                self._orders.moves.append(Move(departure=departure, source=source, target=share.rank))
+                self._orders.moves.append(Move(sequence=sequence, source=source, target=share.rank))
         news = [item for report in self._reports for item in report.news if item.number in self._shares]
         for item in news:
             if item.finish is not None or item.error:

@@ -17,34 +17,24 @@ from infer.continuous import ContinuousEngine, MovedSequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DepartingSequence:
-    """A sequence that left its rank, without its values in both caches, and their shapes."""
+class Move:
+    """The ranks that a sequence leaves and joins. Its values have no data, only shapes."""
 
     sequence: MovedSequence
-    shapes: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Move:
-    """The ranks that a sequence leaves and joins."""
-
-    departure: DepartingSequence
     source: int
     target: int
 
-    def messages(self) -> Iterator[tuple[MessageKey, tuple[int, ...]]]:
-        """Yields the key and the shape of the message with the values of each cache."""
-        sequence = self.departure.sequence
-        for cache, shape in enumerate(self.departure.shapes):
-            key = MessageKey(
+    def keys(self) -> Iterator[MessageKey]:
+        """Yields the key of the message with the values of each cache."""
+        for cache in range(len(self.sequence.values)):
+            yield MessageKey(
                 kind="activation",
                 direction=cache,
-                stage=sequence.sample,
-                micro_batch=sequence.prompt.number,
+                stage=self.sequence.sample,
+                micro_batch=self.sequence.prompt.number,
                 source=self.source,
                 destination=self.target,
             )
-            yield key, shape
 
 
 class SequenceTransfers:
@@ -54,17 +44,15 @@ class SequenceTransfers:
         """Opens links with a timeout in seconds. All ranks call it at the same point."""
         self._engine = engine
         self.is_reading = rank < num_reading
-        self._values: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of sequences that are not sent yet
+        self._values: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # of sequences that are not sent yet
         # The ranks as one pipeline, whose stages have links with each other.
         layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), num_ranks)
         pairs = [(source, target) for source in range(num_reading) for target in range(num_reading, num_ranks)]
-        weight = next(engine.model.parameters())
-        self._dtype = weight.dtype
-        self._device = weight.device
+        self._device = next(engine.model.parameters()).device
         self._transport = PipelineTransport(layout, pairs, self._device, seconds, CollectiveLog(), ("activation",))
 
     @torch.no_grad()
-    def depart(self) -> list[DepartingSequence]:
+    def depart(self) -> list[MovedSequence]:
         """Removes the sequences that have their first token, and keeps their values until they are sent.
 
         Sequences with a constraint stay, because its state is not sent.
@@ -75,37 +63,31 @@ class SequenceTransfers:
         departures = []
         for row in [row for row in batch.rows[: batch.num_active] if row.constraint is None]:
             moved = self._engine.export_sequence(row.index, row.sample)
-            values = (moved.main_LTC, moved.mtp_LTC)
-            self._values[row.index, row.sample] = values
-            none_LTC = torch.empty(0)
+            self._values[row.index, row.sample] = moved.values
+            shapes = tuple(values_LTC.to("meta") for values_LTC in moved.values)
             # Copies on the host, because a view is pickled with all of its storage, and a device has other ranks.
             states_TD = moved.states_TD.cpu().clone()
-            sequence = replace(moved, main_LTC=none_LTC, mtp_LTC=none_LTC, states_TD=states_TD)
-            shapes = tuple(tuple(values_LTC.shape) for values_LTC in values)
-            departures.append(DepartingSequence(sequence=sequence, shapes=shapes))
+            departures.append(replace(moved, values=shapes, states_TD=states_TD))
         return departures
 
     def send(self, move: Move) -> None:
         """Sends the values of a sequence that has left this rank."""
         self._transport.flush()  # Their receivers have taken the values of earlier rounds.
-        sequence = move.departure.sequence
-        values = self._values.pop((sequence.prompt.number, sequence.sample))
-        for (key, _), values_LTC in zip(move.messages(), values, strict=True):
+        values = self._values.pop((move.sequence.prompt.number, move.sequence.sample))
+        for key, values_LTC in zip(move.keys(), values, strict=True):
             if values_LTC.numel():
                 self._transport.send(key, values_LTC)
 
     def receive(self, move: Move) -> None:
         """Receives the values of a sequence, and continues it here."""
         values = []
-        for key, shape in move.messages():
-            values_LTC = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for key, shape_LTC in zip(move.keys(), move.sequence.values, strict=True):
+            values_LTC = torch.empty_like(shape_LTC, device=self._device)
             if values_LTC.numel():
-                values_LTC = self._transport.post_receive(key, shape, self._dtype).wait()
+                values_LTC = self._transport.post_receive(key, tuple(shape_LTC.shape), shape_LTC.dtype).wait()
             values.append(values_LTC)
-        main_LTC, mtp_LTC = values
-        sequence = move.departure.sequence
-        states_TD = sequence.states_TD.to(self._device)
-        self._engine.import_sequence(replace(sequence, main_LTC=main_LTC, mtp_LTC=mtp_LTC, states_TD=states_TD))
+        states_TD = move.sequence.states_TD.to(self._device)
+        self._engine.import_sequence(replace(move.sequence, values=tuple(values), states_TD=states_TD))
 
     def close(self) -> None:
         """Closes the links. All ranks call it at the same point."""
