@@ -4,6 +4,7 @@ if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -11,19 +12,38 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
+from comm.config import ParallelismConfig
+from comm.exits import EXIT_LOST
 from data.chat.templates import template_of
+from dualpipe.registry import FALLBACK, ScheduleConfig
 from infer.config import Speculative, check
+from infer.placement import Placement, PlacementError
 from kernels.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.job import Device, Dtype, WeightsSource, find_template, find_weights, load_model
-from launch.machine import is_other_rank
-from launch.serve_ranks import RanksConfig, check_ranks, serve_on_ranks
+from launch.job import (
+    PRELOADED,
+    DeadRankError,
+    Device,
+    Dtype,
+    Send,
+    WeightsSource,
+    find_template,
+    find_weights,
+    load_model,
+    open_ranks,
+    run_on_local_ranks,
+    spread_over_ranks,
+)
+from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
+from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
+from train.config import InferenceConfig
 from train.config.decode import decode, encode
-from train.errors import ConfigError
+from train.errors import ConfigError, broken
 
 if TYPE_CHECKING:
     from infer.continuous import ContinuousEngine
@@ -33,6 +53,10 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 API_KEY = "SERVE_API_KEY"
+_GRACE_SECONDS = 10.0  # after a rank is lost, for the answers that say so
+
+Serve = Callable[["ServingEngine"], int]
+"""Serves with an engine, and returns the exit code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +90,13 @@ def main(overrides: Sequence[str]) -> int:
     """Serves until a signal drains the server. User errors are reported before weights are read."""
     config = _decode(overrides)
     with system_errors():
-        source = _find_source(config)
-        describe_model(config, source)
-        ranks = _check_ranks(config, source)
-        if ranks is not None and is_other_rank(os.environ):
-            return serve_on_ranks(ranks, partial(build_engine, config), None)
+        source, network, placement = _check(config)
+        if network is not None and is_other_rank(os.environ):
+            return _serve_on_ranks(config, network, placement, None)
         with _bind(config) as bound:
             serve = partial(_serve, config, source, bound)
-            if ranks is not None:
-                return serve_on_ranks(ranks, partial(build_engine, config), serve)
+            if network is not None:
+                return _serve_on_ranks(config, network, placement, serve)
             return serve(build_engine(config, load_model(source, config.dtype, config.device)))
 
 
@@ -82,9 +104,7 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML."""
     config = _decode(overrides)
     with system_errors():
-        source = _find_source(config)
-        describe_model(config, source)
-        _check_ranks(config, source)
+        _check(config)
     return plain_text("serve", encode(config))
 
 
@@ -92,21 +112,30 @@ def _decode(overrides: Sequence[str]) -> ServeCommandConfig:
     return decode(ServeCommandConfig, compose("serve", overrides))
 
 
-def _find_source(config: ServeCommandConfig) -> WeightsSource:
+def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig | None, Placement]:
+    """Returns the weights, how ranks hold them together (None: one rank), and where their experts are."""
     source = find_weights(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
     check(source.model, [], 0, config.speculative, config.max_sequences)
-    return source
-
-
-def _check_ranks(config: ServeCommandConfig, source: WeightsSource) -> RanksConfig | None:
-    return check_ranks(
-        source.without_mtp() if config.speculative is False else source,
-        (config.dtype, config.device),
-        config.ranks,
-        placement=config.placement,
-        prefill_ranks=config.prefill_ranks,
-        place_again_seconds=config.place_again_seconds,
-    )
+    describe_model(config, source)
+    ranks = config.ranks
+    if config.prefill_ranks >= ranks and config.prefill_ranks:
+        raise broken("prefill_ranks", f"must be less than ranks={ranks}", config.prefill_ranks, ranks - 1)
+    if ranks == 1 and (config.placement is not None or config.place_again_seconds is not None):
+        raise broken("ranks", "must be at least 2 if experts are placed", ranks, "the ranks of the placement")
+    mesh = ParallelismConfig(pipeline=1, data=ranks, expert=ranks)
+    schedule = ScheduleConfig(kind=FALLBACK, chunks=None, pairing="sequential")
+    shared = source.without_mtp() if config.speculative is False else source
+    network = spread_over_ranks(shared, config.dtype, config.device, mesh, schedule)
+    num_experts = source.model.num_routed_experts
+    if config.placement is None:
+        return source, network, Placement.in_order(num_experts, ranks)
+    placement = Placement.read(read_json(Path(config.placement).expanduser()), "placement")
+    sizes = (placement.shape.num_ranks, placement.shape.num_experts)
+    if sizes != (ranks, num_experts):
+        rule = f"must be for ranks={ranks} and {num_experts} experts"
+        near = f"python -m launch.place ranks={ranks} format=json"
+        raise PlacementError.broken("placement", rule, f"for {sizes[0]} and {sizes[1]}", near)
+    return source, network, placement
 
 
 def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "ServedModel":
@@ -169,6 +198,71 @@ def build_engine(
         prefix_cache=config.prefix_cache,
         build_decoder=build_decoder or Decoder,
     )
+
+
+def _serve_on_ranks(
+    config: ServeCommandConfig, network: InferenceConfig, placement: Placement, serve: Serve | None
+) -> int:
+    """Serves on rank 0 with an engine over all ranks, and returns the exit code. Other ranks pass None."""
+    function = partial(_serve_as_rank, config, network, placement, serve)
+    if is_torchrun(os.environ):
+        apply_rank_environment(network.cluster)
+        return function(lambda *message: None)
+    preloaded = [*PRELOADED, "infer.serve.ranks", "infer.serve.http"]
+    try:
+        code: int = run_on_local_ranks(
+            function, network.cluster, config.ranks, preloaded, _pass_signals_to, grace_seconds=_GRACE_SECONDS
+        )
+    except DeadRankError as error:
+        print(f"ranks: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST
+    return code
+
+
+def _pass_signals_to(process: int) -> None:
+    """Lets a process handle the signals that end a server."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def _serve_as_rank(
+    config: ServeCommandConfig, network: InferenceConfig, placement: Placement, serve: Serve | None, send: Send
+) -> int:
+    """Serves as one rank until rank 0 ends; returns the exit code."""
+    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, ServingRank, open_group
+    from infer.serve.roles import SequenceTransfers
+
+    rank = int(os.environ["RANK"])
+    if rank:
+        # Rank 0 decides when the others end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    seconds = network.cluster.timeout_seconds
+    with open_ranks(network) as pipeline:
+        pipeline.place_experts(placement)
+        engine = build_engine(config, pipeline.model, partial(RankDecoder, open_group(seconds)))
+        transfers = SequenceTransfers(engine, rank, config.ranks, config.prefill_ranks, seconds)
+        serving = ServingRank(engine, placement, pipeline.place_experts, transfers)
+        if rank == 0:
+            assert serve is not None
+            # Ctrl-C in a terminal goes to the whole group; only the parent passes it on. Ranks of torchrun lead one.
+            if os.getpgid(0) != os.getpid():
+                os.setpgid(0, 0)
+            send(os.getpid())
+            code = serve(RanksEngine(serving, config.prefill_ranks, config.place_again_seconds))
+        else:
+            try:
+                serving.follow()
+                code = 0
+            except LostRankError as error:
+                code = error.exit_code
+        if code:
+            sys.exit(code)  # without the end of the job, in which all ranks take part
+    return code
 
 
 def _bind(config: ServeCommandConfig) -> socket.socket:

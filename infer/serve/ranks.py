@@ -190,7 +190,7 @@ class RanksEngine:
     `step` must be called now and then even if it is idle, because the other ranks wait for a round.
     """
 
-    def __init__(self, rank: ServingRank, *, prefill_ranks: int = 0, place_again_seconds: float | None = None) -> None:
+    def __init__(self, rank: ServingRank, prefill_ranks: int, place_again_seconds: float | None) -> None:
         """Starts without requests.
 
         Args:

@@ -92,7 +92,7 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
                 serving.follow()
             else:
                 seconds = variant.place_again_seconds
-                ranks = RanksEngine(serving, prefill_ranks=variant.prefill_ranks, place_again_seconds=seconds)
+                ranks = RanksEngine(serving, variant.prefill_ranks, seconds)
                 tokens = drive(ranks)
             is_placed_again = serving.placement is not variant.placement
             chosen = engine.counts()["tokens"]
