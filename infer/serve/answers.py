@@ -3,7 +3,6 @@
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from data.tokenizer import Tokenizer
@@ -17,14 +16,8 @@ if TYPE_CHECKING:
 _LEAST_LOG_PROB = -9999.0  # JSON has no infinity
 
 
-@dataclass(slots=True)
-class TokenRecords:
-    """Tokens with log-probabilities in the form of `/v1/completions`; its lists are those of the API."""
-
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
+_RECORDS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+"""Names of the lists about tokens in `/v1/completions`."""
 
 
 class AnswerBuilder:
@@ -88,14 +81,15 @@ class AnswerBuilder:
 
     def _take_text(self, *, has_scores: bool) -> dict[str, Any]:
         text = self._text
-        records = TokenRecords()
+        records: list[tuple[object, ...]] = []
         if self._call.echo and not self._has_begun:
             text = self._tokenizer.decode(self._prompt, skip_special_tokens=True) + text
             if has_scores:
-                self._record_prompt(records, self._prompt_scores)
+                records += self._prompt_records()
         if has_scores:
-            self._record(records, self._tokens, self._whole)
-        return {"text": text, "logprobs": asdict(records) if has_scores else None}
+            records += self._records(self._tokens, self._whole)
+        lists = {name: [record[at] for record in records] for at, name in enumerate(_RECORDS)}
+        return {"text": text, "logprobs": lists if has_scores else None}
 
     def _take_turn(self, parser: TurnParser, *, has_scores: bool) -> dict[str, Any]:
         delta = self._delta(parser.push(self._text, is_last=self.finish is not None))
@@ -106,28 +100,23 @@ class AnswerBuilder:
         scores = {"content": [self._chat_score(token) for token in self._tokens], "refusal": None}
         return {"delta": delta, "logprobs": scores if has_scores else None}
 
-    def _record_prompt(self, records: TokenRecords, scores: Iterable[ChosenToken]) -> None:
-        """Records the prompt; its first token has no log-probability."""
+    def _prompt_records(self) -> Iterator[tuple[object, ...]]:
+        """Yields the records of the prompt, whose first token has no log-probability."""
         first = self._prompt[0]
-        records.tokens.append(_token_text(self._tokenizer, first))
-        records.token_logprobs.append(None)
-        records.top_logprobs.append(None)
-        records.text_offset.append(0)
+        yield _token_text(self._tokenizer, first), None, None, 0
         stream = TextStream(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True))
         self._offset += len(stream.push(first))
-        self._record(records, scores, stream)
+        yield from self._records(self._prompt_scores, stream)
         self._offset += len(stream.close())
 
-    def _record(self, records: TokenRecords, tokens: Iterable[ChosenToken], stream: TextStream) -> None:
+    def _records(self, tokens: Iterable[ChosenToken], stream: TextStream) -> Iterator[tuple[object, ...]]:
+        """Yields an item for each list of `_RECORDS` for each token."""
         for token in tokens:
-            records.tokens.append(_token_text(self._tokenizer, token.token))
-            records.token_logprobs.append(_log_prob(token.log_prob))
             # The chosen token is among its alternatives. Of two tokens with one text, the more probable one counts.
             top: dict[str, float] = {}
             for number, value in (*token.alternatives, (token.token, token.log_prob)):
                 top.setdefault(_token_text(self._tokenizer, number), _log_prob(value))
-            records.top_logprobs.append(top)
-            records.text_offset.append(self._offset)
+            yield _token_text(self._tokenizer, token.token), _log_prob(token.log_prob), top, self._offset
             self._offset += len(stream.push(token.token))
 
     def _delta(self, pieces: Iterable[TurnPiece]) -> dict[str, Any]:

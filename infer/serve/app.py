@@ -4,10 +4,11 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from infer.serve.answers import AnswerBuilder, Reply
+from infer.serve.answers import Reply
 from infer.serve.calls import Endpoint, ServedModel, read_call
 from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError
@@ -25,8 +26,6 @@ from infer.serve.metrics import Metrics
 
 MOST_BODY_BYTES = 2**24
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
-Result = TypeVar("Result")
-Events = AsyncGenerator[AnswerBuilder, None]
 
 
 class Service:
@@ -47,7 +46,7 @@ class Service:
         self.num_calls = 0  # in progress
         self.is_draining = False
         self._api_key = api_key
-        self._write_line = write_line
+        self.write_line = write_line
         self._started = int(time.time())
 
     def app(self) -> Starlette:
@@ -73,7 +72,7 @@ class Service:
         return Starlette(routes=[*answers, *others], exception_handlers=handlers, lifespan=lifespan)
 
     async def _models(self, request: Request) -> Response:
-        self._check_access(request)
+        self.check_access(request)
         served = self.served
         about = {"id": served.name, "object": "model", "created": self._started, "owned_by": "local"}
         model = {**about, "max_model_len": served.max_tokens}
@@ -92,153 +91,127 @@ class Service:
     async def _metrics(self, request: Request) -> Response:
         return PlainTextResponse(self.metrics.text(self.engine.counts), media_type="text/plain; version=0.0.4")
 
-    def _check_access(self, request: Request) -> None:
+    def check_access(self, request: Request) -> None:
+        """Raises ApiError without the API key that clients must send."""
         if self._api_key is None:
             return
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(key.encode(), self._api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    async def _answer(self, endpoint: Endpoint, request: Request) -> Response:
-        record = _Record(self, endpoint)
-        try:
-            self._check_access(request)
-            if self.is_draining:
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
-            content = await _read_body(request)
-            call = await run_in_threadpool(read_call, self.served, endpoint, content)
-            record.reply = Reply(call, self.served)
-            events = self._events(record, record.reply, self.engine.submit(call.submissions()))
-            if call.is_streamed:
-                # A refused request has a status of its error: nothing is sent before the first event.
-                first = await _while_connected(request, anext(events))
-                return _EventStream(record, record.reply, first, events)
-            whole = await _while_connected(request, _collect(record.reply, events))
-        except ApiError as error:
-            record.end(error.status)
-            return _as_response(request, error)
-        except BaseException as error:
-            record.end(
-                500 if isinstance(error, Exception) and not isinstance(error, ClientDisconnect) else _DISCONNECTED
-            )
-            if not isinstance(error, ClientDisconnect):
-                raise
-            return Response(status_code=_DISCONNECTED)
-        record.end(200)
-        return Response(_dump(whole), media_type="application/json")
+    async def _answer(self, endpoint: Endpoint, request: Request) -> "_Call":
+        return _Call(self, endpoint, request)
 
-    async def _events(self, record: "_Record", reply: Reply, subscription: Subscription) -> Events:
-        """Yields each answer that grows. Sequences that are not read to their end are cancelled."""
+
+class _Call:
+    """A call in progress: the ASGI application that reads it, answers it and counts it."""
+
+    def __init__(self, service: Service, endpoint: Endpoint, request: Request) -> None:
+        self._service = service
+        self._endpoint = endpoint
+        self._request = request
+        self._reply: Reply | None = None
+        self._began = time.monotonic()
+        self._last: dict[int, float] = {}  # time of the last token, by answer
+        self._is_streaming = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer or an error. If the client disconnects, its sequences are cancelled."""
+        self._service.num_calls += 1
+        status = _DISCONNECTED
         try:
-            async for index, news in subscription.read():
-                answer = reply.answers[index]
-                if answer.finish is not None:
-                    continue
-                record.count(index, len(news.tokens))
-                answer.push(news)
-                if answer.finish is not None and news.finish is None:
-                    subscription.cancel(index)  # a stop string ended it
-                yield answer
+            content = await self._answer(send)
+            status = 200
+        except ApiError as error:
+            status = error.status
+            if not self._is_streaming:
+                await _as_response(self._request, error)(scope, receive, send)
+                return
+            content = _event(error.values)
+        except ClientDisconnect:
+            return
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._count_call(status)
+        if self._is_streaming:
+            await send({"type": "http.response.body", "body": content})
+        else:
+            await Response(content, media_type="application/json")(scope, receive, send)
+
+    async def _answer(self, send: Send) -> bytes:
+        """Returns the whole answer, or the end of a stream whose other events are sent."""
+        service = self._service
+        service.check_access(self._request)
+        if service.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        content = await _read_body(self._request)
+        call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
+        reply = Reply(call, service.served)
+        self._reply = reply
+        subscription = service.engine.submit(call.submissions())
+        try:
+            await _while_connected(self._request, self._follow(reply, subscription, send))
         finally:
             subscription.cancel()
+        if not call.is_streamed:
+            return _dump(reply.whole())
+        return b"".join((*map(_event, reply.last_events()), b"data: [DONE]\n\n"))
 
-    def finish_call(self, record: "_Record", status: int) -> None:
-        """Counts a call that has ended, and reports it in one line."""
-        self.num_calls -= 1
-        self.metrics.requests[(record.endpoint, status)] += 1
-        usage = {"prompt_tokens": 0, "completion_tokens": 0} if record.reply is None else record.reply.usage
-        self.metrics.tokens["prompt"] += usage["prompt_tokens"]
-        self.metrics.tokens["completion"] += usage["completion_tokens"]
-        name = "-" if record.reply is None else record.reply.id
-        seconds = time.monotonic() - record.began
-        tokens = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
-        self._write_line(f"{name} {record.endpoint} {status}, {tokens}, {seconds:.3f} s")
+    async def _follow(self, reply: Reply, subscription: Subscription, send: Send) -> None:
+        """Completes all answers, and sends what is new in a stream."""
+        async for index, news in subscription.read():
+            answer = reply.answers[index]
+            if answer.finish is not None:
+                continue
+            self._count_tokens(index, len(news.tokens))
+            answer.push(news)
+            if answer.finish is not None and news.finish is None:
+                subscription.cancel(index)  # a stop string ended it
+            choice = answer.take() if reply.call.is_streamed else None
+            if choice is None:
+                continue
+            if not self._is_streaming:
+                # A refused request has a status of its error: nothing is sent before the first event.
+                self._is_streaming = True
+                begin = StreamingResponse((), headers={"cache-control": "no-cache"}, media_type="text/event-stream")
+                await send({"type": "http.response.start", "status": 200, "headers": begin.raw_headers})
+            await send({"type": "http.response.body", "body": _event(reply.event(choice)), "more_body": True})
 
-
-class _Record:
-    """Times of a call in progress."""
-
-    def __init__(self, service: Service, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.reply: Reply | None = None
-        self.began = time.monotonic()
-        self._service = service
-        self._last: dict[int, float] = {}  # time of the last token, by answer
-        self._is_ended = False
-        service.num_calls += 1
-
-    def count(self, index: int, num_tokens: int) -> None:
-        """Records the times of new tokens."""
+    def _count_tokens(self, index: int, num_tokens: int) -> None:
+        """Records the times of new tokens of an answer."""
         now = time.monotonic()
         metrics = self._service.metrics
         if num_tokens and index not in self._last:
-            metrics.first_token_seconds.add(now - self.began)
+            metrics.first_token_seconds.add(now - self._began)
         elif num_tokens:
             metrics.token_seconds.add((now - self._last[index]) / num_tokens)
         if num_tokens:
             self._last[index] = now
 
-    def end(self, status: int) -> None:
-        """Reports the call, once."""
-        if not self._is_ended:
-            self._is_ended = True
-            self._service.finish_call(self, status)
+    def _count_call(self, status: int) -> None:
+        """Counts a call that has ended, and reports it in one line."""
+        service = self._service
+        service.num_calls -= 1
+        service.metrics.requests[(self._endpoint, status)] += 1
+        usage = Counter[str]() if self._reply is None else self._reply.usage
+        for kind in ("prompt", "completion"):
+            service.metrics.tokens[kind] += usage[f"{kind}_tokens"]
+        name = "-" if self._reply is None else self._reply.id
+        tokens = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
+        service.write_line(f"{name} {self._endpoint} {status}, {tokens}, {time.monotonic() - self._began:.3f} s")
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events of a call whose first tokens have arrived."""
-
-    def __init__(self, record: _Record, reply: Reply, first: AnswerBuilder, events: Events) -> None:
-        super().__init__(self._content(first), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._record = record
-        self._reply = reply
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            # Reached also if the client has disconnected: the generator cancels its sequences.
-            await self._events.aclose()
-            self._record.end(_DISCONNECTED)
-
-    async def _content(self, first: AnswerBuilder) -> AsyncIterator[bytes]:
-        reply = self._reply
-        try:
-            async for answer in _chain(first, self._events):
-                choice = answer.take()
-                if choice is not None:
-                    yield _event(reply.event(choice))
-            for event in reply.last_events():
-                yield _event(event)
-            yield b"data: [DONE]\n\n"
-            self._record.end(200)
-        except ApiError as error:
-            self._record.end(error.status)
-            yield _event(error.values)
-
-
-async def _chain(first: AnswerBuilder, events: Events) -> Events:
-    yield first
-    async for answer in events:
-        yield answer
-
-
-async def _collect(reply: Reply, events: Events) -> dict[str, Any]:
-    async for _ in events:
-        pass
-    return reply.whole()
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Returns the result of a coroutine, which is cancelled if the client disconnects: ClientDisconnect."""
+async def _while_connected(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine, which is cancelled if the client disconnects: ClientDisconnect."""
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
-        return task.result()
+        task.result()
     finally:
         task.cancel()
         disconnect.cancel()

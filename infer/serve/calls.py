@@ -190,13 +190,13 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
     _check_count(served, fields, len(values))
     prompts = []
     for number, prompt in enumerate(values):
-        place = f"prompt[{number}]" if is_list else "prompt"
+        field = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
             prompts.append(tuple(served.tokenizer.prompt(prompt)))
         elif isinstance(prompt, list) and prompt:
-            prompts.append(tuple(served.read_token(item, place) for item in prompt))
+            prompts.append(tuple(served.read_token(item, field) for item in prompt))
         else:
-            raise refusal(place, "must be text or token ids", describe(prompt), '"text"')
+            raise refusal(field, "must be text or token ids", describe(prompt), '"text"')
     return tuple(prompts)
 
 
@@ -255,7 +255,7 @@ def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end
         raise refusal("response_format.json_schema", "must be given with the type json_schema", "not", "json_schema")
     if form["type"] != "text":
         demands["response_format"] = ("json", form.get("json_schema", {}).get("schema", anything))
-    chosen = [(place, kind, value) for place, (kind, value) in demands.items() if value is not None]
+    chosen = [(field, kind, value) for field, (kind, value) in demands.items() if value is not None]
     if len(chosen) > 1:
         raise refusal(chosen[1][0], f"must be absent with {chosen[0][0]}", "given", chosen[0][0])
     return served.grammars.build(*chosen[0], thoughts_end) if chosen else None

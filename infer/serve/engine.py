@@ -7,37 +7,22 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from infer.config import GenerateError
-from infer.continuous import SequenceNews
+from infer.continuous import ContinuousEngine, SequenceNews
 from infer.protocol import NumberedPrompt, Request
 from infer.serve.fields import ApiError
+
+if TYPE_CHECKING:
+    from infer.serve.ranks import RanksEngine
 
 _IDLE_SECONDS = 20.0
 
 
-class ServingEngine(Protocol):
-    """Protocol of an engine that a server drives. One thread makes all calls."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no sequence waits or is active."""
-
-    def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues a prompt, or raises GenerateError if it can never be continued."""
-
-    def cancel(self, number: int) -> None:
-        """Ends the sequences of a prompt and frees their memory."""
-
-    def step(self) -> list[SequenceNews]:
-        """Runs one pass, and returns the new tokens."""
-
-    def counts(self) -> Mapping[str, int]:
-        """Returns the sizes of queue and cache."""
-
-    def close(self) -> None:
-        """Ends the engine; no step follows."""
+ServingEngine: TypeAlias = "ContinuousEngine | RanksEngine"
+"""An engine that a server drives. One thread makes all calls."""
 
 
 @dataclass(eq=False)
@@ -73,7 +58,7 @@ class EngineThread:
         """
         self._engine = engine
         self._most_open = most_open
-        self._commands = queue.SimpleQueue[list[tuple[NumberedPrompt, Request | None]] | None]()
+        self._commands = queue.SimpleQueue[Callable[[], None] | None]()
         self._numbers = itertools.count()
         self._open: dict[int, Subscription] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,18 +93,15 @@ class EngineThread:
         numbers = {prompt.number: index for index, (prompt, _) in enumerate(numbered)}
         subscription = Subscription(self, numbers)
         self._open |= dict.fromkeys(numbers, subscription)
-        self._commands.put([*numbered])
+        self._commands.put(partial(self._begin, numbered))
         return subscription
 
     def cancel(self, subscription: Subscription, numbers: Iterable[int]) -> None:
         """Cancels sequences before the next step. No news of them follow."""
-        cancelled: list[tuple[NumberedPrompt, Request | None]] = []
         for number in numbers:
             subscription.numbers.pop(number)
             if self._open.pop(number, None) is not None:
-                cancelled.append((NumberedPrompt(number=number, tokens=()), None))
-        if cancelled:
-            self._commands.put(cancelled)
+                self._commands.put(partial(self._engine.cancel, number))
 
     def fail_all(self, error: ApiError) -> None:
         """Ends all calls with an error."""
@@ -141,20 +123,20 @@ class EngineThread:
         while True:
             try:
                 # An idle engine steps, too: its other ranks wait for a sign of it.
-                commands = self._commands.get(waits, _IDLE_SECONDS)
+                command = self._commands.get(waits, _IDLE_SECONDS)
             except queue.Empty:
                 return True
             waits = False  # a step follows even if all was cancelled: it delivers the counts
-            if commands is None:
+            if command is None:
                 return False
-            for prompt, request in commands:
-                if request is None:
-                    self._engine.cancel(prompt.number)
-                    continue
-                try:
-                    self._engine.submit(prompt, request)
-                except GenerateError as error:
-                    self._call(self._refuse, prompt.number, ApiError.of_field(error))
+            command()
+
+    def _begin(self, sequences: Iterable[tuple[NumberedPrompt, Request]]) -> None:
+        for prompt, request in sequences:
+            try:
+                self._engine.submit(prompt, request)
+            except GenerateError as error:
+                self._call(self._refuse, prompt.number, ApiError.of_field(error))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

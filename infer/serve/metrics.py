@@ -56,7 +56,9 @@ class Metrics:
             write(f"serve_{name}_tokens_total", "counter", f"Tokens of requests: {name}.", [sample])
         for short, value in counts.items():
             write(f"serve_engine_{short}", "gauge", f"Of the engine: {short}.", [f"serve_engine_{short} {value}"])
-        first, each = "serve_first_token_seconds", "serve_token_seconds"
-        write(first, "histogram", "Time to the first token.", self.first_token_seconds.lines(first))
-        write(each, "histogram", "Time between tokens.", self.token_seconds.lines(each))
+        for name, about, histogram in (
+            ("serve_first_token_seconds", "Time to the first token.", self.first_token_seconds),
+            ("serve_token_seconds", "Time between tokens.", self.token_seconds),
+        ):
+            write(name, "histogram", about, histogram.lines(name))
         return "\n".join(lines) + "\n"
