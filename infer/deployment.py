@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal
 
 from comm.config import ClusterConfig
@@ -129,8 +130,8 @@ class Deployment:
 
     def _suffices(self, gpus: GpuSet) -> bool:
         """Returns whether the cache has room: of a prefill set, for two batches, one of which is handed over."""
-        held = self._config.cached_tokens if gpus.role == "decoding" else 2 * self._config.prefill_tokens * gpus.gpus
-        return gpus.cached_tokens >= held
+        needed = self._config.cached_tokens if gpus.role == "decoding" else 2 * self._config.prefill_tokens * gpus.gpus
+        return gpus.cached_tokens >= needed
 
     def _smallest(self, role: Role) -> GpuSet | None:
         sets = (self._best(role, gpus) for gpus in self._numbers())
@@ -138,8 +139,8 @@ class Deployment:
 
     def _best(self, role: Role, gpus: int) -> GpuSet | None:
         """Returns the set whose group size leaves room for most tokens."""
-        sets = [self._set(role, _SMALLEST, gpus, attention) for attention in self._attentions(gpus)]
-        return max((found for found in sets if found is not None), key=lambda found: found.cached_tokens, default=None)
+        sets = (self._set(role, _SMALLEST, gpus, attention) for attention in self._attentions(gpus))
+        return max(filter(None, sets), key=attrgetter("cached_tokens"), default=None)
 
     def _set(self, role: Role, name: str, gpus: int, attention: int) -> GpuSet | None:
         """Returns a set with the bound of its speed, or None if a group has no room for a sequence."""
@@ -262,13 +263,13 @@ def deployment_text(values: Mapping[str, Any]) -> str:
     if refused := values["too_few"]:
         lines.append(f"{refused['gpus']:,} GPUs are too few for {wanted}: {refused['reason']}")
     rows: list[Sequence[object]] = [_COLUMNS]
-    for found in values["sets"]:
-        speed = found["tokens_per_second"]
-        sizes = (found["role"], found["name"], f"{found['gpus']:,}", found["attention"], found["experts"])
-        held = (f"{found['weight_bytes'] / 1e9:.1f} GB", f"{found['cached_tokens']:,}")
-        times = (f"{speed:,.0f}", f"{speed / found['gpus']:,.0f}", f"{found['pass_seconds'] * 1e3:.0f} ms")
-        rows.append((*sizes, *held, *times, f"  {found['limit']}"))
+    for gpus in values["sets"]:
+        speed = gpus["tokens_per_second"]
+        sizes = (gpus["role"], gpus["name"], f"{gpus['gpus']:,}", gpus["attention"], gpus["experts"])
+        memory = (f"{gpus['weight_bytes'] / 1e9:.1f} GB", f"{gpus['cached_tokens']:,}")
+        times = (f"{speed:,.0f}", f"{speed / gpus['gpus']:,.0f}", f"{gpus['pass_seconds'] * 1e3:.0f} ms")
+        rows.append((*sizes, *memory, *times, f"  {gpus['limit']}"))
     lines += ["", *("".join(f"{cell:{width}}" for cell, width in zip(row, _WIDTHS, strict=True)) for row in rows)]
-    if not any(found["name"] == _SMALLEST and found["role"] == "decoding" for found in values["sets"]):
+    if not any(gpus["name"] == _SMALLEST and gpus["role"] == "decoding" for gpus in values["sets"]):
         lines.append(f"no set of up to {_MOST_GPUS:,} GPUs holds them")
     return "\n".join(lines)

@@ -16,16 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from infer.evaluate.run import IDENTITY_NAME, RESULTS_NAME, read_records
-from infer.placement import (
-    Experts,
-    Loads,
-    PlacementShape,
-    Policy,
-    default_layer,
-    imbalance,
-    place_layer,
-    rank_loads,
-)
+from infer.placement import Loads, Placement, PlacementShape, Policy, default_layer, imbalance, rank_loads
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from launch.command import command, plain_text, write_output
 from launch.config.compose import compose, system_errors
@@ -68,12 +59,8 @@ class MeasuredLoads:
     model: ModelConfig | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlacedLayer:
-    """A layer's loads, and the expert of each slot."""
-
-    load_E: Loads
-    slots_S: Experts
+Pairs = Mapping[int, tuple[Loads, Loads]]
+"""Loads of the ranks as servers start and as placed, by layer."""
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -82,11 +69,8 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         measured = read_measured(config)
         shape = placement_shape(config, measured)
-        layers = {
-            layer: PlacedLayer(load_E=load_E, slots_S=place_layer(load_E, shape))
-            for layer, load_E in measured.loads.items()
-        }
-        write_output(_shown(config, measured, shape, layers), config.out)
+        placement = Placement(shape=shape, layers={}).again(measured.loads)
+        write_output(_formatted(config, measured, placement), config.out)
     return 0
 
 
@@ -129,12 +113,12 @@ def _read_run(file: Path, config: PlaceCommandConfig) -> tuple[dict[str, dict[in
     # A run may be writing its last line.
     lines = [line for line in deque(enumerate(raw_lines(file), 1), config.steps + 1) if line[1].endswith(b"\n")]
     for number, line in lines[-config.steps :]:
-        place = f"loads: {file}, line {number}"
+        source = f"loads: {file}, line {number}"
         record = read_line(line) or {}
         steps.append(record.get("step", 0))
         sources = {"": record} if config.domains is None else record.get(_BY_SOURCE, {})
         for name, loads in sources.items():
-            _add(by_source.setdefault(name, {}), loads, place)
+            _add(by_source.setdefault(name, {}), loads, source)
     if not by_source:
         what = "the loads of a MoE layer" if config.domains is None else f"{_BY_SOURCE}, which domains weights"
         raise ConfigError(f"loads: {file} must have a line with {what}, has none")
@@ -146,8 +130,8 @@ def _read_evaluation(folder: Path) -> tuple[dict[str, dict[int, Loads]], str, Mo
     """Returns the loads of an evaluation's documents by source."""
     by_source: dict[str, dict[int, Loads]] = {}
     for record in (record for record in read_records(folder, _TASK) if record.get("num_tokens") != 0):
-        place = f"loads: {folder}, document {record['id']!r}"
-        _add(by_source.setdefault(str(record.get("source")), {}), record.get("loads"), place)
+        source = f"loads: {folder}, document {record['id']!r}"
+        _add(by_source.setdefault(str(record.get("source")), {}), record.get("loads"), source)
     if not by_source or not (folder / RESULTS_NAME).is_file():
         raise ConfigError(f"loads: {folder} must be a complete evaluation of {_TASK} with {_TASK}.loads=true, is not")
     weights = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["checkpoint"]["folder"]
@@ -194,11 +178,18 @@ def placement_shape(config: PlaceCommandConfig, measured: MeasuredLoads) -> Plac
     )
 
 
-def _shown(
-    config: PlaceCommandConfig, measured: MeasuredLoads, shape: PlacementShape, layers: Mapping[int, PlacedLayer]
-) -> str:
+def _formatted(config: PlaceCommandConfig, measured: MeasuredLoads, placement: Placement) -> str:
+    shape = placement.shape
+    layers = placement.layers
     num_layers = config.layers or (max(layers) + 1 if measured.model is None else measured.model.num_layers)
-    served = {layer: placed.slots_S.tolist() for layer, placed in layers.items() if layer < num_layers}
+    served = {layer: slots_S.tolist() for layer, slots_S in layers.items() if layer < num_layers}
+    pairs = {
+        layer: (
+            rank_loads(load_E, default_layer(shape), shape.num_ranks),
+            rank_loads(load_E, layers[layer], shape.num_ranks),
+        )
+        for layer, load_E in measured.loads.items()
+    }
     match config.format:
         case "sglang":
             # A row for every layer: SGLang counts dense layers too, and has its own order there.
@@ -210,11 +201,11 @@ def _shown(
             return json.dumps(_devices([*served.values()], shape.num_ranks))
         case "json":
             facts = {"loads": measured.title, **encode(shape)}
-            return json.dumps({**facts, "layers": {f"layer_{n}": _values(item, shape) for n, item in layers.items()}})
+            return json.dumps({**facts, "layers": {f"layer_{n}": _values(placement, n, pairs[n]) for n in layers}})
         case "html":
-            return _page(measured.title, shape, layers)
+            return _page(measured.title, placement, pairs)
         case "text":
-            return "\n".join(_lines(measured.title, shape, layers))
+            return "\n".join(_lines(measured.title, placement, pairs))
 
 
 def _devices(rows: Sequence[Sequence[int]], num_ranks: int) -> dict[str, Any]:
@@ -233,48 +224,41 @@ def _devices(rows: Sequence[Sequence[int]], num_ranks: int) -> dict[str, Any]:
     return {"moe_layer_count": len(layers), "layer_list": layers}
 
 
-def _before_and_after(placed: PlacedLayer, shape: PlacementShape) -> tuple[Loads, Loads]:
-    """Returns the loads of the ranks as servers start and as placed."""
-    load_E = placed.load_E
-    ranks = shape.num_ranks
-    return rank_loads(load_E, default_layer(shape), ranks), rank_loads(load_E, placed.slots_S, ranks)
-
-
-def _values(placed: PlacedLayer, shape: PlacementShape) -> dict[str, Any]:
-    before, after = _before_and_after(placed, shape)
+def _values(placement: Placement, layer: int, pair: tuple[Loads, Loads]) -> dict[str, Any]:
+    before, after = pair
     return {
         "max_over_mean_before": imbalance(before),
         "max_over_mean": imbalance(after),
         "rank_loads_before": before.tolist(),
         "rank_loads": after.tolist(),
-        "experts": placed.slots_S.reshape(shape.num_ranks, -1).tolist(),
+        "experts": placement.slots(layer).tolist(),
     }
 
 
-def _headline(shape: PlacementShape) -> str:
+def _headline(placement: Placement) -> str:
+    shape = placement.shape
     where = f"{shape.num_ranks} ranks of {shape.num_nodes} node{'s' if shape.num_nodes > 1 else ''}"
-    slots = shape.num_slots // shape.num_ranks
-    return f"{shape.num_experts} experts and {shape.num_redundant} copies on {where}, {shape.policy}: {slots} a rank"
+    experts = f"{shape.num_experts} experts and {shape.num_redundant} copies"
+    return f"{experts} on {where}, {shape.policy}: {placement.num_local_slots} a rank"
 
 
-def _rows(shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(placement: Placement, pairs: Pairs) -> Iterator[tuple[str, str, str, str]]:
     """Yields a row for each layer: name, max/mean before and after, and the experts with the most copies."""
-    for layer, placed in layers.items():
-        before, after = (imbalance(loads) for loads in _before_and_after(placed, shape))
-        copies_E = np.bincount(placed.slots_S)
+    for layer, (before, after) in pairs.items():
+        copies_E = np.bincount(placement.layers[layer])
         most = [int(expert) for expert in np.argsort(-copies_E, kind="stable")[:4] if copies_E[expert] > 1]
         copied = ", ".join(f"{expert} x {copies_E[expert]}" for expert in most)
-        yield f"layer {layer}", f"{before:.3f}", f"{after:.3f}", copied
+        yield f"layer {layer}", f"{imbalance(before):.3f}", f"{imbalance(after):.3f}", copied
 
 
 _COLUMNS = ("layer", "max/mean before", "after", "most copied experts")
 
 
-def _lines(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> Iterator[str]:
+def _lines(title: str, placement: Placement, pairs: Pairs) -> Iterator[str]:
     yield f"loads of {title}"
-    yield _headline(shape)
+    yield _headline(placement)
     yield ""
-    for name, before, after, copied in (_COLUMNS, *_rows(shape, layers)):
+    for name, before, after, copied in (_COLUMNS, *_rows(placement, pairs)):
         yield f"{name:<12}{before:>16}{after:>8}  {copied}".rstrip()
 
 
@@ -283,19 +267,19 @@ _STYLE = """
 svg text{fill:var(--soft);font-size:12px}svg{max-width:100%;height:auto}figure{margin:8px 0 18px;padding:6px 12px}
 .map{display:block;width:100%;image-rendering:pixelated}.scale{height:12px;max-width:240px}
 """
-_WIDTH, _HEIGHT = 1080, 220
+_WIDTH = 1080
+_HEIGHT = 220
 
 
-def _page(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) -> str:
+def _page(title: str, placement: Placement, pairs: Pairs) -> str:
     """Returns the page: load of each rank in the worst layer as bars, in all as maps, and the table."""
     from dualpipe.draw.style import document
     from train.figures import table
     from train.report.charts import legend_gradient, palette, png, relative_shades
 
-    pairs = {layer: _before_and_after(placed, shape) for layer, placed in layers.items()}
     worst = max(pairs, key=lambda layer: imbalance(pairs[layer][0]))
     parts = [
-        f"<h1>Placement of experts</h1><p>Loads of {escape(title)}. {escape(_headline(shape))}.</p>",
+        f"<h1>Placement of experts</h1><p>Loads of {escape(title)}. {escape(_headline(placement))}.</p>",
         _bars(f"Layer {worst}: load of each rank over the mean, before (grey) and after", *pairs[worst]),
     ]
     for number, name in enumerate(("Before", "After")):
@@ -307,7 +291,7 @@ def _page(title: str, shape: PlacementShape, layers: Mapping[int, PlacedLayer]) 
         parts.append(f"<figure><h3>{caption}</h3>{image}</figure>")
     parts.append(f'<div class="scale" style="background:{legend_gradient()}"></div>')
     parts.append("<p>A quarter of the mean load or less is blue, four times or more is red.</p>")
-    parts.append(table(_COLUMNS, [*_rows(shape, layers)], text=[3]))
+    parts.append(table(_COLUMNS, [*_rows(placement, pairs)], text=[3]))
     return document("Placement of experts", f"<main>{''.join(parts)}</main>", _STYLE, has_images=True)
 
 
