@@ -261,7 +261,7 @@ class GenerationBatch:
 
     def _copy_prompt(self, sequence: ActiveSequence, row: int) -> None:
         end = self._prompt_ends[sequence.index]
-        source = next(at for at, other in enumerate(self.rows[: self.num_active]) if other.index == sequence.index)
+        source = [active.index for active in self.rows[: self.num_active]].index(sequence.index)
         num_pairs = min(end.num_pairs, self.decoder.mtp.lengths[source])
         self.decoder.copy_prompt(source, row, len(sequence.prompt), num_pairs)
         sequence.states_TD = end.state_1D

@@ -69,8 +69,8 @@ class RowGroup:
         chosen = zip(self._sequences, accepted_R.tolist(), first, second, strict=True)  # host sync
         # What a constraint allows after a draft is not known yet.
         return [
-            [one, two] if is_accepted and sequence.constraint is None else [one]
-            for sequence, is_accepted, one, two in chosen
+            [*tokens] if is_accepted and sequence.constraint is None else [tokens[0]]
+            for sequence, is_accepted, *tokens in chosen
         ]
 
     def _draw(

@@ -181,8 +181,8 @@ class _Share:
     def _admit(self, admitted: Sequence[_Row], start: int, cohort: int) -> int:
         """Reads the prompts of new rows that no row of the cohort has, and chooses the first tokens."""
         active = self._active[cohort]
-        known = {row.index for *_, row in active}
-        unread = list({row.index: len(row.prompt) for row in admitted if row.index not in known}.values())
+        read = {row.index for *_, row in active}
+        unread = list({row.index: len(row.prompt) for row in admitted if row.index not in read}.values())
         size = self._sizes.prefill_tokens
         end = start
         if short := [length for length in unread if length <= size]:

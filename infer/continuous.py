@@ -139,7 +139,7 @@ class ContinuousEngine:
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
         """Queues the samples of a request whose number no other one has, or raises as `check`."""
         self.check(prompt, request)
-        assert all(one.index != prompt.number for one in (*self._waiting, *self.batch.rows)), "the number is taken"
+        assert all(row.index != prompt.number for row in (*self._waiting, *self.batch.rows)), "the number is taken"
         self._waiting += self._start(prompt, request)
 
     def _start(self, prompt: NumberedPrompt, request: Request) -> list[ActiveSequence]:
@@ -153,7 +153,7 @@ class ContinuousEngine:
 
     def export_sequence(self, number: int, sample: int = 0) -> MovedSequence:
         """Removes a sequence that has a token, and returns it."""
-        row = next(at for at, one in enumerate(self.batch.rows) if (one.index, one.sample) == (number, sample))
+        row = [(active.index, active.sample) for active in self.batch.rows].index((number, sample))
         sequence = self.batch.rows[row]
         assert sequence.states_TD is not None, "a sequence without a token has no state to move"
         decoder = self.batch.decoder

@@ -51,7 +51,8 @@ class PlacementShape:
         return self.num_experts + self.num_redundant
 
     def __post_init__(self) -> None:
-        experts, ranks = self.num_experts, self.num_ranks
+        experts = self.num_experts
+        ranks = self.num_ranks
         if self.num_slots % ranks:
             rule = f"{experts} experts and redundant ones must fill {ranks} ranks equally"
             below = self.num_slots // ranks * ranks - experts
@@ -144,7 +145,8 @@ def place_layer(load_E: Loads, shape: PlacementShape) -> Experts:
 def _place_groups(load_E: Loads, packing: Experts, shape: PlacementShape) -> Experts:
     """Returns the expert of each slot if the nodes have these groups."""
     group_size = shape.num_experts // shape.num_groups
-    ranks, slots = shape.num_ranks // shape.num_nodes, shape.num_slots // shape.num_nodes
+    ranks = shape.num_ranks // shape.num_nodes
+    slots = shape.num_slots // shape.num_nodes
     nodes = []
     for groups in packing:
         experts = (groups[:, None] * group_size + np.arange(group_size)).flatten()
@@ -182,9 +184,9 @@ def _searched(load_E: Loads, packing_RK: Experts) -> Experts:
     """Returns a packing improved by swaps, and by other numbers of copies."""
     while True:
         packing_RK = _improved(load_E / np.bincount(packing_RK.flat, minlength=len(load_E)), packing_RK)
-        if (other := _with_other_copies(load_E, packing_RK)) is None:
+        if (changed_RK := _with_other_copies(load_E, packing_RK)) is None:
             return packing_RK
-        packing_RK = other
+        packing_RK = changed_RK
 
 
 def _with_other_copies(load_E: Loads, packing_RK: Experts) -> Experts | None:
@@ -222,9 +224,9 @@ def _with_other_copies(load_E: Loads, packing_RK: Experts) -> Experts | None:
     best = int(highest_N.argmin())
     if not highest_N[best] < load_R[busiest] * (1 - 1e-9):
         return None
-    other = packing_RK.copy()
-    other[rank_N[best], slot_N[best]] = next_N[best]
-    return other
+    changed_RK = packing_RK.copy()
+    changed_RK[rank_N[best], slot_N[best]] = next_N[best]
+    return changed_RK
 
 
 def _count_copies(load_E: Loads, most: int, num_slots: int, num_frequent: int) -> Experts:
@@ -297,10 +299,11 @@ def _improved(share_E: Loads, packing_RK: Experts) -> Experts:
         here, rank, there = np.unravel_index(best, higher.shape)
         if not higher.flat[best] < load_R[busiest] * (1 - 1e-9):
             break
-        first, second = items_RK[busiest, here], items_RK[rank, there]
-        has_RE[busiest, [first, second]] = False, True
-        has_RE[rank, [first, second]] = True, False
-        items_RK[busiest, here], items_RK[rank, there] = second, first
+        slots = ([busiest, rank], [here, there])
+        items = items_RK[slots]
+        has_RE[[busiest, rank], items] = False
+        has_RE[[rank, busiest], items] = True
+        items_RK[slots] = items[::-1]
         shares_RK = share_E[items_RK]
         load_R = shares_RK.sum(1)
     return items_RK
