@@ -141,6 +141,7 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
 def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "ServedModel":
     """Returns what requests need to know of the model."""
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -89,7 +90,7 @@ class Service:
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def _metrics(self, request: Request) -> Response:
-        return PlainTextResponse(self.metrics.text(self.engine.counts), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(self.engine.counts), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def check_access(self, request: Request) -> None:
         """Raises ApiError without the API key that clients must send."""
@@ -184,9 +185,9 @@ class _Call:
         now = time.monotonic()
         metrics = self._service.metrics
         if num_tokens and index not in self._last:
-            metrics.first_token_seconds.add(now - self._began)
+            metrics.first_token_seconds.observe(now - self._began)
         elif num_tokens:
-            metrics.token_seconds.add((now - self._last[index]) / num_tokens)
+            metrics.token_seconds.observe((now - self._last[index]) / num_tokens)
         if num_tokens:
             self._last[index] = now
 
@@ -194,10 +195,10 @@ class _Call:
         """Counts a call that has ended, and reports it in one line."""
         service = self._service
         service.num_calls -= 1
-        service.metrics.requests[(self._endpoint, status)] += 1
+        service.metrics.requests.labels(self._endpoint, status).inc()
         usage = Counter[str]() if self._reply is None else self._reply.usage
-        for kind in ("prompt", "completion"):
-            service.metrics.tokens[kind] += usage[f"{kind}_tokens"]
+        for kind, counter in service.metrics.tokens.items():
+            counter.inc(usage[f"{kind}_tokens"])
         name = "-" if self._reply is None else self._reply.id
         tokens = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
         service.write_line(f"{name} {self._endpoint} {status}, {tokens}, {time.monotonic() - self._began:.3f} s")
