@@ -71,9 +71,9 @@ class GpuSet:
     experts: int
     weight_bytes: float
     cached_tokens: int
-    tokens_per_second: float = 0.0
-    pass_seconds: float = 0.0
-    limit: str = ""
+    tokens_per_second: float
+    pass_seconds: float
+    limit: str
 
 
 class Deployment:
@@ -226,13 +226,8 @@ def _served_weights(model: ModelConfig, dtype: StoredDtype, *, fp8: bool) -> Ser
         sizes[kind] += size
         sizes["embedding"] += size if name == "model.embed_tokens.weight" else 0
     layers = model.num_layers - model.num_dense_layers + model.mtp_depth
-    return ServedWeights(
-        expert=sizes["expert"] / max(1, layers * model.num_routed_experts),
-        num_layers=layers,
-        embedding=sizes["embedding"],
-        divided=sizes["divided"],
-        replicated=sizes["replicated"],
-    )
+    expert = sizes.pop("expert") / max(1, layers * model.num_routed_experts)
+    return ServedWeights(expert=expert, num_layers=layers, **sizes)
 
 
 def deployment_values(

@@ -16,6 +16,8 @@ from infer.serve.constraint import GrammarConstraint, Grammars
 from infer.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, STRUCTURES, ApiError, integer_of, read_body
 
 Endpoint = Literal["completions", "chat/completions"]
+_NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
+"""Fields that need another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,9 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
         if name != served.name:
             message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
+        for field, needed in _NEEDED.items():
+            if field in fields and not fields.get(needed):
+                raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
         return _read_chat(served, fields) if is_chat else _read_completion(served, fields)
     except (DataError, GenerateError) as error:
         raise ApiError.of_field(error) from error
@@ -129,14 +134,11 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
         if constraint is not None:
             raise refusal("tool_choice", "must be auto or none with a structured answer", "given", "auto")
         constraint = served.grammars.build_call(forced, template, thoughts_end)
-    has_scores = fields.get("logprobs", False)
-    if "top_logprobs" in fields and not has_scores:
-        raise refusal("top_logprobs", "must be absent unless logprobs is true", fields["top_logprobs"], "logprobs=true")
     limit = max(served.max_tokens - len(prompt), 1)
     max_new_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", limit))
     if max_new_tokens == 0:
         raise refusal("max_completion_tokens", "must be at least 1", 0, 1)
-    alternatives = fields.get("top_logprobs", 0) if has_scores else None
+    alternatives = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
     call = ApiCall(
         prompts=(prompt,),
         request=_read_request(served, fields, max_new_tokens, alternatives, constraint),
@@ -150,13 +152,10 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
 
 def _read_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the form of the answers."""
-    is_streamed = fields.get("stream", False)
-    if "stream_options" in fields and not is_streamed:
-        raise refusal("stream_options", "must be absent unless stream is true", "given", "stream=true")
     return {
         "num_choices": fields.get("n", 1),
         "stop_strings": fields.get("stop", ()),
-        "is_streamed": is_streamed,
+        "is_streamed": fields.get("stream", False),
         "includes_usage": fields.get("stream_options", {}).get("include_usage", False),
     }
 
@@ -274,7 +273,7 @@ def _read_thinking(served: ServedModel, template: ChatTemplate, fields: Mapping[
 def _read_tool_choice(fields: Mapping[str, Any]) -> tuple[ToolDefinition, ...] | None:
     """Returns the tools of which one must be called; none: the model chooses. None: no tool may be called."""
     value = fields.get("tool_choice", "auto")
-    if not fields.get("parallel_tool_calls", True) and value in ("auto",):
+    if not fields.get("parallel_tool_calls", True) and value == "auto":
         rule = "must be true unless tool_choice is none or demands a call, which is one"
         raise refusal("parallel_tool_calls", rule, "false", "true")
     if value in ("auto", "none"):

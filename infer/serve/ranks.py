@@ -175,15 +175,6 @@ class ServingRank:
         self.engine.forget_codes()
 
 
-@dataclass(slots=True)
-class _Share:
-    """A prompt that is not finished: its rank, the tokens that it may need, and its unfinished samples."""
-
-    rank: int
-    num_tokens: int
-    num_samples: int
-
-
 class RanksEngine:
     """The engine of a server on several ranks, on rank 0; the other ranks call `ServingRank.follow`.
 
@@ -202,7 +193,7 @@ class RanksEngine:
         ranks = range(len(self._reports))
         self._reading = ranks[: prefill_ranks or None]
         self._decoding = ranks[prefill_ranks:]
-        self._shares: dict[int, _Share] = {}
+        self._shares: dict[int, tuple[int, int]] = {}  # rank of each unfinished prompt, and the tokens that it may need
         self._orders = Orders()
         self._seconds = place_again_seconds
         self._placed = time.monotonic()
@@ -214,18 +205,18 @@ class RanksEngine:
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
         """Queues a prompt for the rank with the fewest tokens, or raises GenerateError if it never fits."""
+        assert request.samples == 1, "a server sends each answer as a separate prompt"
         self._rank.engine.check(prompt, request)
         # A constraint has state that is not sent to other ranks.
         rank = 0 if request.constraint is not None else self._least_loaded(self._reading)
-        num_tokens = len(prompt.tokens) + request.samples * request.max_new_tokens
-        self._shares[prompt.number] = _Share(rank, num_tokens, request.samples)
+        self._shares[prompt.number] = (rank, len(prompt.tokens) + request.max_new_tokens)
         self._orders.submissions.append((rank, prompt, request))
 
     def cancel(self, number: int) -> None:
         """Ends the sequences of a prompt before the next pass."""
         share = self._shares.pop(number, None)
         if share is not None:
-            self._orders.cancelled.append((share.rank, number))
+            self._orders.cancelled.append((share[0], number))
 
     def step(self) -> list[SequenceNews]:
         """Runs a round on all ranks, and returns the new tokens of all; raises LostRankError."""
@@ -237,13 +228,13 @@ class RanksEngine:
         self._reports = self._rank.round(orders)
         for source, report in enumerate(self._reports):
             for sequence in report.departures:
-                share = self._shares[sequence.prompt.number]
-                share.rank = self._least_loaded(self._decoding)
-                self._orders.moves.append(Move(sequence=sequence, source=source, target=share.rank))
+                target = self._least_loaded(self._decoding)
+                self._shares[sequence.prompt.number] = (target, self._shares[sequence.prompt.number][1])
+                self._orders.moves.append(Move(sequence=sequence, source=source, target=target))
         news = [item for report in self._reports for item in report.news if item.number in self._shares]
         for item in news:
-            if item.finish is not None or item.error:
-                self._finish_sample(item.number)
+            if item.finish is not None:
+                del self._shares[item.number]
         return news
 
     def counts(self) -> Mapping[str, int]:
@@ -257,13 +248,7 @@ class RanksEngine:
     def _least_loaded(self, ranks: Sequence[int]) -> int:
         """Returns the rank whose prompts may need the fewest tokens, the first one of several."""
         loads = dict.fromkeys(ranks, 0)
-        for share in self._shares.values():
-            if share.rank in loads:
-                loads[share.rank] += share.num_tokens
+        for rank, num_tokens in self._shares.values():
+            if rank in loads:
+                loads[rank] += num_tokens
         return min(loads, key=loads.__getitem__)
-
-    def _finish_sample(self, number: int) -> None:
-        share = self._shares[number]
-        share.num_samples -= 1
-        if share.num_samples == 0:
-            del self._shares[number]
