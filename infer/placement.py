@@ -175,8 +175,8 @@ def _place_node(load_E: Loads, num_ranks: int, num_slots: int) -> Experts:
     bound = max(1.0, float((load_E / copies_E).max()) * num_ranks / (load_E.sum() or 1.0)) * (1 + _FAR)
     best = _searched(load_E, greedy)
     if highest(best) > bound:
-        others = sorted(map(packing, range(num_slots - num_experts)), key=highest)[:_MOST_STARTS]
-        best = min((best, *(_searched(load_E, other) for other in others)), key=highest)
+        starts = sorted(map(packing, range(num_slots - num_experts)), key=highest)[:_MOST_STARTS]
+        best = min((best, *(_searched(load_E, start) for start in starts)), key=highest)
     return np.sort(best, axis=1)
 
 

@@ -235,8 +235,7 @@ def _serve_as_rank(
     config: ServeCommandConfig, network: InferenceConfig, placement: Placement, serve: Serve | None, send: Send
 ) -> int:
     """Serves as one rank until rank 0 ends; returns the exit code."""
-    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, ServingRank, open_group
-    from infer.serve.roles import SequenceTransfers
+    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
 
     rank = int(os.environ["RANK"])
     if rank:

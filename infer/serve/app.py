@@ -4,13 +4,13 @@ import asyncio
 import hmac
 import json
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,10 +23,38 @@ from infer.serve.answers import Reply
 from infer.serve.calls import Endpoint, ServedModel, read_call
 from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError
-from infer.serve.metrics import Metrics
 
 MOST_BODY_BYTES = 2**24
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
+
+
+class Metrics:
+    """Counters and histograms of a server. A request whose client disconnected has the status 499."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self.requests = Counter(
+            "serve_requests", "Requests by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
+        )
+        self.tokens = {
+            kind: Counter(f"serve_{kind}_tokens", f"Tokens of requests: {kind}.", registry=registry)
+            for kind in ("prompt", "completion")
+        }
+        self.first_token_seconds = Histogram(
+            "serve_first_token_seconds", "Time to the first token.", buckets=_SECONDS, registry=registry
+        )
+        self.token_seconds = Histogram(
+            "serve_token_seconds", "Time between tokens.", buckets=_SECONDS, registry=registry
+        )
+
+    def text(self, counts: Mapping[str, int]) -> bytes:
+        """Returns all samples, with the counts of an engine."""
+        engine = CollectorRegistry()
+        for name, value in counts.items():
+            Gauge(f"serve_engine_{name}", f"Of the engine: {name}.", registry=engine).set(value)
+        return generate_latest(self._registry) + generate_latest(engine)
 
 
 class Service:
@@ -196,7 +224,7 @@ class _Call:
         service = self._service
         service.num_calls -= 1
         service.metrics.requests.labels(self._endpoint, status).inc()
-        usage = Counter[str]() if self._reply is None else self._reply.usage
+        usage = defaultdict[str, int](int) if self._reply is None else self._reply.usage
         for kind, counter in service.metrics.tokens.items():
             counter.inc(usage[f"{kind}_tokens"])
         name = "-" if self._reply is None else self._reply.id

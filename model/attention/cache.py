@@ -218,7 +218,8 @@ class KvCache:
     def remove(self, row: int) -> None:
         """Frees a row; the last row moves to its place."""
         self._release(self._tables[row])
-        last_table, last_length = self._tables.pop(), self._lengths.pop()
+        last_table = self._tables.pop()
+        last_length = self._lengths.pop()
         if row < len(self._tables):
             self._tables[row] = last_table
             self._lengths[row] = last_length

@@ -15,8 +15,7 @@ from infer.continuous import ContinuousEngine
 from infer.engines.local import LocalEngine
 from infer.placement import Placement, PlacementShape
 from infer.protocol import NumberedPrompt, Request
-from infer.serve.ranks import RankDecoder, RanksEngine, ServingRank, open_group
-from infer.serve.roles import SequenceTransfers
+from infer.serve.ranks import RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
 from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
