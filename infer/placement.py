@@ -299,11 +299,12 @@ def _improved(share_E: Loads, packing_RK: Experts) -> Experts:
         here, rank, there = np.unravel_index(best, higher.shape)
         if not higher.flat[best] < load_R[busiest] * (1 - 1e-9):
             break
-        slots = ([busiest, rank], [here, there])
-        items = items_RK[slots]
-        has_RE[[busiest, rank], items] = False
-        has_RE[[rank, busiest], items] = True
-        items_RK[slots] = items[::-1]
+        ranks = np.array([busiest, rank])
+        slots = np.array([here, there])
+        items = items_RK[ranks, slots]
+        has_RE[ranks, items] = False
+        has_RE[ranks[::-1], items] = True
+        items_RK[ranks, slots] = items[::-1]
         shares_RK = share_E[items_RK]
         load_R = shares_RK.sum(1)
     return items_RK

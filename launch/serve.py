@@ -209,7 +209,7 @@ def _serve_on_ranks(
     if is_torchrun(os.environ):
         apply_rank_environment(network.cluster)
         return function(lambda *message: None)
-    preloaded = [*PRELOADED, "infer.serve.ranks", "infer.serve.http"]
+    preloaded = [*PRELOADED, "infer.engines.expert_ranks", "infer.serve.http"]
     try:
         code: int = run_on_local_ranks(
             function, network.cluster, config.ranks, preloaded, _pass_signals_to, grace_seconds=_GRACE_SECONDS
@@ -235,7 +235,14 @@ def _serve_as_rank(
     config: ServeCommandConfig, network: InferenceConfig, placement: Placement, serve: Serve | None, send: Send
 ) -> int:
     """Serves as one rank until rank 0 ends; returns the exit code."""
-    from infer.serve.ranks import LostRankError, RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
+    from infer.engines.expert_ranks import (
+        LostRankError,
+        RankDecoder,
+        RanksEngine,
+        SequenceTransfers,
+        ServingRank,
+        open_group,
+    )
 
     rank = int(os.environ["RANK"])
     if rank:

@@ -16,7 +16,7 @@ from infer.protocol import NumberedPrompt, Request
 from infer.serve.fields import ApiError
 
 if TYPE_CHECKING:
-    from infer.serve.ranks import RanksEngine
+    from infer.engines.expert_ranks import RanksEngine
 
 _IDLE_SECONDS = 20.0
 

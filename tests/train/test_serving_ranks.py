@@ -12,10 +12,10 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling, Speculative
 from infer.continuous import ContinuousEngine
+from infer.engines.expert_ranks import RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
 from infer.engines.local import LocalEngine
 from infer.placement import Placement, PlacementShape
 from infer.protocol import NumberedPrompt, Request
-from infer.serve.ranks import RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
 from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
