@@ -166,7 +166,7 @@ class SequenceTransfers:
 
 @dataclass(kw_only=True, slots=True)
 class Orders:
-    """What ranks do at the start of a round: requests, and numbers of cancelled prompts, each with its rank."""
+    """What ranks do at the start of a round. Requests and cancelled prompts have the number of a rank."""
 
     moves: list[Move] = field(default_factory=list)
     submissions: list[tuple[int, NumberedPrompt, Request]] = field(default_factory=list)
@@ -210,7 +210,7 @@ class ServingRank:
 
     @torch.no_grad()
     def round(self, orders: Orders) -> list[RoundReport]:
-        """Runs a round with the orders of rank 0, which gets what each rank reports; nothing after the last round."""
+        """Runs a round with the orders of rank 0, which gets all reports; none in the last round."""
         try:
             return self._run(broadcast_first(orders, self._decoder.group))
         except RuntimeError as error:
