@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, hash_unit
 from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
-from data.mix.mixture import Mixture, hold_out
+from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
 from data.mix.source import MixtureSource
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared
@@ -95,9 +96,9 @@ class ShardFolder:
             shards = self.shards(part)
             # Copies, because a shard keeps what it has read.
             counts[part] = {
-                name: [len(copy(shard).sequences(self.length)) for shard in each] for name, each in shards.items()
+                name: [len(copy(shard).sequences(self.length)) for shard in opened] for name, opened in shards.items()
             }
-            counts[f"{part}_tokens"] = {name: self._count_tokens(part, name, each) for name, each in shards.items()}
+            counts[f"{part}_tokens"] = {name: self._count_tokens(part, name, opened) for name, opened in shards.items()}
             if any(counts[f"{part}_tokens"].values()):  # of the held-out part, if there is one
                 counts["entropy_nats"] = self._entropy_nats(shards)
         with suppress(OSError):  # a folder that cannot be written is counted by every run
@@ -112,9 +113,9 @@ class ShardFolder:
     def _entropy_nats(self, shards: Mapping[str, tuple[Shard, ...]]) -> float:
         """Returns the entropy of the tokens that a model predicts, with equal shares of the sources."""
         shares_V = np.zeros(self.report["vocab_size"])
-        for each in shards.values():
+        for opened in shards.values():
             counts_V = np.zeros_like(shares_V)
-            for shard in each:
+            for shard in opened:
                 if counts_V.sum() < _ENTROPY_TOKENS:
                     counts_V += np.bincount(_predicted(copy(shard), self.length), minlength=len(shares_V))
             shares_V += counts_V / max(counts_V.sum(), 1)
@@ -122,7 +123,7 @@ class ShardFolder:
 
     def mixture(self, seed: int) -> Mixture:
         """Returns the order of the training sequences."""
-        sequences = {name: sum(each) for name, each in self.counts()["train"].items()}
+        sequences = {name: sum(of_shards) for name, of_shards in self.counts()["train"].items()}
         return Mixture(self.manifest, sequences, self.length, seed)
 
 
@@ -234,7 +235,7 @@ def _is_complete(folder: Path) -> bool:
     except DataError:
         return False
     named = [(folder / SOURCES_NAME / name, unit) for name, source in sources.items() for unit in source["units"]]
-    return all(read_unit(place, unit) is not None for place, unit in named)
+    return all(read_unit(source_folder, unit) is not None for source_folder, unit in named)
 
 
 def _held_out_fraction(config: DataConfig, progress: Progress) -> float:
@@ -295,8 +296,8 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
     counts = opened.counts()
     rows = {}
     for part in PARTS:
-        shards = [shard for each in opened.shards(part).values() for shard in each]
-        sequences = [number for each in counts[part].values() for number in each]
+        shards = [*chain.from_iterable(opened.shards(part).values())]
+        sequences = [*chain.from_iterable(counts[part].values())]
         for name, pad_id in (("tokens", tokenizer.special.pad), ("positions", None)):
             # Indexed as an array is, and read from disk only then.
             rows[part, name] = cast("NDArray[Any]", ShardRows(shards, sequences, opened.length, pad_id))
@@ -321,7 +322,7 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
         bytes_per_token=sum(ratios) / max(len(ratios), 1),
         long_documents=_long_documents(opened, counts),
         order=opened.mixture(seed),
-        held_out=hold_out([sum(each) for each in counts["validation"].values()], seed),
+        held_out=hold_out([*map(sum, counts["validation"].values())], seed),
         fingerprint=_fingerprint(opened, counts, seed),
     )
 
@@ -358,5 +359,5 @@ def _fingerprint(opened: ShardFolder, counts: Mapping[str, Any], seed: int) -> s
     weights = [[phase and phase.until_tokens, manifest.weights(phase)] for phase in (*manifest.phases, None)]
     # Folders of earlier versions have no hash of their content.
     content = [source.get("sha256", source["units"]) for source in opened.report[SOURCES_NAME].values()]
-    decides = [opened.report["tokenizer"], content, counts, weights, seed, opened.length]
+    decides = [ORDER_VERSION, opened.report["tokenizer"], content, counts, weights, seed, opened.length]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

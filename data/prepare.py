@@ -19,7 +19,7 @@ from data.special_tokens import SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
 # Part of every cache entry's name. Increase it if the same settings produce different files.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _SAMPLE_BYTES = 2**18
 _MOST_BYTES_PER_TOKEN = 16
 

@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from data.build.units import Claims
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, hash_unit
-from data.mix.mixture import hold_out, single_order
+from data.mix.mixture import ORDER_VERSION, hold_out, single_order
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.parts import Prepared
 from data.progress import Progress
@@ -37,36 +38,32 @@ def open_samples(
     if values is None:
         with cache_errors(cache_dir):
             folder.mkdir(parents=True, exist_ok=True)
-            with closing(Claims(folder)) as claims, claims.claimed(_UNIT):
+            with closing(Claims(folder)) as claims, claims.claimed(_UNIT), UnitWriter(folder, _UNIT) as writer:
                 values = read_unit(folder, _UNIT)  # of another process that has just completed it
                 if values is None:
-                    with UnitWriter(folder, _UNIT) as writer:
-                        values = _build_samples(config, tokenizer, sequence_length_tokens, writer, progress)
-                        writer.finish(values)
+                    values = _build_samples(config, tokenizer, sequence_length_tokens, writer, progress)
+                    writer.finish(values)
     arrays = {
         (part, name): np.load(folder / f"{part}_{name}_NL.npy", mmap_mode="r")
         for part in PARTS
         for name in ("tokens", "positions")
     }
-    names = [field.name for field in fields(SampleCounts)]
     return Prepared(
         tokenizer=Tokenizer.load(folder / TOKENIZER_NAME),
         train_tokens_NL=arrays["train", "tokens"],
         train_positions_NL=arrays["train", "positions"],
         validation_tokens_NL=arrays["validation", "tokens"],
         validation_positions_NL=arrays["validation", "positions"],
-        train_tokens=int(values["train_tokens"]),
-        validation_tokens=int(values["validation_tokens"]),
-        unigram_entropy_nats=float(values["unigram_entropy_nats"]),
-        bytes_per_token=float(values["bytes_per_token"]),
+        train_tokens=values["train_tokens"],
+        validation_tokens=values["validation_tokens"],
+        unigram_entropy_nats=values["unigram_entropy_nats"],
+        bytes_per_token=values["bytes_per_token"],
         order=single_order(len(arrays["train", "tokens"]), config.seed),
         held_out=hold_out([len(arrays["validation", "tokens"])], config.seed),
-        fingerprint=str(values["fingerprint"]),
+        fingerprint=hashlib.sha256(f"{ORDER_VERSION} {values['fingerprint']}".encode()).hexdigest(),
         train_values=_read_values(folder, "train"),
         validation_values=_read_values(folder, "validation"),
-        counts={
-            part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS
-        },
+        counts={part: SampleCounts(**values[f"{part}_samples"]) for part in PARTS},
     )
 
 
@@ -78,13 +75,13 @@ def train_on_samples(config: DataConfig) -> Tokenizer:
 
 def _build_samples(
     config: DataConfig, loaded: Tokenizer | None, sequence_length_tokens: int, writer: UnitWriter, progress: Progress
-) -> dict[str, int | float | str]:
+) -> dict[str, Any]:
     """Writes the tokenizer, trained if none is given, and the packed samples; returns their counts."""
     tokenizer = loaded or train_on_samples(config)
     for path in tokenizer.save(writer.path(TOKENIZER_NAME)):
         writer.path(path.name)
     digest = hashlib.sha256()
-    values: dict[str, int | float | str] = {}
+    values: dict[str, Any] = {}
     has_targets = DATA_SOURCES.get(config.source.kind).has_targets
     for part, samples in _encode_samples(config, tokenizer, progress).items():
         packed = pack_samples(
@@ -102,7 +99,7 @@ def _build_samples(
             np.save(writer.path(f"{part}_{name}_NL.npy"), array)
             digest.update(np.ascontiguousarray(array).data)
         values[f"{part}_tokens"] = int((packed.positions_NL >= 0).sum())
-        values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
+        values[f"{part}_samples"] = asdict(packed.counts)
         if predicted := _predicted_tokens(packed, has_targets=has_targets):
             values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
             text = tokenizer.decode(predicted, skip_special_tokens=True)

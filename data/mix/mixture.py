@@ -21,6 +21,8 @@ from data.quality.words import mix_bits
 from data.shards import replacing
 
 ORDER_NAME = "order.jsonl"
+# Part of every fingerprint. Increase it if the same settings give another order: no run resumes in another order.
+ORDER_VERSION = 2
 MOST_HELD_OUT = 2**16  # sequences of each source that validation may read
 _ROUNDS = 6
 
@@ -87,11 +89,6 @@ class Mixture:
             indices_N[is_source] = images
         return indices_N
 
-    def sources_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the number of the source that each row belongs to."""
-        sources: NDArray[np.int64] = np.searchsorted(self.first_rows, rows, side="right") - 1
-        return sources
-
     def read_before(self, position: int) -> dict[str, dict[str, float]]:
         """Returns the tokens and epochs of each source that a run has read before a position."""
         counts = self._order.counts_before(position)
@@ -122,15 +119,10 @@ class Mixture:
                 stream.write(f"{json.dumps({'step': step + 1, 'sequences': sequences})}\n")
 
 
-def order_by_shares(sequences: Mapping[str, int], shares: Sequence[float], seed: int) -> Mixture:
-    """Returns the order of groups of sequences, each with a share of the run."""
-    sources = [MixSource(name=name, paths=(), weight=share) for name, share in zip(sequences, shares, strict=True)]
-    return Mixture(Manifest(sources=tuple(sources)), sequences, 1, seed)
-
-
 def single_order(num_sequences: int, seed: int) -> Mixture:
     """Returns the order of sequences of one group: a new permutation in each epoch."""
-    return order_by_shares({"data": num_sequences}, (1.0,), seed)
+    manifest = Manifest(sources=(MixSource(name="data", paths=(), weight=1.0),))
+    return Mixture(manifest, {"data": num_sequences}, 1, seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -79,7 +79,7 @@ def test_a_run_reads_every_token_of_every_source_in_its_order(text: Path, prepar
 def test_other_weights_need_no_other_folder_and_change_the_fingerprint(text: Path, prepared: Prepared) -> None:
     changed = prepare(config_of(text, manifest=write_manifest(text, "b.yaml", (0.0, 1.0))), L)
     assert changed.fingerprint != prepared.fingerprint
-    assert set(changed.order.sources_of(changed.order.range(0, 30)).tolist()) == {1}
+    assert (changed.order.range(0, 30) >= changed.order.first_rows[1]).all()
     again = prepare(config_of(text, folder=str(folder_of(text))), L)
     assert again.fingerprint == prepared.fingerprint
     assert (again.train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()

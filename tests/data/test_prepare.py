@@ -137,6 +137,14 @@ def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: py
     assert warm.unigram_entropy_nats == cold.unigram_entropy_nats
 
 
+def test_another_version_of_the_order_is_another_fingerprint(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(config, 16)
+    monkeypatch.setattr("data.mixtures.ORDER_VERSION", 0)
+    assert prepare(config, 16).fingerprint != first.fingerprint
+
+
 @pytest.mark.parametrize(
     "change",
     [{"tokenizer_vocab_size": 290}, {"validation_fraction": 0.3}, {"fim_rate": 0.9}, {"seed": 1}],

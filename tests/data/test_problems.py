@@ -90,10 +90,15 @@ def test_preferences_pair_the_right_answer_with_one_that_has_a_wrong_digit(tmp_p
         assert (num_wrong_digits(prompt, right), num_wrong_digits(prompt, wrong)) == (0, 1)
 
 
-def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(tmp_path: Path) -> None:
+def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path, num_samples=100)
     first = prepare(config, 63)
     assert prepare(config, 63).fingerprint == first.fingerprint
+    with monkeypatch.context() as other_order:
+        other_order.setattr("data.samples.ORDER_VERSION", 0)
+        assert prepare(config, 63).fingerprint != first.fingerprint
     for changes in (
         {"generator_seed": 1},
         {"wrong_share": 0.4},
