@@ -26,6 +26,7 @@ from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 _UNIT = "samples"
+_ARRAY = "_NL.npy"
 
 
 def open_samples(
@@ -43,26 +44,22 @@ def open_samples(
                 if values is None:
                     values = _build_samples(config, tokenizer, sequence_length_tokens, writer, progress)
                     writer.finish(values)
-    arrays = {
-        (part, name): np.load(folder / f"{part}_{name}_NL.npy", mmap_mode="r")
-        for part in PARTS
-        for name in ("tokens", "positions")
-    }
+    train, validation = (_read_arrays(folder, part) for part in PARTS)
     return Prepared(
         tokenizer=Tokenizer.load(folder / TOKENIZER_NAME),
-        train_tokens_NL=arrays["train", "tokens"],
-        train_positions_NL=arrays["train", "positions"],
-        validation_tokens_NL=arrays["validation", "tokens"],
-        validation_positions_NL=arrays["validation", "positions"],
+        train_tokens_NL=train.pop("tokens"),
+        train_positions_NL=train.pop("positions"),
+        validation_tokens_NL=validation.pop("tokens"),
+        validation_positions_NL=validation.pop("positions"),
         train_tokens=values["train_tokens"],
         validation_tokens=values["validation_tokens"],
         unigram_entropy_nats=values["unigram_entropy_nats"],
         bytes_per_token=values["bytes_per_token"],
-        order=single_order(len(arrays["train", "tokens"]), config.seed),
-        held_out=hold_out([len(arrays["validation", "tokens"])], config.seed),
+        order=single_order(values["train_sequences"], config.seed),
+        held_out=hold_out([values["validation_sequences"]], config.seed),
         fingerprint=hashlib.sha256(f"{ORDER_VERSION} {values['fingerprint']}".encode()).hexdigest(),
-        train_values=_read_values(folder, "train"),
-        validation_values=_read_values(folder, "validation"),
+        train_values=train,
+        validation_values=validation,
         counts={part: SampleCounts(**values[f"{part}_samples"]) for part in PARTS},
     )
 
@@ -94,10 +91,11 @@ def _build_samples(
                 f"at least one must fit{rule}; nearest: "
                 f"{min(sample.num_tokens for sample in samples)}"
             )
-        arrays = {"tokens": packed.tokens_NL, "positions": packed.positions_NL}
-        for name, array in {**arrays, **{f"value-{name}": value for name, value in packed.values.items()}}.items():
-            np.save(writer.path(f"{part}_{name}_NL.npy"), array)
+        arrays = {**packed.values, "tokens": packed.tokens_NL, "positions": packed.positions_NL}
+        for name, array in arrays.items():
+            np.save(writer.path(f"{part}_{name}{_ARRAY}"), array)
             digest.update(np.ascontiguousarray(array).data)
+        values[f"{part}_sequences"] = len(packed.tokens_NL)
         values[f"{part}_tokens"] = int((packed.positions_NL >= 0).sum())
         values[f"{part}_samples"] = asdict(packed.counts)
         if predicted := _predicted_tokens(packed, has_targets=has_targets):
@@ -108,12 +106,10 @@ def _build_samples(
     return values
 
 
-def _read_values(folder: Path, part: Part) -> dict[str, NDArray[np.generic]]:
-    """Returns the values of a part's tokens by name, memory-mapped."""
-    start = f"{part}_value-"
-    end = "_NL.npy"
-    paths = sorted(folder.glob(f"{start}*{end}"))
-    return {path.name.removeprefix(start).removesuffix(end): np.load(path, mmap_mode="r") for path in paths}
+def _read_arrays(folder: Path, part: Part) -> dict[str, NDArray[Any]]:
+    """Returns tokens, positions and further values of a part by name, memory-mapped."""
+    paths = sorted(folder.glob(f"{part}_*{_ARRAY}"))
+    return {path.name[len(part) + 1 : -len(_ARRAY)]: np.load(path, mmap_mode="r") for path in paths}
 
 
 def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> dict[Part, list[TrainingSample]]:
