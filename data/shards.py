@@ -52,7 +52,7 @@ class UnitWriter:
         self._unit = unit
         self._building = folder / f".building-{unit}-{uuid.uuid4().hex}"
         self._streams: dict[str, IO[bytes]] = {}
-        self._files: dict[str, Any] = {}
+        self._paths = set[Path]()
 
     def __enter__(self) -> "UnitWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,32 +70,27 @@ class UnitWriter:
     def append(self, name: str, values: NDArray[Any]) -> None:
         """Appends values in little-endian order to the file with a name."""
         if name not in self._streams:
-            self._streams[name] = (self._building / name).open("wb")
-            self._files[name] = hashlib.sha256()
-        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        self._streams[name].write(content)
-        self._files[name].update(content)
+            self._streams[name] = self.path(name).open("wb")
+        self._streams[name].write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
     def path(self, name: str) -> Path:
         """Returns where to write a file of the unit that `append` does not write."""
-        self._files[name] = None
+        self._paths.add(self._building / name)
         return self._building / name
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Installs the files, and `ID.json` with the values, and the size and SHA-256 of each file."""
         for path in (self._folder / f"{self._unit}.json", *self._folder.glob(f"*{self._unit}.*")):
             path.unlink(missing_ok=True)
+        for stream in self._streams.values():
+            stream.close()
         files = {}
-        for name, digest in sorted(self._files.items()):
-            if digest is None:
-                with (self._building / name).open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256")
-                    os.fsync(stream.fileno())
-            else:
-                self._streams[name].flush()
-                os.fsync(self._streams[name].fileno())
-            (self._building / name).rename(self._folder / name)
-            files[name] = {"bytes": (self._folder / name).stat().st_size, "sha256": digest.hexdigest()}
+        for path in sorted(self._paths):
+            with path.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+                os.fsync(content.fileno())
+            path.rename(self._folder / path.name)
+            files[path.name] = {"bytes": (self._folder / path.name).stat().st_size, "sha256": digest}
         replace_file(self._folder / f"{self._unit}.json", json.dumps({**values, "files": files}, indent=1).encode())
 
 
