@@ -4,23 +4,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from data.corpus import is_validation
-from data.registry import DATA_SOURCES, DataSource, Part
+from data.registry import DATA_SOURCES, DataSource, Document, Part, TrainingSample
 from kernels.ranges import NonNegativeInt, PositiveInt, PositiveShare
 
+if TYPE_CHECKING:
+    from data.problems import ProblemRecord
 
-class Keyed(Protocol):
-    """What a source has and the split of its parts needs."""
-
-    @property
-    def key(self) -> str:
-        """Name that is equal on every machine."""
-        ...
-
-
-T = TypeVar("T", bound=Keyed)
+T = TypeVar("T", bound="Document | TrainingSample | ProblemRecord")  # its key is equal on every machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
