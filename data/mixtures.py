@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, hash_unit
-from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
+from data.mix.manifest import Manifest, MixSource, MixtureSource, parse_manifest, read_manifest
 from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
-from data.mix.source import MixtureSource
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared
 from data.progress import Progress

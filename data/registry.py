@@ -146,5 +146,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mix.source"),
+    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mix.manifest"),
 )

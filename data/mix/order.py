@@ -154,19 +154,19 @@ class _Phase:
         later: Sequence[tuple[Counts, int]] = (),
     ) -> Counts:
         """Returns the counts at positions, between those at an earlier and at a later position of each."""
-        one = 1 << self._bits
+        scale = 1 << self._bits
         middle_A1 = middle_A[:, None]
         # The product wraps around, but not in the bits of its fraction.
-        part_AS = (self._lags_S + middle_A1 * self._rates_S) & (one - 1)
+        part_AS = (self._lags_S + middle_A1 * self._rates_S) & (scale - 1)
         share_AS = self._lags_S + middle_A1 * self._rates_S.astype(np.float64)
-        whole_AS = np.rint((share_AS - part_AS) / one).astype(np.int64)
+        whole_AS = np.rint((share_AS - part_AS) / scale).astype(np.int64)
         counts_AS: Counts = np.maximum(whole_AS, low_AS)
         is_free_AS = np.minimum(whole_AS + (part_AS > 0), high_AS) > counts_AS
         missing_A = middle_A - counts_AS.sum(axis=1)
         # Free sources in the order in which they must have their next sequence. If shares of n sequences come before
         # one, it cannot be among the first n to be chosen.
         rates_S = np.maximum(self._rates_S, 1)
-        due_AS = -((part_AS - one) // rates_S)
+        due_AS = -((part_AS - scale) // rates_S)
         if later:
             due_AS[0] = [self._due(source, int(part), later) for source, part in enumerate(part_AS[0])]
         order_AS = np.argsort(due_AS, axis=1, kind="stable")

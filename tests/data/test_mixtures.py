@@ -10,7 +10,7 @@ import pytest
 from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
-from data.mix.source import MixtureSource
+from data.mix.manifest import MixtureSource
 from data.mixtures import open_folder
 from data.parts import Prepared
 from data.prepare import prepare
