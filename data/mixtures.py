@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
-from data.corpus import DataError, hash_unit
+from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource, MixtureSource, parse_manifest, read_manifest
 from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part
-from data.samples import cache_errors, lowered_line
+from data.samples import cache_errors, held_out_fraction
 from data.shards import (
     ANY_LENGTH,
     PARTS,
@@ -224,7 +224,8 @@ def _prepare_documents(
     with cache_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
     text = RunText(source=config.source, held_out=config.validation_source)
-    config = replace(config, validation_fraction=_held_out_fraction(config, progress))
+    keys = (document.key for document in read_documents(config.source))
+    config = replace(config, validation_fraction=held_out_fraction(config, keys, "documents", progress))
     build_folder(_settings(config, "", tokenizer, length), tokenizer, folder, 1, progress, text)
 
 
@@ -235,21 +236,6 @@ def _is_complete(folder: Path) -> bool:
         return False
     named = [(folder / SOURCES_NAME / name, unit) for name, source in sources.items() for unit in source["units"]]
     return all(read_unit(source_folder, unit) is not None for source_folder, unit in named)
-
-
-def _held_out_fraction(config: DataConfig, progress: Progress) -> float:
-    """Returns the share to hold out, lowered if it would leave no document to train on."""
-    largest = 0.0
-    count = 0
-    for document in read_documents(config.source):
-        drawn = hash_unit("split", config.seed, document.key)
-        if config.validation_paths is not None or drawn >= config.validation_fraction:
-            return config.validation_fraction
-        largest = max(largest, drawn)  # a document is held out if its hash is below the fraction
-        count += 1
-    if count > 1:
-        progress.note(lowered_line(config, count, "documents"))
-    return largest
 
 
 def _settings(config: DataConfig, manifest: str, tokenizer: Tokenizer | None, length: int) -> "BuildSettings":

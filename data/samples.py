@@ -4,9 +4,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +115,33 @@ def _read_arrays(folder: Path, part: Part) -> dict[str, NDArray[Any]]:
 def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> dict[Part, list[TrainingSample]]:
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
+    samples = list(encode(config.source, tokenizer))
+    fraction = held_out_fraction(config, (sample.key for sample in samples), "samples", progress)
+    config = replace(config, validation_fraction=fraction)
     parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}
-    for part, sample in with_parts(config, lambda source: encode(source, tokenizer)):
+    for part, sample in with_parts(
+        config, lambda source: samples if source is config.source else encode(source, tokenizer)
+    ):
         parts[part].append(sample)
-    if not parts["train"] and parts["validation"]:
-        count = len(parts["validation"])
-        if count > 1:
-            progress.note(lowered_line(config, count, "samples"))
-        last = max(range(count), key=lambda number: hash_unit("split", config.seed, parts["validation"][number].key))
-        parts["train"].append(parts["validation"].pop(last))
     return parts
 
 
-def lowered_line(config: DataConfig, count: int, unit: str) -> str:
-    """Returns the line about a validation set that would hold out everything."""
-    return (
-        f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by hash "
-        f"with data.seed={config.seed}; the validation set is lowered to {count - 1}"
-    )
+def held_out_fraction(config: DataConfig, keys: Iterable[str], unit: str, progress: Progress) -> float:
+    """Returns the share to hold out, lowered if it would leave no document or sample to train on."""
+    largest = 0.0
+    count = 0
+    for key in keys:
+        drawn = hash_unit("split", config.seed, key)
+        if config.validation_paths is not None or drawn >= config.validation_fraction:
+            return config.validation_fraction
+        largest = max(largest, drawn)  # a document is held out if its hash is below the fraction
+        count += 1
+    if count > 1:
+        progress.note(
+            f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by "
+            f"hash with data.seed={config.seed}; the validation set is lowered to {count - 1}"
+        )
+    return largest
 
 
 def _predicted_tokens(packed: PackedSamples, *, has_targets: bool) -> list[int]:

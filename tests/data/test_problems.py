@@ -19,6 +19,7 @@ from data.pack import WEIGHTS
 from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.problems import split_problems
+from data.progress import ProgressLines
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from launch.sample_lines import sample_lines
@@ -88,6 +89,14 @@ def test_preferences_pair_the_right_answer_with_one_that_has_a_wrong_digit(tmp_p
     for (prompt, right), (same, wrong) in zip(answers[::2], answers[1::2], strict=True):
         assert prompt == same
         assert (num_wrong_digits(prompt, right), num_wrong_digits(prompt, wrong)) == (0, 1)
+
+
+def test_a_validation_set_of_all_samples_is_lowered_with_a_line(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = dataclasses.replace(config_of(tmp_path, num_samples=20), validation_fraction=1.0 - 1e-9)
+    prepared = prepare(config, 63, ProgressLines(lines.append))
+    assert (prepared.counts["train"].kept, prepared.counts["validation"].kept) == (1, 19)
+    assert any("would hold out all 20 samples" in line and "lowered to 19" in line for line in lines)
 
 
 def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(
