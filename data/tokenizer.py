@@ -101,7 +101,7 @@ class Tokenizer:
         return [*([] if self.special.bos is None else [self.special.bos]), *ids, self.special.eos]
 
     def prompt(self, text: str | Sequence[int]) -> list[int]:
-        """Returns the tokens of a text, or of its ids, to continue: begin of sentence (if there is one) and text.
+        """Returns the tokens of a text to continue: begin of sentence (if there is one) and its ids.
 
         A tokenizer without that token puts the end of sentence before an empty text.
         """

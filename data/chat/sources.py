@@ -20,7 +20,7 @@ CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatLines(DataSource):
-    """Lines of `.jsonl` files that a chat template writes as samples, such as pairs of answers or problems.
+    """Lines of `.jsonl` files that a chat template writes as samples: pairs of answers or problems.
 
     A pair, or the prompt of a problem, that is longer than a sequence is dropped.
     """
