@@ -11,11 +11,12 @@ Shape legend: E experts of a layer, S slots of all ranks in their order, R ranks
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus import shorten
 from infer.config import RuleError
 
 Policy = Literal["hierarchical", "global"]
@@ -92,6 +93,9 @@ class Placement:
         """Decodes a placement as `launch.place format=json` writes it; errors name the key."""
         try:
             shape = PlacementShape(**{field.name: values[field.name] for field in fields(PlacementShape)})
+            sizes = (shape.num_experts, shape.num_groups, shape.num_ranks, shape.num_nodes, shape.num_redundant + 1)
+            if any(type(size) is not int or size < 1 for size in sizes) or shape.policy not in get_args(Policy):
+                raise ValueError(f"sizes {shape}")
             rows = {
                 int(name.removeprefix("layer_")): np.array(layer["experts"]) for name, layer in values["layers"].items()
             }
@@ -108,7 +112,9 @@ class Placement:
             elif any(len({*experts_K}) < form[1] for experts_K in experts_RK.tolist()):
                 rule = "must not have two copies of an expert on a rank"
             if rule:
-                raise PlacementError.broken(key, f"layer {layer} {rule}", experts_RK.tolist(), "a new placement")
+                raise PlacementError.broken(
+                    key, f"layer {layer} {rule}", shorten(str(experts_RK.tolist())), "a new placement"
+                )
         return cls(shape=shape, layers={layer: experts_RK.flatten() for layer, experts_RK in rows.items()})
 
     @property

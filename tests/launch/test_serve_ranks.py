@@ -124,6 +124,7 @@ def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
         ("ranks=2 prefill_ranks=2", ConfigError, ["prefill_ranks", "less than ranks=2", "is 2", "valid: 1"]),
         ("place_again_seconds=5", ConfigError, ["ranks", "at least 2"]),
         ("ranks=2 placement=FILE", PlacementError, ["placement", "ranks=2 and 8 experts", "for 4 and 8"]),
+        ("ranks=4 placement=FILE", PlacementError, ["placement", "must place layers from", "is of layer 99"]),
     ],
 )
 def test_ranks_that_cannot_serve_are_refused(
@@ -131,5 +132,6 @@ def test_ranks_that_cannot_serve_are_refused(
 ) -> None:
     file = tmp_path / "placement.json"
     sizes = {"num_experts": 8, "num_groups": 4, "num_ranks": 4, "num_nodes": 1, "num_redundant": 4, "policy": "global"}
-    file.write_text(json.dumps({**sizes, "layers": {}}))
+    experts = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
+    file.write_text(json.dumps({**sizes, "layers": {"layer_99": {"experts": experts}}}))
     assert_refused(error, parts, lambda: run_serve([f"ckpt={run}", *overrides.replace("FILE", str(file)).split()]))

@@ -93,6 +93,10 @@ def test_written_placement_is_read() -> None:
     [
         ({"layers": None}, ["must be what launch.place format=json writes"]),
         ({"num_ranks": 0}, ["must be what launch.place format=json writes"]),
+        ({"num_ranks": 4.0}, ["must be what launch.place format=json writes"]),
+        ({"num_nodes": "1"}, ["must be what launch.place format=json writes"]),
+        ({"policy": "none"}, ["must be what launch.place format=json writes"]),
+        ({"num_experts": 10**12, "num_redundant": 12 - 10**12}, ["must be what launch.place format=json writes"]),
         ({"num_ranks": 8}, ["must be what launch.place", "fill 8 ranks"]),
         ({"layers": {"layer_1": {"experts": [[0, 1, 2]] * 4}}}, ["layer 1 must place each of 8 experts"]),
         (
