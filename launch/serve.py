@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +89,8 @@ class ServeCommandConfig:
 def main(overrides: Sequence[str]) -> int:
     """Serves until a signal drains the server. User errors are reported before weights are read."""
     config = _decode(overrides)
+    if os.environ.get(API_KEY) == "":
+        raise ConfigError(f"{API_KEY}: must have at least one character, is empty; nearest valid: unset {API_KEY}")
     with system_errors():
         source, network, placement = _check(config)
         if network is not None and is_other_rank(os.environ):
@@ -183,8 +185,28 @@ def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.sock
 
     thread = EngineThread(engine, most_open=config.max_sequences + config.max_queue)
     served = describe_model(config, source)
+    for line in _start_lines(config, source, served, thread.counts):
+        _write_line(line)
     service = Service(served, thread, api_key=os.environ.get(API_KEY), write_line=_write_line)
     return run_server(service, bound, config.drain_seconds)
+
+
+def _start_lines(
+    config: ServeCommandConfig, source: WeightsSource, served: "ServedModel", counts: Mapping[str, int]
+) -> Iterator[str]:
+    """Yields what the server has: weights, cache, chats, structured output; and a warning if anybody may use it."""
+    from model.attention.cache import BLOCK_TOKENS
+
+    cache = f"{counts['total_blocks'] * BLOCK_TOKENS:,} tokens in {counts['cache_bytes'] / 1e6:,.1f} MB"
+    yield f"weights in {source.resolve(config.dtype)}, cache of {cache}"
+    if served.template is None:
+        yield "no chat template: /v1/chat/completions is refused; chat=v3 gives it one"
+    else:
+        yield f"chat template {template_of(source.folder) if config.chat == 'auto' else config.chat}"
+    if not served.grammars.is_available:
+        yield "no structured output: it needs the extra structured: pip install '.[structured]'"
+    if API_KEY not in os.environ and not config.host.startswith(("127.", "localhost", "::1")):
+        yield f"warning: anybody who reaches {config.host} may use this server; set {API_KEY} to demand a key"
 
 
 def build_engine(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class Grammars:
         self._tokenizer = tokenizer
         self._end_ids = list(end_ids)
         self._vocab_size = vocab_size
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the package that builds grammars is installed."""
+        return find_spec("llguidance") is not None
 
     @cached_property
     def _backend(self) -> Any:

@@ -374,6 +374,7 @@ def test_command_serves_and_ends_with_0_on_sigterm(tmp_path: Path) -> None:
             assert process.returncode == 0, errors
             assert time.monotonic() - began < 10
             assert "chat/completions 200" in errors
+            assert "weights in float32, cache of 65,536 tokens in 12.6 MB\nchat template v3_1\n" in errors
             assert "hello" not in errors
         finally:
             process.kill()
@@ -410,3 +411,9 @@ def test_port_in_use_is_a_user_error(tmp_path: Path) -> None:
     folder = save_weights(tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="port=0"):
         main([f"ckpt={folder}", f"port={taken.getsockname()[1]}"])
+
+
+def test_empty_key_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY, "")
+    with pytest.raises(ConfigError, match="SERVE_API_KEY: must have at least one character"):
+        main(["ckpt=nowhere"])
