@@ -25,6 +25,7 @@ from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError
 
 MOST_BODY_BYTES = 2**24
+BODY_SECONDS = 60.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
 
@@ -72,7 +73,7 @@ class Service:
         self.served = served
         self.engine = engine
         self.metrics = Metrics()
-        self.num_calls = 0  # in progress
+        self.num_calls = 0  # in progress, without those whose body has not arrived
         self.is_draining = False
         self._api_key = api_key
         self.write_line = write_line
@@ -143,10 +144,10 @@ class _Call:
         self._began = time.monotonic()
         self._last: dict[int, float] = {}  # time of the last token, by answer
         self._is_streaming = False
+        self._has_begun = False  # whether its body has arrived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer or an error. If the client disconnects, its sequences are cancelled."""
-        self._service.num_calls += 1
         status = _DISCONNECTED
         try:
             content = await self._answer(send)
@@ -173,9 +174,11 @@ class _Call:
         """Returns the whole answer, or the end of a stream whose other events are sent."""
         service = self._service
         service.check_access(self._request)
+        content = await _read_body(self._request)
         if service.is_draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        content = await _read_body(self._request)
+        service.num_calls += 1
+        self._has_begun = True
         call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
         reply = Reply(call, service.served)
         self._reply = reply
@@ -222,7 +225,7 @@ class _Call:
     def _count_call(self, status: int) -> None:
         """Counts a call that has ended, and reports it in one line."""
         service = self._service
-        service.num_calls -= 1
+        service.num_calls -= self._has_begun
         service.metrics.requests.labels(self._endpoint, status).inc()
         usage = defaultdict[str, int](int) if self._reply is None else self._reply.usage
         for kind, counter in service.metrics.tokens.items():
@@ -254,10 +257,14 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 async def _read_body(request: Request) -> bytes:
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MOST_BODY_BYTES:
-            raise ApiError(413, f"the body must have at most {MOST_BODY_BYTES} bytes", code="body_too_large")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > MOST_BODY_BYTES:
+                    raise ApiError(413, f"the body must have at most {MOST_BODY_BYTES} bytes", code="body_too_large")
+    except TimeoutError as error:
+        raise ApiError(408, f"the body must arrive within {BODY_SECONDS} s", code="body_too_slow") from error
     return bytes(content)
 
 

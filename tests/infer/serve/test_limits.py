@@ -266,6 +266,25 @@ def test_signal_drains_what_is_in_progress_and_refuses_the_rest() -> None:
         assert answers[0].json()["usage"]["completion_tokens"] == 120
 
 
+PARTIAL = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+
+
+def test_body_that_does_not_arrive_is_refused_and_delays_no_shutdown() -> None:
+    with serving(make_engine()) as running, mock.patch("infer.serve.app.BODY_SECONDS", 0.2):
+        address = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as client:
+            client.sendall(PARTIAL)
+            assert b"408 Request Timeout" in client.recv(1000)
+    with serving(make_engine()) as running:
+        running.server._drain_seconds = 60  # longer than `serving` waits for the end
+        address = running.url.removeprefix("http://").split(":")
+        client = socket.create_connection((address[0], int(address[1])), timeout=30)
+        client.sendall(PARTIAL)
+        while not running.server.server_state.tasks:
+            time.sleep(0.01)
+    client.close()
+
+
 class LostEngineError(RuntimeError):
     exit_code = 78
 
