@@ -26,6 +26,7 @@ class DrainingServer(uvicorn.Server):
             service.app(), log_level=logging.WARNING, access_log=False, timeout_graceful_shutdown=2, server_header=False
         )
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
         self._service = service
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
@@ -58,6 +59,11 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.1)  # until the errors are sent
             return True
         return await super().on_tick(counter) or (self._service.is_draining and self._service.num_calls == 0)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Returns whether a log record has no traceback of a request that the end of the server cancelled."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
