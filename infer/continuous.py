@@ -117,7 +117,7 @@ class ContinuousEngine:
             "active": len(self.batch),
             "free_blocks": self.batch.decoder.main.num_free_blocks,
             "total_blocks": self._num_blocks,
-            "cache_bytes": self.batch.decoder.main.num_bytes,
+            "cache_bytes": self.batch.decoder.main.num_bytes + self.batch.decoder.mtp.num_bytes,
             "reused_tokens": self.batch.num_reused,
             "preemptions": self._num_preempted,
             "tokens": statistics.tokens,

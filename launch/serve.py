@@ -39,6 +39,7 @@ from launch.job import (
     spread_over_ranks,
 )
 from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
+from model.config import BLOCK_TOKENS
 from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
@@ -195,8 +196,6 @@ def _start_lines(
     config: ServeCommandConfig, source: WeightsSource, served: "ServedModel", counts: Mapping[str, int]
 ) -> Iterator[str]:
     """Yields what the server has: weights, cache, chats, structured output; and a warning if anybody may use it."""
-    from model.attention.cache import BLOCK_TOKENS
-
     cache = f"{counts['total_blocks'] * BLOCK_TOKENS:,} tokens in {counts['cache_bytes'] / 1e6:,.1f} MB"
     yield f"weights in {source.resolve(config.dtype)}, cache of {cache}"
     if served.template is None:
