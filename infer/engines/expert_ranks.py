@@ -289,10 +289,14 @@ class RanksEngine:
         """Queues a prompt for the rank with the fewest tokens, or raises GenerateError if it never fits."""
         assert request.samples == 1, "a server sends each answer as a separate prompt"
         self._rank.engine.check(prompt, request)
-        # A constraint has state that is not sent to other ranks.
-        rank = 0 if request.constraint is not None else self._least_loaded(self._reading)
+        rank = 0
+        if request.constraint is not None:
+            # A constraint has state that cannot be sent, not even in orders that only rank 0 follows.
+            self._rank.engine.submit(prompt, request)
+        else:
+            rank = self._least_loaded(self._reading)
+            self._orders.submissions.append((rank, prompt, request))
         self._shares[prompt.number] = (rank, len(prompt.tokens) + request.max_new_tokens)
-        self._orders.submissions.append((rank, prompt, request))
 
     def cancel(self, number: int) -> None:
         """Ends the sequences of a prompt before the next pass."""

@@ -27,19 +27,27 @@ PLACEMENT = Placement(shape=SHAPE, layers={}).again({1: np.array([90.0, 1, 1, 2,
 IN_ORDER = Placement(shape=replace(SHAPE, num_redundant=0), layers={})
 
 
+class Anything:
+    """A constraint that allows every token."""
+
+    def allowed(self) -> None:
+        """Returns that all tokens may be next."""
+
+    def accept(self, token: int) -> None:
+        """Does nothing."""
+
+
 def requests() -> list[tuple[NumberedPrompt, Request]]:
-    """Returns 50 greedy requests and some with draws, of mixed lengths."""
+    """Returns 50 greedy requests and some with draws, of mixed lengths, some with a constraint, which has no pickle."""
     rng = random.Random(5)
     made = []
     for number in range(56):
         tokens = tuple(rng.randrange(MODEL.vocab_size) for _ in range(rng.choice((1, 2, 5, 9, 33))))
         sampling = Sampling(temperature=0.0 if number < 50 else 0.8, seed=number)
-        made.append(
-            (
-                NumberedPrompt(number=number, tokens=tokens),
-                Request(samples=1, max_new_tokens=rng.randrange(1, 7), sampling=sampling),
-            )
-        )
+        request = Request(samples=1, max_new_tokens=rng.randrange(1, 7), sampling=sampling)
+        if number % 8 == 5:
+            request = replace(request, constraint=lambda: Anything())
+        made.append((NumberedPrompt(number=number, tokens=tokens), request))
     return made
 
 
@@ -138,8 +146,9 @@ def test_ranks_that_share_experts_give_each_request_the_tokens_of_one_rank(tmp_p
     for variant, *served in zip(VARIANTS, *run_ranks(NUM_RANKS, serve, tmp_path), strict=True):
         assert {rank.is_placed_again for rank in served} == {variant.place_again_seconds is not None}
         if variant.prefill_ranks:
-            # Each of 57 requests gets its first token from a rank that reads.
-            assert sum(rank.num_tokens for rank in served[: variant.prefill_ranks]) == 57
+            # Each of 57 requests gets its first token from a rank that reads, and with a constraint all.
+            others = [len(expected[prompt.number].tokens) - 1 for prompt, request in requests() if request.constraint]
+            assert sum(rank.num_tokens for rank in served[: variant.prefill_ranks]) == 57 + sum(others)
         assert all(rank.num_tokens > 20 for rank in served)
         tokens = served[0].tokens
         assert {number: [token for token, _ in chosen] for number, chosen in tokens.items()} == {
