@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -186,16 +187,16 @@ def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.sock
 
     thread = EngineThread(engine, most_open=config.max_sequences + config.max_queue)
     served = describe_model(config, source)
-    for line in _start_lines(config, source, served, thread.counts):
+    for line in _start_lines(config, source, served, thread.counts, bound.getsockname()[0]):
         _write_line(line)
     service = Service(served, thread, api_key=os.environ.get(API_KEY), write_line=_write_line)
     return run_server(service, bound, config.drain_seconds)
 
 
 def _start_lines(
-    config: ServeCommandConfig, source: WeightsSource, served: "ServedModel", counts: Mapping[str, int]
+    config: ServeCommandConfig, source: WeightsSource, served: "ServedModel", counts: Mapping[str, int], address: str
 ) -> Iterator[str]:
-    """Yields what the server has: weights, cache, chats, structured output; and a warning if anybody may use it."""
+    """Yields what the server has, and a warning if other machines may use it without a key."""
     cache = f"{counts['total_blocks'] * BLOCK_TOKENS:,} tokens in {counts['cache_bytes'] / 1e6:,.1f} MB"
     yield f"weights in {source.resolve(config.dtype)}, cache of {cache}"
     if served.template is None:
@@ -204,8 +205,8 @@ def _start_lines(
         yield f"chat template {template_of(source.folder) if config.chat == 'auto' else config.chat}"
     if not served.grammars.is_available:
         yield "no structured output: it needs the extra structured: pip install '.[structured]'"
-    if API_KEY not in os.environ and not config.host.startswith(("127.", "localhost", "::1")):
-        yield f"warning: anybody who reaches {config.host} may use this server; set {API_KEY} to demand a key"
+    if API_KEY not in os.environ and not ip_address(address).is_loopback:
+        yield f"warning: other machines may use this server at {address} without a key; {API_KEY} sets one"
 
 
 def build_engine(
