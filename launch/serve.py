@@ -304,6 +304,10 @@ def _bind(config: ServeCommandConfig) -> socket.socket:
 
     try:
         return open_socket(config.host, config.port)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"host: must be an address of this machine, is {config.host!r} ({error.strerror}); nearest valid: 127.0.0.1"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"port: {config.host}:{config.port} must be a free address, cannot be used: {error.strerror or error}; "
