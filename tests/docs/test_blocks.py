@@ -22,7 +22,7 @@ RUNNABLE = [
 ]
 TRAINS = re.compile(r"-m launch\.(train|submit)\b")
 STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
-DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins|manifest)=|TIME")
+DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins|manifest|folder)=|TIME")
 """What a command has that reads files of the page's folder."""
 REPEATED = re.compile(
     r"'data\.paths=\[notes\.txt\]' data\.validation|name=longer|quickstart schedule=|task\.steps=240|quickstart_yarn|"
