@@ -213,7 +213,7 @@ def test_full_queue_is_refused_with_429() -> None:
         assert client.post("/v1/completions", json={**COMPLETION, "n": 2}).status_code == 200
 
 
-LONG = {"prompt": "hello", "max_tokens": 450, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 450, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -239,6 +239,7 @@ def test_client_that_disconnects_frees_its_blocks(stream: bool) -> None:
         while running.service.engine.num_open or not engine.is_idle:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert engine.counts()["tokens"] < 4 * LONG["max_tokens"], "the answers were completed for no client"
         assert engine.counts()["free_blocks"] == free
         assert " 499, " in running.lines[-1]
         samples = httpx.get(f"{running.url}/metrics").text.splitlines()
