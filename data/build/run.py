@@ -89,9 +89,9 @@ def _check_folder(folder: Path) -> None:
     """Rejects a folder with anything that `launch.prepare` did not write."""
     if folder.is_file():
         raise DataError(f"out: must be a folder, {str(folder)!r} is a file; nearest: {folder}.prepared")
-    is_foreign = folder.is_dir() and not (folder / SETTINGS_NAME).exists()
-    others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if is_foreign else []
-    if others:
+    others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
+    # Another command may be filling the folder. Its settings come first, so they are looked for after the list.
+    if others and not (folder / SETTINGS_NAME).exists():
         raise DataError(
             f"out: must be a new or empty folder, or one of launch.prepare, {str(folder)!r} has {others[0]!r}; "
             f"nearest: {str(folder / 'prepared')!r}"

@@ -259,6 +259,23 @@ def test_folder_of_other_settings_or_content_is_refused(
         build_folder(settings, tokenizer, tmp_path, 1, NO_PROGRESS)
 
 
+def test_folder_that_another_command_begins_meanwhile_is_not_refused(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command writes its settings between any two looks at the folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    list_folder = Path.iterdir
+
+    def list_after_another(path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", list_folder)
+        build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", list_after_another)
+    assert build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)["cached"]
+
+
 def test_full_disk_is_one_line_and_complete_units_stay(
     settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
