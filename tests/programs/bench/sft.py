@@ -60,7 +60,7 @@ def transformers_model() -> torch.nn.Module:
     from model.hf.config import write_config
 
     keys = write_config(compose_run(["experiment=arithmetic_sft"]).model, dtype="F32", fp8=False)
-    config = DeepseekV3Config(**keys, attn_implementation="sdpa")  # type: ignore[call-arg]
+    config = DeepseekV3Config(**keys, attn_implementation="sdpa")
     config._experts_implementation = "eager"
     model: torch.nn.Module = DeepseekV3ForCausalLM(config)
     return model

@@ -184,9 +184,9 @@ def _build_transformers(
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     keys = write_config(config, dtype="F32", fp8=False)
-    theirs = DeepseekV3Config(**keys, attn_implementation="sdpa")  # type: ignore[call-arg]
+    theirs = DeepseekV3Config(**keys, attn_implementation="sdpa")
     theirs._experts_implementation = "grouped_mm"
-    model = DeepseekV3ForCausalLM(theirs).to(dtype).train()  # type: ignore[arg-type]
+    model = DeepseekV3ForCausalLM(theirs).to(dtype).train()
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits

@@ -144,7 +144,7 @@ def serve_trl(trainer_class: Callable[..., Any], num_steps: int, pipe: Connectio
 
     steps = Steps(pipe)
 
-    class Serve(TrainerCallback):
+    class Serve(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *rest: Any, **values: Any) -> None:
             steps.start()
 
