@@ -243,89 +243,46 @@ def score_in_threads(
     Raises:
         ScoringError: a call raised it, or twice as many calls as threads were abandoned and none returned in between.
     """
-    run = _Run(kind, calls)
-    try:
-        for _ in range(min(num_threads, len(calls))):
-            run.start_thread()
-        return run.wait(seconds, max_abandoned=2 * num_threads)
-    finally:
-        run.stop()
+    returned: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
 
+    def call(number: int) -> None:
+        result: object
+        try:
+            result = calls[number]()
+        except ScoringError as error:
+            result = error
+        except Exception as error:
+            result = failure("error", f"{kind}: {type(error).__name__}: {error}"[:LONGEST_DETAIL])
+        returned.put((number, result))
 
-class _Run:
-    """Calls of a scorer that are waiting, running or done. One lock guards all fields."""
-
-    def __init__(self, kind: str, calls: Sequence[Callable[[], object]]) -> None:
-        self._kind = kind
-        self._calls = calls
-        self._changed = threading.Condition()
-        self._waiting = deque(range(len(calls)))
-        self._running: dict[int, tuple[int, float]] = {}
-        self._results: dict[int, object] = {}
-        self._num_threads = 0
-        self._num_abandoned = 0
-        self._fatal_error: ScoringError | None = None
-
-    def start_thread(self) -> None:
-        """Starts a thread. It is a daemon, so that one that hangs does not keep the process from ending."""
-        self._num_threads += 1
-        threading.Thread(target=self._work, args=(self._num_threads,), name="scoring", daemon=True).start()
-
-    def wait(self, seconds: float | None, max_abandoned: int) -> list[object]:
-        """Returns all results, and abandons calls that take too long."""
-        with self._changed:
-            while True:
-                if self._fatal_error is not None:
-                    raise self._fatal_error
-                if len(self._results) == len(self._calls):
-                    return [self._results[number] for number in range(len(self._calls))]
-                if self._num_abandoned >= max_abandoned:
-                    raise ScoringError(
-                        f"reward.parts, kind {self._kind}: must score an answer within {seconds:g} s, does not for "
-                        f"{max_abandoned} answers in a row"
-                    )
-                left = None if seconds is None else self._abandon_late(seconds)
-                if left is None or left > 0:
-                    self._changed.wait(left)
-
-    def stop(self) -> None:
-        """Lets no further call start."""
-        with self._changed:
-            self._waiting.clear()
-
-    def _abandon_late(self, seconds: float) -> float:
-        """Abandons calls that are late. Returns the time until the next one would be."""
-        now = time.monotonic()
-        for number, (thread, began) in list(self._running.items()):
-            if now - began >= seconds:
-                del self._running[number]
-                detail = f"{self._kind}: thread {thread} gave no score within {seconds:g} s"
-                self._results[number] = failure("unknown", detail)
-                self._num_abandoned += 1
-                self.start_thread()
-        if len(self._results) == len(self._calls):
-            return 0.0
-        return seconds - max((now - began for _, began in self._running.values()), default=0.0)
-
-    def _work(self, thread: int) -> None:
-        while True:
-            with self._changed:
-                if not self._waiting:
-                    return
-                number = self._waiting.popleft()
-                self._running[number] = thread, time.monotonic()
-                self._changed.notify()
-            fatal_error = None
-            try:
-                result = self._calls[number]()
-            except Exception as error:
-                fatal_error = error if isinstance(error, ScoringError) else None
-                result = failure("error", f"{self._kind}: {type(error).__name__}: {error}"[:LONGEST_DETAIL])
-            with self._changed:
-                if number not in self._running:
-                    return  # abandoned; another thread took its place
-                del self._running[number]
-                self._results[number] = result
-                self._num_abandoned = 0
-                self._fatal_error = fatal_error or self._fatal_error
-                self._changed.notify()
+    waiting = deque(range(len(calls)))
+    running: dict[int, float] = {}  # when each call began, the oldest first
+    results: dict[int, object] = {}
+    num_abandoned = 0
+    while len(results) < len(calls):
+        while waiting and len(running) < num_threads:
+            number = waiting.popleft()
+            running[number] = time.monotonic()
+            # A daemon, so that a call that hangs does not keep the process from ending.
+            threading.Thread(target=call, args=(number,), name="scoring", daemon=True).start()
+        oldest = next(iter(running))
+        try:
+            left = None if seconds is None else max(0.0, running[oldest] + seconds - time.monotonic())
+            number, result = returned.get(timeout=left)
+        except queue.Empty:
+            del running[oldest]
+            results[oldest] = failure("unknown", f"{kind}: call {oldest + 1} gave no score within {seconds:g} s")
+            num_abandoned += 1
+            if num_abandoned >= 2 * num_threads and len(results) < len(calls):
+                raise ScoringError(
+                    f"reward.parts, kind {kind}: must score an answer within {seconds:g} s, does not for "
+                    f"{num_abandoned} answers in a row"
+                ) from None
+            continue
+        if running.pop(number, None) is None:
+            continue  # it was abandoned
+        if isinstance(result, ScoringError):
+            raise result
+        results[number] = result
+        num_abandoned = 0
+    return [results[number] for number in range(len(calls))]
