@@ -157,16 +157,21 @@ def check(
         raise GenerateError(f"batch_size: must be at least 1, is {batch_size}; nearest valid: 1")
     if speculative is True and config.mtp_depth == 0:
         raise GenerateError("speculative: true needs an MTP module, the model has none; nearest valid: false or auto")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise GenerateError(f"prompt {number}: must have at least one token, has none")
-        if len(prompt) > config.max_position_tokens:
+    check_sequences(config, "prompt", prompts)
+
+
+def check_sequences(config: ModelConfig, name: str, sequences: Sequence[Sequence[int]]) -> None:
+    """Rejects sequences that are empty or too long, or hold tokens outside the vocabulary."""
+    for number, sequence in enumerate(sequences, 1):
+        if not sequence:
+            raise GenerateError(f"{name} {number}: must have at least one token, has none")
+        if len(sequence) > config.max_position_tokens:
             raise GenerateError(
-                f"prompt {number}: must be at most the model's max_position_tokens={config.max_position_tokens} "
-                f"tokens long, is {len(prompt)}"
+                f"{name} {number}: must be at most the model's max_position_tokens={config.max_position_tokens} "
+                f"tokens long, is {len(sequence)}"
             )
-        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        outside = [token for token in sequence if not 0 <= token < config.vocab_size]
         if outside:
             raise GenerateError(
-                f"prompt {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
+                f"{name} {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
             )

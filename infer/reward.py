@@ -5,27 +5,22 @@ that judges criticizes an answer, then says whether it approves: its score is th
 Source: arXiv:2412.19437, section 5.2.1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from data.chat.encode import encode_conversations
 from data.chat.messages import ChatMessage, Conversation, user
 from data.chat.templates import ChatTemplate
 from data.tokenizer import Tokenizer
-from infer.config import GenerateError
-from kernels.cross_entropy.reference import IGNORE
+from infer.config import GenerateError, check_sequences
+from infer.engines.local import LocalModel
+from infer.evaluate.protocol import TargetSequence
 from model.config import ModelConfig
-from model.head import score_log_probs, score_states
 from model.transformer import Transformer
 
-_PADDING = 0
 
-
-@torch.no_grad()
 def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_size: int = 16) -> list[float]:
     """Returns the reward model's score of each answer.
 
@@ -35,13 +30,7 @@ def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_
     _check(model.config, "score", sequences)
     if batch_size < 1:
         raise GenerateError(f"batch_size: must be at least 1, is {batch_size}; nearest valid: 1")
-
-    def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
-        lengths_B = torch.tensor([len(sequences[number]) for number in numbers], device=tokens_BT.device)
-        scores_BT = score_states(model.final_states(tokens_BT), model.head_weight)
-        return scores_BT.gather(1, lengths_B[:, None] - 1)[:, 0]
-
-    return _in_batches(model, sequences, batch_size, score)
+    return LocalModel(model, batch_size).rate(sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +55,6 @@ class VerdictTokens:
     no: tuple[int, ...]
 
 
-@torch.no_grad()
 def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_size: int = 16) -> list[JudgeVerdict]:
     """Returns the verdicts of a generative reward model, whose critiques are given (`infer.reward`).
 
@@ -78,71 +66,28 @@ def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_siz
         for name, tokens in (("prompt", answer.prompt), ("yes", answer.yes), ("no", answer.no)):
             if not tokens:
                 raise GenerateError(f"answer {number}: {name} must have at least one token, has none")
-    sequences = [(*answer.prompt, *verdict) for answer in judged for verdict in (answer.yes, answer.no)]
-    _check(model.config, "tokens", sequences)
-
-    def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
-        targets_BT = torch.full_like(tokens_BT, IGNORE)
-        for row, number in enumerate(numbers):
-            first = len(judged[number // 2].prompt)
-            length = len(sequences[number])
-            targets_BT[row, first - 1 : length - 1] = tokens_BT[row, first:length]
-        return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
-
-    probabilities = _in_batches(model, sequences, batch_size, score)
+    sequences = [
+        TargetSequence(tokens=(*answer.prompt, *verdict), num_targets=len(verdict))
+        for answer in judged
+        for verdict in (answer.yes, answer.no)
+    ]
+    _check(model.config, "tokens", [sequence.tokens for sequence in sequences])
+    scores = LocalModel(model, batch_size).score(sequences)
+    probabilities = [math.exp(math.fsum(score.log_probs)) for score in scores]
     return [JudgeVerdict(*both) for both in zip(probabilities[::2], probabilities[1::2], strict=True)]
-
-
-def _in_batches(
-    model: Transformer,
-    sequences: Sequence[Sequence[int]],
-    batch_size: int,
-    score: Callable[[Tensor, Sequence[int]], Tensor],
-) -> list[float]:
-    """Computes a number for each sequence. Those of similar length are padded together."""
-    device = model.head_weight.device
-    # The last sequence of each batch is its longest one.
-    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
-    scores = [0.0] * len(sequences)
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        tokens_BT = torch.full((len(numbers), len(sequences[numbers[-1]])), _PADDING)
-        for row, number in enumerate(numbers):
-            tokens_BT[row, : len(sequences[number])] = torch.tensor(sequences[number])
-        scores_B = score(tokens_BT.to(device), numbers)
-        for number, value in zip(numbers, scores_B.tolist(), strict=True):  # host sync
-            scores[number] = value
-    return scores
 
 
 def _check(config: ModelConfig, head: str, sequences: Sequence[Sequence[int]]) -> None:
     if config.head != head:
         nearest = "judge_answers" if head == "score" else "score_answers"
         raise GenerateError(f"model.head: must be {head}, is {config.head}; nearest valid: infer.reward.{nearest}")
-    for number, sequence in enumerate(sequences, 1):
-        if not 1 <= len(sequence) <= config.max_position_tokens:
-            raise GenerateError(
-                f"sequence {number}: must have 1 to model.max_position_tokens={config.max_position_tokens} tokens, "
-                f"has {len(sequence)}"
-            )
-        outside = [token for token in sequence if not 0 <= token < config.vocab_size]
-        if outside:
-            raise GenerateError(
-                f"sequence {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
-            )
+    check_sequences(config, "sequence", sequences)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CritiqueForm:
-    """Strings around a question, an answer and a critique."""
-
-    question: str = (
-        "Question:\n{prompt}\n\nAnswer:\n{answer}\n\nIs the answer right? Explain, and end with Verdict: yes or "
-        "Verdict: no."
-    )
-    before_verdict: str = "\nVerdict:"
-    yes: str = " yes"
-    no: str = " no"
+_QUESTION = (
+    "Question:\n{prompt}\n\nAnswer:\n{answer}\n\nIs the answer right? Explain, and end with Verdict: yes or "
+    "Verdict: no."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +98,6 @@ class JudgedAnswer:
     answer: str
     critique: str
     approves: bool = True
-    form: CritiqueForm = CritiqueForm()
 
     def record(self) -> Mapping[str, Any]:
         """Returns the line of a `.jsonl` file that `data=chat` reads, to train a judge."""
@@ -180,7 +124,7 @@ class JudgedAnswer:
 
     def _question(self) -> str:
         # Not str.format, because an answer may contain braces.
-        return self.form.question.replace("{answer}", "\0").replace("{prompt}", self.prompt).replace("\0", self.answer)
+        return _QUESTION.replace("{answer}", "\0").replace("{prompt}", self.prompt).replace("\0", self.answer)
 
     def _text(self, *, approves: bool) -> str:
-        return f"{self.critique}{self.form.before_verdict}{self.form.yes if approves else self.form.no}"
+        return f"{self.critique}\nVerdict: {'yes' if approves else 'no'}"

@@ -5,8 +5,9 @@ Shape legend: B sequences, T tokens, D hidden size, R rows with a target.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
-from infer.reward import score_answers
 from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
 from kernels.cross_entropy.reference import IGNORE, greedy_scores
+from model.head import score_states
 from model.router import Routing
 from model.transformer import Transformer
+
+ScoreT = TypeVar("ScoreT")
 
 
 class LocalEngine:
@@ -149,36 +152,41 @@ class LocalModel:
     model: Transformer
     batch_size: int
 
-    @torch.no_grad()
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Implements `EvaluatedModel.score`."""
-        scores: dict[int, TargetScores] = {}
-        with self.model.weights_unchanged():
-            for numbers in by_length(sequences, self.batch_size):
-                together = self._score([sequences[number] for number in numbers])
-                scores |= dict(zip(numbers, together, strict=True))
-        return [scores[number] for number in range(len(sequences))]
+        return self._in_batches(sequences, self._score)
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Implements `EvaluatedModel.rate`."""
-        return score_answers(self.model, sequences, self.batch_size)
+        # The token after an answer is never read; its place is where the score is.
+        targets = [TargetSequence(tokens=(*sequence, PADDING), num_targets=1) for sequence in sequences]
+        return self._in_batches(targets, self._rate)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Implements `EvaluatedModel.generate`."""
         engine = LocalEngine(self.model, speculative=False, batch_size=self.batch_size, stop_condition=stop_condition)
         return engine.generate(prompts, request)
 
+    @torch.no_grad()
+    def _in_batches(
+        self, sequences: Sequence[TargetSequence], score: Callable[[Sequence[TargetSequence]], list[ScoreT]]
+    ) -> list[ScoreT]:
+        """Scores sequences of similar length together, and returns the scores in their order."""
+        scores: dict[int, ScoreT] = {}
+        with self.model.weights_unchanged():
+            for numbers in by_length(sequences, self.batch_size):
+                scores |= dict(zip(numbers, score([sequences[number] for number in numbers]), strict=True))
+        return [scores[number] for number in range(len(sequences))]
+
+    def _rate(self, sequences: Sequence[TargetSequence]) -> list[float]:
+        states_RD, _ = self._target_states(sequences)
+        rates: list[float] = score_states(states_RD, self.model.head_weight).tolist()  # host sync
+        return rates
+
     def _score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
-        model = self.model
-        batch = pad(sequences)
-        device = model.head_weight.device
         routings: dict[int, Routing] | None = {} if any(sequence.loads for sequence in sequences) else None
-        states_BTD = model.final_states(batch.inputs_BT.to(device), routings=routings)
-        # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.
-        rows_R = (batch.targets_BT.flatten() != IGNORE).nonzero().flatten()
-        states_RD = states_BTD.flatten(0, 1)[rows_R.to(device)]
-        targets_R = batch.targets_BT.flatten()[rows_R].to(device)
-        log_probs_R, are_greedy_R = greedy_scores(states_RD, model.head_weight, targets_R)
+        states_RD, targets_R = self._target_states(sequences, routings)
+        log_probs_R, are_greedy_R = greedy_scores(states_RD, self.model.head_weight, targets_R)
         counts = [sequence.num_targets for sequence in sequences]
         log_probs = log_probs_R.double().cpu().split(counts)  # host sync
         are_greedy = are_greedy_R.cpu().split(counts)
@@ -187,6 +195,17 @@ class LocalModel:
             TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()), loads=counts)
             for values, flags, counts in zip(log_probs, are_greedy, loads, strict=True)
         ]
+
+    def _target_states(
+        self, sequences: Sequence[TargetSequence], routings: dict[int, Routing] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the states before the targets of all sequences, RD, and the targets, R."""
+        batch = pad(sequences)
+        device = self.model.head_weight.device
+        states_BTD = self.model.final_states(batch.inputs_BT.to(device), routings=routings)
+        # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.
+        rows_R = (batch.targets_BT.flatten() != IGNORE).nonzero().flatten()
+        return states_BTD.flatten(0, 1)[rows_R.to(device)], batch.targets_BT.flatten()[rows_R].to(device)
 
 
 def _loads(routings: Mapping[int, Routing], sequences: Sequence[TargetSequence]) -> list[dict[str, list[int]]]:

@@ -122,7 +122,7 @@ def test_scoring_rejects_what_the_model_cannot_score() -> None:
         judge_answers(model, [VerdictTokens(prompt=(1,), yes=(1,), no=(2,))])
     with pytest.raises(GenerateError, match=r"model\.head: must be tokens to continue prompts"):
         generate(model, [[3, 4]], max_new_tokens=1, sampling=Sampling(temperature=0.0, seed=0), stop=[])
-    for sequence, rule in ([], "has 0"), ([3] * 65, "has 65"), ([320], "contains 320"):
+    for sequence, rule in ([], "has none"), ([3] * 65, "is 65"), ([320], "contains 320"):
         with pytest.raises(GenerateError, match=rule):
             score_answers(model, [sequence])
     with pytest.raises(GenerateError, match="batch_size: must be at least 1"):
