@@ -1,6 +1,6 @@
 """Generates continuations of prompts token by token with a latent KV cache."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
@@ -27,52 +27,6 @@ class Generation:
 
     continuations: tuple[Continuation, ...]
     statistics: Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New tokens of the prompt with number `index`. `finish` is None until the continuation ends."""
-
-    index: int
-    tokens: tuple[int, ...]
-    finish: Finish | None
-
-
-class Stream:
-    """Streaming generation: iterate once to get the pieces of all prompts as their tokens are chosen."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop: Iterable[int] = (),
-        speculative: Speculative = "auto",
-        batch_size: int = BATCH_SIZE,
-        stop_condition: StopCondition = never_stop,
-    ) -> None:
-        """Checks the arguments, which are those of `generate`. Generation starts with the iteration."""
-        numbered = [
-            NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(as_token_ids(prompts))
-        ]
-        self._request = Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(stop))
-        self._engine = LocalEngine(model, speculative=speculative, batch_size=batch_size, stop_condition=stop_condition)
-        self._sequences = self._engine.start(numbered, self._request)
-
-    @property
-    def statistics(self) -> Statistics:
-        """Statistics of the tokens so far."""
-        return self._engine.statistics
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Yields each prompt's pieces in order; pieces of prompts in one batch are interleaved."""
-        for sequence in self._sequences:
-            if sequence.num_left == 0:
-                yield Piece(sequence.index, (), "length")
-        for sequence, tokens in self._engine.run(self._sequences):
-            yield Piece(sequence.index, tuple(tokens), sequence.finish)
 
 
 def generate(
@@ -102,20 +56,11 @@ def generate(
         GenerateError: a prompt is empty or too long, a token is outside the vocabulary, drafts are requested without an
             MTP module, or logits are not finite.
     """
-    stream = Stream(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        speculative=speculative,
-        batch_size=batch_size,
-        stop_condition=stop_condition,
-    )
-    tokens: list[list[int]] = [[] for _ in range(len(prompts))]
-    finish: list[Finish] = ["length"] * len(prompts)
-    for piece in stream:
-        tokens[piece.index] += piece.tokens
-        finish[piece.index] = piece.finish or finish[piece.index]
-    continuations = (Continuation(tuple(ids), why) for ids, why in zip(tokens, finish, strict=True))
-    return Generation(tuple(continuations), stream.statistics)
+    numbered = [
+        NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(as_token_ids(prompts))
+    ]
+    request = Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(stop))
+    engine = LocalEngine(model, speculative=speculative, batch_size=batch_size, stop_condition=stop_condition)
+    made = engine.generate(numbered, request)
+    continuations = (Continuation(rollout.without_end(request.stop), rollout.finish) for rollout in made.rollouts)
+    return Generation(tuple(continuations), made.statistics)

@@ -3,7 +3,7 @@
 Shape legend: T tokens, K experts per token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -139,6 +139,10 @@ class Sample:
     def is_finished(self) -> bool:
         """Whether the model ended the answer, rather than the limit of tokens."""
         return self.finish == "stop"
+
+    def without_end(self, stop: Collection[int]) -> tuple[int, ...]:
+        """Returns the tokens without the stop token that ended the answer, if one did."""
+        return self.tokens[:-1] if self.tokens and self.tokens[-1] in stop else self.tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -260,6 +260,13 @@ class GenerateJob:
             stop=frozenset((*config.stop.ids, *self.source.end_ids)),
         )
 
+    @property
+    def numbered(self) -> list[NumberedPrompt]:
+        """The prompts as an engine reads them."""
+        return [
+            NumberedPrompt(number=number, tokens=tuple(prompt.tokens)) for number, prompt in enumerate(self.prompts)
+        ]
+
     def transcripts(self) -> list[Transcript]:
         """Returns an empty transcript of each prompt."""
         return [Transcript(prompt, self.source.tokenizer, self.config.stop.strings) for prompt in self.prompts]
@@ -385,35 +392,29 @@ def continue_prompts(
     progress: Progress = NO_PROGRESS,
 ) -> Statistics:
     """Continues all prompts in this process, and calls `update` after each change of the transcripts."""
-    from infer.generate import Stream
+    from infer.engines.local import LocalEngine
 
     config = job.config
-    stream = Stream(
+    engine = LocalEngine(
         model,
-        [prompt.tokens for prompt in job.prompts],
-        max_new_tokens=config.max_new_tokens,
-        sampling=request.sampling,
-        stop=request.stop,
         speculative=config.speculative,
         batch_size=config.batch_size,
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
     most = len(job.prompts) * config.max_new_tokens
-    pieces = progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens")
-    for piece in pieces:
-        if piece.finish is not None:
-            transcripts[piece.index].end(piece.finish)
+    steps = engine.run(engine.start(job.numbered, request))
+    for sequence, _ in progress.over("generating", steps, most, lambda step: len(step[1]), "tokens"):
+        if sequence.finish is not None:
+            transcripts[sequence.index].end(sequence.finish)
         update()
-    return stream.statistics
+    return engine.statistics
 
 
 def _write_rollouts(job: GenerateJob, request: Request, rollouts: Rollouts, file: TextIO) -> Statistics:
     transcripts = job.transcripts()
     writer = _open_writer(job, transcripts, file)
     for transcript, rollout in zip(transcripts, rollouts.rollouts, strict=True):
-        # The stop token that ended a rollout is no text.
-        has_stop = rollout.tokens and rollout.tokens[-1] in request.stop
-        for token in rollout.tokens[:-1] if has_stop else rollout.tokens:
+        for token in rollout.without_end(request.stop):
             transcript.push(token)
         transcript.end(rollout.finish)
         writer.update()
@@ -436,7 +437,6 @@ def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | N
 
     config = job.config
     transcripts = job.transcripts() if config.stop.strings else []
-    prompts = [NumberedPrompt(number=at, tokens=tuple(prompt.tokens)) for at, prompt in enumerate(job.prompts)]
     with open_ranks(network) as pipeline:
         engine = PipelinedEngine(
             pipeline,
@@ -444,7 +444,7 @@ def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | N
             sizes=CohortSizes(cohorts=config.cohorts, max_rows=config.batch_size),
             stop_condition=lambda index, token: bool(transcripts) and transcripts[index].push(token),
         )
-        return engine.generate(prompts, job.request)
+        return engine.generate(job.numbered, job.request)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,10 @@ class LocalEngine:
         """Continues sequences, and yields the new tokens of each pass that are text. `statistics` count them."""
         self.statistics = Statistics()
         waiting = deque(sequence for sequence in sequences if sequence.num_left > 0)
+        for sequence in sequences:
+            if sequence.num_left == 0:
+                sequence.finish = "length"
+                yield sequence, []
         if not waiting:
             return
         # The capacity includes a draft: the model reads it together with the last token, which is not in the cache yet.

@@ -129,8 +129,7 @@ class Answerer:
         continuations = []
         for prompt, rollout in zip(prompts, rollouts, strict=True):
             stream = self._stream(request, prompt.tokens)
-            ids = rollout.tokens[:-1] if rollout.tokens and rollout.tokens[-1] in self.end_ids else rollout.tokens
-            text = "".join([stream.push(token) for token in ids])
+            text = "".join([stream.push(token) for token in rollout.without_end(self.end_ids)])
             continuations.append(text + stream.close())
         return GenerationAnswer(
             continuations=tuple(continuations),

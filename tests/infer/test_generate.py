@@ -13,8 +13,9 @@ import torch
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling, Speculative
 from infer.decoder import Decoder
-from infer.generate import Stream, generate
-from infer.protocol import REPLACEMENT, TextStream
+from infer.engines.local import LocalEngine
+from infer.generate import generate
+from infer.protocol import REPLACEMENT, NumberedPrompt, Request, TextStream
 from infer.sample import TokenHistory, penalize
 from model.hf.writer import load_hf
 from model.transformer import Transformer
@@ -96,24 +97,27 @@ def test_length_is_exact_and_never_passes_the_positions(speculative: Speculative
 @pytest.mark.parametrize("speculative", [False, True])
 def test_stream_gives_the_same_tokens_as_they_are_made(speculative: Speculative) -> None:
     model = make_foresighted()
-    options = {"max_new_tokens": 9, "sampling": WARM, "stop": [50, 111], "speculative": speculative}
-    whole = generate(model, PROMPTS, batch_size=2, **options)  # type: ignore[arg-type]
-    stream = Stream(model, PROMPTS, batch_size=2, **options)  # type: ignore[arg-type]
-    assert stream.statistics.passes == 0
+    stop = [50, 111]
+    whole = generate(model, PROMPTS, batch_size=2, max_new_tokens=9, sampling=WARM, stop=stop, speculative=speculative)
+    engine = LocalEngine(model, batch_size=2, speculative=speculative)
+    request = Request(samples=1, max_new_tokens=9, sampling=WARM, stop=frozenset(stop))
+    numbered = [NumberedPrompt(number=at, tokens=tuple(prompt)) for at, prompt in enumerate(PROMPTS)]
+    sequences = engine.start(numbered, request)
+    assert engine.statistics.passes == 0
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     ended: list[int] = []
     largest = 0
-    for piece in stream:
-        assert piece.index not in ended
-        tokens[piece.index] += piece.tokens
-        largest = max(largest, len(piece.tokens))
-        if piece.finish is not None:
-            ended.append(piece.index)
-            assert piece.finish == whole.continuations[piece.index].finish
+    for sequence, new in engine.run(sequences):
+        assert sequence.index not in ended
+        tokens[sequence.index] += new
+        largest = max(largest, len(new))
+        if sequence.finish is not None:
+            ended.append(sequence.index)
+            assert sequence.finish == whole.continuations[sequence.index].finish
     assert sorted(ended) == list(range(len(PROMPTS)))
     assert [tuple(made) for made in tokens] == [continuation.tokens for continuation in whole.continuations]
     assert largest == (2 if speculative else 1)
-    assert replace(stream.statistics, seconds=0.0) == replace(whole.statistics, seconds=0.0)
+    assert replace(engine.statistics, seconds=0.0) == replace(whole.statistics, seconds=0.0)
 
 
 @pytest.mark.parametrize("speculative", [False, True])
