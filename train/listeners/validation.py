@@ -25,12 +25,12 @@ from infer.protocol import decode_after
 from model.objective import MAIN, LossSums, MicroBatch
 from model.router import RecordedRoutes
 from model.transformer import Transformer
+from train.by_source import MeansBySource, SourceMeans
 from train.callbacks import call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
-from train.listeners.by_source import MeansBySource, SourceMeans
 from train.listeners.listener import Listener, Moment
 from train.post.comparison import NetworkComparison
 from train.post.sample import PASS_AT_1
