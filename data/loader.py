@@ -26,12 +26,20 @@ class Batch:
     # further values of each token by name, each [B, T, ...]. A weight at position i is that of the prediction of token
     # i + 1.
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    sources_B: Tensor | None = None  # number of the source of each sequence, int64; None: not a batch of a step
 
     def sequences(self, first: int, count: int) -> "Batch":
         """Returns `count` sequences starting at `first`, with their extras."""
         part = slice(first, first + count)
         extras = {name: extra[part] for name, extra in self.extras.items()}
-        return replace(self, tokens_BT=self.tokens_BT[part], positions_BT=self.positions_BT[part], extras=extras)
+        sources_B = None if self.sources_B is None else self.sources_B[part]
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT[part],
+            positions_BT=self.positions_BT[part],
+            extras=extras,
+            sources_B=sources_B,
+        )
 
     def targets(self, shift: int) -> Tensor:
         """Returns the targets for predicting `shift` tokens ahead, int64 BT; `IGNORE` across pieces."""
@@ -85,9 +93,10 @@ class Loader:
         return self._read(step, first, count) if read is None else read.result()
 
     def _read(self, step: int, first: int, count: int) -> Batch:
-        indices = self._prepared.order.range(self.sizes.sequences_before(step) + first, count)
         prepared = self._prepared
-        return self._gather(prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values, indices)
+        indices = prepared.order.range(self.sizes.sequences_before(step) + first, count)
+        arrays = prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values
+        return replace(self._gather(*arrays, indices), sources_B=torch.from_numpy(prepared.order.sources_of(indices)))
 
     def sample_ids(self, step: int) -> list[int]:
         """Returns the numbers of the training sequences in a step's global batch, in order."""

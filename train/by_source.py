@@ -1,11 +1,11 @@
-"""Measures validation by the source of a mixture: loss, bits per byte, and loads of the experts.
+"""Measures training and validation by the source of a mixture: loss, bits per byte, and loads of the experts.
 
-Shape legend: B sequences, T tokens, N tokens of a micro-batch, K choices per token, E experts, S sources, L layers.
+Shape legend: B sequences, T tokens, K choices per token, N tokens of a micro-batch, E experts, S sources, L layers.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from train.world import World
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceMeans:
-    """Means of validation by the name of the source; a source without held-out tokens is left out.
+    """Means by the name of the source; a source without tokens is left out.
 
-    Losses are in nats per token. Loads are the tokens that each expert of `layer_N` received.
+    Losses are in nats per token. Loads are the tokens that each expert of `layer_N` received in a validation.
     """
 
     losses: Mapping[str, float]
     bits_per_byte: Mapping[str, float]
-    loads: Mapping[str, Mapping[str, list[int]]]
+    loads: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
 
     def record(self) -> dict[str, object]:
         """Returns what a step's record holds: of the loads, the largest over the mean, averaged over layers."""
@@ -43,16 +43,67 @@ class SourceMeans:
         return {**values, "largest_load_by_source": largest} if largest else values
 
 
-class MeansBySource:
-    """Sums of one rank over the passes of a validation."""
+class SumsBySource:
+    """Sums of one rank: nats, tokens and bytes of the main targets of each source."""
 
-    def __init__(self, config: TrainConfig, names: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    def __init__(self, names: tuple[str, ...], tokenizer: Tokenizer, device: torch.device) -> None:
+        self.names = names
+        self._bytes_V = torch.from_numpy(count_token_bytes(tokenizer)).to(device)
+        self._sums_3S = torch.zeros(3, len(names), dtype=torch.float64)
+
+    def add(
+        self,
+        batches: BatchReader,
+        log_probs: Mapping[tuple[int, int], Tensor],
+        sources_of: Callable[[int, int], Tensor],
+    ) -> None:
+        """Adds log-probabilities of the main targets, 0 where there is none, by direction and micro-batch.
+
+        `sources_of` returns the source of each of a micro-batch's sequences, -1 for empty ones.
+        """
+        sums = []
+        sources = []
+        # In one order, whatever order a schedule ran the micro-batches in.
+        for position in sorted(log_probs):
+            batch = batches(*position)
+            assert batch is not None
+            targets_BT = batch.targets_BT[0]
+            is_target_BT = targets_BT != IGNORE
+            bytes_BT = self._bytes_V[targets_BT.clamp(min=0)] * is_target_BT
+            nats_B = -log_probs[position].detach().double().sum(1)
+            sums.append(torch.stack([nats_B, is_target_BT.sum(1).double(), bytes_BT.sum(1).double()]))
+            sources.append(sources_of(*position))
+        if sums:
+            sources_B = torch.cat(sources)
+            is_counted_B = sources_B >= 0
+            sums_3B = torch.cat(sums, 1).cpu()  # host sync
+            self._sums_3S.index_add_(1, sources_B[is_counted_B], sums_3B[:, is_counted_B])
+
+    def take(self) -> Tensor:
+        """Returns the sums, flat, and starts again."""
+        sums_3S = self._sums_3S
+        self._sums_3S = torch.zeros_like(sums_3S)
+        return sums_3S.flatten()
+
+    def means(self, sums: Tensor) -> SourceMeans:
+        """Returns the means of flat sums over all ranks."""
+        values = zip(self.names, *sums.view_as(self._sums_3S).tolist(), strict=True)
+        used = [(name, nats, tokens, num_bytes) for name, nats, tokens, num_bytes in values if tokens]
+        return SourceMeans(
+            losses={name: nats / tokens for name, nats, tokens, _ in used},
+            bits_per_byte={name: nats / math.log(2) / num_bytes for name, nats, _, num_bytes in used if num_bytes},
+        )
+
+
+class ValidationBySource:
+    """Sums of one rank over the passes of a validation: those of the losses, and loads of the experts."""
+
+    def __init__(self, config: TrainConfig, losses: SumsBySource) -> None:
         model = config.model
-        self._names = names
+        self._losses = losses
         self._layers = range(model.num_dense_layers, model.num_layers + model.mtp_depth)
-        self._bytes_V = torch.from_numpy(count_token_bytes(tokenizer)).double()
-        self._sums_3S = torch.zeros(3, len(names), dtype=torch.float64)  # nats, tokens, bytes
-        self._loads_LSE = torch.zeros(len(self._layers), len(names), model.num_routed_experts, dtype=torch.float64)
+        num_sources = len(losses.names)
+        self._loads_LSE = torch.zeros(len(self._layers), num_sources, model.num_routed_experts, dtype=torch.float64)
         self._sources_B = torch.empty(0, dtype=torch.int64)
 
     def begin(self, sources_B: NDArray[np.int64]) -> None:
@@ -67,52 +118,36 @@ class MeansBySource:
         ids: Mapping[Label, Tensor],
     ) -> None:
         """Adds a pass: log-probabilities of the main targets, and the experts that routers chose."""
-        for position, log_probs_BT in log_probs.items():
-            batch = batches(*position)
-            assert batch is not None
-            targets = batch.targets_BT[0].cpu().flatten()  # host sync
-            sources = self._sources(replica, *position, len(targets))
-            is_counted = (targets != IGNORE) & (sources >= 0)
-            nats = -log_probs_BT.detach().cpu().double().flatten()[is_counted]
-            values = (nats, torch.ones_like(nats), self._bytes_V[targets[is_counted]])
-            for sums_S, value in zip(self._sums_3S, values, strict=True):
-                sums_S.index_add_(0, sources[is_counted], value)
+
+        def sources_of(direction: int, micro_batch: int) -> Tensor:
+            first = replica.first_sequence(direction, micro_batch)
+            return self._sources_B[first : first + replica.config.batch.micro_sequences]
+
+        self._losses.add(batches, log_probs, sources_of)
         num_experts = self._loads_LSE.shape[2]
         for label, ids_NK in ids.items():
-            sources = self._sources(replica, label.direction, label.micro_batch, len(ids_NK))
-            is_counted = sources >= 0
+            sources_B = sources_of(label.direction, label.micro_batch)
+            sources_N = sources_B.repeat_interleave(len(ids_NK) // len(sources_B))
+            is_counted_N = sources_N >= 0
             # One number for each pair of source and expert.
-            pairs = sources[is_counted, None] * num_experts + ids_NK.cpu().long()[is_counted]  # host sync
+            pairs = sources_N[is_counted_N, None] * num_experts + ids_NK.cpu().long()[is_counted_N]  # host sync
             loads_SE = self._loads_LSE[self._layers.index(label.layer)]
             loads_SE += torch.bincount(pairs.flatten(), minlength=loads_SE.numel()).view_as(loads_SE)
 
-    def _sources(self, replica: Replica, direction: int, micro_batch: int, num_tokens: int) -> Tensor:
-        """Returns the source of each token of a micro-batch, or of this rank's part of one."""
-        first = replica.first_sequence(direction, micro_batch)
-        sources_B = self._sources_B[first : first + replica.config.batch.micro_sequences]
-        return sources_B.repeat_interleave(num_tokens // len(sources_B))
-
     def means(self, world: World) -> SourceMeans:
         """Returns the means over all ranks. All ranks call it."""
-        summed = world.reduce(
-            torch.cat([self._sums_3S.flatten(), self._loads_LSE.flatten()]), "sum of losses by source"
-        )
-        split = self._sums_3S.numel()
-        nats_S, tokens_S, bytes_S = summed[:split].view_as(self._sums_3S).tolist()
-        loads_LSE = summed[split:].view_as(self._loads_LSE).long()
-        used = [number for number, count in enumerate(tokens_S) if count]
-        return SourceMeans(
-            losses={self._names[number]: nats_S[number] / tokens_S[number] for number in used},
-            bits_per_byte={
-                self._names[number]: nats_S[number] / math.log(2) / bytes_S[number]
-                for number in used
-                if bytes_S[number]
-            },
+        sums = self._losses.take()
+        summed = world.reduce(torch.cat([sums, self._loads_LSE.flatten()]), "sum of losses by source")
+        means = self._losses.means(summed[: len(sums)])
+        loads_LSE = summed[len(sums) :].view_as(self._loads_LSE).long()
+        return replace(
+            means,
             loads={
-                self._names[number]: {
+                name: {
                     f"layer_{layer}": loads_SE[number].tolist()
                     for layer, loads_SE in zip(self._layers, loads_LSE, strict=True)
                 }
-                for number in used
+                for number, name in enumerate(self._losses.names)
+                if name in means.losses
             },
         )

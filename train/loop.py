@@ -33,7 +33,7 @@ from train.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_an
 from train.learner import Learner, LearnersByBatchSize
 from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunParts
-from train.listeners.validation import Samples, Validator
+from train.listeners.validation import Samples, Validator, open_by_source
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, StepProfiler, record_of
 from train.step import Done, RolledBack, Skipped, train_step
@@ -66,6 +66,7 @@ class TrainingLoop:
         self._status = status
         self._callbacks = callbacks or Callbacks()
         self._loader = Loader(prepared, sizes=config.batch_sizes)
+        self._by_source = open_by_source(config, prepared, world.device)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
         parts = RunParts(
             config=config,
@@ -131,7 +132,9 @@ class TrainingLoop:
         guard = self._recovery.guard
         try:
             with self._profiler.step(step + 1):
-                result = train_step(learner, self._config.task, self._loader, step, guard, self._first_progress)
+                result = train_step(
+                    learner, self._config.task, self._loader, step, guard, self._first_progress, self._by_source
+                )
         except RefusedStepError as refused:
             self._checkpoints.wait()  # the run may roll back to the one that is being written
             outcome, reason = self._recovery.handle_refusal(refused.refusal)

@@ -323,6 +323,7 @@ class BatchReader:
         self._read = read
         self._known: dict[tuple[int, int], MicroBatch] = {}
         self._counts: dict[tuple[int, int], Tensor] = {}
+        self._sources: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch, or None if this rank does not need it."""
@@ -348,8 +349,14 @@ class BatchReader:
         if direction in replica.loss_directions and world.context_index == 0:
             self._counts[direction, first] = self._task.count(batch)
         for micro_batch in range(first, first + replica.schedule.slices):
+            if sequences.sources_B is not None:
+                self._sources[direction, micro_batch] = sequences.sources_B
             part = batch if is_whole else held_part(batch, parts, replica.part_of(micro_batch))
             self._known[direction, micro_batch] = part.to(world.device)
+
+    def sources_of(self, direction: int, micro_batch: int) -> Tensor:
+        """Returns the source of each sequence of a micro-batch that was read, on the host."""
+        return self._sources[direction, micro_batch]
 
     def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
         """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""

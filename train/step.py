@@ -20,6 +20,7 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
 from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
+from train.by_source import SourceMeans, SumsBySource
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
 from train.guard import (
@@ -46,6 +47,7 @@ class Losses:
     by_name: Mapping[str, float]
     total: float
     is_finite_here: bool
+    by_source: SourceMeans | None = None
 
     @property
     def main(self) -> float:
@@ -150,6 +152,7 @@ def train_step(
     step: int,
     guard: Guard | None = None,
     progress: Progress | None = None,
+    by_source: SumsBySource | None = None,
 ) -> StepResult:
     """Runs forward and backward of the global batch, then updates weights, router bias and average.
 
@@ -164,7 +167,7 @@ def train_step(
     try:
         # The task prepares the step's batches: it reads data, or samples answers and scores them.
         batch = guard.judged_batch(learner.hook, loader, step)
-        passes = accumulate(learner, task, batch, rates, progress, learner.optimizer.reduce)
+        passes = accumulate(learner, task, batch, rates, progress, learner.optimizer.reduce, by_source)
         part_seconds = learner.hook.finish(passes.earlier_seconds)
         passed = time.perf_counter()
         norm = _update(learner, guard, passes.losses, step, rates.learning_rate)
@@ -250,6 +253,7 @@ def accumulate(
     rates: StepRates,
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
+    by_source: SumsBySource | None = None,
 ) -> PassResult:
     """Runs all passes of a step; `reduce` gets each stage after its last backward.
 
@@ -262,7 +266,7 @@ def accumulate(
     counts = torch.stack([batches.count() for batches in passes]).sum(0)
     for name, count in batch.more_counts.items():
         counts[task.names.index(name)] += count
-    sums = LossSums(task.names)
+    sums = LossSums(task.names, None if by_source is None else {})
     objective = task.objective(counts, rates)
     follow = partial(_count_phases, progress)
     for batches, routes in zip(passes[:-1], batch.routes[:-1], strict=True):
@@ -270,7 +274,9 @@ def accumulate(
     earlier_seconds = time.perf_counter() - began if len(passes) > 1 else 0.0
     compared = learner.comparison.add(passes[-1], objective)
     execution = replica.train(passes[-1], compared, sums, learner.store, follow, batch.routes[-1], reduce)
-    losses = reduce_losses(replica, task, sums, counts, rates)
+    if by_source is not None:
+        by_source.add(passes[-1], sums.log_probs or {}, passes[-1].sources_of)
+    losses = reduce_losses(replica, task, sums, counts, rates, by_source)
     return PassResult(losses=losses, execution=execution, earlier_seconds=earlier_seconds)
 
 
@@ -282,14 +288,29 @@ def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterabl
     return progress.over("first step", steps, sum(computes), lambda step: int(step.action in _PHASES), "phases")
 
 
-def reduce_losses(replica: Replica, task: Task, sums: LossSums, counts: Tensor, rates: StepRates) -> Losses:
+def reduce_losses(
+    replica: Replica,
+    task: Task,
+    sums: LossSums,
+    counts: Tensor,
+    rates: StepRates,
+    by_source: SumsBySource | None = None,
+) -> Losses:
     """Returns the losses of a pass over all ranks. All ranks call it."""
     local_sums = sums.settle()
     is_finite_here = bool(local_sums.isfinite().all())
-    totals = replica.world.reduce(local_sums, "sum of losses").tolist()
-    counted = zip(task.names, totals, counts.tolist(), strict=True)
+    # The sums by source share the collective of the others.
+    source_sums = local_sums.new_empty(0) if by_source is None else by_source.take()
+    summed = replica.world.reduce(torch.cat([local_sums, source_sums]), "sum of losses")
+    totals, source_totals = summed.split([len(local_sums), len(source_sums)])
+    counted = zip(task.names, totals.tolist(), counts.tolist(), strict=True)
     means = {name: total / (n or 1) for name, total, n in counted if n or not is_reported(name)}
-    return Losses(by_name=means, total=task.total(means, rates), is_finite_here=is_finite_here)
+    return Losses(
+        by_name=means,
+        total=task.total(means, rates),
+        is_finite_here=is_finite_here,
+        by_source=None if by_source is None else by_source.means(source_totals),
+    )
 
 
 def is_reported(name: str) -> bool:

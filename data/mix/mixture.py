@@ -69,6 +69,11 @@ class Mixture:
         places = self._places(first, count)
         return self.first_rows[places.sources_N] + self._indices(places)
 
+    def sources_of(self, rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the number of the source of each row."""
+        sources_N: NDArray[np.int64] = np.searchsorted(self.first_rows, rows_N, side="right") - 1
+        return sources_N
+
     def _places(self, first: int, count: int) -> Places:
         if len(self.names) > 1:
             return self._order.places(first, count)

@@ -1,9 +1,10 @@
-"""Evaluation on a pipeline and losses by position: every layout gives those of one process."""
+"""Evaluation on a pipeline, losses by position and by source: every layout gives those of one process."""
 
 import json
+import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Loader
+from data.mix.manifest import Manifest, MixSource
+from data.mix.mixture import Mixture, hold_out
 from data.pack import count_token_bytes
+from data.parts import Prepared
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.engines.local import LocalModel
@@ -22,15 +26,17 @@ from model.objective import MicroBatch
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
-from tests.train.job import close_job, configured_schedule, make_world, open_job
+from tests.train.job import close_job, configured_schedule, make_world, open_job, score_pass
+from train.by_source import SourceMeans, ValidationBySource
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.files.json_lines import JsonLines
 from train.listeners.evaluation import PipelinedModel
-from train.listeners.validation import LossByPosition, Measures, Validation, validate
+from train.listeners.validation import LossByPosition, Measures, Validation, open_by_source, validate
 from train.records.reporter import corpus_lines
 from train.replica import open_replica
 from train.schedule.cut import run_cut
+from train.step import Losses, accumulate, rates_of
 from train.world import ReplicaConfig
 
 
@@ -116,37 +122,116 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return replace(config, data=data)
 
 
-def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validation:
-    """Validates the initial weights on one rank of a job."""
-    learner, prepared = open_job(config), prepare_corpus(config)
+def mixed(config: TrainConfig) -> Prepared:
+    """Returns the corpus as one of two sources, of which the first is the smaller one."""
+    prepared = prepare_corpus(config)
+    train, held_out = (
+        (len(tokens) // 3, len(tokens) - len(tokens) // 3)
+        for tokens in (prepared.train_tokens_NL, prepared.validation_tokens_NL)
+    )
+    sources = (MixSource(name="few", paths=(), weight=0.4), MixSource(name="many", paths=(), weight=0.6))
+    order = Mixture(
+        Manifest(sources=sources),
+        dict(zip(("few", "many"), train, strict=True)),
+        config.batch.sequence_length_tokens,
+        3,
+    )
+    return replace(prepared, order=order, held_out=hold_out(held_out, 3), is_mixture=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A validation, the losses of a step, and the log-probabilities of its main targets, BT."""
+
+    validation: Validation
+    step: Losses
+    log_probs_BT: torch.Tensor
+
+
+def measure(rank: int, world_size: int, config: TrainConfig) -> Measured:
+    """Validates the initial weights on one rank of a job, and runs the passes of a step."""
+    learner, prepared = open_job(config), mixed(config)
     loader = Loader(prepared, sizes=config.batch_sizes)
     by_position = LossByPosition(config.batch.sequence_length_tokens, BASE, prepared.tokenizer, FIRST_RANGE)
-    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, measures=Measures(by_position))
+    sums = open_by_source(config, prepared, learner.world.device)
+    assert sums is not None
+    measures = Measures(by_position, ValidationBySource(config, sums))
+    validation = validate(learner.replica, config.task, loader, NUM_SEQUENCES, measures=measures)
+    _, log_probs_BT = score_pass(learner, config, loader)
+    rates = rates_of(config.task, config.optim, loader.sizes, 0)
+    step = accumulate(learner, config.task, learner.hook.prepare(loader, 0), rates, by_source=sums).losses
     close_job(learner)
-    return found
+    return Measured(validation, step, log_probs_BT)
 
 
 @pytest.mark.slow
 def test_every_layout_has_the_same_means_and_they_are_those_of_the_tokens(config: TrainConfig) -> None:
     """The mean of all ranges is the validation loss."""
-    alone = run_ranks(1, run_validation, config)[0]
-    schedule = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
+    only = run_ranks(1, measure, config)[0]
+    alone = only.validation
+    schedules = [
+        ScheduleConfig(kind=kind, chunks=None, pairing="overlapped", slices=slices, slice_by="length")
+        for kind, slices in (("dualpipe", 1), ("dualpipe_split", 2))
+    ]
     meshes = ({"pipeline": 2, "data": 2, "expert": 2}, {"pipeline": 2, "context": 2, "expert": 2})
-    wide = [replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule) for mesh in meshes]  # type: ignore[arg-type]
+    wide = [
+        replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule)  # type: ignore[arg-type]
+        for mesh, schedule in zip(meshes, schedules, strict=True)
+    ]
     assert alone.by_position is not None
     assert list(alone.by_position.losses) == list(RANGES)
-    for found in (found for each in wide for found in run_ranks(4, run_validation, each)):
+    for other in (other for each in wide for other in run_ranks(4, measure, each)):
+        found = other.validation
         assert found.by_position is not None
         assert found.by_position.losses == pytest.approx(alone.by_position.losses, rel=1e-10)
         assert found.by_position.bits_per_byte == pytest.approx(alone.by_position.bits_per_byte, rel=1e-10)
+        assert_same_by_source(found.by_source, alone.by_source)
+        assert_same_by_source(other.step.by_source, only.step.by_source)
     counts = count_targets(config)
     total = sum(alone.by_position.losses[name] * count for name, count in counts.items())
     assert total / sum(counts.values()) == pytest.approx(alone.loss, rel=1e-10)
+    check_by_source(config, only)
+
+
+def assert_same_by_source(found: SourceMeans | None, expected: SourceMeans | None) -> None:
+    assert found is not None
+    assert expected is not None
+    assert found.losses == pytest.approx(expected.losses, rel=1e-10)
+    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-10)
+    assert found.loads == expected.loads
+
+
+def check_by_source(config: TrainConfig, measured: Measured) -> None:
+    """Compares a step's means by source with its tokens, one after the other, and their sum with its loss."""
+    prepared = mixed(config)
+    loader = Loader(prepared, sizes=config.batch_sizes)
+    batch = loader.batch(0, 0, config.batch.global_sequences)
+    token_bytes = count_token_bytes(prepared.tokenizer)
+    sums = {name: [0.0, 0, 0] for name in prepared.order.names}
+    rows = zip(loader.sample_ids(0), batch.targets(1).tolist(), measured.log_probs_BT.tolist(), strict=True)
+    for sample, targets, log_probs in rows:
+        of_source = sums["few" if sample < prepared.order.sequences[0] else "many"]
+        for target, log_prob in zip(targets, log_probs, strict=True):
+            if target != IGNORE:
+                of_source[0] -= log_prob
+                of_source[1] += 1
+                of_source[2] += int(token_bytes[target])
+    found = measured.step.by_source
+    assert found is not None
+    assert found.losses == pytest.approx({name: nats / tokens for name, (nats, tokens, _) in sums.items()}, rel=1e-10)
+    bits = {name: nats / math.log(2) / num_bytes for name, (nats, _, num_bytes) in sums.items()}
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-10)
+    total = sum(found.losses[name] * tokens for name, (_, tokens, _) in sums.items())
+    assert total / sum(tokens for _, tokens, _ in sums.values()) == pytest.approx(measured.step.main, rel=1e-10)
+    assert found.record() == {"loss_by_source": found.losses, "bits_per_byte_by_source": found.bits_per_byte}
+    validated = measured.validation.by_source
+    assert validated is not None
+    assert list(validated.record()) == ["loss_by_source", "bits_per_byte_by_source", "largest_load_by_source"]
 
 
 def count_targets(config: TrainConfig) -> Counter[str]:
     """Counts the targets of each range, token by token."""
-    loader = Loader(prepare_corpus(config), sizes=config.batch_sizes)
+    loader = Loader(mixed(config), sizes=config.batch_sizes)
     batch = loader.validation_batch(0, NUM_SEQUENCES)
     counts = Counter[str]()
     for row, targets in zip(batch.positions_BT.tolist(), batch.targets(1).tolist(), strict=True):

@@ -25,7 +25,7 @@ from infer.protocol import decode_after
 from model.objective import MAIN, LossSums, MicroBatch
 from model.router import RecordedRoutes
 from model.transformer import Transformer
-from train.by_source import MeansBySource, SourceMeans
+from train.by_source import SourceMeans, SumsBySource, ValidationBySource
 from train.callbacks import call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
@@ -77,7 +77,8 @@ class Validator(Listener):
         learner = parts.learner
         num_sequences = parts.config.validation.sequences
         by_position = open_by_position(parts.config, parts.prepared.tokenizer)
-        by_source = open_by_source(parts.config, parts.prepared)
+        sums = open_by_source(parts.config, parts.prepared, learner.world.device)
+        by_source = None if sums is None else ValidationBySource(parts.config, sums)
         means = validate(
             learner.replica, task, parts.loader, num_sequences, learner.comparison, Measures(by_position, by_source)
         )
@@ -123,7 +124,7 @@ class Measures:
     """What a validation measures in addition to means over all tokens."""
 
     by_position: "LossByPosition | None" = None
-    by_source: MeansBySource | None = None
+    by_source: ValidationBySource | None = None
 
 
 _NO_MEASURES = Measures()
@@ -275,11 +276,11 @@ def open_by_position(config: TrainConfig, tokenizer: Tokenizer) -> "LossByPositi
     return LossByPosition(config.batch.sequence_length_tokens, base_length(config), tokenizer)
 
 
-def open_by_source(config: TrainConfig, prepared: Prepared) -> MeansBySource | None:
-    """Returns what measures a run's validations by source; None without a mixture."""
+def open_by_source(config: TrainConfig, prepared: Prepared, device: torch.device) -> SumsBySource | None:
+    """Returns what measures a run's losses by source; None without a mixture of documents."""
     if not prepared.is_mixture or open_by_position(config, prepared.tokenizer) is None:
         return None
-    return MeansBySource(config, prepared.order.names, prepared.tokenizer)
+    return SumsBySource(prepared.order.names, prepared.tokenizer, device)
 
 
 @dataclass(frozen=True, slots=True)

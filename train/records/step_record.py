@@ -86,6 +86,7 @@ def record_of(
         "mtp_loss": losses.mtp,
         "balance_loss": losses.by_name[BALANCE],
         **losses.reported,
+        **({} if losses.by_source is None else losses.by_source.record()),
         "grad_norm": result.grad_norm,
         "lr": result.rates.learning_rate,
         "mtp_loss_weight": result.rates.mtp_loss_weight,
