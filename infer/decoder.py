@@ -70,7 +70,7 @@ class RouteRecorder:
         self._dtype = expert_id_dtype(config.num_routed_experts)
         self._cache = cache
         self._ids = cache.attach(config.num_experts_per_token, len(self._layers), self._dtype)
-        self._places: list[int] = []
+        self.places: list[int] = []  # of the sequences, by row
         # Tokens of each row after the pass, drafts included. Used only in a stage that does not choose tokens.
         self._read: list[int] = []
 
@@ -81,26 +81,26 @@ class RouteRecorder:
 
     def add(self, place: int) -> None:
         """Adds an empty row for the sequence of a place."""
-        self._places.append(place)
+        self.places.append(place)
 
     def remove(self, row: int) -> None:
         """Stores the sequence of a row, which leaves the cache then, and moves the last row into its place."""
         self._keep(row, self._cache.lengths[row])
-        last = self._places.pop()
-        if row < len(self._places):
-            self._places[row] = last
+        last = self.places.pop()
+        if row < len(self.places):
+            self.places[row] = last
 
     def swap(self, row: int, other: int) -> None:
         """Exchanges the sequences of two rows."""
-        self._places[row], self._places[other] = self._places[other], self._places[row]
+        self.places[row], self.places[other] = self.places[other], self.places[row]
 
     def arrange(self, lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]) -> None:
         """Stores the sequences that leave the cache before a pass, and takes over the others' rows."""
         staying = set(places)
-        for row, (sequence, num_read) in enumerate(zip(self._places, self._read, strict=True)):
+        for row, (sequence, num_read) in enumerate(zip(self.places, self._read, strict=True)):
             if sequence not in staying:
                 self._keep(row, num_read)
-        self._places = list(places)
+        self.places = list(places)
         self._read = [length + count for length, count in zip(lengths, counts, strict=True)]
 
     def finish(self) -> None:
@@ -112,7 +112,7 @@ class RouteRecorder:
             return
         blocks = self._cache.blocks(range(row, row + 1), length)
         ids = [self._ids.read(layer, blocks)[0] for layer in range(len(self._layers))]
-        self._store.add(self._places[row], self._layers, torch.stack(ids))
+        self._store.add(self.places[row], self._layers, torch.stack(ids))
 
 
 def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Sample]) -> SampledRoutes:

@@ -25,8 +25,10 @@ from infer.engines.rounds import (
     Cohort,
     CohortDecoder,
     DecodePipeline,
+    PipelinePlace,
     Round,
     RoundFormat,
+    RoundPlan,
 )
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
@@ -35,80 +37,61 @@ MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""
 
 
-@dataclass(frozen=True, slots=True)
 class InnerStage:
-    """A stage before the last one."""
+    """A stage of a direction: unpacks a cohort's round, runs its layers and packs the result."""
 
-    decoders: Sequence[PartDecoder]
-    form: RoundFormat
-    is_first: bool
-    shares_experts: bool
+    def __init__(self, decoders: Sequence[PartDecoder], form: RoundFormat, place: PipelinePlace, stage: int) -> None:
+        """Takes the decoder of each cohort. `stage`: its number."""
+        self._decoders = decoders
+        self._form = form
+        self._is_first = stage == 0
+        self._shares_experts = place.shares_experts
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Runs a cohort's round, given the packed value of the previous stage; returns the packed result."""
-        decoder = self.decoders[cohort]
-        form = self.form
-        plan, payload = form.unpack(value)
-        if not plan.num_tokens:
-            if self.shares_experts:
-                decoder.run_idle_layers()
-            return form.pack(plan, None, value.device)
+        plan, payload = self._form.unpack(value)
+        next_round = NOTHING
+        if plan.num_tokens:
+            decoder = self._decoders[cohort]
+            is_first = self._is_first
+            hidden_ND = decoder.embed(self._form.token_ids(payload)) if is_first else self._form.hidden(payload)
+            next_round = self._advance(cohort, plan, hidden_ND)
+        elif self._shares_experts:
+            self._decoders[cohort].run_idle_layers()
+        return self._form.pack(*next_round, value.device)
+
+    def _advance(self, cohort: int, plan: RoundPlan, hidden_ND: Tensor) -> Round:
+        decoder = self._decoders[cohort]
         decoder.arrange(plan.sources, plan.lengths, plan.counts, plan.places)
-        hidden_ND = decoder.embed(form.token_ids(payload)) if self.is_first else form.hidden(payload)
         views = decoder.views(plan.kind, plan.rows, [plan.counts[row] for row in plan.rows])
-        return form.pack(plan, decoder.run_layers(hidden_ND, views), value.device)
+        return plan, decoder.run_layers(hidden_ND, views)
 
 
-class LastStage:
+class LastStage(InnerStage):
     """The last stage: runs the cohorts' programs, which choose tokens and so decide their next rounds."""
 
     def __init__(
-        self,
-        cohorts: Sequence[Cohort],
-        decoders: Sequence[CohortDecoder],
-        form: RoundFormat,
-        *,
-        is_first: bool,
-        with_mtp: bool,
-        shares_experts: bool,
+        self, cohorts: Sequence[Cohort], decoders: Sequence[CohortDecoder], form: RoundFormat, place: PipelinePlace
     ) -> None:
+        super().__init__(decoders, form, place, len(place.cut) - 1)
         self._cohorts = cohorts
-        self._decoders = decoders
-        self._form = form
-        self._is_first = is_first
-        self._with_mtp = with_mtp
-        self._shares_experts = shares_experts
-        starts = zip(cohorts, decoders, strict=True)
-        self.next_rounds = [self._pack(cohort.start(), decoder.device) for cohort, decoder in starts]
+        self._drafters = decoders if place.shares_experts and decoders[0].drafts else ()
+        self.next_rounds = [form.pack(*cohort.start(), decoders[0].device) for cohort in cohorts]
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Does the same as `InnerStage.run`, and keeps the result as the cohort's next round."""
-        decoder = self._decoders[cohort]
-        form = self._form
-        plan, payload = form.unpack(value)
-        calls = decoder.mtp_calls
-        if plan.num_tokens:
-            hidden_ND = decoder.embed(form.token_ids(payload)) if self._is_first else form.hidden(payload)
-            next_round = self._cohorts[cohort].resume(hidden_ND)
-        else:
-            next_round = NOTHING
-            if self._shares_experts:
-                decoder.run_idle_layers()
-        if self._shares_experts and self._with_mtp:
+        calls = [decoder.mtp_calls for decoder in self._drafters]
+        self.next_rounds[cohort] = super().run(cohort, value)
+        if self._drafters:
             # The MTP module runs as often as on all ranks that share its experts.
-            num_calls = decoder.mtp_calls - calls
+            num_calls = self._drafters[cohort].mtp_calls - calls[cohort]
             assert num_calls <= MTP_CALLS_PER_ROUND, f"the MTP module ran {num_calls} times in a round"
             for _ in range(MTP_CALLS_PER_ROUND - num_calls):
-                decoder.run_idle_mtp()
-        self.next_rounds[cohort] = self._pack(next_round, value.device)
+                self._drafters[cohort].run_idle_mtp()
         return self.next_rounds[cohort]
 
-    def _pack(self, next_round: Round, device: torch.device) -> Tensor:
-        plan, tokens_N = next_round
-        return self._form.pack(plan, tokens_N, device)
-
-
-CohortStage = InnerStage | LastStage
+    def _advance(self, cohort: int, plan: RoundPlan, hidden_ND: Tensor) -> Round:
+        return self._cohorts[cohort].resume(hidden_ND)
 
 
 class DirectedStages:
@@ -118,45 +101,43 @@ class DirectedStages:
 
     def __init__(
         self,
-        stages: Mapping[int, CohortStage],
+        stages: Mapping[int, InnerStage],
         num_cohorts: int,
         first_rounds: Callable[[int, int], Tensor] | None,
-        min_seconds: float = 0.0,
     ) -> None:
         """Stores the arguments. `first_rounds` returns a cohort's packed first round; None if not stage 0."""
         self._stages = stages
         self._num_cohorts = num_cohorts
         self._first_rounds = first_rounds
-        self._min_seconds = min_seconds
 
-    def start(self, direction: int, micro_batch: int) -> "_StageRun":
+    def start(self, direction: int, micro_batch: int) -> "CohortRun":
         """Starts a cohort's round. Its first round in a program does not arrive by a message."""
-        stage = self._stages[direction]
         cohort = micro_batch % self._num_cohorts
         first = None
         if self._first_rounds is not None and micro_batch < self._num_cohorts:
             first = self._first_rounds(direction, cohort)
-        return _StageRun(stage, cohort, first, self._min_seconds)
+        return CohortRun(self._stages[direction], cohort, first)
 
 
-class _StageRun(ForwardOnlyRun):
-    def __init__(self, stage: CohortStage, cohort: int, value: Tensor | None, min_seconds: float) -> None:
+class CohortRun(ForwardOnlyRun):
+    """A round of a cohort in a stage."""
+
+    def __init__(self, stage: InnerStage, cohort: int, value: Tensor | None) -> None:
         self._stage = stage
         self._cohort = cohort
         self._value = value
-        self._min_seconds = min_seconds
 
     def set_input(self, hidden_BTD: Tensor, /) -> None:
+        """Takes the packed value of the previous stage."""
         self._value = hidden_BTD
 
     def forward(self, phase: int) -> None:
+        """Runs the round."""
         assert self._value is not None
-        began = time.perf_counter()
         self._value = self._stage.run(self._cohort, self._value)
-        if self._min_seconds:
-            time.sleep(max(0.0, began + self._min_seconds - time.perf_counter()))
 
     def output(self) -> Tensor:
+        """Returns the packed result, and drops its reference."""
         assert self._value is not None
         value = self._value
         self._value = None
@@ -181,13 +162,11 @@ class PipelinedEngine:
         speculative: Speculative = "auto",
         sizes: CohortSizes = DEFAULT_SIZES,
         stop_condition: StopCondition = never_stop,
-        min_seconds: float = 0.0,
     ) -> None:
         self._pipeline = pipeline
         self._wanted = speculative
         self._sizes = sizes
         self._stop_condition = stop_condition
-        self._min_seconds = min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
         self.num_cohorts = self.num_rounds = self.plan_bytes = 0
         self.executions: list[Execution] = []
@@ -228,7 +207,7 @@ class PipelinedEngine:
         if request.record_routes:
             directions = range(len(pipeline.place.placement))
             work.stores = {number: RouteStore(self._share(prompts, number), request.samples) for number in directions}
-        stages_by_number: dict[int, dict[int, CohortStage]] = {}
+        stages_by_number: dict[int, dict[int, InnerStage]] = {}
         for direction, row in enumerate(pipeline.place.placement):
             for stage, rank in enumerate(row):
                 if rank != pipeline.place.rank:
@@ -236,13 +215,13 @@ class PipelinedEngine:
                 if stage == len(row) - 1:
                     share = self._share(prompts, direction)
                     work.sequences[direction] = start_sequences(share, request, config.max_position_tokens)
-                    cohort_stage: CohortStage = self._last_stage(direction, work, capacity)
+                    cohort_stage: InnerStage = self._last_stage(direction, work, capacity)
                 else:
                     cohort_stage = self._inner_stage(stage, work, capacity, work.stores.get(direction))
                 stages_by_number.setdefault(stage, {})[direction] = cohort_stage
         for stage, by_direction in stages_by_number.items():
             first = (lambda direction, cohort: work.first_rounds[direction, cohort]) if stage == 0 else None
-            work.stages[stage] = DirectedStages(by_direction, self.num_cohorts, first, self._min_seconds)
+            work.stages[stage] = DirectedStages(by_direction, self.num_cohorts, first)
         return work
 
     def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
@@ -263,7 +242,7 @@ class PipelinedEngine:
             for _ in range(self.num_cohorts)
         ]
         work.inner_decoders += decoders
-        return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.place.shares_experts)
+        return InnerStage(decoders, form, pipeline.place, stage)
 
     def _last_stage(self, direction: int, work: "_RankWork", capacity: int) -> LastStage:
         """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
@@ -293,14 +272,7 @@ class PipelinedEngine:
             decoders.append(decoder)
             work.batches.append(batch)
         work.cohorts += cohorts
-        last = LastStage(
-            cohorts,
-            decoders,
-            form,
-            is_first=len(pipeline.place.cut) == 1,
-            with_mtp=self._speculative,
-            shares_experts=pipeline.place.shares_experts,
-        )
+        last = LastStage(cohorts, decoders, form, pipeline.place)
         work.last_stages[direction] = last
         return last
 

@@ -260,31 +260,27 @@ class CohortDecoder(Decoder):
         routes: RouteStore | None = None,
     ) -> None:
         super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
+        self.drafts = with_mtp
         self.mtp_calls = 0
         self.exchange: Callable[[RoundPlan, Tensor], Tensor] | None = None  # `Cohort.exchange`
         self._sources: list[int] = []
-        self._places: list[int] = []
 
     def add(self, place: int = 0) -> int:
         """Adds an empty sequence. Returns its row, which is the same in all caches of all stages."""
         self._sources.append(-1)
-        self._places.append(place)
         return super().add(place)
 
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place, in all stages from the next round on."""
         super().remove(row)
         last = self._sources.pop()
-        last_place = self._places.pop()
         if row < len(self._sources):
             self._sources[row] = last
-            self._places[row] = last_place
 
     def swap(self, row: int, other: int) -> None:
         """Exchanges two sequences, in all stages from the next round on."""
         super().swap(row, other)
         self._sources[row], self._sources[other] = self._sources[other], self._sources[row]
-        self._places[row], self._places[other] = self._places[other], self._places[row]
 
     def copy_prompt(self, source: int, target: int, num_tokens: int, num_pairs: int) -> None:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of all stages."""
@@ -303,7 +299,7 @@ class CohortDecoder(Decoder):
             sources=tuple(self._sources),
             lengths=tuple(lengths),
             counts=tuple(new),
-            places=tuple(self._places),
+            places=tuple(self.recorder.places),
         )
         self._sources = list(range(len(lengths)))
         return self.exchange(plan, tokens_N)

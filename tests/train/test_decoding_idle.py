@@ -1,13 +1,15 @@
 """Measures the idle time of real ranks that decode, whose stages take at least a fixed time."""
 
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from dualpipe.runtime.program import Action
 from infer.cohorts import CohortSizes
 from infer.config import Sampling
-from infer.engines.pipelined import PipelinedEngine
+from infer.engines.pipelined import CohortRun, PipelinedEngine
 from infer.protocol import NumberedPrompt, Request
 from tests.ranks import run_ranks
 from tests.train.test_decoding import Layout, config_of, opened
@@ -19,13 +21,24 @@ REQUEST = Request(samples=1, max_new_tokens=18, sampling=Sampling())
 PROMPTS = tuple(NumberedPrompt(number=number, tokens=(number + 1, 5)) for number in range(16))
 
 
+def run_slowly(run: CohortRun, phase: int) -> None:
+    """Runs a stage in at least the fixed time."""
+    began = time.perf_counter()
+    run_stage(run, phase)
+    time.sleep(max(0.0, began + STAGE_SECONDS - time.perf_counter()))
+
+
+run_stage = CohortRun.forward
+
+
 def measure(rank: int, world_size: int, folder: Path, layout: Layout) -> float:
     """Returns this rank's idle share in a program of 16 rounds."""
     with opened(config_of(layout, folder)) as (replica, pipeline):
         # Two in flight for each rank, in two directions. By default so few prompts are one cohort.
         sizes = CohortSizes(cohorts=layout.pipeline)
-        engine = PipelinedEngine(pipeline, speculative=False, sizes=sizes, min_seconds=STAGE_SECONDS)
-        engine.generate(PROMPTS, REQUEST)
+        engine = PipelinedEngine(pipeline, speculative=False, sizes=sizes)
+        with patch.object(CohortRun, "forward", run_slowly):
+            engine.generate(PROMPTS, REQUEST)
         program = compile_decode_program(replica, engine.num_cohorts, 16)
         spans = engine.executions[0].spans
     busy = sum(

@@ -110,12 +110,18 @@ def test_lengths_without_rollouts_are_refused() -> None:
 
 PLUGIN = """
 import sys
+import time
 from train.optim.learning_rate import LR_SCHEDULES, RateSchedule, RateSpec
 
 if "torch" in sys.modules:  # in ranks
-    from infer.engines.pipelined import DirectedStages
-    start = DirectedStages.__init__
-    DirectedStages.__init__ = lambda self, stages, number, first, seconds: start(self, stages, number, first, 0.2)
+    from infer.engines.pipelined import CohortRun
+
+    def run_slowly(run, phase, forward=CohortRun.forward):
+        began = time.perf_counter()
+        forward(run, phase)
+        time.sleep(max(0.0, began + 0.2 - time.perf_counter()))
+
+    CohortRun.forward = run_slowly
 
 LR_SCHEDULES.register("rests", RateSpec(summary="registers", config=RateSchedule, rate=lambda *values: 0.0))
 """
