@@ -119,7 +119,7 @@ def test_reward_of_a_scorer_that_hangs_drops_one_group_and_names_the_thread(
     try:
         before, dropped, after = score(FakeScorer(lambda text: event.wait()), *GROUPS)
         assert (before.dropped, dropped.dropped, after.dropped) == (None, "unknown", None)
-        assert dropped.sheets[1].fault.startswith("fake: thread ")
+        assert dropped.sheets[1].fault.startswith("fake: call ")
         with pytest.raises(
             ScoringError, match=r"kind fake: must score an answer within 0\.3 s, does not for 4 answers"
         ):
