@@ -1,4 +1,4 @@
-"""Measures training and validation by the source of a mixture: loss, bits per byte, and loads of the experts.
+"""Measures loss, bits per byte and expert loads by source, in training and validation of a mixture.
 
 Shape legend: B sequences, T tokens, K choices per token, N tokens of a micro-batch, E experts, S sources, L layers.
 """
@@ -63,7 +63,7 @@ class SumsBySource:
         """
         sums = []
         sources = []
-        # In one order, whatever order a schedule ran the micro-batches in.
+        # In one order, so that the order in which a schedule ran the micro-batches does not matter.
         for position in sorted(log_probs):
             batch = batches(*position)
             assert batch is not None
