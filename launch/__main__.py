@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from comm.exits import EXIT_CONFIGURATION
-from data.progress import escape_terminals
 from launch.command import EXIT_BROKEN_PIPE, discard_output
 from launch.help import listing, split_command, unknown_command
+from train.terminal import escape_terminals
 
 
 def main(arguments: Sequence[str]) -> int:

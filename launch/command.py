@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import yaml
 
 from comm.exits import EXIT_CONFIGURATION
-from data.progress import escape_terminals
 from launch import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.config.compose import (
     CONFIG_ONLY,
@@ -29,6 +28,7 @@ from launch.help import alias_overrides, fill_advice, help_text, settable_keys, 
 from launch.machine import MachineError
 from train.errors import ConfigError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
+from train.terminal import escape_terminals
 
 _HELP = ("-h", "--help", "help")
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE

@@ -17,7 +17,7 @@ from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.corpus import decode_json
-from data.progress import NO_PROGRESS, Progress, progress_on
+from data.progress import NO_PROGRESS, Progress
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
@@ -42,6 +42,7 @@ from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, nearest
+from train.terminal import progress_on
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

@@ -22,7 +22,6 @@ from comm.config import ClusterConfig, ParallelismConfig
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
-from data.progress import escape_terminals
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from kernels.registry import loaded_plugins
@@ -38,6 +37,7 @@ from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config import InferenceConfig
 from train.errors import ConfigError, nearest
+from train.terminal import escape_terminals
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

@@ -16,7 +16,6 @@ from data.build.work import BuildSettings
 from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
-from data.progress import bytes_text, progress_on, seconds_text
 from data.readers.megatron import write_megatron
 from data.shards import PARTS, open_shards, replace_file
 from data.special_tokens import SpecialNames
@@ -29,6 +28,7 @@ from launch.config.run_config import expand_tokenizer
 from train.config.decode import decode, encode
 from train.errors import broken
 from train.figures import table
+from train.terminal import bytes_text, progress_on, seconds_text
 
 _PAGE_NAME = "report.html"
 

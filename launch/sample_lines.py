@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from data.pack import PAIR, WEIGHTS
 from data.parts import Prepared
-from data.progress import printable
 from data.tokenizer import Tokenizer
+from train.terminal import printable
 
 MAX_CHARACTERS = 4000
 CONTEXT = "       | "

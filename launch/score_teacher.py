@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from data.parts import Prepared
 from data.prepare import prepare
-from data.progress import progress_on
 from kernels.ranges import PositiveFloat, PositiveInt
 from launch.command import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
@@ -24,6 +23,7 @@ from train.config.decode import decode, encode
 from train.errors import ConfigError
 from train.tasks.distill import FORMAT_VERSION, ScoresMeta, ScoresWriter
 from train.tasks.samples import check_samples
+from train.terminal import progress_on
 
 NAME = "score_teacher"
 

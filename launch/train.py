@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 
 from comm.exits import EXIT_MEMORY, EXIT_PREEMPTED, Preemption, handled_signals
-from data.progress import progress_on
 from launch.command import command, experiment_text
 from launch.config.compose import system_errors
 from launch.config.memory_rules import is_out_of_memory, out_of_memory_line
@@ -44,6 +43,7 @@ from train.memory.fit import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.display import guard_terminal, report_breaks
 from train.schedule.cut import ramp_notices
+from train.terminal import progress_on
 
 
 def main(overrides: Sequence[str]) -> int:

@@ -16,7 +16,6 @@ from torch import distributed as dist
 
 from data.loader import Loader
 from data.parts import Prepared
-from data.progress import progress_on
 from infer.config import GenerateError
 from infer.scoring.score import ScoringError
 from train.callbacks import Callbacks, call_on_first_rank
@@ -37,6 +36,7 @@ from train.listeners.validation import Samples, Validator, open_by_source
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, StepProfiler, record_of
 from train.step import Done, RolledBack, Skipped, train_step
+from train.terminal import progress_on
 
 LOGGER = logging.getLogger("train")
 

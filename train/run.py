@@ -26,7 +26,6 @@ from comm.watchdog.ranks import RankSet
 from comm.watchdog.rendezvous import Job, join
 from comm.watchdog.verdict import Verdict
 from data.parts import Prepared
-from data.progress import printable_on
 from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
@@ -62,6 +61,7 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
+from train.terminal import printable_on
 from train.world import ReplicaConfig, World, build_groups, open_world
 
 LOGGER = logging.getLogger("train")

@@ -20,7 +20,7 @@ from comm.groups import Groups
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
 from data.parts import Prepared
-from data.progress import NO_PROGRESS, progress_on
+from data.progress import NO_PROGRESS
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify_sizes
 from train.checkpoint.manifest import read_step
@@ -32,6 +32,7 @@ from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError
 from train.files.run_files import HIDDEN, is_secret_name, read_status, redact
 from train.learner import Learner
+from train.terminal import progress_on
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")

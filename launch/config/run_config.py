@@ -11,7 +11,6 @@ from typing import Any, Literal, get_type_hints
 
 from data.config import DataConfig
 from data.prepare import check_config, estimate_tokens
-from data.progress import progress_on
 from data.registry import DATA_SOURCES
 from data.tokenizer import TRAIN_128K, find_tokenizer_file, other_tokenizer
 from infer.evaluate.protocol import EVALUATION_TASKS, checked_file
@@ -29,6 +28,7 @@ from train.config.tasks import TASKS
 from train.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.errors import ConfigError, broken, nearest, nearest_key
 from train.schedule.timing import with_chunks
+from train.terminal import progress_on
 
 _ENDLESS_STEPS = 2**40
 _MOMENTS = Literal["auto", "float32", "bf16"]

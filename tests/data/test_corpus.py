@@ -1,7 +1,5 @@
 """The corpus, its held-out part, and progress of preparation."""
 
-import io
-import itertools
 import json
 import os
 import re
@@ -9,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +15,6 @@ from data.config import with_parts
 from data.corpus import DataError, is_validation
 from data.prepare import check_config, prepare
 from data.problems import split_problems
-from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 from data.registry import DataSource
 from data.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
 from infer.evaluate.protocol import read_lines
@@ -267,56 +263,3 @@ def test_validation_paths_that_cannot_be_held_out_are_refused(tmp_path: Path) ->
         check_config(replace(config, validation_paths=(str(tmp_path / "absent.jsonl"),)))
     with pytest.raises(DataError, match=r"data\.validation_paths: must be null with data\.kind=embedded"):
         check_config(replace(config, source=EmbeddedSource(kind="embedded"), validation_paths=(str(train),)))
-
-
-def shown(num_items: int, seconds_each: float) -> list[str]:
-    """Returns the progress lines of work on items of a megabyte."""
-    now = [0.0]
-    lines: list[Any] = []
-
-    def work() -> object:
-        for _ in range(num_items):
-            now[0] += seconds_each
-            yield 10**6
-
-    progress = ProgressLines(lines.append, lambda: now[0])
-    assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items  # type: ignore[arg-type]
-    return lines
-
-
-def test_quick_work_is_not_mentioned() -> None:
-    assert shown(100, 0.005) == []
-
-
-def test_long_work_has_a_line_every_five_seconds_with_the_time_left() -> None:
-    lines = shown(200, 0.1)
-    assert re.fullmatch(r"reading: (9|10|11).0 MB of 200.0 MB, \d+ %, 10.0 MB/s, \d+ s left", lines[0])
-    assert len(lines) == 5
-    assert lines[-1] == "reading: done, 200.0 MB in 20 s"
-
-
-def test_many_small_items_do_not_flood() -> None:
-    assert len(shown(100_000, 0.0001)) <= 4
-
-
-def test_lines_go_to_what_is_no_terminal() -> None:
-    assert isinstance(progress_on(io.StringIO()), ProgressLines)
-
-
-def test_texts_are_short() -> None:
-    assert progress_text(0, 10**9, 1.0) == "0.0 MB of 1.0 GB, 0 %"
-    assert progress_text(5 * 10**8, 10**9, 100.0) == "500.0 MB of 1.0 GB, 50 %, 5.0 MB/s, 1 min left"
-    assert seconds_text(7260) == "2 h 1 min"
-
-
-def test_progress_counts_phases() -> None:
-    said: list[str] = []
-    clock = itertools.count().__next__
-    assert list(ProgressLines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [
-        0,
-        1,
-        2,
-        3,
-    ]
-    assert said[0] == "first step: 1 of 4 phases, 25 %, 3 s left"
-    assert said[-1] == "first step: done, 4 phases in 5 s"

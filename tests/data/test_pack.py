@@ -1,13 +1,8 @@
 """Packing, fill-in-the-middle, and what a terminal shows of a sample."""
 
 import dataclasses
-import io
 import json
-import os
-import pty
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,16 +21,12 @@ from data.pack import (
     pack_windows,
 )
 from data.prepare import prepare
-from data.progress import EscapedStream, escape_terminals, printable, progress_on
 from data.shards import ShardRows
 from launch import train
 from launch.command import command
 from launch.sample_lines import sample_lines
-from tests import ROOT
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
-from train.errors import ConfigError
-from train.records.display import Display, guard_terminal, open_console
 
 PAD = 2
 
@@ -241,88 +232,3 @@ def test_dry_run_prints_a_sample_and_starts_nothing(
     monkeypatch.setattr("sys.argv", ["train", *arguments, "dry_run=maybe"])
     assert command("train", train.main, train.preview, dry_run=train.dry_run) == 2
     assert "dry_run: must be true or false, is 'maybe'; nearest valid: dry_run=true" in capsys.readouterr().err
-
-
-HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
-SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
-FORBIDDEN = ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "\x7f", "\u202e", "\u2066")
-
-
-class Terminal:
-    """A pseudo-terminal as standard output and error of this process; `text` is what it got."""
-
-    def __enter__(self) -> "Terminal":
-        self._before = (sys.stdout, sys.stderr)
-        self._reader, writer = pty.openpty()
-        sys.stdout = sys.stderr = self._stream = open(writer, "w", encoding="utf-8")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.stdout, sys.stderr = self._before
-        self._stream.write("end\n")
-        self._stream.flush()
-        output = b""  # the kernel passes on what was written in parts, each when it gets to it
-        while not output.endswith(b"end\r\n"):
-            output += os.read(self._reader, 65536)
-        self.text = output.decode()
-        self._stream.close()
-        os.close(self._reader)
-
-
-def test_every_control_character_but_tab_and_line_break_is_escaped() -> None:
-    controls = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-    for number in controls:
-        shown = printable(chr(number))
-        assert shown == chr(number) if chr(number) in "\t\n" else shown.isascii(), hex(number)
-        assert shown.isprintable() or shown in "\t\n"
-    plain = "é中 🦊 a\tb\n\u200d{}\\x1b"
-    assert printable(plain) == plain
-
-
-def test_command_escapes_output_and_errors_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate"])
-
-    def main(overrides: object) -> int:
-        sys.stdout.write(HOSTILE)
-        sys.stdout.writelines([HOSTILE])
-        print("é", file=sys.stderr)
-        raise ConfigError(f"ckpt: {HOSTILE.replace(chr(13), '')} must be a folder")
-
-    with Terminal() as terminal:
-        assert command("generate", main) == 2
-    text = terminal.text
-    assert text.count(SHOWN) == 2
-    assert SHOWN.replace(r"\r", "") in text
-    assert "é" in text
-    assert not any(part in text for part in FORBIDDEN)
-
-
-def test_rank_escapes_on_a_terminal_with_a_guard_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "300")
-    with Terminal() as terminal:
-        escape_terminals()
-        guard_terminal()
-        guard_terminal()
-        print(HOSTILE)
-        display = Display(open_console(sys.stdout), 2, 0, 1)
-        display.show(HOSTILE)
-        print(HOSTILE, file=sys.stderr)
-        display.close()
-        list(progress_on(sys.stderr).over(HOSTILE, [1], 1, lambda item: item, "batches"))
-    text = terminal.text
-    # Bars are redrawn, so their description may appear more than once.
-    assert text.count(SHOWN) >= 4
-    assert not any(part in text for part in FORBIDDEN), repr(text)
-
-
-def test_pipes_and_files_get_the_text_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import sys; from launch.command import command\n"
-        f"sys.exit(command('generate', lambda overrides: print({HOSTILE!r}) or 0))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, timeout=60)
-    assert done.stdout.decode() == HOSTILE + "\n"
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    escape_terminals()
-    assert not isinstance(sys.stdout, EscapedStream)

@@ -17,10 +17,10 @@ from data.corpus import DataError, is_validation
 from data.pack import entropy_nats
 from data.parts import Prepared
 from data.prepare import check_config, prepare
-from data.progress import ProgressLines
 from data.shards import REPORT_NAME
 from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
+from train.terminal import ProgressLines
 
 NUM_FILES = 40
 

@@ -19,7 +19,6 @@ from data.pack import WEIGHTS
 from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.problems import split_problems
-from data.progress import ProgressLines
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from launch.sample_lines import sample_lines
@@ -27,6 +26,7 @@ from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of as source_config
 from tests.data.chat.test_sources import write_lines
 from tests.tiny import data_config
+from train.terminal import ProgressLines
 
 SAMPLES = 2000
 

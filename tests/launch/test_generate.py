@@ -143,7 +143,7 @@ def test_stop_strings_and_ids_end_the_text(run: Path, capsys: pytest.CaptureFixt
 def test_file_shows_progress_on_standard_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.progress._FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("train.terminal._FIRST_SECONDS", 0.0)
     main([f"ckpt={run}", "prompt=def", "max_new_tokens=5", "temperature=0", f"out={tmp_path / 'made.jsonl'}"])
     assert re.search(r"^generating: \d of 5 tokens, \d+ %", capsys.readouterr().err, re.MULTILINE)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
 from data.corpus import DataError
-from data.progress import progress_text
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
 from model.hf.files import create_folder_atomically, write_synced
@@ -63,6 +62,7 @@ from train.checkpoint.sources import (
     source_folder,
     unknown_notes,
 )
+from train.terminal import progress_text
 
 ValueT = TypeVar("ValueT")
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
-from data.progress import NO_PROGRESS, progress_on
+from data.progress import NO_PROGRESS
 from model.config import Computing, ModelConfig, Products
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.index import Index, WeightsKind, read_index
@@ -21,6 +21,7 @@ from train.checkpoint.parts import Extras, PartReader, state_of
 from train.checkpoint.sources import CheckpointReader
 from train.config import TrainConfig
 from train.learner import Learner
+from train.terminal import progress_on
 
 ValueT = TypeVar("ValueT")
 _LONGEST_TEXT = 300

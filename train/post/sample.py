@@ -13,7 +13,6 @@ from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.mix.mixture import single_order
 from data.parts import Prepared
 from data.problems import ProblemRecord, split_problems
-from data.progress import printable
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
@@ -22,6 +21,7 @@ from infer.scoring.score import SCORERS, VERDICTS, problem_of
 from train.config import TrainConfig
 from train.config.tasks import RolloutConfig
 from train.errors import ConfigError
+from train.terminal import printable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

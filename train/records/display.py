@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from data.progress import escape_terminals, printable, seconds_text, unescaped
 from train.figures import short
+from train.terminal import escape_terminals, printable, seconds_text, unescaped
 
 Clock = Callable[[], float]
 _LEAST_SECONDS = 1.0

@@ -17,10 +17,11 @@ import pytest
 from data.build.run import _sample_shares, build_folder
 from data.build.work import Build, BuildSettings, UnitEncoder, build_units
 from data.corpus import DataError
-from data.progress import NO_PROGRESS, ProgressLines
+from data.progress import NO_PROGRESS
 from data.shards import PARTS, UnitWriter, open_shards
 from data.tokenizer import Tokenizer
 from tests import ROOT
+from train.terminal import ProgressLines
 
 PROGRAM = """
 import json, sys
