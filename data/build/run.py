@@ -328,7 +328,8 @@ def _check_counts(build: Build, counts: Mapping[str, ReadCounts], progress: Prog
         total.add(source_counts)
     for line in (*build.notes, *total.lines(build.key("on_broken") if build.text else "on_broken")):
         progress.note(line)
-    replace_file(build.folder / BROKEN_NAME, "".join(f"{line}\n" for line in total.broken_places).encode())
+    broken = "".join(f"{line}\n" for line in total.broken_places)
+    replace_file(build.folder / BROKEN_NAME, broken.encode("utf-8", "surrogateescape"))
     total.check(build.manifest.max_broken_share, build.key("max_broken_share"))
 
 

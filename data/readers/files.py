@@ -189,7 +189,7 @@ def _nearest(path: Path) -> str:
     while not missing.parent.exists():
         missing = missing.parent
     try:
-        siblings = sorted(os.listdir(missing.parent))
+        siblings = sorted(sibling.name for sibling in missing.parent.iterdir() if sibling.exists())
     except OSError:
         return ""
     if close := closest(missing.name, siblings):

@@ -124,7 +124,7 @@ def keep_documents(
                 raise DataError(f"{row.place}: {row.reason}")
             counts.broken += 1
             if len(counts.broken_places) < _KEPT_PLACES:
-                counts.broken_places.append(f"{row.place}: {row.reason}")
+                counts.broken_places.append(f"{row.place}: {row.reason}".replace("\n", "\\n"))  # a name may have one
         elif row.tokens is None and not row.text.strip():
             counts.blank += 1
         else:

@@ -277,6 +277,16 @@ def test_folder_that_another_command_begins_meanwhile_is_not_refused(
     assert build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)["cached"]
 
 
+def test_broken_rows_of_files_with_any_name_are_a_line_each(settings: BuildSettings, tokenizer: Tokenizer) -> None:
+    manifest = Path(settings.manifest)
+    for name in (b"lat\xe9.jsonl", b"two\nlines.jsonl"):
+        Path(os.fsdecode(os.fsencode(manifest.parent / "notes") + b"/" + name)).write_text('{"text": 5}\n')
+    manifest.write_text(f"{manifest.read_text()}max_broken_share: 0.1\n")
+    build_folder(settings, tokenizer, manifest.parent / "out", 1, NO_PROGRESS)
+    places = [line.partition(b": ")[0] for line in (manifest.parent / "out/broken.txt").read_bytes().splitlines()]
+    assert [os.path.basename(place) for place in places] == [b"lat\xe9.jsonl:1", b"two\\nlines.jsonl:1"]
+
+
 def test_full_disk_is_one_line_and_complete_units_stay(
     settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_hugging_face_folder_has_the_files_that_it_lists(tmp_path: Path) -> None
     ("name", "rule"),
     [
         ("absent/*.txt", "contains no readable document"),
+        ("link", "does not exist; a path must name a file or folder; the nearest folder"),
         ("*.pdf", "contains no readable document"),
         ("a**b/*.txt", "cannot be looked up: Invalid pattern"),
         ("pipe.txt", "must be a regular file or a folder, is neither"),
@@ -89,5 +90,6 @@ def test_hugging_face_folder_has_the_files_that_it_lists(tmp_path: Path) -> None
 def test_path_that_names_no_corpus_is_refused_in_a_line(name: str, rule: str, tmp_path: Path) -> None:
     make(tmp_path, "a.txt.xz", "a.jsnl.gz", "b.pdf", "a.bin" if name == "a.bin" else "a.idx")
     os.mkfifo(tmp_path / "pipe.txt")
+    os.symlink("nowhere", tmp_path / "link")
     with pytest.raises(DataError, match=rf"^mix\.yaml: .*{re.escape(rule)}"):
         list_sources((str(tmp_path / name),), key="mix.yaml")
