@@ -139,7 +139,9 @@ def _write_order(config: PrepareCommandConfig, folder: Path, report: Mapping[str
     length = config.sequence_length_tokens
     sequences = {name: source["train"]["sequences"] for name, source in report["sources"].items()}
     mixture = Mixture(read_manifest(Path(config.data.manifest)), sequences, length, config.data.seed)
-    mixture.write_order(folder, BatchSizes(config.global_sequences, length), config.order_steps)
+    batch_sizes = BatchSizes(config.global_sequences, length)
+    mixture.check_epochs(batch_sizes.sequences_before(config.order_steps))
+    mixture.write_order(folder, batch_sizes, config.order_steps)
 
 
 def preview(overrides: Sequence[str]) -> str:

@@ -63,6 +63,10 @@ def test_command_writes_the_public_files_and_a_second_start_does_nothing(argumen
         "cached": True,
         "seconds": json.loads((tmp_path / "out" / "prepare.json").read_text())["seconds"],
     }
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(mix.read_text().replace("weight: 1", "weight: 1, max_epochs: 0.01"))
+    with pytest.raises(DataError, match=r"rows\.max_epochs: a run of 384 tokens must read"):
+        main(arguments)
 
 
 @pytest.mark.parametrize(
