@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data.readers.lines import TextField
 from data.registry import BrokenRow, CorpusFile, Document
+from data.shards import replacing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, type, sequences, ends of documents
@@ -97,22 +98,21 @@ def _read_header(path: Path) -> _Index:
 def write_megatron(path: Path, documents: Iterable[NDArray[np.integer]], vocab_size: int) -> int:
     """Writes `path`.bin and `path`.idx with a sequence for each document; returns the number of tokens.
 
-    The type is the one that Megatron-Core chooses for a vocabulary of this size.
+    The type is the one that Megatron-Core chooses for a vocabulary of this size. Several processes may write the same.
     """
     kind = 8 if vocab_size < 65500 else 4
     lengths: list[int] = []
-    partial = {suffix: path.with_name(f".{path.name}{suffix}.partial") for suffix in (".bin", ".idx")}
-    with partial[".bin"].open("wb") as stream:
-        for tokens in documents:
-            stream.write(np.ascontiguousarray(tokens, dtype=_TYPES[kind]).data)
-            lengths.append(len(tokens))
-    sizes = np.asarray(lengths, dtype="<i4")
-    starts = np.cumsum(sizes, dtype="<i8") - sizes
-    with partial[".idx"].open("wb") as stream:
-        stream.write(_MAGIC + _HEADER.pack(1, kind, len(sizes), len(sizes) + 1))
-        stream.write(sizes.data)
-        stream.write((starts * np.dtype(_TYPES[kind]).itemsize).astype("<i8").data)
-        stream.write(np.arange(len(sizes) + 1, dtype="<i8").data)
-    for suffix, written in partial.items():
-        written.replace(path.with_name(f"{path.name}{suffix}"))
+    index = path.with_name(f"{path.name}.idx")
+    with replacing(index) as partial_index, replacing(path.with_name(f"{path.name}.bin")) as partial:
+        with partial.open("wb") as stream:
+            for tokens in documents:
+                stream.write(np.ascontiguousarray(tokens, dtype=_TYPES[kind]).data)
+                lengths.append(len(tokens))
+        sizes = np.asarray(lengths, dtype="<i4")
+        starts = np.cumsum(sizes, dtype="<i8") - sizes
+        with partial_index.open("wb") as stream:
+            stream.write(_MAGIC + _HEADER.pack(1, kind, len(sizes), len(sizes) + 1))
+            stream.write(sizes.data)
+            stream.write((starts * np.dtype(_TYPES[kind]).itemsize).astype("<i8").data)
+            stream.write(np.arange(len(sizes) + 1, dtype="<i8").data)
     return int(sizes.sum(dtype=np.int64))

@@ -7,13 +7,14 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.readers import lines, rows
@@ -110,7 +111,14 @@ def test_parts_of_a_long_text_file_join_to_it(tmp_path: Path, monkeypatch: pytes
 def test_megatron_files_are_read_as_they_were_written(vocab_size: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, vocab_size, size) for size in (0, 1, 1000, *generator.integers(1, 99, 300))]
-    assert write_megatron(tmp_path / "a", documents, vocab_size) == sum(map(len, documents))
+
+    def read_while_another_process_writes() -> Iterator[NDArray[np.integer]]:
+        yield from documents[:9]
+        write_megatron(tmp_path / "a", documents, vocab_size)
+        yield from documents[9:]
+
+    written = write_megatron(tmp_path / "a", read_while_another_process_writes(), vocab_size)
+    assert written == sum(map(len, documents))
     listed = list_sources((str(tmp_path),))
     assert (len(listed.files), listed.ignored_line()) == (1, None)
     for name in ("a", "a.bin", "a.idx"):
