@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -40,10 +41,10 @@ _SPACES_AND_FORMATS = (
 class EncodedStrings:
     """Token ids of several strings, one after the other."""
 
-    ids: NDArray[np.uint32]  # ids of all strings
+    ids: NDArray[np.unsignedinteger[Any]]  # ids of all strings
     offsets: NDArray[np.int64]  # where each string begins in `ids`, and the end of the last one
 
-    def of(self, number: int) -> NDArray[np.uint32]:
+    def of(self, number: int) -> NDArray[np.unsignedinteger[Any]]:
         """Returns the ids of one string."""
         return self.ids[self.offsets[number] : self.offsets[number + 1]]
 

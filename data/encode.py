@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,33 +15,17 @@ from data.tokenizer import Tokenizer
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FimParts:
-    """A document cut for fill-in-the-middle (arXiv:2412.19437, 4.1): `prefix + middle + suffix`."""
+def cut_for_fim(text: str, rate: float, seed: int, key: str) -> tuple[str, str, str] | None:
+    """Returns prefix, suffix and middle of a document, if seed and key decide that it is rearranged.
 
-    prefix: str
-    middle: str
-    suffix: str
-
-
-def cut_for_fim(text: str, rate: float, seed: int, key: str) -> FimParts | None:
-    """Decides by seed and key whether a document is rearranged, and cuts it at two random characters.
-
-    Cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
+    See arXiv:2412.19437, section 4.1. Both cuts are between random characters, not tokens, so that a model learns to
+    continue from the middle of a word.
     """
     if rate == 0.0 or hash_unit("fim", seed, key) >= rate:
         return None
     places = len(text) + 1
     begin, end = sorted(int(hash_unit(purpose, seed, key) * places) for purpose in ("fim cut 1", "fim cut 2"))
-    return FimParts(prefix=text[:begin], middle=text[begin:end], suffix=text[end:])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class EncodedDocuments:
-    """Tokens of several documents, one after the other, with those that begin and end each."""
-
-    tokens: NDArray[np.unsignedinteger]  # token ids, in `token_dtype`
-    lengths: NDArray[np.int64]  # number of tokens of each document
+    return text[:begin], text[end:], text[begin:end]
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
@@ -120,18 +103,18 @@ class DocumentEncoder:
         self._dtype = token_dtype(tokenizer)
         self._vocab_size = tokenizer.vocab_size
 
-    def encode(self, documents: Sequence[Document], draw_keys: Sequence[str]) -> EncodedDocuments:
-        """Returns the tokens of documents; a key for each decides whether and where it is cut.
+    def encode(self, documents: Sequence[Document]) -> EncodedStrings:
+        """Returns the tokens of documents, in `token_dtype`, with those that begin and end each.
 
         Raises DataError that names the document if `tokenizers` gives other ids.
         """
         cuts = [
-            cut_for_fim(document.text, self._fim_rate, self._seed, key) if document.tokens is None else None
-            for document, key in zip(documents, draw_keys, strict=True)
+            cut_for_fim(document.text, self._fim_rate, self._seed, document.key) if document.tokens is None else None
+            for document in documents
         ]
         strings: list[str] = []
         for document, cut in zip(documents, cuts, strict=True):
-            strings.extend([document.text] if cut is None else [cut.prefix, cut.suffix, cut.middle])
+            strings.extend(cut or [document.text])
         encoded = self._tokenizer.encode_flat(strings)
         self._check_one(documents)
         # Each document has a row: begin of sentence, the three tokens of fill-in-the-middle, end of sentence.
@@ -139,11 +122,8 @@ class DocumentEncoder:
         num_strings = np.where(is_cut, 3, 1)
         first = np.cumsum(num_strings) - num_strings
         if self._splitter is not None:
-            parts = [
-                f"{key}:{part}"
-                for key, count in zip(draw_keys, num_strings.tolist(), strict=True)
-                for part in range(count)
-            ]
+            counted = zip(documents, num_strings.tolist(), strict=True)
+            parts = [f"{document.key}:{part}" for document, count in counted for part in range(count)]
             encoded = self._splitter.split(encoded, parts)
         if any(document.tokens is not None for document in documents):
             encoded = self._with_token_documents(encoded, documents, first)
@@ -153,9 +133,10 @@ class DocumentEncoder:
         values = np.array([special.bos or 0, *(special.fim or (0, 0, 0)), special.eos])
         is_placed = np.stack([np.full(len(cuts), special.bos is not None), is_cut, is_cut, is_cut, is_cut | True], 1)
         ids = encoded.ids.astype(self._dtype)
-        return EncodedDocuments(
-            tokens=np.insert(ids, places[is_placed], np.broadcast_to(values, places.shape)[is_placed]),
-            lengths=places[:, 4] - places[:, 0] + is_placed.sum(axis=1),
+        lengths = places[:, 4] - places[:, 0] + is_placed.sum(axis=1)
+        return EncodedStrings(
+            ids=np.insert(ids, places[is_placed], np.broadcast_to(values, places.shape)[is_placed]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
         )
 
     def _with_token_documents(

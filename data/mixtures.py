@@ -219,11 +219,12 @@ def _prepare_documents(
     config: DataConfig, tokenizer: Tokenizer | None, length: int, folder: Path, progress: Progress
 ) -> None:
     from data.build.run import build_folder
-    from data.build.work import RunText
+    from data.build.work import CORPUS, HELD_OUT
 
     with cache_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    text = RunText(source=config.source, held_out=config.validation_source)
+    held_out = config.validation_source
+    text = {CORPUS: config.source} | ({} if held_out is None else {HELD_OUT: held_out})
     keys = (document.key for document in read_documents(config.source))
     config = replace(config, validation_fraction=held_out_fraction(config, keys, "documents", progress))
     build_folder(_settings(config, "", tokenizer, length), tokenizer, folder, 1, progress, text)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,28 +41,8 @@ _KEY_END = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of 
 
 CORPUS = "corpus"
 HELD_OUT = "held_out"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunText:
-    """The documents of a run without a manifest, which are prepared in its own process."""
-
-    source: DataSource
-    held_out: DataSource | None = None  # source of the held-out part; None: a share of `source`
-
-    @property
-    def sources(self) -> dict[str, DataSource]:
-        """Sources by name."""
-        return {CORPUS: self.source} | ({} if self.held_out is None else {HELD_OUT: self.held_out})
-
-    @property
-    def manifest(self) -> Manifest:
-        """The mixture of one source."""
-        sources = tuple(MixSource(name=name, paths=(), weight=float(name == CORPUS)) for name in self.sources)
-        if not isinstance(self.source, FilesSource):
-            return Manifest(sources=sources, decontaminate=(), on_broken="stop")
-        limits = {"on_broken": self.source.on_broken, "max_broken_share": self.source.max_broken_share}
-        return Manifest(sources=sources, decontaminate=(), **limits)  # type: ignore[arg-type]
+RunText = Mapping[str, DataSource]
+"""The documents of a run without a manifest, which its own process prepares: `CORPUS`, and maybe `HELD_OUT`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +71,13 @@ class WorkerMessage:
     error: str = ""
 
 
-def _files_of(source: MixSource) -> FilesSource:
-    return FilesSource(kind="files", paths=source.paths, text_field=source.text_field)
+def _manifest_of(text: RunText) -> Manifest:
+    """Returns the mixture of one source that a run without a manifest reads."""
+    sources = tuple(MixSource(name=name, paths=(), weight=float(name == CORPUS)) for name in text)
+    manifest = Manifest(sources=sources, decontaminate=(), on_broken="stop")
+    if not isinstance(source := text[CORPUS], FilesSource):
+        return manifest
+    return replace(manifest, on_broken=source.on_broken, max_broken_share=source.max_broken_share)
 
 
 class Build:
@@ -102,12 +87,13 @@ class Build:
         self.folder = folder
         self.settings = settings
         self.text = text
-        self.manifest: Manifest = read_manifest(Path(settings.manifest)) if text is None else text.manifest
+        self.manifest: Manifest = read_manifest(Path(settings.manifest)) if text is None else _manifest_of(text)
         self.contamination = Contamination.load(self.manifest.decontaminate)
         self.claims = Claims(folder)
-        self.text_sources: Mapping[str, DataSource] = (
-            {source.name: _files_of(source) for source in self.manifest.sources} if text is None else text.sources
-        )
+        self.text_sources = text or {
+            source.name: FilesSource(kind="files", paths=source.paths, text_field=source.text_field)
+            for source in self.manifest.sources
+        }
         self.notes: list[str] = []
         files = {name: self._list(name) for name in self.text_sources}
         if (evaluations := self.contamination) is not None and evaluations.num_searched < evaluations.num_lines:
@@ -146,7 +132,7 @@ class Build:
 
     def _cut(self, file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
         """Returns the pieces of a file, which is read whole if its source has another reader."""
-        if self.text is None or isinstance(self.text.source, FilesSource):
+        if self.text is None or isinstance(self.text[CORPUS], FilesSource):
             return pieces(file, piece_bytes)
         return [FilePiece(file=file, first=0, last=1, size_bytes=size_bytes(file))]
 
@@ -196,7 +182,7 @@ class Build:
     def part_of(self, unit: TextUnit, document: Document) -> Part:
         """Returns the part of a document."""
         settings = self.settings
-        if self.text is not None and self.text.held_out is not None:
+        if self.text is not None and HELD_OUT in self.text:
             return "validation" if unit.source.name == HELD_OUT else "train"
         is_held_out = is_validation(document.key, settings.validation_fraction, settings.seed)
         return "validation" if is_held_out else "train"
@@ -300,9 +286,9 @@ class UnitEncoder:
             if not chosen:
                 continue
             documents = [batch[index].document for index in chosen]
-            encoded = self._encoder(unit.source, part).encode(documents, [document.key for document in documents])
-            writer.append(f"{part}-{unit.name}.tokens", encoded.tokens)
-            rows["length"][chosen] = encoded.lengths
+            encoded = self._encoder(unit.source, part).encode(documents)
+            writer.append(f"{part}-{unit.name}.tokens", encoded.ids)
+            rows["length"][chosen] = np.diff(encoded.offsets)
         rows["bytes"] = [row.num_bytes for row in batch]
         rows["piece"] = [row.piece for row in batch]
         for index, row in enumerate(batch):

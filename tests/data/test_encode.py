@@ -74,8 +74,7 @@ def test_documents_are_their_marks_and_the_ids_of_their_parts() -> None:
     documents = [Document(key=str(number), text=text) for number, text in enumerate(random_strings(200, 1))]
     given = np.array([0, 300, 301, 1], dtype=np.int32)  # with begin and end
     documents += [Document(key="bin:0", text="", tokens=given), Document(key="bin:1", text="", tokens=given[1:2])]
-    keys = [document.key for document in documents]
-    encoded = DocumentEncoder(tokenizer, fim_rate=0.5, seed=3).encode(documents, keys)
+    encoded = DocumentEncoder(tokenizer, fim_rate=0.5, seed=3).encode(documents)
     before_prefix, before_suffix, before_middle = tokenizer.special.fim or (0, 0, 0)
     expected = []
     for document in documents:
@@ -85,12 +84,11 @@ def test_documents_are_their_marks_and_the_ids_of_their_parts() -> None:
         elif cut is None:
             expected.append(tokenizer.document(tokenizer.encode(document.text)))
         else:
-            prefix, middle, suffix = map(tokenizer.encode, (cut.prefix, cut.middle, cut.suffix))
+            prefix, suffix, middle = map(tokenizer.encode, cut)
             marked = [before_prefix, *prefix, before_suffix, *suffix, before_middle, *middle]
             expected.append(tokenizer.document(marked))
-    assert encoded.lengths.tolist() == [len(ids) for ids in expected]
-    assert encoded.tokens.tolist() == [token for ids in expected for token in ids]
-    assert len(DocumentEncoder(tokenizer, fim_rate=0.5, seed=3).encode([], []).tokens) == 0
+    assert [encoded.of(number).tolist() for number in range(len(documents))] == expected
+    assert len(DocumentEncoder(tokenizer, fim_rate=0.5, seed=3).encode([]).ids) == 0
 
 
 def test_a_document_with_other_ids_is_named() -> None:
@@ -100,7 +98,7 @@ def test_a_document_with_other_ids_is_named() -> None:
     with pytest.raises(
         DataError, match=r"code/main\.py: fastokens must give the ids of tokenizers, differs from token 0"
     ):
-        DocumentEncoder(tokenizer, fim_rate=0.0, seed=0).encode(documents, ["0"])
+        DocumentEncoder(tokenizer, fim_rate=0.0, seed=0).encode(documents)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -108,7 +106,8 @@ def test_a_document_with_other_ids_is_named() -> None:
 def test_fim_keeps_every_character(text: str, seed: int, key: str) -> None:
     parts = cut_for_fim(text, 1.0, seed, key)
     assert parts is not None
-    assert parts.prefix + parts.middle + parts.suffix == text
+    prefix, suffix, middle = parts
+    assert prefix + middle + suffix == text
     assert parts == cut_for_fim(text, 1.0, seed, key)
     assert cut_for_fim(text, 0.0, seed, key) is None
 
@@ -127,5 +126,6 @@ def test_fim_cuts_are_uniform_over_all_places() -> None:
     for index in range(2000):
         parts = cut_for_fim("abc", 1.0, 0, str(index))
         assert parts is not None
-        seen.add((len(parts.prefix), len(parts.middle)))
+        prefix, _, middle = parts
+        seen.add((len(prefix), len(middle)))
     assert seen == {(begin, end - begin) for begin in range(4) for end in range(begin, 4)}

@@ -1,6 +1,5 @@
 """Splitting of tokens that join punctuation and line breaks."""
 
-import numpy as np
 import pytest
 
 from data.encode import DocumentEncoder, NewlineSplitter
@@ -48,12 +47,9 @@ def test_a_draw_depends_on_seed_and_key_and_not_on_other_documents() -> None:
 
 @pytest.mark.parametrize("fim_rate", [0.0, 0.5])
 def test_documents_keep_their_marks(fim_rate: float) -> None:
-    plain = DocumentEncoder(TOKENIZER, fim_rate=fim_rate, seed=2).encode(DOCUMENTS, KEYS)
-    parts = DocumentEncoder(TOKENIZER, fim_rate=fim_rate, seed=2, newline_split=0.4).encode(DOCUMENTS, KEYS)
-    assert len(parts.tokens) > len(plain.tokens)
-    ends = [np.cumsum(encoded.lengths) for encoded in (plain, parts)]
-    for number in range(1, len(DOCUMENTS)):
-        spans = [slice(*end[number - 1 : number + 1]) for end in ends]
-        both = zip((plain, parts), spans, strict=True)
-        first, second = (TOKENIZER.decode(encoded.tokens[span].tolist()) for encoded, span in both)
+    plain = DocumentEncoder(TOKENIZER, fim_rate=fim_rate, seed=2).encode(DOCUMENTS)
+    parts = DocumentEncoder(TOKENIZER, fim_rate=fim_rate, seed=2, newline_split=0.4).encode(DOCUMENTS)
+    assert len(parts.ids) > len(plain.ids)
+    for number in range(len(DOCUMENTS)):
+        first, second = (TOKENIZER.decode(encoded.of(number).tolist()) for encoded in (plain, parts))
         assert first == second
