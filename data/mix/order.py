@@ -15,6 +15,7 @@ come first in the second one finds it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 _LONGEST = 2**40  # sequences of the last phase
 _CHUNK_VALUES = 2**14  # counts that are found together, which bounds the memory
 _MOST_CHUNK = 2048
+_BLOCK = 256  # positions that a short read finds together, because one costs almost as much as a block
+_MOST_BLOCKS = 8  # blocks that are remembered: micro-batches of a step share them
 
 Counts = NDArray[np.int64]
 
@@ -79,10 +82,21 @@ class MixOrder:
             self._parts.append(part)
             counts_S = part.counts_after_S
             lags_S = part.lags_after_S
+        self._block = lru_cache(_MOST_BLOCKS)(self._find_block)
 
     def places(self, first: int, count: int) -> Places:
         """Returns the sequences at consecutive positions."""
-        return self.at(np.arange(first, first + count, dtype=np.int64))
+        if not 0 < count < _BLOCK:
+            return self.at(np.arange(first, first + count, dtype=np.int64))
+        blocks = [self._block(number) for number in range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)]
+        part = slice(first % _BLOCK, first % _BLOCK + count)
+        return Places(
+            sources_N=np.concatenate([block.sources_N for block in blocks])[part],
+            numbers_N=np.concatenate([block.numbers_N for block in blocks])[part],
+        )
+
+    def _find_block(self, number: int) -> Places:
+        return self.at(np.arange(number * _BLOCK, (number + 1) * _BLOCK, dtype=np.int64))
 
     def at(self, positions_N: Counts) -> Places:
         """Returns the sequences at any positions."""
