@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infer.chooser import choose_tokens, group_rows, join_rows, score_tokens
 from infer.cohorts import PROMPT_TOKENS, take_waiting
-from infer.config import GenerateError, Speculative, Statistics
+from infer.config import Speculative, Statistics
 from infer.decoder import Decoder
 from infer.protocol import ChosenToken
 from infer.sequence import ActiveSequence, StopCondition
@@ -130,8 +130,8 @@ class GenerationBatch:
             admitted = take_waiting(waiting, batch_size - len(self), self._prefill_tokens)
             results = self._admit(admitted) if admitted else self.advance()
             for sequence, _ in results:
-                if sequence.error:
-                    raise GenerateError(sequence.error)
+                if sequence.error is not None:
+                    raise sequence.error
             yield results
 
     def _admit(self, sequences: Sequence[ActiveSequence]) -> Results:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infer.config import ConstraintError
 from infer.protocol import ChosenToken
 from infer.sample import TokenHistory, distribution, draw, log_probs, num_times, penalize, verify
 from infer.sequence import ActiveSequence
@@ -101,7 +102,7 @@ class RowGroup:
             adjusted_RV[row, list(bias)] += adjusted_RV.new_tensor(list(bias.values()))
             allowed = sequence.constraint.allowed() if sequence.constraint is not None and not ahead else None
             if allowed is not None and not allowed.any():
-                sequence.error = f"prompt {sequence.index + 1}: its constraint allows no token"
+                sequence.error = ConstraintError(f"prompt {sequence.index + 1}: its constraint allows no token")
             elif allowed is not None:
                 adjusted_RV[row].masked_fill_(~torch.from_numpy(allowed).to(self._device), -torch.inf)
         return adjusted_RV

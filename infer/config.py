@@ -27,6 +27,10 @@ class GenerateError(RuleError):
     """Invalid request."""
 
 
+class ConstraintError(GenerateError):
+    """A constraint that allows no next token."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How the next token is chosen from the model's logits.

@@ -30,7 +30,7 @@ class SequenceNews:
         tokens: new tokens that are text; a stop token is not.
         prompt_scores: the prompt's tokens after the first, if requested: once, from the sample that read it.
         finish: why it ended; None if it has not.
-        error: why it failed and ended; empty if it did not.
+        error: why it failed and ended.
     """
 
     number: int
@@ -38,7 +38,7 @@ class SequenceNews:
     tokens: tuple[ChosenToken, ...] = ()
     prompt_scores: tuple[ChosenToken, ...] | None = None
     finish: Finish | None = None
-    error: str = ""
+    error: GenerateError | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

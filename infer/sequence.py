@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from infer.config import Finish
+from infer.config import Finish, GenerateError
 from infer.protocol import ChosenToken, NumberedPrompt, Request, TokenConstraint
 from infer.sample import SequenceRandom
 
@@ -31,7 +31,7 @@ class ActiveSequence:
         order: a sequence of lower order is older, and does not wait for a younger one.
         settings: `Request.settings`.
         finish: why it ended; None if it has not.
-        error: why it failed and ended; empty if it did not.
+        error: why it failed and ended.
         states_TD: states of the last 1 or 2 tokens, which the MTP module has not read.
         prompt_scores: the prompt's tokens after the first that were scored while they were read.
     """
@@ -48,7 +48,7 @@ class ActiveSequence:
     constraint: TokenConstraint | None = None
     chosen: list[ChosenToken] = field(default_factory=list)
     finish: Finish | None = None
-    error: str = ""
+    error: GenerateError | None = None
     states_TD: Tensor | None = None
     prompt_scores: list[ChosenToken] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class ActiveSequence:
     def take(self, chosen: ChosenToken, stop_condition: StopCondition) -> bool:
         """Adds a chosen token. Returns whether it is text, which a stop token is not."""
         if not math.isfinite(chosen.log_prob):
-            self.error = (
+            self.error = GenerateError(
                 f"prompt {self.index + 1}: the model's logits must be finite, are not after {len(self.chosen)} new "
                 f"tokens; its weights or their type are not usable"
             )

@@ -69,10 +69,9 @@ class Grammars:
             thoughts_end: pieces that end thoughts, which precede the constrained answer.
         """
         types = {"json": dict | str, "choice": list}
-        if not isinstance(value, types.get(kind, str)):
-            raise refusal(
-                place, f"must be {'an object' if kind == 'json' else 'a list or text'}", describe(value), "{}"
-            )
+        if value == [] or not isinstance(value, types.get(kind, str)):
+            rule = f"must be {'an object' if kind == 'json' else 'text, or a list that is not empty'}"
+            raise refusal(place, rule, describe(value), "{}")
         try:
             from llguidance import LLMatcher, grammar_from
         except ImportError as error:

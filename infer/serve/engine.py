@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from infer.config import GenerateError
+from infer.config import ConstraintError, GenerateError
 from infer.continuous import ContinuousEngine, SequenceNews
 from infer.protocol import NumberedPrompt, Request
 from infer.serve.fields import ApiError
@@ -149,8 +149,12 @@ class EngineThread:
             subscription = self._open.get(item.number)
             if subscription is None:
                 continue
-            if item.error:
-                self._refuse(item.number, ApiError(500, item.error, code="generation_failed"))
+            if isinstance(item.error, ConstraintError):
+                message = "no token can follow in the demanded structure: its grammar is too complex, or contradictory"
+                self._refuse(item.number, ApiError(400, message, code="structure_failed"))
+                continue
+            if item.error is not None:
+                self._refuse(item.number, ApiError(500, str(item.error), code="generation_failed"))
                 continue
             subscription.news.put_nowait((subscription.numbers[item.number], item))
             if item.finish is not None:

@@ -185,6 +185,15 @@ def test_structured_output_without_its_package_names_the_extra(server: RunningSe
     assert "extra structured" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_grammar_that_fails_within_an_answer_is_an_error_of_the_client(server: RunningServer, streamed: bool) -> None:
+    body = {**COMPLETION, "guided_regex": "(a?){5000}a{5000}", "stream": streamed}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    # A stream has begun with the first token, and ends with an event of the error.
+    assert response.status_code == (200 if streamed else 400)
+    assert '"code":"structure_failed"' in response.text
+
+
 def test_model_without_a_template_refuses_chats() -> None:
     with serving(make_engine(), describe(template=None)) as running:
         response = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
