@@ -38,7 +38,7 @@ class AnswerBuilder:
         self._offset = 0
         self._parser = None
         if marks is not None:
-            self._parser = TurnParser(marks, opens_thoughts=call.opens_thoughts, parses_calls=call.parses_calls)
+            self._parser = TurnParser(marks, opens_thoughts=call.opens_thoughts, parses_calls=call.most_calls > 0)
         self._has_begun = False
         self._num_calls = 0
         # What was not taken yet.
@@ -126,11 +126,13 @@ class AnswerBuilder:
                 name = "content" if kind == "content" else "reasoning_content"
                 delta[name] = delta.get(name, "") + text
                 continue
+            self._num_calls += kind == "name"
+            if self._num_calls > self._call.most_calls:
+                continue
             calls = delta.setdefault("tool_calls", [])
             if kind == "name":
                 begin = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
-                calls.append({"index": self._num_calls, **begin, "function": {"name": text, "arguments": ""}})
-                self._num_calls += 1
+                calls.append({"index": self._num_calls - 1, **begin, "function": {"name": text, "arguments": ""}})
             elif calls:
                 calls[-1]["function"]["arguments"] += text
             else:

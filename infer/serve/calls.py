@@ -18,6 +18,7 @@ from infer.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, STRUCTURES, ApiEr
 Endpoint = Literal["completions", "chat/completions"]
 _NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that need another one."""
+_MOST_CALLS = 2**31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class ApiCall:
         scored_ends: token ids that end an answer and are listed with their log-probabilities, as harnesses count on.
         template: by which answers are parsed; None: they are text.
         opens_thoughts: whether the prompt ends where thoughts begin.
-        parses_calls: whether calls of tools in an answer become fields.
+        most_calls: maximum number of calls of tools in an answer, which become fields; later ones are dropped.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -68,7 +69,7 @@ class ApiCall:
     scored_ends: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
     opens_thoughts: bool = False
-    parses_calls: bool = False
+    most_calls: int = 0
 
     def submissions(self) -> Iterator[tuple[tuple[int, ...], Request]]:
         """Yields the prompt and the request of each answer, with random numbers of its number."""
@@ -87,7 +88,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
             message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
         for field, needed in _NEEDED.items():
-            if field in fields and not fields.get(needed):
+            if fields.get(field) and not fields.get(needed):
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
         return _read_chat(served, fields) if is_chat else _read_completion(served, fields)
     except (DataError, GenerateError) as error:
@@ -145,7 +146,7 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
         **_read_form(fields),
         template=template,
         opens_thoughts=opens_thoughts,
-        parses_calls=bool(tools),
+        most_calls=0 if not tools else _MOST_CALLS if fields.get("parallel_tool_calls", True) else 1,
     )
     return _checked(served, call)
 
@@ -191,12 +192,24 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
     for number, prompt in enumerate(values):
         field = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
-            prompts.append(tuple(served.tokenizer.prompt(prompt)))
+            prompts.append(tuple(served.tokenizer.prompt(_insert_at_hole(served, prompt, fields.get("suffix")))))
         elif isinstance(prompt, list) and prompt:
             prompts.append(tuple(served.read_token(item, field) for item in prompt))
         else:
             raise refusal(field, "must be text or token ids", describe(prompt), '"text"')
     return tuple(prompts)
+
+
+def _insert_at_hole(served: ServedModel, prefix: str, suffix: str | None) -> str | list[int]:
+    """Returns a prefix, or with a suffix the form of fill-in-the-middle that documents of training have."""
+    if suffix is None:
+        return prefix
+    parts = served.tokenizer.special.fim
+    if parts is None:
+        rule = "must be absent, because the tokenizer has no tokens of fill-in-the-middle"
+        raise refusal("suffix", rule, "given", "no suffix")
+    begin, hole, end = parts
+    return [begin, *served.tokenizer.encode(prefix), hole, *served.tokenizer.encode(suffix), end]
 
 
 def _read_request(
@@ -263,19 +276,19 @@ def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end
 def _read_thinking(served: ServedModel, template: ChatTemplate, fields: Mapping[str, Any]) -> bool:
     options = fields.get("chat_template_kwargs", {})
     default = template.thinks if served.thinking is None else served.thinking
+    if "reasoning_effort" in fields:  # templates have no degrees of thought
+        default = fields["reasoning_effort"] != "none"
+    place = "chat_template_kwargs.thinking" if options else "reasoning_effort"
     thinking: bool = options.get("thinking", options.get("enable_thinking", default))
     if thinking and template.thoughts is None:
         rule = "must be false, because the model's template has no thoughts"
-        raise refusal("chat_template_kwargs.thinking", rule, "true", "false")
+        raise refusal(place, rule, "true", "false")
     return thinking
 
 
 def _read_tool_choice(fields: Mapping[str, Any]) -> tuple[ToolDefinition, ...] | None:
     """Returns the tools of which one must be called; none: the model chooses. None: no tool may be called."""
     value = fields.get("tool_choice", "auto")
-    if not fields.get("parallel_tool_calls", True) and value == "auto":
-        rule = "must be true unless tool_choice is none or demands a call, which is one"
-        raise refusal("parallel_tool_calls", rule, "false", "true")
     if value in ("auto", "none"):
         return () if value == "auto" else None
     tools: Sequence[ToolDefinition] = fields.get("tools", ())

@@ -114,6 +114,7 @@ def _raw(value: object, place: str) -> object:
 
 # Fields that change no answer here; clients send them by default or for bookkeeping.
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_LEAST_TOP_P = 1e-6  # keeps the most probable token alone; 0 means this
 _TOKENS = _integer(0, 2**31)
 _SEED = _integer(-(2**63), 2**63 - 1)
 _SCHEMA: dict[str, Reader | None] = {"schema": _raw, "name": None, "description": None, "strict": None}
@@ -126,7 +127,7 @@ _COMMON: dict[str, Reader | None] = {
     "model": text_of,
     "max_tokens": _TOKENS,
     "temperature": _number(0, 2),
-    "top_p": _number(1e-6, 1),
+    "top_p": lambda value, place: max(number_of(value, place, limits=Between(0, 1)), _LEAST_TOP_P),
     "top_k": _integer(-1, 2**31),
     "min_p": _number(0, 1),
     "presence_penalty": _number(-2, 2),
@@ -146,6 +147,7 @@ _COMMON: dict[str, Reader | None] = {
 COMPLETION_FIELDS: dict[str, Reader | None] = {
     **_COMMON,
     "prompt": _raw,
+    "suffix": text_of,
     "echo": _flag_of,
     "logprobs": _integer(0, MOST_ALTERNATIVES),
     "best_of": _integer(1, 128),
@@ -159,6 +161,7 @@ CHAT_FIELDS: dict[str, Reader | None] = {
     "tools": read_tools,
     "tool_choice": _raw,
     "parallel_tool_calls": _flag_of,
+    "reasoning_effort": partial(choice_of, choices=["none", "minimal", "low", "medium", "high", "xhigh"]),
     "response_format": partial(object_of, readers=_FORMAT, required=("type",)),
     "chat_template_kwargs": partial(object_of, readers={"thinking": _flag_of, "enable_thinking": _flag_of}),
 }

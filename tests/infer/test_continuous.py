@@ -318,7 +318,9 @@ def test_unusable_logits_and_constraints_end_only_their_request(model: Transform
     client = Client(ContinuousEngine(broken, max_sequences=4, cached_tokens=1024))
     client.submit(7, [1, 2], replace(REQUEST, sampling=DRAWN, samples=2))
     client.run()
-    assert all(str(news.error).startswith("prompt 8: the model's logits must be finite") for news in client.last.values())
+    assert all(
+        str(news.error).startswith("prompt 8: the model's logits must be finite") for news in client.last.values()
+    )
     assert len(client.last) == 2
 
 

@@ -12,6 +12,7 @@ import torch
 
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
+from data.chat.templates import CHAT_TEMPLATES
 from infer.engines.local import LocalModel
 from infer.evaluate.protocol import TargetSequence
 from infer.generate import generate
@@ -353,6 +354,45 @@ def test_call_and_output_of_a_tool_continue_the_chat(client: openai.OpenAI) -> N
     output = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}
     answer = chat(client, messages=[*MESSAGES, message.model_dump(), output], tools=[WEATHER])
     assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_parallel_tool_calls_false_gives_the_first_call_alone(client: openai.OpenAI, streamed: bool) -> None:
+    form = CHAT_TEMPLATES.get("v3_1").tools
+    names = ("calls_begin", "call_begin", "separator", "call_end", "calls_end")
+    begin, call, middle, end, last = (
+        "".join(f"<[{TOKENIZER.special_id(piece)}]>" for piece in getattr(form, name)) for name in names
+    )
+    calls = "".join(f'{call} "{name}" {middle} "{{}}" {end}' for name in ("one", "two"))
+    options = {"tools": [WEATHER], "extra_body": {"guided_grammar": f"start: {begin} {calls} {last}"}, "max_tokens": 60}
+    for is_parallel, expected in ((True, ["one", "two"]), (False, ["one"])):
+        answer = chat(client, **options, parallel_tool_calls=is_parallel, stream=streamed)
+        if streamed:
+            deltas = [event.choices[0].delta for event in answer]
+            parts = [part for delta in deltas for part in delta.tool_calls or ()]
+            assert [part.index for part in parts if part.id] == list(range(len(expected)))
+        else:
+            parts = answer.choices[0].message.tool_calls
+        assert [part.function.name for part in parts if part.function.name] == expected
+
+
+def test_reasoning_effort_chooses_whether_answers_begin_with_thoughts(client: openai.OpenAI) -> None:
+    assert chat(client, reasoning_effort="low").choices[0].message.reasoning_content
+    assert not hasattr(chat(client, reasoning_effort="none").choices[0].message, "reasoning_content")
+
+
+def test_suffix_is_asked_for_as_training_cuts_documents(client: openai.OpenAI) -> None:
+    (begin, hole, end) = TOKENIZER.special.fim or ()
+    ids = [begin, *TOKENIZER.encode("hello"), hole, *TOKENIZER.encode("world"), end]
+    texts = [
+        complete(client, **prompt).choices[0].text
+        for prompt in ({"prompt": "hello", "suffix": "world"}, {"prompt": TOKENIZER.prompt(ids)})
+    ]
+    assert texts[0] == texts[1] != complete(client, prompt="hello").choices[0].text
+
+
+def test_top_p_0_keeps_the_most_probable_token(client: openai.OpenAI) -> None:
+    assert complete(client, top_p=0, temperature=1).choices[0].text == complete(client).choices[0].text
 
 
 def test_unknown_model_is_not_found(client: openai.OpenAI) -> None:
