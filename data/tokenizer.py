@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.bulk_encoder import SPLIT_PATTERNS, BulkEncoder, EncodedStrings
-from data.corpus import DataError
+from data.corpus import DataError, refusal, shorten
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
     CHAT_TOKENS,
@@ -100,12 +100,19 @@ class Tokenizer:
         """Returns a document's tokens: begin of sentence (if there is one), text, end of sentence."""
         return [*([] if self.special.bos is None else [self.special.bos]), *ids, self.special.eos]
 
-    def prompt(self, text: str | Sequence[int]) -> list[int]:
+    def prompt(self, text: str | Sequence[int], suffix: str | None = None) -> list[int]:
         """Returns the tokens of a text to continue: begin of sentence (if there is one) and its ids.
 
-        A tokenizer without that token puts the end of sentence before an empty text.
+        A tokenizer without that token puts the end of sentence before an empty text. With a suffix, they ask for what
+        comes before it, in the form that training gives documents for fill-in-the-middle.
         """
         ids = self.encode(text) if isinstance(text, str) else text
+        if suffix is not None:
+            if self.special.fim is None:
+                rule = "must be absent, because the tokenizer has no tokens of fill-in-the-middle"
+                raise refusal("suffix", rule, shorten(repr(suffix)), "null")
+            begin, hole, end = self.special.fim
+            ids = [begin, *ids, hole, *self.encode(suffix), end]
         return self.document(ids)[:-1] or [self.special.eos]
 
     def text_context(self, tokens: Sequence[int]) -> list[int]:

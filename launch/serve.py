@@ -79,6 +79,7 @@ class ServeCommandConfig:
     prefix_cache: bool
     speculative: Speculative
     drain_seconds: Annotated[float, Between(0, 29)]
+    stall_seconds: PositiveFloat
     ranks: PositiveInt
     prefill_ranks: NonNegativeInt
     placement: str | None
@@ -185,7 +186,8 @@ def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.sock
     from infer.serve.engine import EngineThread
     from infer.serve.http import run_server
 
-    thread = EngineThread(engine, most_open=config.max_sequences + config.max_queue)
+    most_open = config.max_sequences + config.max_queue
+    thread = EngineThread(engine, most_open=most_open, stall_seconds=config.stall_seconds)
     served = describe_model(config, source)
     for line in _start_lines(config, source, served, thread.counts, bound.getsockname()[0]):
         _write_line(line)

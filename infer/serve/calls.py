@@ -82,7 +82,8 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
     """Reads the body of a request, or raises ApiError."""
     is_chat = endpoint == "chat/completions"
     try:
-        fields = read_body(content, CHAT_FIELDS if is_chat else COMPLETION_FIELDS)
+        readers = CHAT_FIELDS if is_chat else COMPLETION_FIELDS
+        fields = read_body(content, readers, "messages" if is_chat else "prompt")
         name = fields.get("model", served.name)
         if name != served.name:
             message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
@@ -90,9 +91,17 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
         for field, needed in _NEEDED.items():
             if fields.get(field) and not fields.get(needed):
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
-        return _read_chat(served, fields) if is_chat else _read_completion(served, fields)
+        call = _read_chat(served, fields) if is_chat else _read_completion(served, fields)
+        if call.request.max_new_tokens == 0 and not call.echo:
+            raise refusal("max_tokens", "must be at least 1 without echo", 0, 1)
     except (DataError, GenerateError) as error:
         raise ApiError.of_field(error) from error
+    longest = max(map(len, call.prompts))
+    if longest + call.request.max_new_tokens > served.max_tokens:
+        lengths = f"a prompt of {longest} tokens and {call.request.max_new_tokens} new ones"
+        message = f"max_tokens: {lengths} exceed the maximum of {served.max_tokens} tokens"
+        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+    return call
 
 
 def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
@@ -102,8 +111,6 @@ def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     max_new_tokens = fields.get("max_tokens", 16)
     if fields.get("best_of", num_choices) != num_choices:
         raise refusal("best_of", "must equal n, because every answer is returned", fields["best_of"], num_choices)
-    if max_new_tokens == 0 and not echo:
-        raise refusal("max_tokens", "must be at least 1 without echo", 0, 1)
     constraint = _read_structure(served, fields, ())
     alternatives = fields.get("logprobs")
     request = _read_request(served, fields, max_new_tokens, alternatives, constraint)
@@ -111,8 +118,7 @@ def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     if alternatives is not None:
         ends = request.stop
         request = replace(request, scores_prompt=echo, stop=frozenset())
-    call = ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, **_read_form(fields))
-    return _checked(served, call)
+    return ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, **_read_form(fields))
 
 
 def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
@@ -120,8 +126,6 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     if template is None:
         message = "this model has no chat template; start the server with chat=v3, or use /v1/completions"
         raise ApiError(400, message, "messages", "no_chat_template")
-    if "messages" not in fields:
-        raise ApiError(400, "messages: must be given", "messages")
     _check_count(served, fields, 1)
     messages = fields["messages"]
     thinking = _read_thinking(served, template, fields)
@@ -137,10 +141,8 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
         constraint = served.grammars.build_call(forced, template, thoughts_end)
     limit = max(served.max_tokens - len(prompt), 1)
     max_new_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", limit))
-    if max_new_tokens == 0:
-        raise refusal("max_completion_tokens", "must be at least 1", 0, 1)
     alternatives = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
-    call = ApiCall(
+    return ApiCall(
         prompts=(prompt,),
         request=_read_request(served, fields, max_new_tokens, alternatives, constraint),
         **_read_form(fields),
@@ -148,7 +150,6 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
         opens_thoughts=opens_thoughts,
         most_calls=0 if not tools else _MOST_CALLS if fields.get("parallel_tool_calls", True) else 1,
     )
-    return _checked(served, call)
 
 
 def _read_form(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,18 +162,6 @@ def _read_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checked(served: ServedModel, call: ApiCall) -> ApiCall:
-    """Rejects calls that the model's positions or the cache can never hold."""
-    longest = max(map(len, call.prompts))
-    if longest + call.request.max_new_tokens > served.max_tokens:
-        message = (
-            f"max_tokens: a prompt of {longest} tokens and {call.request.max_new_tokens} new ones exceed the maximum "
-            f"of {served.max_tokens} tokens"
-        )
-        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-    return call
-
-
 def _check_count(served: ServedModel, fields: Mapping[str, Any], num_prompts: int) -> None:
     """Rejects calls that the queue can never hold, before their prompts are encoded."""
     count = num_prompts * fields.get("n", 1)
@@ -182,9 +171,7 @@ def _check_count(served: ServedModel, fields: Mapping[str, Any], num_prompts: in
 
 def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """Returns the token ids of a text, of several, of a list of token ids, or of several."""
-    value = fields.get("prompt")
-    if value is None:
-        raise ApiError(400, "prompt: must be given", "prompt")
+    value = fields["prompt"]
     is_list = isinstance(value, list) and value and isinstance(value[0], list | str)
     values = value if is_list else [value]
     _check_count(served, fields, len(values))
@@ -192,24 +179,12 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
     for number, prompt in enumerate(values):
         field = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
-            prompts.append(tuple(served.tokenizer.prompt(_insert_at_hole(served, prompt, fields.get("suffix")))))
+            prompts.append(tuple(served.tokenizer.prompt(prompt, fields.get("suffix"))))
         elif isinstance(prompt, list) and prompt:
             prompts.append(tuple(served.read_token(item, field) for item in prompt))
         else:
             raise refusal(field, "must be text or token ids", describe(prompt), '"text"')
     return tuple(prompts)
-
-
-def _insert_at_hole(served: ServedModel, prefix: str, suffix: str | None) -> str | list[int]:
-    """Returns a prefix, or with a suffix the form of fill-in-the-middle that documents of training have."""
-    if suffix is None:
-        return prefix
-    parts = served.tokenizer.special.fim
-    if parts is None:
-        rule = "must be absent, because the tokenizer has no tokens of fill-in-the-middle"
-        raise refusal("suffix", rule, "given", "no suffix")
-    begin, hole, end = parts
-    return [begin, *served.tokenizer.encode(prefix), hole, *served.tokenizer.encode(suffix), end]
 
 
 def _read_request(

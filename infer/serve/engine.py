@@ -2,14 +2,17 @@
 
 import asyncio
 import itertools
+import math
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+from comm.exits import EXIT_LOST
 from infer.config import ConstraintError, GenerateError
 from infer.continuous import ContinuousEngine, SequenceNews
 from infer.protocol import NumberedPrompt, Request
@@ -19,10 +22,17 @@ if TYPE_CHECKING:
     from infer.engines.expert_ranks import RanksEngine
 
 _IDLE_SECONDS = 20.0
+_STOP_SECONDS = 2.0  # for the current step; with the other limits below the 30 s that supervisors wait
 
 
 ServingEngine: TypeAlias = "ContinuousEngine | RanksEngine"
 """An engine that a server drives. One thread makes all calls."""
+
+
+class StalledEngineError(RuntimeError):
+    """A step of an engine does not end: a rank or a device does not respond."""
+
+    exit_code = EXIT_LOST
 
 
 @dataclass(eq=False)
@@ -50,12 +60,15 @@ class Subscription:
 class EngineThread:
     """An engine with its thread. All methods are called on the event loop's thread."""
 
-    def __init__(self, engine: ServingEngine, *, most_open: int) -> None:
+    def __init__(self, engine: ServingEngine, *, most_open: int, stall_seconds: float) -> None:
         """Takes over an engine that no other thread uses.
 
         Args:
             most_open: maximum number of sequences that wait or are active.
+            stall_seconds: maximum time of a step, after which `fail_if_stalled` fails.
         """
+        self._stall_seconds = stall_seconds
+        self._step_began = math.inf
         self._engine = engine
         self._most_open = most_open
         self._commands = queue.SimpleQueue[Callable[[], None] | None]()
@@ -77,9 +90,11 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current step."""
+        """Ends the thread after its current step, which fails if it does not end."""
         self._commands.put(None)
-        self._thread.join()
+        self._thread.join(_STOP_SECONDS)
+        if self._thread.is_alive() and self.failure is None:
+            self._fail(StalledEngineError(f"a step has not ended {_STOP_SECONDS:g} s after the server"))
 
     def submit(self, sequences: Iterable[tuple[tuple[int, ...], Request]]) -> Subscription:
         """Queues the sequences of a call; raises ApiError if too many wait."""
@@ -109,10 +124,19 @@ class EngineThread:
             subscription.news.put_nowait(error)
             self.cancel(subscription, list(subscription.numbers))
 
+    def fail_if_stalled(self) -> None:
+        """Ends all calls with an error if the current step takes too long."""
+        if self.failure is None and time.monotonic() > self._step_began + self._stall_seconds:
+            limit = f"stall_seconds={self._stall_seconds:g}"
+            self._fail(StalledEngineError(f"a step takes more than {limit}: a rank or device does not respond"))
+
     def _run(self) -> None:
         try:
             while self._obey():
-                self._call(self._deliver, self._engine.step(), self._engine.counts())
+                self._step_began = time.monotonic()
+                news = self._engine.step()
+                self._step_began = math.inf
+                self._call(self._deliver, news, self._engine.counts())
             self._engine.close()
         except BaseException as error:  # the thread ends, and the server reports why
             self._call(self._fail, error)

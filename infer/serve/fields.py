@@ -41,8 +41,8 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def read_body(content: bytes, readers: Mapping[str, Reader | None]) -> dict[str, Any]:
-    """Returns the fields of a body that are not null, or raises ApiError or DataError."""
+def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str) -> dict[str, Any]:
+    """Returns the fields of a body that are not null; raises ApiError, or DataError."""
     try:
         values = decode_json(content)
         _check_values(values, 0)
@@ -50,7 +50,7 @@ def read_body(content: bytes, readers: Mapping[str, Reader | None]) -> dict[str,
         raise ApiError(400, f"the body must be JSON: {shorten(str(error))}", code="invalid_json") from error
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if value is not None}
-    return object_of(values, BODY, readers)
+    return object_of(values, BODY, readers, required=(needed,))
 
 
 def _check_values(value: object, depth: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 import time
 import traceback
@@ -18,7 +19,7 @@ EXIT_ENGINE = 1  # the engine failed with an error that has no exit code
 class DrainingServer(uvicorn.Server):
     """A server that refuses new requests after a signal, and ends when those in progress have ended.
 
-    A second signal ends it at once.
+    A second signal ends those in progress with an error.
     """
 
     def __init__(self, service: Service, drain_seconds: float) -> None:
@@ -29,7 +30,8 @@ class DrainingServer(uvicorn.Server):
         logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
         self._service = service
         self._drain_seconds = drain_seconds
-        self._deadline: float | None = None
+        self._deadline = math.inf
+        self._ends_now = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to accept connections, and prints the URL."""
@@ -40,25 +42,25 @@ class DrainingServer(uvicorn.Server):
             print(f"serving {self._service.served.name} at http://{at}:{port}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to drain. uvicorn's own handler would end the process with the signal."""
-        self.should_exit = self._service.is_draining
-        self.force_exit = self._service.is_draining
-        self._drain()
-
-    def _drain(self) -> None:
-        if not self._service.is_draining:
-            self._service.is_draining = True
-            self._deadline = time.monotonic() + self._drain_seconds
+        """Begins to drain, or ends if it drains. uvicorn's own handler would end the process with the signal."""
+        self._ends_now = self._service.is_draining
+        self._service.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
         """Returns whether to end: drained, or too late."""
-        if self._service.engine.failure is not None:
-            self._drain()
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            self._service.engine.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+        service = self._service
+        service.engine.fail_if_stalled()
+        service.is_draining |= service.engine.failure is not None
+        if service.is_draining and self._deadline == math.inf:
+            self._deadline = time.monotonic() + self._drain_seconds
+            if service.num_calls and service.engine.failure is None:
+                limit = f"at most {self._drain_seconds:g} s; a second signal ends them"
+                service.write_line(f"draining: {service.num_calls} requests are in progress, for {limit}")
+        if self._ends_now or time.monotonic() > self._deadline:
+            service.engine.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
             await asyncio.sleep(0.1)  # until the errors are sent
             return True
-        return await super().on_tick(counter) or (self._service.is_draining and self._service.num_calls == 0)
+        return await super().on_tick(counter) or (service.is_draining and service.num_calls == 0)
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:

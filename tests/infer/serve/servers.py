@@ -63,11 +63,16 @@ class RunningServer:
 
 @contextmanager
 def serving(
-    engine: ServingEngine, served: ServedModel | None = None, *, api_key: str | None = None, most_open: int = MOST_OPEN
+    engine: ServingEngine,
+    served: ServedModel | None = None,
+    *,
+    api_key: str | None = None,
+    most_open: int = MOST_OPEN,
+    stall_seconds: float = 60,
 ) -> Iterator[RunningServer]:
     """Runs a server on a thread until exit, which drains it."""
     lines: list[str] = []
-    thread = EngineThread(engine, most_open=most_open)
+    thread = EngineThread(engine, most_open=most_open, stall_seconds=stall_seconds)
     service = Service(served or describe(), thread, api_key=api_key, write_line=lines.append)
     server = DrainingServer(service, drain_seconds=5)
     with open_socket("127.0.0.1", 0) as bound:

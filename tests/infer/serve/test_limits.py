@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -276,6 +277,38 @@ def test_signal_drains_what_is_in_progress_and_refuses_the_rest() -> None:
         assert answers[0].json()["usage"]["completion_tokens"] == 120
 
 
+def test_second_signal_ends_requests_with_an_error() -> None:
+    answers: list[httpx.Response] = []
+    with serving(make_engine()) as running:
+        ask = partial(httpx.post, f"{running.url}/v1/completions", json=LONG, timeout=30)
+        asking = threading.Thread(target=lambda: answers.append(ask()))
+        asking.start()
+        while not running.service.engine.num_open:
+            time.sleep(0.01)
+        running.server.handle_exit(signal.SIGINT, None)
+        while not running.lines:
+            time.sleep(0.01)
+        assert running.lines[0].startswith("draining: 1 requests are in progress, for at most 5 s")
+        running.server.handle_exit(signal.SIGINT, None)
+        asking.join()
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+
+
+def test_step_that_does_not_end_answers_503() -> None:
+    engine = make_engine()
+    released = threading.Event()
+
+    def step() -> list[SequenceNews]:
+        released.wait()
+        return []
+
+    with serving(engine, stall_seconds=0.2) as running, mock.patch.object(engine, "step", step):
+        response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
+        released.set()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_died")
+    assert "StalledEngineError: a step takes more than stall_seconds=0.2" in response.json()["error"]["message"]
+
+
 PARTIAL = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
 
 
@@ -302,7 +335,9 @@ class LostEngineError(RuntimeError):
 
 def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.CaptureFixture[str]) -> None:
     engine = make_engine()
-    service = Service(describe(), EngineThread(engine, most_open=8), api_key=None, write_line=lambda line: None)
+    service = Service(
+        describe(), EngineThread(engine, most_open=8, stall_seconds=60), api_key=None, write_line=lambda line: None
+    )
     codes: list[int] = []
     with (
         open_socket("127.0.0.1", 0) as bound,
@@ -415,7 +450,9 @@ def test_10_000_short_requests_keep_memory() -> None:
     """In one process without sockets, so that only the server's own memory grows."""
 
     async def ask() -> int:
-        engine = EngineThread(make_engine(replace(MODEL, num_layers=1, num_dense_layers=1)), most_open=MOST_OPEN)
+        engine = EngineThread(
+            make_engine(replace(MODEL, num_layers=1, num_dense_layers=1)), most_open=MOST_OPEN, stall_seconds=60
+        )
         service = Service(describe(), engine, api_key=None, write_line=lambda line: None)
         engine.start()
         transport = httpx.ASGITransport(service.app())
