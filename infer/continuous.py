@@ -185,7 +185,7 @@ class ContinuousEngine:
         for sequence in [row for row in self.batch.rows if row.index == number]:
             self.batch.remove(sequence)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[SequenceNews]:
         """Runs the passes of a step, and returns what is new."""
         self._copy_prompts()

@@ -66,7 +66,7 @@ class LocalEngine:
         check(config, [prompt.tokens for prompt in prompts], request.max_new_tokens, self._wanted, self._batch_size)
         return start_sequences(prompts, request, config.max_position_tokens)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(
         self, sequences: Sequence[ActiveSequence], store: RouteStore | None = None
     ) -> Iterator[tuple[ActiveSequence, list[int]]]:
