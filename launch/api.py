@@ -208,7 +208,7 @@ class LoadedModel:
             tokens = [prompt.tokens for prompt in job.prompts]
             check_generation(self.source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
             transcripts = job.transcripts()
-            continue_prompts(job, job.request, self.model, transcripts)
+            continue_prompts(job, self.model, transcripts)
         return transcripts[0] if is_one else transcripts
 
     def evaluate(self, *tasks: str, out: str | Path | None = None, **options: Any) -> "EvaluationReport":

@@ -249,17 +249,7 @@ class GenerateJob:
     config: GenerateCommandConfig
     source: WeightsSource
     prompts: list[Prompt]
-
-    @property
-    def request(self) -> Request:
-        """How prompts are continued."""
-        config = self.config
-        return Request(
-            samples=1,
-            max_new_tokens=config.max_new_tokens,
-            sampling=Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)}),
-            stop=frozenset((*config.stop.ids, *self.source.end_ids)),
-        )
+    request: Request
 
     @property
     def numbered(self) -> list[NumberedPrompt]:
@@ -287,7 +277,6 @@ def main(overrides: Sequence[str]) -> int:
         # Without drafts, ranks do not read the MTP modules.
         source = job.source.without_mtp() if config.speculative is False else job.source
         network = spread_over_ranks(source, config.dtype, config.device, config.parallelism, config.schedule)
-        request = job.request
         rollouts = None
         if network is not None and is_torchrun(os.environ):
             apply_rank_environment(network.cluster)
@@ -296,11 +285,11 @@ def main(overrides: Sequence[str]) -> int:
                 return 0
         with open_output(config.out) as file:
             if network is None:
-                statistics = _stream(job, request, file)
+                statistics = _stream(job, file)
             else:
                 if rollouts is None:
                     rollouts = _generate_on_local_ranks(job, network)
-                statistics = _write_rollouts(job, request, rollouts, file)
+                statistics = _write_rollouts(job, rollouts, file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(line, file=sys.stderr, flush=True)
@@ -367,7 +356,13 @@ def encode_job(config: GenerateCommandConfig, source: WeightsSource, given: Sequ
         tokenizer = source.needed_tokenizer("prompts of text")
         encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
         prompts = [Prompt(text, encode_text(text) if isinstance(text, str) else list(text)) for text in given]
-    return GenerateJob(config=config, source=source, prompts=prompts)
+    request = Request(
+        samples=1,
+        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)}),
+        stop=frozenset((*config.stop.ids, *source.end_ids)),
+    )
+    return GenerateJob(config=config, source=source, prompts=prompts, request=request)
 
 
 def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: TextIO) -> ContinuationWriter:
@@ -375,18 +370,17 @@ def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: Text
     return ContinuationWriter(transcripts, file, "json" if job.config.out else form)
 
 
-def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
+def _stream(job: GenerateJob, file: TextIO) -> Statistics:
     transcripts = job.transcripts()
     writer = _open_writer(job, transcripts, file)
     model = load_model(job.source, job.config.dtype, job.config.device)
     # Standard output shows text as it is generated; a file shows nothing.
     progress = progress_on() if job.config.out else NO_PROGRESS
-    return continue_prompts(job, request, model, transcripts, writer.update, progress)
+    return continue_prompts(job, model, transcripts, writer.update, progress)
 
 
 def continue_prompts(
     job: GenerateJob,
-    request: Request,
     model: "Transformer",
     transcripts: Sequence[Transcript],
     update: Callable[[], None] = lambda: None,
@@ -403,7 +397,7 @@ def continue_prompts(
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
     most = len(job.prompts) * config.max_new_tokens
-    steps = engine.run(engine.start(job.numbered, request))
+    steps = engine.run(engine.start(job.numbered, job.request))
     for sequence, _ in progress.over("generating", steps, most, lambda step: len(step[1]), "tokens"):
         if sequence.finish is not None:
             transcripts[sequence.index].end(sequence.finish)
@@ -411,11 +405,11 @@ def continue_prompts(
     return engine.statistics
 
 
-def _write_rollouts(job: GenerateJob, request: Request, rollouts: Rollouts, file: TextIO) -> Statistics:
+def _write_rollouts(job: GenerateJob, rollouts: Rollouts, file: TextIO) -> Statistics:
     transcripts = job.transcripts()
     writer = _open_writer(job, transcripts, file)
     for transcript, rollout in zip(transcripts, rollouts.rollouts, strict=True):
-        for token in rollout.without_end(request.stop):
+        for token in rollout.without_end(job.request.stop):
             transcript.push(token)
         transcript.end(rollout.finish)
         writer.update()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol, Self, TypeVar, get_args
+from typing import Any, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from dualpipe.ir import Placement, ValueKind
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import PipelineStage
 from infer.config import GenerateError
-from infer.decoder import Decoder, PassKind, RouteStore, Views
+from infer.decoder import Decoder, PassKind, Views
 from model.transformer import Transformer
 
 ValueT = TypeVar("ValueT")
@@ -249,17 +249,8 @@ class Cohort:
 class CohortDecoder(Decoder):
     """Decoder of one cohort on the rank of the last stage. Earlier stages run on other ranks."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        max_sequences: int,
-        capacity: int,
-        *,
-        with_mtp: bool,
-        layers: Sequence[int],
-        routes: RouteStore | None = None,
-    ) -> None:
-        super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
+    def __init__(self, *args: Any, with_mtp: bool, **options: Any) -> None:
+        super().__init__(*args, with_mtp=with_mtp, **options)
         self.drafts = with_mtp
         self.mtp_calls = 0
         self.exchange: Callable[[RoundPlan, Tensor], Tensor] | None = None  # `Cohort.exchange`
