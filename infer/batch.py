@@ -158,7 +158,7 @@ class GenerationBatch:
         row = self.decoder.add(sequence.place)
         self.rows.append(sequence)
         scores_prompt = sequence.request.scores_prompt and not sequence.chosen
-        if self._keeps_blocks and not scores_prompt and not self.can_copy(sequence):
+        if self._keeps_blocks and not scores_prompt:
             self.num_reused += self.decoder.main.start(row, sequence.text)
         if scores_prompt:
             sequence.prompt_scores = []
@@ -236,10 +236,6 @@ class GenerationBatch:
             cache.load(row, values_LTC[:, cache.lengths[row] :])
         sequence.states_TD = states_TD
         self.join([sequence])
-
-    def can_copy(self, sequence: ActiveSequence) -> bool:
-        """Returns whether an active sequence has the same prompt."""
-        return sequence.index in self._prompt_ends and not sequence.chosen
 
     def join(self, sequences: Sequence[ActiveSequence]) -> Results:
         """Continues sequences whose prompts are read or can be copied, and chooses their first tokens."""

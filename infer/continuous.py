@@ -5,7 +5,7 @@ request may arrive or be cancelled. Everything runs on the thread of the caller.
 """
 
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -24,17 +24,16 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceNews:
-    """What a step adds to one continuation of a request.
+    """What a step adds to a continuation.
 
     Attributes:
         tokens: new tokens that are text; a stop token is not.
-        prompt_scores: the prompt's tokens after the first, if requested: once, from the sample that read it.
+        prompt_scores: the prompt's tokens after the first, if requested, once.
         finish: why it ended; None if it has not.
         error: why it failed and ended.
     """
 
     number: int
-    sample: int
     tokens: tuple[ChosenToken, ...] = ()
     prompt_scores: tuple[ChosenToken, ...] | None = None
     finish: Finish | None = None
@@ -52,7 +51,6 @@ class MovedSequence:
 
     prompt: NumberedPrompt
     request: Request
-    sample: int
     chosen: tuple[ChosenToken, ...]
     values: tuple[Tensor, ...]
     states_TD: Tensor
@@ -138,30 +136,29 @@ class ContinuousEngine:
             )
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues the samples of a request whose number no other one has, or raises as `check`."""
+        """Queues a request whose number no other one has, or raises as `check`."""
         self.check(prompt, request)
         assert all(row.index != prompt.number for row in (*self._waiting, *self.batch.rows)), "the number is taken"
-        self._waiting += self._start(prompt, request)
+        self._waiting.append(self._start(prompt, request))
 
-    def _start(self, prompt: NumberedPrompt, request: Request) -> list[ActiveSequence]:
+    def _start(self, prompt: NumberedPrompt, request: Request) -> ActiveSequence:
+        assert request.samples == 1, "each answer is a separate prompt"
         # Random numbers depend on the seed, not on other requests.
-        sequences = start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens)
-        for sequence in sequences:
-            sequence.index = prompt.number
-            sequence.order = self._num_submitted
-            self._num_submitted += 1
-        return sequences
+        (sequence,) = start_sequences([replace(prompt, number=0)], request, self._config.max_position_tokens)
+        sequence.index = prompt.number
+        sequence.order = self._num_submitted
+        self._num_submitted += 1
+        return sequence
 
-    def export_sequence(self, number: int, sample: int = 0) -> MovedSequence:
+    def export_sequence(self, number: int) -> MovedSequence:
         """Removes a sequence that has a token, and returns it."""
-        row = [(active.index, active.sample) for active in self.batch.rows].index((number, sample))
+        row = [active.index for active in self.batch.rows].index(number)
         sequence = self.batch.rows[row]
         assert sequence.states_TD is not None, "a sequence without a token has no state to move"
         decoder = self.batch.decoder
         moved = MovedSequence(
             prompt=NumberedPrompt(number=number, tokens=tuple(sequence.prompt)),
             request=sequence.request,
-            sample=sample,
             chosen=tuple(sequence.chosen),
             values=(decoder.main.export(row), decoder.mtp.export(row)),
             states_TD=sequence.states_TD,
@@ -171,7 +168,7 @@ class ContinuousEngine:
 
     def import_sequence(self, moved: MovedSequence) -> None:
         """Continues an exported sequence. It waits, and is read again, if it has no room yet."""
-        sequence = self._start(moved.prompt, moved.request)[moved.sample]
+        sequence = self._start(moved.prompt, moved.request)
         sequence.resume(moved.chosen)
         self._waiting.append(sequence)
         if self._has_room(sequence):
@@ -179,7 +176,7 @@ class ContinuousEngine:
             self.batch.load(sequence, moved.values, moved.states_TD)
 
     def cancel(self, number: int) -> None:
-        """Removes the samples of a request, and frees their blocks."""
+        """Removes a request, and frees its blocks."""
         self._waiting = [sequence for sequence in self._waiting if sequence.index != number]
         self._news = [news for news in self._news if news.number != number]
         for sequence in [row for row in self.batch.rows if row.index == number]:
@@ -188,7 +185,6 @@ class ContinuousEngine:
     @torch.inference_mode()
     def step(self) -> list[SequenceNews]:
         """Runs the passes of a step, and returns what is new."""
-        self._copy_prompts()
         for sequence in sorted(self.batch.rows[: self.batch.num_active], key=_AGE):
             if sequence in self.batch.rows:
                 self._reserve_pass(sequence)
@@ -211,23 +207,10 @@ class ContinuousEngine:
         """Allows the weights to change. No step may follow."""
         self._unchanged.close()
 
-    def _copy_prompts(self) -> None:
-        """Starts waiting samples of prompts that a row has already."""
-        for sequence in list(self._waiting):
-            # A copy has its own last block.
-            has_room = len(self.batch) < self._max_sequences and self.batch.decoder.num_free_blocks > 1
-            if not has_room or not (self.batch.can_copy(sequence) or self._has_room(sequence)):
-                # No younger sequence takes the blocks that this one waits for.
-                return
-            if self.batch.can_copy(sequence):
-                self._waiting.remove(sequence)
-                self.batch.begin(sequence)
-                self._report(self.batch.join([sequence]))
-
     def _plan_chunk(self) -> dict[ActiveSequence, int]:
         """Chooses what is read next, as numbers of tokens: in turn the oldest prompt, and the shortest ones."""
         reading = self.batch.rows[self.batch.num_active :]
-        startable = self._startable(reading)
+        startable = self._startable()
         if not reading and not startable:
             return {}
         self._prefers_oldest = not self._prefers_oldest
@@ -249,18 +232,11 @@ class ContinuousEngine:
                 chunk[sequence] = self._num_unread(sequence)
         return chunk
 
-    def _startable(self, reading: Sequence[ActiveSequence]) -> list[ActiveSequence]:
+    def _startable(self) -> list[ActiveSequence]:
         """Returns the waiting sequences whose text can be read now; none if the oldest one has too few blocks."""
-        indices = {sequence.index for sequence in reading}
-        startable = []
-        for sequence in self._waiting:
-            # Other samples of a prompt wait until it is read.
-            if sequence.chosen or not (sequence.index in indices or self.batch.can_copy(sequence)):
-                indices.add(sequence.index)
-                startable.append(sequence)
-        if not startable or not self._has_room(startable[0]):
+        if not self._waiting or not self._has_room(self._waiting[0]):
             return []
-        return [sequence for sequence in startable if self._has_room(sequence)]
+        return [sequence for sequence in self._waiting if self._has_room(sequence)]
 
     def _has_room(self, sequence: ActiveSequence) -> bool:
         num_blocks = -(-(sequence.num_text + self._new_tokens) // BLOCK_TOKENS)
@@ -296,7 +272,6 @@ class ContinuousEngine:
             sequence.prompt_scores = []
             news = SequenceNews(
                 number=sequence.index,
-                sample=sequence.sample,
                 tokens=tuple(tokens),
                 prompt_scores=scores,
                 finish=sequence.finish,

@@ -100,7 +100,7 @@ class Move:
             yield MessageKey(
                 kind="activation",
                 direction=cache,
-                stage=self.sequence.sample,
+                stage=0,
                 micro_batch=self.sequence.prompt.number,
                 source=self.source,
                 destination=self.target,
@@ -114,7 +114,7 @@ class SequenceTransfers:
         """Opens links with a timeout in seconds. All ranks call it at the same point."""
         self._engine = engine
         self.is_reading = rank < num_reading
-        self._values: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # of sequences that are not sent yet
+        self._values: dict[int, tuple[Tensor, ...]] = {}  # of sequences that are not sent yet
         # The ranks as one pipeline, whose stages have links with each other.
         layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), num_ranks)
         pairs = [(source, target) for source in range(num_reading) for target in range(num_reading, num_ranks)]
@@ -132,8 +132,8 @@ class SequenceTransfers:
         batch = self._engine.batch
         departures = []
         for row in [row for row in batch.rows[: batch.num_active] if row.constraint is None]:
-            moved = self._engine.export_sequence(row.index, row.sample)
-            self._values[row.index, row.sample] = moved.values
+            moved = self._engine.export_sequence(row.index)
+            self._values[row.index] = moved.values
             shapes = tuple(values_LTC.to("meta") for values_LTC in moved.values)
             # Copies on the host, because a view is pickled with all of its storage, and a device has other ranks.
             states_TD = moved.states_TD.cpu().clone()
@@ -143,7 +143,7 @@ class SequenceTransfers:
     def send(self, move: Move) -> None:
         """Sends the values of a sequence that has left this rank."""
         self._transport.flush()  # Their receivers have taken the values of earlier rounds.
-        values = self._values.pop((move.sequence.prompt.number, move.sequence.sample))
+        values = self._values.pop(move.sequence.prompt.number)
         for key, values_LTC in zip(move.keys(), values, strict=True):
             if values_LTC.numel():
                 self._transport.send(key, values_LTC)
@@ -287,7 +287,6 @@ class RanksEngine:
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
         """Queues a prompt for the rank with the fewest tokens, or raises GenerateError if it never fits."""
-        assert request.samples == 1, "a server sends each answer as a separate prompt"
         self._rank.engine.check(prompt, request)
         rank = 0
         if request.constraint is not None:

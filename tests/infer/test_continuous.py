@@ -55,12 +55,12 @@ def continue_alone(model: Transformer, sampling: Sampling) -> list[Sample]:
 
 
 class Client:
-    """Collects the news of an engine by request and sample."""
+    """Collects the news of an engine by request."""
 
     def __init__(self, engine: ContinuousEngine) -> None:
         self.engine = engine
-        self.tokens: dict[tuple[int, int], list[ChosenToken]] = {}
-        self.last: dict[tuple[int, int], SequenceNews] = {}
+        self.tokens: dict[int, list[ChosenToken]] = {}
+        self.last: dict[int, SequenceNews] = {}
         self.prompt_scores: dict[int, tuple[ChosenToken, ...]] = {}
 
     def submit(self, number: int, prompt: Sequence[int], request: Request) -> None:
@@ -69,7 +69,7 @@ class Client:
     def step(self) -> None:
         """Runs a step, and checks the holders of all blocks."""
         for news in self.engine.step():
-            key = (news.number, news.sample)
+            key = news.number
             assert key not in self.last, "news of a sequence that has ended"
             self.tokens.setdefault(key, []).extend(news.tokens)
             if news.prompt_scores is not None:
@@ -82,8 +82,8 @@ class Client:
         while not self.engine.is_idle:
             self.step()
 
-    def ids(self, number: int, sample: int = 0) -> tuple[int, ...]:
-        return tuple(chosen.token for chosen in self.tokens[number, sample])
+    def ids(self, number: int) -> tuple[int, ...]:
+        return tuple(chosen.token for chosen in self.tokens[number])
 
     def check_blocks(self) -> None:
         decoder = self.engine.batch.decoder
@@ -136,7 +136,7 @@ def test_requests_in_any_order_get_the_tokens_of_each_alone(
     client.run()
     for number, sample in enumerate(continue_alone(model, sampling)):
         assert client.ids(number) == sample.tokens
-        logs = [chosen.log_prob for chosen in client.tokens[number, 0]]
+        logs = [chosen.log_prob for chosen in client.tokens[number]]
         assert logs == pytest.approx(sample.log_probs, rel=0, abs=1e-10)
     counts = client.engine.counts()
     assert (counts["preemptions"] > 0) == (blocks == 8)
@@ -162,14 +162,16 @@ def test_every_request_has_its_own_settings(model: Transformer) -> None:
     prompt = make_prompts(2)[1]
     requests = {
         0: REQUEST,
-        1: replace(REQUEST, sampling=DRAWN, samples=3),
+        1: replace(REQUEST, sampling=DRAWN),
         2: replace(REQUEST, sampling=replace(DRAWN, seed=8), num_alternatives=3),
         3: replace(REQUEST, logit_bias={5: 100.0}),
         4: replace(REQUEST, constraint=OnlyMultiples, sampling=DRAWN),
         5: replace(REQUEST, sampling=Sampling(repetition_penalty=1.5, temperature=0.7, top_k=9)),
         6: replace(REQUEST, max_new_tokens=3, num_alternatives=0),
+        7: replace(REQUEST, sampling=DRAWN, step=1),
+        8: replace(REQUEST, sampling=DRAWN, step=2),
     }
-    alone: dict[int, list[list[ChosenToken]]] = {}
+    alone: dict[int, list[int]] = {}
     for together in (False, True):
         client = Client(ContinuousEngine(model, max_sequences=9, cached_tokens=4096, speculative=True))
         for number, request in requests.items():
@@ -177,19 +179,18 @@ def test_every_request_has_its_own_settings(model: Transformer) -> None:
             if not together:
                 client.run()
         client.run()
-        texts = {number: [client.tokens[number, at] for at in range(requests[number].samples)] for number in requests}
-        alone = alone or texts
-    ids = {number: [client.ids(number, at) for at in range(requests[number].samples)] for number in requests}
-    assert ids == {number: [tuple(one.token for one in text) for text in samples] for number, samples in alone.items()}
-    assert len({text for number in (0, 1, 2) for text in ids[number]}) == 5
-    assert set(ids[3][0]) == {5}
-    assert all(token % (3 + at) == 0 for at, token in enumerate(ids[4][0]))
-    assert len(ids[6][0]) == 3
-    assert client.tokens[6, 0][0].alternatives == ()
+        ids = {number: [*client.ids(number)] for number in requests}
+        alone = alone or ids
+    assert ids == alone
+    assert len({tuple(ids[number]) for number in (0, 1, 2, 7, 8)}) == 5
+    assert set(ids[3]) == {5}
+    assert all(token % (3 + at) == 0 for at, token in enumerate(ids[4]))
+    assert len(ids[6]) == 3
+    assert client.tokens[6][0].alternatives == ()
     # Log-probabilities are the model's own.
-    logits_TV, _ = whole_pass(model, [*prompt, *ids[2][0]])
+    logits_TV, _ = whole_pass(model, [*prompt, *ids[2]])
     logs_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
-    for at, chosen in enumerate(client.tokens[2, 0]):
+    for at, chosen in enumerate(client.tokens[2]):
         best = logs_TV[at].topk(3)
         assert chosen.log_prob == pytest.approx(float(logs_TV[at, chosen.token]), abs=1e-10)
         assert [token for token, _ in chosen.alternatives] == best.indices.tolist()
@@ -202,8 +203,9 @@ def test_prompts_are_scored_in_chunks_although_their_blocks_are_cached(model: Tr
     client = Client(ContinuousEngine(model, max_sequences=4, cached_tokens=4096, chunk_tokens=50))
     client.submit(0, prompt, REQUEST)
     client.run()
-    request = replace(REQUEST, max_new_tokens=max_new_tokens, scores_prompt=True, num_alternatives=2, samples=2)
+    request = replace(REQUEST, max_new_tokens=max_new_tokens, scores_prompt=True, num_alternatives=2)
     client.submit(1, prompt, request)
+    client.submit(2, prompt, replace(request, scores_prompt=False))
     client.run()
     logs_TV = whole_pass(model, list(prompt))[0].log_softmax(-1)
     scores = client.prompt_scores[1]
@@ -211,7 +213,7 @@ def test_prompts_are_scored_in_chunks_although_their_blocks_are_cached(model: Tr
     for at, one in enumerate(scores):
         assert one.log_prob == pytest.approx(float(logs_TV[at, prompt[at + 1]]), abs=1e-10)
         assert one.alternatives[0][1] == pytest.approx(float(logs_TV[at].max()), abs=1e-10)
-    assert [len(client.ids(1, sample)) for sample in range(2)] == [max_new_tokens] * 2
+    assert [len(client.ids(number)) for number in (1, 2)] == [max_new_tokens] * 2
     assert client.ids(1) == client.ids(0)[:max_new_tokens]
 
 
@@ -223,13 +225,13 @@ def test_short_request_behind_a_long_prompt_starts_within_two_chunks(model: Tran
     client.submit(1, [1, 2, 3], REQUEST)
     client.step()
     client.step()
-    assert client.tokens[1, 0]
+    assert client.tokens[1]
     assert (0, 0) not in client.tokens
     # The long one is not overtaken forever.
     for number in range(2, 60):
         client.submit(number, [1, 2, number], replace(REQUEST, max_new_tokens=1))
         client.step()
-    assert client.tokens[0, 0]
+    assert client.tokens[0]
 
 
 def test_shared_beginning_is_read_once(model: Transformer) -> None:
@@ -309,26 +311,25 @@ def test_unusable_logits_and_constraints_end_only_their_request(model: Transform
     client.submit(0, [1, 2], replace(REQUEST, constraint=Nothing))
     client.submit(1, [1, 2], REQUEST)
     client.run()
-    assert str(client.last[0, 0].error) == "prompt 1: its constraint allows no token"
-    assert client.last[1, 0].error is None
+    assert str(client.last[0].error) == "prompt 1: its constraint allows no token"
+    assert client.last[1].error is None
     assert len(client.ids(1)) == 12
     broken = make_foresighted(CONFIG)
     with torch.no_grad():
         broken.head_weight.fill_(float("nan"))
     client = Client(ContinuousEngine(broken, max_sequences=4, cached_tokens=1024))
-    client.submit(7, [1, 2], replace(REQUEST, sampling=DRAWN, samples=2))
+    client.submit(7, [1, 2], replace(REQUEST, sampling=DRAWN))
+    client.submit(8, [1, 2], REQUEST)
     client.run()
-    assert all(
-        str(news.error).startswith("prompt 8: the model's logits must be finite") for news in client.last.values()
-    )
-    assert len(client.last) == 2
+    for number in (7, 8):
+        assert str(client.last[number].error).startswith(f"prompt {number + 1}: the model's logits must be finite")
 
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_sequences_move_between_engines(model: Transformer, speculative: bool) -> None:
     """One engine reads prompts and another one continues them, with the same tokens and draws."""
     prompts = make_prompts(8)
-    request = replace(REQUEST, sampling=DRAWN, samples=2)
+    request = replace(REQUEST, sampling=DRAWN)
     alone = Client(ContinuousEngine(model, max_sequences=8, cached_tokens=4096, speculative=False))
     prefill, decode = (
         Client(ContinuousEngine(model, max_sequences=8, cached_tokens=tokens, speculative=speculative))
@@ -341,7 +342,7 @@ def test_sequences_move_between_engines(model: Transformer, speculative: bool) -
     while not prefill.engine.is_idle:
         prefill.step()
         for sequence in list(prefill.engine.batch.rows[: prefill.engine.batch.num_active]):
-            decode.engine.import_sequence(prefill.engine.export_sequence(sequence.index, sequence.sample))
+            decode.engine.import_sequence(prefill.engine.export_sequence(sequence.index))
         decode.step()
     decode.run()
     counts = decode.engine.counts()
@@ -363,7 +364,7 @@ def test_random_submissions_and_cancellations_lose_no_block(model: Transformer) 
     for number in range(500):
         match chosen.randrange(4):
             case 0:
-                request = replace(REQUEST, samples=chosen.randrange(1, 4), max_new_tokens=chosen.randrange(1, 9))
+                request = replace(REQUEST, max_new_tokens=chosen.randrange(1, 9))
                 client.submit(number, chosen.choice(prompts), request)
             case 1:
                 gone = chosen.randrange(number + 1)
@@ -376,5 +377,5 @@ def test_random_submissions_and_cancellations_lose_no_block(model: Transformer) 
     client.run()
     counts = client.engine.counts()
     assert counts["free_blocks"] == counts["total_blocks"] == 12
-    assert {number for number, _ in client.tokens} - {number for number, _ in client.last} <= cancelled
+    assert client.tokens.keys() - client.last.keys() <= cancelled
     assert torch.is_grad_enabled()
