@@ -117,9 +117,8 @@ class RowGroup:
         """Counts the tokens of prompts and continuations; None if the sampling has no penalties."""
         if not self._sampling.has_penalties:
             return None
-        size = logits_RV.shape[1]
-        rows = self._sequences
-        return TokenHistory.join([TokenHistory.of(row.prompt, row.tokens, size, self._device) for row in rows])
+        texts = [(row.prompt, row.tokens) for row in self._sequences]
+        return TokenHistory.of(texts, logits_RV.shape[1], self._device)
 
     def _report(self, logits_RV: Tensor, target_RV: Tensor | None, tokens_R: Tensor) -> list[ChosenToken]:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""

@@ -4,7 +4,7 @@ Shape legend: B rows, V vocabulary, K kept tokens.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,22 +135,19 @@ class TokenHistory:
     counts_BV: Tensor
 
     @classmethod
-    def of(cls, prompt: Sequence[int], tokens: Sequence[int], vocab_size: int, device: torch.device) -> "TokenHistory":
-        """Counts the tokens of one sequence."""
-        prompt_1V = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
-        prompt_1V[0, torch.tensor(list(prompt), dtype=torch.int64, device=device)] = True
-        counts_1V = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
-        places = torch.tensor(list(tokens), dtype=torch.int64, device=device)
-        counts_1V[0].index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-        return cls(prompt_1V, counts_1V)
-
-    @classmethod
-    def join(cls, histories: Sequence["TokenHistory"]) -> "TokenHistory":
-        """Returns the history of several sequences, in order."""
-        return cls(
-            torch.cat([history.prompt_BV for history in histories]),
-            torch.cat([history.counts_BV for history in histories]),
-        )
+    def of(
+        cls, texts: Iterable[tuple[Sequence[int], Sequence[int]]], vocab_size: int, device: torch.device
+    ) -> "TokenHistory":
+        """Counts the tokens of sequences, given the prompt and the continuation of each."""
+        counts = [
+            [
+                torch.bincount(torch.tensor(tokens, dtype=torch.int64, device=device), minlength=vocab_size)
+                for tokens in text
+            ]
+            for text in texts
+        ]
+        prompt_BV, continuation_BV = (torch.stack(parts) for parts in zip(*counts, strict=True))
+        return cls(prompt_BV > 0, continuation_BV.to(torch.int32))
 
     def after(self, tokens_B: Tensor) -> "TokenHistory":
         """Returns the history after one more token of each sequence."""

@@ -55,7 +55,12 @@ class VllmEngine:
         if len(workers) > 1:
             rule = "tensor_parallel_size must be 1 to compare weights, because shards have other hashes"
             raise GenerateError.broken("vllm", rule, len(workers), "1")
-        check_digests(ours.items(), workers)
+        for name, tensor in ours.items():
+            expected = TensorDigest.of(tensor)
+            digest = workers[0].get(name)
+            if digest != expected:
+                holds = "no such tensor" if digest is None else str(digest)
+                raise GenerateError(f"weights: worker 0 must hold {name} as {expected}, holds {holds}")
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
         """Implements `Engine.generate`."""
@@ -144,6 +149,9 @@ class TensorDigest:
     shape: tuple[int, ...]
     sha256: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} with SHA-256 {self.sha256[:12]}..."
+
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorDigest":
         """Hashes a tensor of any device."""
@@ -169,20 +177,6 @@ class ServedDigests:
         return digests
 
 
-def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[str, TensorDigest]]) -> None:
-    """Raises `GenerateError` for the first tensor that a worker lacks or holds with another content."""
-    by_worker = list(workers)
-    for name, tensor in ours:
-        expected = TensorDigest.of(tensor)
-        for number, digests in enumerate(by_worker):
-            digest = digests.get(name)
-            if digest != expected:
-                raise GenerateError(
-                    f"weights: worker {number} must hold {name} as {_describe(expected)}, holds "
-                    f"{'no such tensor' if digest is None else _describe(digest)}"
-                )
-
-
 def _split(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a Hugging Face folder that a parameter holds, some side by side."""
     if match := _FUSED_EXPERTS.fullmatch(name):
@@ -206,7 +200,3 @@ def _rows(
     if first in shapes:
         yield first, tensor[: shapes[first][0]]
         yield second, tensor[shapes[first][0] :]
-
-
-def _describe(digest: TensorDigest) -> str:
-    return f"{digest.dtype} {list(digest.shape)} with SHA-256 {digest.sha256[:12]}..."

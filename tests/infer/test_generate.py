@@ -335,7 +335,7 @@ CPU = torch.device("cpu")
 
 def test_penalties_change_logits_of_tokens_that_occurred() -> None:
     sampling = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
-    history = TokenHistory.of([0, 1, 1], [1, 3, 3], 5, CPU)
+    history = TokenHistory.of([([0, 1, 1], [1, 3, 3])], 5, CPU)
     logits = torch.tensor([[4.0, -4.0, 1.0, 3.0, -1.0]])
     expected = [4 / 2, -4 * 2 - 0.5 - 0.25, 1, 3 / 2 - 2 * 0.5 - 0.25, -1]
     assert penalize(logits, history, sampling).tolist() == [expected]
@@ -358,7 +358,7 @@ def test_greedy_text_follows_the_penalized_logits(speculative: Speculative, batc
         with torch.no_grad():
             logits_TV = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
         for at, token in enumerate(tokens):
-            history = TokenHistory.of(prompt, tokens[:at], logits_TV.shape[1], CPU)
+            history = TokenHistory.of([(prompt, tokens[:at])], logits_TV.shape[1], CPU)
             assert int(penalize(logits_TV[at : at + 1], history, sampling).argmax()) == token, at
 
 
