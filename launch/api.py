@@ -18,11 +18,10 @@ from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from dualpipe.api import Drawing
 from infer.config import check as check_generation
-from infer.evaluate.answers import Answerer
 from infer.evaluate.run import RESULTS_NAME
 from launch.config.compose import compose, system_errors
 from launch.config.run_config import check, compose_run
-from launch.evaluate import evaluate, job_of
+from launch.evaluate import evaluate, job_of, open_answerer
 from launch.generate import Transcript, continue_prompts, encode_job, read_values
 from launch.job import Device, Dtype, WeightsSource, find_weights, load_model
 from launch.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
@@ -276,6 +275,5 @@ def open_harness_model(
     from infer.engines.local import LocalModel
     from infer.evaluate.harness import HarnessModel
 
-    local = LocalModel(model, batch_size)
-    answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
+    answerer = open_answerer(source, LocalModel(model, batch_size))
     return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder))

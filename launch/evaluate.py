@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EVALUATION_TASKS, Record, TaskContext
+from infer.evaluate.protocol import EVALUATION_TASKS, EvaluatedModel, Record, TaskContext
 from infer.evaluate.run import (
     IDENTITY_NAME,
     RESULTS_NAME,
@@ -345,6 +345,11 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer
         return write_outcome(job, tasks, records, checkpoint, folder)
 
 
+def open_answerer(source: WeightsSource, model: EvaluatedModel) -> Answerer:
+    """Returns what answers the requests of tasks with a model of the weights."""
+    return Answerer(model, source.needed_tokenizer("tasks"), source.end_ids, source.model.max_position_tokens)
+
+
 def _evaluate_here(
     job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write, model: "Transformer | None"
 ) -> None:
@@ -357,25 +362,19 @@ def _evaluate_here(
         model = load_model(source, job.config.dtype, job.config.device)
     from infer.engines.local import LocalModel
 
-    local = LocalModel(model, job.config.batch_size)
-    tokenizer = source.needed_tokenizer("tasks")
-    answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
-    run_tasks(tasks, answerer, done, write)
+    run_tasks(tasks, open_answerer(source, LocalModel(model, job.config.batch_size)), done, write)
 
 
 def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:
     """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
     from train.listeners.evaluation import PipelinedModel, share_done
 
-    source = job.source
     tasks = job.open_tasks()
     try:
         with open_ranks(network) as pipeline:
             world = pipeline.replica.world
             model = PipelinedModel(pipeline.replica, job.config.batch_size, lambda: pipeline)
-            limit = source.model.max_position_tokens
-            tokenizer = source.needed_tokenizer("tasks")
-            answerer = Answerer(model, tokenizer, source.end_ids, limit)
+            answerer = open_answerer(job.source, model)
             run_tasks(tasks, answerer, share_done(world, done), write if world.rank == 0 else None)
     finally:
         _close(tasks)

@@ -143,23 +143,16 @@ def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bo
     return template
 
 
-def check_device(device: Device) -> None:
-    """Imports torch for a computation in this process, and rejects a device that it cannot use."""
+def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transformer":
+    """Loads the whole model into this process, and reports it on standard error."""
+    # Printed first: importing torch takes a second or more.
+    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
     # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
-
-
-def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transformer":
-    """Loads the whole model into this process, and reports it on standard error."""
-    # Printed first: importing torch takes a second or more.
-    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
-    check_device(device)
-    import torch
-
     precision = source.resolve(dtype)
     torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:

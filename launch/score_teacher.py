@@ -16,7 +16,7 @@ from kernels.ranges import PositiveFloat, PositiveInt
 from launch.command import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
 from launch.config.run_config import check_data, read_config, resolve, write_config
-from launch.job import Device, check_device
+from launch.job import Device, find_weights, load_model
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode
@@ -88,18 +88,10 @@ def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
 
 
 def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> int:
-    check_device(scores.device)
-    import torch
-
-    from comm.dispatch.local import LocalDispatcher
-    from model.transformer import Transformer, named_tensors
-    from train.checkpoint.sources import open_source
+    source = find_weights(scores.teacher, "trained", drop_mtp=True, needs_tokenizer=False)
+    model = load_model(source, scores.dtype, scores.device)
     from train.tasks.distill import write_scores
 
-    source = open_source(scores.teacher, "teacher", drop_mtp=True)
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[scores.dtype]
-    model = Transformer(source.config, LocalDispatcher(source.config.num_routed_experts), dtype)
-    source.fill(named_tensors(model))
     meta = ScoresMeta(
         format_version=FORMAT_VERSION,
         teacher=scores.teacher,
@@ -109,9 +101,7 @@ def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> i
         temperature=scores.temperature,
     )
     with ScoresWriter(Path(scores.scores).expanduser(), meta) as writer:
-        return write_scores(
-            model.to(torch.device(scores.device)), prepared, meta, writer, scores.sequences, progress_on()
-        )
+        return write_scores(model, prepared, meta, writer, scores.sequences, progress_on())
 
 
 if __name__ == "__main__":
