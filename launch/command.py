@@ -26,6 +26,7 @@ from launch.config.compose import (
 )
 from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
 from launch.machine import MachineError
+from train.config.decode import encode
 from train.errors import ConfigError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
 from train.terminal import escape_terminals
@@ -143,6 +144,16 @@ def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[lis
 def plain_text(command: str, values: Mapping[str, Any]) -> str:
     """Returns the YAML of a command that has no groups, from its checked values."""
     return f"# python -m launch.{command}\n{_dump(values)}"
+
+
+def preview_of(command: str, read: Callable[[Sequence[str]], object]) -> Preview:
+    """Returns the preview of a command that has no groups, from what decodes and checks its configuration."""
+
+    def preview(overrides: Sequence[str]) -> str:
+        with system_errors():
+            return plain_text(command, encode(read(overrides)))
+
+    return preview
 
 
 def experiment_text(

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch import unwound_by_signals
-from launch.command import check_new_folder, command, plain_text
+from launch.command import check_new_folder, command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.job import local_cluster, run_on_local_ranks
 from model.hf.checkpoint import lay_out
 from model.hf.files import create_folder_atomically
 from model.hf.names import Stored, StoredDtype
-from train.config.decode import decode, encode
+from train.config.decode import decode
 from train.errors import ConfigError
 from train.golden_config import GoldenConfig, GoldenRun, Precision, read_golden
 
@@ -59,11 +59,6 @@ def main(overrides: Sequence[str]) -> int:
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {num_bytes / 1e6:.1f} MB; to compare results: python {out / CHECKER} RESULTS")
     return 0
-
-
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the configuration as YAML, and raises the errors of `main`."""
-    return plain_text(NAME, encode(_read(overrides)))
 
 
 def _read(overrides: Sequence[str]) -> GoldenFolderConfig:
@@ -161,4 +156,4 @@ def _write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(NAME, main, preview))
+    sys.exit(command(NAME, main, preview_of(NAME, _read)))

@@ -18,7 +18,7 @@ import numpy as np
 from infer.evaluate.run import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.placement import Loads, Placement, PlacementShape, Policy, default_layer, imbalance, rank_loads
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
-from launch.command import command, plain_text, write_output
+from launch.command import command, preview_of, write_output
 from launch.config.compose import compose, system_errors
 from launch.run_folder import CONFIG_NAME, read_folder
 from model.config import ModelConfig
@@ -76,11 +76,6 @@ def main(overrides: Sequence[str]) -> int:
 
 def _decode(overrides: Sequence[str]) -> PlaceCommandConfig:
     return decode(PlaceCommandConfig, compose("place", overrides))
-
-
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML, and raises the errors of `main` about keys."""
-    return plain_text("place", encode(_decode(overrides)))
 
 
 def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
@@ -316,4 +311,4 @@ def _bars(title: str, before_R: Loads, after_R: Loads) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("place", main, preview))
+    sys.exit(command("place", main, preview_of("place", _decode)))

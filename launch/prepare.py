@@ -22,10 +22,10 @@ from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from dualpipe.draw.style import document
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
-from launch.command import command, plain_text
+from launch.command import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.run_config import expand_tokenizer
-from train.config.decode import decode, encode
+from train.config.decode import decode
 from train.errors import broken
 from train.figures import table
 from train.terminal import bytes_text, progress_on, seconds_text
@@ -144,11 +144,6 @@ def _write_order(config: PrepareCommandConfig, folder: Path, report: Mapping[str
     mixture.write_order(folder, batch_sizes, config.order_steps)
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML."""
-    return plain_text("prepare", encode(_read(overrides)))
-
-
 def _read(overrides: Sequence[str]) -> PrepareCommandConfig:
     """Decodes and checks the configuration. Reads the manifest and the tokenizer, but no text."""
     values = compose("prepare", overrides)
@@ -223,4 +218,4 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command("prepare", main, preview))
+    sys.exit(command("prepare", main, preview_of("prepare", _read)))

@@ -23,9 +23,9 @@ from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
 from kernels.registry import closest
-from launch.command import command, plain_text, write_output
+from launch.command import command, preview_of, write_output
 from launch.config.compose import compose
-from train.config.decode import decode, encode
+from train.config.decode import decode
 from train.errors import broken
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
@@ -51,7 +51,7 @@ class ScheduleCommandConfig:
 
 def main(overrides: Sequence[str]) -> int:
     """Builds, validates and shows a schedule."""
-    config = decode(ScheduleCommandConfig, compose("schedule", overrides))
+    config = _read(overrides)
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
@@ -59,9 +59,8 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML."""
-    return plain_text("schedule", encode(decode(ScheduleCommandConfig, compose("schedule", overrides))))
+def _read(overrides: Sequence[str]) -> ScheduleCommandConfig:
+    return decode(ScheduleCommandConfig, compose("schedule", overrides))
 
 
 def _shown(config: ScheduleCommandConfig) -> str:
@@ -186,4 +185,4 @@ def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
 
 
 if __name__ == "__main__":
-    sys.exit(command("schedule", main, preview))
+    sys.exit(command("schedule", main, preview_of("schedule", _read)))

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from infer.scoring.ratings import PassRates
 from launch import signals_handled
-from launch.command import command, plain_text
+from launch.command import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
-from train.config.decode import decode, encode
+from train.config.decode import decode
 from train.errors import ConfigError, broken
 
 STATE_NAME = "workflow.json"
@@ -127,11 +127,6 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML."""
-    return plain_text("workflow", encode(read_workflow(overrides)))
-
-
 def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
     """Runs a command and returns its exit code. Its seconds are kept if this process is interrupted."""
     began = time.monotonic()
@@ -208,4 +203,4 @@ def _cells(rates: PassRates | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command("workflow", main, preview))
+    sys.exit(command("workflow", main, preview_of("workflow", read_workflow)))

@@ -13,7 +13,7 @@ from data.prepare import check_config, prepare
 from data.shards import PARTS, open_shards
 from data.sources import FilesSource
 from data.tokenizer import Tokenizer
-from launch.prepare import main, preview
+from launch.prepare import main
 from tests import ROOT
 from tests.refusals import assert_refused
 from tests.tiny import data_config
@@ -84,7 +84,7 @@ def test_command_writes_the_public_files_and_a_second_start_does_nothing(argumen
 def test_impossible_settings_are_refused_before_text_is_read(
     arguments: list[str], override: str, parts: list[str]
 ) -> None:
-    assert_refused((ConfigError, DataError), parts, lambda: preview([*arguments, override]))
+    assert_refused((ConfigError, DataError), parts, lambda: main([*arguments, override]))
 
 
 def tokens_of(folder: Path, source: str) -> list[list[int]]:
