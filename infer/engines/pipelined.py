@@ -204,16 +204,13 @@ class PipelinedEngine:
             (min(length + request.max_new_tokens, config.max_position_tokens) for length in lengths), default=1
         )
         work = _RankWork(form)
-        if request.record_routes:
-            directions = range(len(pipeline.place.placement))
-            work.stores = {number: RouteStore(self._share(prompts, number), request.samples) for number in directions}
         stages_by_number: dict[int, dict[int, InnerStage]] = {}
         for direction, row in enumerate(pipeline.place.placement):
-            for stage, rank in enumerate(row):
-                if rank != pipeline.place.rank:
-                    continue
+            share = self._share(prompts, direction)
+            if request.record_routes:
+                work.stores[direction] = RouteStore(share, request.samples)
+            for stage in (stage for stage, rank in enumerate(row) if rank == pipeline.place.rank):
                 if stage == len(row) - 1:
-                    share = self._share(prompts, direction)
                     work.sequences[direction] = start_sequences(share, request, config.max_position_tokens)
                     cohort_stage: InnerStage = self._last_stage(direction, work, capacity)
                 else:

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,28 +69,23 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
     ours = estimate(first).value
     theirs = estimate(second).value
-    difference: float | None = None
-    error: float | None = None
-    p_value: float | None = None
-    interval: tuple[float, float] | None = None
-    if ours is not None and theirs is not None:
-        difference = ours - theirs
-        error = _paired_error(first, second, ours, theirs)
-        if is_binary:
-            gained = sum(left.value > right.value for left, right in zip(first, second, strict=True))
-            lost = sum(left.value < right.value for left, right in zip(first, second, strict=True))
-            p_value = mcnemar(gained, lost)
-            interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
-        elif len(first) > 1:
-            p_value, interval = _bootstrap(first, second, seed)
-    return PairedComparison(
-        difference=difference,
-        standard_error=error,
-        p_value=p_value,
-        test=test,
-        interval=interval,
-        num_samples=len(first),
+    none = PairedComparison(
+        difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=len(first)
     )
+    if ours is None or theirs is None:
+        return none
+    difference = ours - theirs
+    error = _paired_error(first, second, ours, theirs)
+    compared = replace(none, difference=difference, standard_error=error)
+    if is_binary:
+        gained = sum(left.value > right.value for left, right in zip(first, second, strict=True))
+        lost = sum(left.value < right.value for left, right in zip(first, second, strict=True))
+        interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
+        return replace(compared, p_value=mcnemar(gained, lost), interval=interval)
+    if len(first) > 1:
+        p_value, interval = _bootstrap(first, second, seed)
+        return replace(compared, p_value=p_value, interval=interval)
+    return compared
 
 
 def mcnemar(gained: int, lost: int) -> float:
