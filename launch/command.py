@@ -190,20 +190,10 @@ def check_new_folder(key: str, path: str) -> None:
 
 def write_output(text: str, out: str) -> None:
     """Writes the text to a file atomically, or to standard output if `out` is empty."""
-    if not out:
-        print(text)
-        return
-    path = Path(out)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"out: {out!r} must be a file that can be written: {error.strerror}") from error
-    print(f"wrote {path}")
+    with system_errors(), open_output(out) as file:
+        print(text, file=file)
+    if out:
+        print(f"wrote {Path(out)}")
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from infer.scoring.score import (
     SKIPPED,
     Answer,
     Problem,
+    RatingScorer,
     Score,
     ScorerConfig,
     ScoringError,
@@ -83,8 +84,8 @@ class CodeConfig(ScorerConfig):
             raise ScoringError.broken("wall_seconds", rule, f"{self.wall_seconds:g}", f"{self.cpu_seconds:g}")
 
 
-class CodeScorer:
-    """Runs programs with tests."""
+class CodeScorer(RatingScorer):
+    """Runs programs with tests. A sandbox ends with its call."""
 
     def __init__(self, config: CodeConfig) -> None:
         """Finds the sandbox, or raises `ScoringError` if this machine has none that holds."""
@@ -117,9 +118,6 @@ class CodeScorer:
             return verdict(is_correct=False, detail=f"the program has more than {LONGEST_PROGRAM} characters")
         score = self._run(program, tests)
         return self._run(program, tests) if score.outcome == "unknown" else score
-
-    def close(self) -> None:
-        """Does nothing: a sandbox ends with its call."""
 
     def _run(self, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
         if isinstance(tests, str):
