@@ -243,46 +243,59 @@ def score_in_threads(
     Raises:
         ScoringError: a call raised it, or twice as many calls as threads were abandoned and none returned in between.
     """
+    waiting = deque(range(len(calls)))
+    began: dict[int, float] = {}  # of running calls. Whoever removes one, its thread or this one, decides its result.
     returned: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
 
-    def call(number: int) -> None:
-        result: object
-        try:
-            result = calls[number]()
-        except ScoringError as error:
-            result = error
-        except Exception as error:
-            result = failure("error", f"{kind}: {type(error).__name__}: {error}"[:LONGEST_DETAIL])
-        returned.put((number, result))
+    def work() -> None:
+        with suppress(IndexError):  # no call is left
+            while True:
+                number = waiting.popleft()
+                began[number] = time.monotonic()
+                result = _result(kind, calls[number])
+                if began.pop(number, None) is None:
+                    return  # abandoned; another thread took its place
+                returned.put((number, result))
 
-    waiting = deque(range(len(calls)))
-    running: dict[int, float] = {}  # when each call began, the oldest first
+    def start_thread() -> None:
+        # A daemon, so that a call that hangs does not keep the process from ending.
+        threading.Thread(target=work, name="scoring", daemon=True).start()
+
+    for _ in range(min(num_threads, len(calls))):
+        start_thread()
     results: dict[int, object] = {}
     num_abandoned = 0
-    while len(results) < len(calls):
-        while waiting and len(running) < num_threads:
-            number = waiting.popleft()
-            running[number] = time.monotonic()
-            # A daemon, so that a call that hangs does not keep the process from ending.
-            threading.Thread(target=call, args=(number,), name="scoring", daemon=True).start()
-        oldest = next(iter(running))
-        try:
-            left = None if seconds is None else max(0.0, running[oldest] + seconds - time.monotonic())
-            number, result = returned.get(timeout=left)
-        except queue.Empty:
-            del running[oldest]
-            results[oldest] = failure("unknown", f"{kind}: call {oldest + 1} gave no score within {seconds:g} s")
-            num_abandoned += 1
+    try:
+        while len(results) < len(calls):
+            with suppress(queue.Empty):
+                oldest = min(began.copy().values(), default=time.monotonic())
+                left = None if seconds is None else max(0.0, oldest + seconds - time.monotonic())
+                number, result = returned.get(timeout=left)
+                if isinstance(result, ScoringError):
+                    raise result
+                results[number] = result
+                num_abandoned = 0
+                continue
+            for number, start in began.copy().items():
+                if time.monotonic() - start >= (seconds or 0.0) and began.pop(number, None) is not None:
+                    results[number] = failure(
+                        "unknown", f"{kind}: call {number + 1} gave no score within {seconds:g} s"
+                    )
+                    num_abandoned += 1
+                    start_thread()
             if num_abandoned >= 2 * num_threads and len(results) < len(calls):
-                raise ScoringError(
-                    f"reward.parts, kind {kind}: must score an answer within {seconds:g} s, does not for "
-                    f"{num_abandoned} answers in a row"
-                ) from None
-            continue
-        if running.pop(number, None) is None:
-            continue  # it was abandoned
-        if isinstance(result, ScoringError):
-            raise result
-        results[number] = result
-        num_abandoned = 0
+                rule = f"must score an answer within {seconds:g} s"
+                raise ScoringError(f"reward.parts, kind {kind}: {rule}, does not for {num_abandoned} answers in a row")
+    finally:
+        waiting.clear()
     return [results[number] for number in range(len(calls))]
+
+
+def _result(kind: str, call: Callable[[], object]) -> object:
+    """Returns what a call returns, the error that ends all calls, or the failure of this one."""
+    try:
+        return call()
+    except ScoringError as error:
+        return error
+    except Exception as error:
+        return failure("error", f"{kind}: {type(error).__name__}: {error}"[:LONGEST_DETAIL])
