@@ -19,17 +19,17 @@ Exchange = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 
 
 @torch.no_grad()
-def place_experts(model: Transformer, placement: Placement, rank: int, exchange: Exchange) -> None:
+def place_experts(model: Transformer, before: Placement, after: Placement, rank: int, exchange: Exchange) -> None:
     """Moves the experts of all MoE layers, one layer after the other. All ranks of the experts call it.
 
-    A layer that is not placed yet has its experts in order, an equal number on each rank. The dispatcher of the model
-    must have the placement's number of slots before the next pass. Counts of tokens start again.
+    The dispatcher of the model must have the placement's number of slots before the next pass. Counts of tokens start
+    again.
     """
     for layer in sorted(routers(model)):
         moe = model.block(layer).moe
         assert moe is not None
-        before_RK = _present(moe, placement)
-        after_RK = placement.slots(layer)
+        before_RK = before.slots(layer)
+        after_RK = after.slots(layer)
         if not np.array_equal(before_RK, after_RK):
             _move(moe, before_RK, after_RK, rank, exchange)
         moe.copies = _copies(after_RK, rank, moe.gate.weight.device)
@@ -39,17 +39,6 @@ def expert_loads(model: Transformer) -> dict[int, Tensor]:
     """Returns the tokens of each expert on this rank since the experts were placed, by layer."""
     copies = {layer: moe.copies for layer in sorted(routers(model)) if (moe := model.block(layer).moe) is not None}
     return {layer: table.load_E for layer, table in copies.items() if table is not None}
-
-
-def _present(moe: Moe, placement: Placement) -> Experts:
-    shape = placement.shape
-    if moe.copies is None:
-        return np.arange(shape.num_experts).reshape(shape.num_ranks, -1)
-    experts_S = np.empty(shape.num_slots, np.int64)
-    slots_EC = moe.copies.slots_EC.cpu().numpy()  # host sync
-    for expert, slots_C in enumerate(slots_EC):
-        experts_S[slots_C] = expert
-    return experts_S.reshape(shape.num_ranks, -1)
 
 
 def _copies(experts_RK: Experts, rank: int, device: torch.device) -> ExpertCopies:

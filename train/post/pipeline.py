@@ -72,6 +72,7 @@ class ReplicaPipeline:
             cut=replica.cut,
         )
         self._programs: dict[tuple[int, int], Program] = {}
+        self._placement: Placement | None = None  # of the experts; None before they are placed
         smallest = decode(self.place.placement, 1, 2)
         self._links = open_decode_links(replica.world, replica.observers, smallest)
 
@@ -139,8 +140,10 @@ class ReplicaPipeline:
         def exchange(rows_NB: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
             return world.lane.submit(lambda: group.start(rows_NB, sent, received, "experts", None).wait()).wait()
 
-        place_experts(self.replica.model, placement, group.index, exchange)
         config = self.replica.config
+        before = self._placement or Placement.in_order(config.model.num_routed_experts, placement.shape.num_ranks)
+        place_experts(self.replica.model, before, placement, group.index, exchange)
+        self._placement = placement
         if self.model.dispatcher.num_local_experts != placement.num_local_slots:
             self.replica.dispatcher.close()
             dispatcher = world.open_dispatcher(
