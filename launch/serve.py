@@ -269,7 +269,6 @@ def _serve_as_rank(
         RanksEngine,
         SequenceTransfers,
         ServingRank,
-        open_group,
     )
 
     rank = int(os.environ["RANK"])
@@ -279,7 +278,7 @@ def _serve_as_rank(
     seconds = network.cluster.timeout_seconds
     with open_ranks(network) as pipeline:
         pipeline.place_experts(placement)
-        engine = build_engine(config, pipeline.model, partial(RankDecoder, open_group(seconds)))
+        engine = build_engine(config, pipeline.model, partial(RankDecoder, seconds))
         transfers = SequenceTransfers(engine, rank, config.ranks, config.prefill_ranks, seconds)
         serving = ServingRank(engine, placement, pipeline.place_experts, transfers)
         if rank == 0:

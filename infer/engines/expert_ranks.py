@@ -49,17 +49,13 @@ class Pass(IntEnum):
     NONE = 4
 
 
-def open_group(seconds: float) -> Any:
-    """Opens the group in which ranks agree through host memory. All ranks call it at the same point."""
-    return make_host_group(timedelta(seconds=seconds))
-
-
 class RankDecoder(Decoder):
     """A decoder whose experts are spread over ranks, all of which take part in each pass."""
 
-    def __init__(self, group: Any, *args: Any, **options: Any) -> None:
+    def __init__(self, seconds: float, *args: Any, **options: Any) -> None:
+        """Opens a group with a timeout, in which ranks agree. All ranks build one at the same point."""
         super().__init__(*args, **options)
-        self.group = group
+        self.group = make_host_group(timedelta(seconds=seconds))
 
     def take_turn(self, wanted: Pass) -> None:
         """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks."""

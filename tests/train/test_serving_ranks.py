@@ -12,7 +12,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling, Speculative
 from infer.continuous import ContinuousEngine
-from infer.engines.expert_ranks import RankDecoder, RanksEngine, SequenceTransfers, ServingRank, open_group
+from infer.engines.expert_ranks import RankDecoder, RanksEngine, SequenceTransfers, ServingRank
 from infer.engines.local import LocalEngine
 from infer.placement import Placement, PlacementShape
 from infer.protocol import NumberedPrompt, Request
@@ -90,7 +90,7 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
                 chunk_tokens=32,
                 speculative=variant.speculative,
                 prefix_cache=variant.prefix_cache,
-                build_decoder=partial(RankDecoder, open_group(60.0)),
+                build_decoder=partial(RankDecoder, 60.0),
             )
             transfers = SequenceTransfers(engine, rank, world_size, variant.prefill_ranks, 60.0)
             serving = ServingRank(engine, variant.placement, pipeline.place_experts, transfers)
