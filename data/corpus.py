@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,21 @@ class DataError(ValueError):
 def refusal(place: str, rule: str, value: object, near: object) -> DataError:
     """Returns the error about a value that breaks a rule such as `must be at most 3`."""
     return DataError(f"{place}: {rule}, is {value}; nearest: {near}")
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """Yields the items in order in lists, each of which ends as soon as its sizes add up to `least`."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= least:
+            yield group
+            group = []
+            total = 0
+    if group:
+        yield group
 
 
 def hash_unit(purpose: str, seed: int, key: str) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.build.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
-from data.corpus import DataError, is_validation
+from data.corpus import DataError, grouped, is_validation
 from data.encode import DocumentEncoder
 from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
@@ -240,7 +240,7 @@ class UnitEncoder:
         done = 0
         sketches = np.empty((0, 1 + NUM_BANDS), np.uint64)
         with UnitWriter(self._build.folder_of(unit.source.name), unit.name) as writer:
-            for batch in _batches(self._read(unit, counts)):
+            for batch in grouped(self._read(unit, counts), lambda row: len(row.text), BATCH_CHARACTERS):
                 inspection = self._inspector.inspect([row.text for row in batch])
                 dropped.update(reason for reason in inspection.reasons if reason is not None)
                 numbers = [number for number, reason in enumerate(inspection.reasons) if reason is None]
@@ -297,20 +297,6 @@ class UnitEncoder:
                 rows["block"][index] = int(match["offset"] or 0) // KEY_BLOCK_BYTES
                 rows["row"][index] = int(match["row"] or 0)
         writer.append(f"{unit.name}.index", rows)
-
-
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += len(row.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            characters = 0
-    if batch:
-        yield batch
 
 
 def build_units(build: Build) -> Iterator[WorkerMessage]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.chat.messages import ChatMessage, Conversation, ToolDefinition, check_order, check_role
 from data.chat.templates import CHAT_TEMPLATES, TOOLS_HEADING, ChatTemplate, Pieces
@@ -58,14 +57,10 @@ class EncodedChat:
     ids: list[int]  # [T]
     is_target: list[bool]  # whether the assistant writes the token, [T]
 
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """Weight of each position's prediction of the next token, [T]; the last one is 0."""
-        return np.asarray([*self.is_target[1:], False], dtype=np.float32)
-
     def piece(self) -> SamplePiece:
-        """Returns the tokens with the weights of their predictions."""
-        return SamplePiece(tokens=np.asarray(self.ids, dtype=np.int32), values={WEIGHTS: self.weights})
+        """Returns the tokens with the weights of their predictions of the next token; the last one is 0."""
+        weights = np.asarray([*self.is_target[1:], False], dtype=np.float32)
+        return SamplePiece(tokens=np.asarray(self.ids, dtype=np.int32), values={WEIGHTS: weights})
 
 
 def split_views(conversation: Conversation) -> tuple[Conversation, ...]:

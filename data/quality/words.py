@@ -14,6 +14,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus import grouped
+
 # Characters that are hashed at a time: their arrays fit the cache of a core.
 _GROUP_CHARACTERS = 1 << 16
 # A longer document is cut at white space, so that memory does not grow with a document.
@@ -92,7 +94,8 @@ def split_words(documents: Sequence[str]) -> Words:
     counts = np.zeros(len(documents), np.int64)
     num_letters = np.zeros(len(documents), np.int64)
     hashes = [np.empty(0, np.uint64)]
-    for group in _groups(documents):
+    pieces = ((number, piece) for number, document in enumerate(documents) for piece in _pieces(compose(document)))
+    for group in grouped(pieces, lambda numbered: len(numbered[1]), _GROUP_CHARACTERS):
         group_hashes, group_counts, group_letters = _hash_group([piece for _, piece in group])
         owners = [document for document, _ in group]
         np.add.at(counts, owners, group_counts)
@@ -104,22 +107,6 @@ def split_words(documents: Sequence[str]) -> Words:
 def compose(document: str) -> str:
     """Returns a document with composed characters (NFC), which most documents have, and plain spaces."""
     return document if document.isascii() else unicodedata.normalize("NFC", document.replace("\u00a0", " "))
-
-
-def _groups(documents: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Yields pieces of documents, each with its document's number, in groups of about equal size."""
-    group: list[tuple[int, str]] = []
-    size = 0
-    for number, document in enumerate(documents):
-        for piece in _pieces(compose(document)):
-            group.append((number, piece))
-            size += len(piece)
-            if size >= _GROUP_CHARACTERS:
-                yield group
-                group = []
-                size = 0
-    if group:
-        yield group
 
 
 def _pieces(document: str) -> Iterator[str]:

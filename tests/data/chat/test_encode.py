@@ -14,6 +14,7 @@ from data.chat.encode import check_tokens, encode_conversations, encode_prompt, 
 from data.chat.messages import ChatMessage, Conversation, ToolCall, assistant, user
 from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, ChatTemplate, template_jinja, template_of
 from data.corpus import DataError
+from data.pack import WEIGHTS
 from data.special_tokens import CHAT_TOKENS, END_OF_SENTENCE
 from data.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_conversation, draw_text, expected
@@ -39,7 +40,7 @@ def test_targets_are_exactly_the_assistants_tokens_of_200_conversations(name: st
         right = expected(name, view, tokenizer)
         assert chat.ids == right.ids, f"view {number}: {tokenizer.decode(chat.ids)!r}"
         assert chat.is_target == right.is_target, f"view {number}"
-        assert chat.weights.tolist() == [*map(float, right.is_target[1:]), 0.0]
+        assert chat.piece().values[WEIGHTS].tolist() == [*map(float, right.is_target[1:]), 0.0]
 
 
 def test_ids_of_one_conversation_are_those_written_by_hand(tokenizer: Tokenizer) -> None:
