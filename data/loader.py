@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import BatchSizes
 from data.corpus import DataError
-from data.parts import Prepared
+from data.parts import Prepared, PreparedPart
 
 IGNORE = -100
 
@@ -95,8 +95,8 @@ class Loader:
     def _read(self, step: int, first: int, count: int) -> Batch:
         prepared = self._prepared
         indices = prepared.order.range(self.sizes.sequences_before(step) + first, count)
-        arrays = prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values
-        return replace(self._gather(*arrays, indices), sources_B=torch.from_numpy(prepared.order.sources_of(indices)))
+        sources_B = torch.from_numpy(prepared.order.sources_of(indices))
+        return replace(self._gather(prepared.train, indices), sources_B=sources_B)
 
     def sample_ids(self, step: int) -> list[int]:
         """Returns the numbers of the training sequences in a step's global batch, in order."""
@@ -125,29 +125,21 @@ class Loader:
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns sequences from `first` of the validation part, in a fixed order, empty ones at the end."""
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
-        prepared = self._prepared
-        indices = prepared.held_out.rows_N[first : first + count]
+        indices = self._prepared.held_out.rows_N[first : first + count]
         num_real = len(indices)
-        arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
-        batch = self._gather(*arrays, np.pad(indices, (0, count - num_real)))
+        batch = self._gather(self._prepared.validation, np.pad(indices, (0, count - num_real)))
         batch.tokens_BT[num_real:] = batch.pad_id
         batch.positions_BT[num_real:] = -1
         for values in batch.extras.values():
             values[num_real:] = 0
         return batch
 
-    def _gather(
-        self,
-        tokens_NL: NDArray[np.integer],
-        positions_NL: NDArray[np.int32],
-        values: Mapping[str, NDArray[np.generic]],
-        indices: NDArray[np.int64],
-    ) -> Batch:
+    def _gather(self, part: PreparedPart, indices: NDArray[np.int64]) -> Batch:
         return Batch(
-            tokens_BT=torch.from_numpy(tokens_NL[indices].astype(np.int64)),
-            positions_BT=torch.from_numpy(positions_NL[indices].astype(np.int64)),
-            pad_id=self._prepared.tokenizer.special.pad,
-            extras={name: torch.from_numpy(value[indices]) for name, value in values.items()},
+            tokens_BT=torch.from_numpy(part.tokens_NL[indices].astype(np.int64)),
+            positions_BT=torch.from_numpy(part.positions_NL[indices].astype(np.int64)),
+            pad_id=self.pad_id,
+            extras={name: torch.from_numpy(value[indices]) for name, value in part.values.items()},
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +24,7 @@ from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource, MixtureSource, parse_manifest, read_manifest
 from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
 from data.pack import entropy_nats
-from data.parts import LongDocuments, Prepared
+from data.parts import LongDocuments, Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part
 from data.samples import cache_errors, held_out_fraction
@@ -280,15 +281,8 @@ def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
 
 def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
     counts = opened.counts()
-    rows = {}
-    for part in PARTS:
-        shards = [*chain.from_iterable(opened.shards(part).values())]
-        sequences = [*chain.from_iterable(counts[part].values())]
-        for name, pad_id in (("tokens", tokenizer.special.pad), ("positions", None)):
-            # Indexed as an array is, and read from disk only then.
-            rows[part, name] = cast("NDArray[Any]", ShardRows(shards, sequences, opened.length, pad_id))
-    num_tokens = {part: sum(counts[f"{part}_tokens"].values()) for part in PARTS}
-    measured: Part = "validation" if num_tokens["validation"] else "train"
+    train, validation = (_open_part(opened, part, counts, tokenizer.special.pad) for part in PARTS)
+    measured: Part = "validation" if validation.num_tokens else "train"
     sources = [opened.report[SOURCES_NAME][name][measured] for name in opened.stored_names]
     ratios = [
         source["text_bytes"] / (source["tokens"] - begins)
@@ -298,18 +292,26 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
     ]
     return Prepared(
         tokenizer=tokenizer,
-        train_tokens_NL=rows["train", "tokens"],
-        train_positions_NL=rows["train", "positions"],
-        validation_tokens_NL=rows["validation", "tokens"],
-        validation_positions_NL=rows["validation", "positions"],
-        train_tokens=num_tokens["train"],
-        validation_tokens=num_tokens["validation"],
+        train=train,
+        validation=validation,
         unigram_entropy_nats=counts["entropy_nats"],
         bytes_per_token=sum(ratios) / max(len(ratios), 1),
         long_documents=_long_documents(opened, counts),
         order=opened.mixture(seed),
         held_out=hold_out([*map(sum, counts["validation"].values())], seed),
         fingerprint=_fingerprint(opened, counts, seed),
+    )
+
+
+def _open_part(opened: ShardFolder, part: Part, counts: Mapping[str, Any], pad_id: int) -> PreparedPart:
+    shards = [*chain.from_iterable(opened.shards(part).values())]
+    sequences = [*chain.from_iterable(counts[part].values())]
+    read = partial(ShardRows, shards, sequences, opened.length)
+    return PreparedPart(
+        # Indexed as arrays are, and read from disk only then.
+        tokens_NL=cast("NDArray[Any]", read(pad_id)),
+        positions_NL=cast("NDArray[Any]", read(None)),
+        num_tokens=sum(counts[f"{part}_tokens"].values()),
     )
 
 

@@ -43,16 +43,23 @@ class LongDocuments:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedPart:
+    """The packed sequences of one part. Its arrays are read from disk when they are indexed."""
+
+    tokens_NL: NDArray[np.integer]  # token ids, uint16, int32 or int64
+    positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
+    num_tokens: int  # number of tokens without padding
+    # further values of the tokens by name, each [N, L, ...]; see `data.pack`.
+    values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prepared:
-    """A prepared corpus. Its arrays are read from disk when they are indexed."""
+    """A prepared corpus."""
 
     tokenizer: Tokenizer  # the given tokenizer, or one that was trained on the training part
-    train_tokens_NL: NDArray[np.integer]  # token ids of the training part, uint16 or int32
-    train_positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
-    validation_tokens_NL: NDArray[np.integer]  # as for training; empty if no document was held out
-    validation_positions_NL: NDArray[np.int32]  # as for training; empty if no document was held out
-    train_tokens: int  # number of tokens in the training part, without padding
-    validation_tokens: int  # number of tokens in the validation part, without padding
+    train: PreparedPart
+    validation: PreparedPart  # empty if no document was held out
     # entropy of the token frequencies in the validation part, over the tokens that a model predicts (not padding, not
     # the first token of a piece). No model that ignores context has a lower validation loss. Without a validation part,
     # the entropy of the training part.
@@ -61,11 +68,13 @@ class Prepared:
     held_out: HeldOut  # order in which runs read the validation part
     bytes_per_token: float  # UTF-8 bytes of text per token of the same part, without begin of sentence
     fingerprint: str  # SHA-256 of the arrays; equal if and only if two machines read the same samples
-    # further values of the training part's tokens by name, each [N, L, ...]; see `data.pack`.
-    train_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
-    validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)  # as for training
     # number of samples of each part; empty if the source has documents.
     counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
     # long documents of the training part; None: they are packed with others.
     long_documents: LongDocuments | None = None
     is_mixture: bool = False  # whether what is read is also recorded by source, of which the order has the names
+
+    @property
+    def parts(self) -> Mapping[Part, PreparedPart]:
+        """Both parts by name."""
+        return {"train": self.train, "validation": self.validation}

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.build.units import Claims
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, hash_unit
 from data.mix.mixture import ORDER_VERSION, hold_out, single_order
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
-from data.parts import Prepared
+from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part, TrainingSample
 from data.shards import PARTS, UnitWriter, read_unit
@@ -44,22 +43,16 @@ def open_samples(
                 if values is None:
                     values = _build_samples(config, tokenizer, sequence_length_tokens, writer, progress)
                     writer.finish(values)
-    train, validation = (_read_arrays(folder, part) for part in PARTS)
+    train, validation = (_read_part(folder, part, values[f"{part}_tokens"]) for part in PARTS)
     return Prepared(
         tokenizer=Tokenizer.load(folder / TOKENIZER_NAME),
-        train_tokens_NL=train.pop("tokens"),
-        train_positions_NL=train.pop("positions"),
-        validation_tokens_NL=validation.pop("tokens"),
-        validation_positions_NL=validation.pop("positions"),
-        train_tokens=values["train_tokens"],
-        validation_tokens=values["validation_tokens"],
+        train=train,
+        validation=validation,
         unigram_entropy_nats=values["unigram_entropy_nats"],
         bytes_per_token=values["bytes_per_token"],
         order=single_order(values["train_sequences"], config.seed),
         held_out=hold_out([values["validation_sequences"]], config.seed),
         fingerprint=hashlib.sha256(f"{ORDER_VERSION} {values['fingerprint']}".encode()).hexdigest(),
-        train_values=train,
-        validation_values=validation,
         counts={part: SampleCounts(**values[f"{part}_samples"]) for part in PARTS},
     )
 
@@ -106,10 +99,13 @@ def _build_samples(
     return values
 
 
-def _read_arrays(folder: Path, part: Part) -> dict[str, NDArray[Any]]:
-    """Returns tokens, positions and further values of a part by name, memory-mapped."""
+def _read_part(folder: Path, part: Part, num_tokens: int) -> PreparedPart:
+    """Returns a part with memory-mapped arrays."""
     paths = sorted(folder.glob(f"{part}_*{_ARRAY}"))
-    return {path.name[len(part) + 1 : -len(_ARRAY)]: np.load(path, mmap_mode="r") for path in paths}
+    arrays = {path.name[len(part) + 1 : -len(_ARRAY)]: np.load(path, mmap_mode="r") for path in paths}
+    return PreparedPart(
+        tokens_NL=arrays.pop("tokens"), positions_NL=arrays.pop("positions"), num_tokens=num_tokens, values=arrays
+    )
 
 
 def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> dict[Part, list[TrainingSample]]:

@@ -30,7 +30,7 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
     """Yields lines about the training data and a sequence's first sample; weights decide targets or not."""
     yield from _count_lines(prepared)
     pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
-    has_pairs = PAIR in prepared.train_values
+    has_pairs = PAIR in prepared.train.values
     listed = pieces[:2] if has_pairs else pieces[:1]
     yield f"sequence {sequence} has {len(pieces)} {'answers' if has_pairs else 'pieces'}; the first {len(listed)}:"
     for piece in listed:
@@ -52,9 +52,9 @@ def piece_lines(piece: TitledPiece, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _count_lines(prepared: Prepared) -> Iterator[str]:
-    rows, length = prepared.train_tokens_NL.shape
-    padding = 1 - prepared.train_tokens / (rows * length)
-    yield f"training: {prepared.train_tokens:,} tokens in {rows:,} sequences of {length:,}, {padding:.1%} padding"
+    rows, length = prepared.train.tokens_NL.shape
+    padding = 1 - prepared.train.num_tokens / (rows * length)
+    yield f"training: {prepared.train.num_tokens:,} tokens in {rows:,} sequences of {length:,}, {padding:.1%} padding"
     for part, counts in prepared.counts.items():
         yield (
             f"{part} samples: {counts.kept:,} kept ({counts.cut:,} cut at their end), {counts.dropped:,} dropped, "
@@ -63,12 +63,12 @@ def _count_lines(prepared: Prepared) -> Iterator[str]:
 
 
 def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[TitledPiece]:
-    tokens = prepared.train_tokens_NL[sequence]
-    positions = prepared.train_positions_NL[sequence]
+    tokens = prepared.train.tokens_NL[sequence]
+    positions = prepared.train.positions_NL[sequence]
     is_target = positions >= 1
-    if reads_weights and WEIGHTS in prepared.train_values:
-        is_target[1:] &= prepared.train_values[WEIGHTS][sequence][:-1] != 0
-    pair = prepared.train_values[PAIR][sequence] if PAIR in prepared.train_values else np.zeros_like(positions)
+    if reads_weights and WEIGHTS in prepared.train.values:
+        is_target[1:] &= prepared.train.values[WEIGHTS][sequence][:-1] != 0
+    pair = prepared.train.values[PAIR][sequence] if PAIR in prepared.train.values else np.zeros_like(positions)
     starts = np.flatnonzero(positions == 0).tolist()
     used = int((positions >= 0).sum())
     counts = prepared.counts.get("train")

@@ -29,12 +29,12 @@ def prepare_corpus(config: TrainConfig, progress: Progress = NO_PROGRESS) -> Pre
     task = TASKS.get(config.task.kind)
     prepared = task.extend(config, prepared)
     for name in task.values:
-        if name not in prepared.train_values:
+        if name not in prepared.train.values:
             raise DataError(
                 f"data.kind: must be a source whose samples have the value {name} for task.kind={config.task.kind}, is "
-                f"{config.data.source.kind} with {', '.join(prepared.train_values) or 'no values'}"
+                f"{config.data.source.kind} with {', '.join(prepared.train.values) or 'no values'}"
             )
-    check_repeats(config, len(prepared.train_tokens_NL))
+    check_repeats(config, len(prepared.train.tokens_NL))
     prepared.order.check_epochs(config.batch_sizes.sequences_before(config.task.steps))
     return prepared
 

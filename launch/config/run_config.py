@@ -77,7 +77,7 @@ def read_run(values: Mapping[str, Any], *, checks_weights: bool = True) -> Train
     _check_values(config, checks_weights=checks_weights)
     endless = replace(config, accept=(*config.accept, "repeated_corpus"))
     check_files(endless)
-    num_sequences = len(prepare_corpus(endless, progress_on()).train_tokens_NL)
+    num_sequences = len(prepare_corpus(endless, progress_on()).train.tokens_NL)
     steps = config.batch_sizes.steps_for(float(resolved["task"]["epochs"]) * num_sequences)
     return replace(config, task=replace(config.task, steps=steps))
 

@@ -244,8 +244,8 @@ def test_validation_paths_are_the_whole_held_out_part(kind: str, tmp_path: Path)
     parts = [(part, document.key.partition(":")[0]) for part, document in with_parts(config, read_documents)]
     assert parts == [("train", "train.jsonl")] * 40 + [("validation", "held_out.jsonl")] * 3
     prepared, other = prepare(config, 32), prepare(by_share, 32)
-    assert prepared.train_tokens > other.train_tokens
-    assert 0 < prepared.validation_tokens < other.validation_tokens
+    assert prepared.train.num_tokens > other.train.num_tokens
+    assert 0 < prepared.validation.num_tokens < other.validation.num_tokens
     if kind == "problems":
         assert [len(each) for each in split_problems(config)] == [40, 3]
     elif kind != "files":

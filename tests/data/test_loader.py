@@ -74,8 +74,8 @@ def test_batches_are_the_ordered_rows_of_the_arrays(prepared: Prepared) -> None:
     batch = loader.batch(3, 0, 6)
     indices = prepared.order.range(18, 6)
     assert batch.tokens_BT.dtype == batch.positions_BT.dtype == torch.int64
-    assert batch.tokens_BT.tolist() == prepared.train_tokens_NL[indices].tolist()
-    assert batch.positions_BT.tolist() == prepared.train_positions_NL[indices].tolist()
+    assert batch.tokens_BT.tolist() == prepared.train.tokens_NL[indices].tolist()
+    assert batch.positions_BT.tolist() == prepared.train.positions_NL[indices].tolist()
 
 
 def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) -> None:
@@ -84,7 +84,7 @@ def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) 
     whole = loader.validation_batch(0, number).tokens_BT
     one_by_one = [loader.validation_batch(place, 1).tokens_BT for place in range(number)]
     assert torch.equal(torch.cat(one_by_one), whole)
-    assert sorted(whole.tolist()) == sorted(prepared.validation_tokens_NL[:].tolist())
+    assert sorted(whole.tolist()) == sorted(prepared.validation.tokens_NL[:].tolist())
     again = Loader(prepared, sizes=BatchSizes(3)).validation_batch(0, number).tokens_BT
     assert torch.equal(again, whole)
 
@@ -135,7 +135,7 @@ def test_slices_outside_are_rejected(prepared: Prepared) -> None:
 
 
 def test_a_validation_part_below_a_batch_is_filled_with_empty_sequences(prepared: Prepared) -> None:
-    number = len(prepared.validation_tokens_NL)
+    number = len(prepared.validation.tokens_NL)
     loader = Loader(prepared, sizes=BatchSizes(number + 3))
     whole = loader.validation_batch(0, number + 3)
     assert torch.equal(whole.tokens_BT[:number], loader.validation_batch(0, number).tokens_BT)
@@ -215,7 +215,7 @@ def test_steps_have_the_share_of_sequences_with_long_documents(config: DataConfi
     data = prepared_of_long(config, share)
     long = data.long_documents
     assert long is not None
-    texts = [data.tokenizer.decode(row.tolist()) for row in data.train_tokens_NL]
+    texts = [data.tokenizer.decode(row.tolist()) for row in data.train.tokens_NL]
     is_long = np.array(["x" in text for text in texts])
     assert is_long.tolist() == [True] * long.num_sequences + [False] * long.other_sequences
     read = np.concatenate([loader(data).sample_ids(step) for step in range(40)])
@@ -223,7 +223,7 @@ def test_steps_have_the_share_of_sequences_with_long_documents(config: DataConfi
         assert abs(is_long[read[:end]].sum() - share * end) < 1
     shares = [loader(data).long_document_share(step) for step in range(40)]
     assert np.mean([each for each in shares if each is not None]) == pytest.approx(long.read_share, abs=0.02)
-    assert long.own_share == pytest.approx(long.tokens / data.train_tokens)
+    assert long.own_share == pytest.approx(long.tokens / data.train.num_tokens)
 
 
 def test_order_is_a_function_of_the_position(config: DataConfig) -> None:

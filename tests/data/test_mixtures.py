@@ -58,10 +58,10 @@ def folder_of(text: Path) -> Path:
 
 def test_a_run_reads_every_token_of_every_source_in_its_order(text: Path, prepared: Prepared) -> None:
     report = json.loads((folder_of(text) / "prepare.json").read_text())
-    assert (prepared.train_positions_NL[:] >= 0).sum() == prepared.train_tokens
+    assert (prepared.train.positions_NL[:] >= 0).sum() == prepared.train.num_tokens
     tokens = {name: source["train"]["tokens"] for name, source in report["sources"].items()}
-    assert sum(tokens.values()) == prepared.train_tokens
-    assert prepared.validation_tokens == (prepared.validation_positions_NL[:] >= 0).sum() > 0
+    assert sum(tokens.values()) == prepared.train.num_tokens
+    assert prepared.validation.num_tokens == (prepared.validation.positions_NL[:] >= 0).sum() > 0
     loader = Loader(prepared, sizes=BatchSizes(4))
     open_folder(folder_of(text), None, L).mixture(5).write_order(text, BatchSizes(4), 50)
     prose = 0
@@ -82,12 +82,12 @@ def test_other_weights_need_no_other_folder_and_change_the_fingerprint(text: Pat
     assert (changed.order.range(0, 30) >= changed.order.first_rows[1]).all()
     again = prepare(config_of(text, folder=str(folder_of(text))), L)
     assert again.fingerprint == prepared.fingerprint
-    assert (again.train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()
+    assert (again.train.tokens_NL[:] == prepared.train.tokens_NL[:]).all()
 
 
 def test_a_local_copy_reads_the_same_and_is_made_once(text: Path, prepared: Prepared) -> None:
     config = config_of(text, folder=str(folder_of(text)), local_cache=str(text / "local"))
-    assert (prepare(config, L).train_tokens_NL[:] == prepared.train_tokens_NL[:]).all()
+    assert (prepare(config, L).train.tokens_NL[:] == prepared.train.tokens_NL[:]).all()
     files = {path: path.stat().st_mtime_ns for path in (text / "local").rglob("*") if path.is_file()}
     assert any(path.suffix == ".tokens" for path in files)
     prepare(config, L)

@@ -174,11 +174,11 @@ def test_every_target_is_marked_in_every_sequence(tmp_path: Path) -> None:
     source = ChatSource(kind="chat", paths=(str(path),), template="v3", too_long="cut")
     prepared = prepare(config_of(source, tmp_path, chat_tokenizer()), L)
     texts = {line["answer"] for line in lines}
-    for row in range(len(prepared.train_tokens_NL)):
+    for row in range(len(prepared.train.tokens_NL)):
         shown = list(sample_lines(prepared, row, reads_weights=True))
         header = next(line for line in shown if line.startswith("piece: "))
         size = int(header.split()[1])
-        assert f", {int(prepared.train_values[WEIGHTS][row, :size].sum())} targets" in header
+        assert f", {int(prepared.train.values[WEIGHTS][row, :size].sum())} targets" in header
         marked = [line.removeprefix("target | ") for line in shown if line.startswith("target | ")]
         answer = "\n".join(marked).removesuffix("<｜end▁of▁sentence｜>")
         for name in SPELLED:

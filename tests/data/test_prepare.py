@@ -17,6 +17,7 @@ from data.corpus import DataError, is_validation
 from data.pack import entropy_nats
 from data.parts import Prepared
 from data.prepare import check_config, prepare
+from data.registry import Part
 from data.shards import REPORT_NAME
 from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
@@ -35,10 +36,11 @@ def config(tmp_path: Path) -> DataConfig:
     return data_config(tmp_path, fim_rate=0.3)
 
 
-def texts_of(prepared: Prepared, part: str) -> list[str]:
+def texts_of(prepared: Prepared, part: Part) -> list[str]:
     """Returns the documents that are shorter than a sequence, found in the packed arrays."""
-    tokens = (prepared.train_tokens_NL if part == "train" else prepared.validation_tokens_NL)[:]
-    positions = (prepared.train_positions_NL if part == "train" else prepared.validation_positions_NL)[:]
+    packed = prepared.parts[part]
+    tokens = packed.tokens_NL[:]
+    positions = packed.positions_NL[:]
     texts = []
     for row, place in zip(tokens.tolist(), positions.tolist(), strict=True):
         begins = [i for i, value in enumerate(place) if value == 0]
@@ -54,9 +56,9 @@ def race(config: DataConfig, barrier: object, queue: object) -> None:
 
 def test_parts_hold_every_document_once_and_follow_the_split(config: DataConfig) -> None:
     prepared = prepare(dataclasses.replace(config, fim_rate=0.0), 4096)
-    expected: dict[str, list[str]] = {"train": [], "validation": []}
+    expected: dict[Part, list[str]] = {"train": [], "validation": []}
     for document in read_documents(config.source):
-        part = "validation" if is_validation(document.key, 0.2, 0) else "train"
+        part: Part = "validation" if is_validation(document.key, 0.2, 0) else "train"
         expected[part].append(f"<｜begin▁of▁sentence｜>{document.text}<｜end▁of▁sentence｜>")
     for part, texts in expected.items():
         assert texts_of(prepared, part) == sorted(texts)
@@ -99,22 +101,22 @@ def test_encoding_does_not_depend_on_the_batches(config: DataConfig, monkeypatch
     monkeypatch.setattr("data.build.work.BATCH_CHARACTERS", 200)
     again = prepare(dataclasses.replace(config, cache_dir=f"{config.cache_dir}2"), 16)
     assert whole.fingerprint == again.fingerprint
-    assert np.array_equal(whole.train_tokens_NL[:], again.train_tokens_NL[:])
+    assert np.array_equal(whole.train.tokens_NL[:], again.train.tokens_NL[:])
 
 
 def test_counts_and_entropy_are_those_of_the_arrays(config: DataConfig) -> None:
     prepared = prepare(config, 16)
-    assert prepared.train_tokens == (prepared.train_positions_NL[:] >= 0).sum()
-    assert prepared.validation_tokens == (prepared.validation_positions_NL[:] >= 0).sum()
-    predicted = prepared.validation_tokens_NL[:][:, 1:][
-        (prepared.validation_positions_NL[:][:, 1:] == prepared.validation_positions_NL[:][:, :-1] + 1)
-        & (prepared.validation_positions_NL[:][:, :-1] >= 0)
+    assert prepared.train.num_tokens == (prepared.train.positions_NL[:] >= 0).sum()
+    assert prepared.validation.num_tokens == (prepared.validation.positions_NL[:] >= 0).sum()
+    predicted = prepared.validation.tokens_NL[:][:, 1:][
+        (prepared.validation.positions_NL[:][:, 1:] == prepared.validation.positions_NL[:][:, :-1] + 1)
+        & (prepared.validation.positions_NL[:][:, :-1] >= 0)
     ]
     shares = [(predicted == token).mean() for token in set(predicted.tolist())]
     assert prepared.unigram_entropy_nats == pytest.approx(-sum(p * np.log(p) for p in shares), rel=1e-12)
     held_out = [document.text for document in read_documents(config.source) if is_validation(document.key, 0.2, 0)]
     text_bytes = sum(len(text.encode()) for text in held_out)
-    assert prepared.bytes_per_token == text_bytes / (prepared.validation_tokens - len(held_out))
+    assert prepared.bytes_per_token == text_bytes / (prepared.validation.num_tokens - len(held_out))
 
 
 def test_entropy_of_equal_counts_is_the_logarithm_and_of_one_value_is_zero() -> None:
@@ -122,7 +124,8 @@ def test_entropy_of_equal_counts_is_the_logarithm_and_of_one_value_is_zero() -> 
     assert entropy_nats(np.array([0, 9])) == 0.0
 
 
-ARRAYS = ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL")
+def arrays_of(prepared: Prepared) -> list[np.ndarray]:
+    return [rows[:] for part in prepared.parts.values() for rows in (part.tokens_NL, part.positions_NL)]
 
 
 def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +135,7 @@ def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: py
     monkeypatch.setattr("data.shards.pack_windows", None)
     warm = prepare(config, 16)
     assert warm.fingerprint == cold.fingerprint != other_length.fingerprint
-    for name in ARRAYS:
-        assert np.array_equal(getattr(warm, name)[:], getattr(cold, name)[:])
+    assert all(map(np.array_equal, arrays_of(warm), arrays_of(cold)))
     assert warm.unigram_entropy_nats == cold.unigram_entropy_nats
 
 
@@ -188,7 +190,7 @@ def test_two_processes_that_race_agree_and_leave_no_rubbish(config: DataConfig, 
 )
 def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: str) -> None:
     before = prepare(config, 16)
-    arrays = [getattr(before, name)[:] for name in ARRAYS]
+    arrays = arrays_of(before)
     (folder,) = (tmp_path / "cache").glob("*/sources/corpus")
     (tokens,) = folder.glob("train-*.tokens")
     unit = folder / f"{tokens.stem.removeprefix('train-')}.json"
@@ -211,7 +213,7 @@ def test_a_damaged_cache_is_rebuilt(config: DataConfig, tmp_path: Path, damage: 
             packed.write_bytes(packed.read_bytes()[:-3])
     after = prepare(config, 16)
     assert after.fingerprint == before.fingerprint
-    assert all(np.array_equal(getattr(after, name)[:], array) for name, array in zip(ARRAYS, arrays, strict=True))
+    assert all(map(np.array_equal, arrays_of(after), arrays))
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -224,7 +226,7 @@ def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, m
         with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left"):
             prepare(config, 16)
     assert not [*(tmp_path / "cache").rglob("*.tokens"), *(tmp_path / "cache").rglob(REPORT_NAME)]
-    assert prepare(config, 16).train_tokens > 0
+    assert prepare(config, 16).train.num_tokens > 0
 
 
 def test_a_cache_dir_that_is_a_file_is_rejected(config: DataConfig, tmp_path: Path) -> None:
@@ -249,9 +251,9 @@ def test_a_single_document_is_trained_on_regardless_of_its_hash(
     path = tmp_path / "text" / "file_03.txt"
     one = FilesSource(kind="files", paths=(str(path),), text_field="text")
     prepared = prepare(dataclasses.replace(config, source=one, validation_fraction=fraction, fim_rate=0.0), 16)
-    assert prepared.validation_tokens == 0
-    assert prepared.validation_tokens_NL.shape == (0, 16)
-    tokens = prepared.train_tokens_NL[:][prepared.train_positions_NL[:] >= 0]
+    assert prepared.validation.num_tokens == 0
+    assert prepared.validation.tokens_NL.shape == (0, 16)
+    tokens = prepared.train.tokens_NL[:][prepared.train.positions_NL[:] >= 0]
     assert prepared.tokenizer.decode(tokens.tolist(), skip_special_tokens=True) == path.read_text("utf-8")
     # Pieces lie in the order in which they were packed, so the text is compared only if it fits one sequence.
     assert prepared.bytes_per_token > 1
@@ -260,8 +262,8 @@ def test_a_single_document_is_trained_on_regardless_of_its_hash(
 
 def test_documents_of_which_none_is_held_out_are_all_trained_on(config: DataConfig) -> None:
     prepared = prepare(dataclasses.replace(config, validation_fraction=1e-9), 16)
-    assert prepared.validation_tokens == 0
-    assert prepared.train_tokens > 0
+    assert prepared.validation.num_tokens == 0
+    assert prepared.train.num_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -303,10 +305,10 @@ def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     prepare(config, 256)
     warm_seconds = time.process_time() - begin
     assert prepared.tokenizer.vocab_size == 4096
-    assert prepared.train_tokens > 1_000_000
-    assert 0.005 < prepared.validation_tokens / prepared.train_tokens < 0.08
+    assert prepared.train.num_tokens > 1_000_000
+    assert 0.005 < prepared.validation.num_tokens / prepared.train.num_tokens < 0.08
     assert 4.0 < prepared.unigram_entropy_nats < np.log(4096)
-    assert (prepared.train_positions_NL[:] < 0).mean() < 0.01
+    assert (prepared.train.positions_NL[:] < 0).mean() < 0.01
     # Of computation, which other programs do not change: 4 to 7 s and 0.05 s.
     assert cold_seconds < 40.0
     assert warm_seconds < 1.0

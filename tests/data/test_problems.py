@@ -50,7 +50,7 @@ def config_of(folder: Path, **changes: Any) -> DataConfig:
 def read_answers(prepared: Prepared) -> list[tuple[str, str]]:
     """Returns prompt and answer of every training piece."""
     found = []
-    for tokens, positions in zip(prepared.train_tokens_NL.tolist(), prepared.train_positions_NL.tolist(), strict=True):
+    for tokens, positions in zip(prepared.train.tokens_NL.tolist(), prepared.train.positions_NL.tolist(), strict=True):
         starts = [place for place, position in enumerate(positions) if position == 0]
         for start in starts:
             piece = prepared.tokenizer.decode(tokens[start : start + 21])
@@ -78,9 +78,9 @@ def test_demonstrations_have_one_wrong_digit_in_a_share_and_no_held_out_problem(
     assert 0.45 < sum(wrong) / len(wrong) < 0.55
     assert not any(is_held_out(prompt) for prompt, _ in answers)
     # Eight digits and the end of each answer are predicted.
-    assert prepared.train_values[WEIGHTS].sum() == 9 * len(answers)
-    rows = {tuple(row) for row in prepared.train_tokens_NL.tolist()}
-    assert not rows & {tuple(row) for row in prepared.validation_tokens_NL.tolist()}
+    assert prepared.train.values[WEIGHTS].sum() == 9 * len(answers)
+    rows = {tuple(row) for row in prepared.train.tokens_NL.tolist()}
+    assert not rows & {tuple(row) for row in prepared.validation.tokens_NL.tolist()}
 
 
 def test_preferences_pair_the_right_answer_with_one_that_has_a_wrong_digit(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def source_of(path: Path) -> ChatLines:
 
 def read_prompts(prepared: Prepared) -> list[list[int]]:
     found: list[Any] = []
-    for tokens, positions in zip(prepared.train_tokens_NL, prepared.train_positions_NL, strict=True):
+    for tokens, positions in zip(prepared.train.tokens_NL, prepared.train.positions_NL, strict=True):
         used = int((positions >= 0).sum())
         pieces = np.split(tokens[:used], np.flatnonzero(positions[:used] == 0)[1:])
         found.extend(piece.tolist() for piece in pieces)
@@ -193,7 +193,7 @@ def test_problems_become_prompts_without_targets_and_split_as_their_samples(tmp_
     encoded = [encode_prompt(each.messages, CHAT_TEMPLATES.get("v3"), prepared.tokenizer) for each in train]
     assert sorted(read_prompts(prepared)) == sorted(ids for ids in encoded if len(ids) <= L)
     assert 0 < len(held_out) < len(train)
-    assert not prepared.train_values[WEIGHTS].any()
+    assert not prepared.train.values[WEIGHTS].any()
     assert prepared.counts["train"].targets == 0
     assert prepared.bytes_per_token > 0
     shown = list(sample_lines(prepared, 0, reads_weights=True))

@@ -153,15 +153,15 @@ def test_given_tokenizer_prepares_every_document_and_its_large_ids_stay(config: 
     assert check_config(config) == VOCAB_SIZE
     prepared = prepare(dataclasses.replace(config, fim_rate=0.0), 512)
     assert prepared.tokenizer.vocab_size == VOCAB_SIZE
-    assert prepared.train_tokens_NL[:].max() >= 2**16
-    rows = [*prepared.train_tokens_NL[:].tolist(), *prepared.validation_tokens_NL[:].tolist()]
+    assert prepared.train.tokens_NL[:].max() >= 2**16
+    rows = [*prepared.train.tokens_NL[:].tolist(), *prepared.validation.tokens_NL[:].tolist()]
     written = "".join(prepared.tokenizer.decode(row) for row in rows)
     for document in read_documents(config.source):
         assert f"{BEGIN_OF_SENTENCE}{document.text}" in written
     loader = Loader(prepared, sizes=BatchSizes(1))
-    batches = [loader.batch(step, 0, 1) for step in range(len(prepared.train_tokens_NL))]
+    batches = [loader.batch(step, 0, 1) for step in range(len(prepared.train.tokens_NL))]
     read = sorted(int(batch.tokens_BT.max()) for batch in batches)
-    assert read == sorted(prepared.train_tokens_NL[:].max(axis=1).tolist())
+    assert read == sorted(prepared.train.tokens_NL[:].max(axis=1).tolist())
     assert {batch.pad_id for batch in batches} == {2}
 
 
@@ -198,7 +198,7 @@ def test_given_tokenizer_needs_an_end_of_sentence_alone(
     config = dataclasses.replace(config, fim_rate=fim_rate)
     if not missing:
         check_config(config)
-        assert prepare(config, 16).train_tokens > 0
+        assert prepare(config, 16).train.num_tokens > 0
         return
     for refuse in (check_config, lambda config: prepare(config, 16)):
         with pytest.raises(DataError) as refused:
@@ -308,14 +308,14 @@ def test_a_corpus_is_prepared_and_every_document_is_there(family: tuple[str, Pat
     check_config(config)
     prepared = prepare(config, 512)
     assert prepared.tokenizer.special == Tokenizer.load(path).special
-    rows = [*prepared.train_tokens_NL[:].tolist(), *prepared.validation_tokens_NL[:].tolist()]
+    rows = [*prepared.train.tokens_NL[:].tolist(), *prepared.validation.tokens_NL[:].tolist()]
     ends = sum(row.count(prepared.tokenizer.special.eos) for row in rows)
-    padding = int(np.sum(prepared.train_positions_NL[:] < 0) + np.sum(prepared.validation_positions_NL[:] < 0))
+    padding = int(np.sum(prepared.train.positions_NL[:] < 0) + np.sum(prepared.validation.positions_NL[:] < 0))
     assert ends == 12 + (padding if EXPECTED[name][1] == EXPECTED[name][2] else 0)
     fim = prepared.tokenizer.special.fim
-    marked = 0 if fim is None else sum(row.count(fim[0]) for row in prepared.train_tokens_NL[:].tolist())
+    marked = 0 if fim is None else sum(row.count(fim[0]) for row in prepared.train.tokens_NL[:].tolist())
     assert (marked > 0) == EXPECTED[name][3]
-    assert prepare(dataclasses.replace(config, tokenizer_bos=""), 512).train_tokens <= prepared.train_tokens
+    assert prepare(dataclasses.replace(config, tokenizer_bos=""), 512).train.num_tokens <= prepared.train.num_tokens
 
 
 def test_streamed_text_is_the_text_that_continues_the_prompt(family: tuple[str, Path]) -> None:
@@ -418,7 +418,7 @@ def test_the_field_of_the_text_is_chosen_and_a_missing_one_is_named(tmp_path: Pa
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     source = FilesSource(kind="files", paths=(str(tmp_path / "lines.jsonl"),), text_field="content")
     prepared = prepare(dataclasses.replace(config, source=source), 64)
-    assert prepared.train_tokens + prepared.validation_tokens > 9 * 5
+    assert prepared.train.num_tokens + prepared.validation.num_tokens > 9 * 5
     with pytest.raises(DataError) as refused:
         check_config(dataclasses.replace(config, source=dataclasses.replace(source, text_field="text")))
     assert str(refused.value) == (

@@ -110,7 +110,7 @@ def test_tokens_survive_the_way_to_megatron_and_back(arguments: list[str], tmp_p
     check_config(config := data_config(tmp_path, source=source, tokenizer=tokenizer))
     prepared = prepare(config, 64)
     num_tokens = sum(map(len, tokens_of(ours / "out", "theirs")))
-    assert prepared.train_tokens + prepared.validation_tokens == num_tokens
+    assert prepared.train.num_tokens + prepared.validation.num_tokens == num_tokens
     assert prepared.bytes_per_token > 1
     with pytest.raises(DataError, match=r"^data\.tokenizer: must be given for files of token ids such as .*\.bin; "):
         check_config(replace(config, tokenizer=None))

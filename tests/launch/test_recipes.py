@@ -304,7 +304,7 @@ def test_corpus_is_read_at_most_100_times_by_its_real_tokens(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text(" ".join(f"{number}" for number in range(6000)), "utf-8")
     given = ["experiment=quickstart", "data=files", f"data.paths=[{tmp_path}]", f"data.cache_dir={tmp_path / 'cache'}"]
     given += ["data.tokenizer_vocab_size=2048", "validation.sequences=0"]
-    num_sequences = len(prepare_corpus(compose_run(given)).train_tokens_NL)
+    num_sequences = len(prepare_corpus(compose_run(given)).train.tokens_NL)
     sizes = compose_run(given).batch_sizes
     steps = sizes.steps_for(100 * num_sequences) + 1
     config = compose_run([*given, f"task.steps={steps}"])
@@ -367,7 +367,7 @@ def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
     given += ["accept=[small_tokenizer,repeated_corpus]"]
     small = ["batch.sequence_length_tokens=32", "validation.sequences=0"]
     config = compose_run(["experiment=v3_sft", *given, *small])
-    num_sequences = len(prepare_corpus(config).train_tokens_NL)
+    num_sequences = len(prepare_corpus(config).train.tokens_NL)
     assert config.task.steps == -(-2 * num_sequences // 1024)
     whole = compose_run(["experiment=v3_sft", *given, "task.steps=1000"])
     check(whole)

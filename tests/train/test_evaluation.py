@@ -127,7 +127,7 @@ def mixed(config: TrainConfig) -> Prepared:
     prepared = prepare_corpus(config)
     train, held_out = (
         (len(tokens) // 3, len(tokens) - len(tokens) // 3)
-        for tokens in (prepared.train_tokens_NL, prepared.validation_tokens_NL)
+        for tokens in (prepared.train.tokens_NL, prepared.validation.tokens_NL)
     )
     sources = (MixSource(name="few", paths=(), weight=0.4), MixSource(name="many", paths=(), weight=0.6))
     order = Mixture(
@@ -273,7 +273,7 @@ def test_validation_part_below_a_batch_is_read_whole_and_said(tmp_path: Path) ->
     config = tiny_config(tmp_path)
     batch, validation = replace(config.batch, global_sequences=512), replace(config.validation, sequences=512)
     prepared = prepare_corpus(replace(config, batch=batch, validation=validation))
-    found = len(prepared.validation_tokens_NL)
+    found = len(prepared.validation.tokens_NL)
     assert 0 < found < 512
     lines = list(corpus_lines(replace(config, batch=batch, validation=validation), prepared))
     assert f"validation: reads {found} of validation.sequences=512, because the held-out part has only {found}" in lines

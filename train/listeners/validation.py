@@ -308,7 +308,7 @@ class Samples(Listener):
 def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str], None]) -> None:
     """Generates and reports samples with the run's last checkpoint, which this process alone loads whole."""
     samples = config.samples
-    has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation_tokens_NL) > 0
+    has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation.tokens_NL) > 0
     # A model of chats continues no plain text; its held-out prompts are chats.
     continues = samples.prompt and config.data.source.chat_template is None
     if not samples.tokens or not (continues or (samples.held_out and has_answers)):
@@ -372,13 +372,13 @@ def _with_end(continued: Continuation, end_id: int) -> list[int]:
 
 def _held_out(prepared: Prepared, count: int) -> Iterator[_Exchange]:
     """Yields the first prompt and answer of validation sequences that are spread evenly over all."""
-    weights_NL = prepared.validation_values[WEIGHTS]
+    weights_NL = prepared.validation.values[WEIGHTS]
     for row in np.unique(np.linspace(0, len(weights_NL) - 1, count).astype(int)).tolist():
         is_predicted = np.flatnonzero(weights_NL[row])
         first = int(is_predicted[0])
         # The answer ends where the next position does not predict, or predicts another sample's answer.
         is_last = np.flatnonzero(np.diff(is_predicted, append=weights_NL.shape[1] + 1) > 1)
         last = int(is_predicted[is_last[0]])
-        start = first - int(prepared.validation_positions_NL[row, first])
-        tokens = prepared.validation_tokens_NL[row].tolist()
+        start = first - int(prepared.validation.positions_NL[row, first])
+        tokens = prepared.validation.tokens_NL[row].tolist()
         yield _Exchange(tokens[start : first + 1], tokens[first + 1 : last + 2])

@@ -285,7 +285,7 @@ def _log_place(replica: Replica) -> None:
 def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     """Yields lines about corpus and tokenizer."""
     yield (
-        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens "
+        f"corpus: {prepared.train.num_tokens:,} training and {prepared.validation.num_tokens:,} validation tokens "
         f"of {prepared.bytes_per_token:.2f} bytes, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
         f"{_long_documents(prepared)}"
     )
@@ -294,7 +294,7 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
         sizes = config.batch_sizes
         rollout = config.rollout
         if rollout is None:
-            size = len(prepared.train_tokens_NL)
+            size = len(prepared.train.tokens_NL)
             step_size = float(sizes.sequences(steps - 1))
             read = float(sizes.sequences_before(steps))
             line = (
@@ -313,7 +313,7 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     trained = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = trained if tokenizer_name is None else f"from {tokenizer_name}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
-    num_held_out = len(prepared.validation_tokens_NL)
+    num_held_out = len(prepared.validation.tokens_NL)
     wanted = config.validation.sequences
     if wanted and not num_held_out:
         yield "validation: off, because data.validation_fraction is too small to hold out a document of this corpus"

@@ -8,7 +8,6 @@ target, K kept tokens.
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.pack import WEIGHTS
-from data.parts import Prepared
+from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import Part
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
@@ -102,14 +101,11 @@ def with_scores(path: str, prepared: Prepared) -> Prepared:
             f"has those of {meta.fingerprint}; nearest valid: python -m launch.score_teacher with the same data and "
             f"batch.sequence_length_tokens"
         )
-    values: dict[Part, Mapping[str, NDArray[np.generic]]] = {}
-    for part, tokens_NL in zip(PARTS, (prepared.train_tokens_NL, prepared.validation_tokens_NL), strict=True):
-        values[part] = {name: _open(folder, part, name, (*tokens_NL.shape, meta.kept)) for name in (IDS, LOG_PROBS)}
-    return replace(
-        prepared,
-        train_values={**prepared.train_values, **values["train"]},
-        validation_values={**prepared.validation_values, **values["validation"]},
-    )
+    parts: dict[Part, PreparedPart] = {}
+    for name, part in prepared.parts.items():
+        scores = {value: _open(folder, name, value, (*part.tokens_NL.shape, meta.kept)) for value in (IDS, LOG_PROBS)}
+        parts[name] = replace(part, values={**part.values, **scores})
+    return replace(prepared, train=parts["train"], validation=parts["validation"])
 
 
 class ScoresWriter:
@@ -176,18 +172,17 @@ def write_scores(
 
     device = model.head_weight.device
     num_targets = 0
-    for part in PARTS:
-        tokens_NL, positions_NL, weights_NL = _arrays(prepared, part == "train")
-        ids_NLK, log_probs_NLK = writer.arrays(part, *tokens_NL.shape)
-        starts = range(0, len(tokens_NL), batch_size)
-        for first in progress.over(f"scores of {part}", starts, len(starts), lambda first: 1, "batches"):
+    for name, part in prepared.parts.items():
+        ids_NLK, log_probs_NLK = writer.arrays(name, *part.tokens_NL.shape)
+        starts = range(0, len(part.tokens_NL), batch_size)
+        for first in progress.over(f"scores of {name}", starts, len(starts), lambda first: 1, "batches"):
             rows = slice(first, first + batch_size)
             batch = Batch(
-                tokens_BT=torch.from_numpy(tokens_NL[rows].astype(np.int64)),
-                positions_BT=torch.from_numpy(positions_NL[rows].astype(np.int64)),
+                tokens_BT=torch.from_numpy(part.tokens_NL[rows].astype(np.int64)),
+                positions_BT=torch.from_numpy(part.positions_NL[rows].astype(np.int64)),
                 pad_id=prepared.tokenizer.special.pad,
             )
-            is_target_BT = (batch.targets(1) != IGNORE) & torch.from_numpy(weights_NL[rows] != 0)
+            is_target_BT = (batch.targets(1) != IGNORE) & torch.from_numpy(part.values[WEIGHTS][rows] != 0)
             documents = Documents.from_positions(batch.positions_BT).to(device)
             with torch.no_grad():
                 states_BTD = model.final_states(batch.tokens_BT.to(device), documents)
@@ -196,12 +191,6 @@ def write_scores(
             log_probs_NLK[rows][is_target_BT.numpy()] = log_probs_RK.float().cpu().numpy()
             num_targets += len(ids_RK)
     return num_targets
-
-
-def _arrays(prepared: Prepared, is_train: bool) -> tuple[NDArray[np.generic], ...]:  # noqa: FBT001
-    if is_train:
-        return prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values[WEIGHTS]
-    return prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values[WEIGHTS]
 
 
 def _top(states_RD: "Tensor", head_VD: "Tensor", meta: ScoresMeta) -> "tuple[Tensor, Tensor]":

@@ -17,7 +17,7 @@ from comm.groups import Groups
 from comm.layout import Layout
 from data.loader import Loader
 from data.mix.mixture import hold_out, single_order
-from data.parts import Prepared
+from data.parts import Prepared, PreparedPart
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dualpipe.ir import to_json
 from model.objective import MicroBatch
@@ -61,12 +61,8 @@ def small_corpus(length: int, vocab_size: int, num_sequences: int) -> Prepared:
     real = int((positions_NL >= 0).sum())
     return Prepared(
         tokenizer=Tokenizer.train((), 300),
-        train_tokens_NL=tokens_NL,
-        train_positions_NL=positions_NL,
-        validation_tokens_NL=tokens_NL[:0],
-        validation_positions_NL=positions_NL[:0],
-        train_tokens=real,
-        validation_tokens=0,
+        train=PreparedPart(tokens_NL=tokens_NL, positions_NL=positions_NL, num_tokens=real),
+        validation=PreparedPart(tokens_NL=tokens_NL[:0], positions_NL=positions_NL[:0], num_tokens=0),
         unigram_entropy_nats=0.0,
         order=single_order(num_sequences, 0),
         held_out=hold_out([0], 0),

@@ -65,7 +65,7 @@ def test_pairs_are_numbered_by_position_and_unique_in_a_sequence(tmp_path: Path)
     ]
     # The end of sentence also fills sequences, and is written in prompts and answers.
     prepared = prepared_pairs(tmp_path, lines, tokenizer_pad="<｜end▁of▁sentence｜>")
-    eos, tokenizer, values = prepared.tokenizer.special.eos, prepared.tokenizer, prepared.train_values
+    eos, tokenizer, values = prepared.tokenizer.special.eos, prepared.tokenizer, prepared.train.values
     assert prepared.tokenizer.special.pad == eos
     assert {name: str(value.dtype) for name, value in values.items()} == {
         WEIGHTS: "float32",
@@ -74,8 +74,8 @@ def test_pairs_are_numbered_by_position_and_unique_in_a_sequence(tmp_path: Path)
         MARGIN: "float32",
     }
     most, seen = 0, 0
-    for row, tokens in enumerate(prepared.train_tokens_NL.tolist()):
-        positions = prepared.train_positions_NL[row]
+    for row, tokens in enumerate(prepared.train.tokens_NL.tolist()):
+        positions = prepared.train.positions_NL[row]
         pair, score = values[PAIR][row], values[SCORE][row]
         count = int(np.abs(pair).max())
         most, seen = max(most, count), seen + count
@@ -117,10 +117,10 @@ def test_long_chats_are_cut_at_their_end_or_dropped(too_long: Any, kept: int, cu
     counts = list(prepared.counts.values())
     assert [sum(getattr(count, name) for count in counts) for name in ("kept", "cut")] == [kept, cut]
     # The last token that is kept is predicted; the one after it is not.
-    full = prepared.train_positions_NL[:, -1] == L - 1
+    full = prepared.train.positions_NL[:, -1] == L - 1
     assert full.sum() == (sum(count.cut for count in counts[:1]) if cut else 0)
-    assert not prepared.train_values[WEIGHTS][full, -1].any()
-    assert prepared.train_values[WEIGHTS][full, -2].all()
+    assert not prepared.train.values[WEIGHTS][full, -1].any()
+    assert prepared.train.values[WEIGHTS][full, -2].all()
 
 
 def test_views_of_a_conversation_are_on_one_side_of_the_validation_split(tmp_path: Path) -> None:

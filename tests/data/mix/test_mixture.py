@@ -15,7 +15,7 @@ from data.loader import Batch, Loader
 from data.mix.manifest import Manifest, MixPhase, MixSource
 from data.mix.mixture import Mixture, hold_out
 from data.pack import SequenceTable
-from data.parts import Prepared
+from data.parts import Prepared, PreparedPart
 from data.shards import ShardRows
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -65,14 +65,11 @@ def prepared_of(mixture: Mixture) -> Prepared:
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     counts = [len(shard.table) for shard in SHARDS]
     tokens, positions = (ShardRows(SHARDS, counts, L, pad_id) for pad_id in (0, None))
+    part = PreparedPart(tokens_NL=tokens, positions_NL=positions, num_tokens=0)  # type: ignore[arg-type]
     return Prepared(
         tokenizer=Tokenizer(backend),
-        train_tokens_NL=tokens,  # type: ignore[arg-type]
-        train_positions_NL=positions,  # type: ignore[arg-type]
-        validation_tokens_NL=tokens,  # type: ignore[arg-type]
-        validation_positions_NL=positions,  # type: ignore[arg-type]
-        train_tokens=0,
-        validation_tokens=0,
+        train=part,
+        validation=part,
         unigram_entropy_nats=1.0,
         bytes_per_token=1.0,
         fingerprint="",

@@ -46,7 +46,7 @@ def _prepared() -> Prepared:
 def _rows(prepared: Prepared, num_steps: int) -> dict[str, list[list[int]]]:
     """Returns the samples of all steps, one in a row, with the answers' tokens as labels."""
     needed = SAMPLES * num_steps
-    tokens, positions = prepared.train_tokens_NL[:].reshape(-1), prepared.train_positions_NL[:].reshape(-1)
+    tokens, positions = prepared.train.tokens_NL[:].reshape(-1), prepared.train.positions_NL[:].reshape(-1)
     starts = np.flatnonzero(positions == 0)[:needed]
     ids = [tokens[start : start + SAMPLE_TOKENS].tolist() for start in starts]
     return {"input_ids": ids, "labels": [[-100] * PROMPT_TOKENS + each[PROMPT_TOKENS:] for each in ids]}

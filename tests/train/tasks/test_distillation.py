@@ -219,7 +219,7 @@ def test_scores_of_other_samples_or_at_another_temperature_are_rejected(folder: 
     config = distill_config(folder, "scores", "forward_kl")
     spec = TASKS.get("distill")
     spec.check_files(config)
-    assert prepare_corpus(config).train_values["teacher_ids"].shape[2] == 12
+    assert prepare_corpus(config).train.values["teacher_ids"].shape[2] == 12
     warmer = replace(config, task=replace(TASK, teacher=str(folder / "scores"), temperature=1.0))
     with pytest.raises(ConfigError, match=r"task\.temperature: must be 2, at which .* is 1; nearest valid: 2"):
         spec.check_files(warmer)
