@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ INDEX = np.dtype(
 KEY_BLOCK_BYTES = 2**23
 ANY_LENGTH = range(2**32)
 _OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the memory
+_ABANDONED_SECONDS = 3600
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
 
@@ -56,8 +58,11 @@ class UnitWriter:
 
     def __enter__(self) -> "UnitWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob(f".building-{self._unit}-*"):  # of a process that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        # Of a process that was killed, unless it is new: without locks, another process may be writing there.
+        for path in self._folder.glob(f".building-{self._unit}-*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
         self._building.mkdir()
         return self
 

@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -120,11 +121,9 @@ def _install_tokenizer(build: Build, tokenizer: Tokenizer | None, progress: Prog
         if path.exists():
             return
         chosen = tokenizer or _train_tokenizer(build, progress)
-        partial = path.with_name(f".tokenizer-{os.getpid()}")
-        partial.mkdir(exist_ok=True)
-        for written in reversed(chosen.save(partial / TOKENIZER_NAME)):  # the tokenizer last
-            written.rename(build.folder / written.name)
-        partial.rmdir()
+        with TemporaryDirectory(prefix=".tokenizer-", dir=build.folder) as partial:
+            for written in reversed(chosen.save(Path(partial) / TOKENIZER_NAME)):  # the tokenizer last
+                written.rename(build.folder / written.name)
 
 
 def _train_tokenizer(build: Build, progress: Progress) -> Tokenizer:

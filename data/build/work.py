@@ -253,7 +253,9 @@ class UnitEncoder:
                 yield min(done, unit.size_bytes)
             if self._build.manifest.dedup == "minhash":
                 writer.append(f"{unit.name}.sketches", sketches.T)
-            writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
+            if self._build.read(unit) is None:  # without locks, another process may have completed it meanwhile
+                values = {"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))}
+                writer.finish(values)
         if self._build.manifest.dedup is None:  # otherwise they are packed when all duplicates are known
             for part in PARTS:
                 self._build.shard(unit, part).sequences(self._build.settings.sequence_length_tokens)
@@ -316,6 +318,9 @@ def build_units(build: Build) -> Iterator[WorkerMessage]:
                         for done in encoder.encode(unit):
                             peak = peak_rss_bytes()
                             yield WorkerMessage(unit=name, done_bytes=done, peak_rss_bytes=peak, note=encoder.note)
+                except FileNotFoundError:
+                    if build.read(unit) is None:  # without locks, another process may have completed it and cleaned up
+                        raise
                 finally:
                     build.claims.release(name)
             del pending[name]

@@ -287,6 +287,25 @@ def test_broken_rows_of_files_with_any_name_are_a_line_each(settings: BuildSetti
     assert [os.path.basename(place) for place in places] == [b"lat\xe9.jsonl:1", b"two\\nlines.jsonl:1"]
 
 
+@pytest.mark.parametrize("file", ["train", "index"])
+def test_without_locks_a_unit_that_another_command_completes_is_equal(
+    file: str, settings: BuildSettings, tokenizer: Tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = UnitWriter.append
+    twice = folder.with_name("twice")
+    monkeypatch.setattr("fcntl.lockf", lambda *_: os.stat("/no locks"))
+
+    def append_before_another_command_runs(writer: UnitWriter, name: str, values: Any) -> None:
+        append(writer, name, values)
+        if file in name:
+            monkeypatch.setattr(UnitWriter, "append", append)
+            build_folder(settings, tokenizer, twice, 1, NO_PROGRESS)
+
+    monkeypatch.setattr(UnitWriter, "append", append_before_another_command_runs)
+    build_folder(settings, tokenizer, twice, 1, NO_PROGRESS)
+    assert files_of(twice) == files_of(folder)
+
+
 def test_full_disk_is_one_line_and_complete_units_stay(
     settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
