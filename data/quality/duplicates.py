@@ -30,7 +30,6 @@ NUM_BANDS = 32
 BAND_VALUES = 4
 _SEED = 20_241_227
 _BLOCK_ROWS = 4096
-_ROW_BYTES = 8 * (1 + NUM_BANDS)
 
 # Documents with fewer n-grams are compared exactly: a changed word would change most of them.
 MIN_SHINGLES = 8
@@ -76,29 +75,17 @@ def full_blocks(rows: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[n
     return rows[:size].reshape(-1, _BLOCK_ROWS, 1 + NUM_BANDS).transpose(0, 2, 1).ravel(), rows[size:]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class SketchFiles:
     """Reads the sketches of all units from their files; only what a call returns stays in memory."""
 
-    def __init__(self, paths: Sequence[Path], offsets: NDArray[np.int64]) -> None:
-        """Checks the sizes of the files.
-
-        Args:
-            paths: file of each unit.
-            offsets: number of the first document of each unit, and of all documents, [units + 1].
-        """
-        self._paths = paths
-        self._offsets = offsets
-        for path, num_rows in zip(paths, np.diff(offsets), strict=True):
-            expected = int(num_rows) * _ROW_BYTES
-            if path.stat().st_size != expected:
-                raise DataError(
-                    f"{path}: must have {expected} bytes for {num_rows} documents, has {path.stat().st_size}; delete it"
-                )
+    paths: Sequence[Path]  # file of each unit, which has as many rows as the unit has documents
+    offsets: NDArray[np.int64]  # number of the first document of each unit, and of all documents, [units + 1]
 
     def sizes(self) -> NDArray[np.uint64]:
         """Returns the number of n-grams of each document, [N]."""
-        sizes = np.zeros(self._offsets[-1], np.uint64)
-        for start, block in self._blocks(range(len(self._paths))):
+        sizes = np.zeros(self.offsets[-1], np.uint64)
+        for start, block in self._blocks(range(len(self.paths))):
             sizes[start : start + block.shape[1]] = block[0]
         return sizes
 
@@ -108,7 +95,7 @@ class SketchFiles:
         """Returns the keys of a band in a range, of documents that are candidates, and the documents' numbers."""
         keys = [np.empty(0, np.uint64)]
         documents = [np.empty(0, np.int64)]
-        for start, block in self._blocks(range(len(self._paths))):
+        for start, block in self._blocks(range(len(self.paths))):
             column = block[1 + band]
             is_chosen = is_candidate[start : start + len(column)] & (column >= first) & (column <= last)
             keys.append(column[is_chosen])
@@ -118,7 +105,7 @@ class SketchFiles:
     def rows(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.uint16]]:
         """Returns the number of n-grams and all values of documents, whose numbers ascend, [n] and [n, 128]."""
         rows = np.empty((len(documents), 1 + NUM_BANDS), np.uint64)
-        bounds = np.searchsorted(documents, self._offsets)
+        bounds = np.searchsorted(documents, self.offsets)
         for start, block in self._blocks(np.flatnonzero(np.diff(bounds)).tolist()):
             first, end = np.searchsorted(documents, (start, start + block.shape[1]))
             rows[first:end] = block[:, documents[first:end] - start].T
@@ -127,10 +114,10 @@ class SketchFiles:
     def _blocks(self, units: Iterable[int]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """Yields the number of each block's first document, and the block, [1 + NUM_BANDS, n]."""
         for unit in units:
-            start, end = self._offsets[unit : unit + 2].tolist()
+            start, end = self.offsets[unit : unit + 2].tolist()
             if start == end:  # an empty file cannot be mapped
                 continue
-            values: NDArray[np.uint64] = np.memmap(self._paths[unit], "<u8", mode="r")
+            values: NDArray[np.uint64] = np.memmap(self.paths[unit], "<u8", mode="r")
             for first in range(start, end, _BLOCK_ROWS):
                 num_rows = min(_BLOCK_ROWS, end - first)
                 block = values[(first - start) * (1 + NUM_BANDS) :][: num_rows * (1 + NUM_BANDS)]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import DataError
 from data.quality import duplicates as module
 from data.quality.duplicates import EXACT, KEPT, NEAR, Duplicates, find_duplicates, full_blocks
 from data.quality.filters import Inspector
@@ -134,9 +133,3 @@ def test_units_without_documents_have_no_duplicates(tmp_path: Path) -> None:
     decided = decide(tmp_path, [[], []])
     assert [len(drops) for drops in decided.drops] == [0, 0]
     assert not list(decided.pairs())
-
-
-def test_a_cut_file_of_sketches_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "unit").write_bytes(bytes(3 * 8 * (1 + module.NUM_BANDS)))
-    with pytest.raises(DataError, match="must have 1056 bytes for 4 documents, has 792"):
-        find_duplicates([4], lambda _: np.zeros((4, 2), np.uint64), [tmp_path / "unit"])
