@@ -106,9 +106,6 @@ def _read_test(value: object, place: str) -> StdinTest:
     return test
 
 
-PROBLEM_EXAMPLE = '{"prompt": "...", "answer": "..."}'
-
-
 def _prompt_samples(
     records: Iterator[ProblemRecord], template_name: str, tokenizer: Tokenizer
 ) -> Iterator[TrainingSample]:
@@ -124,7 +121,7 @@ def _prompt_samples(
 
 
 def _list_problems(source: ChatLines) -> tuple[CorpusFile, ...]:
-    return list_jsonl(source.paths, "problems", PROBLEM_EXAMPLE)
+    return list_jsonl(source.paths, "problems")
 
 
 def _problems(source: ChatLines) -> Iterator[ProblemRecord]:

@@ -30,6 +30,7 @@ EMBEDDED_SKIPPED_FOLDERS = frozenset(
 # Limit of the check before a run, which must be quick for any corpus size. The rest is checked when it is read.
 CHECKED_BYTES = 8 * 2**20
 _ALL_BYTES = 2**62
+_EXAMPLE = '{"prompt": "...", "answer": "..."}'  # a line of chats and of problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +187,7 @@ def read_json_lines(
         raise DataError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
 
 
-def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusFile, ...]:
+def list_jsonl(paths: tuple[str, ...], what: str) -> tuple[CorpusFile, ...]:
     """Returns the `.jsonl` files in paths and folders, at least one; `what` they hold is for errors."""
     named = {Path(path).expanduser().resolve() for path in paths}
     listed = list_sources(paths).files
@@ -194,6 +195,6 @@ def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusF
     if not json_files:
         raise DataError(
             f"data.paths: {list(paths)!r} contains no .jsonl file; {what} are read from .jsonl files, one in a line; "
-            f"nearest: a file with lines {example}"
+            f"nearest: a file with lines {_EXAMPLE}"
         )
     return tuple(json_files)

@@ -15,8 +15,6 @@ from data.sources import CHECKED_BYTES, check_source, list_jsonl, read_json_line
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 
-CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatLines(DataSource):
@@ -38,7 +36,7 @@ class ChatSource(ChatLines):
 
 
 def _list_chats(source: ChatLines) -> tuple[CorpusFile, ...]:
-    return list_jsonl(source.paths, "chats", CONVERSATION_EXAMPLE)
+    return list_jsonl(source.paths, "chats")
 
 
 def _read_chat(values: Mapping[str, Any], key: str, place: str) -> ChatSample:
