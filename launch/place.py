@@ -137,7 +137,11 @@ def _read_evaluation(folder: Path) -> tuple[dict[str, dict[int, Loads]], str, Mo
 def _add(total: dict[int, Loads], record: Mapping[str, Any] | None, place: str) -> None:
     """Adds the loads of a record by layer; the layers and their experts must be those of earlier records."""
     named = {} if record is None else read_loads(record)
-    loads = {int(name.removeprefix("layer_")): load_E for name, load_E in named.items() if name.startswith("layer_")}
+    loads = {
+        int(name.removeprefix("layer_")): load_E
+        for name, load_E in named.items()
+        if name.removeprefix("layer_").isdecimal()
+    }
     if not loads or any(load_E.min() < 0 for load_E in loads.values()):
         raise ConfigError(f'{place}: must be an object with loads of 0 or more, as in "layer_3": [8, 0], is not')
     sizes = {layer: len(load_E) for layer, load_E in (total or loads).items()}

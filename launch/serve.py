@@ -3,6 +3,7 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import errno
 import os
 import signal
 import socket
@@ -305,11 +306,10 @@ def _bind(config: ServeCommandConfig) -> socket.socket:
 
     try:
         return open_socket(config.host, config.port)
-    except socket.gaierror as error:
-        raise ConfigError(
-            f"host: must be an address of this machine, is {config.host!r} ({error.strerror}); nearest valid: 127.0.0.1"
-        ) from error
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            value = f"{config.host!r} ({error.strerror})"
+            raise broken("host", "must be an address of this machine", value, "127.0.0.1") from error
         raise ConfigError(
             f"port: {config.host}:{config.port} must be a free address, cannot be used: {error.strerror or error}; "
             f"nearest valid: port=0, which chooses a free one"

@@ -102,7 +102,14 @@ def test_impossible_placement_is_refused(overrides: list[str], parts: list[str],
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 1}', "[]", '{"step": 1, "layer_0": [1, -1]}', '{"step": 2, "layer_0": [1]}'][:]
+    "line",
+    [
+        '{"step": 1}',
+        '{"step": 1, "layer_x": [1]}',
+        "[]",
+        '{"step": 1, "layer_0": [1, -1]}',
+        '{"step": 2, "layer_0": [1]}',
+    ][:],
 )
 def test_loads_that_are_none_are_refused_with_their_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "loads.jsonl"

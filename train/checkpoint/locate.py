@@ -280,7 +280,7 @@ def _check_finished(folder: Path) -> None:
 
 
 def _nearest(folder: Path) -> str:
-    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     close = get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {folder.with_name(close[0])}?" if close else ""
 

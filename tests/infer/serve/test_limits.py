@@ -480,9 +480,10 @@ def test_port_in_use_is_a_user_error(tmp_path: Path) -> None:
         main([f"ckpt={folder}", f"port={taken.getsockname()[1]}"])
 
 
-def test_host_that_is_no_address_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"host: must be an address of this machine, is 'no\.invalid'"):
-        main([f"ckpt={save_weights(tmp_path / 'tiny')}", "host=no.invalid"])
+@pytest.mark.parametrize("host", ["no.invalid", "192.0.2.1"])
+def test_host_that_is_no_address_is_a_user_error(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=f"host: must be an address of this machine, is '{host}'"):
+        main([f"ckpt={save_weights(tmp_path / 'tiny')}", f"host={host}"])
 
 
 def test_empty_key_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
