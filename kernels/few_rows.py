@@ -65,7 +65,8 @@ def few_rows_experts(
         counts = torch.bincount(chosen_A).tolist()
         experts = [expert for expert, count in enumerate(counts) if count]
         sizes = [count for count in counts if count]
-        rows = list(rows_TD.index_select(0, order_A // num_choices).split(sizes))
+        tokens_A = order_A // num_choices
+        rows = list(rows_TD.index_select(0, tokens_A).split(sizes))
         weights_TK = weights_TK.flatten().index_select(0, order_A)
     # Gate and up side by side, AH, then silu(gate) * up * weight, AM.
     hidden_AH = _products(rows, gate_up_EHD, experts)
@@ -74,9 +75,7 @@ def few_rows_experts(
     out_AD = _products(gated_AM.split([len(part) for part in rows]), down_EDM, experts)
     if num_tokens == 1:
         return out_AD.sum(0, keepdim=True)
-    # Back to the order of choices, whose sum is each token's result.
-    places_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A)))
-    return out_AD.index_select(0, places_A).view(num_tokens, num_choices, -1).sum(1)
+    return torch.zeros_like(rows_TD).index_add_(0, tokens_A, out_AD)
 
 
 def _products(rows: Sequence[Tensor], weight_EOI: Tensor, experts: Sequence[int]) -> Tensor:
