@@ -4,7 +4,7 @@ Shape legend: B rows, V vocabulary, K kept tokens.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,18 +136,16 @@ class TokenHistory:
 
     @classmethod
     def of(
-        cls, texts: Iterable[tuple[Sequence[int], Sequence[int]]], vocab_size: int, device: torch.device
+        cls, texts: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int, device: torch.device
     ) -> "TokenHistory":
         """Counts the tokens of sequences, given the prompt and the continuation of each."""
-        counts = [
-            [
-                torch.bincount(torch.tensor(tokens, dtype=torch.int64, device=device), minlength=vocab_size)
-                for tokens in text
-            ]
-            for text in texts
-        ]
-        prompt_BV, continuation_BV = (torch.stack(parts) for parts in zip(*counts, strict=True))
-        return cls(prompt_BV > 0, continuation_BV.to(torch.int32))
+        prompt_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
+        counts_BV = torch.zeros(len(texts), vocab_size, dtype=torch.int32, device=device)
+        for row, (prompt, tokens) in enumerate(texts):
+            prompt_BV[row, torch.tensor(prompt, dtype=torch.int64, device=device)] = True
+            ids = torch.tensor(tokens, dtype=torch.int64, device=device)
+            counts_BV[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        return cls(prompt_BV, counts_BV)
 
     def after(self, tokens_B: Tensor) -> "TokenHistory":
         """Returns the history after one more token of each sequence."""
