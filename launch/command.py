@@ -231,15 +231,11 @@ _HUB_KEYS = ("model", "init_from", "ckpt", "path", "teacher", "data.tokenizer")
 _HUB_NAME = re.compile(r"(?!(outputs?|runs?|models?|checkpoints?|weights|data)/)[\w-][\w.-]*/[\w.-]+")
 """A name on the Hugging Face Hub, rather than a path."""
 _PATHS = {
-    "train": "if it is text to train on; data=files data.paths=[{value}]",
-    "submit": "if it is text to train on; data=files data.paths=[{value}]",
-    "generate": "if it is a folder with weights; ckpt={value}",
-    "sample": "if it is a folder with weights; ckpt={value}",
-    "evaluate": "if it is a folder with weights; ckpt={value}",
+    **dict.fromkeys(("train", "submit"), "if it is text to train on; data=files data.paths=[{value}]"),
+    **dict.fromkeys(("evaluate", "generate", "sample", "serve"), "if it is a folder with weights; ckpt={value}"),
     "convert": "if it is the folder with weights; path={value}",
     "place": "if it is the run's folder; loads={value}",
     "redraw": "if it is the run's folder; run={value}",
-    "serve": "if it is a folder with weights; ckpt={value}",
 }
 """For each command, the advice for a path without a key, written as in `advice.yaml`."""
 
