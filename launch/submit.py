@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -185,23 +185,20 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
     keys = [key_of(text) for text in overrides]
     if "cluster" in keys or "experiment" not in keys:
         return list(overrides)
-    submit_keys = own_keys("submit")
-    run_overrides = [
-        text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in submit_keys
-    ]
-    cluster = chosen_options("train", run_overrides)["cluster"]
+    cluster = chosen_options("train", _without(overrides, own_keys("submit")))["cluster"]
     return list(overrides) if cluster in _LOCAL_CLUSTERS else [f"cluster={cluster}", *overrides]
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
     """Returns the overrides for `launch.train` inside the job."""
-    submit_keys = {*own_keys("submit"), "out_dir", "resume"}
-    keys = [key_of(text) for text in overrides]
-    run_overrides = [
-        text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in submit_keys
-    ]
-    cluster = [] if "cluster" in keys else ["cluster=slurm"]
+    run_overrides = _without(overrides, [*own_keys("submit"), "out_dir", "resume"])
+    cluster = [] if "cluster" in map(key_of, overrides) else ["cluster=slurm"]
     return [*cluster, *run_overrides, f"out_dir={out_dir}", "resume=auto"]
+
+
+def _without(overrides: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Returns the overrides of other keys, and of keys outside of these groups."""
+    return [text for text in overrides if key_of(text).partition(".")[0] not in keys]
 
 
 def _with_text_time(slurm: object) -> object:
