@@ -239,7 +239,17 @@ class PythonConfig(ScorerConfig):
     num_workers: PositiveInt
 
 
-class PythonScorer:
+class PoolScorer:
+    """Base class of scorers with a pool of workers."""
+
+    _pool: WorkerPool
+
+    def close(self) -> None:
+        """Kills the workers."""
+        self._pool.close()
+
+
+class PythonScorer(PoolScorer):
     """Calls the function with the prompt, the whole answer with its thoughts, and the expected answer.
 
     The function is the user's own code and is trusted as a plugin is: it gets this process' environment.
@@ -284,10 +294,6 @@ class PythonScorer:
             return failure("error", f"{self._name}: {reply['error']}")
         return Score(value=reply["value"], outcome=reply["outcome"], detail=reply["detail"])
 
-    def close(self) -> None:
-        """Kills the workers."""
-        self._pool.close()
-
 
 def _nearest_file(path: Path) -> str:
     names = sorted(sibling.name for sibling in path.parent.glob("*.py")) if path.parent.is_dir() else []
@@ -303,7 +309,7 @@ class GymScorerConfig(ScorerConfig):
     num_workers: PositiveInt
 
 
-class GymScorer:
+class GymScorer(PythonScorer):
     """Verifies answers to problems of `data=reasoning_gym`. One that is partly right has a value below 1."""
 
     def __init__(self, config: GymScorerConfig) -> None:
@@ -312,7 +318,7 @@ class GymScorer:
             missing = "reward.parts: kind reasoning_gym needs the library reasoning-gym, it is missing"
             raise ScoringError(f"{missing}; run pip install '.[reasoning]'")
         self._boxed = config.boxed
-        self._verifier = PythonScorer(
+        super().__init__(
             PythonConfig(
                 kind=config.kind,
                 weight=config.weight,
@@ -328,11 +334,7 @@ class GymScorer:
         if problem.origin is None:
             return SKIPPED
         text = finished_answer(answer, boxed=self._boxed)
-        return text if isinstance(text, Score) else self._verifier.call(problem.prompt, text.strip(), problem.origin)
-
-    def close(self) -> None:
-        """Kills the workers."""
-        self._verifier.close()
+        return text if isinstance(text, Score) else self.call(problem.prompt, text.strip(), problem.origin)
 
 
 LONGEST_ANSWER = 2000  # longer boxes are no answers. Parsers take minutes for them.
@@ -347,7 +349,7 @@ class MathsConfig(ScorerConfig):
     memory_gib: PositiveFloat
 
 
-class MathsScorer:
+class MathsScorer(PoolScorer):
     """Compares the last box after the thoughts with the problem's answer.
 
     A comparison may take minutes and all memory, so it runs in worker processes, which are killed.
@@ -379,10 +381,6 @@ class MathsScorer:
         if reply["outcome"] in ("error", "timeout"):
             return failure(reply["outcome"], reply["detail"])
         return verdict(is_correct=reply["outcome"] == "correct", detail=reply["detail"] or box[:80])
-
-    def close(self) -> None:
-        """Kills the workers."""
-        self._pool.close()
 
 
 def _rating(summary: str, config: type[ScorerConfig], score: Callable[[Any, Answer, Problem], Score]) -> ScorerSpec:
