@@ -92,7 +92,8 @@ class Deployment:
         self.token_bytes = (
             _LATENT_BYTES * (model.kv_lora_rank + model.qk_rope_head_dim) * (model.num_layers + model.mtp_depth)
         )
-        self.room_bytes = config.memory_share * float(cluster.memory_bytes or 0)
+        self._rates = {key: float(getattr(cluster, key)) for key in _RATES}
+        self.room_bytes = config.memory_share * self._rates["memory_bytes"]
 
     def sets(self) -> list[GpuSet]:
         """Returns the smallest and the published set for each role, without those that do not fit."""
@@ -170,7 +171,7 @@ class Deployment:
     def _pass_seconds(self, role: Role, gpus: int, attention: int, tokens: float) -> dict[str, float]:
         """Returns the least times of a pass with this many tokens of each GPU, by what takes them."""
         model = self._model
-        cluster = self._cluster
+        rates = self._rates
         weights = self._weights
         context = self._config.context_tokens
         # Memory: experts that at least one token chose, other weights but the embedding, and the cache of a group.
@@ -188,13 +189,10 @@ class Deployment:
         flops = linear / (2 if self._is_fp8 else 1) + scores
         across, within = self._sent_bytes(gpus, attention)
         return {
-            "memory": (experts + others + cache) / float(cluster.memory_bytes_per_second or 1),
+            "memory": (experts + others + cache) / rates["memory_bytes_per_second"],
             "links": tokens
-            * max(
-                across / float(cluster.inter_node_bytes_per_second or 1),
-                within / float(cluster.intra_node_bytes_per_second or 1),
-            ),
-            "compute": tokens * flops / float(cluster.peak_flops or 1),
+            * max(across / rates["inter_node_bytes_per_second"], within / rates["intra_node_bytes_per_second"]),
+            "compute": tokens * flops / rates["peak_flops"],
         }
 
     def _sent_bytes(self, gpus: int, attention: int) -> tuple[float, float]:
