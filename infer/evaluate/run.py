@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data.corpus import decode_json
+from data.corpus import decode_json, grouped
 from infer.evaluate import answering, likelihood, retrieval
 from infer.evaluate.answers import Answerer, NumberedRequest
 from infer.evaluate.protocol import (
@@ -80,23 +81,11 @@ def _together(
     samples: Sequence[EvaluationSample], done: Collection[str | int]
 ) -> Iterator[list[tuple[EvaluationSample, list[NumberedRequest]]]]:
     """Yields samples without a record that are evaluated together, with their requests."""
-    block: list[tuple[EvaluationSample, list[NumberedRequest]]] = []
-    size = 0
-    number = 0
+    numbers = count()
     recorded = set(done)
-    for sample in samples:
-        requests = list(enumerate(sample.requests, number))
-        number += len(requests)
-        if sample.key in recorded:
-            continue
-        block.append((sample, requests))
-        size += len(requests)
-        if size >= REQUESTS_TOGETHER:
-            yield block
-            block = []
-            size = 0
-    if block:
-        yield block
+    numbered = [(sample, [(next(numbers), request) for request in sample.requests]) for sample in samples]
+    left = (pair for pair in numbered if pair[0].key not in recorded)
+    return grouped(left, lambda pair: len(pair[1]), REQUESTS_TOGETHER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
