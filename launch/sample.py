@@ -16,11 +16,11 @@ from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.corpus import DataError, decode_line
 from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
+from infer.evaluate.protocol import read_lines
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, problem_of
@@ -42,8 +42,6 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
 from train.errors import ConfigError
-
-LARGEST_LINE_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,7 +301,9 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
     """Returns the problems in order."""
     match config:
         case FileProblemsConfig(path=path):
-            return _read_file(Path(path).expanduser())
+            return read_lines(
+                "problems.path", path, lambda values, place: read_problem(values, place, place, needs_answer=True)
+            )
         case ArithmeticProblemsConfig():
             check_domains(config.domains, "problems.domains")
             seed = config.generator_seed
@@ -316,25 +316,6 @@ def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
     """Returns a hash of the problems, which identifies them when sampling is resumed."""
     content = [[repr(problem.messages), problem.answer, repr(problem.tests)] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _read_file(path: Path) -> list[ProblemRecord]:
-    problems = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if len(line) > LARGEST_LINE_BYTES:
-                    raise DataError(f"{path}:{number}: must have at most {LARGEST_LINE_BYTES} bytes, has {len(line)}")
-                if line.strip():
-                    location = f"{path}:{number}"
-                    problems.append(read_problem(decode_line(line, location), str(number), location, needs_answer=True))
-    except OSError as error:
-        raise DataError(
-            f"problems.path: must be a file of JSON lines, {str(path)!r} cannot be read: {error}"
-        ) from error
-    if not problems:
-        raise DataError(f"problems.path: must have at least one problem, {str(path)!r} has none")
-    return problems
 
 
 if __name__ == "__main__":
