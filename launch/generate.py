@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
-from data.corpus import decode_json
 from data.progress import NO_PROGRESS, Progress
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
+from infer.evaluate.protocol import checked_file, read_lines, read_text, text_field
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from kernels.ranges import PositiveInt
 from launch.command import command, open_output, plain_text
@@ -41,7 +42,7 @@ from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
-from train.errors import ConfigError, nearest
+from train.errors import ConfigError
 from train.terminal import progress_on
 
 if TYPE_CHECKING:
@@ -82,20 +83,16 @@ def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
             return [_checked("prompt", sys.stdin.read() if prompt == "-" else prompt or "")]
         except UnicodeDecodeError as error:
             raise ConfigError(f"prompt: standard input must be UTF-8 text: {error}") from error
-    path = Path(prompts).expanduser()
-    if path.suffix not in (".txt", ".jsonl"):
+    suffix = Path(prompts).suffix
+    if suffix == ".jsonl":
+        return read_lines("prompts", prompts, lambda values, place: text_field(values, "prompt", place))
+    if suffix != ".txt":
         raise ConfigError(f"prompts: must be a .txt or .jsonl file, is {prompts!r}")
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # "-sig" skips a byte order mark
-            lines = [line.rstrip("\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts: {prompts!r} must be a file of UTF-8 text: {error}{_near(path)}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    text = read_text("prompts", checked_file("prompts", prompts)).removeprefix("\ufeff")  # a byte order mark
+    lines = [line for line in StringIO(text, newline=None).read().split("\n") if line.strip()]
+    if not lines:
         raise ConfigError(f"prompts: {prompts!r} must hold at least one prompt, holds none")
-    if path.suffix == ".txt":
-        return [line for _, line in numbered]
-    return [_field(f"prompts: {prompts!r}, line {number}", line) for number, line in numbered]
+    return lines
 
 
 def text_encoder(
@@ -110,17 +107,6 @@ def text_encoder(
     return lambda text: encode_prompt([user(text)], template, tokenizer, thinking=thinking)
 
 
-def _field(place: str, line: str) -> str:
-    try:
-        values = decode_json(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: must be a JSON object, cannot be parsed: {error}") from error
-    text = values.get("prompt") if isinstance(values, dict) else None
-    if not isinstance(text, str):
-        raise ConfigError(f"{place}: must be an object with a string field prompt, is {line[:80]}")
-    return _checked(place, text)
-
-
 def _checked(place: str, text: str) -> str:
     """Rejects lone surrogates, which Python puts in place of bytes that are not UTF-8."""
     try:
@@ -128,13 +114,6 @@ def _checked(place: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ConfigError(f"{place}: must be UTF-8 text, is not at character {error.start + 1}") from error
     return text
-
-
-def _near(path: Path) -> str:
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".txt", ".jsonl")]
-    return f"; {nearest(path.name, names)}" if names else ""
 
 
 class Transcript:

@@ -231,8 +231,8 @@ print([name for name in ("torch", "deepspeed") if name in sys.modules])
         (["prompt=a", "stop=x"], ConfigError, ["stop: must be a list", "stop=[x]"]),
         (["prompt=a", "stop=[1.5]"], ConfigError, ["stop[0]", "1.5"]),
         (["prompt=a", "out=/proc/none/a"], ConfigError, ["out", "/proc/none/a"]),
-        (["prompts=absent.txt"], ConfigError, ["prompts", "absent.txt"]),
-        ([f"prompts={'a' * 300}.txt"], ConfigError, ["must be readable or writable", "name too long"]),
+        (["prompts=absent.txt"], DataError, ["prompts", "absent.txt"]),
+        ([f"prompts={'a' * 300}.txt"], DataError, ["prompts: must be a file", "name too long"]),
         (["prompts=absent.csv"], ConfigError, ["prompts", ".txt or .jsonl", "absent.csv"]),
         (["prompt_ids=[1,99999]"], GenerateError, ["prompt 1", "99999", "319"]),
         (["prompt_ids=[]"], GenerateError, ["prompt 1", "at least one token"]),
@@ -257,8 +257,8 @@ def test_generate_rejects_text_without_a_tokenizer_and_drafts_without_mtp(bare: 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["at least one prompt"]),
-        ('{"prompt": "a"}\n{"text": "b"}\n', ["line 2", "string field prompt"]),
+        ("", ["at least one line"]),
+        ('{"prompt": "a"}\n{"text": "b"}\n', ["line 2", "prompt: must be given"]),
         ('{"prompt": 3}\n', ["line 1"]),
         ("\n{\n", ["line 2", "JSON"]),
         ("[]\n", ["line 1"]),
@@ -269,7 +269,7 @@ def test_generate_rejects_text_without_a_tokenizer_and_drafts_without_mtp(bare: 
 )
 def test_generate_rejects_a_broken_file(text: str, parts: list[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
-    assert_refused(ConfigError, ["prompts: ", *parts], lambda: main([f"ckpt={run}", f"prompts={tmp_path / 'p.jsonl'}"]))
+    assert_refused(DataError, ["prompts: ", *parts], lambda: main([f"ckpt={run}", f"prompts={tmp_path / 'p.jsonl'}"]))
 
 
 def test_generate_rejects_broken_weights(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ BROKEN = [
     ('{"prompt": "a"}', "p.jsonl, line 2: answer or tests: must be given"),
     ('{"prompt": "a", "anwser": "b"}', "p.jsonl, line 2: answer or tests: .* nearest: answer instead of anwser"),
     ('{"prompt": "a", "answer": null}', "p.jsonl, line 2: answer or tests: must be given"),
-    ('{"prompt": 3, "answer": "b"}', "p.jsonl, line 2: prompt: must be a list of messages|p.jsonl, line 2: prompt: must be"),
+    (
+        '{"prompt": 3, "answer": "b"}',
+        "p.jsonl, line 2: prompt: must be a list of messages|p.jsonl, line 2: prompt: must be",
+    ),
     ('{"prompt": "a", "answer": 3}', "p.jsonl, line 2: answer: must be a string, is a number: 3"),
     ('{"prompt": "a", "answer": " "}', "p.jsonl, line 2: answer: must have text"),
     ('{"prompt": "a", "tests": "assert ("}', "p.jsonl, line 2: tests: must be Python, is not"),
@@ -162,7 +165,10 @@ BROKEN = [
     ('{"prompt": "a", "tests": {}}', "p.jsonl, line 2: tests: must be Python source, or a list"),
     ('{"prompt": "a", "tests": []}', "p.jsonl, line 2: tests: must have at least one item"),
     ('{"prompt": "a", "tests": [{"stdin": "1"}]}', r"p.jsonl, line 2: tests\[0\].stdout: must be given"),
-    ('{"prompt": "a", "tests": [{"input": "1", "stdout": ""}]}', r"p.jsonl, line 2: tests\[0\].input: .* nearest: stdin"),
+    (
+        '{"prompt": "a", "tests": [{"input": "1", "stdout": ""}]}',
+        r"p.jsonl, line 2: tests\[0\].input: .* nearest: stdin",
+    ),
     (
         '{"prompt": "a", "tests": "assert f(1)"}',
         "p.jsonl, line 2: answer: must be given, because the reward has the part exact",
