@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
-from data.corpus import decode_json
+from data.corpus import decode_line
 from data.special_tokens import END_THINK, THINK
 from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
@@ -76,7 +76,7 @@ class SampleJournal(AbstractContextManager["SampleJournal"]):
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
                 break
-            values = _decode(line, f"{self._path}:{number + 1}")
+            values = decode_line(line, f"{self._path}:{number + 1}")
             if number == 0:
                 self._compare(values, made_with)
             else:
@@ -105,15 +105,8 @@ def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: must be a journal of launch.sample, cannot be read: {error}") from error
-    records = [_decode(line, f"{path}:{number}") for number, line in enumerate(lines[1:], 2)]
+    records = [decode_line(line, f"{path}:{number}") for number, line in enumerate(lines[1:], 2)]
     return {values["problem"]: tuple(map(_to_sample, values["samples"])) for values in records}
-
-
-def _decode(line: bytes, place: str) -> Any:
-    try:
-        return decode_json(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: must be a line of a journal of launch.sample, cannot be read: {error}") from error
 
 
 def _to_sample(values: Mapping[str, Any]) -> ScoredSample:

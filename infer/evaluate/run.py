@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data.corpus import decode_json, grouped
+from data.corpus import decode_line, grouped
 from infer.evaluate import answering, likelihood, retrieval
 from infer.evaluate.answers import Answerer, NumberedRequest
 from infer.evaluate.protocol import (
@@ -244,11 +244,8 @@ def read_records(folder: Path, task: str) -> list[Record]:
 
 
 def _record(line: bytes, place: str) -> Record:
-    try:
-        values = decode_json(line)
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{place}: must be a record of launch.evaluate, cannot be read: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("id"), str | int):
+    values = decode_line(line, place)
+    if not isinstance(values.get("id"), str | int):
         raise EvaluationError(f"{place}: must be a record of launch.evaluate, has no id")
     return values
 
