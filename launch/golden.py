@@ -155,5 +155,7 @@ def _write_arrays(path: Path, arrays: Arrays) -> None:
             file.write(array.tobytes())
 
 
+preview = preview_of(NAME, _read)
+
 if __name__ == "__main__":
-    sys.exit(command(NAME, main, preview_of(NAME, _read)))
+    sys.exit(command(NAME, main, preview))

@@ -314,5 +314,7 @@ def _bars(title: str, before_R: Loads, after_R: Loads) -> str:
     return f'<figure><h3>{escape(title)}</h3><svg {size} role="img">{"".join(shapes)}</svg></figure>'
 
 
+preview = preview_of("place", _decode)
+
 if __name__ == "__main__":
-    sys.exit(command("place", main, preview_of("place", _decode)))
+    sys.exit(command("place", main, preview))

@@ -217,5 +217,7 @@ def _summary(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{state} in {seconds_text(report['seconds'])}"])
 
 
+preview = preview_of("prepare", _read)
+
 if __name__ == "__main__":
-    sys.exit(command("prepare", main, preview_of("prepare", _read)))
+    sys.exit(command("prepare", main, preview))

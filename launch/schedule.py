@@ -184,5 +184,7 @@ def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
     return decode_schedule(placement, cohorts, rounds)
 
 
+preview = preview_of("schedule", _read)
+
 if __name__ == "__main__":
-    sys.exit(command("schedule", main, preview_of("schedule", _read)))
+    sys.exit(command("schedule", main, preview))

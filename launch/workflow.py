@@ -202,5 +202,7 @@ def _cells(rates: PassRates | None) -> list[str]:
     return [f"{rates.pass_at_1:.3f}", f"{rates.maj_at_n:.2f}", f"{rates.mean_tokens:.1f}"]
 
 
+preview = preview_of("workflow", read_workflow)
+
 if __name__ == "__main__":
-    sys.exit(command("workflow", main, preview_of("workflow", read_workflow)))
+    sys.exit(command("workflow", main, preview))

@@ -278,7 +278,8 @@ def score_in_threads(
                     start_thread()
             if num_abandoned >= 2 * num_threads and len(results) < len(calls):
                 rule = f"must score an answer within {seconds:g} s"
-                raise ScoringError(f"reward.parts, kind {kind}: {rule}, does not for {num_abandoned} answers in a row")
+                row = f"does not for {2 * num_threads} answers in a row"
+                raise ScoringError(f"reward.parts, kind {kind}: {rule}, {row}")
     finally:
         waiting.clear()
     return [results[number] for number in range(len(calls))]
