@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Few rows are decoded together, because a dictionary can hold a long text that many rows repeat.
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
+_CONTINUED = b"\xff" * 4  # begins every message of a stream
 # What pyarrow raises for damaged files, besides its own errors.
 DAMAGES = (OSError, ValueError, TypeError, KeyError, NotImplementedError, MemoryError, OverflowError)
 
@@ -89,7 +90,8 @@ def read_arrow(file: CorpusFile, first: int, last: int, text_field: TextField) -
 def _batches(source: Any, text_field: TextField) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    is_file = source.read(6) == b"ARROW1"
+    start = source.read(6)
+    is_file = start == b"ARROW1"
     source.seek(0)
     reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
     _check_column(reader.schema, text_field)
@@ -97,8 +99,10 @@ def _batches(source: Any, text_field: TextField) -> Iterator[pa.RecordBatch]:
         yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
         return
     yield from reader
-    source.seek(source.size() - 4)
-    if source.read(4) != bytes(4):  # pyarrow takes a file that ends between two batches for a whole one
+    # pyarrow takes a file that ends between two batches for a whole one. Zeros alone end files of 2019, and any batch.
+    end = _CONTINUED + bytes(4) if start.startswith(_CONTINUED) else bytes(4)
+    source.seek(source.size() - len(end))
+    if source.read(len(end)) != end:
         raise ValueError("the file is truncated: it lacks the end of its stream")
 
 

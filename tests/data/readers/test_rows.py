@@ -185,6 +185,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], int, str]] = [
     ("long.parquet", parquet_of(["a", "b" * (2**24 + 1)]), 2, "16,777,217 bytes"),
     ("cut.arrow", damaged(write_stream, None, -500), 101, "cannot be read"),
     ("end.arrow", damaged(write_stream, None, -8), 121, "truncated"),
+    ("zeros.arrow", damaged(lambda path: write_arrow(path, ["a"] * 9, is_stream=True), None, -8), 10, "truncated"),
     ("noise.arrow", content(bytes(range(256)) * 4), 1, "cannot be read"),
     ("cut.bin", lambda path: (path.write_bytes(b"1"), path.with_suffix(".idx").write_bytes(b"MMIDIDX")), 1, "no index"),
 ]  # fmt: skip
