@@ -112,7 +112,11 @@ class Deployment:
             if best is not None and self._suffices(best):
                 break
             least = min(self._weight_bytes(gpus, attention) for attention in self._attentions(gpus))
-            reason = f"weights need {least / 1e9:.1f} GB of {self.room_bytes / 1e9:.1f}"
+            subject = "weights need"
+            if least <= self.room_bytes:  # and the rest holds no sequence
+                subject = "weights and one sequence need"
+                least += self._config.context_tokens * self.token_bytes
+            reason = f"{subject} {least / 1e9:.1f} GB of {self.room_bytes / 1e9:.1f}"
             last = gpus, reason if best is None else f"caches hold {best.cached_tokens:,} tokens"
         return last
 

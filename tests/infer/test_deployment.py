@@ -99,3 +99,9 @@ def test_plan_prints_the_deployment(capsys: pytest.CaptureFixture[str]) -> None:
     for found in values["sets"]:
         assert f"{found['cached_tokens']:,}" in printed
     assert values["too_few"]["gpus"] == 4
+
+
+def test_sequence_that_no_gpu_holds_is_the_reason(v3: tuple[ModelConfig, ClusterConfig]) -> None:
+    refused = Deployment(*v3, "fp8", DeploymentConfig(context_tokens=10**6)).refused()
+    assert refused is not None
+    assert refused[1].startswith("weights and one sequence need 77.7 GB of 76.4")
