@@ -117,8 +117,8 @@ class RowGroup:
         """Counts the tokens of prompts and continuations; None if the sampling has no penalties."""
         if not self._sampling.has_penalties:
             return None
-        texts = [(row.prompt, row.tokens) for row in self._sequences]
-        return TokenHistory.of(texts, logits_RV.shape[1], self._device)
+        sequences = [(row.prompt, row.tokens) for row in self._sequences]
+        return TokenHistory.of(sequences, logits_RV.shape[1], self._device)
 
     def _report(self, logits_RV: Tensor, target_RV: Tensor | None, tokens_R: Tensor) -> list[ChosenToken]:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""

@@ -136,12 +136,12 @@ class TokenHistory:
 
     @classmethod
     def of(
-        cls, texts: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int, device: torch.device
+        cls, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int, device: torch.device
     ) -> "TokenHistory":
         """Counts the tokens of sequences, given the prompt and the continuation of each."""
-        prompt_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
-        counts_BV = torch.zeros(len(texts), vocab_size, dtype=torch.int32, device=device)
-        for row, (prompt, tokens) in enumerate(texts):
+        prompt_BV = torch.zeros(len(sequences), vocab_size, dtype=torch.bool, device=device)
+        counts_BV = torch.zeros(len(sequences), vocab_size, dtype=torch.int32, device=device)
+        for row, (prompt, tokens) in enumerate(sequences):
             prompt_BV[row, torch.tensor(prompt, dtype=torch.int64, device=device)] = True
             ids = torch.tensor(tokens, dtype=torch.int64, device=device)
             counts_BV[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
