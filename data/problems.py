@@ -79,11 +79,12 @@ def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answe
     answer = optional(text_of)(values.get("answer"), f"{place}: answer")
     if answer is not None and not answer.strip():
         raise refusal(f"{place}: answer", "must have text", json.dumps(answer), "leave the line out")
-    tests = optional(_read_tests)(values.get("tests"), f"{place}: tests")
+    tests = optional(read_tests)(values.get("tests"), f"{place}: tests")
     return ProblemRecord(key=key, messages=messages, answer=answer, tests=tests, place=place)
 
 
-def _read_tests(value: object, place: str) -> str | tuple[StdinTest, ...]:
+def read_tests(value: object, place: str) -> str | tuple[StdinTest, ...]:
+    """Returns the tests of a problem: assertions as Python source, or inputs with outputs."""
     if isinstance(value, list):
         return list_of(value, place, _read_test)
     if not isinstance(value, str):

@@ -270,7 +270,7 @@ PROGRAM = {"id": "a", "prompt": "def f():", "tests": "assert f()"}
         ),
         ("code", {"id": "a", "prompt": "def f():"}, {}, "line 1: tests: must be given"),
         ("code", {**PROGRAM, "tests": "assert ("}, {}, "line 1: tests: must be Python"),
-        ("code", {**PROGRAM, "tests": "# nothing"}, {}, "line 1: tests: must have a statement"),
+        ("code", {**PROGRAM, "tests": "# nothing"}, {}, "line 1: tests: must have at least one statement"),
         ("code", {**PROGRAM, "prompt": " "}, {}, "line 1: prompt: must have text"),
         ("code", {**PROGRAM, "solution": 3}, {}, "line 1: solution: must be a string"),
         ("code", {"prompt": "def f():", "tests": "assert f()"}, {}, "line 1: id: must be given"),
