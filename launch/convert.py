@@ -50,10 +50,6 @@ def _check(config: Conversion) -> None:
         raise broken(
             "chat_template", "must be null in a checkpoint, which no server reads", config.chat_template, "null"
         )
-    if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
-    if config.processes is not None and config.processes < 1:
-        raise ConfigError(f"processes: must be above 0, is {config.processes}; the least is 1")
     check_new_folder("to", config.to)
     source_config(config.path, "path", drop_mtp=config.drop_mtp)
 

@@ -14,6 +14,7 @@ from comm.config import Cut
 from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
 from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
+from kernels.ranges import PositiveInt
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys
@@ -49,12 +50,12 @@ class Conversion:
     to: str
     format: WeightsForm | None
     dtype: Literal["bf16", "float32", "fp8"] | None
-    max_shard_bytes: int | None
+    max_shard_bytes: PositiveInt | None
     weights: WeightsKind
     mtp: Literal["keep", "drop"]
     accept_template: bool
     chat_template: Annotated[str, CHAT_TEMPLATES] | None
-    processes: int | None
+    processes: PositiveInt | None
 
     @property
     def target(self) -> WeightsForm:
