@@ -3,7 +3,7 @@
 Such a product reads each matrix once, and BLAS reaches the memory's speed only in some forms. With MKL on AMD Zen 4,
 one row takes half the time as a batch of slices of the matrix, and up to 4 rows take 0.6 of it as the matrix times
 columns. For more rows, BLAS reads pieces of many of the matrix's rows in turn, which is slow where the matrix is not in
-a cache. Reading it in order first makes both together faster: 0.6 of the time for 8 to 16 rows, 0.8 for 32.
+a cache. Reading it in order first makes both together faster: 0.6 of the time for 8 rows, 0.7 for 16, 0.8 for 32.
 """
 
 # Shape legend: T tokens, K choices per token, A = T K rows in the experts' order, D hidden size, E experts, M expert
