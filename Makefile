@@ -5,7 +5,9 @@ ARGS ?=
 # Index of torch's wheels. Without NVIDIA's driver, that for CPUs: a tenth of the download. Empty: the package index.
 TORCH_INDEX ?= $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
 	echo https://download.pytorch.org/whl/cpu)
-INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+# pip would compile with one core. Files in packages for other versions of Python are not compiled, as with pip.
+COMPILE := .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 
 # Tests with deadlines of seconds or comparisons of times run alone. All others spend most of their time waiting, so
 # they run two at a time, files with slow tests first.
@@ -129,6 +131,7 @@ docker-test: .venv/installed-dev
 # The documentation as a site in site/, with API pages from docstrings. Warnings are errors.
 docs: .venv/installed
 	$(INSTALL) -e '.[docs]'
+	$(COMPILE)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 # Compares the adapter to lm-evaluation-harness with the package's own model. The first run installs 620 MB of packages.
@@ -144,9 +147,11 @@ harness-test: .venv/installed-dev
 			"$$(grep -om1 'torch>=[^"]*' pyproject.toml)" || \
 		echo "torch is not in $(TORCH_INDEX); it comes from the package index"
 	$(INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 # What tests need besides.
 .venv/installed-dev: .venv/installed
 	$(INSTALL) -e '.[dev]'
+	$(COMPILE)
 	touch $@
