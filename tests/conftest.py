@@ -1,5 +1,6 @@
 """Fixtures and hooks of all tests."""
 
+import gc
 import signal
 import threading
 from collections import defaultdict
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # No worker should run a slow file alone at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what imports and collection made out of garbage collections, which took a sixth of the time of tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
