@@ -30,6 +30,7 @@ from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 # OmegaConf raises the last two for a key into a list that is no number.
 _LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, TypeError, ValueError)
+_parsed = cache(yaml.safe_load)  # every composition asks several times for the same text
 
 CONFIG_ONLY = "config_only"
 """Key of every command: with `true`, the command prints its configuration and does nothing else."""
@@ -468,7 +469,7 @@ def _defaults(command: str) -> list[str | dict[str, str]]:
 
 
 def _root(command: str) -> dict[str, Any]:
-    values = yaml.safe_load((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
+    values = _parsed((config_dir() / f"{command}.yaml").read_text(encoding="utf-8"))
     return {str(key): value for key, value in values.items()}
 
 
