@@ -6,6 +6,7 @@ and its ranks are forks of its own server. Tests of what a command imports must 
 """
 
 import atexit
+import gc
 import io
 import os
 import runpy
@@ -110,6 +111,7 @@ def _run(
     )
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # as ranks do
     os.chdir(cwd)
     sys.argv[:] = [module, *arguments]
     sys.path[0] = cwd
