@@ -26,7 +26,7 @@ RUN = (
     "init_from=random",
     "task.steps=2",
     "validation.every_steps=0",
-    "rollout.max_new_tokens=10",
+    "rollout.max_new_tokens=6",
 )
 
 
