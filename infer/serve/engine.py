@@ -84,6 +84,11 @@ class EngineThread:
         """Number of sequences that have not ended."""
         return len(self._open)
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step runs, maybe for requests that were cancelled."""
+        return self.failure is None and self._step_began < math.inf
+
     def start(self) -> None:
         """Starts the thread. Call it in the event loop."""
         self._loop = asyncio.get_running_loop()

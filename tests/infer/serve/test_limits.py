@@ -295,18 +295,26 @@ def test_second_signal_ends_requests_with_an_error() -> None:
 
 
 def test_step_that_does_not_end_answers_503() -> None:
-    engine = make_engine()
     released = threading.Event()
-
-    def step() -> list[SequenceNews]:
-        released.wait()
-        return []
-
-    with serving(engine, stall_seconds=0.2) as running, mock.patch.object(engine, "step", step):
-        response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
+    with serving(engine := make_engine(), stall_seconds=0.2) as running:
+        with mock.patch.object(engine, "step", side_effect=lambda: released.wait() and []):
+            response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
         released.set()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_died")
     assert "StalledEngineError: a step takes more than stall_seconds=0.2" in response.json()["error"]["message"]
+
+
+def test_server_ends_after_the_step_of_a_client_that_disconnected() -> None:
+    released = threading.Event()
+    hanging = mock.patch.object(engine := make_engine(), "step", side_effect=lambda: released.wait() and [])
+    with serving(engine) as running, mock.patch("infer.serve.engine._STOP_SECONDS", 0.01):
+        with hanging, pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=0.5)
+        running.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.5)
+        released.set()
+        running.service.engine._thread.join(10)
+    assert running.service.engine.failure is None
 
 
 PARTIAL = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
