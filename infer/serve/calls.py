@@ -93,7 +93,8 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
         call = _read_chat(served, fields) if is_chat else _read_completion(served, fields)
         if call.request.max_new_tokens == 0 and not call.echo:
-            raise refusal("max_tokens", "must be at least 1 without echo", 0, 1)
+            field = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+            raise refusal(field, "must be at least 1 without echo", 0, 1)
     except (DataError, GenerateError) as error:
         raise ApiError.of_field(error) from error
     longest = max(map(len, call.prompts))
@@ -180,10 +181,11 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
         field = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
             prompts.append(tuple(served.tokenizer.prompt(prompt, fields.get("suffix"))))
-        elif isinstance(prompt, list) and prompt:
+        elif isinstance(prompt, list) and prompt and "suffix" not in fields:
             prompts.append(tuple(served.read_token(item, field) for item in prompt))
         else:
-            raise refusal(field, "must be text or token ids", describe(prompt), '"text"')
+            rule = f"must be text{'' if 'suffix' in fields else ' or token ids'}"
+            raise refusal(field, rule, describe(prompt), '"text"')
     return tuple(prompts)
 
 
@@ -253,11 +255,12 @@ def _read_thinking(served: ServedModel, template: ChatTemplate, fields: Mapping[
     default = template.thinks if served.thinking is None else served.thinking
     if "reasoning_effort" in fields:  # templates have no degrees of thought
         default = fields["reasoning_effort"] != "none"
-    place = "chat_template_kwargs.thinking" if options else "reasoning_effort"
     thinking: bool = options.get("thinking", options.get("enable_thinking", default))
     if thinking and template.thoughts is None:
-        rule = "must be false, because the model's template has no thoughts"
-        raise refusal(place, rule, "true", "false")
+        place = "chat_template_kwargs.thinking" if options else "reasoning_effort"
+        value = "true" if options else fields.get(place)
+        near = "false" if options else "none"
+        raise refusal(place, f"must be {near}, because the model's template has no thoughts", value, near)
     return thinking
 
 

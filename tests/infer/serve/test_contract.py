@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from data.chat.templates import CHAT_TEMPLATES
 from infer.engines.local import LocalModel
 from infer.evaluate.protocol import TargetSequence
 from infer.generate import generate
+from infer.serve.calls import Endpoint, read_call
+from infer.serve.fields import ApiError
 from tests.infer.models import make_model
 from tests.infer.serve.servers import MODEL, TOKENIZER, RunningServer, describe, make_engine, serving
 
@@ -389,6 +392,23 @@ def test_suffix_is_asked_for_as_training_cuts_documents(client: openai.OpenAI) -
         for prompt in ({"prompt": "hello", "suffix": "world"}, {"prompt": TOKENIZER.prompt(ids)})
     ]
     assert texts[0] == texts[1] != complete(client, prompt="hello").choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": [5, 6], "suffix": "world"}, "prompt: must be text, is "),
+        ({"max_completion_tokens": 0}, "max_completion_tokens: must be at least 1"),
+        ({"reasoning_effort": "low"}, "reasoning_effort: must be none, .* is low; nearest: none"),
+        ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs.thinking: must be false, "),
+    ],
+)
+def test_refusals_name_the_field_and_its_nearest_value(changes: dict[str, Any], message: str) -> None:
+    endpoint: Endpoint = "completions" if "prompt" in changes else "chat/completions"
+    body = changes if "prompt" in changes else {"messages": MESSAGES, **changes}
+    with pytest.raises(ApiError) as refused:
+        read_call(describe("v3"), endpoint, json.dumps(body).encode())
+    assert re.match(message, refused.value.message), refused.value.message
 
 
 def test_top_p_0_keeps_the_most_probable_token(client: openai.OpenAI) -> None:
