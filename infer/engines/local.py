@@ -136,15 +136,13 @@ def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None
     return PaddedBatch(inputs_BT, targets_BT)
 
 
-def by_length(
-    sequences: Sequence[TargetSequence], batch_size: int, most_tokens: int = MOST_TOKENS
-) -> Iterator[list[int]]:
+def by_length(sequences: Sequence[TargetSequence], batch_size: int) -> Iterator[list[int]]:
     """Yields numbers of sequences to compute together, the longest first. One alone may be longer."""
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
     first = 0
     while first < len(order):
         longest = len(sequences[order[first]].tokens) - 1
-        size = max(1, min(batch_size, most_tokens // longest))
+        size = max(1, min(batch_size, MOST_TOKENS // longest))
         yield order[first : first + size]
         first += size
 

@@ -78,7 +78,6 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._num_failures = 0
         self._last_failure = ""
-        self.num_restarts = 0
 
     def start(self) -> None:
         """Starts one worker, if none runs, or raises `WorkerStartError`."""
@@ -107,7 +106,6 @@ class WorkerPool:
             text = f"did not reply within {self._seconds:g} s" if isinstance(error, WorkerTimeoutError) else str(error)
             reason = f"worker {worker.number} {text}"
             with self._lock:
-                self.num_restarts += 1
                 self._num_failures += self._counts_timeouts or not isinstance(error, WorkerTimeoutError)
                 self._last_failure = reason
             self._check_failures()

@@ -349,7 +349,6 @@ def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(map(str, results)) == sorted(map(str, [300000, WorkerTimeoutError, WorkerDiedError] * 3))
-    assert pool.num_restarts == 6
     pid = pool.request({"do": "echo"})["pid"]
     pool.close()
     assert not Path(f"/proc/{pid}").exists()
