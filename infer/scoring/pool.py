@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from infer.scoring.score import ScoringError, failure
 
@@ -140,7 +140,7 @@ class _Worker:
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._replies: BinaryIO | None = None
+        self._buffer = b""
 
     def start(self) -> None:
         """Starts the process, if none runs, and waits until it is ready."""
@@ -148,7 +148,6 @@ class _Worker:
             return
         self.kill()
         self._socket, child = socket.socketpair()
-        self._replies = self._socket.makefile("rb")
         with child:
             # A separate session, so that Ctrl-C reaches this process alone and the kill reaches the worker's children.
             self._process = subprocess.Popen(
@@ -189,25 +188,19 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if self._socket is not None and self._replies is not None:
-            self._replies.close()
+        if self._socket is not None:
             self._socket.close()
         self._process = None
         self._socket = None
-        self._replies = None
+        self._buffer = b""
 
     def _read_reply(self, deadline: float) -> dict[str, Any]:
-        assert self._socket is not None
-        assert self._replies is not None
-        self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
-        line = b""
-        try:
-            with suppress(ConnectionResetError):  # it ended before it had read a message
-                line = self._replies.readline(_LARGEST_REPLY)
-        except TimeoutError:
-            raise WorkerTimeoutError from None
-        if not line.endswith(b"\n"):
-            raise WorkerDiedError(self._end())
+        while b"\n" not in self._buffer:
+            data = self._receive(deadline)
+            if not data or len(self._buffer) > _LARGEST_REPLY:
+                raise WorkerDiedError(self._end())
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             reply = json.loads(line)
         except ValueError:
@@ -215,6 +208,20 @@ class _Worker:
         if not isinstance(reply, dict):
             raise WorkerDiedError(f"printed no object of JSON: {line[:60]!r}")
         return reply
+
+    def _receive(self, deadline: float) -> bytes:
+        """Returns some data, or none if the worker closed its output."""
+        assert self._socket is not None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise WorkerTimeoutError
+        self._socket.settimeout(left)
+        try:
+            return self._socket.recv(65536)
+        except TimeoutError:
+            raise WorkerTimeoutError from None
+        except ConnectionResetError:  # it ended before it had read a message
+            return b""
 
     def _end(self) -> str:
         """Returns how a process ended whose output is closed."""
