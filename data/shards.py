@@ -85,8 +85,6 @@ class UnitWriter:
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Installs the files, and `ID.json` with the values, and the size and SHA-256 of each file."""
-        for path in (self._folder / f"{self._unit}.json", *self._folder.glob(f"*{self._unit}.*")):
-            path.unlink(missing_ok=True)
         for stream in self._streams.values():
             stream.close()
         files = {}
@@ -94,9 +92,15 @@ class UnitWriter:
             with path.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
                 os.fsync(content.fileno())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        description = json.dumps({**values, "files": files}, indent=1)
+        if read_unit(self._folder, self._unit) == json.loads(description):
+            return  # without locks, another process has completed it meanwhile, and may be reading it
+        for path in (self._folder / f"{self._unit}.json", *self._folder.glob(f"*{self._unit}.*")):
+            path.unlink(missing_ok=True)
+        for path in sorted(self._paths):
             path.rename(self._folder / path.name)
-            files[path.name] = {"bytes": (self._folder / path.name).stat().st_size, "sha256": digest}
-        replace_file(self._folder / f"{self._unit}.json", json.dumps({**values, "files": files}, indent=1).encode())
+        replace_file(self._folder / f"{self._unit}.json", description.encode())
 
 
 @contextmanager

@@ -253,9 +253,7 @@ class UnitEncoder:
                 yield min(done, unit.size_bytes)
             if self._build.manifest.dedup == "minhash":
                 writer.append(f"{unit.name}.sketches", sketches.T)
-            if self._build.read(unit) is None:  # without locks, another process may have completed it meanwhile
-                values = {"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))}
-                writer.finish(values)
+            writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
         if self._build.manifest.dedup is None:  # otherwise they are packed when all duplicates are known
             for part in PARTS:
                 self._build.shard(unit, part).sequences(self._build.settings.sequence_length_tokens)
