@@ -125,8 +125,8 @@ class Service:
         """Raises ApiError without the API key that clients must send."""
         if self._api_key is None:
             return
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(key.encode(), self._api_key.encode()):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _answer(self, endpoint: Endpoint, request: Request) -> "_Call":

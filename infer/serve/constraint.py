@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer
 from infer.serve.fields import ApiError
 
 _FORMATS = {"json": "json_schema"}
+_MOST_CHARACTERS = 2**18
 
 
 class GrammarConstraint:
@@ -79,6 +80,8 @@ class Grammars:
             raise ApiError(400, message, place, "missing_extra") from error
         try:
             text = value if isinstance(value, str) else json.dumps(value)
+            if len(text) > _MOST_CHARACTERS:  # llguidance takes quadratic time for choices
+                raise ValueError(f"longer than at most {_MOST_CHARACTERS} characters")
             text = grammar_from(_FORMATS.get(kind, kind), text)  # type: ignore[arg-type]
             answer = (
                 {"lark_grammar": text} if kind in ("lark", "grammar", "choice") else json.loads(text)["grammars"][0]

@@ -195,6 +195,13 @@ def test_grammar_that_fails_within_an_answer_is_an_error_of_the_client(server: R
     assert '"code":"structure_failed"' in response.text
 
 
+def test_grammar_that_takes_minutes_to_build_is_refused(server: RunningServer) -> None:
+    choices = [str(number) for number in range(40_000)]
+    response = httpx.post(f"{server.url}/v1/completions", json={**COMPLETION, "guided_choice": choices})
+    assert response.status_code == 400
+    assert "at most 262144 characters" in response.json()["error"]["message"]
+
+
 def test_model_without_a_template_refuses_chats() -> None:
     with serving(make_engine(), describe(template=None)) as running:
         response = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
@@ -206,6 +213,8 @@ def test_api_key_is_demanded_of_requests() -> None:
         for headers, status in (
             ({}, 401),
             ({"authorization": "Bearer wrong"}, 401),
+            ({"authorization": "secret"}, 401),
+            ({"authorization": "bearer secret"}, 200),
             ({"authorization": "Bearer secret"}, 200),
         ):
             response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, headers=headers)
