@@ -209,8 +209,8 @@ def open_output(out: str) -> Iterator[TextIO]:
     path = Path(out).expanduser()
     partial = path.with_name(f"{path.name}.partial")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
+        if path.exists() and not path.is_file():  # a device would be replaced by the file
+            raise OSError(f"{path} is {'a folder' if path.is_dir() else 'a device or pipe'}")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("w", encoding="utf-8", errors="replace")
     except OSError as error:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch import machine, plan
-from launch.command import command
+from launch.command import command, write_output
 from launch.config.run_config import check, compose_run
 from launch.machine import check_device_memory, device_memory_bytes, has_driver
 from launch.plan import main, preview
@@ -56,6 +56,13 @@ def test_a_wrong_value_is_one_line(
     assert shown.err.startswith(f"error: {message}")
     assert len(shown.err.splitlines()) == 1
     assert shown.out == ""
+
+
+def test_pipe_or_device_is_not_replaced_by_the_output(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"must be a file that can be written: .* is a device or pipe"):
+        write_output("text", str(tmp_path / "pipe"))
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
 
 
 def test_steps_of_epochs_need_the_data() -> None:
