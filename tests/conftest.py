@@ -47,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
+def pytest_unconfigure() -> None:
+    """Leaves everything to the collections at the end, without which libraries would print that they leak."""
+    gc.unfreeze()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--plugins FILE`, which may be repeated: suites over a registry also run over what the file registers."""
     parser.addoption(
