@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from infer.continuous import SequenceNews
 
 _LEAST_LOG_PROB = -9999.0  # JSON has no infinity
-
-
 _RECORDS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 """Names of the lists about tokens in `/v1/completions`."""
 

@@ -54,8 +54,7 @@ class DrainingServer(uvicorn.Server):
         if service.is_draining and self._deadline == math.inf:
             self._deadline = time.monotonic() + self._drain_seconds
             if service.num_calls and service.engine.failure is None:
-                limit = f"at most {self._drain_seconds:g} s; a second signal ends them"
-                service.write_line(f"draining: {service.num_calls} requests are in progress, for {limit}")
+                service.write_line(f"draining {service.num_calls} requests for at most {self._drain_seconds:g} s")
         if self._ends_now or time.monotonic() > self._deadline:
             service.engine.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
             await asyncio.sleep(0.1)  # until the errors are sent

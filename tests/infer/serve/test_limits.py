@@ -297,7 +297,7 @@ def test_second_signal_ends_requests_with_an_error() -> None:
         running.server.handle_exit(signal.SIGINT, None)
         while not running.lines:
             time.sleep(0.01)
-        assert running.lines[0].startswith("draining: 1 requests are in progress, for at most 5 s")
+        assert running.lines[0].startswith("draining 1 requests for at most 5 s")
         running.server.handle_exit(signal.SIGINT, None)
         asking.join()
     assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
