@@ -68,7 +68,7 @@ class EngineThread:
             stall_seconds: maximum time of a step, after which `fail_if_stalled` fails.
         """
         self._stall_seconds = stall_seconds
-        self._step_began = math.inf
+        self.step_began = math.inf  # infinite between steps
         self._engine = engine
         self._most_open = most_open
         self._commands = queue.SimpleQueue[Callable[[], None] | None]()
@@ -83,11 +83,6 @@ class EngineThread:
     def num_open(self) -> int:
         """Number of sequences that have not ended."""
         return len(self._open)
-
-    @property
-    def is_in_step(self) -> bool:
-        """Whether a step runs, maybe for requests that were cancelled."""
-        return self.failure is None and self._step_began < math.inf
 
     def start(self) -> None:
         """Starts the thread. Call it in the event loop."""
@@ -131,16 +126,16 @@ class EngineThread:
 
     def fail_if_stalled(self) -> None:
         """Ends all calls with an error if the current step takes too long."""
-        if self.failure is None and time.monotonic() > self._step_began + self._stall_seconds:
+        if self.failure is None and time.monotonic() > self.step_began + self._stall_seconds:
             limit = f"stall_seconds={self._stall_seconds:g}"
             self._fail(StalledEngineError(f"a step takes more than {limit}: a rank or device does not respond"))
 
     def _run(self) -> None:
         try:
             while self._obey():
-                self._step_began = time.monotonic()
+                self.step_began = time.monotonic()
                 news = self._engine.step()
-                self._step_began = math.inf
+                self.step_began = math.inf
                 self._call(self._deliver, news, self._engine.counts())
             self._engine.close()
         except BaseException as error:  # the thread ends, and the server reports why
@@ -198,6 +193,7 @@ class EngineThread:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
+        self.step_began = math.inf
         self.fail_all(_died(error))
 
 

@@ -59,7 +59,7 @@ class DrainingServer(uvicorn.Server):
             service.engine.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
             await asyncio.sleep(0.1)  # until the errors are sent
             return True
-        is_idle = service.num_calls == 0 and not service.engine.is_in_step
+        is_idle = service.num_calls == 0 and service.engine.step_began == math.inf
         return await super().on_tick(counter) or (service.is_draining and is_idle)
 
 
