@@ -183,6 +183,8 @@ class CodeScorer(RatingScorer):
         ran, tested = finished.guests
         if ran.is_flooded or ran.is_out_of_cpu:
             return self._stopped(ran, finished) or failure("unknown", "")
+        if not ran.has_begun and message.get("outcome") != "error":
+            return _not_begun(ran)
         if tested.is_out_of_cpu and (not state or state.startswith("started")):
             return failure("error", "the tests used too much processor time")
         if finished.is_late and finished.has_slept and not state.startswith("asking"):
@@ -219,7 +221,7 @@ class CodeScorer(RatingScorer):
         return wait_for_guests([self._sandbox.start(program)], [self._config.cpu_seconds], self._config.wall_seconds)
 
     def _stopped(self, result: Guest, finished: Finished) -> Score | None:
-        """Returns the score of a program that was stopped, or None if it ended by itself."""
+        """Returns the score of a program that was stopped or did not begin, or None if it ended by itself."""
         if result.is_out_of_cpu:
             return failure("timeout", f"more than {self._config.cpu_seconds:g} s of processor time")
         if result.is_flooded:
@@ -228,7 +230,11 @@ class CodeScorer(RatingScorer):
             return failure("timeout", f"slept until {self._config.wall_seconds:g} s were over")
         if finished.is_late:
             return failure("unknown", f"no verdict after {self._config.wall_seconds:g} s on a busy machine")
-        return None
+        return None if result.has_begun else _not_begun(result)
+
+
+def _not_begun(guest: Guest) -> Score:
+    return failure("unknown", f"the sandbox did not start{_last_line(guest.stderr)}")
 
 
 def _read_verdict(state: str, nonce: str) -> dict[str, str]:

@@ -20,7 +20,10 @@ from typing import Literal
 PYTHON_NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _GUEST = Path(__file__).with_name("guest")
 _PACKAGE = PurePosixPath("infer/scoring/guest")
-_START = "import sys; sys.path[0] = {path!r}; from infer.scoring.guest.{name} import main; main(*sys.argv[1:])"
+_START = (
+    "import os, sys; os.write({mark}, b'1'); os.close({mark}); "
+    "sys.path[0] = {path!r}; from infer.scoring.guest.{name} import main; main(*sys.argv[1:])"
+)
 # If memory runs out, the kernel ends guests first.
 _FIRST_VICTIM = ("/bin/sh", "-c", 'echo 1000 > /proc/self/oom_score_adj; exec "$@"', "sh")
 # Not -I, which would ignore the seed of hashes: the order of a set must not differ between two runs.
@@ -75,10 +78,20 @@ class GuestProgram:
 
 @dataclass(frozen=True, slots=True)
 class StartedGuest:
-    """The outermost process of a guest, and the pipe on which bubblewrap reports its inner process."""
+    """The outermost process of a guest, and two file descriptors.
+
+    On the pipe `info`, bubblewrap reports its inner process. The file `mark` is empty until the guest's interpreter
+    runs, which then closes it, so that no program can change it.
+    """
 
     process: "subprocess.Popen[bytes]"
     info: int
+    mark: int
+
+    def close(self) -> None:
+        """Closes both file descriptors."""
+        os.close(self.info)
+        os.close(self.mark)
 
 
 class Sandbox:
@@ -100,6 +113,7 @@ class Sandbox:
             files = {name: memory_file(opened, content) for name, content in contents.items()}
             paths = {name: f"/guest/{name}" if is_confined else f"/proc/self/fd/{file}" for name, file in files.items()}
             stdin = memory_file(opened, encode(program.stdin))
+            mark = memory_file(opened, b"")
             filter_fds = [memory_file(opened, self._filter)] if is_confined and self._filter else []
             info, info_writer = os.pipe()
             opened.callback(os.close, info_writer)
@@ -112,17 +126,17 @@ class Sandbox:
             else:
                 command.append(self._interpreter.program)
                 limits["processes"] = program.limits.processes + _count_own_tasks()
-            command += [*_FLAGS, _START.format(path=paths["lib.zip"], name=program.name)]
+            command += [*_FLAGS, _START.format(mark=mark, path=paths["lib.zip"], name=program.name)]
             command += [json.dumps(limits), *program.arguments]
             try:
-                inherited = [*files.values(), *filter_fds, info_writer, *program.inherited]
+                inherited = [*files.values(), *filter_fds, info_writer, mark, *program.inherited]
                 process = start_process(command, stdin, inherited)
             except BaseException:
                 os.close(info)
                 raise
             if not is_confined:
                 os.write(info_writer, b'{"child-pid": %d,' % process.pid)
-            return StartedGuest(process, info)
+            return StartedGuest(process, info, os.dup(mark))
 
     def start_all(self, programs: Sequence[GuestProgram]) -> list[StartedGuest]:
         """Starts several guests, or none if one of them cannot start."""
@@ -134,7 +148,7 @@ class Sandbox:
             for guest in guests:
                 guest.process.kill()  # bubblewrap ends with its parent, and its namespace with bubblewrap
                 guest.process.communicate()
-                os.close(guest.info)
+                guest.close()
             raise
         return guests
 

@@ -38,10 +38,10 @@ class Guest:
     Its outputs are by file descriptor, each at most `OUTPUT_BYTES`. One that prints more `is_flooded` and killed.
     """
 
-    process: "subprocess.Popen[bytes]"
-    info: int
+    started: StartedGuest
     cpu_limit: float
     is_running: bool = True
+    has_begun: bool = False  # whether its interpreter ran, which a broken sandbox prevents
     inner: int | None = None  # file descriptor of the first process in the namespace
     inner_pid: int = 0
     announced: bytes = b""
@@ -51,6 +51,11 @@ class Guest:
     cpu_seconds: float = 0.0
     times: dict[int, _Times] = field(default_factory=dict)
     lost_seconds: float = 0.0  # processor time of processes that ended without being waited for
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        """The outermost process."""
+        return self.started.process
 
     @property
     def code(self) -> int | None:
@@ -127,7 +132,7 @@ def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float],
 
     When it returns, no process of the guests exists. A limit of processor time holds for all processes of a guest.
     """
-    watched = [Guest(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
+    watched = [Guest(guest, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
     activity = _Activity(time.monotonic())
     selector = selectors.DefaultSelector()
     try:
@@ -149,8 +154,8 @@ def _register(selector: selectors.BaseSelector, guest: Guest) -> None:
         os.set_blocking(pipe.fileno(), False)
         guest.outputs[pipe.fileno()] = bytearray()
         selector.register(pipe.fileno(), selectors.EVENT_READ, (guest, "output"))
-    os.set_blocking(guest.info, False)
-    selector.register(guest.info, selectors.EVENT_READ, (guest, "info"))
+    os.set_blocking(guest.started.info, False)
+    selector.register(guest.started.info, selectors.EVENT_READ, (guest, "info"))
     exited = os.pidfd_open(guest.process.pid)
     selector.register(exited, selectors.EVENT_READ, (guest, "exit"))
 
@@ -196,7 +201,7 @@ def _read_output(guest: Guest, descriptor: int) -> bool:
 def _read_info(guest: Guest) -> bool:
     """Reads which process is the first in the namespace. Returns whether more may follow."""
     try:
-        data = os.read(guest.info, 4096)
+        data = os.read(guest.started.info, 4096)
     except BlockingIOError:
         return True
     guest.announced += data
@@ -230,7 +235,8 @@ def _end(guest: Guest) -> None:
     _reap(guest)
     if guest.inner_pid == guest.process.pid:
         _kill_orphans(guest)
-    os.close(guest.info)
+    guest.has_begun = os.fstat(guest.started.mark).st_size > 0
+    guest.started.close()
     for descriptor in guest.outputs:
         _has_ended(guest, descriptor)
     for pipe in (guest.process.stdout, guest.process.stderr):

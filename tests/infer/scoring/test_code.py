@@ -307,6 +307,21 @@ def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeSco
     assert together == expected * 2
 
 
+@pytest.mark.parametrize("tests", [TESTS, (StdinTest(stdin="", stdout=""),)])
+def test_code_of_a_sandbox_that_does_not_start_is_not_wrong(
+    tests: str | tuple[StdinTest, ...], scorer: CodeScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = tmp_path / "starts"
+    prefix = scorer._sandbox._prefix
+    for failures, outcome in ((1, "correct"), (9, "unknown")):
+        starts.write_text("")
+        fails = f'echo 1 >>{starts}; [ $(wc -l <{starts}) -gt {failures} ] && exec "$@"; echo no namespace >&2; exit 1'
+        monkeypatch.setattr(scorer._sandbox, "_prefix", ("sh", "-c", fails, "sh", *prefix))
+        score = run(scorer, RIGHT, tests)
+        assert score.outcome == outcome
+    assert score.detail.endswith("the sandbox did not start: no namespace")
+
+
 def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
