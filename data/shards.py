@@ -58,11 +58,7 @@ class UnitWriter:
 
     def __enter__(self) -> "UnitWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Of a process that was killed, unless it is new: without locks, another process may be writing there.
-        for path in self._folder.glob(f".building-{self._unit}-*"):
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+        remove_abandoned(self._folder.glob(f".building-{self._unit}-*"))
         self._building.mkdir()
         return self
 
@@ -101,6 +97,18 @@ class UnitWriter:
         for path in sorted(self._paths):
             path.rename(self._folder / path.name)
         replace_file(self._folder / f"{self._unit}.json", description.encode())
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Removes files and folders of processes that were killed. Another process may be writing to new ones."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 @contextmanager

@@ -32,7 +32,16 @@ from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shards import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, read_drops, read_rows, replace_file
+from data.shards import (
+    KEY_BLOCK_BYTES,
+    PARTS,
+    REPORT_NAME,
+    SOURCES_NAME,
+    read_drops,
+    read_rows,
+    remove_abandoned,
+    replace_file,
+)
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"
@@ -316,6 +325,8 @@ def _remove_others(folder: Path, units: frozenset[str]) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        elif path.name[0] == ".":
+            remove_abandoned([path])
         elif not any(name in units for name in re.findall(r"[0-9a-f]{16}", path.name)):
             path.unlink(missing_ok=True)
 

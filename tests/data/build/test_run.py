@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,18 @@ def start(settings: BuildSettings, tokenizer: Path, folder: Path, workers: int) 
     return process
 
 
+def kill_with_workers(process: "subprocess.Popen[str]") -> None:
+    """Kills a command and its workers, and waits for the end of all."""
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for worker in map(int, workers):
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    assert process.stderr is not None
+    process.stderr.read()  # its end is that of the last process that could write there
+    process.wait()
+
+
 @pytest.mark.long
 def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
     folder: Path, settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
@@ -164,19 +178,36 @@ def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
         begun = set[Path]()
         for kills in range(1, 6):
             process = start(settings, tmp_path / "tokenizer.json", again, num_workers)
-            time.sleep(draw.uniform(0.1, 1.0))
-            process.kill()
-            process.wait()
+            most_files = len(times_of(again)) + draw.randrange(20)
+            while process.poll() is None and sum(1 for _ in again.glob("sources/*/*")) <= most_files:
+                time.sleep(0.001)
+            kill_with_workers(process)
             begun |= set(again.glob("sources/*/.building-*"))
             assert len(begun) <= num_workers * kills
             complete |= {name: time for name, time in times_of(again).items() if name.endswith(".json")}
         assert start(settings, tmp_path / "tokenizer.json", again, num_workers).wait() == 0
-        assert files_of(again) == files_of(folder)
+        # A partial file of a killed process is removed by a later command, after an hour.
+        complete_files = {name: data for name, data in files_of(again).items() if Path(name).name[0] != "."}
+        assert complete_files == files_of(folder)
         after = times_of(again)
         assert {name: after[name] for name in complete} == complete
-        assert json.loads((again / "prepare.json").read_text())["units"]["built"] <= num_units - len(complete)
+        report = json.loads((again / "prepare.json").read_text())
+        # A command that had finished before it was killed has written the report.
+        assert report["cached"] or report["units"]["built"] <= num_units - len(complete)
         for path in sorted(again.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_partial_files_of_killed_processes_are_removed_after_an_hour(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer
+) -> None:
+    abandoned, recent = (folder / "sources" / "notes" / name for name in (".abandoned", ".recent"))
+    for path in (abandoned, recent):
+        path.touch()
+    os.utime(abandoned, (time.time() - 4000,) * 2)
+    (folder / "prepare.json").unlink()
+    build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+    assert (abandoned.exists(), recent.exists()) == (False, True)
 
 
 @pytest.mark.long
