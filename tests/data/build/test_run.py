@@ -154,7 +154,9 @@ def start(settings: BuildSettings, tokenizer: Path, folder: Path, workers: int) 
 
 def kill_with_workers(process: "subprocess.Popen[str]") -> None:
     """Kills a command and its workers, and waits for the end of all."""
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers: list[str] = []
+    with suppress(FileNotFoundError):  # the command has ended
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     for worker in map(int, workers):
         with suppress(ProcessLookupError):
