@@ -1,7 +1,6 @@
 """Signatures of the optional packages that adapters call, read in the sources of the newest versions named here.
 
-A newer version is recorded by reading its source again. C++ functions have the names of their bindings. vLLM's LLM
-takes further arguments for its engine, of which those are recorded that are passed here.
+A newer version is recorded by reading its source again. C++ functions have the names of their bindings.
 """
 
 from collections.abc import Callable
@@ -14,16 +13,12 @@ VERSIONS = {
     "flash_attn": "2.8.3.post1 (FlashAttention-2)",
     "flash_attn_interface": "3.0.0 (FlashAttention-3, commit 0251105, 2026-08-15)",
     "flash_attn.cute": "FlashAttention-4, commit 0251105, 2026-08-15",
-    "vllm": "0.33.0 (2026-11-01)",
 }
 
 _SCALES = "recipe=None, recipe_a=None, recipe_b=None, compiled_dims='nk', disable_ue8m0_cast=False"
 _EVENTS = "previous_event=None, previous_event_before_epilogue=None, async_with_compute_stream=False"
 _HOPPER = "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False"
 _CUTE = "window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False"
-_OFFLOAD = (
-    "cpu_offload_gb=0, offload_group_size=0, offload_num_in_group=1, offload_prefetch_step=1, offload_params=None"
-)
 
 _RECORDED = {
     "deep_ep.ElasticBuffer": (
@@ -81,30 +76,6 @@ _RECORDED = {
         f"softmax_scale=None, causal=False, {_CUTE}, score_mod=None, score_mod_bwd=None, mask_mod=None, "
         "block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, "
         "seqlen_k_per_split=None, disable_scheduler_metadata=False"
-    ),
-    "vllm.LLM": (
-        "model, *, runner='auto', convert='auto', tokenizer=None, tokenizer_mode='auto', skip_tokenizer_init=False, "
-        "trust_remote_code=False, allowed_local_media_path='', allowed_media_domains=None, tensor_parallel_size=1, "
-        "dtype='auto', quantization=None, revision=None, tokenizer_revision=None, chat_template=None, seed=0, "
-        f"gpu_memory_utilization=0.92, {_OFFLOAD}, enforce_eager=False, enable_return_routed_experts=False, "
-        "return_sampling_mask=False, disable_custom_all_reduce=False, hf_token=None, hf_overrides=None, "
-        "mm_processor_kwargs=None, pooler_config=None, structured_outputs_config=None, profiler_config=None, "
-        "attention_config=None, kv_cache_memory_bytes=None, compilation_config=None, quantization_config=None, "
-        "logits_processors=None, spec_method=None, spec_model=None, spec_tokens=None, "
-        "enable_prefix_caching=None, logprobs_mode='raw_logprobs'"
-    ),
-    "vllm.generate": (
-        "prompts, sampling_params=None, *, use_tqdm=True, lora_request=None, priority=None, "
-        "tokenization_kwargs=None, mm_processor_kwargs=None"
-    ),
-    "vllm.apply_model": "func",
-    "vllm.SamplingParams": (
-        "n=1, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, temperature=1.0, "
-        "watermarking=None, top_p=1.0, top_k=0, min_p=0.0, seed=None, stop=None, stop_token_ids=None, "
-        "ignore_eos=False, max_tokens=16, min_tokens=0, logprobs=None, prompt_logprobs=None, "
-        "prompt_logprob_token_ids=None, prompt_logprob_start=None, logprob_token_ids=None, flat_logprobs=False, "
-        "detokenize=True, skip_special_tokens=True, spaces_between_special_tokens=True, "
-        "include_stop_str_in_output=False"
     ),
 }
 

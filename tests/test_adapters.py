@@ -1,7 +1,6 @@
 """Adapters call optional packages as the newest recorded versions take it: a wrong argument of a real call fails."""
 
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,9 +11,6 @@ from torch import Tensor, distributed
 
 from comm.dispatch.deepep.dispatcher import ExpertBuffer
 from comm.dispatch.deepep.package import BufferShape
-from infer.config import Sampling
-from infer.engines.vllm import VllmEngine
-from infer.protocol import NumberedPrompt, Request
 from kernels import launch
 from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
@@ -86,31 +82,11 @@ def _call_deepep(calls: RecordedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer.close()
 
 
-def _call_vllm(calls: RecordedCalls, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    returns: dict[str, Any] = {"generate": lambda inputs, *_, **__: [SimpleNamespace(outputs=[])] * len(inputs)}
-    returns["apply_model"] = lambda act: [{}]
-    methods = {name: calls.function(f"vllm.{name}", result) for name, result in returns.items()}
-    module = ModuleType("vllm")
-    vars(module)["LLM"] = calls.function("vllm.LLM", lambda **_: SimpleNamespace(**methods))
-    vars(module)["SamplingParams"] = calls.function("vllm.SamplingParams")
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("infer.engines.vllm.read_config", lambda folder: mock.Mock(max_position_tokens=64))
-    monkeypatch.setattr("infer.engines.vllm.check", lambda *args, **kwargs: None)
-    engine = VllmEngine(folder)
-    request = Request(samples=2, max_new_tokens=5, sampling=Sampling(temperature=0.0), stop=frozenset((50,)))
-    engine.generate([NumberedPrompt(number=0, tokens=(5, 9))], request)
-    monkeypatch.setattr(engine, "_config", SimpleNamespace(num_layers=1))
-    engine.check_weights(iter(()))
-
-
-def test_every_call_binds_to_the_signature_of_the_recorded_version(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_call_binds_to_the_signature_of_the_recorded_version(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = RecordedCalls()
     _call_deep_gemm(calls, monkeypatch)
     _call_flash_attention(calls, monkeypatch)
     _call_deepep(calls, monkeypatch)
-    _call_vllm(calls, monkeypatch, tmp_path)
     assert calls.names == set(SIGNATURES)
 
 

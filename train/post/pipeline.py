@@ -3,6 +3,7 @@
 Shape legend: N tensors of the model, H bytes of a hash.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,6 @@ from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined import PipelinedEngine
 from infer.engines.rounds import PipelinePlace, RoundFormat
-from infer.engines.vllm import TensorDigest
 from infer.expert_moves import place_experts
 from infer.placement import Placement
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
@@ -426,5 +426,6 @@ class GatheredEngine:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    """Returns the SHA-256 of a tensor's bytes, H."""
-    return torch.frombuffer(bytearray.fromhex(TensorDigest.of(tensor).sha256), dtype=torch.uint8)
+    """Returns the SHA-256 of a tensor's bytes in row-major order, H."""
+    content = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)

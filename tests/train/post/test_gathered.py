@@ -13,7 +13,6 @@ from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.vllm import TensorDigest
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from model.transformer import BIAS, initialize_weights, named_tensors
 from tests.ranks import run_ranks
@@ -21,6 +20,7 @@ from tests.rollouts import ROLLOUT, rollout_config
 from tests.tiny import tiny_config
 from tests.train.job import Job, opened_replica, run_jobs
 from tests.train.post.test_policy import journals
+from train.post import pipeline
 from train.post.pipeline import GatheredEngine, ReplicaEngine
 from train.verify.steps import start_biases
 
@@ -53,8 +53,8 @@ class EngineResults:
 
     pipelined: list[Rollouts]
     local: list[Rollouts]
-    copied: dict[str, TensorDigest]
-    trained: dict[str, TensorDigest]
+    copied: dict[str, list[int]]
+    trained: dict[str, list[int]]
     copy_bytes: int
     received_bytes: int
     flip_error: str
@@ -94,8 +94,8 @@ def sample_layout(folder: Path, pipeline: int, data: int, expert: int) -> Engine
     return results
 
 
-def digests(tensors: dict[str, Tensor]) -> dict[str, TensorDigest]:
-    return {name: TensorDigest.of(tensor) for name, tensor in tensors.items()}
+def digests(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: pipeline._hash(tensor).tolist() for name, tensor in tensors.items()}
 
 
 def error_after_flip(engine: GatheredEngine, target: Tensor, rank: int) -> str:
