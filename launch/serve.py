@@ -192,6 +192,8 @@ def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.sock
     served = describe_model(config, source)
     for line in _start_lines(config, source, served, thread.counts, bound.getsockname()[0]):
         _write_line(line)
+    if served.grammars.is_available:
+        served.grammars.start()  # reads the tokenizer meanwhile
     service = Service(served, thread, api_key=os.environ.get(API_KEY), write_line=_write_line)
     return run_server(service, bound, config.drain_seconds)
 

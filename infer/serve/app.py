@@ -87,6 +87,7 @@ class Service:
             self.engine.start()
             yield
             self.engine.stop()
+            self.served.grammars.close()
 
         answers = [
             Route(f"/v1/{endpoint}", partial(self._answer, endpoint), methods=["POST"])
@@ -182,14 +183,20 @@ class _Call:
         call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
         reply = Reply(call, service.served)
         self._reply = reply
-        subscription = service.engine.submit(call.submissions())
-        try:
-            await _while_connected(self._request, self._follow(reply, subscription, send))
-        finally:
-            subscription.cancel()
+        await _while_connected(self._request, self._continue(reply, send))
         if not call.is_streamed:
             return _dump(reply.whole())
         return b"".join((*map(_event, reply.last_events()), b"data: [DONE]\n\n"))
+
+    async def _continue(self, reply: Reply, send: Send) -> None:
+        """Lets the engine complete all answers within their grammar, if they have one."""
+        service = self._service
+        async with service.served.grammars.open(reply.call.structure) as constraint:
+            subscription = service.engine.submit(reply.call.submissions(constraint))
+            try:
+                await self._follow(reply, subscription, send)
+            finally:
+                subscription.cancel()
 
     async def _follow(self, reply: Reply, subscription: Subscription, send: Send) -> None:
         """Completes all answers, and sends what is new in a stream."""

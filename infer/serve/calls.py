@@ -1,7 +1,7 @@
 """Reads requests of completions and chats into prompts for an engine. Imports no torch."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import DataError, describe, refusal
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
-from infer.protocol import Request
-from infer.serve.constraint import GrammarConstraint, Grammars
+from infer.protocol import Request, TokenConstraint
+from infer.serve.constraint import Grammars, Structure
 from infer.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, STRUCTURES, ApiError, integer_of, read_body
 
 Endpoint = Literal["completions", "chat/completions"]
@@ -57,6 +57,7 @@ class ApiCall:
         template: by which answers are parsed; None: they are text.
         opens_thoughts: whether the prompt ends where thoughts begin.
         most_calls: maximum number of calls of tools in an answer, which become fields; later ones are dropped.
+        structure: grammar of each answer.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -70,12 +71,15 @@ class ApiCall:
     template: ChatTemplate | None = None
     opens_thoughts: bool = False
     most_calls: int = 0
+    structure: Structure | None = None
 
-    def submissions(self) -> Iterator[tuple[tuple[int, ...], Request]]:
+    def submissions(
+        self, constraint: Callable[[], TokenConstraint] | None
+    ) -> Iterator[tuple[tuple[int, ...], Request]]:
         """Yields the prompt and the request of each answer, with random numbers of its number."""
         for prompt in self.prompts:
             for number in range(self.num_choices):
-                yield prompt, replace(self.request, step=number)
+                yield prompt, replace(self.request, step=number, constraint=constraint)
 
 
 def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCall:
@@ -112,14 +116,15 @@ def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     max_new_tokens = fields.get("max_tokens", 16)
     if fields.get("best_of", num_choices) != num_choices:
         raise refusal("best_of", "must equal n, because every answer is returned", fields["best_of"], num_choices)
-    constraint = _read_structure(served, fields, ())
+    structure = _read_structure(served, fields, ())
     alternatives = fields.get("logprobs")
-    request = _read_request(served, fields, max_new_tokens, alternatives, constraint)
+    request = _read_request(served, fields, max_new_tokens, alternatives)
     ends: frozenset[int] = frozenset()
     if alternatives is not None:
         ends = request.stop
         request = replace(request, scores_prompt=echo, stop=frozenset())
-    return ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, **_read_form(fields))
+    form = _read_form(fields)
+    return ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, structure=structure, **form)
 
 
 def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
@@ -135,17 +140,18 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     prompt = tuple(encode_prompt(messages, template, served.tokenizer, thinking=thinking, tools=tools))
     opens_thoughts = thinking and messages[-1].role == "user"
     thoughts_end = template.thoughts.end if opens_thoughts and template.thoughts is not None else ()
-    constraint = _read_structure(served, fields, thoughts_end)
+    structure = _read_structure(served, fields, thoughts_end)
     if forced:
-        if constraint is not None:
+        if structure is not None:
             raise refusal("tool_choice", "must be auto or none with a structured answer", "given", "auto")
-        constraint = served.grammars.build_call(forced, template, thoughts_end)
+        structure = served.grammars.read_call(forced, template, thoughts_end)
     limit = max(served.max_tokens - len(prompt), 1)
     max_new_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", limit))
     alternatives = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
     return ApiCall(
         prompts=(prompt,),
-        request=_read_request(served, fields, max_new_tokens, alternatives, constraint),
+        request=_read_request(served, fields, max_new_tokens, alternatives),
+        structure=structure,
         **_read_form(fields),
         template=template,
         opens_thoughts=opens_thoughts,
@@ -194,7 +200,6 @@ def _read_request(
     fields: Mapping[str, Any],
     max_new_tokens: int,
     alternatives: int | None,
-    constraint: GrammarConstraint | None,
 ) -> Request:
     names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     seed = fields.get("seed")
@@ -215,7 +220,6 @@ def _read_request(
         stop=frozenset((*(served.read_token(item, "stop_token_ids") for item in stop_ids), *ends)),
         logit_bias=_read_bias(served, fields.get("logit_bias", {})),
         num_alternatives=alternatives,
-        constraint=None if constraint is None else constraint.copy,
     )
 
 
@@ -231,8 +235,8 @@ def _read_bias(served: ServedModel, value: object) -> dict[int, float]:
     return bias
 
 
-def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end: Pieces) -> GrammarConstraint | None:
-    """Returns the constraint of the one field that demands a structure, or None."""
+def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end: Pieces) -> Structure | None:
+    """Returns the grammar of the one field that demands a structure, or None."""
     demands = {f"guided_{name}": (name, fields.get(f"guided_{name}")) for name in STRUCTURES}
     options = fields.get("structured_outputs", {})
     demands |= {f"structured_outputs.{name}": (name, options.get(name)) for name in STRUCTURES}
@@ -247,7 +251,7 @@ def _read_structure(served: ServedModel, fields: Mapping[str, Any], thoughts_end
     chosen = [(field, kind, value) for field, (kind, value) in demands.items() if value is not None]
     if len(chosen) > 1:
         raise refusal(chosen[1][0], f"must be absent with {chosen[0][0]}", "given", chosen[0][0])
-    return served.grammars.build(*chosen[0], thoughts_end) if chosen else None
+    return served.grammars.read(*chosen[0], thoughts_end) if chosen else None
 
 
 def _read_thinking(served: ServedModel, template: ChatTemplate, fields: Mapping[str, Any]) -> bool:
