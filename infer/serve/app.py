@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,9 @@ from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError
 
 MOST_BODY_BYTES = 2**24
+_SMALL_BYTES = 2**16  # size of bodies of which any number may arrive
+_LARGE_BYTES = 2**20  # size above which bodies are decoded one at a time
+MOST_BODIES_BYTES = 2**27  # of all bodies that are not small
 BODY_SECONDS = 60.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
@@ -73,6 +76,8 @@ class Service:
         self.served = served
         self.engine = engine
         self.metrics = Metrics()
+        self.bodies_bytes = 0  # of bodies that are not small
+        self.decoding_large = asyncio.Lock()
         self.num_calls = 0  # in progress, without those whose body has not arrived
         self.is_draining = False
         self._api_key = api_key
@@ -175,18 +180,46 @@ class _Call:
         """Returns the whole answer, or the end of a stream whose other events are sent."""
         service = self._service
         service.check_access(self._request)
-        content = await _read_body(self._request)
-        if service.is_draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
-        service.num_calls += 1
-        self._has_begun = True
-        call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
+        async with self._read_body() as content:
+            if service.is_draining:
+                raise ApiError(503, "the server is shutting down", code="shutting_down")
+            service.num_calls += 1
+            self._has_begun = True
+            async with service.decoding_large if len(content) > _LARGE_BYTES else nullcontext():
+                call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
         reply = Reply(call, service.served)
         self._reply = reply
         await _while_connected(self._request, self._continue(reply, send))
         if not call.is_streamed:
             return _dump(reply.whole())
         return b"".join((*map(_event, reply.last_events()), b"data: [DONE]\n\n"))
+
+    @asynccontextmanager
+    async def _read_body(self) -> AsyncIterator[bytes]:
+        """Yields the body, whose bytes count until the end of the context."""
+        service = self._service
+        content = bytearray()
+        counted = 0
+        too_large = ApiError(413, f"the body must have at most {MOST_BODY_BYTES} bytes", code="body_too_large")
+        if int(self._request.headers.get("content-length", 0)) > MOST_BODY_BYTES:
+            raise too_large
+        try:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for part in self._request.stream():
+                        content += part
+                        if len(content) > MOST_BODY_BYTES:
+                            raise too_large
+                        fresh = len(content) - counted if len(content) > _SMALL_BYTES else 0
+                        counted += fresh
+                        service.bodies_bytes += fresh
+                        if service.bodies_bytes > MOST_BODIES_BYTES:
+                            raise ApiError(503, "other large bodies arrive; try again later", code="too_many_bodies")
+            except TimeoutError as error:
+                raise ApiError(408, f"the body must arrive within {BODY_SECONDS} s", code="body_too_slow") from error
+            yield bytes(content)
+        finally:
+            service.bodies_bytes -= counted
 
     async def _continue(self, reply: Reply, send: Send) -> None:
         """Lets the engine complete all answers within their grammar, if they have one."""
@@ -260,19 +293,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, None]) ->
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read_body(request: Request) -> bytes:
-    content = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                content += part
-                if len(content) > MOST_BODY_BYTES:
-                    raise ApiError(413, f"the body must have at most {MOST_BODY_BYTES} bytes", code="body_too_large")
-    except TimeoutError as error:
-        raise ApiError(408, f"the body must arrive within {BODY_SECONDS} s", code="body_too_slow") from error
-    return bytes(content)
 
 
 def _as_response(request: Request, error: Exception) -> Response:

@@ -19,6 +19,7 @@ Endpoint = Literal["completions", "chat/completions"]
 _NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that need another one."""
 _MOST_CALLS = 2**31
+_PIECE_CHARACTERS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,25 @@ class ServedModel:
     def read_token(self, value: object, place: str) -> int:
         """Returns a token id of the vocabulary."""
         return integer_of(value, place, 0, self.vocab_size - 1)
+
+    def check_length(self, *strings: str | None) -> None:
+        """Rejects strings that have far too many tokens, before all of them are encoded."""
+        if sum(len(text or "") for text in strings) <= 8 * self.max_tokens:
+            return
+        num_tokens = 0
+        for text in filter(None, strings):
+            for at in range(0, len(text), _PIECE_CHARACTERS):
+                # The ends of pieces add a few tokens, and twice the maximum leaves room for them.
+                num_tokens += len(self.tokenizer.encode(text[at : at + _PIECE_CHARACTERS]))
+                if num_tokens > 2 * self.max_tokens:
+                    self.check_count(num_tokens, 0)
+
+    def check_count(self, num_tokens: int, num_new: int) -> None:
+        """Rejects more tokens than the model or its cache takes."""
+        if num_tokens + num_new > self.max_tokens:
+            lengths = f"a prompt of {num_tokens} tokens and {num_new} new ones"
+            message = f"max_tokens: {lengths} exceed the maximum of {self.max_tokens} tokens"
+            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +121,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
             raise refusal(field, "must be at least 1 without echo", 0, 1)
     except (DataError, GenerateError) as error:
         raise ApiError.of_field(error) from error
-    longest = max(map(len, call.prompts))
-    if longest + call.request.max_new_tokens > served.max_tokens:
-        lengths = f"a prompt of {longest} tokens and {call.request.max_new_tokens} new ones"
-        message = f"max_tokens: {lengths} exceed the maximum of {served.max_tokens} tokens"
-        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+    served.check_count(max(map(len, call.prompts)), call.request.max_new_tokens)
     return call
 
 
@@ -137,6 +153,10 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     thinking = _read_thinking(served, template, fields)
     forced = _read_tool_choice(fields)
     tools = () if forced is None else fields.get("tools", ())
+    calls = [call.arguments for message in messages for call in message.tool_calls]
+    thoughts = [message.thoughts for message in messages]
+    strings = [text for tool in tools for text in (tool.description, tool.parameters)]
+    served.check_length(*(message.content for message in messages), *thoughts, *calls, *strings)
     prompt = tuple(encode_prompt(messages, template, served.tokenizer, thinking=thinking, tools=tools))
     opens_thoughts = thinking and messages[-1].role == "user"
     thoughts_end = template.thoughts.end if opens_thoughts and template.thoughts is not None else ()
@@ -186,12 +206,15 @@ def _read_prompts(served: ServedModel, fields: Mapping[str, Any]) -> tuple[tuple
     for number, prompt in enumerate(values):
         field = f"prompt[{number}]" if is_list else "prompt"
         if isinstance(prompt, str):
+            served.check_length(prompt, fields.get("suffix"))
             prompts.append(tuple(served.tokenizer.prompt(prompt, fields.get("suffix"))))
         elif isinstance(prompt, list) and prompt and "suffix" not in fields:
+            served.check_count(len(prompt), 0)
             prompts.append(tuple(served.read_token(item, field) for item in prompt))
         else:
             rule = f"must be text{'' if 'suffix' in fields else ' or token ids'}"
             raise refusal(field, rule, describe(prompt), '"text"')
+        served.check_count(len(prompts[-1]), 0)
     return tuple(prompts)
 
 

@@ -35,6 +35,7 @@ from infer.serve.grammar_process import BEGUN, HEADER, MOST_BYTES
 _FORMATS = {"json": "json_schema"}
 _MOST_CHARACTERS = 2**18
 _MOST_OPEN = 32  # processes
+MOST_DESCRIPTORS = 2 * _MOST_OPEN + 8  # of all of them, in the server
 _MOST_BUILT = 2  # of these, grammars that are built at a time
 _START_SECONDS = 60.0
 _BUILD_SECONDS = 5.0

@@ -15,6 +15,8 @@ BODY = "body: "
 MOST_ALTERNATIVES = 20
 STRUCTURES = ("json", "regex", "choice", "grammar")
 _MOST_DEPTH = 64
+_MOST_BRACKETS = 2**18  # also within strings; Python decodes a million of lists without a pause for others
+_TOO_DEEP = f"it is nested more than {_MOST_DEPTH} deep"
 
 
 @dataclass(eq=False)
@@ -44,10 +46,13 @@ class ApiError(Exception):
 def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str) -> dict[str, Any]:
     """Returns the fields of a body that are not null; raises ApiError, or DataError."""
     try:
+        if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
+            raise ValueError(f"it has more than {_MOST_BRACKETS} lists and objects")
         values = decode_json(content)
         _check_values(values, 0)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body must be JSON: {shorten(str(error))}", code="invalid_json") from error
+        problem = _TOO_DEEP if isinstance(error, RecursionError) else shorten(str(error))
+        raise ApiError(400, f"the body must be JSON: {problem}", code="invalid_json") from error
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if value is not None}
     return object_of(values, BODY, readers, required=(needed,))
@@ -56,7 +61,7 @@ def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str)
 def _check_values(value: object, depth: int) -> None:
     """Rejects numbers that JSON does not have, and deep nesting, which recursive readers could not follow."""
     if depth > _MOST_DEPTH:
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+        raise ValueError(_TOO_DEEP)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no finite number")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

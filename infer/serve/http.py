@@ -1,19 +1,179 @@
 """Runs the application on uvicorn until a signal, and drains it."""
 
 import asyncio
+import json
 import logging
 import math
+import os
+import resource
 import socket
 import time
 import traceback
+from functools import partial
+from operator import attrgetter
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.serve.app import Service
+from infer.serve.constraint import MOST_DESCRIPTORS
 from infer.serve.fields import ApiError
 
 EXIT_ENGINE = 1  # the engine failed with an error that has no exit code
+HEADER_SECONDS = 10.0  # for the header of a request
+READ_SECONDS = 30.0  # for 48 KiB of an answer
+_LINGER_SECONDS = 1.0  # after a refusal
+_LEAST_CONNECTIONS = 16
+_ACCEPTED = 16  # connections that are accepted before they are counted
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+
+
+class LimitedConnection(H11Protocol):
+    """A connection with limits of time. If there are too many, the oldest that waits for its client ends."""
+
+    def __init__(self, most: int, **options: Any) -> None:
+        """Takes the maximum number of connections, and uvicorn's options."""
+        super().__init__(**options)
+        self._most = most
+        self._began = self.loop.time()
+        self._is_refused = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    @property
+    def is_between(self) -> bool:
+        """Whether no request is in progress."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Ends the oldest connection without a request, or without all of its body, if there are too many."""
+        super().connection_made(transport)
+        self._watch_header()
+        if len(self.connections) <= self._most:
+            return
+        waiting = [other for other in self.connections if other.is_waiting]  # type: ignore[union-attr]
+        oldest = min(waiting, key=attrgetter("is_sending", "_began"), default=self)
+        self.connections.discard(oldest)
+        oldest.end(503, "the server has too many connections; try again later", "too_many_connections")  # type: ignore[union-attr]
+        oldest.transport.abort()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the body of a request arrives."""
+        return not self.is_between and bool(self.cycle.more_body)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client is expected to send something."""
+        return self._is_refused or self.is_between or self.is_sending
+
+    def end(self, status: int, message: str, code: str) -> None:
+        """Ends the connection, with an error if a request has begun that has no answer yet."""
+        if self._is_refused or (self.is_between and not self.conn.trailing_data[0]):
+            self.transport.abort()
+        else:
+            self._refuse(status, message, code)
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        if not self.is_between:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.is_between or not self.cycle.response_started:
+            content = json.dumps(ApiError(status, message, code=code).values)
+            head = f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+            self.transport.write(f"{head}\r\nconnection: close\r\n\r\n{content}".encode())
+        # What still arrives is dropped: data that is not read would reset the connection, and the error would be lost.
+        self._is_refused = True
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Reads a part of a request."""
+        if not self._is_refused:
+            super().data_received(data)
+            self._watch_header()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP."""
+        self._refuse(400, msg, "invalid_http")
+
+    def on_response_complete(self) -> None:
+        """Waits for the next request."""
+        super().on_response_complete()
+        self._watch_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops all timers."""
+        super().connection_lost(exc)
+        for name in list(self._timers):
+            self._stop(name)
+
+    def pause_writing(self) -> None:
+        """Limits the time for which the client does not read."""
+        super().pause_writing()
+        self._timers["answer"] = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Continues to write."""
+        super().resume_writing()
+        self._stop("answer")
+
+    def _watch_header(self) -> None:
+        """Limits the time until the next header is complete, also for the rest of a body that is not read."""
+        if self._is_refused or not self.is_between:
+            self._stop("header")
+        elif "header" not in self._timers:
+            message = f"the header must arrive within {HEADER_SECONDS:g} s"
+            end = partial(self.end, 408, message, "header_too_slow")
+            self._timers["header"] = self.loop.call_later(HEADER_SECONDS, end)
+
+    def _stop(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
+
+
+def _most_connections() -> int:
+    """Returns how many connections the descriptors allow, next to those of files and grammars."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    num_open = len(os.listdir("/dev/fd"))
+    return max(_LEAST_CONNECTIONS, limit - num_open - MOST_DESCRIPTORS - 4 * _ACCEPTED)
+
+
+def _refuse_ambiguous(app: ASGIApp) -> ASGIApp:
+    """Returns an application that refuses bodies whose end a proxy may see elsewhere."""
+
+    async def check(scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope.get("headers", ())}
+        if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] != "1.1"):
+            error = ApiError(400, "a body must have either Content-Length or, in HTTP/1.1, Transfer-Encoding")
+            await JSONResponse(error.values, error.status, {"connection": "close"})(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return check
+
+
+class _LogLimit(logging.Filter):
+    """Passes one record a second, without tracebacks of what a client or the end of the server causes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether a record is printed."""
+        now = time.monotonic()
+        is_end = asyncio.CancelledError.__name__ in f"{record.getMessage()} {record.exc_info}"
+        if is_end or now < self._last + 1:
+            return False
+        self._last = now
+        if record.exc_info and isinstance(record.exc_info[1], OSError):
+            record.msg = f"{record.getMessage().splitlines()[0]}: {record.exc_info[1]}"
+            record.args = record.exc_info = None
+        return True
 
 
 class DrainingServer(uvicorn.Server):
@@ -24,10 +184,18 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, service: Service, drain_seconds: float) -> None:
         config = uvicorn.Config(
-            service.app(), log_level=logging.WARNING, access_log=False, timeout_graceful_shutdown=2, server_header=False
+            _refuse_ambiguous(service.app()),
+            http=partial(LimitedConnection, _most_connections()),  # type: ignore[arg-type]
+            ws="none",
+            log_level=logging.WARNING,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            server_header=False,
+            backlog=_ACCEPTED,
         )
         super().__init__(config)
-        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(_LogLimit())
         self._service = service
         self._drain_seconds = drain_seconds
         self._deadline = math.inf
@@ -37,6 +205,7 @@ class DrainingServer(uvicorn.Server):
         """Starts to accept connections, and prints the URL."""
         await super().startup(sockets)
         for bound in sockets or ():
+            bound.listen(_BACKLOG)  # uvicorn's `backlog` is also how many it accepts at once
             host, port, *_ = bound.getsockname()
             at = f"[{host}]" if ":" in host else host
             print(f"serving {self._service.served.name} at http://{at}:{port}/v1", flush=True)
@@ -61,11 +230,6 @@ class DrainingServer(uvicorn.Server):
             return True
         is_idle = service.num_calls == 0 and service.engine.step_began == math.inf
         return await super().on_tick(counter) or (service.is_draining and is_idle)
-
-
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Returns whether a log record has no traceback of what the end of the server cancelled."""
-    return asyncio.CancelledError.__name__ not in f"{record.getMessage()} {record.exc_info}"
 
 
 def open_socket(host: str, port: int) -> socket.socket:
