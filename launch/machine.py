@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from comm.config import ClusterConfig, ParallelismConfig
+from comm.config import LINK_CTAS, ClusterConfig, ParallelismConfig
 from comm.dispatch.deepep.package import DeepEPError, check_available
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from infer.scoring.reward import check_reward, host_parts
@@ -77,11 +77,6 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
     cluster = config.cluster
     if cluster.device != "cuda":
         return
-    if cluster.backend == "nccl" and config.schedule.pairing == "overlapped" and os.environ.get(CONNECTIONS) == "1":
-        raise MachineError(
-            f"{CONNECTIONS}: must be above 1 with schedule.pairing=overlapped, because kernels of a queue run in turn "
-            f"and a receive would block the message that it waits for, is 1; nearest valid: 32, or unset it"
-        )
     import torch
 
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -103,6 +98,50 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
             f"cluster.backend: nccl must be part of torch, torch {torch.__version__} on {sys.platform} has none, "
             f"is nccl; nearest valid: cluster.backend=gloo"
         )
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+MODULE_LOADING = "CUDA_MODULE_LOADING"
+EAGER = "EAGER"
+_SPINS = "because a receive that waits for its peer occupies the device and CUDA would wait for it"
+_FEW_SMS = (
+    f"[0-{LINK_CTAS}]",
+    f"at most {LINK_CTAS}, the SMs of a pipeline link, because it replaces the limits that the groups configure",
+    "unset it; cluster.communication_sms limits dispatch and combine",
+)
+# Values that are safe on NCCL (docs/nccl.md), the rule, and the nearest valid value. Each of the last five sets the SMs
+# of every communicator. NCCL's other limits can only lower what the groups configure.
+_SAFE_VALUES = {
+    CONNECTIONS: (
+        "[1-9][0-9]+|[2-9]",
+        "above 1 with schedule.pairing=overlapped, because kernels of a queue run in turn and a receive would block "
+        "the message that it waits for",
+        "32, or unset it",
+    ),
+    MODULE_LOADING: (EAGER, f"{EAGER}, {_SPINS} at the first launch of a kernel", f"{EAGER}, or unset it"),
+    "CUDA_LAUNCH_BLOCKING": ("0", f"0, {_SPINS} at each launch", "unset it"),
+    "NCCL_LAUNCH_ORDER_IMPLICIT": (
+        "0",
+        "0, because three threads of a rank launch collectives, in an order that differs between ranks",
+        "unset it",
+    ),
+    "NCCL_MIN_CTAS": _FEW_SMS,
+    "NCCL_MAX_CTAS": _FEW_SMS,
+    "NCCL_MIN_NCHANNELS": _FEW_SMS,
+    "NCCL_MIN_P2P_NCHANNELS": _FEW_SMS,
+    "NCCL_MIN_NRINGS": _FEW_SMS,
+}
+
+
+def check_environment(config: TrainConfig, environment: Mapping[str, str]) -> None:
+    """Rejects variables with which ranks on NCCL can wait for each other. Needs no GPU."""
+    if config.cluster.backend != "nccl" or config.parallelism.world_size == 1:
+        return
+    for name, (safe, rule, nearest) in _SAFE_VALUES.items():
+        is_free = name == CONNECTIONS and config.schedule.pairing == "sequential"
+        value = environment.get(name, "").strip()
+        if value and not is_free and not re.fullmatch(safe, value):
+            raise MachineError(f"{name}: must be {rule}, is {value}; nearest valid: {nearest}")
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -283,7 +322,6 @@ def reach_problems(
         yield f"{master}: {num_nodes - 1} nodes must reach this port, {len(seen)} did: {error}"
 
 
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # its name before torch 2.10, which torch still reads
 HEAPS = "MALLOC_ARENA_MAX"
@@ -319,6 +357,8 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
         # By default, a device's streams share eight queues. A rank has about 16 streams, and behind a receive that
         # waits for its peer a queue would hold the message that this peer waits for.
         wanted[CONNECTIONS] = "32"
+        # To load a kernel at its first launch, CUDA may wait for the whole device, where receives spin.
+        wanted[MODULE_LOADING] = EAGER
     if cluster.device == "cuda" and _OLD_ALLOCATOR not in inherited:
         # Numbers of rows change in each micro-batch; blocks of fixed size would fragment.
         wanted[ALLOCATOR] = "expandable_segments:True"
@@ -328,7 +368,7 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
 
 def environment_lines(cluster: ClusterConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Yields one line with the variables of CUDA, NCCL and the allocator that ranks on GPUs run with."""
-    names = (CONNECTIONS, ALLOCATOR, _OLD_ALLOCATOR) if cluster.device == "cuda" else ()
+    names = (CONNECTIONS, MODULE_LOADING, ALLOCATOR, _OLD_ALLOCATOR) if cluster.device == "cuda" else ()
     chosen = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
     if chosen:
         yield f"environment: {chosen}"

@@ -23,6 +23,7 @@ from launch.machine import (
     apply_rank_environment,
     check_device_memory,
     check_driver,
+    check_environment,
     check_gpus,
     check_packages,
     check_scorers,
@@ -56,6 +57,7 @@ def main(overrides: Sequence[str]) -> int:
         config = compose_run(overrides)
         check(config)
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_environment(config, os.environ)
         check_driver(config.cluster.device, "cluster.device")
         check_packages(config)
         check_scorers(config)

@@ -20,6 +20,7 @@ from launch.local_ranks import preload_modules, run_ranks, start_fork_server, st
 from launch.machine import (
     apply_rank_environment,
     check_driver,
+    check_environment,
     check_gpus,
     check_packages,
     check_world_size,
@@ -43,6 +44,7 @@ def main(overrides: Sequence[str]) -> int:
     """
     config, layouts = _composed(overrides)
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_environment(config, os.environ)
         check_driver(config.cluster.device, "cluster.device")
         check_packages(config)
     if is_torchrun(os.environ):

@@ -249,7 +249,7 @@ def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> Non
 def test_environment_of_nccl_ranks_yields_to_the_user() -> None:
     cluster = replace(build().cluster, device="cuda", backend="nccl")
     chosen = rank_environment(cluster, {})
-    line = "CUDA_DEVICE_MAX_CONNECTIONS=32, PYTORCH_ALLOC_CONF=expandable_segments:True"
+    line = "CUDA_DEVICE_MAX_CONNECTIONS=32, CUDA_MODULE_LOADING=EAGER, PYTORCH_ALLOC_CONF=expandable_segments:True"
     assert list(environment_lines(cluster, chosen)) == [f"environment: {line}"]
     by_user = {"CUDA_DEVICE_MAX_CONNECTIONS": "16", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
     kept = {**by_user, **rank_environment(cluster, by_user)}
@@ -257,7 +257,7 @@ def test_environment_of_nccl_ranks_yields_to_the_user() -> None:
     assert "PYTORCH_ALLOC_CONF" not in kept
     assert "max_split_size_mb:64" in next(environment_lines(cluster, kept))
     gloo = rank_environment(replace(cluster, backend="gloo"), {})
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in gloo
+    assert not gloo.keys() & {"CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"}
     assert list(environment_lines(build().cluster, chosen)) == []
 
 

@@ -9,12 +9,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from launch import machine, train
+from launch import machine, train, verify
 from launch.command import command
 from launch.config.compose import compose, compose_defaults, default_groups, dotted_keys
 from launch.config.rules import check_attention
@@ -22,12 +23,14 @@ from launch.help import alias_overrides, aliases
 from launch.machine import (
     MachineError,
     check_driver,
+    check_environment,
     check_gpus,
     check_node,
     check_packages,
     gpu_problems,
     has_driver,
     host_problems,
+    rank_environment,
     reach_problems,
     torch_has_cuda,
 )
@@ -95,13 +98,61 @@ def test_machine_with_enough_is_taken(cluster: str, found: int, monkeypatch: pyt
     check_gpus(build("parallelism=four_ranks", f"cluster={cluster}"), 4)
 
 
-def test_one_connection_is_rejected_if_operations_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    with pytest.raises(MachineError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be above 1 .* nearest valid: 32"):
-        check_gpus(build("parallelism=four_ranks", "cluster=h100"), 4)
-    check_gpus(build("parallelism=four_ranks", "cluster=h100", "schedule.pairing=sequential"), 4)
+UNSAFE = [
+    ("CUDA_DEVICE_MAX_CONNECTIONS=1", "above 1 with schedule.pairing=overlapped"),
+    ("CUDA_DEVICE_MAX_CONNECTIONS=x", "above 1 with schedule.pairing=overlapped"),
+    ("CUDA_MODULE_LOADING=LAZY", "EAGER"),
+    ("CUDA_MODULE_LOADING=DEFAULT", "EAGER"),
+    ("CUDA_LAUNCH_BLOCKING=1", "0, because a receive"),
+    ("NCCL_LAUNCH_ORDER_IMPLICIT=1", "0, because three threads"),
+    ("NCCL_MIN_CTAS=16", "at most 2"),
+    ("NCCL_MAX_CTAS=3", "at most 2"),
+    ("NCCL_MAX_CTAS=-1", "at most 2"),
+    ("NCCL_MIN_NCHANNELS=32", "at most 2"),
+    ("NCCL_MIN_P2P_NCHANNELS=8", "at most 2"),
+]
+SAFE = "CUDA_MODULE_LOADING=EAGER CUDA_LAUNCH_BLOCKING=0 NCCL_LAUNCH_ORDER_IMPLICIT=0 NCCL_MIN_CTAS=1 NCCL_MAX_CTAS=2"
+
+
+@pytest.mark.parametrize(("variable", "rule"), UNSAFE, ids=[case[0] for case in UNSAFE])
+def test_unsafe_variable_is_rejected_for_ranks_on_nccl(variable: str, rule: str) -> None:
+    name, value = variable.split("=")
+    config = build("parallelism=four_ranks", "cluster=h100")
+    parts = [f"{name}: must be {rule}", f", is {value}; nearest valid: "]
+    assert_refused(MachineError, parts, lambda: check_environment(config, {name: value}))
+    check_environment(config, {name: ""})
+    check_environment(build("parallelism=four_ranks"), {name: value})
+    check_environment(build("parallelism=one_rank", "cluster=h100"), {name: value})
+
+
+def test_safe_variables_are_taken_for_ranks_on_nccl() -> None:
+    config = build("parallelism=four_ranks", "cluster=h100")
+    safe = dict(variable.split("=") for variable in SAFE.split())
+    check_environment(config, safe | rank_environment(config.cluster, {}))
+    sequential = build("parallelism=four_ranks", "cluster=h100", "schedule.pairing=sequential")
+    check_environment(sequential, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+
+
+@pytest.mark.parametrize("program", [train, verify])
+@pytest.mark.parametrize("rank", [None, "0", "8", "1"])
+def test_commands_check_variables_on_the_first_rank_of_each_node(
+    program: ModuleType, rank: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do so before they look for a GPU; a rank that is not the first of its node leaves it to that one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NCCL_MAX_CTAS", "32")
+    monkeypatch.setattr(program, "check_driver", lambda *args: pytest.fail("looks for a driver"))
+    monkeypatch.setattr(program, "_run_as_rank", lambda *args: 0)
+    if rank is not None:
+        torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "LOCAL_RANK": str(int(rank) % 8)}
+        for name, value in torchrun.items():
+            monkeypatch.setenv(name, value)
+    overrides = ["parallelism=four_ranks", "cluster=h100"]
+    if rank == "1":
+        assert program.main(overrides) == 0
+    else:
+        assert_refused(MachineError, ["NCCL_MAX_CTAS: must be at most 2"], lambda: program.main(overrides))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,7 @@ PLANTS: dict[str, Plant] = {
     "ranks sum gradients in different orders": (2, {}, {}, LocalOrder, "sum of gradients of stage"),
     "ranks pair operations differently": (2, {"copies": 2}, {}, OtherPairing, "communicator expert"),
     "a rank skips a collective": (2, {}, {}, SkippedCollective, "waits for rank 0, which never starts it"),
+    "kernels loaded at their first launch": (2, {"loads_at_launch": True}, {}, StepRecorder, "communicator activation"),
     "the host runs ahead of lanes (nccl#1766)": (2, {"most_ahead": 10**6}, {}, RunsAhead, "gather of weights"),
 }
 
@@ -280,8 +281,13 @@ def test_memory_that_is_freed_too_early_is_found(recorder: type[StepRecorder]) -
 
 def test_configured_run_is_checked_with_its_environment() -> None:
     config = build_run("parallelism=four_ranks", "cluster=h100")
-    assert "proved that all ranks make progress" in check_streams(config, {})
-    for environment in ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}):
+    assert "no cycle under the rules of docs/nccl.md" in check_streams(config, {"CUDA_MODULE_LOADING": "EAGER"})
+    assert check_streams(config, {}) == check_streams(config, {"CUDA_MODULE_LOADING": "EAGER"})
+    for environment in (
+        {"CUDA_DEVICE_MAX_CONNECTIONS": "8"},
+        {"NCCL_LAUNCH_ORDER_IMPLICIT": "1"},
+        {"CUDA_MODULE_LOADING": "LAZY"},
+    ):
         assert "ranks can wait for each other: rank " in check_streams(config, environment)
     with pytest.raises(ConfigError, match=r"^CUDA_DEVICE_MAX_CONNECTIONS: must be a whole number, is x; nearest valid"):
         check_streams(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "x"})

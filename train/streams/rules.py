@@ -1,18 +1,18 @@
-"""Proves that the ranks of a step make progress under NCCL's rules, or returns what waits in a cycle.
+"""Finds ranks of a step that can wait for each other in a cycle under the rules of docs/nccl.md.
 
 Every execution obeys the needs of the traces, and a collective ends after it has started on all its ranks. If nothing
-else delays an operation, an acyclic graph of these is a proof for all interleavings of threads, streams and ranks.
-Settings decide what else can delay an operation:
+else delays an operation and the graph of these has no cycle, ranks make progress in every order of threads, streams and
+ranks. Settings decide what else can delay an operation:
 
 - threads that launch on one stream decide its order by a race
 - streams that share a hardware queue run in the order of their launches
 - with `NCCL_LAUNCH_ORDER_IMPLICIT`, an operation starts after all that its device launched before
 - an operation that finds no free SM waits for the end of others
-- a call that holds a lock delays all other threads: a launch into a full queue, the creation of a communicator, a wait
-  with the interpreter's lock
+- a call that holds a lock delays all other threads: a launch into a full queue, the creation of a communicator, the
+  loading of a kernel, a wait with the interpreter's lock
 
-Each is assumed to happen whenever the order of the rank's own calls allows it. So a proof is sound, but a cycle may
-need an order that other ranks prevent.
+Each is assumed to happen whenever the order of the rank's own calls allows it, so a cycle may need an order that other
+ranks prevent. What no rule describes is not found: NCCL itself demands more, one order of all operations of a device.
 """
 
 from collections import defaultdict, deque

@@ -43,6 +43,7 @@ class StepShape:
         embedding: pipeline indices that hold the embedding if they have a communicator for it, else empty.
         ctas: most SMs of an operation, by kind of communicator.
         created_late: kinds of communicators that their first operation creates.
+        loads_at_launch: whether a kernel is loaded at its first launch in the step (`CUDA_MODULE_LOADING=LAZY`).
         copies: 1, or 2 to record two ranks at each pipeline index.
     """
 
@@ -60,6 +61,7 @@ class StepShape:
     most_ahead: int = MOST_AHEAD
     launch_queue: int = LAUNCH_QUEUE
     created_late: frozenset[str] = frozenset()
+    loads_at_launch: bool = False
     copies: int = 1
 
 
@@ -88,7 +90,7 @@ class StepRecorder:
 
     def __init__(self, shape: StepShape, rank: int, dropped: int | None = None) -> None:
         self.shape = shape
-        self.trace = Trace(rank, shape.launch_queue, dropped)
+        self.trace = Trace(rank, shape.launch_queue, dropped, loads_at_launch=shape.loads_at_launch)
         self.copy, self.index = divmod(rank, shape.schedule.num_ranks)
         self.held = sorted({stage for _, stage in shape.schedule.stages_of(self.index)})
         self.units = self.split_units()
@@ -104,8 +106,8 @@ class StepRecorder:
 
     def record(self) -> Trace:
         """Records the whole step, and the first forward of the next one."""
-        # If communicators are created late, this is the first step of a run, and no update precedes it.
-        if not self.shape.created_late:
+        # If communicators or kernels are missing, this is the first step of a run, and no update precedes it.
+        if not self.shape.created_late and not self.shape.loads_at_launch:
             self.update()
         self.sum_over_world("sum of router loads")
         self.sum_over_world("metrics of the step")

@@ -4,6 +4,7 @@ A node is something that happens once: a host call returns, or an operation of t
 nodes of its rank that happen before it in every execution, all of which were recorded earlier.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ Event = tuple[int, ...]
 """Nodes after which a stream or a host thread may continue."""
 
 HOST = "host"
-"""Stream of what a host thread itself runs: the creation of a communicator."""
+"""Stream of what a host thread itself runs: the creation of a communicator, the loading of a kernel."""
+
+_OF_RUN = re.compile(r", direction \d+, micro-batch \d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,13 @@ class _Uses:
 class Trace:
     """One rank's step. `problems` are uses of tensors that no event orders."""
 
-    def __init__(self, rank: int, launch_queue: int, dropped: int | None = None) -> None:
-        """Starts a trace for a device that queues `launch_queue` kernels, without the event `dropped`."""
+    def __init__(
+        self, rank: int, launch_queue: int, dropped: int | None = None, *, loads_at_launch: bool = False
+    ) -> None:
+        """Starts a trace for a device that queues `launch_queue` kernels, without the event `dropped`.
+
+        With `loads_at_launch`, the first launch of a kernel in the step loads it.
+        """
         self.rank = rank
         self.needs: list[Event] = []
         self.before: list[int] = []  # bits of the nodes that happen before a node
@@ -83,6 +91,7 @@ class Trace:
         self._last: dict[str, DeviceOperation] = {}
         self._launched: list[tuple[int, DeviceOperation]] = []  # number of kernels up to an operation
         self._opened: set[Communicator] = set()
+        self._loaded: set[str] | None = set() if loads_at_launch else None
         self._uses: dict[str, _Uses] = {}
 
     def _node(self, needs: Iterable[int]) -> int:
@@ -115,6 +124,10 @@ class Trace:
         writes: Sequence[str] = (),
     ) -> DeviceOperation:
         """Launches an operation. The launch blocks while `kernels` and those before them do not fit the queue."""
+        kernel = _OF_RUN.sub("", name)
+        if self._loaded is not None and communicator is None and kernel not in self._loaded:
+            self._loaded.add(kernel)
+            self._wait_for_device(thread, f"loading of {kernel}")
         total = kernels + (self._launched[-1][0] if self._launched else 0)
         full = next((o.end for at, o in reversed(self._launched) if kernels and total - at >= self._queue), None)
         host = self.host(thread)
@@ -147,18 +160,20 @@ class Trace:
         """Starts a collective or transfer behind a stream, which does not wait; returns its end."""
         if not communicator.is_open and communicator not in self._opened:
             self._opened.add(communicator)
-            self._create(thread, communicator)
+            self._wait_for_device(thread, f"creation of {communicator.name}", communicator)
         for tensor in writes:
             if tensor not in self._uses:
                 self.allocate(tensor, stream)
         self.wait(communicator.name, self.event(stream))
         return (self.launch(thread, communicator.name, name, communicator, reads=reads, writes=writes).end,)
 
-    def _create(self, thread: str, communicator: Communicator) -> None:
-        """Creates a communicator: the host waits for the device, then for all members (nccl#1082)."""
+    def _wait_for_device(self, thread: str, name: str, communicator: Communicator | None = None) -> None:
+        """Blocks a host thread, and launches of others, until the device has run everything launched before.
+
+        The creation of a communicator then waits for all its members (nccl#1082).
+        """
         call = self.host(thread)
         start = self._node((call, *(o.end for o in self.operations if self.is_before(o.host, call))))
-        name = f"creation of {communicator.name}"
         operation = DeviceOperation(self.rank, thread, HOST, name, communicator, call, start, self._node((start,)))
         self.operations.append(operation)
         self.lasting.append((call, thread, operation.end))
