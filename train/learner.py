@@ -1,24 +1,30 @@
 """Updates a replica: gradients, optimizer and average, with one learner for each size of a ramp."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from comm.dispatch.build import open_lane
+from comm.protocol import CompletedWork
 from data.config import BatchSizes
-from dualpipe.ir import Schedule
+from dualpipe.ir import Message, Schedule
+from dualpipe.runtime.execute import execute, open_clock
 from model.linear import GradientStore
-from model.transformer import BIAS, Transformer, named_tensors
+from model.objective import LossSums
+from model.objectives.pairs import head_objective
+from model.transformer import BIAS, Transformer, named_tensors, routers
 from train.config import EmaConfig
 from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, build_optimizer
 from train.post.comparison import NetworkComparison, Reference
 from train.replica import Replica, TaskHook
-from train.world import World
+from train.schedule.probe import random_batch
+from train.world import World, link_shapes, weight_dtype
 
 
 class ParameterEma:
@@ -136,6 +142,13 @@ class Learner:
         if self.ema is not None:
             self.optimizer.after_updates(self.ema.update)
 
+    def discard(self) -> None:
+        """Discards what passes accumulated: gradients, router loads and traffic counts."""
+        self.optimizer.discard()
+        for gate in routers(self.replica.network).values():
+            gate.load.zero_()
+        self.replica.discard_counts()
+
     def close(self) -> None:
         """Closes optimizer, moving average and replica. All ranks call it at the same point."""
         self.optimizer.close()
@@ -160,7 +173,7 @@ def open_learner(
     units = units_of(model, replica.stages, replica.schedule, world.groups)
     lane = open_lane(world.device, "reduction")
     background = Background(lane=lane, updates=replica.weight_updates, log=world.log)
-    return Learner(
+    learner = Learner(
         replica=replica,
         config=optim,
         store=store,
@@ -169,6 +182,61 @@ def open_learner(
         comparison=comparison,
         hook=hook,
     )
+    if world.device.type == "cuda":
+        warm_up(learner)
+    return learner
+
+
+def warm_up(learner: Learner) -> None:
+    """Runs the first micro-batch of each direction without its transfers, and an update by zero gradients.
+
+    All kernels are loaded by it. Otherwise CUDA loads a kernel at its first launch and may wait for the whole device,
+    which receives occupy while they wait for other ranks. Weights, moments, averages, step counts and random state
+    stay bitwise the same if no update has run before. All ranks call it.
+    """
+    replica = learner.replica
+    network = replica.config.model
+    device = replica.world.device
+    shapes = link_shapes(replica.config, replica.parts, replica.schedule.slices)
+    batches = [random_batch(network, (sequences, tokens), device) for sequences, tokens, _ in shapes]
+    objective, names = head_objective(network, 1 / batches[0].targets_BT[0].numel())
+    stages = replica.bind_stages(lambda _, number: batches[number], objective, LossSums(names), learner.store)
+    steps = tuple(step for step in replica.train_program.steps if step.run.micro_batch < len(shapes))
+    links = _NoLinks(shapes, weight_dtype(replica.config.precision), device)
+    with replica.network.weights_unchanged():
+        execute(replace(replica.train_program, steps=steps), stages, links, open_clock(device))
+    learner.discard()
+
+    learner.optimizer.norm()
+    learner.optimizer.update(learning_rate=0.0)
+    learner.update_average()
+    num_steps = learner.optimizer.state()["step"]
+    assert isinstance(num_steps, Tensor)
+    num_steps.zero_()
+    learner.optimizer.loaded()
+    if learner.ema is not None:
+        learner.ema.follow_weights()
+
+
+@dataclass(frozen=True, slots=True)
+class _NoLinks:
+    """Links of a rank that communicates with no other and receives random values of a message's shape."""
+
+    shapes: Sequence[tuple[int, int, int]]
+    dtype: torch.dtype
+    device: torch.device
+
+    def post_receive(self, message: Message) -> CompletedWork[Tensor]:
+        """Returns a random value."""
+        shape = self.shapes[message.micro_batch]
+        value_BTD = torch.randn(shape, generator=torch.Generator().manual_seed(dist.get_rank()))
+        return CompletedWork(value_BTD.to(self.device, self.dtype))
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        """Drops a value."""
+
+    def flush(self) -> None:
+        """Returns at once."""
 
 
 class LearnersByBatchSize:

@@ -172,7 +172,7 @@ def train_step(
         passed = time.perf_counter()
         norm = _update(learner, guard, passes.losses, step, rates.learning_rate)
     except RefusedStepError:
-        _discard(learner)
+        learner.discard()
         raise
     balance = update_router_bias(replica, rates.bias_update)
     learner.update_average()
@@ -213,14 +213,6 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
         raise RefusedStepError(bad)
     guard.accept(losses.total, norm)
     return norm
-
-
-def _discard(learner: Learner) -> None:
-    """Discards what the passes of a refused step accumulated: gradients, router loads and traffic counts."""
-    learner.optimizer.discard()
-    for gate in routers(learner.replica.network).values():
-        gate.load.zero_()
-    learner.replica.discard_counts()
 
 
 def update_router_bias(replica: Replica, rate: float) -> Balance:

@@ -20,6 +20,7 @@ from comm.groups import exchange_kernels, join_one
 from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
 from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from model.config import ModelConfig
 from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.objectives.pairs import SCORE, head_objective
@@ -95,7 +96,8 @@ class _Parts:
         self.model = model = build_model(ReplicaConfig.of_run(config), dispatcher, part, device, context)
         self._shape = shape
         self._device = device
-        self._batch = _random_batch(config, device)
+        tokens = (config.batch.micro_sequences, config.rank_sequence_tokens)
+        self._batch = random_batch(config.model, tokens, device)
         self._stages = (
             Stage(model, range(1), first=True, last=False),
             Stage(model, range(last, last + 1), first=False, last=True),
@@ -173,14 +175,10 @@ class _Parts:
         self._seconds[stage, way, phase].append(_now(self._device) - started)
 
 
-def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
-    """Draws a random micro-batch of the run's shape, different on every rank, like real ones."""
+def random_batch(model: ModelConfig, shape: tuple[int, int], device: torch.device) -> MicroBatch:
+    """Draws a random micro-batch of BT tokens, different on every rank, like real ones."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (config.batch.micro_sequences, config.rank_sequence_tokens)
-    drawn = [
-        torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-        for _ in range(config.model.mtp_depth + 2)
-    ]
+    drawn = [torch.randint(model.vocab_size, shape, generator=generator).to(device) for _ in range(model.mtp_depth + 2)]
     # One answer for each sequence, for the ranking of scores.
     score_BT = torch.zeros(shape, dtype=torch.int16, device=device)
     score_BT[:, -1] = 1

@@ -1,4 +1,4 @@
-"""Checks that ranks of a configured run have no cycle under NCCL's rules and that events order its tensors.
+"""Checks a configured run: ranks do not wait for each other, and events order its tensors.
 
 The check needs neither torch nor a GPU.
 """
