@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
+from comm.exits import EXIT_LOST
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
@@ -47,6 +49,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
 PRELOADED = ("train.post.pipeline", "launch.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
+_STOPPED_LOOKS = 10  # about a second each, after which a stopped rank is lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,7 +290,7 @@ def run_on_local_ranks(
                 theirs.close()
                 processes.append(process)
                 ends[ours] = rank
-            return _await_results(ends, receive)
+            return _await_results(ends, processes, receive)
         except RankError:
             _await_end(next(end for end, rank in ends.items() if rank == 0), grace_seconds)
             raise
@@ -297,18 +300,26 @@ def run_on_local_ranks(
                 process.join()
 
 
-def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[..., None]) -> Any:
+def _await_results(
+    ends: "dict[connection.Connection, int]", processes: Sequence[BaseProcess], receive: Callable[..., None]
+) -> Any:
     """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
     result: Any = None
     waiting = set(ends)
+    looks = [0] * len(processes)  # at each rank since it is stopped
     while waiting:
-        for end in connection.wait(waiting):
+        messages = connection.wait(waiting, 1.0)
+        for rank, process in enumerate(processes) if not messages else ():
+            looks[rank] = looks[rank] + 1 if _is_stopped(process) else 0
+            if looks[rank] == _STOPPED_LOOKS:
+                process.kill()  # the others see that it has ended
+        for end in messages:
             assert isinstance(end, connection.Connection)
             rank = ends[end]
             try:
                 kind, content = end.recv()
             except (EOFError, ConnectionResetError) as error:
-                raise DeadRankError(f"rank {rank} died before it returned") from error
+                raise DeadRankError(_describe_loss(processes, looks, rank)) from error
             if kind == "message":
                 receive(*content)
                 continue
@@ -319,6 +330,27 @@ def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[.
                 raise RankError(f"rank {rank} failed\n{content}")
             result = content if rank == 0 else result
     return result
+
+
+def _describe_loss(processes: Sequence[BaseProcess], looks: Sequence[int], first: int) -> str:
+    """Returns which ranks a signal ended or stopped; without any, how the first rank that was missed has ended."""
+    processes[first].join(1.0)
+    lost = []
+    for rank, process in enumerate(processes):
+        if _is_stopped(process) or looks[rank] >= _STOPPED_LOOKS:
+            lost.append(f"rank {rank} is stopped and does not continue")
+        elif process.exitcode is not None and process.exitcode < 0:
+            lost.append(f"rank {rank} was ended by {signal.Signals(-process.exitcode).name}")
+    if not lost and processes[first].exitcode == EXIT_LOST:
+        lost.append("one does not respond")
+    return "; ".join(lost) or f"rank {first} died before it returned"
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Returns whether a signal has stopped a process."""
+    with suppress(OSError):
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _await_end(end: "connection.Connection", seconds: float) -> None:

@@ -212,7 +212,7 @@ class ServingRank:
         except RuntimeError as error:
             if not is_peer_error(error):
                 raise
-            raise LostRankError(f"ranks: one has ended or does not respond: {error}") from error
+            raise LostRankError("ranks: one has ended or does not respond") from error
 
     def _run(self, orders: Orders) -> list[RoundReport]:
         group = self._decoder.group

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from infer.serve.answers import Reply
 from infer.serve.calls import Endpoint, ServedModel, read_call
-from infer.serve.engine import EngineThread, Subscription
+from infer.serve.engine import EngineThread, Subscription, died
 from infer.serve.fields import ApiError
 
 MOST_BODY_BYTES = 2**24
@@ -121,7 +121,7 @@ class Service:
 
     async def _health(self, request: Request) -> Response:
         failure = self.engine.failure
-        state = "draining" if self.is_draining else "ok" if failure is None else f"engine died: {failure}"
+        state = "draining" if self.is_draining else "ok" if failure is None else died(failure).message
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def _metrics(self, request: Request) -> Response:

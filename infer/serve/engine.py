@@ -99,7 +99,7 @@ class EngineThread:
     def submit(self, sequences: Iterable[tuple[tuple[int, ...], Request]]) -> Subscription:
         """Queues the sequences of a call; raises ApiError if too many wait."""
         if self.failure is not None:
-            raise _died(self.failure)
+            raise died(self.failure)
         numbered = [
             (NumberedPrompt(number=next(self._numbers), tokens=tokens), request) for tokens, request in sequences
         ]
@@ -194,8 +194,12 @@ class EngineThread:
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.step_began = math.inf
-        self.fail_all(_died(error))
+        self.fail_all(died(error))
 
 
-def _died(error: BaseException) -> ApiError:
-    return ApiError(503, f"the engine has ended: {type(error).__name__}: {error}"[:500], code="engine_died")
+def died(error: BaseException) -> ApiError:
+    """Returns the error of all calls: its words if they are this project's, which says how to end the server."""
+    reason = (
+        f"{type(error).__name__}: {error}" if hasattr(error, "exit_code") else "the log of the server has the reason"
+    )
+    return ApiError(503, f"the engine has ended: {reason}", code="engine_died")

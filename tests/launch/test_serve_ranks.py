@@ -1,5 +1,6 @@
 """Tests of `launch.serve` on several ranks: the texts of `launch.generate`, signals, and a lost rank."""
 
+import http.client
 import json
 import os
 import random
@@ -103,7 +104,38 @@ def test_concurrent_requests_get_the_texts_of_generate_and_a_lost_rank_is_named(
         assert (code, body["error"]["code"]) == (503, "engine_died"), body
         ended = server.wait(30)
     assert ended.returncode == EXIT_LOST, ended.stderr
-    assert "rank 2 died" in ended.stderr
+    assert "rank 2 was ended by SIGKILL" in ended.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("rank", "number", "line"),
+    [
+        (1, signal.SIGSTOP, "ranks: rank 1 is stopped and does not continue"),
+        (0, signal.SIGSTOP, "ranks: rank 0 is stopped and does not continue"),
+        (1, signal.SIGKILL, "ranks: rank 1 was ended by SIGKILL"),
+        (0, signal.SIGKILL, "ranks: rank 0 was ended by SIGKILL"),
+    ],
+)
+def test_rank_that_a_signal_stops_or_ends_is_named_in_one_line(
+    run: Path, rank: int, number: signal.Signals, line: str
+) -> None:
+    """Clients get 503 without the words of a library, or, of rank 0, the end of their connection."""
+    with started(run, "ranks=2") as (server, url), ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(complete, url, prompt="a", max_tokens=60, ignore_eos=True)
+        time.sleep(0.05)
+        os.kill(ranks_of(server)[rank], number)
+        ended = server.wait(40)
+        if rank == 0:
+            assert isinstance(answer.exception(), OSError | http.client.HTTPException)
+        else:
+            code, body = answer.result()
+            message = "the engine has ended: LostRankError: ranks: one has ended or does not respond"
+            assert (code, body["error"]["message"]) == (503, message)
+    assert ended.returncode == EXIT_LOST, ended.stderr
+    assert line in ended.stderr.splitlines()
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) < 10, ended.stderr
 
 
 @pytest.mark.long
