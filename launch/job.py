@@ -333,7 +333,7 @@ def _await_results(
 
 
 def _describe_loss(processes: Sequence[BaseProcess], looks: Sequence[int], first: int) -> str:
-    """Returns which ranks a signal ended or stopped; without any, how the first rank that was missed has ended."""
+    """Returns which ranks a signal ended or stopped, or else how the first missing rank ended."""
     processes[first].join(1.0)
     lost = []
     for rank, process in enumerate(processes):

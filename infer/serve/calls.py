@@ -58,14 +58,16 @@ class ServedModel:
                 # The ends of pieces add a few tokens, and twice the maximum leaves room for them.
                 num_tokens += len(self.tokenizer.encode(text[at : at + _PIECE_CHARACTERS]))
                 if num_tokens > 2 * self.max_tokens:
-                    self.check_count(num_tokens, 0)
+                    raise self._too_long(f"more than {2 * self.max_tokens} tokens")
 
     def check_count(self, num_tokens: int, num_new: int) -> None:
         """Rejects more tokens than the model or its cache takes."""
         if num_tokens + num_new > self.max_tokens:
-            lengths = f"a prompt of {num_tokens} tokens and {num_new} new ones"
-            message = f"max_tokens: {lengths} exceed the maximum of {self.max_tokens} tokens"
-            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+            raise self._too_long(f"{num_tokens} tokens and {num_new} new ones")
+
+    def _too_long(self, lengths: str) -> ApiError:
+        message = f"max_tokens: a prompt of {lengths} must fit into the maximum of {self.max_tokens} tokens"
+        return ApiError(400, message, "max_tokens", "context_length_exceeded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
