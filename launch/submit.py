@@ -104,7 +104,7 @@ def main(overrides: Sequence[str]) -> int:
         values, slurm, is_dry, is_verified = _composed(overrides)
         config = read_run({**values, "out_dir": str(_folder_of(values, datetime.now())), "resume": "auto"})
         check(config)
-        check_slurm(slurm)
+        check_slurm(slurm, config)
         check_folder(config)
         _check_path(config.out_dir)
         job = job_overrides(overrides, config.out_dir)
@@ -135,7 +135,7 @@ def preview(overrides: Sequence[str]) -> str:
         values, slurm, is_dry, is_verified = _composed(overrides)
         config = read_run(values)
         check(config)
-        check_slurm(slurm)
+        check_slurm(slurm, config)
     job_values = {"dry_run": is_dry, "verify": is_verified, "slurm": encode(slurm)}
     return experiment_text("submit", overrides, {**write_config(config), **job_values}, memory_lines(config))
 
@@ -304,14 +304,19 @@ def seconds_of(time: str) -> int | None:
     return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def check_slurm(config: SlurmConfig) -> None:
-    """Rejects values that sbatch would reject or misinterpret."""
+def check_slurm(config: SlurmConfig, run: TrainConfig) -> None:
+    """Rejects values that sbatch would reject or misinterpret, and nodes with fewer GPUs than ranks of the run."""
     for key in ("partition", "account", "qos"):
         _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name as sinfo or sacctmgr shows it")
     for key in ("python", "image"):
         pattern = r"[A-Za-z0-9_./:@+#~-]+"
         _check_text(f"slurm.{key}", getattr(config, key), pattern, "one word without shell metacharacters")
     _check_time(config)
+    ranks = _ranks_per_node(run)
+    if run.cluster.device == "cuda" and 0 < (config.gpus_per_node or 0) < ranks:
+        rule = f"must be at least {ranks}, one for each rank of a node, or 0 if Slurm does not manage GPUs"
+        near = f"{ranks}, or cluster.ranks_per_node={config.gpus_per_node}"
+        raise broken("slurm.gpus_per_node", rule, config.gpus_per_node, near)
     for index, line in enumerate(config.setup):
         if "\n" in line:
             raise ConfigError(f"slurm.setup[{index}]: must be one line of shell, is {line!r}; write a list of lines")
@@ -368,7 +373,7 @@ def render(
         folder: working directory, to which paths in `overrides` are relative.
         rank_bytes: predicted memory of the largest rank, which the nodes must have.
     """
-    ranks = min(config.cluster.ranks_per_node, config.parallelism.world_size)
+    ranks = _ranks_per_node(config)
     cpus = slurm.cpus_per_node if slurm.cpus_per_node is not None else ranks * config.cluster.threads_per_rank
     checkout = config_dir().parent
     words = {
@@ -393,6 +398,10 @@ def render(
         "container": _container(slurm, (checkout, folder, Path(config.out_dir))),
     }
     return re.sub(r"@\{(\w+)\}", lambda match: words[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _ranks_per_node(config: TrainConfig) -> int:
+    return min(config.cluster.ranks_per_node, config.parallelism.world_size)
 
 
 def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:

@@ -172,6 +172,10 @@ def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
         ("slurm.partiton=gpu", ["slurm.partiton: unknown key", "slurm.partition"]),
         ("slurm.partition='a b'", ["slurm.partition", "'a b'"]),
         ("slurm.gpus_per_node=-1", ["slurm.gpus_per_node", "0 or above", "is -1"]),
+        (
+            "parallelism=four_ranks cluster=h800 slurm.gpus_per_node=2",
+            ["slurm.gpus_per_node", "at least 4", "is 2", "nearest valid: 4, or cluster.ranks_per_node=2"],
+        ),
         ("slurm.cpus_per_node=0", ["slurm.cpus_per_node", "above 0", "is 0"]),
         ('slurm.extra=["--array=0-3"]', ["slurm.extra[0]", "must not be an array", "--array=0-3"]),
         ('slurm.extra=[--exclusive,"--nodes=3"]', ["slurm.extra[1]", "--nodes=3", "set by the script"]),
