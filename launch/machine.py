@@ -145,7 +145,9 @@ def check_environment(config: TrainConfig, environment: Mapping[str, str]) -> No
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Rejects an attention kernel or a dispatcher whose package is not installed."""
+    """Rejects an attention kernel, a dispatcher or a tracker whose package is not installed or has no login."""
+    if config.track.wandb == "online" and not is_other_rank(os.environ):
+        _check_wandb_login()
     if config.dispatch.kind == "deepep":
         try:
             check_available()
@@ -164,6 +166,17 @@ def check_packages(config: TrainConfig) -> None:
             f"attention: {name} needs the package {ATTENTION.get(name).package}, which is not installed, is {name}; "
             "nearest valid: attention=auto"
         )
+
+
+def _check_wandb_login() -> None:
+    import wandb
+
+    with suppress(TypeError):  # older releases, which always ask
+        if not wandb.login(prompt=False, verify=False):
+            raise MachineError(
+                "track.wandb: online needs a login, there is none; nearest valid: wandb login, WANDB_API_KEY in the "
+                "environment, or track=wandb_offline"
+            )
 
 
 def check_scorers(config: TrainConfig) -> None:

@@ -170,6 +170,19 @@ def test_package_of_an_attention_is_looked_for(monkeypatch: pytest.MonkeyPatch) 
         check_attention(build(*on_gpu, "precision=float32"))
 
 
+def test_online_wandb_needs_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = build("track=wandb_online")
+    with pytest.raises(MachineError, match=r"^track.wandb: online needs a login, there is none; nearest valid: wandb"):
+        check_packages(config)
+    monkeypatch.setenv("RANK", "1")  # another node may have none
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    check_packages(config)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(has_driver(), reason="this machine has NVIDIA's driver")
 @pytest.mark.parametrize("rank", ["0", "8", "9"])
