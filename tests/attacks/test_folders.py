@@ -117,6 +117,7 @@ def test_run_whose_folder_is_damaged_saves_its_state_in_the_rescue_folder(
     newest = newest_whole(rescue)
     assert newest == step_folder(rescue, event["step"])
     assert not list(rescue.rglob("*.partial"))
+    assert "Traceback" not in damaged
     if case == "deleted":
         assert not (folder / case).exists()  # nothing is made again, not even by halves
     if case == "taken_over":

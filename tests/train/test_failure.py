@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,12 +22,14 @@ from tests.commands import run_command
 from tests.covering import exhaustive
 from tests.ports import reserved_port
 from tests.ranks import run_ranks
+from tests.stopping import descendants
 from tests.tiny import VALIDATION, tiny_config, write_text
 from tests.train.failing_rank import CAUSE
 from tests.train.faults import Case, choices, read_reports, write_case
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.corpus import State, build_together
+from train.files.run_files import read_status
 from train.listeners.validation import validate
 from train.step import train_step
 
@@ -76,6 +80,47 @@ def test_lost_rank_under_torchrun_is_named_by_every_other_rank(tmp_path: Path) -
         assert f"error: rank {rank} ends: {text}\n" in ended.stderr
         operations = (tmp_path / "run" / "log" / f"rank_{rank:05d}.operations.jsonl").read_text().splitlines()
         assert {"time", "group", "number", "operation", "of", "state", "ranks"} == json.loads(operations[-1]).keys()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", range(20))
+def test_rank_killed_at_any_moment_under_torchrun_leaves_a_lost_run(moment: int, tmp_path: Path) -> None:
+    """Rank 0 draws and saves after every step, so many of the moments are within a drawing or a checkpoint."""
+    chance = random.Random(moment)
+    write_text(tmp_path)
+    run = tmp_path / "run"
+    job = [
+        *choices(tmp_path),
+        f"out_dir={run}",
+        "task.steps=100000",
+        "parallelism=two_ranks",
+        "accept=[repeated_corpus]",
+    ]
+    job += ["track.picture_every_steps=1", "validation.sequences=0", "cluster.timeout_seconds=60"]
+    with reserved_port() as port, (tmp_path / "output").open("w") as output:
+        rendezvous = ["--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "launch.train", *job]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while (status := read_status(run)) is None or status.state != "running":
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(chance.uniform(0.0, 4.0))
+            rank = chance.choice((1, 1, 1, 0))
+            os.kill(_pid_of_rank(process.pid, rank), signal.SIGKILL)
+            process.wait(timeout=60)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.exit_code) == ("lost", 78), (rank, status, (tmp_path / "output").read_text()[-2000:])
+    assert status.reason.startswith(f"rank {rank} is lost")
+
+
+def _pid_of_rank(agent: int, rank: int) -> int:
+    marks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(agent)}
+    return min(pid for pid, variables in marks.items() if f"RANK={rank}".encode() in variables)
 
 
 TWO_HOP = TwoHopDispatchConfig(

@@ -1,5 +1,6 @@
 """A run's folder has one owner, its status and events, and no secrets."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,7 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -35,6 +38,7 @@ from train.guard import to_json_values
 RACER = """
 import sys, time
 from pathlib import Path
+from threading import Event, Thread
 from train.files.run_lock import LockedError, RunLock
 folder = Path(sys.argv[1])
 print("ready", flush=True)
@@ -259,6 +263,54 @@ def test_status_of_an_ended_run_keeps_step_and_checkpoint(tmp_path: Path) -> Non
     for text in ("{", "[]", '{"state": "done", "more": 1}'):
         (tmp_path / "status.json").write_text(text)
         assert read_status(tmp_path) is None
+
+
+def test_nothing_is_written_over_a_verdict_but_the_next_attempt(tmp_path: Path) -> None:
+    file = StatusFile(tmp_path, is_writer=True, every_seconds=0.0)
+    file.starting()
+    is_over = Event()
+
+    def run() -> None:
+        for step in count(1):
+            file.running(step, "there")
+            if is_over.is_set():
+                return
+
+    main_thread = Thread(target=run)
+    main_thread.start()
+    try:
+        while file.step < 20:
+            time.sleep(0.001)
+        write_end(tmp_path, "lost", 78, "rank 1 is lost")
+    finally:
+        is_over.set()
+        main_thread.join()
+    file.ended("done", 0)
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.exit_code, status.checkpoint) == ("lost", 78, "there")
+    StatusFile(tmp_path, is_writer=True).starting()
+    file = StatusFile(tmp_path, is_writer=True)
+    file.running(1)
+    assert read_status(tmp_path).state == "running"  # type: ignore[union-attr]
+
+
+def test_status_on_a_full_disk_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StatusFile(tmp_path, is_writer=True)
+    file.starting()
+    file.running(3, "there" * 20)
+
+    def fail(path: Path, text: str, encoding: str) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fail)
+        file.ended("stopped", 1, "full")
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.exit_code, status.reason) == ("stopped", 1, "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_events_are_lines_of_json_with_any_numbers(tmp_path: Path) -> None:

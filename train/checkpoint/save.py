@@ -132,6 +132,8 @@ class CheckpointSaver:
         except PartError as failure:
             # If the folder was deleted or taken over meanwhile, any write fails. The error names that cause.
             lost = lost_folder(self._ownership, self._group)
+            if self._rank == 0 and not lost:
+                shutil.rmtree(partial, ignore_errors=True)
             raise UnsavedError(lost or f"{partial}: cannot be written by {failure}") from failure
         return final
 

@@ -9,8 +9,10 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 STATUS_NAME = "status.json"
@@ -48,6 +50,8 @@ _IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@")
 MOST_FLAT_RANKS = 1024
 """Largest number of ranks whose files share a folder."""
 _NODE_FOLDER = re.compile(r"node_[0-9]{6}")
+# Held from reading a status to writing the next one, because the watchdog writes while the main thread may do so too.
+_STATUS_LOCK = Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +71,16 @@ class Status:
 
 
 def write_status(out_dir: Path, status: Status) -> None:
-    """Writes the status with the present time, atomically."""
+    """Writes the status with the present time: atomically, or in place on a full disk."""
     dated = replace(status, time=time.time(), reason=redact(status.reason))
-    replace_text(out_dir / STATUS_NAME, json.dumps(asdict(dated), indent=2) + "\n")
+    path = out_dir / STATUS_NAME
+    text = json.dumps(asdict(dated), indent=2) + "\n"
+    try:
+        replace_text(path, text)
+    except OSError:
+        with path.open("r+", encoding="utf-8") as file:  # has its block of the disk already
+            file.write(text)
+            file.truncate()
 
 
 def read_status(out_dir: Path) -> Status | None:
@@ -96,12 +107,13 @@ def _has_types(status: Status) -> bool:
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
     """Writes how a run ended, and keeps the step and checkpoint of the present status."""
-    status = read_status(out_dir) or Status(state=state)
-    write_status(out_dir, replace(status, state=state, exit_code=exit_code, reason=reason))
+    with _STATUS_LOCK:
+        status = read_status(out_dir) or Status(state=state)
+        write_status(out_dir, replace(status, state=state, exit_code=exit_code, reason=reason))
 
 
 class StatusFile:
-    """The file `status.json` of a running job. Only rank 0 writes it."""
+    """The file `status.json` of a running job. Only rank 0 writes it, and nothing over the verdict of a watchdog."""
 
     def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
         """Opens nothing yet. New steps alone are written at most every `every_seconds`."""
@@ -120,7 +132,7 @@ class StatusFile:
     def starting(self) -> None:
         """Writes that the run starts, and keeps step and checkpoint of an earlier attempt."""
         before = read_status(self._out_dir) or self._status
-        self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint))
+        self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint), is_first=True)
 
     def running(self, step: int, checkpoint: str | None = None) -> None:
         """Writes the number of steps done, and a new checkpoint if there is one."""
@@ -134,13 +146,16 @@ class StatusFile:
         """Writes how the run ended."""
         self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason))
 
-    def _write(self, status: Status) -> None:
+    def _write(self, status: Status, *, is_first: bool = False) -> None:
         self._status = status
         self._written_at = time.monotonic()
         if not self._is_writer:
             return
         try:
-            write_status(self._out_dir, status)
+            with _STATUS_LOCK:
+                present = None if is_first else read_status(self._out_dir)
+                if present is None or present.exit_code is None:
+                    write_status(self._out_dir, status)
         except OSError as error:  # the folder was deleted or the disk is full, which must not end the run
             if not self._has_failed:
                 LOGGER.warning("%s cannot be written: %s", STATUS_NAME, error)
@@ -245,8 +260,13 @@ def replace_text(path: Path, text: str) -> None:
     """Writes a file in place of an earlier one, which stays until the new one is complete."""
     # Two processes may write the same file, such as `launch.redraw` and the run.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def is_node_folder(name: str) -> bool:

@@ -80,6 +80,8 @@ class Report:
         """Writes the report during a run, which must continue: errors are only logged."""
         try:
             self.write()
+        except OSError as error:  # the folder was deleted or its disk is full
+            LOGGER.info("%s: cannot be drawn: %s", self._source.folder / REPORT_NAME, error)
         except Exception:
             LOGGER.exception("%s: cannot be drawn", self._source.folder / REPORT_NAME)
 
