@@ -52,7 +52,8 @@ from launch.job import (
 )
 from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
-from train.checkpoint.manifest import MANIFEST_NAME, digest
+from train.checkpoint.locate import listed_files
+from train.checkpoint.manifest import digest, read_step
 from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError
@@ -158,10 +159,9 @@ def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
             digests = pool.map(digest, paths)
             hashes = {path.name: file.sha256 for path, file in zip(paths, digests, strict=True)}
         return {"folder": str(source.folder), "kind": "huggingface", "step": None, "weights": "trained", **_sum(hashes)}
-    manifest = json.loads((source.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    hashes = {name: str(file["sha256"]) for name, file in manifest["files"].items()}
+    hashes = {name: file.sha256 for name, file in listed_files(source.folder).items()}
     folder = str(source.folder.resolve())
-    step = manifest["step"]
+    step = read_step(source.folder)
     return {"folder": folder, "kind": "checkpoint", "step": step, "weights": source.weights, **_sum(hashes)}
 
 

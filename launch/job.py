@@ -34,6 +34,7 @@ from launch.machine import apply_rank_environment, check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.files import read_json
+from model.size import count_parameters
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
@@ -157,6 +158,8 @@ def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transfor
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
     precision = source.resolve(dtype)
+    if device == "cpu":
+        _check_memory(source, {"float64": 8, "float32": 4}.get(precision, 2))
     torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:
         from model.hf.writer import load_hf
@@ -168,6 +171,17 @@ def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transfor
         products = products_of(precision)
         model = load_whole(source.model, source.folder, torch_dtype, "ckpt", source.weights, products=products)
     return model.to(torch.device(device))
+
+
+def _check_memory(source: WeightsSource, weight_bytes: int) -> None:
+    account = count_parameters(source.model)
+    needed = (account.total + account.mtp) * weight_bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"ckpt: weights must fit the {memory / 1e9:.0f} GB of this machine, {source.ckpt} has {needed / 1e9:.0f} GB"
+            "; nearest valid: dtype=bf16, or ranks on several machines"
+        )
 
 
 def spread_over_ranks(

@@ -69,9 +69,8 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     hidden = config.hidden_size
     heads = sum(stage.is_last for stage in stages)
     modules = config.mtp_depth * heads
-    layers = [layer for stage in stages for layer in stage.layers]
-    dense = sum(layer < config.num_dense_layers for layer in layers)
-    sparse = len(layers) - dense + modules
+    dense = sum(max(0, min(stage.layers.stop, config.num_dense_layers) - stage.layers.start) for stage in stages)
+    sparse = sum(len(stage.layers) for stage in stages) - dense + modules
     attention = attention_maps(config)
     mlp = dense_maps(config)
     expert = expert_maps(config)

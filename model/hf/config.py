@@ -39,6 +39,7 @@ _ONLY: tuple[tuple[str, Any], ...] = (
     ("rope_interleave", True),
 )
 _PRECISION = 1e-9
+_MOST_OF_YARN = 1e9
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -316,6 +317,9 @@ def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
         raise inner.error("factor", f"must be at least 1, is {factor}; nearest: 1")
     if inner.get("truncate") not in (None, True):
         raise inner.error("truncate", f"must be true, is {format_value(inner.get('truncate'))}")
+    for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+        if inner.get(key) and not 1 / _MOST_OF_YARN <= inner.number(key) <= _MOST_OF_YARN:
+            raise inner.error(key, f"must be at most {_MOST_OF_YARN:g} and its inverse at most so, is {inner.get(key)}")
     fast = inner.number("beta_fast") if inner.get("beta_fast") else 32.0
     slow = inner.number("beta_slow") if inner.get("beta_slow") else 1.0
     if fast < slow:

@@ -135,7 +135,7 @@ def _entry(name: str, value: Any, files: list[str]) -> IndexEntry:
     if not isinstance(parts, list):
         raise _error(name, "must have a list of parts, has none")
     for part in parts:
-        if not _are_whole_numbers(part) or len(part) != 4 or part[0] >= len(files):
+        if not _are_whole_numbers(part) or len(part) != 4 or part[0] >= len(files) or not part[2]:
             raise _error(
                 name, f"a part must be a file's number, first element, count and CRC-32, is {format_value(part)}"
             )

@@ -156,8 +156,9 @@ def load_whole(
 
     Raises CheckpointError if there is no average or a file is missing, truncated or of another form.
     """
+    reader = CheckpointReader(folder, key, kind)  # checks the sizes before memory is allocated
     model = Transformer(
         config, LocalDispatcher(config.num_routed_experts), dtype, computing=Computing(products=products)
     )
-    CheckpointReader(folder, key, kind).fill(named_tensors(model))
+    reader.fill(named_tensors(model))
     return model

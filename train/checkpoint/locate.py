@@ -6,29 +6,25 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.progress import NO_PROGRESS, Progress
-from model.config import ModelConfig
 from model.size import count_parameters
 from train.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     Digest,
     OldFormatError,
+    architecture_of,
     digest,
     is_file_name,
     layout_record,
     read_manifest,
     record_hash,
     shape_record,
+    shorten,
 )
 from train.config import TrainConfig
-from train.config.decode import decode
-from train.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 AUTO = "auto"
 """Value of `resume` that selects the newest checkpoint in the run's own folder, if there is one."""
@@ -56,7 +52,7 @@ def verify(
     Raises:
         CheckpointError: the checkpoint is not whole.
     """
-    files = _listed_files(folder)
+    files = listed_files(folder)
     names = sorted(files)[share[0] :: share[1]]
     num_bytes = sum(files[name].num_bytes for name in names)
     reported_names = progress.over(f"verifying {folder.name}", names, num_bytes, lambda name: files[name].num_bytes)
@@ -77,7 +73,7 @@ def is_whole(folder: Path, check: Check = verify) -> bool:
     return True
 
 
-def _listed_files(folder: Path) -> dict[str, Digest]:
+def listed_files(folder: Path) -> dict[str, Digest]:
     """Returns the files of a manifest by name, if the architecture can have so many bytes."""
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
@@ -90,10 +86,11 @@ def _listed_files(folder: Path) -> dict[str, Digest]:
     if stated != record_hash(record) or not isinstance(listed, dict):
         raise CheckpointError(f"{MANIFEST_NAME} must have the hash that it states, has another")
     files = {name: _listed_digest(name, entry) for name, entry in listed.items()}
-    most = _largest_bytes(record.get("model"))
+    account = count_parameters(architecture_of(record, MANIFEST_NAME))
+    most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
     total = sum(file.num_bytes for file in files.values())
     if total > most:  # no sparse file of many terabytes is hashed
-        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {total}")
+        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {shorten(total)}")
     return files
 
 
@@ -104,15 +101,6 @@ def _listed_digest(name: str, entry: object) -> Digest:
     if type(size) is not int or size < 0:
         raise CheckpointError(f"{MANIFEST_NAME} must list a size for every file, does not")
     return Digest(size, str(entry.get("sha256")))
-
-
-def _largest_bytes(model: object) -> int:
-    """Returns the most bytes that the checkpoint of an architecture can have."""
-    try:
-        account = count_parameters(decode(ModelConfig, model, "model"))
-    except (ConfigError, ArithmeticError) as error:
-        raise CheckpointError(f"{MANIFEST_NAME} must hold an architecture, holds none") from error
-    return _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
 
 
 def _check_file(folder: Path, name: str, listed: Digest, *, hashes: bool) -> None:
@@ -191,7 +179,7 @@ def differences(place: str, before: object, now: object) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*now, *(key for key in before if key not in now)]
         return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
-    return [] if before == now else [f"{place} is {before} there and {now} here"]
+    return [] if before == now else [f"{place} is {shorten(before)} there and {now} here"]
 
 
 @dataclass(frozen=True, slots=True)

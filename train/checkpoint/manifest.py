@@ -10,17 +10,24 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from model.config import InferencePrecision, ModelConfig
-from model.hf.files import HfError, read_json, write_synced
+from model.hf.checkpoint import LONGEST_NAME_BYTES
+from model.hf.config import parse_config, write_config
+from model.hf.files import HfError, check_kind, format_value, read_json, write_synced
+from model.size import count_parameters
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError
-from train.files.run_files import is_node_folder
+from train.files.run_files import find_rank_files, is_node_folder
 
 FORMAT_VERSION = 4
 _LARGEST_STEP = 2**53
+_LONGEST_TEXT = 300
+# The index names the file that is missing or cut short, if an architecture can be that of the remaining bytes.
+_LEAST_WEIGHTS = 2**16
+_WEIGHTS_PER_BYTE = 4
 CUT_KEY = "stage_layers"
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
@@ -61,6 +68,7 @@ NO_KEYS: Mapping[str, Any] = {}
 
 def digest(path: Path) -> Digest:
     """Reads a file, and returns its present size and hash."""
+    check_kind(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return Digest(file.tell(), sha256)
@@ -74,7 +82,8 @@ def digests(folder: Path, paths: Iterable[Path]) -> dict[str, Digest]:
 def is_file_name(name: str) -> bool:
     """Returns whether a name is a plain one, or one in the subfolder of a node, as in large jobs."""
     folder, separator, plain = name.rpartition("/")
-    is_plain = Path(plain).name == plain and plain not in ("", "..") and "\0" not in plain
+    is_plain = Path(plain).name == plain and plain not in ("", "..") and plain.isprintable()
+    is_plain = is_plain and len(plain) <= LONGEST_NAME_BYTES
     return is_plain and (not separator or is_node_folder(folder))
 
 
@@ -148,18 +157,49 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
 
 
 def read_model(folder: Path, key: str = "resume") -> ModelConfig:
-    """Reads the architecture of a checkpoint, and raises the errors of `read_manifest` if it holds none."""
+    """Reads the architecture of a checkpoint, and compares its size with that of the files, which may be cut short.
+
+    Raises the errors of `read_manifest`, and CheckpointError if no network can have these sizes.
+    """
+    model = architecture_of(read_manifest(folder, key), f"{key}: {folder / MANIFEST_NAME}")
+    account = count_parameters(model)
+    num_weights = account.total + account.mtp
+    num_bytes = sum(file.stat().st_size for file in find_rank_files(folder, "*.safetensors") if file.is_file())
+    if num_weights > _LEAST_WEIGHTS + _WEIGHTS_PER_BYTE * num_bytes:
+        raise CheckpointError(
+            f"{key}: {folder} must have files for the {format_value(num_weights)} weights that {MANIFEST_NAME} states, "
+            f"has files of {num_bytes} bytes: one is missing, or the architecture is that of another checkpoint"
+        )
+    return model
+
+
+def architecture_of(manifest: Mapping[str, Any], place: str) -> ModelConfig:
+    """Returns the architecture in a manifest, with the rules between its sizes that released checkpoints follow."""
     try:
-        return decode(ModelConfig, read_manifest(folder, key).get("model"), "model")
-    except ConfigError as error:
-        raise CheckpointError(f"{key}: {folder / MANIFEST_NAME} must hold an architecture: {error}") from error
+        model = decode(ModelConfig, manifest.get("model"), "model")
+        parse_config(write_config(model, dtype="F32", fp8=False), Path("model"))
+    except (ConfigError, HfError) as error:
+        raise CheckpointError(f"{place} must hold an architecture: {shorten(error)}") from error
+    return model
+
+
+def shorten(value: object) -> str:
+    """Returns the text of a value for an error, truncated if it is long."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
 def read_precision(folder: Path, key: str) -> InferencePrecision:
     """Reads the precision of the run that wrote a checkpoint; float32 if none did."""
     manifest = read_manifest(folder, key)
-    kind: InferencePrecision = manifest.get("precision", {}).get("kind", "float32")
-    return manifest.get("products", kind) if kind == "fp8" else kind
+    precision = manifest.get("precision")
+    kind: Any = precision.get("kind") if isinstance(precision, dict) else precision or "float32"
+    kind = manifest.get("products", kind) if kind == "fp8" else kind
+    if kind not in get_args(InferencePrecision):
+        names = ", ".join(get_args(InferencePrecision))
+        problem = f"must name one of the precisions {names}, names {format_value(kind)}"
+        raise CheckpointError(f"{key}: {folder / MANIFEST_NAME} {problem}")
+    return kind  # type: ignore[no-any-return]
 
 
 def read_step(folder: Path) -> int:

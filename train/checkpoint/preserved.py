@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
 from model.hf.files import HfError, parse_json
 from model.hf.reader import HfReader
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, is_same_tokenizer, source_config, source_folder
 from train.config import TrainConfig
 
@@ -63,10 +63,11 @@ def read_preserved(path: str, key: str) -> PreservedMetadata:
     if is_hf_folder(path):
         reader = HfReader(folder, drop_mtp=True)
         return PreservedMetadata(config=reader.checkpoint.carried, rotary=reader.rotary, files=files)
-    config = read_manifest(folder, key).get("preserved")
-    return PreservedMetadata(
-        config=config if isinstance(config, dict) else {}, rotary=CheckpointReader(folder, key).rotary(), files=files
-    )
+    config = read_manifest(folder, key).get("preserved", {})
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), dict):
+        rule = "must be an object of keys and values, with an object under quantization_config if there is one"
+        raise CheckpointError(f"{key}: preserved of {folder / MANIFEST_NAME} {rule}, is not")
+    return PreservedMetadata(config=config, rotary=CheckpointReader(folder, key).rotary(), files=files)
 
 
 def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:

@@ -4,7 +4,7 @@ Torch is imported only to read tensors.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -146,7 +146,12 @@ def unknown_notes(path: str) -> str:
 
 def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a checkpoint's weights and router biases by name, without copies."""
-    return {name: shape for name, shape in weights(config) if copied_from(name) is None and 0 not in shape}
+    return dict(iterate_held(config))
+
+
+def iterate_held(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields `held_weights` one by one, for sizes that a file claims."""
+    return ((name, shape) for name, shape in weights(config) if copied_from(name) is None and 0 not in shape)
 
 
 class CheckpointReader:
@@ -168,13 +173,14 @@ class CheckpointReader:
         if kind == "ema" and not any(name.startswith(self._prefix) for name in self._index):
             raise self._error("weights: must be trained, because the run kept no average (ema.decay), is ema")
         self._parts: PartReader | None = None
-        self._shapes = held_weights(self.config)
-        for name, shape in self._shapes.items():
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in iterate_held(self.config):
             entry = self._index.get(self._prefix + name)
             if entry is None:
                 raise self._error(f"{name}: must be there, is missing")
             if entry.stored.shape != shape:
                 raise self._error(f"{name}: must have shape {shape}, has {entry.stored.shape}")
+            self._shapes[name] = shape
         self._check_files()
 
     @property
