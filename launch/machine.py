@@ -145,7 +145,7 @@ def check_environment(config: TrainConfig, environment: Mapping[str, str]) -> No
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Rejects an attention kernel, a dispatcher or a tracker whose package is not installed or has no login."""
+    """Rejects a kernel or dispatcher without its package, and a tracker without a login."""
     if config.track.wandb == "online" and not is_other_rank(os.environ):
         _check_wandb_login()
     if config.dispatch.kind == "deepep":

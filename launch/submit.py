@@ -305,7 +305,7 @@ def seconds_of(time: str) -> int | None:
 
 
 def check_slurm(config: SlurmConfig, run: TrainConfig) -> None:
-    """Rejects values that sbatch would reject or misinterpret, and nodes with fewer GPUs than ranks of the run."""
+    """Rejects values that sbatch would reject or misinterpret, and nodes with too few GPUs."""
     for key in ("partition", "account", "qos"):
         _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name as sinfo or sacctmgr shows it")
     for key in ("python", "image"):

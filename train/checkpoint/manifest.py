@@ -157,7 +157,7 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
 
 
 def read_model(folder: Path, key: str = "resume") -> ModelConfig:
-    """Reads the architecture of a checkpoint, and compares its size with that of the files, which may be cut short.
+    """Reads the architecture of a checkpoint, and compares its size with that of the files.
 
     Raises the errors of `read_manifest`, and CheckpointError if no network can have these sizes.
     """
@@ -174,7 +174,7 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
 
 
 def architecture_of(manifest: Mapping[str, Any], place: str) -> ModelConfig:
-    """Returns the architecture in a manifest, with the rules between its sizes that released checkpoints follow."""
+    """Returns the architecture in a manifest, by the rules between sizes of released checkpoints."""
     try:
         model = decode(ModelConfig, manifest.get("model"), "model")
         parse_config(write_config(model, dtype="F32", fp8=False), Path("model"))

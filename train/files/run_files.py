@@ -113,7 +113,7 @@ def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
 
 
 class StatusFile:
-    """The file `status.json` of a running job. Only rank 0 writes it, and nothing over the verdict of a watchdog."""
+    """The file `status.json` of a running job. Rank 0 writes it, but not over a verdict."""
 
     def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
         """Opens nothing yet. New steps alone are written at most every `every_seconds`."""
