@@ -197,8 +197,8 @@ class EngineThread:
         self.fail_all(died(error))
 
 
+def died(error: BaseException) -> ApiError:
     """Returns the error that ends all calls, with its words if they are from this project."""
-    """Returns the error of all calls: its words if they are this project's, which says how to end the server."""
     reason = (
         f"{type(error).__name__}: {error}" if hasattr(error, "exit_code") else "the log of the server has the reason"
     )
