@@ -118,7 +118,9 @@ class _GoldenRank(NetworkComparison):
         self._balances: dict[int, Tensor] = {}
         self._world, self._replica = _open(golden, run, cluster)
         open_source(str(folder / MODEL_FOLDER), "out").fill(named_tensors(self._replica.model))
-        self._learner = open_learner(self._replica, golden.optim, golden.ema, comparison=self)
+        # Weights in bf16 have float32 master copies, which only sharded state keeps.
+        optim = replace(golden.optim, sharding="zero1") if run.precision == "bf16" else golden.optim
+        self._learner = open_learner(self._replica, optim, golden.ema, comparison=self)
         for layer, block in self._replica.network.model.layers.items() if self._is_plain else ():
             block.self_attn.register_forward_hook(partial(self._record_attention, layer))
 
@@ -162,7 +164,11 @@ class _GoldenRank(NetworkComparison):
         learner.optimizer.update(rates.learning_rate)
         update_router_bias(replica, rates.bias_update)
         learner.update_average()
-        return results | {name: tensor.numpy().copy() for name, tensor in self._updated().items()}
+        # numpy has no bf16.
+        updated = (
+            (name, tensor if tensor.dtype.itemsize > 2 else tensor.float()) for name, tensor in self._updated().items()
+        )
+        return results | {name: tensor.numpy().copy() for name, tensor in updated}
 
     def leave(self) -> None:
         """Closes what was opened, after all ranks have arrived here."""
@@ -243,7 +249,7 @@ def _open(golden: GoldenConfig, run: GoldenRun, cluster: ClusterConfig) -> Any:
     config = ReplicaConfig(
         model=golden.model,
         computing=Computing(products="fp8" if run.precision == "fp8" else "own"),
-        precision=PrecisionConfig(kind="float64" if run.precision == "float64" else "float32"),
+        precision=PrecisionConfig(kind="float32" if run.precision == "fp8" else run.precision),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=1, node_cap="verify"),
         tokens=TokenSizes(
             max_tokens=run.micro_sequences * batch.sequence_length_tokens // mesh.context,

@@ -15,7 +15,8 @@ from train.config.decode import decode
 from train.optim.learning_rate import OptimConfig
 from train.tasks.samples import SftConfig
 
-Precision = Literal["float64", "float32", "fp8"]
+Precision = Literal["float64", "float32", "bf16", "fp8"]
+Size = Literal["small", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,8 @@ class GoldenConfig:
         return GoldenRun(parallelism=alone, micro_sequences=self.batch.global_sequences, precision=precision)
 
 
-def read_golden() -> tuple[GoldenConfig, dict[str, Any]]:
-    """Returns the configuration of the golden step, and its plain values."""
+def read_golden(size: Size = "small") -> tuple[GoldenConfig, dict[str, Any]]:
+    """Returns the configuration of the golden step with the model of a size, and its plain values."""
     values: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("golden.yaml").read_text("utf-8"))
+    values["model"] |= values.pop("sizes")[size]
     return decode(GoldenConfig, values), values

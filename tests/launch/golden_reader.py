@@ -17,7 +17,7 @@ from torch.nn import functional
 TILE = 128
 NONE = -100
 GRADIENT = 2.0**-117
-EPS = 1e-6
+LATENT_EPS = 1e-6
 
 
 def quantized(x: Tensor, least: float = 1e-4, *, rounds: bool = False) -> Tensor:
@@ -60,19 +60,19 @@ class NormLinears(torch.autograd.Function):
     """A norm and linear layers in FP8."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        inverse = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         q = quantized(x * inverse * norm)
         ctx.save_for_backward(q, inverse, norm, *weights)
         return tuple(q @ blocks(w).t() for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, inverse, norm, *weights = ctx.saved_tensors
         g = sum(quantized(grad, GRADIENT) @ blocks(w) for grad, w in zip(grads, weights, strict=True))
         hat = q / norm
         grad_x = inverse * (g * norm - hat * (g * q).mean(-1, keepdim=True))
-        return grad_x, (g * hat).sum(0), *(columns(grad, GRADIENT).t() @ columns(q) for grad in grads)
+        return grad_x, (g * hat).sum(0), None, *(columns(grad, GRADIENT).t() @ columns(q) for grad in grads)
 
 
 class RowsLinear(torch.autograd.Function):
@@ -169,12 +169,17 @@ class Reader:
         self.seen: dict[str, Tensor] = {}
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.w[f"{name}.weight"]
+        return x * (x.square().mean(-1, keepdim=True) + self.eps(name)).rsqrt() * self.w[f"{name}.weight"]
+
+    def eps(self, norm: str) -> float:
+        is_latent = norm.endswith("_a_layernorm") and self.fault != "eps of the model in latents"
+        eps: float = LATENT_EPS if is_latent else self.keys["rms_norm_eps"]
+        return eps
 
     def norm_linears(self, x: Tensor, norm: str, names: Sequence[str]) -> list[Tensor]:
         weights = [self.w[f"{name}.weight"] for name in names]
         if self.is_fp8:
-            return list(NormLinears.apply(x, self.w[f"{norm}.weight"], *weights))
+            return list(NormLinears.apply(x, self.w[f"{norm}.weight"], self.eps(norm), *weights))
         return [self.norm(x, norm) @ w.t() for w in weights]
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -190,11 +195,18 @@ class Reader:
         angle = torch.arange(x.shape[-2], dtype=self.dtype)[:, None] * (
             plain * (1 - ramp) + plain / yarn["factor"] * ramp
         )
+        factor = 1.0 if self.fault == "rotation without its factor" else self.temperature("mscale")
+        factor /= 1.0 if self.fault == "rotation without its factor" else self.temperature("mscale_all_dim")
+        cos, sin = factor * angle.cos(), factor * angle.sin()
         if self.fault == "rotates halves":
             a, b = x.chunk(2, -1)
-            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         a, b = x[..., ::2], x[..., 1::2]
-        return torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).flatten(-2)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+    def temperature(self, key: str) -> float:
+        yarn = self.keys["rope_scaling"]
+        return 0.1 * yarn[key] * math.log(yarn["factor"]) + 1
 
     def attention(self, x: Tensor, layer: int, shape: tuple[int, int]) -> Tensor:
         keys, place = self.keys, f"model.layers.{layer}"
@@ -211,8 +223,8 @@ class Reader:
             torch.cat([up[..., :nope], shared], -1),
             up[..., nope:],
         )
-        yarn, out = keys["rope_scaling"], self.w[f"{place}.self_attn.o_proj.weight"]
-        scale = (nope + rope) ** -0.5 * (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2
+        out = self.w[f"{place}.self_attn.o_proj.weight"]
+        scale = (nope + rope) ** -0.5 * self.temperature("mscale_all_dim") ** 2
         if self.is_fp8:
             mixed = Attend.apply(q, k, v, out, scale)
         else:
@@ -236,7 +248,8 @@ class Reader:
         biased = scores.detach() + self.bias[f"{name}.e_score_correction_bias"]
         if self.fault != "ignores groups":
             groups = biased.unflatten(-1, (keys["n_group"], -1))
-            best = groups.topk(2, -1).values.sum(-1).topk(keys["topk_group"], -1).indices
+            count = groups.shape[-1] if self.fault == "sums whole groups" else 2
+            best = groups.topk(count, -1).values.sum(-1).topk(keys["topk_group"], -1).indices
             out = torch.ones(groups.shape[:2], dtype=torch.bool).scatter(1, best, value=False)
             biased = groups.masked_fill(out[..., None], -torch.inf).flatten(-2)
         ids = biased.topk(keys["num_experts_per_tok"], -1).indices.sort(-1).values

@@ -110,7 +110,7 @@ class TransformersReader:
 
     def _frequencies(self) -> Tensor:
         """YaRN in the model's type: transformers makes the frequencies in float32."""
-        if self.dtype == torch.float32:
+        if self.dtype != torch.float64:
             frequencies: Tensor = self.model.model.rotary_emb.inv_freq
             return frequencies
         rope, size = self.config.rope_parameters, self.config.qk_rope_head_dim
