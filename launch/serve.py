@@ -141,7 +141,9 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
         rule = f"must be for ranks={ranks} and {num_experts} experts"
         near = f"python -m launch.place ranks={ranks} format=json"
         raise PlacementError.broken("placement", rule, f"for {sizes[0]} and {sizes[1]}", near)
-    layers = range(source.model.num_dense_layers, source.model.num_layers)
+    # MTP modules follow the layers. The size of those that are left out is not known.
+    num_layers = sys.maxsize if source.drop_mtp else source.model.num_layers + source.model.mtp_depth
+    layers = range(source.model.num_dense_layers, num_layers)
     if others := [layer for layer in placement.layers if layer not in layers]:
         rule = f"must place layers from {layers.start} to {layers.stop - 1}"
         raise PlacementError.broken("placement", rule, f"of layer {others[0]}", "a new placement")

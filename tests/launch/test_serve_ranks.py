@@ -21,6 +21,7 @@ from infer.placement import PlacementError
 from launch.generate import main as run_generate
 from launch.place import main as run_place
 from launch.serve import main as run_serve
+from launch.serve import preview
 from tests.commands import StartedCommand
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
@@ -89,7 +90,8 @@ def test_concurrent_requests_get_the_texts_of_generate_and_a_lost_rank_is_named(
     expected = [json.loads(line)["text"] for line in made.read_text(encoding="utf-8").splitlines()]
     placement = tmp_path / "placement.json"
     loads = tmp_path / "loads.jsonl"
-    loads.write_text(json.dumps({"step": 1, "layer_1": [90, 1, 1, 2, 50, 3, 2, 1]}) + "\n")
+    rows = {f"layer_{layer}": [90, 1, 1, 2, 50, 3, 2, layer] for layer in (1, 2)}  # the second one is an MTP module
+    loads.write_text(json.dumps({"step": 1, **rows}) + "\n")
     sizes = ["ranks=4", "ranks_per_node=4", "redundant=4", "groups=4", "layers=2", "format=json"]
     assert run_place([f"loads={loads}", *sizes, f"out={placement}"]) == 0
     with started(run, "ranks=4", f"placement={placement}", "place_again_seconds=0.2") as (server, url):
@@ -136,6 +138,15 @@ def test_rank_that_a_signal_stops_or_ends_is_named_in_one_line(
     assert line in ended.stderr.splitlines()
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.splitlines()) < 10, ended.stderr
+
+
+@pytest.mark.parametrize("overrides", [(), ("speculative=false",)])
+def test_placement_of_mtp_modules_is_accepted(overrides: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    loads = tmp_path / "loads.jsonl"
+    loads.write_text('{"step": 1, "layer_1": [9, 1, 1, 2, 5, 3, 2, 1], "layer_2": [1, 1, 1, 2, 5, 3, 2, 7]}\n')
+    placement = tmp_path / "placement.json"
+    assert run_place([f"loads={loads}", "ranks=4", "ranks_per_node=4", "format=json", f"out={placement}"]) == 0
+    assert "placement.json" in preview([f"ckpt={run}", "ranks=4", f"placement={placement}", *overrides])
 
 
 @pytest.mark.long
