@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kernels.ranges import Range
@@ -22,6 +23,14 @@ class DataError(ValueError):
 def refusal(place: str, rule: str, value: object, near: object) -> DataError:
     """Returns the error about a value that breaks a rule such as `must be at most 3`."""
     return DataError(f"{place}: {rule}, is {value}; nearest: {near}")
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Returns whether a path leads into a folder, also through links, or into the blobs of its Hugging Face cache."""
+    root = folder.resolve()
+    revision = next((above for above in (root, *root.parents) if above.parent.name == "snapshots"), root)
+    blobs = revision.parent.parent / "blobs" if revision.parent.name == "snapshots" else root
+    return any(path.resolve().is_relative_to(allowed) for allowed in (root, blobs))
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:

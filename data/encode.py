@@ -88,6 +88,16 @@ def _joint_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
     return parts
 
 
+def check_token_ids(document: Document, vocab_size: int) -> None:
+    """Rejects a document of token ids that the tokenizer does not have."""
+    ids = document.tokens
+    if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise DataError(
+            f"{document.key}: token ids must be 0 to {vocab_size - 1}, are {ids.min()} to {ids.max()}; "
+            f"nearest: data.tokenizer=PATH of the tokenizer that wrote them"
+        )
+
+
 class DocumentEncoder:
     """Encodes documents in batches, and compares one document of each batch with `tokenizers`.
 
@@ -149,11 +159,6 @@ class DocumentEncoder:
             if document.tokens is None:
                 continue
             ids = document.tokens
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-                raise DataError(
-                    f"{document.key}: token ids must be 0 to {self._vocab_size - 1}, are {ids.min()} to {ids.max()}; "
-                    f"nearest: data.tokenizer=PATH of the tokenizer that wrote them"
-                )
             begin = int((ids[:1] == special.bos).any())
             end = len(ids) - int((ids[begin:][-1:] == special.eos).any())
             parts[index] = ids[begin:end].astype(np.uint32)

@@ -55,10 +55,11 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BrokenRow:
-    """A row that has no document."""
+    """A row that has no document, or rows that are lost from there on."""
 
     place: str  # file and row
     reason: str
+    rows: int = 1  # number of rows that it stands for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data.build.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.corpus import DataError, grouped, is_validation
-from data.encode import DocumentEncoder
+from data.encode import DocumentEncoder, check_token_ids
 from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
 from data.quality.duplicates import NUM_BANDS, full_blocks
@@ -267,6 +267,7 @@ class UnitEncoder:
 
     def _read(self, unit: TextUnit, counts: ReadCounts) -> Iterator[_Row]:
         for number, document in self._build.documents(unit, counts):
+            check_token_ids(document, self._tokenizer.vocab_size)
             text = document.text if document.tokens is None else self._tokenizer.decode(document.tokens.tolist())
             yield _Row(
                 document=document,

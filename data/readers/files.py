@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.corpus import DataError
+from data.corpus import DataError, is_within
 from data.registry import CorpusFile
 from kernels.registry import closest
 
@@ -26,6 +26,7 @@ READ_SUFFIXES = ".txt, .md, .py, .jsonl, these with .gz or .zst, .parquet, .arro
 _GLOB_CHARACTERS = frozenset("*?[")
 _LINKED_FOLDERS = "links to folders"
 _NO_FILES = "links, pipes or devices"
+_LINKS_OUT = "links out of the folder"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,8 @@ def search(
                 continue
             if not reads(path) or (listed is not None and name not in listed):
                 ignored[path.suffix.lower()] += 1
+            elif path.is_symlink() and path.is_file() and not is_within(path, root):
+                ignored[_LINKS_OUT] += 1
             elif path.is_file():
                 files.append(CorpusFile(key=path.relative_to(root).as_posix(), path=path))
             else:
@@ -117,7 +120,9 @@ def _list_path(name: str, ignored: Counter[str]) -> list[CorpusFile]:
     else:
         raise DataError(f"{name!r} does not exist; a path must name a file or folder{_nearest(path)}")
     if not files:
-        raise DataError(f"{name!r} contains no readable document; read are files ending in {READ_SUFFIXES}")
+        links = ignored[_LINKS_OUT]
+        more = f"; {links:,} links out of it must be named to be read" if links else ""
+        raise DataError(f"{name!r} contains no readable document; read are files ending in {READ_SUFFIXES}{more}")
     return files
 
 
@@ -150,8 +155,10 @@ def _matching_files(path: Path, ignored: Counter[str]) -> Iterator[CorpusFile]:
         relative = match.relative_to(root)
         if any(part.startswith(".") for part in relative.parts):
             continue
-        if match.is_dir() and match.is_symlink():
+        if match.is_symlink() and match.is_dir():
             ignored[_LINKED_FOLDERS] += 1
+        elif match.is_symlink() and match.is_file() and not is_within(match, root):
+            ignored[_LINKS_OUT] += 1
         elif match.is_dir():
             for file in search(match, _reads, ignored):
                 yield CorpusFile(key=(relative / file.key).as_posix(), path=file.path)
@@ -173,9 +180,11 @@ def _dataset_files(folder: Path, names: list[str]) -> frozenset[str] | None:
     if "state.json" not in names or not any(name.endswith(".arrow") for name in names):
         return None
     try:
+        if not (folder / "state.json").is_file():
+            raise ValueError("it is no regular file")
         state = json.loads((folder / "state.json").read_text("utf-8"))
         return frozenset(str(file["filename"]) for file in state["_data_files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / 'state.json'} must list the dataset's files: {error!r}") from error
 
 

@@ -58,6 +58,13 @@ def decode_text(content: bytes) -> tuple[str, int]:
         return content.decode("utf-8-sig", errors="replace"), len(_NOT_DECODED.findall(escaped))
 
 
+def lost_rows(path: Path, row: int, end: int, reason: str) -> BrokenRow:
+    """Returns the broken row after `row`, which stands for all until `end`, or for itself."""
+    lost = max(1, end - row)
+    more = f" (and the {lost - 1:,} rows after it)" if lost > 1 else ""
+    return BrokenRow(place=f"{path}:{row + 1}", reason=f"{reason}{more}", rows=lost)
+
+
 def read_lines(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields the rows of a text file or of JSON lines that begin in a range of bytes; compressed: all."""
     reader = _LineReader(file, first, None if compression_of(file.path) else last)

@@ -14,14 +14,15 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data.readers.lines import TextField
+from data.readers.lines import MAX_DOCUMENT_BYTES, TextField, lost_rows
 from data.registry import BrokenRow, CorpusFile, Document
 from data.shards import replacing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, type, sequences, ends of documents
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_ROWS = 2**16
+_ROWS = 2**12
+_MOST_SEQUENCES = 2**24  # of so many documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,31 +52,45 @@ def count_documents(file: CorpusFile) -> int:
 
 def read_megatron(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields documents `first` to `last - 1` as token ids."""
-    row = first
+    row = end = first
     try:
         index = _read_header(file.path.with_suffix(".idx"))
+        end = min(last, index.documents)
         with file.path.open("rb") as tokens:
-            for row, content in enumerate(_documents(index, tokens, first, min(last, index.documents)), first):
+            for row, content in enumerate(_documents(index, tokens, first, end), first + 1):
+                if isinstance(content, int):
+                    yield BrokenRow(place=f"{file.path}:{row}", reason=f"has {content:,} bytes, above the limit")
+                    continue
                 ids = np.frombuffer(content, dtype=index.dtype)
-                yield Document(key=f"{file.key}:{row + 1}", text="", tokens=ids)
+                yield Document(key=f"{file.key}:{row}", text="", tokens=ids)
     except (OSError, ValueError) as error:
-        yield BrokenRow(place=f"{file.path}:{row + 1}", reason=f"cannot be read: {error}")
+        yield lost_rows(file.path, row, end, f"cannot be read: {error}")
 
 
-def _documents(index: _Index, tokens: BinaryIO, first: int, last: int) -> Iterator[bytes]:
-    """Yields the bytes of documents, each of which is one or more sequences."""
+def _documents(index: _Index, tokens: BinaryIO, first: int, last: int) -> Iterator[bytes | int]:
+    """Yields the bytes of documents, each of which is one or more sequences; of one that is too long, their number."""
     size = os.fstat(tokens.fileno()).st_size
+    total = 0
     for begin in range(first, last, _ROWS):
         ends = np.fromfile(index.path, "<i8", min(_ROWS, last - begin) + 1, offset=index.ends_at + 8 * begin)
         if (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > index.sequences:
             raise ValueError("the documents of the index are not in order")
         count = int(ends[-1] - ends[0])
+        if count > _MOST_SEQUENCES:
+            raise ValueError(f"{len(ends) - 1:,} documents have {count:,} sequences, above the limit")
         lengths = np.fromfile(index.path, "<i4", count, offset=index.lengths_at + 4 * int(ends[0]))
         starts = np.fromfile(index.path, "<i8", count, offset=index.starts_at + 8 * int(ends[0]))
         bytes_of = lengths.astype(np.int64) * index.dtype.itemsize
-        if count and (lengths.min() < 0 or starts.min() < 0 or (starts + bytes_of).max() > size):
+        if count and (lengths.min() < 0 or starts.min() < 0 or (starts > size - bytes_of).any()):
             raise ValueError(f"the index names tokens that {size:,} bytes of .bin do not have")
         for a, b in zip(ends[:-1] - ends[0], ends[1:] - ends[0], strict=True):
+            num_bytes = int(bytes_of[a:b].sum())
+            total += num_bytes
+            if total > size:
+                raise ValueError(f"the index names tokens of {size:,} bytes of .bin more than once")
+            if num_bytes > MAX_DOCUMENT_BYTES:
+                yield num_bytes
+                continue
             yield b"".join(
                 os.pread(tokens.fileno(), int(bytes_of[sequence]), int(starts[sequence])) for sequence in range(a, b)
             )

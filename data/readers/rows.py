@@ -1,6 +1,7 @@
 """Reads corpus files in pieces, row by row, and counts what is skipped or replaced. Imports no torch."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import chain, pairwise
@@ -8,14 +9,15 @@ from typing import Literal
 
 from data.corpus import DataError
 from data.readers.files import compression_of, format_of
-from data.readers.lines import PART_BYTES, TextField, read_lines
+from data.readers.lines import MAX_RATIO, MIN_RATIO_BYTES, PART_BYTES, TextField, lost_rows, read_lines
 from data.readers.megatron import count_documents, read_megatron
-from data.readers.tables import DAMAGES, group_row_groups, read_arrow, read_parquet
+from data.readers.tables import group_row_groups, read_arrow, read_parquet
 from data.registry import BrokenRow, CorpusFile, Document, EmptyFile
 
 OnBroken = Literal["skip", "stop"]
 NAMED_ROWS = 50
 _KEPT_PLACES = 1000
+_ALL = 2**62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +84,15 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
     kind = format_of(file.path)
     try:
         size = file.path.stat().st_size
+        if _is_sparse(file):
+            return [FilePiece(file=file, first=0, last=_ALL, size_bytes=0)]
         if kind == "parquet":
             groups = group_row_groups(file, piece_bytes)
             return [FilePiece(file=file, first=first, last=last, size_bytes=size) for first, last, size in groups]
         grain = PART_BYTES if kind == "text" else 1
         units = count_documents(file) if kind == "megatron" else -(-size // grain)
-    except DAMAGES:
-        return [FilePiece(file=file, first=0, last=1, size_bytes=0)]
+    except (OSError, ValueError):
+        return [FilePiece(file=file, first=0, last=_ALL, size_bytes=0)]
     is_whole = kind == "arrow" or compression_of(file.path) is not None
     count = 1 if is_whole else max(1, min(units, -(-size // piece_bytes)))
     ends = [units * number // count * grain for number in range(count + 1)]
@@ -98,6 +102,9 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
 def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields every row of a piece, or that its file has none."""
     kind = format_of(piece.file.path)
+    if piece.first == 0 and _is_sparse(piece.file):
+        yield lost_rows(piece.file.path, 0, 0, "the file is sparse: most of it was never written")
+        return
     read = {"parquet": read_parquet, "arrow": read_arrow, "megatron": read_megatron}.get(kind or "", read_lines)
     rows = read(piece.file, piece.first, piece.last, field)
     row = next(rows, None)
@@ -105,6 +112,18 @@ def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenR
         yield from chain([row], rows)
     elif piece.first == 0 and kind != "text":
         yield EmptyFile(place=str(piece.file.path), reason="has no rows")
+
+
+def _is_sparse(file: CorpusFile) -> bool:
+    """Returns whether a file is far larger than what it has on the disk, as one that should exhaust its reader."""
+    try:
+        status = file.path.stat()
+        if status.st_size <= max(MIN_RATIO_BYTES, MAX_RATIO * 512 * status.st_blocks):
+            return False
+        with file.path.open("rb") as content:  # file systems that do not count blocks have no holes
+            return os.lseek(content.fileno(), 0, os.SEEK_HOLE) < status.st_size
+    except OSError:
+        return False  # its reader says why
 
 
 def keep_documents(
@@ -118,11 +137,11 @@ def keep_documents(
         if isinstance(row, EmptyFile):
             counts.empty_files.append(row.place)
             continue
-        counts.rows += 1
+        counts.rows += row.rows if isinstance(row, BrokenRow) else 1
         if isinstance(row, BrokenRow):
             if on_broken == "stop":
                 raise DataError(f"{row.place}: {row.reason}")
-            counts.broken += 1
+            counts.broken += row.rows
             if len(counts.broken_places) < _KEPT_PLACES:
                 counts.broken_places.append(f"{row.place}: {row.reason}".replace("\n", "\\n"))  # a name may have one
         elif row.tokens is None and not row.text.strip():

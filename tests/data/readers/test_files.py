@@ -93,3 +93,25 @@ def test_path_that_names_no_corpus_is_refused_in_a_line(name: str, rule: str, tm
     os.symlink("nowhere", tmp_path / "link")
     with pytest.raises(DataError, match=rf"^mix\.yaml: .*{re.escape(rule)}"):
         list_sources((str(tmp_path / name),), key="mix.yaml")
+
+
+def test_links_lead_within_their_folder_or_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "key.txt", "in/a.txt", "hub/blobs/1", "hub/snapshots/r1/readme.md")
+    (tmp_path / "in" / "b.txt").symlink_to("a.txt")
+    (tmp_path / "in" / "key.txt").symlink_to("../key.txt")
+    (tmp_path / "hub/snapshots/r1/c.txt").symlink_to("../../blobs/1")
+    listed = list_sources((str(tmp_path / "in"),))
+    assert ([file.key for file in listed.files], listed.ignored) == (["a.txt"], {"links out of the folder": 1})
+    assert keys(tmp_path / "in/key.txt") == ["key.txt"]
+    assert keys(tmp_path / "in/*.txt") == ["a.txt"]
+    assert keys(tmp_path / "hub/snapshots/r1") == ["c.txt", "readme.md"]
+    (tmp_path / "in" / "a.txt").unlink()
+    with pytest.raises(DataError, match="1 links out of it must be named to be read"):
+        list_sources((str(tmp_path / "in"),))
+
+
+def test_list_of_a_dataset_that_is_a_pipe_does_not_wait(tmp_path: Path) -> None:
+    make(tmp_path, "data.arrow")
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(DataError, match="no regular file"):
+        list_sources((str(tmp_path),))
