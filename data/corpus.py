@@ -26,7 +26,7 @@ def refusal(place: str, rule: str, value: object, near: object) -> DataError:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Returns whether a path leads into a folder, also through links, or into the blobs of its Hugging Face cache."""
+    """Returns whether a path leads, also by links, into a folder or the blobs of its Hugging Face cache."""
     root = folder.resolve()
     revision = next((above for above in (root, *root.parents) if above.parent.name == "snapshots"), root)
     blobs = revision.parent.parent / "blobs" if revision.parent.name == "snapshots" else root

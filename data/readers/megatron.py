@@ -68,7 +68,7 @@ def read_megatron(file: CorpusFile, first: int, last: int, text_field: TextField
 
 
 def _documents(index: _Index, tokens: BinaryIO, first: int, last: int) -> Iterator[bytes | int]:
-    """Yields the bytes of documents, each of which is one or more sequences; of one that is too long, their number."""
+    """Yields the bytes of documents, which are one or more sequences; the number of too many bytes."""
     size = os.fstat(tokens.fileno()).st_size
     total = 0
     for begin in range(first, last, _ROWS):

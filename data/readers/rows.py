@@ -115,7 +115,7 @@ def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenR
 
 
 def _is_sparse(file: CorpusFile) -> bool:
-    """Returns whether a file is far larger than what it has on the disk, as one that should exhaust its reader."""
+    """Returns whether a file is far larger than what it has on the disk."""
     try:
         status = file.path.stat()
         if status.st_size <= max(MIN_RATIO_BYTES, MAX_RATIO * 512 * status.st_blocks):

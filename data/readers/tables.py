@@ -1,7 +1,7 @@
 """Reads a column of text from parquet files by row group, and from Arrow files by record batch.
 
 pyarrow can crash on a damaged file, and a small file can fill the memory. So it runs in a separate process with limits
-of memory and time. The process lives as long as this one, and starts again after a crash.
+of memory and time. It serves all files of this process, and starts again after a crash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_READER_BYTES = 3 * 2**29
-"""Memory that the process may have in addition to its libraries: two pages of a table, and its largest texts."""
+"""Memory that the process may have in addition to its libraries: two pages of a table, and its longest strings."""
 
 # Few rows are decoded together, because a dictionary can hold a long text that many rows repeat.
 _BATCH_ROWS = 16
@@ -51,7 +51,7 @@ def group_row_groups(file: CorpusFile, piece_bytes: int) -> list[tuple[int, int,
 
 
 def read_parquet(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:
-    """Yields the rows of a range of row groups. What a damaged row group loses is one broken row with their number."""
+    """Yields the rows of a range of row groups. A damaged one is a broken row with the number of its rows."""
     return _ask("parquet", file.path, file.key, first, last, text_field.name, text_field.key)
 
 
@@ -123,7 +123,7 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 
 def main() -> None:
-    """Answers the requests of the process that has started this one, one in each line of the standard input."""
+    """Answers requests of the process that has started this one, one in each line of its input."""
     import pyarrow.parquet  # noqa: F401
 
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[5]) if sys.platform == "linux" else 0
