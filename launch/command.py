@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from comm.exits import EXIT_CONFIGURATION
+from comm.exits import EXIT_CONFIGURATION, EXIT_LOST
 from launch import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.config.compose import (
     CONFIG_ONLY,
@@ -27,7 +27,7 @@ from launch.config.compose import (
 from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
 from launch.machine import MachineError
 from train.config.decode import encode
-from train.errors import ConfigError, UnknownKeyError, nearest_key
+from train.errors import ConfigError, DeadRankError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
 from train.terminal import escape_terminals
 
@@ -77,6 +77,9 @@ def _run(name: str, main: Main, previews: Previews, arguments: Sequence[str], *,
     except BrokenPipeError:
         discard_output()
         return EXIT_BROKEN_PIPE
+    except DeadRankError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        return EXIT_LOST
     except ValueError as error:
         if not isinstance(error, user_errors()):
             raise

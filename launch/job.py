@@ -39,7 +39,7 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config import InferenceConfig
-from train.errors import ConfigError, nearest
+from train.errors import ConfigError, DeadRankError, nearest
 from train.terminal import escape_terminals
 
 if TYPE_CHECKING:
@@ -270,10 +270,6 @@ class RankError(RuntimeError):
     """Raised if a rank failed with an error that is not the user's, or died."""
 
 
-class DeadRankError(RankError):
-    """Raised if a rank died."""
-
-
 def run_on_local_ranks(
     function: RankFunction,
     cluster: ClusterConfig,
@@ -305,7 +301,7 @@ def run_on_local_ranks(
                 processes.append(process)
                 ends[ours] = rank
             return _await_results(ends, processes, receive)
-        except RankError:
+        except (RankError, DeadRankError):
             _await_end(next(end for end, rank in ends.items() if rank == 0), grace_seconds)
             raise
         finally:

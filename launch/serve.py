@@ -28,7 +28,6 @@ from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import (
     PRELOADED,
-    DeadRankError,
     Device,
     Dtype,
     Send,
@@ -46,7 +45,7 @@ from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
-from train.errors import ConfigError, broken
+from train.errors import ConfigError, DeadRankError, broken
 
 if TYPE_CHECKING:
     from infer.continuous import ContinuousEngine

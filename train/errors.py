@@ -62,6 +62,10 @@ class CallbackError(RuntimeError):
     """A callback failed. Raised on every rank at the same point; the text says which and why."""
 
 
+class DeadRankError(RuntimeError):
+    """A rank of a command on this machine died."""
+
+
 class PreemptedError(RuntimeError):
     """The run is preempted. Raised on every rank at the same point, where each can leave."""
 
