@@ -2,23 +2,31 @@
 
 import os
 import resource
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
+from launch.config.compose import user_errors
 from launch.convert import main as convert
+from launch.generate import main as generate
 from tests.attacks import hostile
+from tests.attacks.hostile_weights import FOLDERS, PRECISIONS
+from tests.attacks.hostile_weights import MANIFESTS as MANIFEST_SPOILS
+from tests.attacks.hostile_weights import RESUMED as LISTED
 from tests.commands import run_command
 from tests.finished_run import choices
 from tests.launch.checkpoints import write_run
+from tests.model.hf_checkpoints import write_tensors
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
 from tests.tiny import BATCH, tiny_config, write_text
@@ -26,6 +34,7 @@ from tests.train.job import close_job, open_job, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import verify
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 
 # A refusal takes milliseconds; what is bounded here is a file of a terabyte that is read.
@@ -292,3 +301,82 @@ def test_a_hostile_manifest_is_rejected_in_one_line(spoil: Spoil, part: str, sou
     hostile.rehash(folder)
     spoil(folder)
     assert_refused(CheckpointError, [part], lambda: verify(folder))
+
+
+@pytest.fixture(scope="module")
+def weights(sources: Path) -> Path:
+    """Creates the same weights as a checkpoint and as a Hugging Face folder of two shards."""
+    hostile.copy_of(sources / "alone" / "checkpoints" / "step-00000000", sources / "checkpoint")
+    assert convert(["from=checkpoint", f"path={sources / 'checkpoint'}", f"to={sources / 'hf'}"]) == 0
+    tensors = load_file(sources / "hf" / "model.safetensors")
+    write_tensors(sources / "hf", tensors, num_files=2)
+    return sources
+
+
+def readers(form: str, folder: Path) -> dict[str, Callable[[], object]]:
+    """Returns the functions by which commands read a folder of weights."""
+    new = folder.with_name("new")
+    return {
+        "generate": lambda: generate([f"ckpt={folder}", "prompt=a", "max_new_tokens=2"]),
+        "convert": lambda: convert([f"from={form}", f"path={folder}", f"to={new}", "processes=1"]),
+        "init_from": lambda: check_source(str(folder), "init_from"),
+    }
+
+
+def time_out(number: int, frame: object) -> None:
+    raise TimeoutError("hangs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "table"), [("checkpoint", MANIFEST_SPOILS), ("hf", FOLDERS)])
+def test_every_command_refuses_hostile_weights_in_one_line(
+    form: str, table: Mapping[str, Spoil], weights: Path, tmp_path: Path
+) -> None:
+    """Sizes that are huge, negative, floats, texts, missing or contradict the files; links, pipes and folders."""
+    whole = hostile.copy_of(weights / form, tmp_path / "whole" / form)
+    assert outcomes(form, whole) == dict.fromkeys(readers(form, tmp_path), "done")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wrong: dict[str, str] = {}
+    for number, (name, spoil) in enumerate(table.items()):
+        folder = hostile.copy_of(weights / form, tmp_path / str(number) / form)
+        spoil(folder)
+        wrong |= {f"{name}: {command}": text for command, text in outcomes(form, folder).items() if text != "refused"}
+    assert wrong == {}
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_hostile_precision_is_refused_in_one_line(name: str, weights: Path, tmp_path: Path) -> None:
+    folder = hostile.copy_of(weights / "checkpoint", tmp_path / "checkpoint")
+    PRECISIONS[name](folder)
+    assert outcomes("checkpoint", folder)["generate"] == "refused"
+
+
+@pytest.mark.usefixtures("_frugal")
+def test_hostile_lists_of_files_are_refused_in_one_line(weights: Path, tmp_path: Path) -> None:
+    verify(weights / "checkpoint")
+    for number, (name, spoil) in enumerate(LISTED.items()):
+        folder = hostile.copy_of(weights / "checkpoint", tmp_path / str(number))
+        spoil(folder)
+        assert ended(lambda: verify(folder)) == "refused", name  # noqa: B023  called at once
+
+
+def outcomes(form: str, folder: Path) -> dict[str, str]:
+    """Returns how each command ends: `done`, `refused` in one line, or with which other error."""
+    return {command: ended(read) for command, read in readers(form, folder).items()}
+
+
+def ended(read: Callable[[], object]) -> str:
+    before = signal.signal(signal.SIGALRM, time_out)
+    signal.alarm(10)
+    try:
+        read()
+    except user_errors() as error:
+        text = str(error)
+        return "refused" if "\n" not in text and len(text) < 1000 and text.isprintable() else text[:2000]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return "done"
