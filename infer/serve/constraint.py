@@ -175,6 +175,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self.is_draining = False
         self._slots = asyncio.Semaphore(_MOST_OPEN)
         self._builds = asyncio.Semaphore(_MOST_BUILT)
 
@@ -226,6 +227,8 @@ class Grammars:
             return
         async with self._slots:
             async with self._builds:
+                if self.is_draining:  # the server ends when the grammars that are being built are
+                    raise ApiError(503, "the server is shutting down", code="shutting_down")
                 grammar = self._fork()
                 try:
                     await grammar.build(structure)

@@ -224,6 +224,7 @@ class DrainingServer(uvicorn.Server):
         service.is_draining |= service.engine.failure is not None
         if service.is_draining and self._deadline == math.inf:
             self._deadline = time.monotonic() + self._drain_seconds
+            service.served.grammars.is_draining = True
             if service.num_calls and service.engine.failure is None:
                 service.write_line(f"draining {service.num_calls} requests for at most {self._drain_seconds:g} s")
         if self._ends_now or time.monotonic() > self._deadline:

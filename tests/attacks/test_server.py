@@ -138,10 +138,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line.startswith("serving tiny at"), (folder / "errors.txt").read_text()
-            yield Victim(line.split()[-1].removesuffix("/v1"), psutil.Process(process.pid), folder)
+            victim = Victim(line.split()[-1].removesuffix("/v1"), psutil.Process(process.pid), folder)
+            yield victim
             assert process.poll() is None, (folder / "errors.txt").read_text()[-2000:]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0, (folder / "errors.txt").read_text()[-2000:]
+            content = json.dumps({**SHORT, "guided_json": {"type": "integer", "multipleOf": 10**6 + 3}}).encode()
+            with ExitStack() as stack:
+                for _ in range(12):  # grammars whose builds take a second or more, two at a time
+                    client = stack.enter_context(socket.create_connection(victim.address, timeout=30))
+                    client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+                time.sleep(0.3)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(10) == 0, (folder / "errors.txt").read_text()[-2000:]
             assert "Traceback" not in (folder / "errors.txt").read_text()
         finally:
             process.kill()
