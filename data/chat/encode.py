@@ -99,8 +99,28 @@ def encode_prompt(
     if not messages:
         raise DataError("messages: must have at least one message, is []; nearest: a message of the user")
     check_role(messages, -1, "messages", "last message of a prompt", ("user", "tool"))
+    return encode_any_prompt(messages, template, tokenizer, thinking=thinking, tools=tools)
+
+
+def encode_any_prompt(
+    messages: Sequence[ChatMessage],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    *,
+    thinking: bool | None = None,
+    tools: Sequence[ToolDefinition] = (),
+    continues: bool = False,
+) -> list[int]:
+    """Returns the token ids of messages in any order, as the template in Jinja writes them.
+
+    `continues` leaves the last message, which is the assistant's, open for more text.
+    """
     parts = _message_parts(messages, frozenset(), template, tools)
-    parts.add(_turn_begin(messages[-1], template, thinking=template.thinks if thinking is None else thinking))
+    if continues:
+        check_role(messages, -1, "messages", "last message, which is continued,", ("assistant",))
+        del parts.parts[-len(template.end) :]
+    else:
+        parts.add(_turn_begin(messages[-1], template, thinking=template.thinks if thinking is None else thinking))
     return _encode([parts], tokenizer)[0].ids
 
 
@@ -152,9 +172,8 @@ def _message_parts(
                 parts.add(form.outputs_begin if is_first else form.output_joint)
                 parts.add(form.output_begin, message.content, form.output_end)
             case "assistant":
-                assert before is not None
                 shows_thoughts = message.thoughts is not None and number == len(messages) - 1
-                if shows_thoughts and before.role == "tool":
+                if shows_thoughts and before is not None and before.role == "tool":
                     rule = "must be absent after a tool's output, where no template has them"
                     raise DataError(f"messages[{number}].thoughts: {rule}; nearest: thoughts before the tool_calls")
                 parts.add(_turn_begin(before, template, thinking=shows_thoughts))
@@ -164,9 +183,9 @@ def _message_parts(
     return parts
 
 
-def _turn_begin(before: ChatMessage, template: ChatTemplate, *, thinking: bool) -> Pieces:
-    """Returns what precedes the assistant's turn after a user's message or a tool's output."""
-    if before.role == "tool":
+def _turn_begin(before: ChatMessage | None, template: ChatTemplate, *, thinking: bool) -> Pieces:
+    """Returns what precedes the assistant's turn after a tool's output or any other message."""
+    if before is not None and before.role == "tool":
         # After outputs of tools, the assistant continues its turn without a header.
         return template.tools.outputs_end
     if not thinking:

@@ -142,7 +142,7 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     """Returns the conversation of an object, or raises DataError with place, field, rule and value."""
     tools = read_tools(values.get("tools"), f"{place}: tools")
     if "messages" in values:
-        messages = _read_messages(values["messages"], f"{place}: messages")
+        messages = read_messages(values["messages"], f"{place}: messages")
         return _checked(Conversation(messages=messages, tools=tools), place)
     form = ' in an object with "messages", or with "prompt" and "answer"'
     require_fields(values, place, ("prompt", "answer"), form, _CONVERSATION_HINTS)
@@ -179,7 +179,7 @@ def read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
     """Returns the messages of a prompt: a string is one message of the user."""
     if isinstance(value, str):
         return (user(value),)
-    messages = _read_messages(value, place)
+    messages = read_messages(value, place)
     check_role(messages, -1, place, "last message of a prompt", ("user", "tool"))
     return messages
 
@@ -213,12 +213,13 @@ def _checked(conversation: Conversation, place: str) -> Conversation:
 def _read_answer(value: object, place: str) -> tuple[ChatMessage, ...]:
     if isinstance(value, str):
         return (assistant(_checked_content(value, place)),)
-    messages = _read_messages(value, place)
+    messages = read_messages(value, place)
     check_role(messages, 0, place, "first message of an answer", ("assistant",))
     return messages
 
 
-def _read_messages(value: object, place: str) -> tuple[ChatMessage, ...]:
+def read_messages(value: object, place: str) -> tuple[ChatMessage, ...]:
+    """Returns messages in any order."""
     if isinstance(value, str | dict):
         raise refusal(place, "must be a list of messages", describe(value), '[{"role": "user", "content": "..."}]')
     return list_of(value, place, _read_message)

@@ -1,11 +1,12 @@
 """Reads requests of completions and chats into prompts for an engine. Imports no torch."""
 
+import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from data.chat.encode import encode_prompt
+from data.chat.encode import encode_any_prompt
 from data.chat.messages import ToolDefinition
 from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import DataError, describe, refusal
@@ -159,8 +160,13 @@ def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     thoughts = [message.thoughts for message in messages]
     strings = [text for tool in tools for text in (tool.description, tool.parameters)]
     served.check_length(*(message.content for message in messages), *thoughts, *calls, *strings)
-    prompt = tuple(encode_prompt(messages, template, served.tokenizer, thinking=thinking, tools=tools))
-    opens_thoughts = thinking and messages[-1].role == "user"
+    continues = fields.get("continue_final_message", False)
+    if fields.get("add_generation_prompt", not continues) == continues:
+        rule = "must be true, unless continue_final_message is"
+        raise refusal("add_generation_prompt", rule, json.dumps(continues), json.dumps(not continues))
+    ids = encode_any_prompt(messages, template, served.tokenizer, thinking=thinking, tools=tools, continues=continues)
+    prompt = tuple(ids)
+    opens_thoughts = thinking and messages[-1].role != "tool" and not continues
     thoughts_end = template.thoughts.end if opens_thoughts and template.thoughts is not None else ()
     structure = _read_structure(served, fields, thoughts_end)
     if forced:

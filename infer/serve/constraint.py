@@ -32,6 +32,8 @@ from infer.serve import grammar_process
 from infer.serve.fields import ApiError
 from infer.serve.grammar_process import BEGUN, HEADER, MOST_BYTES
 
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+"""What a schema says for JSON without white space, which a model may write without end."""
 _FORMATS = {"json": "json_schema"}
 _MOST_CHARACTERS = 2**18
 _MOST_OPEN = 32  # processes
@@ -277,7 +279,7 @@ class Grammars:
         options = []
         for tool in tools:
             name = json.dumps(tool.name)
-            schema = json.dumps({"type": "object", **json.loads(tool.parameters)})
+            schema = json.dumps({"type": "object", **json.loads(tool.parameters), **COMPACT})
             begin = self._literal((*form.calls_begin, *form.call_begin))
             end = self._literal((*form.call_end, *form.calls_end))
             options.append(f"{begin} {name} {self._literal(form.separator)} %json {schema} {end}")

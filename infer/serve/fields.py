@@ -1,5 +1,6 @@
 """Errors in the form of OpenAI's API, and readers of the fields of a request's body. Imports no torch."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -7,8 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data.chat.messages import read_prompt, read_tools
-from data.corpus import Reader, choice_of, decode_json, list_of, number_of, object_of, refusal, shorten, text_of
+from data.chat.messages import read_messages, read_tools
+from data.corpus import (
+    Reader,
+    choice_of,
+    decode_json,
+    describe,
+    list_of,
+    number_of,
+    object_of,
+    refusal,
+    shorten,
+    text_of,
+)
 from kernels.ranges import Between
 
 BODY = "body: "
@@ -117,8 +129,50 @@ def _raw(value: object, place: str) -> object:
     return value
 
 
+def _neutral(values: Mapping[str, object]) -> dict[str, Reader | None]:
+    """Returns readers of fields that must have the value which changes nothing."""
+
+    def reader(neutral: object) -> Reader:
+        def read(value: object, place: str) -> object:
+            is_flag = isinstance(value, bool) == isinstance(neutral, bool)
+            if value != neutral or not is_flag:
+                raise refusal(place, f"must be {json.dumps(neutral)}", describe(value), json.dumps(neutral))
+            return value
+
+        return read
+
+    return {name: reader(neutral) for name, neutral in values.items()}
+
+
 # Fields that change no answer here; clients send them by default or for bookkeeping.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("request_id", "cache_salt"),
+)
+# Fields that are accepted at the value that changes nothing.
+_NEUTRAL: Mapping[str, object] = {
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "detokenize": True,
+    "min_tokens": 0,
+    "priority": 0,
+    "length_penalty": 1,
+    "use_beam_search": False,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+    "bad_words": [],
+}
+_NEUTRAL_IN_CHATS: Mapping[str, object] = {
+    "verbosity": "medium",
+    "modalities": ["text"],
+    "functions": [],
+    "function_call": "auto",
+    "best_of": 1,
+    "echo": False,
+    "add_special_tokens": False,
+    "documents": [],
+}
 _LEAST_TOP_P = 1e-6  # keeps the most probable token alone; 0 means this
 _TOKENS = _integer(0, 2**31)
 _SEED = _integer(-(2**63), 2**63 - 1)
@@ -129,6 +183,7 @@ _FORMAT: dict[str, Reader | None] = {
 }
 _COMMON: dict[str, Reader | None] = {
     **dict.fromkeys(_IGNORED),
+    **_neutral(_NEUTRAL),
     "model": text_of,
     "max_tokens": _TOKENS,
     "temperature": _number(0, 2),
@@ -156,10 +211,14 @@ COMPLETION_FIELDS: dict[str, Reader | None] = {
     "echo": _flag_of,
     "logprobs": _integer(0, MOST_ALTERNATIVES),
     "best_of": _integer(1, 128),
+    **_neutral({"add_special_tokens": True}),
 }
 CHAT_FIELDS: dict[str, Reader | None] = {
     **_COMMON,
-    "messages": lambda value, place: read_prompt([*list_of(value, place, _message_of)], place),
+    **_neutral(_NEUTRAL_IN_CHATS),
+    "add_generation_prompt": _flag_of,
+    "continue_final_message": _flag_of,
+    "messages": lambda value, place: read_messages([*list_of(value, place, _message_of)], place),
     "max_completion_tokens": _TOKENS,
     "logprobs": _flag_of,
     "top_logprobs": _integer(0, MOST_ALTERNATIVES),

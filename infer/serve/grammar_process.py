@@ -87,7 +87,10 @@ def _build(tokenizer: Any, kind: str, text: str, start: str) -> tuple[Any, str]:
     from llguidance import LLMatcher, LLParserLimits, grammar_from
 
     try:
-        definition = grammar_from(kind, text)  # type: ignore[arg-type]
+        if kind == "json_schema":  # without white space, which a model may write without end
+            definition = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
+        else:
+            definition = grammar_from(kind, text)  # type: ignore[arg-type]
         is_lark = kind in ("lark", "grammar", "choice")
         answer = {"lark_grammar": definition} if is_lark else json.loads(definition)["grammars"][0]
     except (ValueError, TypeError, RecursionError) as error:

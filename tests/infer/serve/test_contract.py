@@ -10,10 +10,11 @@ import httpx
 import openai
 import pytest
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from infer.engines.local import LocalModel
 from infer.evaluate.protocol import TargetSequence
 from infer.generate import generate
@@ -456,3 +457,63 @@ def test_metrics_and_lines_count_requests_without_their_text(server: RunningServ
     assert f"completions 200, {answer.usage.prompt_tokens} tokens in, 12 out" in line
     assert "secret" not in "".join(server.lines)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("user", "system"),
+        ("assistant", "user"),
+        ("user", "assistant", "assistant", "user"),
+        ("user", "assistant"),
+        ("system",),
+        ("tool",),
+        ("user", "assistant", "tool", "user"),
+    ],
+)
+def test_messages_in_any_order_are_the_text_of_the_template(roles: tuple[str, ...]) -> None:
+    messages = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
+    served = describe()
+    assert served.template is not None
+    (prompt,) = read_call(served, "chat/completions", json.dumps({"messages": messages}).encode()).prompts
+    tokens = {
+        "bos_token": TOKENIZER.decode([TOKENIZER.special.bos or 0]),
+        "eos_token": TOKENIZER.decode([TOKENIZER.special.eos]),
+    }
+    text = ImmutableSandboxedEnvironment().from_string(template_jinja(served.template))
+    assert TOKENIZER.decode(prompt) == text.render(messages=messages, add_generation_prompt=True, **tokens)
+
+
+def test_last_message_of_the_assistant_is_continued() -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "wor"}]
+    options = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    (prompt,) = read_call(describe(), "chat/completions", json.dumps(options).encode()).prompts
+    assert TOKENIZER.decode(prompt).endswith("wor")
+    for broken in ({"add_generation_prompt": True}, {"messages": MESSAGES}):
+        with pytest.raises(ApiError):
+            read_call(describe(), "chat/completions", json.dumps({**options, **broken}).encode())
+
+
+def test_fields_are_accepted_at_values_that_change_nothing() -> None:
+    common = {"skip_special_tokens": True, "min_tokens": 0, "priority": 0, "cache_salt": "a"}
+    in_chats = {"verbosity": "medium", "modalities": ["text"], "functions": [], "add_special_tokens": False}
+    read_call(describe(), "completions", json.dumps({"prompt": "a", **common}).encode())
+    read_call(describe(), "chat/completions", json.dumps({"messages": MESSAGES, **common, **in_chats}).encode())
+    for name, value in {
+        "skip_special_tokens": False,
+        "min_tokens": 1,
+        "priority": False,
+        "modalities": ["audio"],
+    }.items():
+        with pytest.raises(ApiError) as refused:
+            read_call(describe(), "chat/completions", json.dumps({"messages": MESSAGES, name: value}).encode())
+        assert refused.value.param == name
+
+
+def test_structured_output_has_no_white_space(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    for seed in range(4):
+        content = (
+            chat(client, response_format=form, temperature=1.5, seed=seed, max_tokens=30).choices[0].message.content
+        )
+        assert re.fullmatch(r'{"a":[1-9]}', content), content
