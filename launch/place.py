@@ -314,7 +314,14 @@ def _bars(title: str, before_R: Loads, after_R: Loads) -> str:
     return f'<figure><h3>{escape(title)}</h3><svg {size} role="img">{"".join(shapes)}</svg></figure>'
 
 
-preview = preview_of("place", _decode)
+def _checked(overrides: Sequence[str]) -> PlaceCommandConfig:
+    """Decodes the configuration, and reads the loads."""
+    config = _decode(overrides)
+    placement_shape(config, read_measured(config))
+    return config
+
+
+preview = preview_of("place", _checked)
 
 if __name__ == "__main__":
     sys.exit(command("place", main, preview))
