@@ -269,12 +269,6 @@ _SPECS = {
     "needle": EvaluationTaskSpec(
         "a number hidden in text, by depth and length", retrieval.NeedleConfig, retrieval.build_needle, version=1
     ),
-    "ruler": EvaluationTaskSpec(
-        "several keys, values and queries, variables, and frequent words in long prompts",
-        retrieval.RulerConfig,
-        retrieval.build_ruler,
-        version=1,
-    ),
     "maths": EvaluationTaskSpec(
         "questions of mathematics, whose answers must be proven equal",
         answering.MathsTaskConfig,

@@ -1,8 +1,6 @@
 """Models for tests of evaluation tasks: one that solves problems from their prompts, and one that guesses."""
 
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ DEFAULTS = yaml.safe_load(Path(__file__).parents[3].joinpath("conf", "evaluate.y
 
 
 class CopyModel:
-    """An oracle: copies what followed the same tokens before, and answers questions of `ruler` from the prompt."""
+    """An oracle: copies what followed the same tokens before."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -33,30 +31,7 @@ class CopyModel:
         return [self._score(each) for each in sequences]
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
-        self.lengths += [len(prompt.tokens) + request.max_new_tokens for prompt in prompts]
-        return rollouts_of(
-            prompts,
-            request,
-            stop_condition,
-            [self.tokenizer.encode(" " + self.answer(self.tokenizer.decode(prompt.tokens[1:]))) for prompt in prompts],
-        )
-
-    def answer(self, text: str) -> str:
-        """Returns the answer to the question in the last line of a prompt."""
-        body, _, question = text.rpartition("\n")
-        numbers = re.findall(r"The secret number of the (\w+ \w+) is (\d+)\.", body)
-        if question.startswith(("The secret number", "All secret numbers")):
-            asked = re.findall(r"the (\w+ \w+)", question)
-            return ", ".join(number for name in asked for key, number in numbers if key == name)
-        if question.startswith("All variables"):
-            values: dict[str, Any] = {}
-            for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", body):
-                values[name] = values.get(source, source)
-            wanted = re.search(r"\d+", question)[0]  # type: ignore[index]
-            return ", ".join(name for name, value in values.items() if value == wanted)
-        counts = Counter(re.findall(r"(\w+ \w+),", body))
-        most = max(counts.values())
-        return ", ".join(name for name, count in counts.items() if count > most // 2)
+        raise NotImplementedError
 
     def _score(self, sequence: TargetSequence) -> TargetScores:
         tokens = sequence.tokens

@@ -1,4 +1,4 @@
-"""Tests of `needle` and `ruler`: an oracle is always right, guessing is at chance, and prompts have their length."""
+"""Tests of `needle`: an oracle is always right, guessing is at chance, and prompts have their length."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,11 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.evaluate.haystack import Draws, Fact, hide, read_filler
 from infer.evaluate.protocol import EvaluationError
-from infer.evaluate.retrieval import SUBTASKS
 from infer.evaluate.run import OpenTask
 from tests.infer.evaluate.stand_ins import CopyModel, RandomModel, evaluate, open_task
 
 MOST = 1024
 NEEDLE = {"depths": [0, 30, 100], "num_samples": 3, "num_digits": 4}
-RULER = {"lengths": [512, 1024], "num_samples": 3, "num_facts": 3, "num_hops": 3, "num_common": 3, "num_digits": 5}
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +24,6 @@ def tokenizer() -> Tokenizer:
 
 def open_needle(tokenizer: Tokenizer, seed: int = 0, **keys: Any) -> OpenTask:
     return open_task("needle", tokenizer, MOST, seed, **{**NEEDLE, **keys})
-
-
-def open_ruler(tokenizer: Tokenizer, seed: int = 0, **keys: Any) -> OpenTask:
-    return open_task("ruler", tokenizer, MOST, seed, **{**RULER, **keys})
 
 
 def test_needle_an_oracle_finds_every_needle_and_guessing_none(tokenizer: Tokenizer) -> None:
@@ -60,44 +54,13 @@ def test_needle_is_where_it_should_be(tokenizer: Tokenizer) -> None:
         assert len(needle["value"]) == 4
 
 
-def test_ruler_an_oracle_names_everything_and_guessing_nothing(tokenizer: Tokenizer) -> None:
-    opened, model = open_ruler(tokenizer), CopyModel(tokenizer)
-    records, result = evaluate(opened, model, tokenizer, MOST)
-    assert len(records) == 5 * 2 * 3
-    wrong = [record for record in records if record["found"] != record["expected"]]
-    assert not wrong, wrong[0]
-    assert result.estimates["accuracy"].value == 1.0
-    (grid,) = result.details.grids
-    assert grid.y == SUBTASKS
-    assert grid.values == ((1.0, 1.0),) * 5
-    # Prompts have their length. Lists of whole words may be a few tokens shorter.
-    for record, length in zip(records, model.lengths, strict=True):
-        assert length <= record["length"] + 1
-        assert length > record["length"] - (30 if record["subtask"] == "common_words" else 1)
-    guessed = evaluate(opened, RandomModel(tokenizer.vocab_size), tokenizer, MOST)[1]
-    assert guessed.estimates["accuracy"].value == 0
-
-
-def test_ruler_problems_ask_for_what_their_subtask_says(tokenizer: Tokenizer) -> None:
-    counts = {"multi_key": 1, "multi_value": 3, "multi_query": 3, "variable_tracking": 4, "common_words": 3}
-    for sample in open_ruler(tokenizer).task.samples():
-        expected = sample.source["expected"]
-        text = tokenizer.decode(sample.requests[0].prompt[1:])  # type: ignore[arg-type, union-attr]
-        assert len(set(expected)) == counts[sample.source["subtask"]]
-        assert all(name in text for name in expected)
-        if sample.source["subtask"] == "common_words":
-            (count,) = {text.count(f" {name},") for name in expected}
-            assert count >= 2
-
-
 def test_prompts_depend_on_the_seed_alone(tokenizer: Tokenizer) -> None:
-    for build in (open_needle, open_ruler):
-        first, again, other = (
-            [sample.requests for sample in build(tokenizer, seed=seed).task.samples()] for seed in (0, 0, 1)
-        )
-        assert first == again
-        assert all(one != two for one, two in zip(first, other, strict=True))
-    keys = [sample.key for sample in open_ruler(tokenizer).task.samples()]
+    first, again, other = (
+        [sample.requests for sample in open_needle(tokenizer, seed=seed).task.samples()] for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))
+    keys = [sample.key for sample in open_needle(tokenizer).task.samples()]
     assert len(set(keys)) == len(keys)
 
 
@@ -141,11 +104,3 @@ def test_draws_are_different_and_repeatable() -> None:
 def test_needle_rejects_what_does_not_fit(tokenizer: Tokenizer, keys: dict, rule: str) -> None:
     with pytest.raises(EvaluationError, match=rule):
         open_needle(tokenizer, **keys)
-
-
-@pytest.mark.parametrize("subtask", SUBTASKS)
-def test_ruler_rejects_what_does_not_fit(tokenizer: Tokenizer, subtask: str) -> None:
-    with pytest.raises(EvaluationError, match=rf"ruler\.lengths: must have room for a problem of {subtask}, is 48"):
-        open_ruler(tokenizer, subtasks=[subtask], lengths=[48])
-    with pytest.raises(EvaluationError, match=r"ruler\.subtasks: must have at least one subtask, each once"):
-        open_ruler(tokenizer, subtasks=[subtask, subtask])
