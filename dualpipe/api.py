@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from html import escape
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def build(  # noqa: PLR0913
         UnknownNameError: if there is no such kind.
         ScheduleError: if a cost is invalid, or the kind is not defined for the size or does not fit the cap.
     """
-    model = _changed(costs or ModelCosts(), values)
+    model = _changed(costs, values)
+    _check_limits(kind, memory_cap, cache_dir)
     if kind == "auto":
         return compare(
             ranks=ranks,
@@ -91,7 +93,8 @@ def compare(
 
     Arguments and errors are those of `build`.
     """
-    model = _changed(costs or ModelCosts(), values)
+    model = _changed(costs, values)
+    _check_limits("auto", memory_cap, cache_dir)
     _check_whole(ranks=ranks, micro_batches=micro_batches, chunks=chunks, slices=slices, link_depth=link_depth)
     check_slices(next(kind for kind, spec in SCHEDULES.items() if spec.takes_slices), micro_batches, slices)
     costs_of = _costs_of(model, ranks, slices, link_depth)
@@ -103,8 +106,11 @@ def compare(
     return ScheduleComparison(rows=tuple(built), memory_cap=memory_cap, build_kind=build_kind)
 
 
-def _changed(costs: ModelCosts, values: Mapping[str, Any]) -> ModelCosts:
+def _changed(costs: ModelCosts | None, values: Mapping[str, Any]) -> ModelCosts:
     """Returns costs with other values by name."""
+    costs = ModelCosts() if costs is None else costs
+    if not isinstance(costs, ModelCosts):
+        raise ScheduleError(f"costs: must be a dualpipe.ModelCosts, is {costs!r}; nearest: ModelCosts(exchange=1)")
     names = [field.name for field in fields(ModelCosts)]
     for name in values:
         if name not in names:
@@ -115,8 +121,20 @@ def _changed(costs: ModelCosts, values: Mapping[str, Any]) -> ModelCosts:
 
 def _check_whole(**numbers: int | None) -> None:
     for name, value in numbers.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (is_whole and value >= 1):
             raise ScheduleError(f"{name}: must be a whole number of at least 1, is {value!r}; nearest: 1")
+
+
+def _check_limits(kind: object, memory_cap: Any, cache_dir: object) -> None:
+    """Checks the types of what is not a size. A cap that is too small is refused with the least one that works."""
+    is_number = isinstance(memory_cap, Real) and not isinstance(memory_cap, bool)
+    if not isinstance(kind, str):
+        raise ScheduleError(f"kind: must be the name of a schedule, is {kind!r}; nearest: 'auto'")
+    if memory_cap is not None and not (is_number and isfinite(memory_cap)):
+        raise ScheduleError(f"memory_cap: must be a finite number or None, is {memory_cap!r}; nearest: None")
+    if not isinstance(cache_dir, Path | None):
+        raise ScheduleError(f"cache_dir: must be a Path or None, is {cache_dir!r}; nearest: Path({str(cache_dir)!r})")
 
 
 def _costs_of(model: ModelCosts, ranks: int, slices: int, link_depth: int) -> Callable[[str, int], CostModel]:
@@ -144,7 +162,7 @@ class BuiltSchedule(TimedSchedule):
 
     def simulate(self, costs: ModelCosts | None = None, **values: Any) -> Simulation:
         """Returns the timing under the schedule's costs, or of its order under others with a warning."""
-        model = _changed(costs or self.model, values)
+        model = _changed(self.model if costs is None else costs, values)
         if model == self.model:
             return self.simulation
         warnings.warn(

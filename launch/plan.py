@@ -31,6 +31,7 @@ from launch.plan_request import (
     PlanRequest,
     changed_values,
     compose_plan,
+    make_validation_whole,
     parse_changes,
     planner_config,
     read_request,
@@ -48,6 +49,7 @@ from train.planner.job_plan import (
     compared_plan,
     plan_job,
     require_time,
+    unmeasured_note,
     untimed_reason,
 )
 from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
@@ -125,7 +127,7 @@ def _planned(request: PlanRequest) -> PlanAnswer:
         asked["advice"] = advise_hardware(request, plan)
     if request.options.dry_run:
         asked["dry_run"] = compare_built_ranks(plan.config)
-    values = forms.plan_values(plan, request.planner) | asked
+    values = forms.plan_values(plan, request.planner) | {"notes": list(request.notes)} | asked
     page = partial(plan_page, values, plan.timed, request.config.name)
     return PlanAnswer(values, lambda: _plan_lines(plan, values, asked), page)
 
@@ -240,7 +242,8 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
     except compose.user_errors() as error:
         raise ConfigError(f"what_if: {run.change}: {error}") from error
     best = min(plans, key=lambda plan: (not plan.fits, plan.timed.time.step if plan.timed is not None else 0.0))
-    return forms.what_if_values(run.change, base, best)
+    note = unmeasured_note(request.config, run.config, run.planner.rates)
+    return forms.what_if_values(run.change, base, best, note)
 
 
 def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
@@ -290,7 +293,9 @@ def changed_run(request: PlanRequest, item: str) -> ChangedRun:
     values = _with_model_keys(_with_options(request, chosen) if chosen else request.values, others)
     typed = write_config(request.config) | encode(request.planner)
     changed = changed_values(values, typed, others)
-    run = run_config({key: value for key, value in changed.items() if key not in PLANNER})
+    run_values = {key: value for key, value in changed.items() if key not in PLANNER}
+    list(make_validation_whole(run_values))
+    run = run_config(run_values)
     return ChangedRun(change=item, config=run, planner=planner_config(changed))
 
 

@@ -70,7 +70,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, what is planned, and `notes` on keys that a search changes."""
+    """A run's configuration, the rates, what is planned, and `notes` on keys that a plan or a search changes."""
 
     config: TrainConfig
     planner: PlannerConfig
@@ -93,7 +93,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     _check_modes(plan_options)
     planned = {key: value for key, value in values.items() if key not in output_keys}
     run = {key: value for key, value in planned.items() if key not in PLANNER}
-    notes = list(_adapt_to_search(run, overrides)) if plan_options.search or plan_options.smallest else []
+    notes = list(make_validation_whole(run))
+    if plan_options.search or plan_options.smallest:
+        notes += _adapt_to_search(run, overrides)
     if plan_options.smallest and run["task"].get("steps", 1) is None:  # they change no memory
         run["task"] = {**run["task"], "steps": 1000}
     if plan_options.run is None:
@@ -136,14 +138,18 @@ def _check_modes(own: PlanOptions) -> None:
             raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
 
 
-def _adapt_to_search(run: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    """Makes the validation whole batches, and yields a line for each key that a search changes."""
+def make_validation_whole(run: dict[str, Any]) -> Iterator[str]:
+    """Makes the validation of a run whole batches, of which no figure of a plan depends, and yields a line if so."""
     validation = run["validation"]
     sizes = (validation.get("sequences"), run["batch"].get("global_sequences"))
     if all(type(size) is int and size > 0 for size in sizes) and sizes[0] % sizes[1]:
         whole = -(-sizes[0] // sizes[1]) * sizes[1]
         run["validation"] = {**validation, "sequences": whole}
         yield f"validation.sequences: {whole} in place of {sizes[0]}, because validation runs whole batches"
+
+
+def _adapt_to_search(run: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Yields a line for each key that a search reads otherwise than given."""
     if run["rollout"] is not None:
         yield "rollouts: a search compares training steps alone; plan a layout to see how long it samples"
     keys = [key_of(text).replace("/", ".") for text in overrides]

@@ -91,6 +91,12 @@ class Computing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "recomputed", all_recomputed(self.recomputed))
 
+    @property
+    def recomputed_names(self) -> tuple[Recomputed, ...]:
+        """Everything that a backward computes again, in order, with what products in FP8 always recompute."""
+        names = self.recomputed if self.products == "own" else self.recomputed.union(RECOMPUTED)
+        return tuple(sorted(names))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

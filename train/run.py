@@ -158,6 +158,7 @@ def write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> Non
         tokens=config.batch.micro_sequences * config.rank_sequence_tokens,
         cut=planned.cut,
         context=config.parallelism.context,
+        recomputed=config.computing.recomputed_names,
     )
     try_to_write(Path(config.out_dir), MeasuredRun(measured=probed(planned.times, facts), schedule=planned.schedule))
 

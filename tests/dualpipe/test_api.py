@@ -117,8 +117,16 @@ def test_reprs_are_one_short_line() -> None:
         ("dualpipe", {"weights": -1}, ScheduleError, ["costs.weights", "-1"]),
         ("dualpipe", {"stages": 4}, ScheduleError, ["costs.stages", "a list", "is 4"]),
         ("dualpipe", {"stages": [1, 1, -1, 1]}, ScheduleError, ["costs.stages[2]", "at least 0", "-1"]),
+        ("dualpipe", {"costs": 1}, ScheduleError, ["costs: ", "is 1", "nearest: ModelCosts"]),
+        ("auto", {"costs": {"exchange": 1}}, ScheduleError, ["costs: ", "ModelCosts"]),
+        ("dualpipe", {"memory_cap": "big"}, ScheduleError, ["memory_cap: ", "a finite number or None", "'big'"]),
+        ("auto", {"memory_cap": float("nan")}, ScheduleError, ["memory_cap: ", "is nan"]),
+        ("auto", {"memory_cap": float("inf")}, ScheduleError, ["memory_cap: ", "is inf"]),
+        ("auto", {"cache_dir": "folder"}, ScheduleError, ["cache_dir: ", "nearest: Path('folder')"]),
+        ("dualpipe", {"ranks": True}, ScheduleError, ["ranks: ", "whole number", "True"]),
+        (5, {}, ScheduleError, ["kind: ", "is 5"]),
         ("dualpipe", {"stages": [1, 1]}, ScheduleError, ["costs.stages", "multiple of num_ranks=4", "has 2"]),
     ],
 )
-def test_build_rejects(kind: str, changes: dict[str, Any], error: type[ValueError], parts: list[str]) -> None:
+def test_build_rejects(kind: Any, changes: dict[str, Any], error: type[ValueError], parts: list[str]) -> None:
     assert_refused(error, parts, lambda: dualpipe.build(kind, **{**SIZE, **changes}))

@@ -329,6 +329,26 @@ def test_run_is_compared_with_its_own_rates(folder: Path, capsys: pytest.Capture
     assert again["compared"]["step_seconds"]["factor"] == pytest.approx(1.0)
 
 
+def test_change_that_rates_of_a_run_do_not_measure_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = ("batch.micro_sequences=2", "cluster.peak_flops=1e15", "dispatch=all_to_all", "batch.global_sequences=16")
+    listed = f"what_if=[{','.join((*items, 'recompute=[layer]'))}]"
+    rows = planned(capsys, *RUN, f"rates={folder}", listed)["what_if"]
+    notes = {row["change"]: row["note"] or "" for row in rows}
+    for item, key in zip(items, ("batch.micro_sequences", "cluster.peak_flops", "dispatch.kind"), strict=False):
+        assert key in notes[item]
+    assert notes[items[-1]] == ""
+    assert (rows[-1]["speedup"], "recompute" in rows[-1]["time_unknown"]) == (None, True)
+    assert main([*RUN, f"rates={folder}", listed]) == 0
+    text = capsys.readouterr().out
+    assert text.count("rates of a run do not measure") == 3
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_plan_of_a_batch_that_validation_cannot_fill_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=quickstart", "batch.global_sequences=500", "batch.ramp=null"]) == 0
+    assert "note       validation.sequences: 500 in place of 64" in capsys.readouterr().out
+
+
 def test_text_has_the_comparison_within_100_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"run={folder}"]) == 0
     text = capsys.readouterr().out
@@ -350,6 +370,15 @@ def test_rates_of_a_run_plan_another_layout_and_can_be_read_back(
     again = planned(capsys, *RUN, f"rates={tmp_path / 'plan.json'}")
     assert {**again, "assumptions": None} == {**own, "assumptions": None}
     sources = {each["name"]: each["source"] for each in own["assumptions"]}
+    # Two MTP modules take twice the time of one; what a backward computes again is part of the measured times.
+    deep = planned(capsys, *RUN, f"rates={folder}", "model.mtp_depth=2")
+    depths = {each["name"]: each["value"] for each in deep["assumptions"]}
+    assert depths["mtp.forward"] == pytest.approx(
+        2 * next(each["value"] for each in own["assumptions"] if each["name"] == "mtp.forward")
+    )
+    assert deep["time"]["step_seconds"] > own["time"]["step_seconds"]
+    unknown = planned(capsys, *RUN, f"rates={folder}", "recompute=[layer]")["time_unknown"]
+    assert "must be of a run with recompute=[layer,mla_up,norm,swiglu], are of recompute=[" in unknown
     assert "measured.json, step 7, on cpu" in sources["rates.moe.forward"]
 
 

@@ -38,6 +38,7 @@ KEYS = {
     "peak_bytes",
     "capacity_bytes",
     "time_unknown",
+    "note",
 }
 WRONG_WHAT_IFS = (
     # (what-if, the key and the value that the line must name)

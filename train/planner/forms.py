@@ -112,7 +112,7 @@ def _time_values(timed: TimedPlan) -> dict[str, Any]:
     }
 
 
-def what_if_values(change: str, base: JobPlan, plan: JobPlan) -> dict[str, Any]:
+def what_if_values(change: str, base: JobPlan, plan: JobPlan, note: str | None = None) -> dict[str, Any]:
     """Returns a changed run next to the run itself as plain values; gains are None if a time is unknown."""
     time = {} if plan.timed is None else _time_values(plan.timed)
     cost = plan.cost or {}
@@ -132,6 +132,7 @@ def what_if_values(change: str, base: JobPlan, plan: JobPlan) -> dict[str, Any]:
         "peak_bytes": plan.memory.worst.total,
         "capacity_bytes": plan.config.cluster.memory_bytes,
         "time_unknown": plan.untimed or None,
+        "note": note,
     }
 
 
@@ -140,7 +141,8 @@ def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
     verdict = ("reason", plan.reason)
     if plan.fits:
         verdict = ("largest", f"{parts(plan.memory.worst)}, in GB unless MB is given")
-    layout = [line for label, text in _layout_texts(plan).items() for line in labeled(label, text)]
+    notes = (("note", note) for note in values.get("notes", ()))
+    layout = [line for label, text in (*_layout_texts(plan).items(), *notes) for line in labeled(label, text)]
     lines = [_first_line(plan), *labeled(*verdict), "", *layout, "", *_memory_lines(plan), ""]
     if values["time"] is None:
         return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
@@ -307,8 +309,11 @@ def _number(value: float | None, unit: float = 1.0, digits: int = 0) -> str:
 
 def what_if_text(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a table of what-ifs in their order, or nothing if there are none."""
-    lines = [line for row in rows for line in _changed_lines(row["change"], row, _number(row["speedup"], digits=3))]
-    return [_changed_line("what if", "step s", "speedup", "GPU-hours", "fits"), *lines] if rows else []
+    lines = [_changed_line("what if", "step s", "speedup", "GPU-hours", "fits")] if rows else []
+    for row in rows:
+        lines += _changed_lines(row["change"], row, _number(row["speedup"], digits=3))
+        lines += wrapped(row["time_unknown"] or row["note"] or "", first="  ", others="    ")
+    return lines
 
 
 def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:

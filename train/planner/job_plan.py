@@ -43,6 +43,12 @@ _SPEEDS = (
     *("memory_bytes_per_second", "host_memory_bytes_per_second", "host_link_bytes_per_second", "dollars_per_gpu_hour"),
 )
 """Keys of the cluster on which no memory depends."""
+_MEASURED = ("model.num_layers", "model.num_dense_layers", "model.mtp_depth")
+_UNMEASURED = (
+    *("model.", "attention.", "dispatch.", "optim.", "batch.micro_sequences.", "batch.sequence_length_tokens."),
+    *("parallelism.expert.", *(f"cluster.{key}." for key in _SPEEDS if key != "dollars_per_gpu_hour")),
+)
+"""Keys that change the time of a run's step, and keys below them, on which rates of a run do not depend."""
 _HOUR = 3600.0
 _DAY_HOURS = 24.0
 _TRILLION = 1e12
@@ -194,7 +200,24 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
     if rates.context != mesh.context:
         rule = f"must be of a run with parallelism.context={mesh.context}"
         return f"rates: {rule}, are of {rates.context}; nearest: parallelism.context={rates.context}"
+    if rates.mtp_depth == 0 < config.model.mtp_depth:
+        return "rates: must be of a run with MTP modules, are of one without; nearest: model.mtp_depth=0"
+    names = config.computing.recomputed_names
+    if rates.recomputed not in (None, names):
+        measured = f"recompute=[{','.join(rates.recomputed or ())}]"
+        return f"rates: must be of a run with recompute=[{','.join(names)}], are of {measured}; nearest: {measured}"
     return ""
+
+
+def unmeasured_note(before: TrainConfig, after: TrainConfig, rates: Rates) -> str | None:
+    """Returns what a change of a run does not change in rates of a run, or None."""
+    old, new = (dict(flatten(encode(config))) for config in (before, after))
+    keys = (key for key in old | new if old.get(key) != new.get(key) and key not in _MEASURED)
+    unknown = [key for key in keys if f"{key}.".startswith(_UNMEASURED)]
+    if not unknown or isinstance(rates, KernelRates):
+        return None
+    scaled = "; a micro-batch takes time in proportion to its tokens" if any("batch" in key for key in unknown) else ""
+    return f"rates of a run do not measure what {', '.join(unknown)} changes{scaled}"
 
 
 def job_cost(

@@ -32,12 +32,13 @@ def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
         "cost": layout.cost,
         "pareto": layout.is_pareto,
         "extended": layout.is_extended,
-        "overrides": list(layout_overrides(layout.config, run)),
+        "measured": layout.is_measured,
+        "overrides": list(layout_overrides(layout.config, run, measures=layout.is_measured)),
     }
 
 
-def layout_overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
-    """Yields the overrides that turn a run into a layout with a listed cut."""
+def layout_overrides(config: TrainConfig, run: TrainConfig, *, measures: bool = False) -> Iterator[str]:
+    """Yields the overrides that turn a run into a layout with a listed cut, with `schedule=auto` if it measures."""
     mesh = config.parallelism
     batch = config.batch
     schedule = config.schedule
@@ -47,7 +48,7 @@ def layout_overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     if mesh.context != run.parallelism.context:
         yield f"parallelism.context={mesh.context}"
     yield f"parallelism.cut=[{','.join(map(str, mesh.cut.layers))}]"
-    yield f"schedule={schedule.kind}"
+    yield f"schedule={'auto' if measures else schedule.kind}"
     yield f"schedule.pairing={schedule.pairing}"
     if schedule.slices > 1 or run.schedule.slices > 1:
         yield f"schedule.slices={schedule.slices}"

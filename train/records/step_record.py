@@ -323,6 +323,7 @@ class PipelineTimeline:
             tokens=batch.micro_sequences * batch.sequence_length_tokens // mesh.context,
             cut=replica.cut,
             context=mesh.context,
+            recomputed=config.computing.recomputed_names,
         )
         times = step_times(config.model, drawn_schedule, replica.cut, measured)
         try_to_write(self._folder, MeasuredRun(measured=drawn(times, facts, step), schedule=replica.schedule))

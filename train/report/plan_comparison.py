@@ -83,6 +83,8 @@ def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
         expert=measured.expert,
         tokens=measured.tokens,
         context=measured.context,
+        mtp_depth=measured.mtp_depth,
+        recomputed=measured.recomputed,
         **parts,
         alone=alone,
         latency_seconds=measured.latency_seconds,

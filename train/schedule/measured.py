@@ -12,7 +12,7 @@ from dualpipe.ir import Op, Operation, Schedule, from_json, to_json, value_made,
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.validate import validate_passes
 from kernels.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
-from model.config import ModelConfig, cut_at
+from model.config import ModelConfig, Recomputed, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.errors import ConfigError
@@ -206,6 +206,8 @@ class MeasuredTimes:
     latency_seconds: NonNegativeFloat
     phases: tuple[PhaseTimes, ...]
     context: PositiveInt = 1
+    mtp_depth: NonNegativeInt = 1
+    recomputed: tuple[Recomputed, ...] | None = None
 
     @property
     def cut_ranges(self) -> tuple[range, ...]:
@@ -235,6 +237,7 @@ class RunFacts:
     tokens: int
     cut: Sequence[range]
     context: int = 1
+    recomputed: tuple[Recomputed, ...] | None = None
 
 
 def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
@@ -263,6 +266,8 @@ def drawn(measured: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
         latency_seconds=times.latency,
         phases=measured.phases,
         context=facts.context,
+        mtp_depth=facts.model.mtp_depth,
+        recomputed=facts.recomputed,
     )
 
 

@@ -15,8 +15,8 @@ from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
 from infer.cohorts import AnsweredPrompt
-from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from model.config import CutError
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from model.config import CutError, Recomputed
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
 from train.schedule.cut import run_chunks, run_cut, run_placement, with_cut
@@ -76,6 +76,7 @@ class MeasuredRates:
 
     They hold for that model and device, and scale with the tokens of a micro-batch on a rank.
 
+    `mtp` are `mtp_depth` modules, and `recomputed` is what the run's backward computes again, None if it is unknown.
     `alone` is computation of a lone operation over computation next to another one, which the times are.
     `latency_seconds` is from one pipeline rank to the next; `optimizer_seconds` is a step's time outside the passes.
     """
@@ -95,6 +96,8 @@ class MeasuredRates:
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
     context: PositiveInt = 1
+    mtp_depth: NonNegativeInt = 1
+    recomputed: tuple[Recomputed, ...] | None = None
     rollouts: RolloutRates | None = None
 
     def part_seconds(
@@ -114,7 +117,7 @@ class MeasuredRates:
             moe=scaled(self.moe),
             embedding=scaled(self.embedding),
             head=scaled(self.head),
-            mtp=scaled(self.mtp),
+            mtp=scaled(self.mtp * (config.model.mtp_depth / max(1, self.mtp_depth))),
             latency=self.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
         )
 

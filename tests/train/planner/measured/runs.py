@@ -37,6 +37,7 @@ def facts_of(config: TrainConfig, device: str = "cpu") -> RunFacts:
         expert=config.parallelism.expert,
         tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
         cut=run_cut(config, schedule.placement),
+        recomputed=config.computing.recomputed_names,
     )
 
 
