@@ -127,7 +127,7 @@ def _check_whole(**numbers: int | None) -> None:
 
 
 def _check_limits(kind: object, memory_cap: Any, cache_dir: object) -> None:
-    """Checks the types of what is not a size. A cap that is too small is refused with the least one that works."""
+    """Checks the types of what is not a size; a cap that is too small is refused later."""
     is_number = isinstance(memory_cap, Real) and not isinstance(memory_cap, bool)
     if not isinstance(kind, str):
         raise ScheduleError(f"kind: must be the name of a schedule, is {kind!r}; nearest: 'auto'")

@@ -70,7 +70,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, what is planned, and `notes` on keys that a plan or a search changes."""
+    """A run's configuration, the rates, what is planned, and `notes` on keys that a plan changes."""
 
     config: TrainConfig
     planner: PlannerConfig
@@ -139,7 +139,7 @@ def _check_modes(own: PlanOptions) -> None:
 
 
 def make_validation_whole(run: dict[str, Any]) -> Iterator[str]:
-    """Makes the validation of a run whole batches, of which no figure of a plan depends, and yields a line if so."""
+    """Makes a run's validation whole batches, which changes no figure, and yields a line if so."""
     validation = run["validation"]
     sizes = (validation.get("sequences"), run["batch"].get("global_sequences"))
     if all(type(size) is int and size > 0 for size in sizes) and sizes[0] % sizes[1]:

@@ -132,7 +132,7 @@ def search_layouts(
 
 
 def as_measured(found: FoundLayout, planner: PlannerConfig, rules: Rules) -> FoundLayout:
-    """Returns a layout under `schedule=auto`, which orders its schedule for measured times, if that is faster."""
+    """Returns a layout under `schedule=auto`, ordered for measured times, if that is faster."""
     schedule = found.config.schedule
     if not is_closed_form(schedule.kind, schedule.chunks, schedule.slices):
         return found

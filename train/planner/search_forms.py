@@ -38,7 +38,7 @@ def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
 
 
 def layout_overrides(config: TrainConfig, run: TrainConfig, *, measures: bool = False) -> Iterator[str]:
-    """Yields the overrides that turn a run into a layout with a listed cut, with `schedule=auto` if it measures."""
+    """Yields the overrides that turn a run into a layout; `schedule=auto` if it `measures`."""
     mesh = config.parallelism
     batch = config.batch
     schedule = config.schedule
