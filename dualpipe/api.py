@@ -175,11 +175,14 @@ class BuiltSchedule(TimedSchedule):
         costs_of = _costs_of(model, order.num_ranks, order.slices, order.link_depth)
         return simulate(order, costs_of(self.schedule.kind, self.schedule.num_stages))
 
-    def draw(self) -> "Drawing":
-        """Returns the picture of the schedule under its costs."""
+    def draw(self, window: int | None = None) -> "Drawing":
+        """Returns the picture of the schedule under its costs; the text is cut to `window` columns."""
+        width = window or 160
         return Drawing(
             {
-                "text": lambda: f"{grid(self.schedule, self.simulation)}\n{self._numbers()}",
+                "text": lambda: (
+                    f"{grid(self.schedule, self.simulation, width, is_cut=bool(window))}\n{self._numbers()}"
+                ),
                 "html": lambda: html([self]),
                 "svg": lambda: svg(self.schedule, self.simulation, bound=self.bound),
             }

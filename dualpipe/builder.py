@@ -66,7 +66,8 @@ def build_schedule(
 
     def generate(cap: float | None) -> Schedule:
         made = _generate(spec, num_ranks, num_micro_batches, activations.without_offload(), cap, cache_dir)
-        return replace(made, link_depth=activations.link_depth)
+        # Pictures, reports and errors use the name that was chosen, which may be a former one.
+        return replace(made, kind=kind, link_depth=activations.link_depth)
 
     try:
         return _fit(generate, activations, room)
@@ -415,7 +416,7 @@ class Alternatives:
         rows: list[TimedSchedule | UnavailableSchedule] = []
         costs = replace(costs, slices=schedule.slices)
         for kind, spec in candidates().items():
-            if kind == schedule.kind:
+            if kind == SCHEDULES.current_name(schedule.kind):
                 continue
             built = self._built.get(kind)
             if built is None:

@@ -294,11 +294,11 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     return "\n".join(lines)
 
 
-def terminal_columns() -> int:
-    """Returns the width of the help: that of the terminal, or 100 if stdout is not a terminal."""
+def terminal_columns(most: int = MOST_COLUMNS) -> int:
+    """Returns the width of text for the terminal, at most `most`; `most` if stdout is not a terminal."""
     if not sys.stdout.isatty():
-        return MOST_COLUMNS
-    return min(MOST_COLUMNS, max(_FEWEST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
+        return most
+    return min(most, max(_FEWEST_COLUMNS, shutil.get_terminal_size((most, 24)).columns))
 
 
 def _page(

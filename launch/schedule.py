@@ -25,11 +25,13 @@ from kernels.ranges import PositiveInt
 from kernels.registry import closest
 from launch.command import command, preview_of, write_output
 from launch.config.compose import compose
+from launch.help import terminal_columns
 from train.config.decode import decode
 from train.errors import broken
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
+_MOST_COLUMNS = 160  # of a timeline in the terminal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +106,16 @@ def _shown(config: ScheduleCommandConfig) -> str:
         case "svg":
             return built.draw().render("svg")
     compared = compared or compare(**size)
-    others = [row for row in compared.rows if isinstance(row, UnavailableSchedule) or row.schedule != schedule]
+    others = [
+        row for row in compared.rows if isinstance(row, UnavailableSchedule) or row.schedule.ranks != schedule.ranks
+    ]
     if config.format == "html":
         return html([built, *others])
-    rows = [*compared.rows] if len(others) < len(compared.rows) else [built, *others]
-    parts = [built.draw().render("text"), "", table(rows)]
-    return "\n".join([*parts, *([f"auto: {compared.reason}"] if kind == "auto" else [])])
+    rows = [built if row not in others else row for row in compared.rows]
+    rows = rows if built in rows else [built, *rows]
+    window = None if config.out else terminal_columns(_MOST_COLUMNS)
+    reason = [f"auto: {compared.reason}"] if kind == "auto" else []
+    return "\n".join([table(rows, min(window or 100, 100)), *reason, "", built.draw(window).render("text")])
 
 
 def _torch_kinds() -> list[str]:

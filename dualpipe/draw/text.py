@@ -49,11 +49,11 @@ _MEANING_OF_RUN = (
 _COLUMN_GAP = "  "
 
 
-def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
+def grid(schedule: Schedule, simulation: Simulation, width: int = 160, *, is_cut: bool = False) -> str:
     """Returns the picture with its legend. ASCII only, no trailing newline.
 
     A group is a label, followed by dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. A picture wider than
-    `width` columns is continued below.
+    `width` columns is continued below, or cut there.
     """
     scale = _scale(schedule, simulation)
     margin = len(_head(schedule.num_ranks - 1))
@@ -61,11 +61,16 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
     total = max(map(len, rows))
     band = max(width - margin, _TICK_COLUMNS)
     lines: list[str] = []
-    for start in range(0, max(total, 1), band):
+    drawn = min(total, band) if is_cut else total
+    for start in range(0, max(drawn, 1), band):
         lines.append("time".ljust(margin) + _ruler(scale, start, min(start + band, total)))
         lines += [(_head(rank).rjust(margin) + row[start : start + band]).rstrip() for rank, row in enumerate(rows)]
         lines.append("")
-    return "\n".join(lines + _legend(schedule))
+    if drawn < total:
+        span = f"the first {number(drawn / scale)} of {number(simulation.makespan)}"
+        lines += textwrap.wrap(f"{span}; out=FILE writes all, format=html or svg draws it", width)
+    legend = [line for text in _legend(schedule) for line in (textwrap.wrap(text, width) if is_cut else [text])]
+    return "\n".join(lines + legend)
 
 
 def summary(

@@ -39,6 +39,29 @@ def test_schedule_text_shows_the_picture_and_the_costs_matter(capsys: pytest.Cap
     assert all(text.count("\n") > 4 for text in printed)
 
 
+def test_comparison_comes_first_and_the_timeline_is_cut_to_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chosen name is the one that is printed, also if another name selects the same order."""
+    choices = ["schedule=dualpipe_split", "num_ranks=8", "num_micro_batches=20"]
+    monkeypatch.setattr("launch.schedule.terminal_columns", lambda most: 80)
+    assert main(choices) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("schedule ")
+    assert lines[1].split()[:2] == ["dualpipe_split", "1"]
+    rows = [line for line in lines if line.startswith("rank ")]
+    assert len(rows) == 8
+    assert max(map(len, rows)) <= 80
+    assert "the first 24 of 63; out=FILE writes all" in printed
+    assert "schedule           dualpipe_split, 8 ranks" in printed
+    # A file holds every column.
+    assert main([*choices, f"out={tmp_path / 'whole.txt'}"]) == 0
+    whole = (tmp_path / "whole.txt").read_text()
+    assert whole.count("\nrank 7 |") > 1
+    assert "out=FILE" not in whole
+
+
 def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["num_micro_batches=12", "costs.stages=[1,1,1,{forward: 2, backward_input: 2}]"]) == 0
     printed = capsys.readouterr().out
@@ -93,7 +116,7 @@ def test_schedule_rejects(override: str, error: type[ValueError], parts: list[st
 def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule=auto", "num_ranks=4", "num_micro_batches=12"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith("auto: dualpipe_interleaved with 4 chunks: makespan 36.2, ")
+    assert "\nauto: dualpipe_interleaved with 4 chunks: makespan 36.2, " in printed
     assert all(kind in printed for kind in candidates())
 
 
