@@ -204,7 +204,7 @@ def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) 
     run = tmp_path / "drawn"
     assert {path.name for path in run.iterdir()} >= FILES
     assert not list(run.glob("*.partial"))
-    assert "drawn, step 5: dualpipe_interleaved, 2 ranks, 4 micro-batches" in (run / SVG_NAME).read_text()
+    assert "drawn, step 5: dualpipe_split, 2 ranks, 4 micro-batches" in (run / SVG_NAME).read_text()
     assert shapes_of((run / SVG_NAME).read_text()) == sorted(2 * operations_of(build_schedule("dualpipe_split", 2, 4)))
     bubbles = [line["pipeline_bubble"] for line in read_metrics(tmp_path, "drawn")]
     assert len(bubbles) == 5
