@@ -108,7 +108,7 @@ def _on_broken(source: DataSource) -> OnBroken:
 
 def _read_file(file: CorpusFile, text_field: str, limit_bytes: int | None) -> Iterator[Document | BrokenRow]:
     left = limit_bytes or _ALL_BYTES
-    for row in read_rows(pieces(file, left)[0], TextField(text_field)):
+    for row in read_rows(pieces(file, left, allows_holes=limit_bytes is not None)[0], TextField(text_field)):
         if limit_bytes is None or isinstance(row, BrokenRow):
             yield row
             continue

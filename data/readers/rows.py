@@ -79,12 +79,15 @@ class ReadCounts:
             )
 
 
-def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
-    """Cuts a file into pieces of about `piece_bytes`, in order. A file that cannot be read is one piece."""
+def pieces(file: CorpusFile, piece_bytes: int, *, allows_holes: bool = False) -> list[FilePiece]:
+    """Cuts a file into pieces of about `piece_bytes`, in order. A file that cannot be read is one piece.
+
+    A sparse file can be read only with `allows_holes`, for the first of its bytes.
+    """
     kind = format_of(file.path)
     try:
         size = file.path.stat().st_size
-        if _is_sparse(file):
+        if not allows_holes and _is_sparse(file):
             return [FilePiece(file=file, first=0, last=_ALL, size_bytes=0)]
         if kind == "parquet":
             groups = group_row_groups(file, piece_bytes)
@@ -102,7 +105,7 @@ def pieces(file: CorpusFile, piece_bytes: int) -> list[FilePiece]:
 def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields every row of a piece, or that its file has none."""
     kind = format_of(piece.file.path)
-    if piece.first == 0 and _is_sparse(piece.file):
+    if piece.last >= _ALL and _is_sparse(piece.file):
         yield lost_rows(piece.file.path, 0, 0, "the file is sparse: most of it was never written")
         return
     read = {"parquet": read_parquet, "arrow": read_arrow, "megatron": read_megatron}.get(kind or "", read_lines)

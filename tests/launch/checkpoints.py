@@ -1,5 +1,6 @@
 """Creates a run's folder with one checkpoint of a tiny model, without training."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from model.size import count_parameters
 from model.transformer import Transformer, named_tensors
 from tests.infer.models import make_foresighted
 from tests.tiny import tiny_config
 from train.checkpoint.index import INDEX_NAME, index_json
-from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest
+from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest, write_weights_manifest
 from train.checkpoint.parts import index_of, write_part
 from train.config import Precision, PrecisionConfig
 
@@ -42,6 +45,16 @@ def write_checkpoint(
     if tokenizer:
         Tokenizer.train(TEXTS, 300).save(folder / TOKENIZER_NAME)
     write_manifest(folder, 0, tiny_config(run, model=model.config, precision=precision), "f00d")
+    return folder
+
+
+def write_stand_in(folder: Path, model: ModelConfig) -> Path:
+    """Writes converted weights that define an architecture, with a sparse file of the weights' size."""
+    folder.mkdir(exist_ok=True)
+    write_weights_manifest(folder, model, {})
+    account = count_parameters(model)
+    (folder / "rank_00000.safetensors").touch()
+    os.truncate(folder / "rank_00000.safetensors", 4 * (account.total + account.mtp))
     return folder
 
 

@@ -22,8 +22,9 @@ from launch.config.rules import check_optim, check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
+from tests.launch.checkpoints import write_stand_in
 from tests.refusals import assert_refused
-from train.checkpoint.manifest import CheckpointError, write_weights_manifest
+from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.errors import ConfigError, divisors, multiples
 from train.schedule.cut import ramp_notices
@@ -77,10 +78,8 @@ def write_chats(folder: Path, choice: str) -> list[str]:
 
 
 def place_weights(folder: Path) -> str:
-    """Creates converted weights of the default model, with only the files that define its architecture."""
-    folder.mkdir()
-    write_weights_manifest(folder, build().model, {})
-    return str(folder)
+    """Creates converted weights of the default model, that define its architecture."""
+    return str(write_stand_in(folder, build().model))
 
 
 INDEPENDENT = ("cluster", "optim/schedule", "optim", "schedule", "guard", "track", "profile", "batch", "validation",

@@ -26,7 +26,6 @@ from launch import convert, generate, job
 from launch.convert import main as run_convert
 from launch.generate import main
 from launch.generate import main as run_generate
-from launch.job import RankError
 from model.config import CutError
 from model.hf.writer import save_hf
 from model.transformer import named_tensors
@@ -39,7 +38,7 @@ from tests.tiny import tiny_config
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.preserved import preserved_by_run
-from train.errors import ConfigError
+from train.errors import ConfigError, DeadRankError
 
 PROMPTS = ["def f(x):", "a", "naïve café", "return x + 1\n", "日本", "x"]
 
@@ -134,7 +133,7 @@ def test_error_of_the_ranks_is_the_users(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rank_that_dies_ends_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "_run_rank", _die_as_rank_one)
-    with pytest.raises(RankError, match="rank 1 died before it returned"):
+    with pytest.raises(DeadRankError, match="rank 1 died before it returned"):
         main([f"ckpt={run}", "prompt=a", "parallelism=two_ranks"])
 
 

@@ -23,8 +23,8 @@ from launch.train import preview
 from model.config import YarnRope
 from tests.covering import exhaustive
 from tests.data.released_tokenizer import write_released
+from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
-from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import ConfigError
@@ -69,8 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Real text as far as a start reads it; the rest is sparse.
     (folder / "text" / "a.txt").write_text("some text to train on\n" * 400_000, encoding="utf-8")
     os.truncate(folder / "text" / "a.txt", 3 * T)  # sparse: as many bytes as DeepSeek-V3's corpus needs at least
-    (folder / "teacher").mkdir()
-    write_weights_manifest(folder / "teacher", compose_run(["model=arithmetic"]).model, {})
+    write_stand_in(folder / "teacher", compose_run(["model=arithmetic"]).model)
     for name, size in GIVEN.items():
         write_released(folder / f"{name}.json", ["some text to train on"], highest_id=size - 1)
     return folder
@@ -109,7 +108,7 @@ def test_recipe_distils_into_a_fresh_student_and_says_so(folder: Path) -> None:
 def test_a_folder_that_is_called_random_has_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("random").mkdir()
-    write_weights_manifest(Path("random"), compose_run(["model=tiny"]).model, {})
+    write_stand_in(Path("random"), compose_run(["model=tiny"]).model)
     named = compose_run(["model=of_checkpoint", "init_from=./random"])
     assert (named.model, named.initial_weights) == (compose_run(["model=tiny"]).model, "./random")
     with pytest.raises(ConfigError, match=r"of_checkpoint reads .* from init_from, which names no weights"):
@@ -195,7 +194,7 @@ def weights_before(folder: Path, name: str) -> Path:
     model = {"v3_32k": "v3_671b_4k", "v3_128k": "v3_671b", "quickstart_yarn": "quickstart"}[name]
     if not (weights := folder / f"before_{name}").exists():
         weights.mkdir()
-        write_weights_manifest(weights, compose_run([f"model={model}"]).model, {})
+        write_stand_in(weights, compose_run([f"model={model}"]).model)
     return weights
 
 

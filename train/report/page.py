@@ -81,7 +81,7 @@ class Report:
         try:
             self.write()
         except OSError as error:  # the folder was deleted or its disk is full
-            LOGGER.info("%s: cannot be drawn: %s", self._source.folder / REPORT_NAME, error)
+            LOGGER.warning("%s: cannot be drawn: %s", self._source.folder / REPORT_NAME, error)
         except Exception:
             LOGGER.exception("%s: cannot be drawn", self._source.folder / REPORT_NAME)
 

@@ -18,6 +18,7 @@ from model.config import PlainRope, YarnRope
 from model.hf.writer import load_hf, save_hf
 from model.objective import LossSums, MicroBatch, weights_of_depths
 from model.transformer import Transformer, initialize_weights, named_tensors
+from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_config import build
 from tests.marked_samples import SFT, sft_config
 from tests.model.hf_checkpoints import random_tokens, reference_logits, reference_model
@@ -25,7 +26,6 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, TASK
 from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal
-from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.tasks.next_token import NextToken, to_micro_batch
@@ -260,7 +260,7 @@ def extend(weights: str | Path, *overrides: str, model: str = "of_checkpoint") -
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    write_weights_manifest(folder, build().model, {})
+    write_stand_in(folder, build().model)
     return folder
 
 
@@ -277,7 +277,7 @@ def test_phases_follow_each_other_with_the_same_values(base: Path, tmp_path: Pat
     """The second phase starts from weights that have YaRN already."""
     values = ("task.rope.factor=8", "task.rope.original_max_position_tokens=128", "batch.global_sequences=16")
     first = extend(base, *values, "batch.sequence_length_tokens=512")
-    write_weights_manifest(tmp_path, first.model, {})
+    write_stand_in(tmp_path, first.model)
     second = extend(tmp_path, *values, "batch.sequence_length_tokens=1024")
     assert first.model == second.model
     assert (second.model.max_position_tokens, second.model.rope_scaling.kind) == (1024, "yarn")
