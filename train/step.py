@@ -36,7 +36,7 @@ from train.tasks.registry import StepRates, Task, open_task
 
 _BIAS = ("bias_least", "bias_most", "bias_std")
 _MTP = "mtp_"
-_NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
+NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 
@@ -163,7 +163,7 @@ def train_step(
     started = time.perf_counter()
     replica = learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
-    guard = guard or Guard(_NO_SPIKES)
+    guard = guard or Guard(NO_SPIKES)
     try:
         # The task prepares the step's batches: it reads data, or samples answers and scores them.
         batch = guard.judged_batch(learner.hook, loader, step)

@@ -178,7 +178,7 @@ def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) 
 
 def is_repeated(schedule: Schedule) -> bool:
     """Whether groups have several members whose order changes no sum."""
-    return keeps_sums(schedule) and any(len(group) > 1 for groups in schedule.ranks for group in groups)
+    return keeps_sums(schedule, has_mtp=True) and any(len(group) > 1 for groups in schedule.ranks for group in groups)
 
 
 def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job], num_steps: int = STEPS) -> None:

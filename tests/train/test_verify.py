@@ -17,9 +17,9 @@ from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from tests.train.verify_faults import PLANTED
-from train.config import TrainConfig
+from train.config import EmaConfig, TrainConfig
 from train.verify.checks import Outcome, Place, Verification, run_checks
-from train.verify.layouts import choose_trials
+from train.verify.layouts import OPTIMIZER, choose_trials
 from train.verify.places import misplaced
 from train.verify.rates import below_preset, partners, slow_places
 from train.verify.run import CHECKS
@@ -34,6 +34,7 @@ def run_config(folder: Path) -> TrainConfig:
         folder,
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
         schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
+        ema=EmaConfig(decay=0.9),
     )
 
 
@@ -124,10 +125,22 @@ def test_ranks_on_wrong_devices_and_hosts_are_named() -> None:
             assert (failure.rank, failure.subject) == (1, subject)
 
 
+def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    optim = replace(config.optim, sharding="zero1", offload="torch")
+    config = replace(config, optim=optim, batch=replace(config.batch, document_mask=True))
+    config = replace(config, precision=replace(config.precision, kind="float32"))
+    trials = {trial.name: trial.config for trial in choose_trials(config, 0, check_rules)}
+    run = trials[OPTIMIZER]
+    assert (run.optim.sharding, run.optim.offload, run.ema.decay is None) == ("zero1", "torch", False)
+    assert all(trial.batch.document_mask for trial in trials.values())
+    assert {"directions axis", "slices axis"} <= set(trials)
+
+
 @pytest.mark.slow
 def test_faults_of_two_ranks_are_named(tmp_path: Path) -> None:
     config = replace(run_config(tmp_path), parallelism=ParallelismConfig(pipeline=1, data=2, expert=2))
-    assert_all_named(config, ["wrong device", "another seed", "gradient doubled"])
+    assert_all_named(config, ["wrong device", "another seed", "gradient doubled", "average not updated"])
 
 
 @pytest.mark.long

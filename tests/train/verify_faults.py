@@ -370,6 +370,13 @@ PLANTED: dict[str, Planted] = {
         subject="weight of model.layers.[12].self_attn.o_proj",
         cause="not saved, or is given to another",
     ),
+    "average not updated": Planted(
+        plant=wrapped(learner.ParameterEma, "_average", lambda original, own: None, (1,)),
+        check="equality",
+        ranks=(1,),
+        subject="average of ",
+        cause="does not follow each update",
+    ),
     "part of a sequence of another context rank": Planted(
         plant=wrapped(Replica, "part_of", first_part, (1,)),
         check="equality",

@@ -138,8 +138,8 @@ def _own_parts(evidence: Evidence) -> list[Failure]:
         cause = factor_cause(share.ratio, evidence, is_everywhere=len(ranks) == num_ranks, is_experts=is_experts)
         if share.like_rank is not None:
             cause = f"it is that of rank {share.like_rank}: this rank read the sequences of another one"
-        if cause:
-            failures.append(evidence.failure(share.rank, share, cause))
+        cause = cause or _axis_cause(evidence.trial.axis, has_losses=bool(evidence.of_kind("loss")))
+        failures.append(evidence.failure(share.rank, share, cause))
     return failures
 
 
@@ -165,6 +165,9 @@ def _axis_cause(axis: str, *, has_losses: bool) -> str:
         "pipeline": "messages between stages are swapped: a stage pairs values of two micro-batches"
         if has_losses
         else "gradients between stages are swapped or belong to other micro-batches",
+        "directions": "the second direction of the pipeline: its messages, sequences, or sums over mirror ranks",
+        "slices": "slices of a sequence, or the gradients of their keys and values, are mixed up",
+        "optimizer": "the configured optimizer: shards, offload or types of its state",
         "context": "keys, values or their gradients of other parts of a sequence are missing or misplaced",
         "expert": "rows or their gradients reach other experts or other tokens than chosen",
         "MTP": "an MTP module, its inputs or its part of a shared weight",
@@ -197,6 +200,16 @@ def _updates(evidence: Evidence) -> list[Failure]:
     return failures
 
 
+def _consecutive(evidence: Evidence) -> list[Failure]:
+    causes = {
+        "late weight": "a pass does not wait for the update of its weights, or a training step differs from its parts",
+        "average": "the moving average does not follow each update, or reads weights too early",
+    }
+    return [
+        evidence.failure(rank, one, cause) for kind, cause in causes.items() for rank, one in evidence.of_kind(kind)
+    ]
+
+
 def _losses(evidence: Evidence) -> list[Failure]:
     cause = _axis_cause(evidence.trial.axis, has_losses=True)
     return [evidence.failure(rank, one, f"only the reported loss; {cause}") for rank, one in evidence.of_kind("loss")]
@@ -216,5 +229,6 @@ _RULES: tuple[Callable[[Evidence], list[Failure]], ...] = (
     _norm,
     _updates,
     _losses,
+    _consecutive,
 )
 """From the first value of a step that differs to the last one, because later values follow from earlier ones."""

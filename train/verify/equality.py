@@ -1,8 +1,10 @@
 """Compares small runs on all ranks with the whole model, and overlapped runs with sequential ones."""
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,13 +15,15 @@ from comm.layout import Layout
 from data.loader import Loader
 from dualpipe.ir import Op, Schedule
 from model.objective import LossSums
-from model.transformer import named_tensors
+from model.transformer import BIAS, named_tensors
 from train.config import TrainConfig
-from train.step import rates_of
+from train.guard import NORM, Guard
+from train.learner import Learner
+from train.step import NO_SPIKES, rates_of, train_step
 from train.tasks.registry import open_task
 from train.verify.causes import Evidence, Share, explain
 from train.verify.checks import Failure, Findings, Verification
-from train.verify.layouts import CONFIGURED, Trial
+from train.verify.layouts import CONFIGURED, OPTIMIZER, Trial
 from train.verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, loss_names, opened_learner
 from train.verify.steps import (
     Difference,
@@ -37,6 +41,7 @@ from train.verify.steps import (
 COMPARED_STEPS = 2
 _TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bf16": 5e-2}
 """Largest error of a tensor over its largest value, by precision."""
+_UPDATE_DELAY_SECONDS = 0.1
 _MOST_NAMED = 4  # tensors of a failed trial that are reported
 _MOST_SUMMED = 64  # ranks whose parts of a wrong sum are compared
 _LIKE_TOLERANCE = 0.02  # of a gradient that is compared with another rank's
@@ -64,7 +69,8 @@ def check_equality(verification: Verification) -> Findings:
             failures = differing.failures
             has_failed = True
         num_run += 1
-        largest = max(largest, comparison.largest_error)
+        if trial.config.precision == verification.trials[0].config.precision:
+            largest = max(largest, comparison.largest_error)
         copies += comparison.copies
         if has_failed or gather_present(copies or None):
             break
@@ -107,7 +113,7 @@ class _Comparison:
             if by_rank:
                 return self._explain(Evidence(trial=self._trial, step=0, totals=(), by_rank=by_rank))
             before = self._plain.initial
-            for step, expected in enumerate(self._plain.steps):
+            for step, expected in enumerate(self._plain.steps[:COMPARED_STEPS]):
                 values = run_step(learner, config, self._loader, step).on_host()
                 totals = list(self._totals(values, expected))
                 own = list(rank_differences(values, expected, loss_names(config), self._tolerance))
@@ -118,7 +124,33 @@ class _Comparison:
                 if totals or by_rank:
                     return self._explain(self._evidence(step, values, totals, by_rank))
                 before = expected.weights
-        return []
+        by_rank = self._gather(list(self._run_on())) if self._trial.name == OPTIMIZER else {}
+        return self._explain(Evidence(trial=self._trial, step=COMPARED_STEPS, totals=(), by_rank=by_rank))
+
+    def _run_on(self) -> Iterator[Difference]:
+        """Runs the steps as training does, with late updates, and yields weights and averages that differ."""
+        config = self._trial.config
+        with opened_learner(self._verification, config) as learner:
+            start_biases(learner.replica.model)
+            for step in range(COMPARED_STEPS):
+                train_step(learner, config.task, self._loader, step, _LateUpdates(learner))
+            weights = {name: weight.cpu() for name, weight in named_tensors(learner.replica.model).items()}
+            averages = (
+                {} if learner.ema is None else {name: value.clone() for name, value in learner.ema.state().items()}
+            )
+        yield from tensor_differences(
+            "late weight", weights, self._plain.steps[COMPARED_STEPS - 1].weights, self._tolerance
+        )
+        yield from tensor_differences("average", averages, self._averages(), self._tolerance)
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Returns the averages of the whole model's weights."""
+        averages = dict(self._plain.initial)
+        decay = self._trial.config.ema.decay or 0.0
+        for step in self._plain.steps[:COMPARED_STEPS]:
+            for name, weight in step.weights.items():
+                averages[name] = weight if name.endswith(BIAS) else decay * averages[name] + (1 - decay) * weight
+        return averages
 
     def _weights(
         self, values: Mapping[str, Tensor], expected: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None
@@ -209,6 +241,20 @@ class _Comparison:
             if found is None and relative_error(values.reduced[name], total) <= self._tolerance:
                 found = f"the gradient is summed over ranks {list(ranks)} ({group}) instead of all that hold the weight"
         return dict(gather_present(None if found is None else (self._rank, found)))
+
+
+class _LateUpdates(Guard):
+    """Accepts every step and delays its update, so that a pass that does not wait for it reads old weights."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__(NO_SPIKES)
+        self._learner = learner
+
+    def judge(self, name: str, value: float) -> str:
+        """Accepts the value, and delays the update that follows the norm."""
+        if name == NORM:
+            self._learner.optimizer.after_updates(partial(time.sleep, _UPDATE_DELAY_SECONDS))
+        return ""
 
 
 class _Parts:
@@ -310,7 +356,7 @@ def check_overlap(verification: Verification) -> Findings:
     for pairing in ("overlapped", "sequential"):
         config = replace(trial.config, schedule=replace(trial.config.schedule, pairing=pairing))
         with opened_learner(verification, config) as learner:
-            is_exact = keeps_sums(learner.replica.schedule)
+            is_exact = keeps_sums(learner.replica.schedule, has_mtp=config.model.mtp_depth > 0)
             start_biases(learner.replica.model)
             loader = loader_of(config)
             steps[pairing] = [run_step(learner, config, loader, step).on_host() for step in range(COMPARED_STEPS)]
@@ -335,15 +381,18 @@ def check_overlap(verification: Verification) -> Findings:
     return Findings(summary=f"overlapped groups equal sequential ones {how}", failures=failures, tolerance=tolerance)
 
 
-def keeps_sums(schedule: Schedule) -> bool:
+def keeps_sums(schedule: Schedule, *, has_mtp: bool) -> bool:
     """Returns whether overlapping leaves the order of all additions as it is.
 
-    It does not if a B is next to another backward of its stage, which would reorder weight gradients.
+    It does not if a B is next to another backward of its stage, which would reorder weight gradients. The first and
+    the last stage of a model with MTP modules add to one embedding.
     """
-    groups = [group for groups in schedule.ranks for group in groups if len(group) > 1]
-    for group in groups:
-        backwards = [op for op in group if op.kind is not Op.FORWARD]
-        full = {op.stage for op in backwards if op.kind is Op.BACKWARD}
-        if any(op.stage in full and op.kind is not Op.BACKWARD for op in backwards):
+    last = schedule.num_stages - 1
+    for group in (group for groups in schedule.ranks for group in groups if len(group) > 1):
+        backwards = [
+            (0 if has_mtp and op.stage == last else op.stage, op.kind) for op in group if op.kind is not Op.FORWARD
+        ]
+        stages = [stage for stage, _ in backwards]
+        if any(kind is Op.BACKWARD and stages.count(stage) > 1 for stage, kind in backwards):
             return False
     return True

@@ -14,7 +14,7 @@ from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispat
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
 from dualpipe.simulate.costs import Costs
-from model.config import RECOMPUTED, CutError, ModelConfig, PlainRope
+from model.config import RECOMPUTED, CutError, ModelConfig
 from train.config import (
     NO_EVALUATION,
     BatchConfig,
@@ -32,6 +32,7 @@ from train.schedule.cut import num_stages
 from train.tasks.pretrain import PretrainConfig
 
 CONFIGURED = "configured layout"
+OPTIMIZER = "configured optimizer"
 NUM_STEPS = 3
 _SEQUENCES_PER_RANK = 4
 _LEAST_TOKENS = 24
@@ -71,7 +72,9 @@ def choose_trials(config: TrainConfig, num_sampled: int, check: Check) -> list[T
     """
     base = _small_run(config)
     trials = [trial for trial in _axes(base) if _is_valid(trial.config, check)]
-    trials.append(Trial(name=CONFIGURED, axis="", config=_configured(config, base, check)))
+    configured = _configured(config, base, check)
+    trials.append(Trial(name=CONFIGURED, axis="", config=configured))
+    trials.append(Trial(name=OPTIMIZER, axis="optimizer", config=_with_optimizer(config, configured)))
     generator = random.Random(f"{config.seed} {config.parallelism.axes()}")
     for _ in range(_DRAWS_PER_SAMPLE * num_sampled):
         if sum(not trial.axis for trial in trials) > num_sampled:
@@ -113,13 +116,14 @@ def _small_run(config: TrainConfig) -> TrainConfig:
         clip_norm=1.0,
         sharding="zero1" if kind == "bf16" else "replicated",
         moments="float32",
+        offload=config.optim.offload if kind == "bf16" else False,
     )
     return replace(
         config,
         resume=None,
         init_from=None,
         parallelism=ParallelismConfig(pipeline=1, data=world, expert=1),
-        model=_small_model(length),
+        model=_small_model(config.model, length),
         task=PretrainConfig(
             kind="pretrain",
             steps=NUM_STEPS,
@@ -128,7 +132,11 @@ def _small_run(config: TrainConfig) -> TrainConfig:
             bias_update_rate=TokenSchedule.constant(0.05),
         ),
         batch=BatchConfig(
-            sequence_length_tokens=length, global_sequences=sequences, ramp=None, micro_sequences=2, document_mask=False
+            sequence_length_tokens=length,
+            global_sequences=sequences,
+            ramp=None,
+            micro_sequences=2,
+            document_mask=config.batch.document_mask,
         ),
         validation=ValidationConfig(every_steps=0, sequences=0),
         checkpointing=CheckpointingConfig(every_steps=0, keep=None),
@@ -145,8 +153,8 @@ def _small_run(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _small_model(length: int) -> ModelConfig:
-    """Returns a small DeepSeek-V3: MLA, expert groups, a shared expert, a dense layer, an MTP module."""
+def _small_model(model: ModelConfig, length: int) -> ModelConfig:
+    """Returns a small DeepSeek-V3 with the run's rotation: MLA, expert groups, a shared expert, a dense layer, MTP."""
     return ModelConfig(
         vocab_size=320,
         hidden_size=_HIDDEN_SIZES[0],
@@ -161,14 +169,14 @@ def _small_model(length: int) -> ModelConfig:
         v_head_dim=8,
         num_routed_experts=_NUM_EXPERTS,
         num_shared_experts=1,
-        num_experts_per_token=4,
+        num_experts_per_token=3,  # tokens take unequal numbers from their groups
         expert_intermediate_size=16,
         num_expert_groups=_NUM_GROUPS,
         num_limited_groups=2,
         routed_scaling_factor=2.5,
         norm_eps=1e-6,
-        rope_theta=10000.0,
-        rope_scaling=PlainRope(kind="plain"),
+        rope_theta=model.rope_theta,
+        rope_scaling=model.rope_scaling,
         max_position_tokens=max(64, length),
         mtp_depth=1,
         mtp_hidden="post_norm",
@@ -191,9 +199,25 @@ def _axes(base: TrainConfig) -> tuple[Trial, ...]:
         ("expert", size, replace(alone, parallelism=experts, dispatch=_exchange(base, size))),
         ("MTP", 2, replace(alone, model=base.model)),
         ("pipeline", size, _staged(alone, size, 1, 1, "1f1b")),
+        ("directions", size, _staged(alone, size, 1, 1, "dualpipe")),
+        ("slices", size, _sliced(_staged(alone, size, 1, 1, "1f1b"))),
         ("context", size, replace(alone, parallelism=context)),
     )
     return tuple(Trial(name=f"{axis} axis", axis=axis, config=run) for axis, ranks, run in rungs if ranks > 1)
+
+
+def _sliced(run: TrainConfig) -> TrainConfig:
+    return replace(run, schedule=replace(run.schedule, slices=2))
+
+
+def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """Returns a small run with the optimizer and average of the configured one, in float32 instead of float64."""
+    names = ("sharding", "offload", "moments", "bucket_elements")
+    optim = replace(run.optim, **{name: getattr(config.optim, name) for name in names})
+    # An average with the run's decay would hardly change in two steps.
+    ema = EmaConfig(decay=None if config.ema.decay is None else 0.5)
+    precision = PrecisionConfig(kind="float32") if run.precision.kind == "float64" else run.precision
+    return replace(run, optim=optim, ema=ema, precision=precision)
 
 
 def _exchange(config: TrainConfig, expert: int) -> DispatchConfig:

@@ -21,7 +21,7 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.config import TrainConfig
 from train.learner import Learner
-from train.optim.adamw import group_parameters
+from train.optim.adamw import MOMENTS, group_parameters
 from train.step import accumulate, rates_of, update_router_bias
 from train.tasks.registry import open_task
 from train.world import weight_dtype
@@ -153,6 +153,10 @@ class PlainModel:
         for options in self._optimizer.param_groups:
             options["lr"] = rates.learning_rate
         self._optimizer.step()
+        if config.optim.moments == "bf16":
+            for state in self._optimizer.state.values():
+                for name in MOMENTS:
+                    state[name].copy_(state[name].bfloat16())
         self._optimizer.zero_grad()
         for router in routers(self.model).values():
             router.update_bias(router.load, rates.bias_update)
@@ -162,7 +166,7 @@ class PlainModel:
         return StepValues([*means.values(), task.total(means, rates)], norm, gradients, gradients, weights)
 
 
-Kind = Literal["loss", "gradient norm", "gradient", "reduced gradient", "weight"]
+Kind = Literal["loss", "gradient norm", "gradient", "reduced gradient", "weight", "late weight", "average"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
