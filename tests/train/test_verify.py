@@ -17,7 +17,7 @@ from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from tests.train.verify_faults import PLANTED
-from train.config import EmaConfig, TrainConfig
+from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.verify.checks import Outcome, Place, Verification, run_checks
 from train.verify.layouts import OPTIMIZER, choose_trials
 from train.verify.places import misplaced
@@ -129,7 +129,7 @@ def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     optim = replace(config.optim, sharding="zero1", offload="torch")
     config = replace(config, optim=optim, batch=replace(config.batch, document_mask=True))
-    config = replace(config, precision=replace(config.precision, kind="float32"))
+    config = replace(config, precision=PrecisionConfig(kind="float32"))
     trials = {trial.name: trial.config for trial in choose_trials(config, 0, check_rules)}
     run = trials[OPTIMIZER]
     assert (run.optim.sharding, run.optim.offload, run.ema.decay is None) == ("zero1", "torch", False)

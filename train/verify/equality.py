@@ -244,7 +244,7 @@ class _Comparison:
 
 
 class _LateUpdates(Guard):
-    """Accepts every step and delays its update, so that a pass that does not wait for it reads old weights."""
+    """Accepts every step and delays its update, so that a pass that does not wait reads old weights."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__(NO_SPIKES)
@@ -384,15 +384,15 @@ def check_overlap(verification: Verification) -> Findings:
 def keeps_sums(schedule: Schedule, *, has_mtp: bool) -> bool:
     """Returns whether overlapping leaves the order of all additions as it is.
 
-    It does not if a B is next to another backward of its stage, which would reorder weight gradients. The first and
-    the last stage of a model with MTP modules add to one embedding.
+    It does not if a B is next to another backward of its stage, which would reorder weight gradients, or if two
+    backwards of a group add to the embedding, which the last stage of a model with MTP modules reads too.
     """
-    last = schedule.num_stages - 1
+    embedding = {0, schedule.num_stages - 1} if has_mtp else {0}
     for group in (group for groups in schedule.ranks for group in groups if len(group) > 1):
-        backwards = [
-            (0 if has_mtp and op.stage == last else op.stage, op.kind) for op in group if op.kind is not Op.FORWARD
-        ]
-        stages = [stage for stage, _ in backwards]
-        if any(kind is Op.BACKWARD and stages.count(stage) > 1 for stage, kind in backwards):
+        backwards = [op for op in group if op.kind is not Op.FORWARD]
+        full = {op.stage for op in backwards if op.kind is Op.BACKWARD}
+        stages = [op.stage for op in backwards]
+        num_added = sum(op.stage in embedding and op.kind is not Op.BACKWARD_WEIGHT for op in backwards)
+        if num_added > 1 or any(stages.count(stage) > 1 for stage in full):
             return False
     return True

@@ -211,9 +211,10 @@ def _sliced(run: TrainConfig) -> TrainConfig:
 
 
 def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """Returns a small run with the optimizer and average of the configured one, in float32 instead of float64."""
+    """Returns a small run with the configured optimizer and average, in float32 instead of float64."""
     names = ("sharding", "offload", "moments", "bucket_elements")
-    optim = replace(run.optim, **{name: getattr(config.optim, name) for name in names})
+    # A larger epsilon keeps the sign of a rounded gradient near zero from deciding an update.
+    optim = replace(run.optim, eps=1e-4, **{name: getattr(config.optim, name) for name in names})
     # An average with the run's decay would hardly change in two steps.
     ema = EmaConfig(decay=None if config.ema.decay is None else 0.5)
     precision = PrecisionConfig(kind="float32") if run.precision.kind == "float64" else run.precision
