@@ -154,7 +154,7 @@ def _small_run(config: TrainConfig) -> TrainConfig:
 
 
 def _small_model(model: ModelConfig, length: int) -> ModelConfig:
-    """Returns a small DeepSeek-V3 with the run's rotation: MLA, groups, a shared expert, a dense layer, MTP."""
+    """Returns a small DeepSeek-V3 with the rotation of the run."""
     return ModelConfig(
         vocab_size=320,
         hidden_size=_HIDDEN_SIZES[0],
