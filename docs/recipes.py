@@ -3,6 +3,7 @@
 `--write` replaces the table of the page.
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -54,11 +55,14 @@ def _with_figures(row: str, name: str, folder: Path) -> str:
 
 
 def _teacher(folder: Path) -> Path:
-    """Returns a folder with the architecture of a teacher, without weights."""
+    """Returns a folder with the architecture of a teacher, and a sparse file in place of weights."""
     from launch.config.run_config import compose_run
     from train.checkpoint.manifest import write_weights_manifest
 
     write_weights_manifest(folder, compose_run(["model=arithmetic"]).model, {})
+    weights = folder / "rank_00000.safetensors"
+    weights.touch()
+    os.truncate(weights, 2**22)  # sparse: a size that the architecture may have
     return folder
 
 
