@@ -4,6 +4,8 @@ Does not import torch, as it is imported first.
 """
 
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 EXIT_CONFIGURATION = 2  # refused; no step was made
@@ -14,6 +16,14 @@ EXIT_HANG = 76  # a rank did not reach a collective within the timeout
 EXIT_NON_FINITE = 77  # the guard stopped the run
 EXIT_LOST = 78  # a rank's process has ended
 EXIT_MEMORY = 79  # a rank's device had too little memory
+STOPPED_LOOKS = 10  # about a second each, after which a stopped process is lost
+
+
+def is_stopped(pid: int | None) -> bool:
+    """Returns whether a signal has stopped a process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # signals that a scheduler or a closing terminal sends

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
-from comm.exits import EXIT_LOST
+from comm.exits import EXIT_LOST, STOPPED_LOOKS, is_stopped
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
@@ -50,7 +50,6 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
 PRELOADED = ("train.post.pipeline", "launch.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
-_STOPPED_LOOKS = 10  # about a second each, after which a stopped rank is lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,8 +319,8 @@ def _await_results(
     while waiting:
         messages = connection.wait(waiting, 1.0)
         for rank, process in enumerate(processes) if not messages else ():
-            looks[rank] = looks[rank] + 1 if _is_stopped(process) else 0
-            if looks[rank] == _STOPPED_LOOKS:
+            looks[rank] = looks[rank] + 1 if is_stopped(process.pid) else 0
+            if looks[rank] == STOPPED_LOOKS:
                 process.kill()  # the others see that it has ended
         for end in messages:
             assert isinstance(end, connection.Connection)
@@ -347,20 +346,13 @@ def _describe_loss(processes: Sequence[BaseProcess], looks: Sequence[int], first
     processes[first].join(1.0)
     lost = []
     for rank, process in enumerate(processes):
-        if _is_stopped(process) or looks[rank] >= _STOPPED_LOOKS:
+        if is_stopped(process.pid) or looks[rank] >= STOPPED_LOOKS:
             lost.append(f"rank {rank} is stopped and does not continue")
         elif process.exitcode is not None and process.exitcode < 0:
             lost.append(f"rank {rank} was ended by {signal.Signals(-process.exitcode).name}")
     if not lost and processes[first].exitcode == EXIT_LOST:
         lost.append("one does not respond")
     return "; ".join(lost) or f"rank {first} died before it returned"
-
-
-def _is_stopped(process: BaseProcess) -> bool:
-    """Returns whether a signal has stopped a process."""
-    with suppress(OSError):
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 def _await_end(end: "connection.Connection", seconds: float) -> None:

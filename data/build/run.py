@@ -8,15 +8,17 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from comm.exits import STOPPED_LOOKS, is_stopped
 from data.build.units import SETTINGS_NAME, TextUnit
 from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
 from data.corpus import DataError, hash_unit
@@ -214,7 +217,7 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     reading, writing = os.pipe()  # of all workers: a line is written whole
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with open(reading, encoding="utf-8") as lines:
+        with open(reading, "rb", buffering=0) as pipe:
             with open(writing, "wb") as stream:
                 for _ in range(workers):
                     # Ctrl-C must reach this process alone, which ends the workers.
@@ -222,7 +225,7 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
                         command, stdin=subprocess.DEVNULL, stdout=stream, process_group=0, env=environment
                     )
                     processes.append(process)
-            for line in lines:
+            for line in _lines(pipe, processes):
                 message = WorkerMessage(**json.loads(line))
                 if message.error:
                     raise DataError(message.error)
@@ -236,6 +239,29 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _lines(pipe: FileIO, processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[bytes]:
+    """Yields the lines of workers until all have ended. Raises DataError if one of them stays stopped."""
+    looks = [0] * len(processes)  # at each worker since it is stopped
+    look_at = time.monotonic()
+    partial = b""
+    while True:
+        if select.select([pipe], [], [], 1.0)[0]:
+            if not (received := pipe.read(2**16)):
+                return
+            *lines, partial = (partial + received).split(b"\n")
+            yield from lines
+        if time.monotonic() < look_at:
+            continue
+        look_at = time.monotonic() + 1.0
+        for worker, process in enumerate(processes):
+            looks[worker] = looks[worker] + 1 if is_stopped(process.pid) else 0
+            if looks[worker] == STOPPED_LOOKS:
+                raise DataError(
+                    f"workers: each must run, worker {worker} of {len(processes)} (process {process.pid}) is stopped "
+                    f"by a signal and does not continue; complete units stay; nearest: the same command again"
+                )
 
 
 def _drop_duplicates(build: Build) -> None:

@@ -152,13 +152,17 @@ def start(settings: BuildSettings, tokenizer: Path, folder: Path, workers: int) 
     return process
 
 
+def workers_of(process: "subprocess.Popen[str]") -> list[int]:
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
 def kill_with_workers(process: "subprocess.Popen[str]") -> None:
     """Kills a command and its workers, and waits for the end of all."""
-    workers: list[str] = []
+    workers: list[int] = []
     with suppress(FileNotFoundError):  # the command has ended
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = workers_of(process)
     process.kill()
-    for worker in map(int, workers):
+    for worker in workers:
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     assert process.stderr is not None
@@ -198,6 +202,33 @@ def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
         assert report["cached"] or report["units"]["built"] <= num_units - len(complete)
         for path in sorted(again.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.slow
+def test_stopped_worker_is_named_and_ends_the_command_with_all_workers(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is stopped for a moment only, which is no reason to end."""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    program = f"import data.build.run as run; run.STOPPED_LOOKS = 2\n{PROGRAM}"
+    monkeypatch.setattr("tests.data.build.test_run.PROGRAM", program)
+    process = start(settings, tmp_path / "tokenizer.json", tmp_path / "out", 3)
+    try:
+        until = time.monotonic() + 60
+        while len(workers := workers_of(process)) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        for worker in workers[1:]:
+            os.kill(worker, signal.SIGSTOP)
+        os.kill(workers[2], signal.SIGCONT)
+        assert process.stderr is not None
+        *_, line = process.stderr.read().splitlines()  # ends with the last process
+        stopped = f"worker 1 of 3 (process {workers[1]}) is stopped by a signal and does not continue"
+        assert line.endswith(f"{stopped}; complete units stay; nearest: the same command again")
+        assert process.wait() == 1
+        assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    finally:
+        kill_with_workers(process)
+    assert start(settings, tmp_path / "tokenizer.json", tmp_path / "out", 2).wait() == 0
 
 
 def test_partial_files_of_killed_processes_are_removed_after_an_hour(
