@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from comm.exits import EXIT_LOST
 from data.arithmetic import ArithmeticSource, arithmetic_tokenizer
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
@@ -23,6 +26,7 @@ from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
 from infer.generate import generate as infer_generate
 from launch import convert, generate, job
+from launch.command import command
 from launch.convert import main as run_convert
 from launch.generate import main
 from launch.generate import main as run_generate
@@ -131,15 +135,31 @@ def test_error_of_the_ranks_is_the_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rank_that_dies_ends_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "_run_rank", _die_as_rank_one)
+def test_rank_that_dies_ends_all_and_the_command_in_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"ckpt={run}", "prompt=a", "parallelism=two_ranks"]
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    monkeypatch.setattr(job, "_run_rank", _exit_as_rank_one)
     with pytest.raises(DeadRankError, match="rank 1 died before it returned"):
-        main([f"ckpt={run}", "prompt=a", "parallelism=two_ranks"])
+        main(arguments)
+    capfd.readouterr()
+    monkeypatch.setattr(job, "_run_rank", _killed_as_rank_one)
+    assert command("generate", main, generate.preview) == EXIT_LOST == 78
+    printed, lines = capfd.readouterr()
+    assert printed == ""
+    assert lines.splitlines()[1:] == ["error: rank 1 was ended by SIGKILL"]  # after the line about the start
 
 
-def _die_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
+def _exit_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
     if place[0] == 1:
         os._exit(7)
+    threading.Event().wait(60)
+
+
+def _killed_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
+    if place[0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     threading.Event().wait(60)
 
 
