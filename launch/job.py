@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -29,7 +28,7 @@ from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from kernels.registry import loaded_plugins
 from launch.config.compose import load_plugin_files, user_errors
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.local_ranks import die_with_parent
+from launch.local_ranks import die_with_parent, scratch_folder
 from launch.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
@@ -287,11 +286,11 @@ def run_on_local_ranks(
     context.set_forkserver_preload(["torch", *preloaded])
     processes = []
     ends = dict[connection.Connection, int]()
-    with tempfile.TemporaryDirectory(prefix="ranks") as scratch:
+    with scratch_folder() as scratch:
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe(duplex=False)
-                rank_place = (rank, num_ranks, str(Path(scratch) / "store"))
+                rank_place = (rank, num_ranks, str(scratch / "store"))
                 process = context.Process(
                     target=_run_rank, args=(function, rank_place, theirs, loaded_plugins()), daemon=True
                 )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from multiprocessing import connection, forkserver, process, resource_tracker
+from multiprocessing import connection, forkserver, process, resource_tracker, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -77,6 +77,7 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
     Call it before this process imports torch, so that both processes import at the same time.
     """
     apply_rank_environment(cluster)
+    _own_socket_folder()
     multiprocessing.set_forkserver_preload(list(modules))
     # Ctrl-C reaches every process of the terminal, and a scheduler may send preemption signals to all processes of a
     # job. A blocked signal stays pending until a rank can handle it.
@@ -257,6 +258,7 @@ def die_with_parent() -> None:
 
 PID_PREFIX = "pid_"
 _SCRATCH_PREFIX = "launch-"
+_SOCKET_PREFIX = "pymp-"  # of multiprocessing
 _OWNER_NAME = "owner.json"
 _LOOK_SECONDS = 0.25
 # Time after the first error report until the other ranks are killed; by then they should know the verdict. The elastic
@@ -438,9 +440,17 @@ def _signal_of(exit_code: int) -> signal.Signals | None:
 def scratch_folder() -> Iterator[Path]:
     """Creates a temporary folder that is removed on exit, and removes leftover ones of ended commands."""
     remove_leftovers(Path(tempfile.gettempdir()))
+    _own_socket_folder()
     with TemporaryDirectory(prefix=_SCRATCH_PREFIX, ignore_cleanup_errors=True) as name:
         (Path(name) / _OWNER_NAME).write_text(Owner.of_this_process().to_text(), encoding="utf-8")
         yield Path(name)
+
+
+def _own_socket_folder() -> None:
+    """Writes the owner of the folder of multiprocessing's sockets. A child uses that of its parent."""
+    path = Path(util.get_temp_dir()) / _OWNER_NAME
+    if process.parent_process() is None and not path.exists():
+        path.write_text(Owner.of_this_process().to_text(), encoding="utf-8")
 
 
 def remove_leftovers(place: Path) -> None:
@@ -448,7 +458,7 @@ def remove_leftovers(place: Path) -> None:
     with suppress(OSError):
         for entry in list(os.scandir(place)):
             with suppress(OSError, LockedError):
-                if entry.name.startswith(_SCRATCH_PREFIX) and _is_left_over(entry):
+                if entry.name.startswith((_SCRATCH_PREFIX, _SOCKET_PREFIX)) and _is_left_over(entry):
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 

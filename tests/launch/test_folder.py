@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime
+from multiprocessing import process
 from pathlib import Path
 
 import pytest
@@ -166,8 +167,8 @@ def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> N
         assert done.stdout == expected, done.stderr
 
 
-def place(folder: Path, name: str, text: str | None) -> Path:
-    made = folder / f"launch-{name}"
+def place(folder: Path, name: str, text: str | None, prefix: str = "launch") -> Path:
+    made = folder / f"{prefix}-{name}"
     (made / "below").mkdir(parents=True)
     if text is not None:
         (made / "owner.json").write_text(text)
@@ -181,7 +182,10 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
     (precious / "owner.json").write_text(dead.to_text())
     left = place(tmp_path, "left", dead.to_text())
     (left / "below" / "link").symlink_to(precious)
+    sockets = place(tmp_path, "left", dead.to_text(), "pymp")
     kept = [
+        place(tmp_path, "alive", Owner.of_this_process().to_text(), "pymp"),
+        place(tmp_path, "unknown", None, "pymp"),
         place(tmp_path, "alive", Owner.of_this_process().to_text()),
         place(tmp_path, "elsewhere", replace(dead, machine="another").to_text()),
         place(tmp_path, "unknown", None),
@@ -196,8 +200,12 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
         kept.append(place(tmp_path, "of-another", dead.to_text()))
         os.chown(kept[-1], 65534, 65534)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept.append(place(tmp_path, "of-this-process", None, "pymp"))
+    monkeypatch.setitem(process.current_process()._config, "tempdir", str(kept[-1]))  # type: ignore[attr-defined]
     with scratch_folder() as scratch:
+        assert (kept[-1] / "owner.json").exists()
         assert not left.exists()
+        assert not sockets.exists()
         remove_leftovers(tmp_path)
         assert scratch.parent == tmp_path
         assert scratch.is_dir()
@@ -206,6 +214,27 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
     assert (tmp_path / "launch-link").is_symlink()
     assert (precious / "file").exists()
     remove_leftovers(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_next_command_removes_all_folders_of_a_killed_one_with_local_ranks(tmp_path: Path) -> None:
+    script = "import os, pathlib, time; from launch import local_ranks\n"
+    script += "from launch.config.run_config import compose_run\n"
+    script += "local_ranks.start_fork_server(compose_run([]).cluster, [])\n"
+    script += "print(*pathlib.Path(os.environ['TMPDIR']).glob('*/owner.json'), flush=True)\n"
+    script += "with local_ranks.scratch_folder():\n    print('inside', flush=True)\n    time.sleep(60)"
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        (owner,) = map(Path, command.stdout.readline().split())
+        assert owner.parent.name.startswith("pymp-")
+        assert command.stdout.readline() == "inside\n"
+        remove_leftovers(tmp_path)  # of a command that is running nothing is removed
+        assert owner.exists()
+        assert len(list(tmp_path.iterdir())) == 2
+        command.kill()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
