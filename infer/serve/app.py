@@ -21,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from infer.serve.answers import Reply
 from infer.serve.calls import Endpoint, ServedModel, read_call
-from infer.serve.engine import EngineThread, Subscription, died
-from infer.serve.fields import ApiError
+from infer.serve.engine import EngineThread, Subscription
+from infer.serve.fields import ApiError, internal_error
 
 MOST_BODY_BYTES = 2**24
 _SMALL_BYTES = 2**16  # size of bodies of which any number may arrive
@@ -120,8 +120,8 @@ class Service:
         return JSONResponse(model)
 
     async def _health(self, request: Request) -> Response:
-        failure = self.engine.failure
-        state = "draining" if self.is_draining else "ok" if failure is None else died(failure).message
+        error = self.engine.error
+        state = error.message if error is not None else "draining" if self.is_draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def _metrics(self, request: Request) -> Response:
@@ -302,7 +302,7 @@ def _as_response(request: Request, error: Exception) -> Response:
         headers = dict(error.headers or {})
         error = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
     if not isinstance(error, ApiError):
-        error = ApiError(500, "the server failed; its log has the reason", code="internal_error")
+        error = internal_error(500, "the server failed", "internal_error", repr(error))
     if error.status == 429:
         headers = {"retry-after": "1"}
     return JSONResponse(error.values, error.status, headers)

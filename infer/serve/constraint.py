@@ -29,7 +29,7 @@ from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import describe, refusal
 from data.tokenizer import Tokenizer
 from infer.serve import grammar_process
-from infer.serve.fields import ApiError
+from infer.serve.fields import ApiError, internal_error
 from infer.serve.grammar_process import BEGUN, HEADER, MOST_BYTES
 
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
@@ -90,11 +90,13 @@ class OpenGrammar:
                     reply += part
         if not begun:
             raise ApiError(503, "no grammar can be built now; try again later", code="structure_unavailable")
-        limits = f"not built within {_BUILD_SECONDS:g} s and {MOST_BYTES >> 20} MiB"
-        values: dict[str, Any] = json.loads(reply) if reply.endswith(b"\n") else {"problem": limits}
+        if not reply.endswith(b"\n"):
+            limits = f"not built within {_BUILD_SECONDS:g} s and {MOST_BYTES >> 20} MiB"
+            raise ApiError.of_field(refusal(structure.place, "must be a grammar", limits, "a simpler one"))
+        values: dict[str, Any] = json.loads(reply)
         if values["problem"]:
-            problem = " ".join(values["problem"].split())[:200]
-            raise ApiError.of_field(refusal(structure.place, "must be a grammar", problem, "a simpler one"))
+            error = refusal(structure.place, "must be a grammar that can be built", "not", "a simpler one")
+            raise internal_error(400, str(error), "invalid_grammar", values["problem"], structure.place)
         self._num_bytes = int(values["num_bytes"])
 
     def send(self, number: int, tokens: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from comm.exits import EXIT_LOST
 from infer.config import ConstraintError, GenerateError
 from infer.continuous import ContinuousEngine, SequenceNews
 from infer.protocol import NumberedPrompt, Request
-from infer.serve.fields import ApiError
+from infer.serve.fields import ApiError, internal_error
 
 if TYPE_CHECKING:
     from infer.engines.expert_ranks import RanksEngine
@@ -78,6 +78,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.counts = engine.counts()
         self.failure: BaseException | None = None
+        self.error: ApiError | None = None  # that clients receive after a failure
 
     @property
     def num_open(self) -> int:
@@ -98,8 +99,8 @@ class EngineThread:
 
     def submit(self, sequences: Iterable[tuple[tuple[int, ...], Request]]) -> Subscription:
         """Queues the sequences of a call; raises ApiError if too many wait."""
-        if self.failure is not None:
-            raise died(self.failure)
+        if self.error is not None:
+            raise self.error
         numbered = [
             (NumberedPrompt(number=next(self._numbers), tokens=tokens), request) for tokens, request in sequences
         ]
@@ -178,7 +179,7 @@ class EngineThread:
                 self._refuse(item.number, ApiError(400, message, code="structure_failed"))
                 continue
             if item.error is not None:
-                self._refuse(item.number, ApiError(500, str(item.error), code="generation_failed"))
+                self._refuse(item.number, internal_error(500, "the answer failed", "generation_failed", item.error))
                 continue
             subscription.news.put_nowait((subscription.numbers[item.number], item))
             if item.finish is not None:
@@ -193,13 +194,6 @@ class EngineThread:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
+        self.error = internal_error(503, "the engine has ended", "engine_died", f"{type(error).__name__}: {error}")
         self.step_began = math.inf
-        self.fail_all(died(error))
-
-
-def died(error: BaseException) -> ApiError:
-    """Returns the error that ends all calls, with its words if they are from this project."""
-    reason = (
-        f"{type(error).__name__}: {error}" if hasattr(error, "exit_code") else "the log of the server has the reason"
-    )
-    return ApiError(503, f"the engine has ended: {reason}", code="engine_died")
+        self.fail_all(self.error)

@@ -1,8 +1,10 @@
 """Errors in the form of OpenAI's API, and readers of the fields of a request's body. Imports no torch."""
 
 import json
+import logging
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,7 @@ BODY = "body: "
 MOST_ALTERNATIVES = 20
 STRUCTURES = ("json", "regex", "choice", "grammar")
 _MOST_DEPTH = 64
+_MOST_REASON = 500  # characters
 _MOST_BRACKETS = 2**18  # also within strings; Python decodes a million of lists without a pause for others
 _TOO_DEEP = f"it is nested more than {_MOST_DEPTH} deep"
 
@@ -53,6 +56,13 @@ class ApiError(Exception):
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def internal_error(status: int, sentence: str, code: str, reason: object, param: str | None = None) -> ApiError:
+    """Returns an error without its reason, which is logged under an id that the client also receives."""
+    number = secrets.token_hex(4)
+    logging.getLogger("serve").error("error %s: %s", number, " ".join(str(reason).split())[:_MOST_REASON])
+    return ApiError(status, f"{sentence}; the server's log has the reason of error {number}", param, code)
 
 
 def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str) -> dict[str, Any]:

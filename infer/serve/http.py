@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import socket
-import sys
 import time
 import traceback
 from functools import partial
@@ -22,7 +21,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.serve.app import Service
 from infer.serve.constraint import MOST_DESCRIPTORS
-from infer.serve.engine import died
 from infer.serve.fields import ApiError
 
 EXIT_ENGINE = 1  # the engine failed with an error that has no exit code
@@ -258,5 +256,4 @@ def run_server(service: Service, bound: socket.socket, drain_seconds: float) -> 
         return 0
     if not hasattr(failure, "exit_code"):
         traceback.print_exception(failure)
-    print(died(failure).message, file=sys.stderr, flush=True)
     return int(getattr(failure, "exit_code", EXIT_ENGINE))

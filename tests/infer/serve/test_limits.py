@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from infer.config import GenerateError
 from infer.continuous import SequenceNews
 from infer.generate import generate
 from infer.serve.app import MOST_BODY_BYTES, Service
@@ -310,14 +312,15 @@ def test_second_signal_ends_requests_with_an_error() -> None:
     assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
 
 
-def test_step_that_does_not_end_answers_503() -> None:
+def test_step_that_does_not_end_answers_503(caplog: pytest.LogCaptureFixture) -> None:
     released = threading.Event()
     with serving(engine := make_engine(), stall_seconds=0.2) as running:
         with mock.patch.object(engine, "step", side_effect=lambda: released.wait() and []):
             response = httpx.post(f"{running.url}/v1/completions", json=COMPLETION, timeout=30)
         released.set()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_died")
-    assert "StalledEngineError: a step takes more than stall_seconds=0.2" in response.json()["error"]["message"]
+    reason = "StalledEngineError: a step takes more than stall_seconds=0.2"
+    check_internal(response.json()["error"]["message"], "the engine has ended", reason, caplog)
 
 
 def test_server_ends_after_the_step_of_a_client_that_disconnected() -> None:
@@ -392,11 +395,33 @@ def test_client_that_does_not_read_is_disconnected() -> None:
                 time.sleep(0.05)
 
 
+def check_internal(message: str, sentence: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Checks that a client receives a sentence and an id, under which the log has the reason."""
+    matched = re.fullmatch(rf"{re.escape(sentence)}; the server's log has the reason of error (\w{{8}})", message)
+    assert matched, message
+    assert sum(line.startswith(f"error {matched[1]}: {reason}") for line in caplog.messages) == 1, caplog.messages
+
+
+def test_errors_have_no_words_of_a_library(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    def post(**fields: object) -> Any:
+        return httpx.post(f"{server.url}/v1/completions", json={**COMPLETION, **fields}).json()["error"]
+
+    error = post(guided_regex="(a")
+    rule = "guided_regex: must be a grammar that can be built, is not; nearest: a simpler one"
+    check_internal(error["message"], rule, 'at 1(8): invalid regex "(a"', caplog)
+    assert error["param"] == "guided_regex"
+    engine = server.service.engine._engine
+    step = engine.step
+    failed = GenerateError("/srv/model: CUDA error")
+    with mock.patch.object(engine, "step", side_effect=lambda: [replace(item, error=failed) for item in step()]):
+        check_internal(post()["message"], "the answer failed", str(failed), caplog)
+
+
 class LostEngineError(RuntimeError):
     exit_code = 78
 
 
-def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.CaptureFixture[str]) -> None:
+def test_engine_that_fails_answers_503_and_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
     engine = make_engine()
     service = Service(
         describe(), EngineThread(engine, most_open=8, stall_seconds=60), api_key=None, write_line=lambda line: None
@@ -404,7 +429,7 @@ def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.Capture
     codes: list[int] = []
     with (
         open_socket("127.0.0.1", 0) as bound,
-        mock.patch.object(engine, "step", side_effect=LostEngineError("rank 2 is lost")),
+        mock.patch.object(engine, "step", side_effect=LostEngineError("gloo: /usr/lib/rank.cc")),
     ):
         bound.listen()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/completions"
@@ -414,9 +439,10 @@ def test_engine_that_fails_answers_503_and_ends_the_server(capfd: pytest.Capture
         runner.join(20)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_died"
-    assert "LostEngineError: rank 2 is lost" in response.json()["error"]["message"]
     assert codes == [LostEngineError.exit_code]
-    assert "LostEngineError: rank 2 is lost" in capfd.readouterr().err
+    health = asyncio.run(service._health(mock.Mock()))
+    for message in (response.json()["error"]["message"], json.loads(bytes(health.body))["status"]):
+        check_internal(message, "the engine has ended", "LostEngineError: gloo: /usr/lib/rank.cc", caplog)
 
 
 def text_of(prompt: list[int], tokens: Sequence[int]) -> str:
