@@ -40,9 +40,11 @@ from launch.job import (
     spread_over_ranks,
 )
 from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.run_folder import read_folder
 from model.config import BLOCK_TOKENS
 from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
+from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, DeadRankError, broken
@@ -170,7 +172,7 @@ def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "Served
         )
     end_ids = tuple(dict.fromkeys(source.end_ids))
     return ServedModel(
-        name=config.name or Path(config.ckpt).resolve().name,
+        name=config.name or _run_name(source.folder) or Path(config.ckpt).resolve().name,
         tokenizer=tokenizer,
         template=template,
         thinking=config.thinking,
@@ -180,6 +182,15 @@ def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "Served
         most_choices=config.max_sequences + config.max_queue,
         grammars=Grammars(tokenizer, end_ids, source.model.vocab_size),
     )
+
+
+def _run_name(checkpoint: Path) -> str | None:
+    """Returns the name of the run that a checkpoint belongs to, or None if it is in no run's folder."""
+    if checkpoint.parent.name != CHECKPOINTS_NAME:
+        return None
+    with suppress(ConfigError):  # weights are served without the plugins and files of their run
+        return read_folder(checkpoint.resolve().parent.parent).name
+    return None
 
 
 def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.socket, engine: "ServingEngine") -> int:

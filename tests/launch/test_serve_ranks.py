@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import urllib.error
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import pytest
 
 from comm.exits import EXIT_LOST
 from infer.placement import PlacementError
+from launch.config.run_config import compose_run
 from launch.generate import main as run_generate
 from launch.place import main as run_place
+from launch.run_folder import write_run_folder
+from launch.serve import _check, _decode, describe_model, preview
 from launch.serve import main as run_serve
-from launch.serve import preview
 from tests.commands import StartedCommand
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
@@ -178,3 +182,19 @@ def test_ranks_that_cannot_serve_are_refused(
     experts = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
     file.write_text(json.dumps({**sizes, "layers": {"layer_99": {"experts": experts}}}))
     assert_refused(error, parts, lambda: run_serve([f"ckpt={run}", *overrides.replace("FILE", str(file)).split()]))
+
+
+def test_model_has_the_name_of_its_run(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    checkpoint = next((copy / "checkpoints").iterdir())
+
+    def name(*overrides: str) -> str:
+        config = _decode(overrides)
+        return describe_model(config, _check(config)[0]).name
+
+    write_run_folder(compose_run(["experiment=quickstart", f"out_dir={copy}"]), datetime.now())
+    assert [name(f"ckpt={folder}") for folder in (copy, checkpoint)] == ["quickstart"] * 2
+    assert name(f"ckpt={copy}", "name=other") == "other"
+    (copy / "config.yaml").write_text("name: [")
+    assert name(f"ckpt={copy}") == "copy"
