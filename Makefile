@@ -5,7 +5,7 @@ ARGS ?=
 # Index of torch's wheels. Without NVIDIA's driver, that for CPUs: a tenth of the download. Empty: the package index.
 TORCH_INDEX ?= $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
 	echo https://download.pytorch.org/whl/cpu)
-INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-compile
 # pip would compile with one core. Files in packages for other versions of Python are not compiled, as with pip.
 COMPILE := .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 
@@ -141,7 +141,14 @@ harness-test: .venv/installed-dev
 
 # What running needs. torch alone comes from its index, so that no other package can come from there.
 .venv/installed: pyproject.toml
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x .venv/bin/pip || $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+		v in "3.11 3.12 3.13".split() or sys.exit("error: PYTHON: must be Python 3.11 to 3.13, " \
+		"$(PYTHON) is " + v + "; nearest valid: make PYTHON=python3.12 $(or $(firstword $(MAKECMDGOALS)),train)")'
+	@test -x .venv/bin/pip || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: PYTHON: must have venv and ensurepip, $(PYTHON) has not; nearest valid:" \
+			"sudo apt install $(notdir $(PYTHON))-venv" >&2; exit 2; }
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	@echo "downloads $(if $(TORCH_INDEX),288 MB (1.0 GB on disk),2.9 GB with CUDA) into .venv"
 	@test -z "$(TORCH_INDEX)" || \
 		$(INSTALL) --retries 1 --timeout 15 --no-deps --index-url "$(TORCH_INDEX)" \
 			"$$(grep -om1 'torch>=[^"]*' pyproject.toml)" || \

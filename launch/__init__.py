@@ -10,10 +10,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
-from kernels import share_comm
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def _end_without_environment(reason: str) -> NoReturn:
+    """Ends the command with one line that says how to get an environment, and exit code 2."""
+    environment = os.path.join(_ROOT, ".venv")
+    is_active = os.path.realpath(sys.prefix) == os.path.realpath(environment)
+    steps = ["rm -f .venv/installed"] if is_active else []
+    if is_active or not os.path.exists(os.path.join(environment, "installed")):
+        steps.append("make .venv/installed")
+    advice = " && ".join([*steps, "source .venv/bin/activate"])
+    sys.stdout.flush()
+    print(f"error: {reason}; nearest valid: {advice}", file=sys.stderr, flush=True)
+    os._exit(2)  # sys.exit would not end a hook of exceptions with this code
+
+
+_IS_COMMAND = sys.argv[:1] == ["-m"]
+"""Whether `python -m launch.NAME` imports this package, before the command's module and before any slow import."""
+
+# An older Python gets here: syntax and imports above are those of Python 3.8.
+if _IS_COMMAND and not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    _end_without_environment("Python: must be 3.11 to 3.13, is {}.{}".format(*sys.version_info))
+
+from kernels import share_comm  # noqa: E402
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 LINE = "interrupted"
@@ -87,8 +110,16 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
-# `python -m launch.NAME` imports this package before the command's module and before any slow import.
-if sys.argv[:1] == ["-m"]:
+def _name_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends the command if a package is missing, and prints the traceback of all other errors."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name not in ("", *os.listdir(_ROOT)):
+        _end_without_environment(f"{name}: must be installed, {sys.executable} does not have it")
+    sys.__excepthook__(kind, error, trace)
+
+
+if _IS_COMMAND:
+    sys.excepthook = _name_missing_package
     exit_on_interrupt()
 
 share_comm()

@@ -47,13 +47,15 @@ def _decode(overrides: Sequence[str]) -> RedrawConfig:
     chosen = decode(RedrawConfig, {**values, "run": runs if isinstance(runs, list) else [runs]})
     if not 1 <= len(chosen.run) <= _MOST_RUNS:
         raise ConfigError(f"run: must be one to {_MOST_RUNS} folders, is {len(chosen.run)} of them")
+    with system_errors():
+        for run in chosen.run:
+            if not (Path(run).expanduser() / CONFIG_NAME).is_file():
+                raise ConfigError(f"run: must be a run's folder, {run!r} holds no {CONFIG_NAME}")
     return chosen
 
 
 def _read_run(run: str) -> TrainConfig:
     folder = Path(run).expanduser()
-    if not (folder / CONFIG_NAME).is_file():
-        raise ConfigError(f"run: must be a run's folder, {run!r} holds no {CONFIG_NAME}")
     return replace(read_folder(folder), out_dir=str(folder))
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import launch.config.compose
-from launch import submit, train
+from launch import redraw, submit, train
 from launch.command import command
 from launch.config.compose import (
     chosen_options,
@@ -243,13 +243,23 @@ def test_config_only_prints_values_and_does_nothing(
 ) -> None:
     module = __import__(f"launch.{name}", fromlist=["main"])
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").touch()
     monkeypatch.setattr(sys, "argv", [name, "config_only=true", *overrides])
     assert command(name, lambda overrides: pytest.fail("the command starts"), module.preview) == 0
     values = yaml.safe_load(capsys.readouterr().out)
     values.pop("defaults", None)
     if name != "train":
         assert values == compose(name, overrides)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "config.yaml"]
+
+
+def test_config_only_of_redraw_names_a_path_that_is_no_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["redraw", "config_only=true", "run=missing"])
+    assert command("redraw", redraw.main, redraw.preview) == 2
+    assert capsys.readouterr() == ("", "error: run: must be a run's folder, 'missing' holds no config.yaml\n")
 
 
 def test_config_only_rejects_what_a_run_rejects(
