@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data.tokenizer import Tokenizer
 from infer.protocol import REPLACEMENT, ChosenToken, TextStream
 from infer.serve.calls import ApiCall, ServedModel
+from infer.serve.fields import ApiError
 from infer.serve.turn import TurnMarks, TurnParser, TurnPiece
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Reply:
         is_chat = call.template is not None
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._kind = "chat.completion" if is_chat else "text_completion"
-        self._head = {"created": int(time.time()), "model": served.name}
+        self.head = {"created": int(time.time()), "model": served.name}
         marks = None if call.template is None else TurnMarks(call.template, served.tokenizer)
         count = len(call.prompts) * call.num_choices
         self.answers = [AnswerBuilder(call, served, index, marks) for index in range(count)]
@@ -168,23 +169,27 @@ class Reply:
         total = prompt_tokens + completion_tokens
         return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
-    def event(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """Returns the event of a choice."""
+    def events(self, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields the events of a choice."""
         kind = self._kind + (".chunk" if self.call.template is not None else "")
         usage = {"usage": None} if self.call.includes_usage else {}
-        return {"id": self.id, "object": kind, **self._head, "choices": [choice], **usage}
+        yield {"id": self.id, "object": kind, **self.head, "choices": [choice], **usage}
 
     def last_events(self) -> Iterator[dict[str, Any]]:
         """Yields the event of the usage, if it was requested."""
         if self.call.includes_usage:
-            yield {**self.event({}), "choices": [], "usage": self.usage}
+            yield {**next(self.events({})), "choices": [], "usage": self.usage}
+
+    def error_event(self, error: ApiError) -> dict[str, Any]:
+        """Returns the event of an error that ends a stream."""
+        return error.values
 
     def whole(self) -> dict[str, Any]:
         """Returns all answers as one object."""
         choices = [choice for answer in self.answers if (choice := answer.take()) is not None]
         if self.call.template is not None:
             choices = [_as_message(choice) for choice in choices]
-        return {"id": self.id, "object": self._kind, **self._head, "choices": choices, "usage": self.usage}
+        return {"id": self.id, "object": self._kind, **self.head, "choices": choices, "usage": self.usage}
 
 
 def _as_message(choice: dict[str, Any]) -> dict[str, Any]:

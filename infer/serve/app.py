@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -23,6 +23,7 @@ from infer.serve.answers import Reply
 from infer.serve.calls import Endpoint, ServedModel, read_call
 from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError, internal_error
+from infer.serve.responses import ResponseReply
 
 MOST_BODY_BYTES = 2**24
 _SMALL_BYTES = 2**16  # size of bodies of which any number may arrive
@@ -96,7 +97,7 @@ class Service:
 
         answers = [
             Route(f"/v1/{endpoint}", partial(self._answer, endpoint), methods=["POST"])
-            for endpoint in ("completions", "chat/completions")
+            for endpoint in get_args(Endpoint)
         ]
         others = [
             Route("/v1/models", self._models, methods=["GET"]),
@@ -163,7 +164,8 @@ class _Call:
             if not self._is_streaming:
                 await _as_response(self._request, error)(scope, receive, send)
                 return
-            content = _event(error.values)
+            assert self._reply is not None
+            content = _event(self._reply.error_event(error))
         except ClientDisconnect:
             return
         except Exception:
@@ -187,12 +189,13 @@ class _Call:
             self._has_begun = True
             async with service.decoding_large if len(content) > _LARGE_BYTES else nullcontext():
                 call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
-        reply = Reply(call, service.served)
+        reply = (Reply if call.response is None else ResponseReply)(call, service.served)
         self._reply = reply
         await _while_connected(self._request, self._continue(reply, send))
         if not call.is_streamed:
             return _dump(reply.whole())
-        return b"".join((*map(_event, reply.last_events()), b"data: [DONE]\n\n"))
+        end = b"data: [DONE]\n\n" if call.response is None else b""
+        return b"".join((*map(_event, reply.last_events()), end))
 
     @asynccontextmanager
     async def _read_body(self) -> AsyncIterator[bytes]:
@@ -249,7 +252,9 @@ class _Call:
                 self._is_streaming = True
                 begin = StreamingResponse((), headers={"cache-control": "no-cache"}, media_type="text/event-stream")
                 await send({"type": "http.response.start", "status": 200, "headers": begin.raw_headers})
-            await send({"type": "http.response.body", "body": _event(reply.event(choice)), "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": b"".join(map(_event, reply.events(choice))), "more_body": True}
+            )
 
     def _count_tokens(self, index: int, num_tokens: int) -> None:
         """Records the times of new tokens of an answer."""
@@ -309,7 +314,8 @@ def _as_response(request: Request, error: Exception) -> Response:
 
 
 def _event(values: dict[str, Any]) -> bytes:
-    return b"data: " + _dump(values) + b"\n\n"
+    name = f"event: {values['type']}\n" if "type" in values else ""
+    return name.encode() + b"data: " + _dump(values) + b"\n\n"
 
 
 def _dump(values: dict[str, Any]) -> bytes:

@@ -9,14 +9,29 @@ from typing import Any, Literal
 from data.chat.encode import encode_any_prompt
 from data.chat.messages import ToolDefinition
 from data.chat.templates import ChatTemplate, Pieces
-from data.corpus import DataError, describe, refusal
+from data.corpus import DataError, decode_json, describe, refusal
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.protocol import Request, TokenConstraint
 from infer.serve.constraint import Grammars, Structure
-from infer.serve.fields import CHAT_FIELDS, COMPLETION_FIELDS, STRUCTURES, ApiError, integer_of, read_body
+from infer.serve.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    RESPONSE_FIELDS,
+    STRUCTURES,
+    ApiError,
+    as_chat,
+    integer_of,
+    read_body,
+)
 
-Endpoint = Literal["completions", "chat/completions"]
+Endpoint = Literal["completions", "chat/completions", "responses"]
+_READERS = {
+    "completions": (COMPLETION_FIELDS, "prompt"),
+    "chat/completions": (CHAT_FIELDS, "messages"),
+    "responses": (RESPONSE_FIELDS, "input"),
+}
+"""Fields of each endpoint, and the one that must be given."""
 _NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that need another one."""
 _MOST_CALLS = 2**31
@@ -81,6 +96,7 @@ class ApiCall:
         opens_thoughts: whether the prompt ends where thoughts begin.
         most_calls: maximum number of calls of tools in an answer, which become fields; later ones are dropped.
         structure: grammar of each answer.
+        response: fields that the answer repeats, of `/v1/responses`; None for other endpoints.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -95,6 +111,7 @@ class ApiCall:
     opens_thoughts: bool = False
     most_calls: int = 0
     structure: Structure | None = None
+    response: Mapping[str, Any] | None = None
 
     def submissions(
         self, constraint: Callable[[], TokenConstraint] | None
@@ -107,10 +124,10 @@ class ApiCall:
 
 def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCall:
     """Reads the body of a request, or raises ApiError."""
-    is_chat = endpoint == "chat/completions"
     try:
-        readers = CHAT_FIELDS if is_chat else COMPLETION_FIELDS
-        fields = read_body(content, readers, "messages" if is_chat else "prompt")
+        fields = read_body(content, *_READERS[endpoint])
+        if endpoint == "responses":
+            fields = as_chat(fields)
         name = fields.get("model", served.name)
         if name != served.name:
             message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
@@ -118,7 +135,10 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
         for field, needed in _NEEDED.items():
             if fields.get(field) and not fields.get(needed):
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
-        call = _read_chat(served, fields) if is_chat else _read_completion(served, fields)
+        call = _read_completion(served, fields) if endpoint == "completions" else _read_chat(served, fields)
+        if endpoint == "responses":
+            values = decode_json(content)
+            call = replace(call, response={name: value for name, value in values.items() if value is not None})
         if call.request.max_new_tokens == 0 and not call.echo:
             field = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
             raise refusal(field, "must be at least 1 without echo", 0, 1)

@@ -5,12 +5,12 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data.chat.messages import read_messages, read_tools
+from data.chat.messages import ChatMessage, ToolDefinition, read_messages, read_tools
 from data.corpus import (
     Reader,
     choice_of,
@@ -19,6 +19,7 @@ from data.corpus import (
     list_of,
     number_of,
     object_of,
+    optional,
     refusal,
     shorten,
     text_of,
@@ -120,11 +121,81 @@ def _message_of(value: Any, place: str) -> Any:
     message = {name: item for name, item in value.items() if item is not None and (item or name not in absent)}
     if message.get("role") == "developer":
         message["role"] = "system"
-    if isinstance(message.get("content"), list):
-        readers: dict[str, Reader | None] = {"type": partial(choice_of, choices=["text"]), "text": text_of}
-        read = partial(object_of, readers=readers, required=("type", "text"))
-        message["content"] = "".join(part["text"] for part in list_of(message["content"], f"{place}.content", read))
+    if "content" in message:
+        message["content"] = _content_of(message["content"], f"{place}.content", ["text"])
     return message
+
+
+def _content_of(value: object, place: str, kinds: Sequence[str]) -> object:
+    """Returns the text of parts that have one of some types; other values are not changed."""
+    if not isinstance(value, list):
+        return value
+    readers: dict[str, Reader | None] = {"type": partial(choice_of, choices=kinds), "text": text_of}
+    readers |= dict.fromkeys(("annotations", "logprobs"))
+    parts = list_of(value, place, partial(object_of, readers=readers, required=("type", "text")))
+    return "".join(part["text"] for part in parts)
+
+
+def _input_of(value: object, place: str) -> tuple[ChatMessage, ...]:
+    """Returns the messages of items, of which thoughts, text and calls of the assistant become one."""
+    items = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    messages: list[dict[str, Any]] = []
+    for message in filter(None, list_of(items, place, _item_of)):
+        last = messages[-1] if messages and messages[-1]["role"] == message["role"] == "assistant" else {}
+        calls = message.get("tool_calls", [])
+        if last and (calls or not (last["content"] or last.get("tool_calls"))):
+            new = {name: item for name, item in message.items() if item}
+            messages[-1] = {**last, **new, "tool_calls": [*last.get("tool_calls", ()), *calls]}
+        else:
+            messages.append(message)
+    return read_messages([_message_of(message, place) for message in messages], place)
+
+
+def _item_of(value: Any, place: str) -> dict[str, Any] | None:
+    """Returns an item of `/v1/responses` as a message, or None if it has no text."""
+    kind = value.get("type", "message") if isinstance(value, dict) else "message"
+    readers = _ITEMS[choice_of(kind, f"{place}.type", list(_ITEMS))]
+    required = [name for name in readers if kind != "reasoning"]
+    item = object_of(value, place, {**dict.fromkeys(_ITEM_NOTES), **readers}, required)
+    if kind == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": [item]}
+    if kind == "function_call_output":
+        return {"role": "tool", "content": item["output"]}
+    if kind == "reasoning":
+        thoughts = item.get("content")
+        return {"role": "assistant", "content": "", "thoughts": thoughts} if thoughts else None
+    return item
+
+
+def _format_of(value: Any, place: str) -> dict[str, Any]:
+    """Returns the field `text.format` as `response_format`."""
+    has_schema = isinstance(value, dict) and value.get("type") == "json_schema"
+    required = ("type", "schema") if has_schema else ("type",)
+    form = object_of(value, place, {**_SCHEMA, "type": _FORMAT["type"]}, required)
+    return {"type": form["type"], **({"json_schema": {"schema": form["schema"]}} if "schema" in form else {})}
+
+
+def _functions_of(value: Any, place: str) -> tuple[ToolDefinition, ...]:
+    for number, tool in enumerate(value if isinstance(value, list) else ()):
+        choice_of(tool.get("type") if isinstance(tool, dict) else tool, f"{place}[{number}].type", ["function"])
+    return read_tools(value, place)
+
+
+def _refuse_stored(value: object, place: str) -> None:
+    raise refusal(place, "must be null, because no answer is stored", describe(value), "input with all messages")
+
+
+def as_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields of `/v1/responses` as those of a chat."""
+    instructions = [ChatMessage(role="system", content=text) for text in (fields.get("instructions"),) if text]
+    values = {
+        **fields,
+        "messages": (*instructions, *fields["input"]),
+        "max_tokens": fields.get("max_output_tokens"),
+        "response_format": fields.get("text", {}).get("format"),
+        "reasoning_effort": fields.get("reasoning", {}).get("effort"),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _number(low: float, high: float) -> Reader:
@@ -139,19 +210,20 @@ def _raw(value: object, place: str) -> object:
     return value
 
 
+def _neutral_reader(neutral: object) -> Reader:
+    """Returns the reader of a field that must have the value which changes nothing."""
+
+    def read(value: object, place: str) -> object:
+        is_flag = isinstance(value, bool) == isinstance(neutral, bool)
+        if value != neutral or not is_flag:
+            raise refusal(place, f"must be {json.dumps(neutral)}", describe(value), json.dumps(neutral))
+        return value
+
+    return read
+
+
 def _neutral(values: Mapping[str, object]) -> dict[str, Reader | None]:
-    """Returns readers of fields that must have the value which changes nothing."""
-
-    def reader(neutral: object) -> Reader:
-        def read(value: object, place: str) -> object:
-            is_flag = isinstance(value, bool) == isinstance(neutral, bool)
-            if value != neutral or not is_flag:
-                raise refusal(place, f"must be {json.dumps(neutral)}", describe(value), json.dumps(neutral))
-            return value
-
-        return read
-
-    return {name: reader(neutral) for name, neutral in values.items()}
+    return {name: _neutral_reader(neutral) for name, neutral in values.items()}
 
 
 # Fields that change no answer here; clients send them by default or for bookkeeping.
@@ -186,6 +258,7 @@ _NEUTRAL_IN_CHATS: Mapping[str, object] = {
 _LEAST_TOP_P = 1e-6  # keeps the most probable token alone; 0 means this
 _TOKENS = _integer(0, 2**31)
 _SEED = _integer(-(2**63), 2**63 - 1)
+_EFFORT = partial(choice_of, choices=["none", "minimal", "low", "medium", "high", "xhigh"])
 _SCHEMA: dict[str, Reader | None] = {"schema": _raw, "name": None, "description": None, "strict": None}
 _FORMAT: dict[str, Reader | None] = {
     "type": partial(choice_of, choices=["text", "json_object", "json_schema"]),
@@ -235,7 +308,36 @@ CHAT_FIELDS: dict[str, Reader | None] = {
     "tools": read_tools,
     "tool_choice": _raw,
     "parallel_tool_calls": _flag_of,
-    "reasoning_effort": partial(choice_of, choices=["none", "minimal", "low", "medium", "high", "xhigh"]),
+    "reasoning_effort": _EFFORT,
     "response_format": partial(object_of, readers=_FORMAT, required=("type",)),
     "chat_template_kwargs": partial(object_of, readers={"thinking": _flag_of, "enable_thinking": _flag_of}),
+}
+_ITEM_NOTES = ("type", "id", "call_id", "status", "phase", "summary", "encrypted_content")
+_ITEMS: dict[str, dict[str, Reader | None]] = {
+    "message": {"role": _raw, "content": partial(_content_of, kinds=["input_text", "output_text"])},
+    "function_call": {"name": text_of, "arguments": text_of},
+    "function_call_output": {"output": partial(_content_of, kinds=["input_text"])},
+    "reasoning": {"content": partial(_content_of, kinds=["reasoning_text"])},
+}
+"""Fields of items of `/v1/responses`, by the item's type."""
+RESPONSE_FIELDS: dict[str, Reader | None] = {
+    **{name: read for name, read in _COMMON.items() if name not in ("n", "max_tokens")},
+    **_neutral({"background": False, "truncation": "disabled", "top_logprobs": 0}),
+    **dict.fromkeys(("previous_response_id", "conversation"), _refuse_stored),
+    "input": _input_of,
+    "instructions": text_of,
+    "max_output_tokens": _integer(1, 2**31),
+    "max_tool_calls": None,  # of tools that a server runs
+    "include": partial(list_of, read=partial(choice_of, choices=["reasoning.encrypted_content"]), can_be_empty=True),
+    "tools": _functions_of,
+    "tool_choice": lambda value, place: {"function": value} if isinstance(value, dict) else value,
+    "parallel_tool_calls": _flag_of,
+    "text": partial(
+        object_of, readers={"format": optional(_format_of), "verbosity": optional(_neutral_reader("medium"))}
+    ),
+    "reasoning": partial(
+        object_of,
+        readers={"effort": optional(_EFFORT), "summary": None, "generate_summary": None},
+    ),
+    "chat_template_kwargs": CHAT_FIELDS["chat_template_kwargs"],
 }
