@@ -36,6 +36,7 @@ from data.shards import (
     Shard,
     ShardRows,
     open_shards,
+    read_json,
     read_report,
     read_unit,
     replace_file,
@@ -88,8 +89,8 @@ class ShardFolder:
         decides = {name: source["units"] for name, source in self.report[SOURCES_NAME].items()}
         decides["order"] = [source.name for source in self.manifest.sources]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            stored: dict[str, Any] = json.loads((self.folder / name).read_bytes())
-            if stored["decides"] == decides:
+            stored = read_json(self.folder / name)
+            if stored["decides"] == decides and self._is_possible(stored):
                 return stored
         counts: dict[str, Any] = {"decides": decides, "entropy_nats": 0.0}
         for part in PARTS:
@@ -104,6 +105,17 @@ class ShardFolder:
         with suppress(OSError):  # a folder that cannot be written is counted by every run
             replace_file(self.folder / name, json.dumps(counts).encode())
         return counts
+
+    def _is_possible(self, counts: Mapping[str, Any]) -> bool:
+        """Returns whether stored counts can be those of the shards: a sequence has at least one token."""
+        for part in PARTS:
+            for name, shards in self.shards(part).items():
+                sequences = counts[part][name]
+                tokens = counts[f"{part}_tokens"][name]
+                is_whole = all(type(count) is int and count >= 0 for count in (*sequences, tokens))
+                if not is_whole or len(sequences) != len(shards) or not sum(sequences) <= tokens < 2**48:
+                    return False
+        return 0 <= float(counts["entropy_nats"]) < 100
 
     def _count_tokens(self, part: Part, name: str, shards: Iterable[Shard]) -> int:
         if name in self.report[SOURCES_NAME]:
@@ -134,7 +146,7 @@ def _predicted(shard: Shard, length: int) -> NDArray[np.unsignedinteger[Any]]:
     starts = (shard.starts[document] + first + 1)[:num_pieces]
     sizes = sizes[:num_pieces] - 1
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    predicted: NDArray[np.unsignedinteger[Any]] = shard.tokens[np.repeat(starts, sizes) + within]
+    predicted: NDArray[np.unsignedinteger[Any]] = shard.read(np.repeat(starts, sizes) + within)
     return predicted
 
 
@@ -149,6 +161,11 @@ def open_mixture(
         folder = Path(source.folder).expanduser()
     opened = open_folder(folder, source.manifest, length)
     stored = Tokenizer.load(folder / TOKENIZER_NAME)
+    if stored.vocab_size != opened.report["vocab_size"]:
+        raise DataError(
+            f"data.folder: {folder / TOKENIZER_NAME} must have the {opened.report['vocab_size']:,} tokens of "
+            f"{REPORT_NAME}, has {stored.vocab_size:,}; nearest: prepare the folder again with launch.prepare"
+        )
     if tokenizer is not None and tokenizer.fingerprint != stored.fingerprint:
         raise DataError(
             f"data.tokenizer: must be the tokenizer that {str(folder)!r} was prepared with, is {config.tokenizer}; "
@@ -167,7 +184,7 @@ def open_folder(folder: Path, manifest: str | None, length: int) -> ShardFolder:
     """
     report = read_report(folder)
     if manifest is None:
-        chosen = parse_manifest(report["manifest"], str(folder / REPORT_NAME), folder)
+        chosen = parse_manifest(report.get("manifest"), str(folder / REPORT_NAME), folder)
     else:
         chosen = read_manifest(Path(manifest))
     names = list(report[SOURCES_NAME])
@@ -265,7 +282,7 @@ def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
     try:
         for path in sorted(folder.rglob("*")):
             target = local / path.relative_to(folder)
-            if path.name.startswith(".") or path.is_dir():
+            if path.name.startswith(".") or path.is_symlink() or not path.is_file():
                 continue
             if target.exists() and target.stat().st_size == path.stat().st_size:
                 continue
@@ -285,10 +302,10 @@ def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:
     measured: Part = "validation" if validation.num_tokens else "train"
     sources = [opened.report[SOURCES_NAME][name][measured] for name in opened.stored_names]
     ratios = [
-        source["text_bytes"] / (source["tokens"] - begins)
+        source.get("text_bytes", 0) / max(1, source["tokens"] - begins)
         for source in sources
         if source.get("tokens")
-        for begins in [source["documents"] if tokenizer.special.bos is not None else 0]
+        for begins in [source.get("documents", 0) if tokenizer.special.bos is not None else 0]
     ]
     return Prepared(
         tokenizer=tokenizer,
@@ -345,7 +362,6 @@ def _fingerprint(opened: ShardFolder, counts: Mapping[str, Any], seed: int) -> s
     """Returns what is equal if and only if two machines read the same samples in the same order."""
     manifest = opened.manifest
     weights = [[phase and phase.until_tokens, manifest.weights(phase)] for phase in (*manifest.phases, None)]
-    # Folders of earlier versions have no hash of their content.
     content = [source.get("sha256", source["units"]) for source in opened.report[SOURCES_NAME].values()]
-    decides = [ORDER_VERSION, opened.report["tokenizer"], content, counts, weights, seed, opened.length]
+    decides = [ORDER_VERSION, opened.report.get("tokenizer"), content, counts, weights, seed, opened.length]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

@@ -44,11 +44,23 @@ class SequenceTable:
             np.save(stream, np.concatenate([header, self.offsets, self.pieces.ravel()]))
 
     @classmethod
-    def load(cls, path: Path) -> "SequenceTable":
-        """Opens an `.npy` file, memory-mapped."""
+    def load(cls, path: Path, lengths_tokens: NDArray[np.int64], sequence_length_tokens: int) -> "SequenceTable":
+        """Maps an `.npy` file into memory. Raises ValueError if its pieces do not fit documents and length."""
         values = np.load(path, mmap_mode="r")
+        if values.dtype != np.uint32 or values.ndim != 1 or not len(values):
+            raise ValueError("it is no array of uint32")
         end = int(values[0]) + 2
-        return cls(offsets=values[1:end], pieces=values[end:].reshape(-1, 3))
+        table = cls(offsets=values[1:end], pieces=values[end:].reshape(-1, 3))
+        offsets = table.offsets.astype(np.int64)
+        document, first, count = table.pieces.T.astype(np.int64)
+        if len(offsets) + 1 != end or offsets[0] or offsets[-1] != len(document) or (np.diff(offsets) <= 0).any():
+            raise ValueError("its sequences are not the pieces in order")
+        if (document >= len(lengths_tokens)).any() or (first + count > lengths_tokens[document]).any():
+            raise ValueError("a piece is in no document")
+        ends = np.concatenate([[0], np.cumsum(count)])[offsets]
+        if (np.diff(ends) > sequence_length_tokens).any() or not count.all():
+            raise ValueError("a sequence is too long or a piece empty")
+        return table
 
 
 # Packing the documents of 4M tokens at a time leaves hardly more padding than packing all at once.

@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.pack import PADDING_POSITION, SequenceTable, pack_windows
+from data.readers.lines import is_sparse
 from data.registry import Part
 
 PARTS: tuple[Part, ...] = ("train", "validation")
@@ -44,6 +47,11 @@ _OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the me
 _ABANDONED_SECONDS = 3600
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
+UNIT_NAME = re.compile(r"[0-9a-f]{16}")
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_JSON_BYTES = 2**28
+_MOST = 2**48  # tokens, documents and bytes that a folder may say to have
+_TOKEN_DTYPES = ("<u2", "<u4")
 
 
 class UnitWriter:
@@ -138,7 +146,7 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
 def read_unit(folder: Path, unit: str) -> dict[str, Any] | None:
     """Returns the values of a complete unit; None if it is absent, or a file has another size."""
     try:
-        values: dict[str, Any] = json.loads((folder / f"{unit}.json").read_bytes())
+        values = read_json(folder / f"{unit}.json")
         is_complete = all((folder / name).stat().st_size == file["bytes"] for name, file in values["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -153,15 +161,27 @@ class Shard:
     unit: str
     part: Part
     dtype: np.dtype[Any]  # type of its tokens
+    vocab_size: int  # its token ids are below
     sizes: range = ANY_LENGTH  # numbers of tokens that its documents have; all others are left out
 
     @cached_property
     def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
         """Token ids of all documents one after the other, mapped from disk."""
-        path = self.folder / f"{self.part}-{self.unit}.tokens"
-        if not path.exists():  # no document of the unit is in this part
-            return np.empty(0, self.dtype)
-        return np.memmap(path, self.dtype, mode="r")
+        path = check_plain(self.folder / f"{self.part}-{self.unit}.tokens")
+        rows = read_rows(self.folder, self.unit)
+        num_tokens = int(rows["length"][rows["part"] == PARTS.index(self.part)].sum(dtype=np.int64))
+        size = path.stat().st_size if path.exists() else 0  # absent: no document of the unit is in this part
+        if size != num_tokens * self.dtype.itemsize:
+            raise _foreign(path, f"must have the {num_tokens:,} tokens of its index", f"a file of {size:,} bytes")
+        return np.memmap(path, self.dtype, mode="r") if size else np.empty(0, self.dtype)
+
+    def read(self, positions: Any) -> NDArray[np.unsignedinteger[Any]]:
+        """Returns the tokens at a slice or an array of positions. Raises DataError if one is no token id."""
+        ids: NDArray[np.unsignedinteger[Any]] = self.tokens[positions]
+        if (largest := int(ids.max(initial=0))) >= self.vocab_size:
+            path = self.folder / f"{self.part}-{self.unit}.tokens"
+            raise _foreign(path, f"must have token ids below {self.vocab_size:,}", f"one with {largest:,}")
+        return ids
 
     @cached_property
     def _rows(self) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -190,9 +210,9 @@ class Shard:
     def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         """Returns the pieces of the kept documents in each sequence; packs them if no earlier call has."""
         some = "" if self.sizes == ANY_LENGTH else f"-{self.sizes.start}-{self.sizes.stop}"
-        path = self.folder / f"{self.part}-{self.unit}.sequences-{sequence_length_tokens}{some}.npy"
-        with suppress(OSError, ValueError):  # it is absent or cut
-            return SequenceTable.load(path)
+        path = check_plain(self.folder / f"{self.part}-{self.unit}.sequences-{sequence_length_tokens}{some}.npy")
+        with suppress(OSError, ValueError, EOFError, OverflowError):  # it is absent, cut, or of other documents
+            return SequenceTable.load(path, self.lengths, sequence_length_tokens)
         table = pack_windows(self.lengths, sequence_length_tokens)
         try:
             with replacing(path) as partial:
@@ -201,31 +221,94 @@ class Shard:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             return table  # the folder can only be read, and the next call packs again
-        return SequenceTable.load(path)
+        return SequenceTable.load(path, self.lengths, sequence_length_tokens)
 
 
 def read_rows(folder: Path, unit: str) -> NDArray[Any]:
     """Returns the rows of `INDEX` of a unit, mapped from disk."""
-    path = folder / f"{unit}.index"
-    return np.memmap(path, INDEX, mode="r") if path.exists() else np.empty(0, INDEX)
+    path = check_plain(folder / f"{unit}.index")
+    if path.exists() and path.stat().st_size % INDEX.itemsize:
+        raise _foreign(path, f"must have rows of {INDEX.itemsize} bytes", f"a file of {path.stat().st_size:,} bytes")
+    return np.memmap(path, INDEX, mode="r") if path.exists() and path.stat().st_size else np.empty(0, INDEX)
 
 
 def read_drops(folder: Path, unit: str) -> NDArray[np.uint8]:
     """Returns for each document of a unit why it is dropped: 0 if it is kept."""
-    path = folder / f"{unit}.drop.npy"
-    return np.load(path) if path.exists() else np.zeros(len(read_rows(folder, unit)), np.uint8)
+    path = check_plain(folder / f"{unit}.drop.npy")
+    num_rows = len(read_rows(folder, unit))
+    if not path.exists():
+        return np.zeros(num_rows, np.uint8)
+    with suppress(ValueError, EOFError, OverflowError):
+        drops: NDArray[np.uint8] = np.load(path, mmap_mode="r")  # mapped: the file says how large it is
+        if drops.dtype == np.uint8 and drops.shape == (num_rows,):
+            return drops
+    raise _foreign(path, f"must be an array of {num_rows:,} bytes", "another file")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Returns `prepare.json` of a complete folder. Raises DataError if the folder is not complete."""
     try:
-        report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_bytes())
+        report = read_json(folder / REPORT_NAME)
     except (OSError, ValueError) as error:
         raise DataError(
             f"data.folder: must be a folder that launch.prepare has completed, {str(folder)!r} has no readable "
             f"{REPORT_NAME}; nearest: python -m launch.prepare data.manifest=MIX.yaml out={folder}"
         ) from error
+    check_entries(folder, "data.folder")
+    try:
+        check = "vocab_size and token_dtype must be those of a vocabulary"
+        if not _is_count(report["vocab_size"]) or report["token_dtype"] not in _TOKEN_DTYPES:
+            raise ValueError(check)
+        for name, source in report[SOURCES_NAME].items():
+            check = f"source {name!r} must have a plain name, units named by 16 hexadecimal digits, and counts"
+            names = [*map(UNIT_NAME.fullmatch, source["units"]), SOURCE_NAME.fullmatch(name)]
+            counts = [count for part in PARTS for count in source[part].values()]
+            if not all(names) or not all(map(_is_count, counts)) or len({*source["units"]}) < len(source["units"]):
+                raise ValueError(check)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _foreign(folder / REPORT_NAME, f"must be one of launch.prepare: {check}", "another") from error
     return report
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _foreign(path: Path, rule: str, value: str) -> DataError:
+    """Returns the error about a file that `launch.prepare` did not write, or not like this."""
+    return DataError(f"data.folder: {path} {rule}, is {value}; nearest: prepare the folder again with launch.prepare")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads an object of a prepared folder. Raises ValueError if it is no JSON, too deep or too long."""
+    if check_plain(path).stat().st_size > _JSON_BYTES:
+        raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
+    try:
+        values = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    return values
+
+
+def check_plain(path: Path) -> Path:
+    """Returns the path of a file. Raises DataError if it is a link, a pipe, a device or sparse."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode) or is_sparse(path):
+            raise _foreign(path, "must be a file with content", "a link, a folder, a pipe, a device or sparse")
+    return path
+
+
+def check_entries(folder: Path, key: str) -> None:
+    """Rejects links, pipes and devices in a folder and among the folders of its sources."""
+    for parent in (folder, folder / SOURCES_NAME):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            kind = path.lstat().st_mode
+            is_folder_due = path == folder / SOURCES_NAME or parent != folder
+            if not stat.S_ISDIR(kind) and (is_folder_due or not stat.S_ISREG(kind)):
+                rule = "must be a folder" if is_folder_due else "must be a file or folder"
+                raise DataError(f"{key}: {path} {rule} of launch.prepare, is not, or is a link; nearest: remove it")
 
 
 def open_shards(folder: Path, source: str, part: Part, lengths: range = ANY_LENGTH) -> tuple[Shard, ...]:
@@ -233,7 +316,8 @@ def open_shards(folder: Path, source: str, part: Part, lengths: range = ANY_LENG
     report = read_report(folder)
     dtype = np.dtype(report["token_dtype"])
     units = report[SOURCES_NAME][source]["units"]
-    return tuple(Shard(folder / SOURCES_NAME / source, unit, part, dtype, lengths) for unit in units)
+    place = folder / SOURCES_NAME / source
+    return tuple(Shard(place, unit, part, dtype, report["vocab_size"], lengths) for unit in units)
 
 
 class ShardRows:
@@ -274,12 +358,16 @@ class ShardRows:
     def _open_shard(self, number: int) -> tuple[Shard, SequenceTable]:
         # A copy, because a shard keeps what it has read.
         shard = copy(self._shards[number])
-        return shard, shard.sequences(self.shape[1])
+        table = shard.sequences(self.shape[1])
+        count = int(self._first_rows[number + 1] - self._first_rows[number])
+        if len(table) != count:
+            raise _foreign(shard.folder / shard.unit, f"must have {count:,} sequences", f"one with {len(table):,}")
+        return shard, table
 
     def _fill(self, values_L: NDArray[Any], shard: Shard, table: SequenceTable, number: int) -> None:
         filled = 0
         for document, first, count in table.of(number).tolist():
             start = int(shard.starts[document]) + first
-            values = np.arange(count) if self._pad_id is None else shard.tokens[start : start + count]
+            values = np.arange(count) if self._pad_id is None else shard.read(slice(start, start + count))
             values_L[filled : filled + count] = values
             filled += count

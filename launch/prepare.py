@@ -194,7 +194,7 @@ def _export(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
     for name, source in report["sources"].items():
         for part in (part for part in PARTS if source[part]["documents"]):
             documents = (
-                shard.tokens[start : start + length]
+                shard.read(slice(start, start + length))
                 for shard in open_shards(folder, name, part)
                 for start, length in zip(shard.starts.tolist(), shard.lengths.tolist(), strict=True)
             )

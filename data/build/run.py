@@ -40,6 +40,7 @@ from data.shards import (
     PARTS,
     REPORT_NAME,
     SOURCES_NAME,
+    check_entries,
     read_drops,
     read_rows,
     remove_abandoned,
@@ -54,6 +55,11 @@ DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `fi
 TOKENIZER_TEXT_BYTES = 64 * 2**20
 TOKENIZER_128K_BYTES = 512 * 2**20
 TOKENIZER_CHUNK_CHARACTERS = 2**16
+_UNIT_FILE = re.compile(
+    r"((train|validation)-)?(?P<unit>[0-9a-f]{16})\.(json|index|tokens|sketches|drop\.npy|sequences-.*)"
+)
+_PARTIAL_FILE = re.compile(rf"\.{_UNIT_FILE.pattern}-[0-9a-f]{{32}}")
+_BUILDING = re.compile(r"\.building-[0-9a-f]{16}-[0-9a-f]{32}")
 _OPEN_UNITS = 64  # indexes that are mapped into memory at a time
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +109,7 @@ def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise DataError(f"out: must be a folder, {str(folder)!r} is a file; nearest: {folder}.prepared")
     others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
+    check_entries(folder, "out")
     # Another command may be filling the folder. Its settings come first, so they are looked for after the list.
     if others and not (folder / SETTINGS_NAME).exists():
         raise DataError(
@@ -349,11 +356,11 @@ def _write_report(build: Build, built: int, peak: int, began: float, progress: P
 def _remove_others(folder: Path, units: frozenset[str]) -> None:
     """Removes the files of earlier units, and what killed workers left."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir():
+        if _BUILDING.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name[0] == ".":
+        elif _PARTIAL_FILE.fullmatch(path.name):
             remove_abandoned([path])
-        elif not any(name in units for name in re.findall(r"[0-9a-f]{16}", path.name)):
+        elif (match := _UNIT_FILE.fullmatch(path.name)) and match["unit"] not in units:
             path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
 from data.registry import CorpusFile
-from data.shards import replace_file
+from data.shards import read_json, replace_file
 from data.sources import size_bytes
 
 SETTINGS_NAME = "settings.json"
@@ -102,7 +102,7 @@ class Claims:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def close(self) -> None:
         """Releases all claims."""
@@ -142,7 +142,7 @@ def agree_on_settings(
         if not path.exists():
             replace_file(path, json.dumps(settings, indent=1).encode())
         try:
-            stored: dict[str, Any] = json.loads(path.read_bytes())
+            stored = read_json(path)
         except ValueError as error:
             raise DataError(f"out: {path} must be JSON, is not: {error}; nearest: another folder") from error
     before = dict(_flat(stored))
@@ -153,6 +153,10 @@ def agree_on_settings(
                 f"out: must be a folder with the same settings, {str(folder)!r} was prepared with {key}="
                 f"{json.dumps(before.get(key))}, which is {json.dumps(now.get(key))} now; nearest: another folder"
             )
+    unit_bytes = stored["unit_bytes"]
+    if type(unit_bytes) is not int or not settings["unit_bytes"] // _UNITS**3 <= unit_bytes <= 2**48:
+        near = settings["unit_bytes"]
+        raise DataError(f"out: {path} must have unit_bytes of launch.prepare, is {unit_bytes!r}; nearest: {near}")
     return stored
 
 

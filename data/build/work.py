@@ -194,7 +194,7 @@ class Build:
     def shard(self, unit: TextUnit, part: Part) -> Shard:
         """Returns one part of a complete unit."""
         dtype = np.dtype(np.uint32)  # tokens are not read
-        return Shard(self.folder_of(unit.source.name), unit.name, part, dtype)
+        return Shard(self.folder_of(unit.source.name), unit.name, part, dtype, vocab_size=0)
 
     def all_units(self) -> list[TextUnit]:
         """Returns the units of all sources in order."""
@@ -203,7 +203,12 @@ class Build:
     def read(self, unit: TextUnit) -> dict[str, Any] | None:
         """Returns the values of a unit; None if it must be built, because it is absent or a file has changed."""
         values = read_unit(self.folder_of(unit.source.name), unit.name)
-        return values if values and values.get("inputs") == [list(file) for file in unit.files] else None
+        is_current = values is not None and values.get("inputs") == [list(file) for file in unit.files]
+        with suppress(KeyError, TypeError, AttributeError, ValueError):  # another program has written it
+            if is_current and values is not None and ReadCounts(**values["counts"]).is_valid():
+                Counter[str]().update({name: int(count) for name, count in values["dropped"].items()})
+                return values
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,13 +18,12 @@ from data.corpus import DataError, Reader, choice_of, list_of, number_of, object
 from data.quality.filters import FilterConfig, filter_config
 from data.readers.rows import OnBroken
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
-from data.shards import read_report
+from data.shards import SOURCE_NAME, read_report
 from data.tokenizer import Tokenizer
 from kernels.ranges import Above, AtLeast, Between
 
 DedupKind = Literal["exact", "minhash"]
 _REQUIRED = ("name", "paths", "weight")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _weight = partial(number_of, limits=AtLeast(0))
 
 
@@ -133,7 +132,7 @@ def parse_manifest(values: object, place: str, folder: Path) -> Manifest:
 
 def _name(value: object, place: str) -> str:
     name = text_of(value, place)
-    if not _NAME.fullmatch(name):
+    if not SOURCE_NAME.fullmatch(name):
         near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "source"
         rule = "must be 1 to 64 letters, digits, dots, - and _, and begin with a letter or digit"
         raise DataError(f"{place}: {rule}, is {shorten(name)!r}; nearest: {near}")

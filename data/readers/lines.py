@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,18 @@ def lost_rows(path: Path, row: int, end: int, reason: str) -> BrokenRow:
     lost = max(1, end - row)
     more = f" (and the {lost - 1:,} rows after it)" if lost > 1 else ""
     return BrokenRow(place=f"{path}:{row + 1}", reason=f"{reason}{more}", rows=lost)
+
+
+def is_sparse(path: Path) -> bool:
+    """Returns whether a file is far larger than what it has on the disk."""
+    try:
+        status = path.stat()
+        if status.st_size <= max(MIN_RATIO_BYTES, MAX_RATIO * 512 * status.st_blocks):
+            return False
+        with path.open("rb") as content:  # file systems that do not count blocks have no holes
+            return os.lseek(content.fileno(), 0, os.SEEK_HOLE) < status.st_size
+    except OSError:
+        return False  # its reader says why
 
 
 def read_lines(file: CorpusFile, first: int, last: int, text_field: TextField) -> Iterator[Document | BrokenRow]:

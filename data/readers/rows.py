@@ -1,7 +1,6 @@
 """Reads corpus files in pieces, row by row, and counts what is skipped or replaced. Imports no torch."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import chain, pairwise
@@ -9,7 +8,7 @@ from typing import Literal
 
 from data.corpus import DataError
 from data.readers.files import compression_of, format_of
-from data.readers.lines import MAX_RATIO, MIN_RATIO_BYTES, PART_BYTES, TextField, lost_rows, read_lines
+from data.readers.lines import PART_BYTES, TextField, is_sparse, lost_rows, read_lines
 from data.readers.megatron import count_documents, read_megatron
 from data.readers.tables import group_row_groups, read_arrow, read_parquet
 from data.registry import BrokenRow, CorpusFile, Document, EmptyFile
@@ -49,6 +48,12 @@ class ReadCounts:
             setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
         del self.broken_places[_KEPT_PLACES:]
 
+    def is_valid(self) -> bool:
+        """Returns whether values that were stored have the types of these fields."""
+        return all(
+            type(getattr(self, count.name)) is (list if "list" in str(count.type) else int) for count in fields(self)
+        )
+
     def check(self, max_broken_share: float, key: str = "data.max_broken_share") -> None:
         """Raises DataError if the share of broken rows is above the limit."""
         if self.broken > max_broken_share * self.rows:
@@ -87,7 +92,7 @@ def pieces(file: CorpusFile, piece_bytes: int, *, allows_holes: bool = False) ->
     kind = format_of(file.path)
     try:
         size = file.path.stat().st_size
-        if not allows_holes and _is_sparse(file):
+        if not allows_holes and is_sparse(file.path):
             return [FilePiece(file=file, first=0, last=_ALL, size_bytes=0)]
         if kind == "parquet":
             groups = group_row_groups(file, piece_bytes)
@@ -105,7 +110,7 @@ def pieces(file: CorpusFile, piece_bytes: int, *, allows_holes: bool = False) ->
 def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenRow]:
     """Yields every row of a piece, or that its file has none."""
     kind = format_of(piece.file.path)
-    if piece.last >= _ALL and _is_sparse(piece.file):
+    if piece.last >= _ALL and is_sparse(piece.file.path):
         yield lost_rows(piece.file.path, 0, 0, "the file is sparse: most of it was never written")
         return
     read = {"parquet": read_parquet, "arrow": read_arrow, "megatron": read_megatron}.get(kind or "", read_lines)
@@ -115,18 +120,6 @@ def read_rows(piece: FilePiece, field: TextField) -> Iterator[Document | BrokenR
         yield from chain([row], rows)
     elif piece.first == 0 and kind != "text":
         yield EmptyFile(place=str(piece.file.path), reason="has no rows")
-
-
-def _is_sparse(file: CorpusFile) -> bool:
-    """Returns whether a file is far larger than what it has on the disk."""
-    try:
-        status = file.path.stat()
-        if status.st_size <= max(MIN_RATIO_BYTES, MAX_RATIO * 512 * status.st_blocks):
-            return False
-        with file.path.open("rb") as content:  # file systems that do not count blocks have no holes
-            return os.lseek(content.fileno(), 0, os.SEEK_HOLE) < status.st_size
-    except OSError:
-        return False  # its reader says why
 
 
 def keep_documents(

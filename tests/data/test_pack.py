@@ -47,6 +47,9 @@ class MemoryShard:
     def starts(self) -> np.ndarray:
         return np.cumsum(self.lengths) - self.lengths
 
+    def read(self, positions: slice) -> np.ndarray:
+        return self.tokens[positions]
+
     def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         return pack_windows(self.lengths, sequence_length_tokens)
 
@@ -151,7 +154,7 @@ def test_padding_of_windows_is_small_and_a_table_is_read_as_written(tmp_path: Pa
     table = pack_windows(lengths, 4096)
     assert len(table) * 4096 * (1 - 0.005) <= lengths.sum()
     table.save(tmp_path / "table.npy")
-    again = SequenceTable.load(tmp_path / "table.npy")
+    again = SequenceTable.load(tmp_path / "table.npy", lengths.astype(np.int64), 4096)
     assert isinstance(again.pieces, np.memmap)
     assert np.array_equal(again.pieces, table.pieces)
     assert np.array_equal(again.offsets, table.offsets)

@@ -234,7 +234,8 @@ def test_stopped_worker_is_named_and_ends_the_command_with_all_workers(
 def test_partial_files_of_killed_processes_are_removed_after_an_hour(
     folder: Path, settings: BuildSettings, tokenizer: Tokenizer
 ) -> None:
-    abandoned, recent = (folder / "sources" / "notes" / name for name in (".abandoned", ".recent"))
+    name = f".{'0' * 16}.index-{'1' * 31}"
+    abandoned, recent = (folder / "sources" / "notes" / f"{name}{number}" for number in range(2))
     for path in (abandoned, recent):
         path.touch()
     os.utime(abandoned, (time.time() - 4000,) * 2)
@@ -322,6 +323,33 @@ def test_folder_of_other_settings_or_content_is_refused(
     assert files_of(folder) == before
     with pytest.raises(DataError, match="out: must be a new or empty folder"):
         build_folder(settings, tokenizer, tmp_path, 1, NO_PROGRESS)
+
+
+def test_files_of_the_user_are_kept_and_links_in_a_folder_refused(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    (mine / "drafts").mkdir()
+    notes = folder / "sources" / "notes"
+    (notes / "README.txt").touch()
+    (notes / "photos").mkdir()
+    (notes / f"{'0' * 16}.index").touch()  # of an earlier unit
+    (folder / "prepare.json").unlink()
+    build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+    assert [(notes / name).exists() for name in ("README.txt", "photos", f"{'0' * 16}.index")] == [True, True, False]
+    for name in ("sources/notes", "sources", "tokenizer.json"):
+        path = folder / name
+        path.rename(tmp_path / "moved")
+        path.symlink_to(mine)
+        before = files_of(folder)
+        with pytest.raises(DataError, match=rf"^out: {path} must be a f.*is a link"):
+            build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+        assert files_of(folder) == before
+        assert sorted(path.name for path in mine.iterdir()) == ["drafts", "thesis.tex"]
+        path.unlink()
+        (tmp_path / "moved").rename(path)
 
 
 def test_folder_that_another_command_begins_meanwhile_is_not_refused(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import models
 
 from data.config import BatchSizes
@@ -51,6 +52,9 @@ class Shard:
         self.table = SequenceTable(
             offsets=np.array(offsets, dtype=np.uint32), pieces=np.array(pieces, dtype=np.uint32).reshape(-1, 3)
         )
+
+    def read(self, positions: slice) -> NDArray[np.uint32]:
+        return self.tokens[positions]
 
     def sequences(self, sequence_length_tokens: int) -> SequenceTable:
         assert sequence_length_tokens == L
