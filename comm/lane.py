@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from comm.protocol import CompletedWork, Work
+from comm.protocol import Work
 
 T = TypeVar("T")
 
@@ -47,18 +47,6 @@ class Lane(Protocol):
     def close(self) -> None:
         """Waits for all submitted functions. Nothing may be submitted afterwards."""
         ...
-
-
-class InlineLane:
-    """Runs each function immediately on the caller's thread: the sequential mode. `submit` raises errors."""
-
-    def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Runs `function` and returns its completed work."""
-        with torch.no_grad():
-            return CompletedWork(function())
-
-    def close(self) -> None:
-        """Does nothing: no work is ever pending."""
 
 
 class _Job(Generic[T]):

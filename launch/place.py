@@ -3,13 +3,11 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import base64
 import json
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +43,7 @@ class PlaceCommandConfig:
     layers: PositiveInt | None
     steps: PositiveInt
     domains: Mapping[str, NonNegativeFloat] | None
-    format: Literal["text", "html", "json", "sglang", "vllm", "vllm_ascend"]
+    format: Literal["text", "json", "sglang", "vllm"]
     out: str
     plugins: tuple[str, ...]
 
@@ -196,31 +194,11 @@ def _formatted(config: PlaceCommandConfig, measured: MeasuredLoads, placement: P
             return json.dumps({"physical_to_logical_map": rows})
         case "vllm":
             return json.dumps([*served.values()])
-        case "vllm_ascend":
-            return json.dumps(_devices([*served.values()], shape.num_ranks))
         case "json":
             facts = {"loads": measured.title, **encode(shape)}
             return json.dumps({**facts, "layers": {f"layer_{n}": _values(placement, n, pairs[n]) for n in layers}})
-        case "html":
-            return _page(measured.title, placement, pairs)
         case "text":
             return "\n".join(_lines(measured.title, placement, pairs))
-
-
-def _devices(rows: Sequence[Sequence[int]], num_ranks: int) -> dict[str, Any]:
-    """Returns the experts of each device as vLLM's plugin for Ascend reads them."""
-    layers = [
-        {
-            "layer_id": number,
-            "device_count": num_ranks,
-            "device_list": [
-                {"device_id": rank, "device_expert": experts}
-                for rank, experts in enumerate(np.reshape(row, (num_ranks, -1)).tolist())
-            ],
-        }
-        for number, row in enumerate(rows)
-    ]
-    return {"moe_layer_count": len(layers), "layer_list": layers}
 
 
 def _values(placement: Placement, layer: int, pair: tuple[Loads, Loads]) -> dict[str, Any]:
@@ -250,68 +228,13 @@ def _rows(placement: Placement, pairs: Pairs) -> Iterator[tuple[str, str, str, s
         yield f"layer {layer}", f"{imbalance(before):.3f}", f"{imbalance(after):.3f}", copied
 
 
-_COLUMNS = ("layer", "max/mean before", "after", "most copied experts")
-
-
 def _lines(title: str, placement: Placement, pairs: Pairs) -> Iterator[str]:
     yield f"loads of {title}"
     yield _headline(placement)
     yield ""
-    for name, before, after, copied in (_COLUMNS, *_rows(placement, pairs)):
+    columns = ("layer", "max/mean before", "after", "most copied experts")
+    for name, before, after, copied in (columns, *_rows(placement, pairs)):
         yield f"{name:<12}{before:>16}{after:>8}  {copied}".rstrip()
-
-
-_STYLE = """
-.before{fill:var(--c6);opacity:.55}.after{fill:var(--c1)}.mean{stroke:var(--line)}
-svg text{fill:var(--soft);font-size:12px}svg{max-width:100%;height:auto}figure{margin:8px 0 18px;padding:6px 12px}
-.map{display:block;width:100%;image-rendering:pixelated}.scale{height:12px;max-width:240px}
-"""
-_WIDTH = 1080
-_HEIGHT = 220
-
-
-def _page(title: str, placement: Placement, pairs: Pairs) -> str:
-    """Returns the page: load of each rank in the worst layer as bars, in all as maps, and the table."""
-    from dualpipe.draw.style import document
-    from train.figures import table
-    from train.report.charts import legend_gradient, palette, png, relative_shades
-
-    worst = max(pairs, key=lambda layer: imbalance(pairs[layer][0]))
-    parts = [
-        f"<h1>Placement of experts</h1><p>Loads of {escape(title)}. {escape(_headline(placement))}.</p>",
-        _bars(f"Layer {worst}: load of each rank over the mean, before (grey) and after", *pairs[worst]),
-    ]
-    for number, name in enumerate(("Before", "After")):
-        share_LR = np.stack([loads[number] / (loads[number].mean() or 1.0) for loads in pairs.values()])
-        content = base64.b64encode(png(relative_shades(share_LR), palette())).decode()
-        caption = f"{name}: ranks from left to right, layers {min(pairs)} to {max(pairs)} from top to bottom"
-        style = f"height:{min(max(8 * len(pairs), 24), 420)}px"
-        image = f'<img class="map" alt="" style="{style}" src="data:image/png;base64,{content}">'
-        parts.append(f"<figure><h3>{caption}</h3>{image}</figure>")
-    parts.append(f'<div class="scale" style="background:{legend_gradient()}"></div>')
-    parts.append("<p>A quarter of the mean load or less is blue, four times or more is red.</p>")
-    parts.append(table(_COLUMNS, [*_rows(placement, pairs)], text=[3]))
-    return document("Placement of experts", f"<main>{''.join(parts)}</main>", _STYLE, has_images=True)
-
-
-def _bars(title: str, before_R: Loads, after_R: Loads) -> str:
-    mean = float(before_R.mean()) or 1.0
-    top = max(float(before_R.max()), float(after_R.max()), mean) / mean
-    step = _WIDTH / len(before_R)
-    shapes = []
-    for style, loads, start, width in (("before", before_R, 0.04, 0.92), ("after", after_R, 0.22, 0.56)):
-        for rank, load in enumerate(loads / mean):
-            height = _HEIGHT * load / top
-            x = 40 + (rank + start) * step
-            name = f"<title>rank {rank}, {style}: {load:.3f}</title>"
-            box = f'width="{width * step:.2f}" height="{height:.1f}"'
-            shapes.append(f'<rect class="{style}" x="{x:.2f}" y="{8 + _HEIGHT - height:.1f}" {box}>{name}</rect>')
-    for value in (1.0, top):
-        y = 8 + _HEIGHT * (1 - value / top)
-        shapes.append(f'<path class="mean" d="M40 {y:.1f}h{_WIDTH}"/><text x="2" y="{y + 4:.1f}">{value:.2f}</text>')
-    shapes.append(f'<text x="40" y="{_HEIGHT + 24}">rank 0 to {len(before_R) - 1}</text>')
-    size = f'viewBox="0 0 {_WIDTH + 48} {_HEIGHT + 30}" width="{_WIDTH + 48}" height="{_HEIGHT + 30}"'
-    return f'<figure><h3>{escape(title)}</h3><svg {size} role="img">{"".join(shapes)}</svg></figure>'
 
 
 def _checked(overrides: Sequence[str]) -> PlaceCommandConfig:

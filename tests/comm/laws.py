@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed
 
 from comm.dispatch.local import LocalDispatcher
-from comm.lane import InlineLane
 from tests.comm.contract import CASES, NUM_CHOICES, Bench
+from tests.inline_lane import InlineLane
 
 
 def law_rows_arrive_as_specified(bench: Bench) -> None:

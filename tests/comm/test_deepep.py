@@ -23,7 +23,7 @@ from comm.dispatch.deepep.dispatcher import DeepEPDispatcher, DeepEPRoute, Exper
 from comm.dispatch.deepep.package import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.process_group import Observers
-from comm.lane import InlineLane, Lane, StreamLane, ThreadLane
+from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher, Label
 from tests.comm import deep_ep_emulation
@@ -32,6 +32,7 @@ from tests.comm.contract import CASES, NUM_CHOICES, Bench, num_experts_for
 from tests.comm.deep_ep_emulation import Emulation
 from tests.comm.laws import check_laws
 from tests.covering import exhaustive
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 

@@ -22,7 +22,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.registry import DISPATCHERS, NO_CALLS
 from comm.dispatch.traffic import Traffic
-from comm.lane import InlineLane, ThreadLane
+from comm.lane import ThreadLane
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import Collective, CollectiveLog
 from kernels.registry import load_plugins
@@ -31,6 +31,7 @@ from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.laws import LAWS, check_laws
 from tests.host_reads import Reads
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 RARE = """

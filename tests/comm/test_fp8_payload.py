@@ -13,12 +13,13 @@ from torch import Tensor, distributed
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import LayerTraffic
-from comm.lane import InlineLane, ThreadLane
+from comm.lane import ThreadLane
 from comm.protocol import Dispatcher
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, packed_bytes, unpack
 from kernels.quantize.reference import dequantize_1x128, quantize_1x128
 from tests.comm import contract, laws
 from tests.comm.backends import Setting, maker, watching
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS, _NUM_CHOICES = 8, 3

@@ -32,12 +32,13 @@ from comm.config import (
 )
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import GLOO_ON_HOST, GLOO_STAGES, ClusterError, Groups, make_host_group, start
-from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
+from comm.lane import Lane, StreamLane, ThreadLane, _tensors_of
 from comm.layout import Layout
 from comm.protocol import Arrived, CompletedWork
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from tests import ROOT
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 _LANES = [InlineLane, lambda: ThreadLane("test")]

@@ -17,9 +17,10 @@ from comm.dispatch.node_cap import (
     touched_nodes,
 )
 from comm.dispatch.traffic import ClipCount
-from comm.lane import InlineLane, ThreadLane
+from comm.lane import ThreadLane
 from comm.protocol import Dispatcher, Label
 from tests.comm.backends import Setting, maker, watching
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS, _NUM_CHOICES, _HIDDEN = 16, 5, 6

@@ -14,10 +14,11 @@ from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.traffic import ClipCount
 from comm.groups import Groups
-from comm.lane import InlineLane, ThreadLane
+from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from tests.comm.backends import Setting, make_parts, maker, watching
+from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS = 12

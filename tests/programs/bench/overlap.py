@@ -19,7 +19,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.registry import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
-from comm.lane import InlineLane, Lane, ThreadLane
+from comm.lane import Lane, ThreadLane
 from comm.layout import Layout
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
@@ -31,6 +31,7 @@ from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Action, Program, Step
 from tests.cluster.namespaces import Cluster
 from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
+from tests.inline_lane import InlineLane
 from tests.programs.bench.blocks import SleepLog
 from tests.programs.bench.contenders import Links
 from tests.programs.bench.overlap_stage import EmulatedModel, EmulatedStage

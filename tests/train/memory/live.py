@@ -8,12 +8,12 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from comm.lane import InlineLane
 from dualpipe.ir import Schedule
 from dualpipe.runtime.execute import HostClock, execute
 from dualpipe.runtime.program import Action
 from model.objective import LossSums
 from model.size import stage_shapes
+from tests.inline_lane import InlineLane
 from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.lane import InlineLane
 from model.transformer import routers
+from tests.inline_lane import InlineLane
 from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.memory.live import NUMBER_BYTES
