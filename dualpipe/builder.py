@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dualpipe.ir import Group, MemoryCapError, Op, Operation, Placement, Schedul
 from dualpipe.passes import offload
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleSpec, candidates, check_size, check_slices
 from dualpipe.simulate.costs import CostModel, Costs, resampled, uniform
-from dualpipe.simulate.timing import activation_cap, peak_memory, simulate
+from dualpipe.simulate.timing import activation_cap, makespan_of, peak_memory, simulate
 from dualpipe.validate import validate
 
 DECODE_KIND = "decode"
@@ -64,13 +65,17 @@ def build_schedule(
     room = activation_cap(memory_cap, copies, costs)
     activations = replace(costs, weights=0.0)
 
-    def generate(cap: float | None) -> Schedule:
-        made = _generate(spec, num_ranks, num_micro_batches, activations.without_offload(), cap, cache_dir)
+    def generate(depth: int, cap: float | None) -> Schedule:
+        staying = replace(activations.without_offload(), link_depth=depth)
+        made = _generate(spec, num_ranks, num_micro_batches, staying, cap, cache_dir)
         # Pictures, reports and errors use the name that was chosen, which may be a former one.
         return replace(made, kind=kind, link_depth=activations.link_depth)
 
+    # Deeper links allow every order of shallower ones, which a search may miss.
+    depths = range(1, costs.link_depth + 1) if spec.takes_costs else [costs.link_depth]
     try:
-        return _fit(generate, activations, room)
+        made = [_fit(partial(generate, depth), activations, room) for depth in depths]
+        return min(made, key=lambda schedule: makespan_of(schedule, activations))
     except MemoryCapError as error:
         if not costs.weights:
             raise
@@ -84,11 +89,6 @@ def _fit(generate: Callable[[float | None], Schedule], costs: CostModel, memory_
     """Makes the schedule within a cap on its activations, with offload if that is allowed and faster."""
     if memory_cap is None or not costs.can_offload:
         return generate(memory_cap)
-    if costs.slices > 1:
-        raise ScheduleError(
-            f"costs.offload: must be null with schedule.slices={costs.slices}, because later slices attend to an "
-            "activation that is offloaded, is set; nearest: null, or schedule.slices=1"
-        )
     try:
         staying: Schedule | None = generate(memory_cap)
     except MemoryCapError:

@@ -162,6 +162,25 @@ def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "num_micro_batches", "chunks"), [(3, 10, 2), (4, 12, 1), (4, 12, 2)])
+def test_deeper_links_are_never_longer(num_ranks: int, num_micro_batches: int, chunks: int) -> None:
+    """Alone, the searches for 2 or 3 messages find longer orders than those for one message less."""
+    equal = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.5, latency=0.3)
+    costs = replace(uniform(equal, num_ranks, chunks * num_ranks), slices=2)
+    alone, best = [], []
+    for depth in (1, 2, 3):
+        deep = replace(costs, link_depth=depth)
+        searched = dualpipe_interleaved(num_ranks, num_micro_batches, deep)
+        built = builder.build_schedule("dualpipe_interleaved", num_ranks, num_micro_batches, deep)
+        validate(built)
+        assert built.link_depth == depth
+        alone.append(simulate(searched, deep).makespan)
+        best.append(simulate(built, deep).makespan)
+    assert alone != sorted(alone, reverse=True), "no depth is longer than a smaller one, so the test has no effect"
+    assert best == [min(alone[: depth + 1]) for depth in range(3)]
+
+
 def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
     costs = uniform(SEARCH_COSTS, 4, 8)
     many = dualpipe_interleaved(4, 200, costs)

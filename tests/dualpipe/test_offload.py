@@ -122,6 +122,15 @@ def test_build_offloads_only_if_costs_allow_it_and_a_cap_asks_for_it() -> None:
         build_schedule("1f1b", 4, 8, costs.without_offload(), 2.0)
 
 
+@pytest.mark.parametrize("kind", ["dualpipe_split", "sliced_1f1b"])
+def test_build_offloads_slices_of_sequences(kind: str) -> None:
+    costs = replace(costs_of(build_schedule(kind, 2, 8), 0.2), slices=2)
+    moved = build_schedule(kind, 2, 8, costs, 2.0)
+    validate(moved, 2.0)
+    assert moved.slices == 2
+    assert moved.has_offload
+
+
 def one_by_one(num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None) -> Schedule:
     """Returns 1F1B, or one micro-batch after the other if the cap is too small for it."""
     schedule = build_schedule("1f1b", num_ranks, num_micro_batches)

@@ -22,11 +22,12 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
 from tests.train.test_command import read_metrics, run_train
-from tests.train.test_equality import assert_equal_one_rank, assert_zero1_equal, zero1
+from tests.train.test_equality import assert_equal_one_rank, assert_same, assert_zero1_equal, zero1
 from train.config import TokenSchedule, TrainConfig
 from train.learner import LearnersByBatchSize
 from train.listeners.validation import validate_pass
 from train.replica import BatchReader
+from train.schedule.timing import nominal_costs
 from train.step import rates_of
 from train.tasks.next_token import to_micro_batch
 from train.verify.steps import StepValues
@@ -135,6 +136,21 @@ def sliced_config(
         global_sequences=(3 if pipeline < 3 else 6) * data,
     )
     return replace(config, batch=batch, model=replace(config.model, num_layers=max(4, pipeline), mtp_depth=2))
+
+
+@pytest.mark.slow
+def test_slices_that_a_memory_cap_offloads_equal_those_that_stay(folder: Path) -> None:
+    config = sliced_config(folder, (2, 1, 1), "dualpipe_split", 2, document_mask=False)
+    away = replace(config, costs=replace(config.costs, offload=0.2), memory_cap=2.0)
+    # The ranks of both runs follow one order, so that only the copies differ.
+    schedule = build_schedule("dualpipe_split", 2, 6, nominal_costs(away, "dualpipe_split"), away.memory_cap)
+    assert schedule.has_offload
+    assert schedule.slices == 2
+    operations = [[group for group in groups if not group[0].kind.is_copy] for groups in schedule.ranks]
+    staying = replace(schedule, ranks=tuple(map(tuple, operations)))
+    jobs = [Job(config=away, schedule=staying), Job(config=away, schedule=schedule)]
+    for rank in run_ranks(2, run_jobs, jobs, STEPS):
+        assert_same(rank[0], rank[1])
 
 
 def whole(config: TrainConfig) -> TrainConfig:
