@@ -5,6 +5,7 @@ if not __package__:
 
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -80,6 +81,7 @@ class ServeCommandConfig:
     chunk_tokens: PositiveInt
     prefix_cache: bool
     speculative: Speculative
+    cors_origins: tuple[str, ...]
     drain_seconds: Annotated[float, Between(0, 29)]
     stall_seconds: PositiveFloat
     ranks: PositiveInt
@@ -125,6 +127,8 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
     check(source.model, [], 0, config.speculative, config.max_sequences)
     describe_model(config, source)
     ranks = config.ranks
+    if wrong := [origin for origin in config.cors_origins if not re.fullmatch(r"\*|https?://[^/\s]+", origin)]:
+        raise broken("cors_origins", "must have origins such as http://localhost:3000, or *", wrong[0], "[]")
     if config.prefill_ranks >= ranks and config.prefill_ranks:
         raise broken("prefill_ranks", f"must be less than ranks={ranks}", config.prefill_ranks, ranks - 1)
     if ranks == 1 and (config.placement is not None or config.place_again_seconds is not None):
@@ -206,7 +210,8 @@ def _serve(config: ServeCommandConfig, source: WeightsSource, bound: socket.sock
         _write_line(line)
     if served.grammars.is_available:
         served.grammars.start()  # reads the tokenizer meanwhile
-    service = Service(served, thread, api_key=os.environ.get(API_KEY), write_line=_write_line)
+    key = os.environ.get(API_KEY)
+    service = Service(served, thread, api_key=key, write_line=_write_line, cors_origins=config.cors_origins)
     return run_server(service, bound, config.drain_seconds)
 
 

@@ -5,22 +5,25 @@ import hmac
 import json
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any, get_args
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast, get_args
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from infer.serve.answers import Reply
-from infer.serve.calls import Endpoint, ServedModel, read_call
+from infer.serve.calls import Endpoint, ServedModel, detokenize, read_call, tokenize
 from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError, internal_error
 from infer.serve.responses import ResponseReply
@@ -31,6 +34,8 @@ _LARGE_BYTES = 2**20  # size above which bodies are decoded one at a time
 MOST_BODIES_BYTES = 2**27  # of all bodies that are not small
 BODY_SECONDS = 60.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_CONVERSIONS = {"tokenize": tokenize, "detokenize": detokenize}
+_PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
 
 
@@ -66,13 +71,20 @@ class Service:
     """A served model with its engine: answers requests, counts them, and drains."""
 
     def __init__(
-        self, served: ServedModel, engine: EngineThread, *, api_key: str | None, write_line: Callable[[str], None]
+        self,
+        served: ServedModel,
+        engine: EngineThread,
+        *,
+        api_key: str | None,
+        write_line: Callable[[str], None],
+        cors_origins: Sequence[str] = (),
     ) -> None:
         """Takes an engine that is not started yet.
 
         Args:
             api_key: that clients must send; None: none is needed.
             write_line: receives a line about each request, without its text.
+            cors_origins: origins of pages that may read answers.
         """
         self.served = served
         self.engine = engine
@@ -82,6 +94,7 @@ class Service:
         self.num_calls = 0  # in progress, without those whose body has not arrived
         self.is_draining = False
         self._api_key = api_key
+        self._cors_origins = cors_origins
         self.write_line = write_line
         self._started = int(time.time())
 
@@ -99,14 +112,22 @@ class Service:
             Route(f"/v1/{endpoint}", partial(self._answer, endpoint), methods=["POST"])
             for endpoint in get_args(Endpoint)
         ]
+        answers += [Route(f"/{name}", partial(self._answer, name), methods=["POST"]) for name in _CONVERSIONS]
         others = [
+            Route("/", _page, methods=["GET"]),
+            Route("/version", _version, methods=["GET"]),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._models, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
         handlers: dict[Any, Any] = {ApiError: _as_response, HTTPException: _as_response, Exception: _as_response}
-        return Starlette(routes=[*answers, *others], exception_handlers=handlers, lifespan=lifespan)
+        app = Starlette(routes=[*answers, *others], exception_handlers=handlers, lifespan=lifespan)
+        if self._cors_origins:
+            app.add_middleware(
+                CORSMiddleware, allow_origins=self._cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
+        return app
 
     async def _models(self, request: Request) -> Response:
         self.check_access(request)
@@ -116,8 +137,7 @@ class Service:
         name = request.path_params.get("name")
         if name is None:
             return JSONResponse({"object": "list", "data": [model]})
-        if name != served.name:
-            raise ApiError(404, f"the model {name[:80]!r} does not exist", "model", "model_not_found")
+        served.check_name(name)
         return JSONResponse(model)
 
     async def _health(self, request: Request) -> Response:
@@ -136,14 +156,14 @@ class Service:
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    async def _answer(self, endpoint: Endpoint, request: Request) -> "_Call":
+    async def _answer(self, endpoint: str, request: Request) -> "_Call":
         return _Call(self, endpoint, request)
 
 
 class _Call:
     """A call in progress: the ASGI application that reads it, answers it and counts it."""
 
-    def __init__(self, service: Service, endpoint: Endpoint, request: Request) -> None:
+    def __init__(self, service: Service, endpoint: str, request: Request) -> None:
         self._service = service
         self._endpoint = endpoint
         self._request = request
@@ -188,7 +208,9 @@ class _Call:
             service.num_calls += 1
             self._has_begun = True
             async with service.decoding_large if len(content) > _LARGE_BYTES else nullcontext():
-                call = await run_in_threadpool(read_call, service.served, self._endpoint, content)
+                if self._endpoint in _CONVERSIONS:
+                    return _dump(await run_in_threadpool(_CONVERSIONS[self._endpoint], service.served, content))
+                call = await run_in_threadpool(read_call, service.served, cast("Endpoint", self._endpoint), content)
         reply = (Reply if call.response is None else ResponseReply)(call, service.served)
         self._reply = reply
         await _while_connected(self._request, self._continue(reply, send))
@@ -311,6 +333,18 @@ def _as_response(request: Request, error: Exception) -> Response:
     if error.status == 429:
         headers = {"retry-after": "1"}
     return JSONResponse(error.values, error.status, headers)
+
+
+async def _page(request: Request) -> Response:
+    content = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(content, headers={"content-security-policy": _PAGE_POLICY})
+
+
+async def _version(request: Request) -> Response:
+    try:
+        return JSONResponse({"version": version("dualpipe-trainer")})
+    except PackageNotFoundError:  # a checkout whose environment has only the dependencies
+        return JSONResponse({"version": "unknown"})
 
 
 def _event(values: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from data.chat.encode import encode_any_prompt
 from data.chat.messages import ToolDefinition
 from data.chat.templates import ChatTemplate, Pieces
-from data.corpus import DataError, decode_json, describe, refusal
+from data.corpus import DataError, decode_json, describe, list_of, refusal
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.protocol import Request, TokenConstraint
@@ -17,8 +17,10 @@ from infer.serve.constraint import Grammars, Structure
 from infer.serve.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
+    DETOKENIZE_FIELDS,
     RESPONSE_FIELDS,
     STRUCTURES,
+    TOKENIZE_FIELDS,
     ApiError,
     as_chat,
     integer_of,
@@ -63,6 +65,12 @@ class ServedModel:
     def read_token(self, value: object, place: str) -> int:
         """Returns a token id of the vocabulary."""
         return integer_of(value, place, 0, self.vocab_size - 1)
+
+    def check_name(self, name: str) -> None:
+        """Rejects the name of another model."""
+        if name != self.name:
+            message = f"the model {name[:80]!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     def check_length(self, *strings: str | None) -> None:
         """Rejects strings that have far too many tokens, before all of them are encoded."""
@@ -128,10 +136,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
         fields = read_body(content, *_READERS[endpoint])
         if endpoint == "responses":
             fields = as_chat(fields)
-        name = fields.get("model", served.name)
-        if name != served.name:
-            message = f"the model {name[:80]!r} does not exist; this server has {served.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+        served.check_name(fields.get("model", served.name))
         for field, needed in _NEEDED.items():
             if fields.get(field) and not fields.get(needed):
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
@@ -146,6 +151,36 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
         raise ApiError.of_field(error) from error
     served.check_count(max(map(len, call.prompts)), call.request.max_new_tokens)
     return call
+
+
+def tokenize(served: ServedModel, content: bytes) -> dict[str, Any]:
+    """Returns the token ids of a text, or of the prompt of a chat, in vLLM's form."""
+    try:
+        fields = read_body(content, TOKENIZE_FIELDS)
+        served.check_name(fields.get("model", served.name))
+        if ("prompt" in fields) == ("messages" in fields):
+            raise refusal("prompt", "must be given without messages, or messages without it", "not", "prompt alone")
+        if "messages" in fields:
+            ids = [*_read_chat(served, fields).prompts[0]]
+        else:
+            served.check_length(fields["prompt"])
+            encode = served.tokenizer.prompt if fields.get("add_special_tokens", True) else served.tokenizer.encode
+            ids = encode(fields["prompt"])
+    except DataError as error:
+        raise ApiError.of_field(error) from error
+    names = [served.tokenizer.decode([number]) for number in ids] if fields.get("return_token_strs") else None
+    return {"count": len(ids), "max_model_len": served.max_tokens, "tokens": ids, "token_strs": names}
+
+
+def detokenize(served: ServedModel, content: bytes) -> dict[str, Any]:
+    """Returns the text of token ids, in vLLM's form."""
+    try:
+        fields = read_body(content, DETOKENIZE_FIELDS, "tokens")
+        served.check_name(fields.get("model", served.name))
+        ids = list_of(fields["tokens"], "tokens", served.read_token, can_be_empty=True)
+    except DataError as error:
+        raise ApiError.of_field(error) from error
+    return {"prompt": served.tokenizer.decode(ids)}
 
 
 def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:

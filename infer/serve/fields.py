@@ -66,7 +66,7 @@ def internal_error(status: int, sentence: str, code: str, reason: object, param:
     return ApiError(status, f"{sentence}; the server's log has the reason of error {number}", param, code)
 
 
-def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str) -> dict[str, Any]:
+def read_body(content: bytes, readers: Mapping[str, Reader | None], *needed: str) -> dict[str, Any]:
     """Returns the fields of a body that are not null; raises ApiError, or DataError."""
     try:
         if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
@@ -78,7 +78,7 @@ def read_body(content: bytes, readers: Mapping[str, Reader | None], needed: str)
         raise ApiError(400, f"the body must be JSON: {problem}", code="invalid_json") from error
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if value is not None}
-    return object_of(values, BODY, readers, required=(needed,))
+    return object_of(values, BODY, readers, required=needed)
 
 
 def _check_values(value: object, depth: int) -> None:
@@ -341,3 +341,10 @@ RESPONSE_FIELDS: dict[str, Reader | None] = {
     ),
     "chat_template_kwargs": CHAT_FIELDS["chat_template_kwargs"],
 }
+TOKENIZE_FIELDS: dict[str, Reader | None] = {
+    **{name: CHAT_FIELDS[name] for name in ("model", "messages", "tools", "chat_template_kwargs")},
+    **{name: CHAT_FIELDS[name] for name in ("add_generation_prompt", "continue_final_message")},
+    **dict.fromkeys(("add_special_tokens", "return_token_strs"), _flag_of),
+    "prompt": text_of,
+}
+DETOKENIZE_FIELDS: dict[str, Reader | None] = {"model": text_of, "tokens": _raw}

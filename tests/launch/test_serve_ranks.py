@@ -184,6 +184,13 @@ def test_ranks_that_cannot_serve_are_refused(
     assert_refused(error, parts, lambda: run_serve([f"ckpt={run}", *overrides.replace("FILE", str(file)).split()]))
 
 
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://a b"])
+def test_origin_that_no_browser_sends_is_refused(run: Path, origin: str) -> None:
+    assert "cors_origins" in preview([f"ckpt={run}", "cors_origins=['http://a:1','*']"])
+    with pytest.raises(ConfigError, match="cors_origins: must have origins such as"):
+        preview([f"ckpt={run}", f"cors_origins=['{origin}']"])
+
+
 def test_model_has_the_name_of_its_run(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

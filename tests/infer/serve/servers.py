@@ -69,11 +69,12 @@ def serving(
     api_key: str | None = None,
     most_open: int = MOST_OPEN,
     stall_seconds: float = 60,
+    cors_origins: tuple[str, ...] = (),
 ) -> Iterator[RunningServer]:
     """Runs a server on a thread until exit, which drains it."""
     lines: list[str] = []
     thread = EngineThread(engine, most_open=most_open, stall_seconds=stall_seconds)
-    service = Service(served or describe(), thread, api_key=api_key, write_line=lines.append)
+    service = Service(served or describe(), thread, api_key=api_key, write_line=lines.append, cors_origins=cors_origins)
     server = DrainingServer(service, drain_seconds=5)
     with open_socket("127.0.0.1", 0) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"

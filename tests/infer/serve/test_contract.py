@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -517,3 +518,50 @@ def test_structured_output_has_no_white_space(client: openai.OpenAI) -> None:
             chat(client, response_format=form, temperature=1.5, seed=seed, max_tokens=30).choices[0].message.content
         )
         assert re.fullmatch(r'{"a":[1-9]}', content), content
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_tokens_of_a_text_and_back(server: RunningServer, adds: bool) -> None:
+    body = {"model": "tiny", "prompt": "hello 你好", "add_special_tokens": adds, "return_token_strs": True}
+    answer = httpx.post(f"{server.url}/tokenize", json=body).json()
+    ids = TOKENIZER.prompt("hello 你好") if adds else TOKENIZER.encode("hello 你好")
+    names = [TOKENIZER.decode([number]) for number in ids]
+    expected = {"count": len(ids), "max_model_len": MODEL.max_position_tokens, "tokens": ids, "token_strs": names}
+    assert answer == expected
+    body = {"model": "tiny", "tokens": ids}
+    assert httpx.post(f"{server.url}/detokenize", json=body).json() == {"prompt": TOKENIZER.decode(ids)}
+
+
+def test_tokens_of_a_chat_are_its_prompt(server: RunningServer, client: openai.OpenAI) -> None:
+    answer = httpx.post(f"{server.url}/tokenize", json={"messages": MESSAGES}).json()
+    assert answer["count"] == len(answer["tokens"]) == chat(client).usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("tokenize", {}, "prompt"),
+        ("tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
+        ("tokenize", {"prompt": "a" * 10_000}, "max_tokens"),
+        ("tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("detokenize", {}, "tokens"),
+        ("detokenize", {"tokens": [1, 10**9]}, "tokens[1]"),
+        ("detokenize", {"tokens": "a"}, "tokens"),
+    ],
+)
+def test_wrong_text_and_tokens_are_refused(server: RunningServer, route: str, body: Any, param: str) -> None:
+    response = httpx.post(f"{server.url}/{route}", json=body)
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["param"] == param
+
+
+def test_version_is_that_of_the_project(server: RunningServer) -> None:
+    assert httpx.get(f"{server.url}/version").json() == {"version": version("dualpipe-trainer")}
+
+
+def test_page_is_one_file_that_loads_nothing_else(server: RunningServer) -> None:
+    page = httpx.get(server.url)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert not re.search(r"https?:|src=|href=|@import|url\(|innerHTML", page.text)
+    assert set(re.findall(r'fetch\("([^"]*)"', page.text)) == {"v1/models", "v1/chat/completions"}

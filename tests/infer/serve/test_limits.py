@@ -232,6 +232,28 @@ def test_api_key_is_demanded_of_requests() -> None:
         assert httpx.get(f"{running.url}/v1/models").status_code == 401
 
 
+def test_pages_of_named_origins_read_answers_and_errors() -> None:
+    named, other = "http://localhost:3000", "http://elsewhere"
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-a"}
+    with serving(make_engine(), api_key="secret", cors_origins=(named,)) as running:
+        url = f"{running.url}/v1/completions"
+        before = httpx.options(url, headers={"origin": named, **preflight})
+        assert (before.status_code, before.headers["access-control-allow-headers"]) == (200, "authorization,x-a")
+        key = {"authorization": "Bearer secret"}
+        for headers, status in ((key, 200), ({}, 401)):
+            answer = httpx.post(url, json=COMPLETION, headers={"origin": named, **headers})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, named)
+        refused = httpx.options(url, headers={"origin": other, **preflight})
+        assert refused.status_code == 400
+        answer = httpx.post(url, json=COMPLETION, headers={"origin": other, **key})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_no_page_reads_answers_unless_its_origin_is_named(server: RunningServer) -> None:
+    answer = httpx.get(f"{server.url}/v1/models", headers={"origin": "http://localhost:3000"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 def test_full_queue_is_refused_with_429() -> None:
     with serving(make_engine(), most_open=2) as running, httpx.Client(base_url=running.url, timeout=30) as client:
         response = client.post("/v1/completions", json={**COMPLETION, "n": 3})
