@@ -1,14 +1,16 @@
 """Reads the pages of the documentation: headings, links, and code blocks with the comments that say how they run."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests import ROOT
+from tests.data.released_tokenizer import write_released
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-_COMMENT = re.compile(r"^<!-- (checked|shortened|not run): (.+) -->$")
+_COMMENT = re.compile(r"^<!-- (checked|shortened|not run|not composed): (.+) -->$")
 _PAGE_COMMENT = re.compile(r"^<!-- page: run by (.+) -->$", re.MULTILINE)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 
@@ -17,8 +19,8 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\""
 class Block:
     """A fenced block of a page.
 
-    `mode` is `run`, `checked` (trainings are only composed), `shortened` (trainings do two steps) or `not run`, with
-    the reason that the page states.
+    `mode` is `run`, `checked` (trainings are only composed), `shortened` (trainings do two steps), `not run` (commands
+    are only composed) or `not composed`, with the reason that the page states.
     """
 
     page: Path
@@ -63,6 +65,15 @@ def blocks(page: Path) -> list[Block]:
         start = None
     assert start is None, f"{page}: a block that begins in line {(start or 0) + 1} has no end"
     return found
+
+
+def make_stand_ins(folder: Path) -> None:
+    """Makes what pages name and tests lack: terabytes of text in `corpus`, and the tokenizer of `DeepSeek-V3`."""
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.txt").touch()
+    os.truncate(folder / "corpus" / "a.txt", 3 * 10**12)  # sparse
+    (folder / "DeepSeek-V3").mkdir()
+    write_released(folder / "DeepSeek-V3" / "tokenizer.json", ["some text"], highest_id=128_814)
 
 
 def runners_of(page: Path) -> list[str]:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from itertools import zip_longest
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.commands import run_command
 from tests.covering import exhaustive
-from tests.docs.pages import PAGES, ROOT, Block, blocks, runners_of
+from tests.docs.pages import PAGES, ROOT, Block, blocks, make_stand_ins, runners_of
 
 pytestmark = pytest.mark.long
 PROGRAMS = ("bash", "console", "python")
@@ -25,7 +26,7 @@ STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
 DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins|manifest|folder)=|TIME")
 """What a command has that reads files of the page's folder."""
 REPEATED = re.compile(
-    r"'data\.paths=\[notes\.txt\]' data\.validation|name=longer|quickstart schedule=|task\.steps=240|quickstart_yarn|"
+    r"name=longer|quickstart schedule=|task\.steps=240|quickstart_yarn|"
     r"evaluation\.every_steps|init_from=outputs/quickstart/TIME model=of_checkpoint|task=dpo|task\.answers=student"
 )
 """Trainings of which another page runs a like one: `make test-long` only composes and checks them."""
@@ -51,9 +52,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, tmp_path: Path) -> None:
     shell = make_shell()
     program = ""
-    to_run = [block for block in blocks(page) if block.mode != "not run" and block.language in PROGRAMS]
+    make_stand_ins(tmp_path)
+    to_run = [
+        block
+        for block in blocks(page)
+        if block.language in PROGRAMS
+        and block.mode != "not composed"
+        and (block.mode != "not run" or block.language == "bash")
+    ]
     for block, following in zip_longest(to_run, to_run[1:]):
         match block.language:
+            case "bash" if block.mode == "not run":
+                for command in block.commands():
+                    if is_whole or not LEFT_OUT.search(command):
+                        compose(block, command, tmp_path, shell)
             case "bash" if block.mode == "shortened":
                 for command in block.commands():
                     if is_whole or not (REPEATED.search(command) or LEFT_OUT.search(command)):
@@ -76,6 +88,48 @@ def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, t
                     run(block, "python program.py", tmp_path, shell)
 
 
+def test_readme_pasted_top_to_bottom_works_where_nothing_is_set_up(tmp_path: Path) -> None:
+    """The folder holds what a clone would, and the shell has only folders of the system on its path.
+
+    The environment is new, with its packages linked from that of the tests; installing has its own tests. Trainings do
+    two steps.
+    """
+    checkout = tmp_path / "checkout"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True, timeout=120)
+    (packages,) = (checkout / ".venv" / "lib").glob("python*/site-packages")
+    link = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    (packages / "linked.pth").write_text(link, "utf-8")
+    (checkout / ".venv" / "installed").touch()
+    commands = [
+        command
+        for block in blocks(ROOT / "README.md")
+        if block.language == "bash" and block.mode in ("run", "shortened")
+        for command in block.commands()
+    ]
+    lines = [
+        _with_override(line, "ARGS=task.steps=2")
+        if line.startswith("make train")
+        else _with_override(line, "task.steps=2")
+        if TRAINS.search(line)
+        else line
+        for line in commands
+    ]
+    assert len(lines) >= 5
+    assert not any(TIME.search(line) for line in lines)
+    shell = ["bash", "--noprofile", "--norc", "-e", "-x", "-c", "\n".join(lines)]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(shell, cwd=checkout, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert (checkout / "outputs" / "notes" / "report.html").exists()
+    validated = (checkout / "outputs" / "notes" / "metrics.jsonl").read_text("utf-8")
+    assert "validation_loss" in validated, "the example of one's own text trains without validation"
+
+
 def make_shell() -> dict[str, str]:
     """Returns an environment in which `python` is this one, and the packages of the checkout are found."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -85,9 +139,9 @@ def make_shell() -> dict[str, str]:
 def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: tuple[int, ...] = (0,)) -> str:
     """Runs one command and returns what it prints, in a fork if it needs no shell and builds no ranks for a plan.
 
-    A `make` target is only looked up, by tests/docs/test_pages.py.
+    A `make` target is only looked up, by tests/docs/test_pages.py, and an environment is not activated again.
     """
-    if command.startswith("make "):
+    if command.startswith(("make ", "source ")):
         return ""
     line = with_times(command, folder)
     words = shlex.split(line, comments=True)
@@ -98,6 +152,13 @@ def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: 
     shown = done.stdout + done.stderr
     assert done.returncode in codes, f"{block}: {line}\nexit code {done.returncode}\n{shown[-3000:]}"
     return shown
+
+
+def compose(block: Block, command: str, folder: Path, shell: dict[str, str]) -> None:
+    """Composes and checks a command of a block that is not run, if it is one of this project, with any launcher."""
+    _, is_launch, rest = command.partition("-m launch.")
+    if is_launch:
+        run(block, _with_override(f"python -m launch.{rest}", "config_only=true"), folder, shell)
 
 
 def run_shortened(block: Block, command: str, folder: Path, shell: dict[str, str], trained: Path) -> None:

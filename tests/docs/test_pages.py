@@ -1,7 +1,6 @@
 """Links, anchors, code blocks, and the table of docs/recipes.md."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,8 +12,7 @@ import yaml
 from docs import keys
 from docs.recipes import PAGE, table
 from launch import plan, schedule, submit
-from tests.data.released_tokenizer import write_released
-from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, runners_of
+from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, make_stand_ins, runners_of
 
 LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -134,11 +132,7 @@ def test_v3_command_of_the_pages_is_a_run_that_nothing_warns_of(
     found = [line for page in pages for block in blocks(page) for line in block.commands() if "submit" in line]
     (command,) = {line for line in found if "v3_671b" in line}
     assert sum("v3_671b" in line for line in found) == len(pages)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.txt").touch()
-    os.truncate(tmp_path / "corpus" / "a.txt", 3 * 10**12)  # sparse
-    (tmp_path / "DeepSeek-V3").mkdir()
-    write_released(tmp_path / "DeepSeek-V3" / "tokenizer.json", ["some text"], highest_id=128_814)
+    make_stand_ins(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "launch.submit"]
