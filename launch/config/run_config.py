@@ -27,6 +27,7 @@ from train.config.decode import decode, encode
 from train.config.tasks import TASKS
 from train.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.errors import ConfigError, broken, nearest, nearest_key
+from train.memory.fit import with_fitting_cap
 from train.schedule.timing import with_chunks
 from train.terminal import progress_on
 
@@ -71,7 +72,7 @@ def read_run(values: Mapping[str, Any], *, checks_weights: bool = True) -> Train
     task = resolved.get("task")
     has_epochs = isinstance(task, Mapping) and task.get("steps") is None and task.get("epochs") is not None
     config = read_config(_with_steps(resolved, _ENDLESS_STEPS) if has_epochs else resolved)
-    config = with_chunks(config)
+    config = with_fitting_cap(with_chunks(config))
     if not has_epochs:
         return config
     _check_values(config, checks_weights=checks_weights)

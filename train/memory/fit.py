@@ -1,12 +1,13 @@
 """Chooses a cut that fits the memory, and formats the prediction in GB. No torch here."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import Placement, ScheduleError
-from dualpipe.registry import FALLBACK
-from model.config import cut_at, cut_layers
+from dualpipe.registry import FALLBACK, SCHEDULES
+from model.config import CutError, cut_at, cut_layers
 from train.config import TrainConfig
 from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict_memory
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
@@ -14,6 +15,8 @@ from train.schedule.layer_times import LayerTimes, model_work, nominal_times, ra
 from train.schedule.timing import nominal_costs
 
 _GB = 1e9
+_SLICED_CAPS = (1.0, 0.75, 0.5)
+"""Memory caps that are tried for slices, in whole sequences of model/P per pipeline rank."""
 _COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")
 
 
@@ -27,6 +30,26 @@ def fitted_config(config: TrainConfig) -> TrainConfig:
         ScheduleError, CutError: as `fitted_cut`.
     """
     return with_cut(config, fitted_cut(config, config.schedule.kind))
+
+
+def with_fitting_cap(config: TrainConfig) -> TrainConfig:
+    """Returns a run of slices with the largest memory cap under which its most balanced cut fits.
+
+    A searched order of slices otherwise defers nearly every W, and a less balanced cut that fits costs far more time
+    than a cap. A configured cap is kept. If no cap is needed, or none is enough, it stays null.
+    """
+    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    room = config.cluster.memory_bytes
+    slices = config.schedule.slices
+    is_searched = slices > 1 and config.memory_cap is None and SCHEDULES.get(kind).takes_costs
+    if room is None or not is_searched:
+        return config
+    for cap in (None, *(share * slices * config.parallelism.pipeline for share in _SLICED_CAPS)):
+        capped = replace(config, memory_cap=cap)
+        with suppress(ScheduleError, CutError):  # the run's checks say why
+            if predict_memory(capped).worst.total <= room:
+                return capped
+    return config
 
 
 def fitted_cut(config: TrainConfig, kind: str, times: LayerTimes | None = None) -> tuple[range, ...]:

@@ -198,7 +198,8 @@ def _layout_texts(plan: JobPlan) -> dict[str, str]:
     weights, flops = _model_values(plan).values()
     many, name = (1e9, "billion") if weights >= 1e9 else (1e6, "million")
     unit, prefix = (1e9, "G") if flops >= 1e9 else (1e6, "M")
-    sliced = f" with schedule.slices={config.schedule.slices}" if config.schedule.slices > 1 else ""
+    capped = "" if config.memory_cap is None else f" and memory_cap={config.memory_cap:g}"
+    sliced = f" with schedule.slices={config.schedule.slices}{capped}" if config.schedule.slices > 1 else ""
     return {
         "model": f"{weights / many:,.1f} {name} weights, {flops / unit:,.1f} {prefix}FLOP per "
         f"trained token, {config.precision.kind}",

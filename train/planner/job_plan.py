@@ -20,7 +20,7 @@ from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
 from train.memory import JobMemory, predict_memory, shortage
-from train.memory.fit import fitted_cut
+from train.memory.fit import fitted_cut, with_fitting_cap
 from train.memory.predict import rank_memory
 from train.planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
 from train.planner.scaling import KernelRates, Rates, rows_per_token
@@ -28,10 +28,10 @@ from train.report.plan_comparison import Comparison, compare, with_measured_sche
 from train.schedule.cut import run_cut, with_cut
 from train.schedule.measured import layer_parameters
 from train.schedule.timing import (
+    SLICES,
     EfficiencyConfig,
     StepTime,
     TimedPlan,
-    compare_slices,
     fastest_slices,
     planning_schedule,
     time_plan,
@@ -121,8 +121,8 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     # Rates of a run say nothing of smaller products, and a configured number of slices is kept.
     is_free = measures and config.schedule.slices == 1 and isinstance(planner.rates, KernelRates)
     if is_free and config.parallelism.context == 1 and TASKS.get(config.task.kind).splits_sequences:
-        slices = compare_slices(planner.rates, planner.efficiency, config)
-        config = replace(config, schedule=replace(config.schedule, slices=fastest_slices(slices)))
+        slices = _compare_slices(planner, config)
+        config = _with_slices(config, fastest_slices(slices))
     times = planner.rates.part_seconds(config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
@@ -146,6 +146,32 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         cost=cost,
         assumptions=() if untimed else tuple(_assumptions(config, planner)),
     )
+
+
+def _compare_slices(planner: PlannerConfig, config: TrainConfig) -> dict[int, float]:
+    """Returns the seconds of a step by the number of slices, until more are slower or not possible.
+
+    Each number has the memory cap and the cut with which it is planned.
+    """
+    steps = dict[int, float]()
+    for slices in (1, *SLICES):
+        run = _with_slices(config, slices)
+        try:
+            run = with_cut(run, fitted_cut(run, run.schedule.kind, planner.rates.part_seconds(run)))
+            if slices > 1 and shortage(run, predict_memory(_without_speed(run))):
+                break
+            steps[slices] = time_plan(planner.rates, planner.efficiency, run).time.step
+        except ValueError:
+            if slices == 1:
+                raise
+            break
+        if steps[slices] > min(steps.values()):
+            break
+    return steps
+
+
+def _with_slices(config: TrainConfig, slices: int) -> TrainConfig:
+    return with_fitting_cap(replace(config, schedule=replace(config.schedule, slices=slices)))
 
 
 def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> tuple[JobPlan, Comparison]:

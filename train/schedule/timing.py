@@ -217,22 +217,6 @@ def time_plan(
     return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)
 
 
-def compare_slices(rates: LayerRates, efficiency: EfficiencyConfig, config: TrainConfig) -> dict[int, float]:
-    """Returns the seconds of a step by the number of slices, until more are slower or not possible."""
-    steps = dict[int, float]()
-    for slices in (1, *SLICES):
-        run = replace(config, schedule=replace(config.schedule, slices=slices))
-        try:
-            steps[slices] = time_plan(rates, efficiency, run).time.step
-        except ValueError:
-            if slices == 1:
-                raise
-            break
-        if steps[slices] > min(steps.values()):
-            break
-    return steps
-
-
 def fastest_slices(steps: Mapping[int, float]) -> int:
     """Returns the number of slices with the shortest step; slices must save 1 % of it."""
     return min(steps, key=lambda slices: steps[slices] * (1 if slices == 1 else 1 + LEAST_GAIN))

@@ -97,6 +97,23 @@ def test_auto_is_planned_as_the_schedule_it_falls_back_to_with_slices_if_they_sa
         assert ("schedule.slices=4" in text) == (chosen == 4)
 
 
+@pytest.mark.slow
+def test_slices_are_compared_with_the_memory_cap_and_the_cut_that_a_run_of_them_has() -> None:
+    """Without a cap, slices need 79.7 GB: an uneven cut that fits takes longer than a cap of 6 activations."""
+    overrides = (*SMALL, "schedule=auto", "cluster.memory_bytes=75_000_000_000")
+    compared, sliced = request_of(*overrides), request_of(*overrides, "schedule.slices=2")
+    assert compared.config.memory_cap is None
+    assert sliced.config.memory_cap == 6
+    plan = plan_job(sliced.config, sliced.planner)
+    assert plan.fits
+    free = replace(sliced.config, cluster=replace(sliced.config.cluster, memory_bytes=None))
+    assert plan.config.parallelism.cut == plan_job(free, sliced.planner).config.parallelism.cut
+    assert plan_job(compared.config, compared.planner).slices[2] == require_time(plan).time.step
+    assert "schedule.slices=2 and memory_cap=6" in " ".join(
+        "\n".join(plan_text(plan, plan_values(plan, sliced.planner))).split()
+    )
+
+
 def test_rates_of_other_precisions_and_unknown_devices_give_a_reason_instead_of_a_time() -> None:
     plan = plan_of("experiment=quickstart")
     assert plan.timed is None
