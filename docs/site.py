@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 API = {
     "use": (
         "Train and generate",
-        ["launch.api", "train.callbacks", "infer.config", "infer.generate", "data.tokenizer"],
+        ["launch.api", "train.callbacks", "infer.config", "infer.engines.local", "infer.protocol", "data.tokenizer"],
     ),
     "model": ("Model", ["model.size", "model.hf.writer", "model.objective", "model.router"]),
     "dualpipe": (

@@ -1,10 +1,9 @@
 """Configuration and checks of text generation. Imports no torch, so that commands check early."""
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from model.config import ModelConfig
 
@@ -121,18 +120,6 @@ class Statistics:
             f"drafts accepted {self.acceptance_rate * 100:.0f} % ({self.drafts_accepted} of {self.drafts_offered}), "
             f"{self.passes} passes instead of {self.tokens}{choice}"
         )
-
-
-def as_token_ids(prompts: Iterable[Any]) -> list[list[int]]:
-    """Converts prompts (lists, arrays, rows of a tensor) to lists of token ids."""
-    return [_numbers(number, prompt) for number, prompt in enumerate(prompts, 1)]
-
-
-def _numbers(number: int, prompt: Any) -> list[int]:
-    try:
-        return [operator.index(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
-    except TypeError as error:
-        raise GenerateError(f"prompt {number}: must be a list of token ids, is {str(prompt)[:80]!r}") from error
 
 
 ENGINE_COUNTS = ("rounds", "visits", "passes", "drafts_offered", "drafts_accepted")

@@ -59,7 +59,7 @@ class MovedSequence:
 class ContinuousEngine:
     """Serves requests in the order of their arrival; short prompts may overtake long ones.
 
-    A request gets the tokens that it would get alone as the first prompt of `infer.generate`. If no block of the cache
+    A request gets the tokens that it would get alone as the first prompt of a `LocalEngine`. If no block of the cache
     is free, the youngest sequence waits and is read again later, with the same tokens.
     """
 

@@ -138,7 +138,7 @@ def test_a_circle_is_found() -> None:
 
 @pytest.mark.slow
 def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
-    modules = "model.transformer, model.precision.fp8_linears, infer.generate, train.run"
+    modules = "model.transformer, model.precision.fp8_linears, infer.engines.local, train.run"
     code = f"import sys, {modules}; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -1,12 +1,10 @@
 """Generation, passes with a cache, penalties and text streams."""
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,11 +12,11 @@ from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling, Speculative
 from infer.decoder import Decoder
 from infer.engines.local import LocalEngine
-from infer.generate import generate
 from infer.protocol import REPLACEMENT, NumberedPrompt, Request, TextStream
 from infer.sample import TokenHistory, penalize
 from model.hf.writer import load_hf
 from model.transformer import Transformer
+from tests.infer.continuing import generate
 from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whole_pass
 from tests.model.hf_checkpoints import YARN, mtp_tensors, random_tokens, read_tensors, reference_model, write_tensors
 
@@ -213,18 +211,6 @@ def test_latent_of_an_odd_size_is_decoded_one_token_at_a_time() -> None:
     with torch.no_grad():
         logits = model(torch.tensor([[5, *tokens]]))
     assert logits[0, :-1].argmax(-1).tolist() == tokens
-
-
-@pytest.mark.parametrize("as_given", [torch.tensor, np.array, lambda ids: tuple(np.int64(token) for token in ids)])
-def test_prompts_may_be_rows_of_numbers_of_any_kind(as_given: Callable[[list[int]], Sequence[int]]) -> None:
-    model = make_model()
-    assert made(model, [as_given(prompt) for prompt in PROMPTS], 4) == made(model, PROMPTS, 4)  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("prompt", [[1.5], "ab", 3, [[1]]])
-def test_prompt_that_is_no_list_of_ids_is_rejected(prompt: object) -> None:
-    with pytest.raises(GenerateError, match=r"^prompt 2: must be a list of token ids"):
-        generate(make_model(), [[1], prompt], max_new_tokens=2)  # type: ignore[list-item]
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

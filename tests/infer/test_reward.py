@@ -19,12 +19,12 @@ from infer.cohorts import CohortSizes
 from infer.config import GenerateError, Sampling
 from infer.decoder import PassKind
 from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
-from infer.generate import generate
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
 from model.head import score_states
 from model.hf.writer import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
+from tests.infer.continuing import generate
 from tests.pairs import batch_of, draw_pairs, scores_at
 from tests.tiny import MODEL
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from infer.config import GenerateError, Sampling
-from infer.generate import generate
 from infer.sample import SequenceRandom, distribution, draw, log_probs, num_times, verify
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.infer.continuing import generate
 from tests.infer.models import SHAPES, SMALL, chi_square, make_foresighted, make_model, whole_pass
 
 

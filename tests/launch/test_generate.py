@@ -1,4 +1,4 @@
-"""Tests of `launch.generate`: it writes what `infer.generate` produces, and rejects invalid requests with one line."""
+"""Tests of `launch.generate`: it writes what a `LocalEngine` produces, and rejects invalid requests with one line."""
 
 import io
 import json
@@ -19,7 +19,6 @@ import torch
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
-from infer.generate import generate
 from kernels.quantize import quantize_128x128
 from launch.generate import main
 from launch.job import find_weights, load_model
@@ -28,6 +27,7 @@ from model.hf.files import HfError
 from model.hf.writer import save_hf
 from tests import ROOT
 from tests.commands import run_command, run_python
+from tests.infer.continuing import generate
 from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from tests.refusals import assert_refused

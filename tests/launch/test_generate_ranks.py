@@ -24,7 +24,6 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
-from infer.generate import generate as infer_generate
 from launch import convert, generate, job
 from launch.command import command
 from launch.convert import main as run_convert
@@ -35,6 +34,7 @@ from model.hf.writer import save_hf
 from model.transformer import named_tensors
 from tests.commands import run_python
 from tests.data.chat.conversations import chat_tokenizer
+from tests.infer.continuing import generate as infer_generate
 from tests.infer.models import make_foresighted
 from tests.launch.checkpoints import write_checkpoint
 from tests.refusals import assert_refused

@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, R ranges of positions, N sequences, L token
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from data.pack import WEIGHTS, count_token_bytes
 from data.parts import Prepared
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.generate import Continuation, generate
-from infer.protocol import decode_after
+from infer.engines.local import LocalEngine
+from infer.protocol import NumberedPrompt, Request, Rollouts, decode_after
 from model.objective import MAIN, LossSums, MicroBatch
 from model.router import RecordedRoutes
 from model.transformer import Transformer
@@ -45,8 +45,6 @@ FIRST_RANGE_TOKENS = 128
 LOSS_BY_POSITION = "loss_by_position"
 BITS_PER_BYTE = "bits_per_byte"
 _POSITIONS = "positions"
-
-
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _NO_NETWORK = NetworkComparison()
 
@@ -329,45 +327,40 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
     """Returns the prompt, the text that the whole model generates after it, and a summary."""
     tokenizer = prepared.tokenizer
     prompt = tokenizer.prompt(config.samples.prompt)
-    limit = config.model.max_position_tokens
-    generation = generate(
-        model,
-        [prompt[:limit]],
+    made = _continue(config, prepared, model, [prompt[: config.model.max_position_tokens]])
+    tokens = made.rollouts[0].without_end([tokenizer.special.eos])
+    text = config.samples.prompt + decode_after(tokenizer.decode, tokenizer.text_context(prompt), tokens)
+    return f"{text}\n{made.statistics.summary()}"
+
+
+def _continue(
+    config: TrainConfig, prepared: Prepared, model: Transformer, prompts: Sequence[Sequence[int]]
+) -> Rollouts:
+    """Continues each prompt once, as `samples` says. A stop token at the end is part of a rollout."""
+    request = Request(
+        samples=1,
         max_new_tokens=config.samples.tokens,
         sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
-        stop=[tokenizer.special.eos],
+        stop=frozenset([prepared.tokenizer.special.eos]),
     )
-    text = config.samples.prompt + decode_after(
-        tokenizer.decode, tokenizer.text_context(prompt), generation.continuations[0].tokens
-    )
-    return f"{text}\n{generation.statistics.summary()}"
+    numbered = [NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(prompts)]
+    return LocalEngine(model).generate(numbered, request)
 
 
 def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer) -> list[HeldOutAnswer]:
     """Answers held-out prompts with the whole model, as `samples` says."""
-    samples = config.samples
     tokenizer = prepared.tokenizer
     limit = config.model.max_position_tokens
-    exchanges = [exchange for exchange in _held_out(prepared, samples.held_out) if len(exchange.prompt) < limit]
-    generation = generate(
-        model,
-        [exchange.prompt for exchange in exchanges],
-        max_new_tokens=samples.tokens,
-        sampling=Sampling(temperature=samples.temperature, seed=config.seed),
-        stop=[tokenizer.special.eos],
-    )
+    exchanges = [exchange for exchange in _held_out(prepared, config.samples.held_out) if len(exchange.prompt) < limit]
+    made = _continue(config, prepared, model, [exchange.prompt for exchange in exchanges])
     return [
         HeldOutAnswer(
             prompt=redact(tokenizer.decode(exchange.prompt)),
             reference=redact(tokenizer.decode(exchange.reference)),
-            answer=redact(tokenizer.decode(_with_end(continued, tokenizer.special.eos))),
+            answer=redact(tokenizer.decode(rollout.tokens)),
         )
-        for exchange, continued in zip(exchanges, generation.continuations, strict=True)
+        for exchange, rollout in zip(exchanges, made.rollouts, strict=True)
     ]
-
-
-def _with_end(continued: Continuation, end_id: int) -> list[int]:
-    return [*continued.tokens, *([end_id] if continued.finish == "stop" else [])]
 
 
 def _held_out(prepared: Prepared, count: int) -> Iterator[_Exchange]:

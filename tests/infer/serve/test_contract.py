@@ -18,9 +18,9 @@ from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from infer.engines.local import LocalModel
 from infer.evaluate.protocol import TargetSequence
-from infer.generate import generate
 from infer.serve.calls import Endpoint, read_call
 from infer.serve.fields import ApiError
+from tests.infer.continuing import generate
 from tests.infer.models import make_model
 from tests.infer.serve.servers import MODEL, TOKENIZER, RunningServer, describe, make_engine, serving
 

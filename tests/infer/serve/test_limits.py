@@ -27,13 +27,13 @@ from transformers import DeepseekV3ForCausalLM
 
 from infer.config import GenerateError
 from infer.continuous import SequenceNews
-from infer.generate import generate
 from infer.serve.app import MOST_BODY_BYTES, Service
 from infer.serve.engine import EngineThread
 from infer.serve.http import open_socket, run_server
 from launch.generate import Prompt, Transcript
 from launch.serve import API_KEY, main
 from tests import ROOT
+from tests.infer.continuing import generate
 from tests.infer.models import make_model
 from tests.infer.serve.servers import (
     MODEL,

@@ -80,9 +80,9 @@ def _build() -> dict[str, Decode]:
     from transformers import DeepseekV3ForCausalLM
 
     from comm.dispatch.local import LocalDispatcher
-    from infer.generate import generate
     from model.hf.writer import save_hf
     from model.transformer import Transformer, initialize_weights
+    from tests.infer.continuing import generate
 
     config = architecture(SHAPES["11.5M"])
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)

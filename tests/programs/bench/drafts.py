@@ -11,8 +11,8 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from infer.config import Speculative
-from infer.generate import generate
 from model.transformer import Transformer, initialize_weights
+from tests.infer.continuing import generate
 from tests.programs.bench.training import SHAPES, architecture
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
