@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from infer.serve.answers import Reply
-from infer.serve.calls import Endpoint, ServedModel, detokenize, read_call, tokenize
+from infer.serve.calls import CONVERSIONS, Endpoint, ServedModel, convert, read_call
 from infer.serve.engine import EngineThread, Subscription
 from infer.serve.fields import ApiError, internal_error
 from infer.serve.responses import ResponseReply
@@ -34,7 +34,6 @@ _LARGE_BYTES = 2**20  # size above which bodies are decoded one at a time
 MOST_BODIES_BYTES = 2**27  # of all bodies that are not small
 BODY_SECONDS = 60.0
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_CONVERSIONS = {"tokenize": tokenize, "detokenize": detokenize}
 _PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 _DISCONNECTED = 499  # status of log lines and metrics if the client did not wait for the answer
 
@@ -112,7 +111,7 @@ class Service:
             Route(f"/v1/{endpoint}", partial(self._answer, endpoint), methods=["POST"])
             for endpoint in get_args(Endpoint)
         ]
-        answers += [Route(f"/{name}", partial(self._answer, name), methods=["POST"]) for name in _CONVERSIONS]
+        answers += [Route(f"/{name}", partial(self._answer, name), methods=["POST"]) for name in CONVERSIONS]
         others = [
             Route("/", _page, methods=["GET"]),
             Route("/version", _version, methods=["GET"]),
@@ -208,8 +207,8 @@ class _Call:
             service.num_calls += 1
             self._has_begun = True
             async with service.decoding_large if len(content) > _LARGE_BYTES else nullcontext():
-                if self._endpoint in _CONVERSIONS:
-                    return _dump(await run_in_threadpool(_CONVERSIONS[self._endpoint], service.served, content))
+                if self._endpoint in CONVERSIONS:
+                    return _dump(await run_in_threadpool(convert, service.served, self._endpoint, content))
                 call = await run_in_threadpool(read_call, service.served, cast("Endpoint", self._endpoint), content)
         reply = (Reply if call.response is None else ResponseReply)(call, service.served)
         self._reply = reply

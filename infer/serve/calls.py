@@ -34,6 +34,7 @@ _READERS = {
     "responses": (RESPONSE_FIELDS, "input"),
 }
 """Fields of each endpoint, and the one that must be given."""
+CONVERSIONS: Mapping[str, Any] = {"tokenize": (TOKENIZE_FIELDS,), "detokenize": (DETOKENIZE_FIELDS, "tokens")}
 _NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that need another one."""
 _MOST_CALLS = 2**31
@@ -153,11 +154,15 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
     return call
 
 
-def tokenize(served: ServedModel, content: bytes) -> dict[str, Any]:
-    """Returns the token ids of a text, or of the prompt of a chat, in vLLM's form."""
+def convert(served: ServedModel, endpoint: str, content: bytes) -> dict[str, Any]:
+    """Returns the token ids of a text or of a chat's prompt, or the text of token ids, in vLLM's form."""
     try:
-        fields = read_body(content, TOKENIZE_FIELDS)
+        fields = read_body(content, *CONVERSIONS[endpoint])
         served.check_name(fields.get("model", served.name))
+        if endpoint == "detokenize":
+            served.check_count(len(fields["tokens"]) if isinstance(fields["tokens"], list) else 0, 0)
+            ids = [*list_of(fields["tokens"], "tokens", served.read_token, can_be_empty=True)]
+            return {"prompt": served.tokenizer.decode(ids)}
         if ("prompt" in fields) == ("messages" in fields):
             raise refusal("prompt", "must be given without messages, or messages without it", "not", "prompt alone")
         if "messages" in fields:
@@ -170,17 +175,6 @@ def tokenize(served: ServedModel, content: bytes) -> dict[str, Any]:
         raise ApiError.of_field(error) from error
     names = [served.tokenizer.decode([number]) for number in ids] if fields.get("return_token_strs") else None
     return {"count": len(ids), "max_model_len": served.max_tokens, "tokens": ids, "token_strs": names}
-
-
-def detokenize(served: ServedModel, content: bytes) -> dict[str, Any]:
-    """Returns the text of token ids, in vLLM's form."""
-    try:
-        fields = read_body(content, DETOKENIZE_FIELDS, "tokens")
-        served.check_name(fields.get("model", served.name))
-        ids = list_of(fields["tokens"], "tokens", served.read_token, can_be_empty=True)
-    except DataError as error:
-        raise ApiError.of_field(error) from error
-    return {"prompt": served.tokenizer.decode(ids)}
 
 
 def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:

@@ -144,8 +144,8 @@ def _input_of(value: object, place: str) -> tuple[ChatMessage, ...]:
         last = messages[-1] if messages and messages[-1]["role"] == message["role"] == "assistant" else {}
         calls = message.get("tool_calls", [])
         if last and (calls or not (last["content"] or last.get("tool_calls"))):
-            new = {name: item for name, item in message.items() if item}
-            messages[-1] = {**last, **new, "tool_calls": [*last.get("tool_calls", ()), *calls]}
+            last.setdefault("tool_calls", []).extend(calls)  # not copied: there may be many
+            last.update({name: item for name, item in message.items() if item and name != "tool_calls"})
         else:
             messages.append(message)
     return read_messages([_message_of(message, place) for message in messages], place)

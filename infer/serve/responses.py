@@ -17,22 +17,17 @@ _PARTS: dict[str, dict[str, Any]] = {
 """The one part of an item's content, by the item's type, without its text."""
 _BEGINNINGS: dict[str, dict[str, Any]] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
 _DEFAULTS: dict[str, Any] = {
-    "error": None,
-    "incomplete_details": None,
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "store": False,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_p": 1.0,
-    "truncation": "disabled",
+    **dict.fromkeys(("error", "incomplete_details", "instructions", "max_output_tokens", "previous_response_id")),
+    **{"metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "truncation": "disabled"},
+    **{"temperature": 1.0, "text": {"format": {"type": "text"}}, "top_p": 1.0},
 }
 """Fields of a response that repeat the request, unless it has them."""
+
+_USAGE = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+_UNCOUNTED = {
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens_details": {"reasoning_tokens": 0},
+}
 
 
 class ResponseReply(Reply):
@@ -131,18 +126,12 @@ class ResponseReply(Reply):
         repeated = {name: (self.call.response or {}).get(name, value) for name, value in _DEFAULTS.items()}
         if self._status == "incomplete":
             repeated["incomplete_details"] = {"reason": "max_output_tokens"}
-        head = {"id": self.id, "object": "response", "created_at": self.head["created"], "model": self.head["model"]}
-        response = {**head, "status": self._status, **repeated, "output": self._items, "usage": None}
-        if self._status != "in_progress":
-            usage = self.usage
-            response["usage"] = {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage["total_tokens"],
-            }
-        return response
+        usage = {_USAGE[name]: count for name, count in self.usage.items()} | _UNCOUNTED
+        return {
+            **{"id": self.id, "object": "response", "status": self._status, "store": False, **repeated},
+            **{"created_at": self.head["created"], "model": self.head["model"], "output": self._items},
+            "usage": None if self._status == "in_progress" else usage,
+        }
 
 
 def _scores_of(part: dict[str, Any]) -> dict[str, Any]:

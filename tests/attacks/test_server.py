@@ -262,6 +262,20 @@ TOOLS: tuple[Any, ...] = (
     [{"type": "function", "function": {"name": "f", "parameters": nested({}, 63)}}],
     [{"type": "function", "function": {"name": f"f{at}", "parameters": {"type": "object"}}} for at in range(20_000)],
 )
+CALL_ITEM = {"type": "function_call", "name": "f", "arguments": "{}"}
+INPUTS: tuple[Any, ...] = (
+    *(
+        [CALL_ITEM] * 100_000,
+        [CALL_ITEM, {"role": "assistant", "content": "a"}] * 60_000,
+        7,
+        [],
+        [[]],
+        [None],
+        "a" * 10**7,
+    ),
+    *([{"type": ["message"]}], [{"type": "file:///etc/passwd"}], [{"type": "function_call_output", "output": {}}]),
+    *([{"type": "reasoning", "content": nested({}, 60)}], [{"role": "user", "content": [{"type": "input_file"}]}]),
+)
 
 
 def test_hostile_bodies_are_refused_in_one_line(server: Victim) -> None:
@@ -270,6 +284,10 @@ def test_hostile_bodies_are_refused_in_one_line(server: Victim) -> None:
     chats = [json.dumps({"messages": messages, "max_tokens": 2}).encode() for messages in CHATS]
     chats += [json.dumps({"messages": [USER], "max_tokens": 2, "tools": tools}).encode() for tools in TOOLS]
     cases = [("completions", body) for body in BODIES] + [("chat/completions", body) for body in chats]
+    cases += [("responses", json.dumps({"input": items}).encode()) for items in INPUTS]
+    tokens = ([1] * 5_000_000, [10**400], [[1]], {"a": 1}, ["1"])
+    cases += [(f"{server.url}/detokenize", json.dumps({"tokens": item}).encode()) for item in tokens]
+    cases += [(f"{server.url}/tokenize", json.dumps({"prompt": item}).encode()) for item in ("a" * 10**7, ["a"], 7)]
     failures = []
     slowest = 0.0
     with httpx.Client(base_url=f"{server.url}/v1", timeout=60) as client, httpx.Client(base_url=server.url) as other:

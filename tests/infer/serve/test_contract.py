@@ -547,6 +547,7 @@ def test_tokens_of_a_chat_are_its_prompt(server: RunningServer, client: openai.O
         ("detokenize", {}, "tokens"),
         ("detokenize", {"tokens": [1, 10**9]}, "tokens[1]"),
         ("detokenize", {"tokens": "a"}, "tokens"),
+        ("detokenize", {"tokens": [1] * 600}, "max_tokens"),
     ],
 )
 def test_wrong_text_and_tokens_are_refused(server: RunningServer, route: str, body: Any, param: str) -> None:
