@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +51,8 @@ from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokeniz
 
 BROKEN_NAME = "broken.txt"
 DUPLICATES_NAME = "duplicates.jsonl"
+DROPPED_NAME = "dropped.jsonl"
+_LISTED_DROPS = 100_000
 DUPLICATE_KINDS = ("exact_duplicate", "near_duplicate")  # by the value that `find_duplicates` gives, from 1
 # More text for training the tokenizer takes time and hardly changes its merges.
 TOKENIZER_TEXT_BYTES = 64 * 2**20
@@ -89,6 +92,7 @@ def build_folder(
                 if missing:
                     (folder / REPORT_NAME).unlink(missing_ok=True)
             if report is None:
+                build.check_beginnings()
                 _install_tokenizer(build, tokenizer, progress)
                 peak = _build_missing(build, missing, workers, progress) if missing else 0
                 with build.claims.claimed(REPORT_NAME):
@@ -332,6 +336,8 @@ def _write_report(build: Build, built: int, peak: int, began: float, progress: P
     counts = {source: ReadCounts() for source in build.units}
     sources = {source: _count(build, source, counts[source]) for source in build.units}
     _check_counts(build, counts, progress)
+    drops = islice(_listed_drops(build), _LISTED_DROPS)
+    replace_file(build.folder / DROPPED_NAME, (line.encode("utf-8", "surrogateescape") for line in drops))
     for source, units in _unit_names(build).items():
         _remove_others(build.folder_of(source), frozenset(units))
     report = {
@@ -351,6 +357,14 @@ def _write_report(build: Build, built: int, peak: int, began: float, progress: P
     }
     replace_file(build.folder / REPORT_NAME, json.dumps(report, indent=1).encode())
     return report
+
+
+def _listed_drops(build: Build) -> Iterator[str]:
+    """Yields a line for each document that a filter or an evaluation file has dropped, the first of each unit."""
+    for unit in build.all_units():
+        for key, reason in (build.read(unit) or {}).get("listed_drops", ()):
+            line = {"dropped": f"{unit.source.name}/{key}", "reason": reason}
+            yield f"{json.dumps(line, ensure_ascii=False)}\n"
 
 
 def _remove_others(folder: Path, units: frozenset[str]) -> None:
@@ -373,6 +387,8 @@ def _check_counts(build: Build, counts: Mapping[str, ReadCounts], progress: Prog
         progress.note(line)
     broken = "".join(f"{line}\n" for line in total.broken_places)
     replace_file(build.folder / BROKEN_NAME, broken.encode("utf-8", "surrogateescape"))
+    if total.broken and build.manifest.on_broken == "stop":  # of units that were built when rows were skipped
+        raise DataError(total.broken_places[0])
     total.check(build.manifest.max_broken_share, build.key("max_broken_share"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from data.quality.filters import Inspector
 from data.readers.files import list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, Document, Part
+from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
 from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
 from data.sources import FilesSource, list_files, size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 FORMAT_VERSION = 1
 BATCH_CHARACTERS = 2**20
+LISTED_DROPS = 1000  # dropped documents that a unit names
+_FIRST_ROWS = 1000
 _POLL_SECONDS = 0.2
 _ERROR_CHARACTERS = 600  # a line of at most 4 KiB (`PIPE_BUF`) is not mixed with those of other workers
 _KEY_END = re.compile(r"(?:@(?P<offset>\d+))?(?::(?P<row>\d{1,9}))?")  # end of a document's key
@@ -74,7 +77,7 @@ class WorkerMessage:
 def _manifest_of(text: RunText) -> Manifest:
     """Returns the mixture of one source that a run without a manifest reads."""
     sources = tuple(MixSource(name=name, paths=(), weight=float(name == CORPUS)) for name in text)
-    manifest = Manifest(sources=sources, decontaminate=(), on_broken="stop")
+    manifest = Manifest(sources=sources, decontaminate=())
     if not isinstance(source := text[CORPUS], FilesSource):
         return manifest
     return replace(manifest, on_broken=source.on_broken, max_broken_share=source.max_broken_share)
@@ -147,7 +150,6 @@ class Build:
             "filters": manifest.filters and asdict(manifest.filters),
             "decontaminate": self.contamination and self.contamination.fingerprint,
             "dedup": manifest.dedup,
-            "on_broken": manifest.on_broken,
             "unit_bytes": self.settings.unit_bytes or choose_unit_bytes(total_bytes),
             SOURCES_NAME: {
                 source.name: {"text_field": source.text_field, "fim_rate": self.fim_rate_of(source)}
@@ -169,15 +171,25 @@ class Build:
 
     def documents(self, unit: TextUnit, counts: ReadCounts) -> Iterator[tuple[int, Document]]:
         """Yields the documents of a unit, each with the number of its piece, and counts them."""
-        source = self.text_sources[unit.source.name]
         for number, piece in enumerate(unit.pieces):
-            if isinstance(source, FilesSource):
-                key = self.key("text_field") if self.text else f"sources.{unit.source.name}.text_field"
-                rows = read_rows(piece, TextField(source.text_field, key))
-            else:
-                rows = DATA_SOURCES.get(source.kind).read(source, piece.file, None)
-            for document in keep_documents(rows, counts, self.manifest.on_broken):
+            for document in keep_documents(self._rows(unit, piece), counts, self.manifest.on_broken):
                 yield number, document
+
+    def _rows(self, unit: TextUnit, piece: FilePiece) -> Iterator[Document | BrokenRow]:
+        source = self.text_sources[unit.source.name]
+        if not isinstance(source, FilesSource):
+            return DATA_SOURCES.get(source.kind).read(source, piece.file, None)
+        key = self.key("text_field") if self.text else f"sources.{unit.source.name}.text_field"
+        return read_rows(piece, TextField(source.text_field, key))
+
+    def check_beginnings(self) -> None:
+        """Rejects a source of which all the first rows are broken, before the others are prepared."""
+        for units in self.units.values():
+            rows = chain.from_iterable(self._rows(unit, piece) for unit in units for piece in unit.pieces)
+            counts = ReadCounts()
+            is_readable = any(True for _ in keep_documents(islice(rows, _FIRST_ROWS), counts, "skip"))
+            if counts.broken and not is_readable:
+                raise DataError(counts.broken_places[0])
 
     def part_of(self, unit: TextUnit, document: Document) -> Part:
         """Returns the part of a document."""
@@ -207,7 +219,7 @@ class Build:
         with suppress(KeyError, TypeError, AttributeError, ValueError):  # another program has written it
             if is_current and values is not None and ReadCounts(**values["counts"]).is_valid():
                 Counter[str]().update({name: int(count) for name, count in values["dropped"].items()})
-                return values
+                return values if isinstance(values["listed_drops"], list) else None
         return None
 
 
@@ -242,12 +254,16 @@ class UnitEncoder:
         """Writes a unit. Yields the bytes of its files that are done, after each batch of about 1 MB."""
         counts = ReadCounts()
         dropped = Counter[str]()
+        listed: list[tuple[str, str]] = []  # key and reason
         done = 0
         sketches = np.empty((0, 1 + NUM_BANDS), np.uint64)
         with UnitWriter(self._build.folder_of(unit.source.name), unit.name) as writer:
             for batch in grouped(self._read(unit, counts), lambda row: len(row.text), BATCH_CHARACTERS):
                 inspection = self._inspector.inspect([row.text for row in batch])
-                dropped.update(reason for reason in inspection.reasons if reason is not None)
+                reasons = zip(batch, inspection.reasons, strict=True)
+                drops = [(row.document.key, reason) for row, reason in reasons if reason is not None]
+                dropped.update(reason for _, reason in drops)
+                listed += drops[: LISTED_DROPS - len(listed)]
                 numbers = [number for number, reason in enumerate(inspection.reasons) if reason is None]
                 if numbers:
                     self._append(writer, unit, [batch[number] for number in numbers], inspection.hashes[numbers])
@@ -258,7 +274,8 @@ class UnitEncoder:
                 yield min(done, unit.size_bytes)
             if self._build.manifest.dedup == "minhash":
                 writer.append(f"{unit.name}.sketches", sketches.T)
-            writer.finish({"inputs": unit.files, "counts": asdict(counts), "dropped": dict(sorted(dropped.items()))})
+            totals = {"counts": asdict(counts), "dropped": dict(sorted(dropped.items()))}
+            writer.finish({"inputs": unit.files, **totals, "listed_drops": listed})
         if self._build.manifest.dedup is None:  # otherwise they are packed when all duplicates are known
             for part in PARTS:
                 self._build.shard(unit, part).sequences(self._build.settings.sequence_length_tokens)

@@ -16,6 +16,7 @@ import yaml
 
 from data.corpus import DataError, Reader, choice_of, list_of, number_of, object_of, optional, shorten, text_of
 from data.quality.filters import FilterConfig, filter_config
+from data.readers.files import format_of
 from data.readers.rows import OnBroken
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
 from data.shards import SOURCE_NAME, read_report
@@ -56,7 +57,7 @@ class Manifest:
     dedup: DedupKind | None = None  # exact or near duplicates are dropped; None: none
     decontaminate: tuple[str, ...] | None = None  # files of evaluations; None: the shipped tasks; empty: none
     filters: FilterConfig | None = None  # rules that documents must satisfy; None: none
-    on_broken: OnBroken = "skip"  # what happens at a row that cannot be read
+    on_broken: OnBroken = "stop"  # what happens at a row that cannot be read
     max_broken_share: float = 0.001  # share of the rows that may be skipped
 
     def weights(self, phase: MixPhase | None = None) -> tuple[float, ...]:
@@ -72,8 +73,13 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest:
     """Reads a manifest, a YAML file. Relative paths in it start at its folder.
 
-    Raises DataError with the file, the place in it, the rule, the value and the nearest valid choice.
+    A folder of text or a file of text, rows or token ids is a mixture of itself alone. Raises DataError with the file,
+    the place in it, the rule, the value and the nearest valid choice.
     """
+    text = path.expanduser().absolute()
+    if text.is_dir() or format_of(text) is not None:
+        name = _fitting_name(text.name.partition(".")[0])
+        return Manifest(sources=(MixSource(name=name, paths=(str(text),), weight=1.0),))
     try:
         loaded = yaml.load(path.expanduser().read_text(encoding="utf-8"), Loader=_ManifestLoader)
         values = json.loads(json.dumps(loaded))  # refuses dates and sets, and makes every key text
@@ -133,10 +139,14 @@ def parse_manifest(values: object, place: str, folder: Path) -> Manifest:
 def _name(value: object, place: str) -> str:
     name = text_of(value, place)
     if not SOURCE_NAME.fullmatch(name):
-        near = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "source"
+        near = _fitting_name(name)
         rule = "must be 1 to 64 letters, digits, dots, - and _, and begin with a letter or digit"
         raise DataError(f"{place}: {rule}, is {shorten(name)!r}; nearest: {near}")
     return name
+
+
+def _fitting_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "source"
 
 
 def _dedup(value: object, place: str) -> str:

@@ -29,8 +29,8 @@ _SKIP_BYTES = 2**20
 _CUT_BYTES = 2**16
 _BUFFER_BYTES = 2**16
 _START_BYTES = 8000
-# Text shrinks at most by a few hundred; a file that says to be more is made to exhaust its reader.
-MAX_RATIO = 500
+# Text shrinks to a tenth, and pages that repeat each other to a fiftieth. What shrinks to less exhausts a reader.
+MAX_RATIO = 100
 MIN_RATIO_BYTES = 256 * 2**20
 _NOT_DECODED = re.compile("[\udc80-\udcff]")
 

@@ -373,10 +373,62 @@ def test_broken_rows_of_files_with_any_name_are_a_line_each(settings: BuildSetti
     manifest = Path(settings.manifest)
     for name in (b"lat\xe9.jsonl", b"two\nlines.jsonl"):
         Path(os.fsdecode(os.fsencode(manifest.parent / "notes") + b"/" + name)).write_text('{"text": 5}\n')
-    manifest.write_text(f"{manifest.read_text()}max_broken_share: 0.1\n")
-    build_folder(settings, tokenizer, manifest.parent / "out", 1, NO_PROGRESS)
+    with pytest.raises(DataError, match=r"\.jsonl:1: a line of .jsonl must be an object with a string field"):
+        build_folder(settings, tokenizer, manifest.parent / "out", 1, NO_PROGRESS)
+    strict = manifest.read_text()
+    manifest.write_text(f"{strict}on_broken: skip\nmax_broken_share: 0.1\n")
+    build_folder(settings, tokenizer, manifest.parent / "out", 1, NO_PROGRESS)  # continues there
     places = [line.partition(b": ")[0] for line in (manifest.parent / "out/broken.txt").read_bytes().splitlines()]
     assert [os.path.basename(place) for place in places] == [b"lat\xe9.jsonl:1", b"two\\nlines.jsonl:1"]
+    manifest.write_text(strict)
+    (manifest.parent / "out" / "prepare.json").unlink()
+    with pytest.raises(DataError, match=r"\.jsonl:1: a line of .jsonl must be an object"):
+        build_folder(settings, tokenizer, manifest.parent / "out", 1, NO_PROGRESS)
+
+
+def test_field_that_no_row_of_a_source_has_is_found_before_others_are_prepared(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    manifest = Path(settings.manifest)
+    text = manifest.read_text().replace("text_field: body", "text_field: boody")
+    manifest.write_text(f"{text}on_broken: skip\nmax_broken_share: 0.5\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*; nearest: sources.rows.text_field='body'$"):
+        build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    assert not (tmp_path / "out" / "sources").exists()
+
+
+def test_documents_that_filters_and_evaluation_files_drop_are_listed(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Path(settings.manifest)
+    (tmp_path / "notes" / "00.txt").write_text("two words")
+    (tmp_path / "notes" / "01.txt").write_text(
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi"
+    )
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"q": (tmp_path / "notes" / "01.txt").read_text()}))
+    limits = "max_repeated_line_share: null, max_symbol_share: null, max_repeated_ngram_share: null"
+    manifest.write_text(f"{manifest.read_text()}filters: {{min_words: 3, {limits}}}\ndecontaminate: [eval.jsonl]\n")
+    build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    lines = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"dropped": "notes/00.txt", "reason": "min_words"},
+        {"dropped": "notes/01.txt", "reason": "contaminated"},
+    ]
+    monkeypatch.setattr("data.build.work.LISTED_DROPS", 0)
+    build_folder(settings, tokenizer, tmp_path / "bounded", 1, NO_PROGRESS)
+    assert (tmp_path / "bounded" / "dropped.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["notes", "rows.jsonl"])
+def test_folder_or_file_of_text_is_a_mixture_of_itself(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace('"body"', '"text"'))
+    alone = replace(settings, manifest=str(tmp_path / name))
+    report = build_folder(alone, tokenizer, tmp_path / "out", 1, NO_PROGRESS)
+    (source,) = report["sources"]
+    assert (source, report["sources"][source]["documents_kept"]) == {"notes": ("notes", 12)}.get(name, ("rows", 100))
 
 
 @pytest.mark.parametrize("file", ["train", "index"])
