@@ -359,7 +359,7 @@ def _write_report(build: Build, built: int, peak: int, began: float, progress: P
     return report
 
 
-def _listed_drops(build: Build) -> Iterator[str]:
+    """Yields a line for each document that a filter or an evaluation file dropped, bounded by unit."""
     """Yields a line for each document that a filter or an evaluation file has dropped, the first of each unit."""
     for unit in build.all_units():
         for key, reason in (build.read(unit) or {}).get("listed_drops", ()):
