@@ -359,8 +359,8 @@ def _write_report(build: Build, built: int, peak: int, began: float, progress: P
     return report
 
 
-    """Yields a line for each document that a filter or an evaluation file dropped, bounded by unit."""
-    """Yields a line for each document that a filter or an evaluation file has dropped, the first of each unit."""
+def _listed_drops(build: Build) -> Iterator[str]:
+    """Yields a line for each document that filters or evaluation files dropped, the first of each unit."""
     for unit in build.all_units():
         for key, reason in (build.read(unit) or {}).get("listed_drops", ()):
             line = {"dropped": f"{unit.source.name}/{key}", "reason": reason}

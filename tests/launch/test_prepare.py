@@ -26,7 +26,8 @@ def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, *rows[:50], "no row"]))
     (tmp_path / "notes.rst").write_text("a file of another kind")
     (tmp_path / "mix.yaml").write_text(
-        "sources:\n- {name: rows, paths: [.], weight: 1}\ndedup: {kind: exact}\non_broken: skip\nmax_broken_share: 0.01\n"
+        "sources:\n- {name: rows, paths: [.], weight: 1}\ndedup: {kind: exact}\n"
+        "on_broken: skip\nmax_broken_share: 0.01\n"
     )
     return [
         f"data.manifest={tmp_path / 'mix.yaml'}",
