@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,21 +18,28 @@ from launch import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.config.compose import (
     CONFIG_ONLY,
     DRY_RUN,
+    MissingValueError,
     SyntaxOverrideError,
     chosen_options,
+    compose,
     default_groups,
+    included_roots,
     options,
+    switches,
     system_errors,
     user_errors,
 )
-from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns
+from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns, value_advice
 from launch.machine import MachineError
+from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError, DeadRankError, UnknownKeyError, nearest_key
 from train.files.run_files import redact
 from train.terminal import escape_terminals
 
-_HELP = ("-h", "--help", "help")
+_FOLLOWS = re.compile("comes with|which is null|exists, is none|names no weights")
+"""Words of errors that may only follow from an argument that was left out."""
+_HELP = ("-h", "--help", "help", "-help", "-?", "--h")
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 Main = Callable[[Sequence[str]], int]  # a command's main function: takes the overrides, returns the exit code
@@ -85,7 +93,8 @@ def _run(name: str, main: Main, previews: Previews, arguments: Sequence[str], *,
             raise
         if not quiet or isinstance(error, MachineError):
             with suppress(OSError):
-                print(f"error: {redact(_advised(name, arguments, error))}", file=sys.stderr, flush=True)
+                for line in _mistakes(name, arguments, error):
+                    print(f"error: {redact(line)}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
         except OSError:
@@ -113,6 +122,49 @@ def _start(name: str, main: Main, previews: Previews, arguments: Sequence[str], 
         with system_errors():
             print(text.rstrip("\n"), flush=True)
     return 0
+
+
+def _mistakes(name: str, arguments: Sequence[str], error: ValueError) -> list[str]:
+    """Returns a line for the error, and one for each other argument that cannot be read."""
+    lines = [_advised(name, arguments, error)]
+    rest = _without(arguments, error, lines[0])
+    while True:
+        try:
+            _read(name, rest)
+            return lines
+        except (ValueError, OSError) as other:
+            line = _advised(name, rest, other) if isinstance(other, ConfigError) else ""
+            left = _without(rest, other, line)
+            # A value may only be missing because an argument was left out.
+            if not line or len(left) == len(rest) or isinstance(other, MissingValueError) or _FOLLOWS.search(line):
+                return lines
+            lines.append(line)
+            rest = left
+
+
+def _without(arguments: Sequence[str], error: Exception, line: str) -> list[str]:
+    """Returns the arguments without those that an error and its line are about, all if it is about none."""
+    bare = [not re.match(r"-|[~+]*[\w./@-]+=", argument) for argument in arguments]
+    if isinstance(error, SyntaxOverrideError):
+        return [text for text, is_bare in zip(arguments, bare, strict=True) if not is_bare and text not in line]
+    flags = [index for index, text in enumerate(arguments) if text[:1] == "-" and str(error).startswith(f"{text}: ")]
+    if flags:
+        end = next((i for i in range(flags[0] + 1, len(bare)) if not bare[i]), len(bare))
+        return [*arguments[: flags[0]], *arguments[end:]]
+    key = re.sub(r"\[\d+\]", "", str(error).partition(": ")[0].lstrip("+~").partition("=")[0]).replace("/", ".")
+    names = [argument.lstrip("+~").partition("=")[0].replace("/", ".") for argument in arguments]
+    return [text for text, name in zip(arguments, names, strict=True) if name != key and not name.startswith(f"{key}.")]
+
+
+def _read(name: str, arguments: Sequence[str]) -> None:
+    """Composes a command line, and decodes the configuration of a run."""
+    refuse_flags(name, arguments)
+    keys = tuple(f"{switch}=" for switch in switches(name))
+    values = compose(name, [text for text in arguments if not text.startswith(keys)])
+    if "train" in (name, *included_roots(name)):
+        from launch.config.run_config import read_config, resolve
+
+        read_config(resolve({field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}))
 
 
 def _advised(name: str, arguments: Sequence[str], error: ValueError) -> str:
@@ -231,6 +283,8 @@ def open_output(out: str) -> Iterator[TextIO]:
 
 
 _HUB_KEYS = ("model", "init_from", "ckpt", "path", "teacher", "data.tokenizer")
+_ADDRESS = re.compile(r"[\['\"]*((?:s3a?|gs|gcs|hf|az|abfss?|hdfs|https?|file)://)", re.IGNORECASE)
+"""The beginning of a value that is an address instead of a path."""
 _HUB_NAME = re.compile(r"(?!(outputs?|runs?|models?|checkpoints?|weights|data)/)[\w-][\w.-]*/[\w.-]+")
 """A name on the Hugging Face Hub, rather than a path."""
 _PATHS = {
@@ -255,6 +309,9 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
             continue
         if isinstance(error, UnknownKeyError) and (advice := alias_overrides(command, key, value)) is not None:
             return f"{key}: {_sentence(*advice)}"
+        if not isinstance(error, UnknownKeyError) and (advised := value_advice(key, value)) is not None:
+            why, overrides = fill_advice(advised, value)
+            return f"{key}: {_sentence(f'{why}, not {value}', overrides)}"
         if key in _HUB_KEYS and _HUB_NAME.fullmatch(value) and not Path(value).exists():
             return f"{key}: {_hub_advice(key, value)}"
         return text
@@ -264,6 +321,12 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
     """Rejects flags such as `--key value` and `--key=value`, and suggests the equivalent override."""
     for index, argument in enumerate(arguments):
+        key, _, value = argument.lstrip("+").partition("=")
+        if (address := _ADDRESS.match(value)) and not key.endswith(("prompt", "stop")):
+            path = value[address.start(1) :].strip("'\"]")
+            name = path.rstrip("/").rpartition("/")[2]
+            near = _shell_word(f"{key}=[{name}]" if value.startswith("[") else f"{key}={name}")
+            raise ConfigError(f"{key}: must be a path on this machine, is {path}; nearest valid: a copy, {near}")
         if not argument.startswith("-"):
             continue
         written, has_value, value = argument.lstrip("-").partition("=")
@@ -292,7 +355,7 @@ def repeated_notes(arguments: Sequence[str]) -> list[str]:
 def _meant(command: str, key: str, value: str) -> str:
     """Returns the end of an error about an argument that names a key but is not written as key=value."""
     settable = settable_keys(command)
-    if key in settable:
+    if key in settable and not value_advice(key, value):
         return f"nearest valid: {_shell_word(f'{key}={value or _default(settable[key])}')}"
     if (advice := alias_overrides(command, key, value or "...")) is not None:
         return _sentence(*advice).removeprefix("unknown key; ")
@@ -320,6 +383,8 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
     value = "" if "=" in after[0] or after[0].startswith("-") else after[0]
     if text in settable or (alias_overrides(command, text) and "=" not in before):
         return f"{text}: a value follows =; {_meant(command, text, value)}"
+    if (advice := _advise_unit_or_file(command, before, text)) is not None:
+        return advice
     groups = [group for group in default_groups(command) if text in options(group)]
     if groups:
         return f"{text}: is an option of {' and '.join(groups)}; nearest valid: {groups[-1]}={text}"
@@ -332,6 +397,17 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
     is_path = re.search(r"[./\\]", text) or command in ("convert", "redraw")
     if is_path and command in _PATHS:
         return f"{text}: has no key; {_sentence(*fill_advice(_PATHS[command], text))}"
+    return None
+
+
+def _advise_unit_or_file(command: str, before: str, text: str) -> str | None:
+    """Returns the advice for the unit of the number before it, and for a file with a configuration."""
+    key, _, amount = before.partition("=")
+    if re.fullmatch(r"[\d.,e_]+", amount) and re.fullmatch(r"[a-zA-Z]{1,3}|%|steps?|tokens?|minutes?|hours?", text):
+        meant = _meant(command, key, f"{amount} {text}")
+        return f"{text}: is the unit of the value before it, which is quoted; {meant}"
+    if re.search(r"\.(ya?ml|toml)$", text) and command in ("train", "submit"):
+        return f"{text}: has no key; {_meant(command, 'config', text)}"
     return None
 
 

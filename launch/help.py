@@ -30,6 +30,7 @@ from launch.config.compose import (
     switches,
 )
 from train.config.decode import GROUP_OF_KEYS, describe_key
+from train.config.units import nearest_number
 from train.errors import ConfigError
 
 
@@ -439,12 +440,30 @@ def aliases() -> Mapping[str, str]:
 def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
     """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
     name = key.lower().replace("-", "_")
-    advice = aliases().get(name) or aliases().get(name.rpartition(".")[2])
+    names = (f"{command}.{name}", f"{name}={value}".lower(), name, name.rpartition(".")[2])
+    advice = next((aliases()[text] for text in names if text in aliases()), None)
     if advice is None:
         return None
     why, overrides = fill_advice(advice, value)
     settable = settable_keys(command)
-    return (why, overrides) if all(text.partition("=")[0] in settable for text in overrides[:1]) else None
+    overrides = [_plain_number(text, settable) for text in overrides]
+    written = overrides[0].partition("=")[0]
+    if written in settable or written.startswith("--"):
+        return why, overrides
+    is_of_job = command == "train" and written in settable_keys("submit")
+    return (why, ["python", "-m", "launch.submit", *overrides]) if is_of_job else None
+
+
+def _plain_number(override: str, settable: Mapping[str, Any]) -> str:
+    """Returns an override of a number without unit and separators."""
+    key, _, value = override.partition("=")
+    is_text = isinstance(settable.get(key, ""), str)
+    return (not is_text and nearest_number(value, key).removeprefix("nearest valid: ")) or override
+
+
+def value_advice(key: str, value: str) -> str | None:
+    """Returns the advice for a value of an existing key; None without one."""
+    return aliases().get(f"{key}={value}".lower())
 
 
 def settable_keys(command: str) -> Mapping[str, Any]:

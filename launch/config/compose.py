@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from dualpipe.ir import ScheduleError
 from kernels.registry import PluginError, load_plugins, loaded_plugins
 from model.config import CutError
+from train.config.units import nearest_number
 from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 # OmegaConf raises the last two for a key into a list that is no number.
@@ -224,10 +225,8 @@ def _check_override(override: Override, groups: Mapping[str, str]) -> None:
     key = override.key_or_group
     if override.is_sweep_override():
         sweep = override.get_value_string()
-        raise ConfigError(
-            f"{key}: one run takes one value, is {sweep}; a list is {key}=[a,b], and text is quoted: "
-            f"{quoted_override(key, sweep)}"
-        )
+        quoted = f"a list is {key}=[a,b], and text is quoted: {quoted_override(key, sweep)}"
+        raise ConfigError(f"{key}: one run takes one value, is {sweep}; {nearest_number(sweep, key) or quoted}")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(f"{key}: Hydra's own settings have no effect here; leave it out")
     if override.package is not None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from kernels.ranges import Range
 from kernels.registry import Registry
+from train.config.units import nearest_number
 from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
@@ -194,6 +195,8 @@ def _decode_scalar(hint: Any, value: object, place: str) -> Any:
         advice = f"; write {int(value)}"
     elif hint is str and isinstance(value, (int, float)):
         advice = f"; quote it to make it text: \"{place}='{value}'\""
+    elif hint is int and isinstance(value, str) and (near := nearest_number(value, place)):
+        advice = f"; {near}"
     raise ConfigError(f"{place}: must be {_describe(hint)}, is {value!r}{advice}")
 
 
@@ -205,7 +208,8 @@ def _decode_float(value: object, place: str) -> float:
         except (ValueError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{place}: must be a finite number, is {value!r}")
+        near = nearest_number(str(value), place)
+        raise ConfigError(f"{place}: must be a finite number, is {value!r}{near and f'; {near}'}")
     return number
 
 
