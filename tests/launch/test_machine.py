@@ -396,6 +396,11 @@ warmup=2000 steps => 'optim.schedule.warmup=2000 steps'
 --lr 1e-4 --batch_size 8 => optim.learning_rate=1e-4 => batch.global_sequences=8
 precision=fp32 lr=1 task.steps=10k => precision=float32 => optim.learning_rate=1 => task.steps=10000
 model=nonesuch model.num_layers=4 => model: no option nonesuch
+num_attention_heads=8 => model.num_heads=8
+save_strategy=steps => checkpointing.every_steps=50
+offload=cpu => optim.offload=true
+validation=none => validation.sequences=0
+profile=true => profile=steps
 lr=1 samples.prompt=http://a => optim.learning_rate=1
 """
 
