@@ -19,8 +19,8 @@ _UNITS: dict[str, dict[str, int]] = {
 """Factors of the units that a key can have, by the last word of its name."""
 
 
+def nearest_number(text: str, key: str) -> str:
     """Returns the end of an error with the number that `80GB` or `1,000` means; empty if it means none."""
-    """Returns the end of an error, with the number that a text such as `80GB` or `1,000` means; empty if none."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or ("," in text and not re.fullmatch(r"0,\d+|\d{1,3}(,\d{3})+", match[1])):
         return ""
