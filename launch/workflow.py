@@ -21,6 +21,7 @@ from launch.config.compose import compose, system_errors
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode
 from train.errors import ConfigError, broken
+from train.terminal import aligned
 
 STATE_NAME = "workflow.json"
 _NUM_COLUMNS = 3  # columns of each evaluation in the table: pass@1, maj@n and tokens
@@ -189,11 +190,7 @@ def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowComman
     evaluating = sum(progress.seconds(line) for line in lines if line.evaluation is not None)
     rows.append(["evaluations", *empty, f"{evaluating:.0f}"])
     rows.append(["total", *empty, f"{sum(map(progress.seconds, lines)):.0f}"])
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))])
-        for row in rows
-    )
+    return "\n".join(aligned(rows, first=str.ljust))
 
 
 def _cells(rates: PassRates | None) -> list[str]:

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TextIO
@@ -124,6 +124,13 @@ def progress_on(stream: TextIO | None = None) -> Progress:
     """Returns bars if the stream is a terminal, otherwise lines. The default stream is standard error."""
     target = sys.stderr if stream is None else stream
     return ProgressBars(target) if target.isatty() else ProgressLines(lambda line: print(line, file=target, flush=True))
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = "  ", first: Callable[[str, int], str] = str.rjust) -> list[str]:
+    """Returns the rows of a table as lines. Columns are aligned on the right; `first` pads the first one."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [first, *[str.rjust] * (len(widths) - 1)]
+    return [gap.join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)) for row in rows]
 
 
 def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:

@@ -3,7 +3,7 @@
 Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
-from train.memory.fit import fitted_config, gigabytes, memory_lines, memory_table, parts, shortage, summary_line
+from train.memory.fit import fitted_config, gigabytes, memory_lines, parts, shortage, summary_line
 from train.memory.predict import JobMemory, RankMemory, predict_memory
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "fitted_config",
     "gigabytes",
     "memory_lines",
-    "memory_table",
     "parts",
     "predict_memory",
     "shortage",

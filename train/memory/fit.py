@@ -13,6 +13,7 @@ from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
 from train.schedule.timing import nominal_costs
+from train.terminal import aligned
 
 _GB = 1e9
 _SLICED_CAPS = (1.0, 0.75, 0.5)
@@ -134,15 +135,9 @@ def memory_lines(config: TrainConfig) -> list[str]:
     """
     config = fitted_config(config)
     job = predict_memory(config)
-    return [summary_line(config, job), *memory_table(job), *_notes(config, job)]
-
-
-def memory_table(job: JobMemory) -> list[str]:
-    """Returns a header and a line for each pipeline rank, with the parts of its memory in GB."""
     header = [*_COLUMNS, "update", "reserve", "total"]
-    rows = [header, *([str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rows = [[str(rank.pipeline_rank), *map(_gb, _cells(rank))] for rank in job.ranks]
+    return [summary_line(config, job), *aligned([header, *rows]), *_notes(config, job)]
 
 
 def summary_line(config: TrainConfig, job: JobMemory) -> str:

@@ -17,6 +17,7 @@ from train.planner.job_plan import JobPlan, PlannerConfig, layout_json
 from train.planner.scaling import shape_distance
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.schedule.timing import TimedPlan
+from train.terminal import aligned
 
 COLUMNS = 100
 INDENT = 11
@@ -173,12 +174,6 @@ def labeled(label: str, text: str) -> list[str]:
 def wrapped(text: str, *, first: str = "", others: str = "") -> list[str]:
     """Returns the lines of a text of any length."""
     return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
-
-
-def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
-    """Returns the rows of a table as lines; all columns are aligned on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _first_line(plan: JobPlan) -> str:

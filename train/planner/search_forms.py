@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from train.config import TrainConfig
-from train.planner.forms import INDENT, aligned, wrapped
+from train.planner.forms import INDENT, wrapped
 from train.planner.job_plan import layout_json
 from train.planner.search import FoundLayout, SearchResult
+from train.terminal import aligned
 
 _GB = 1e9
 _LAYOUT_COLUMNS = (
