@@ -292,6 +292,8 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"takes more than {MAX_READER_BYTES:,} bytes to read; nearest: row groups or batches of 256 MiB"
     text = " ".join(str(error).split())
     return text if type(error) is ValueError else f"cannot be read: {text}"
 

@@ -398,3 +398,8 @@ def test_memory_does_not_grow_with_lines_row_groups_and_bombs(tmp_path: Path) ->
     assert documents > 590
     assert grown_mib < 250
     assert reader_mib < 900
+
+
+def test_table_that_takes_too_much_memory_says_what_to_do() -> None:
+    reason = tables._line(pa.ArrowMemoryError("malloc of size 1050004032 failed"))
+    assert reason == "takes more than 1,610,612,736 bytes to read; nearest: row groups or batches of 256 MiB"
