@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # Most SMs of a device that kernels of NCCL occupy, by what they do. A kernel may wait for its peers while it occupies
 # them, so all groups of a rank together must leave some free: else what a peer waits for might not start.

@@ -1,5 +1,5 @@
 """Turns text into batches of token sequences."""
 
-from kernels import share_comm
+from base import share_comm
 
 share_comm()

@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models
 
+from base.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
 from data.chat.encode import ChatSample, encode_samples
 from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
@@ -18,7 +19,6 @@ from data.problems import ProblemRecord
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
 
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]

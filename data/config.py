@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from base.ranges import NonNegativeInt, PositiveInt, PositiveShare
 from data.corpus import is_validation
 from data.registry import DATA_SOURCES, DataSource, Document, Part, TrainingSample
-from kernels.ranges import NonNegativeInt, PositiveInt, PositiveShare
 
 if TYPE_CHECKING:
     from data.problems import ProblemRecord

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kernels.ranges import Range
-from kernels.registry import closest
+from base.ranges import Range
+from base.registry import closest
 
 T = TypeVar("T")
 Reader = Callable[[object, str], Any]  # reads a value at a place

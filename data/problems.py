@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from base.ranges import NonNegativeInt, PositiveInt
 from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage, read_prompt, require_fields, user
 from data.chat.sources import ChatLines, lines_entry
@@ -38,7 +39,6 @@ from data.registry import (
 )
 from data.sources import list_jsonl, read_json_lines
 from data.tokenizer import Tokenizer
-from kernels.ranges import NonNegativeInt, PositiveInt
 
 _ASSERTION = "assert f(1) == 2"
 _LONGEST_OUTPUT = 2**16  # what the sandbox reads of a program's output

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.registry import Registry
+from base.registry import Registry
 
 if TYPE_CHECKING:
     from data.problems import ProblemRecord

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from base.ranges import Share
 from data.corpus import DataError, decode_line
 from data.readers.files import format_of, list_sources, search
 from data.readers.lines import TextField
 from data.readers.rows import OnBroken, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, DataSourceEntry, Document
-from kernels.ranges import Share
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import tokenizers
 
+from base.registry import closest
 from data.corpus import DataError
-from kernels.registry import closest
 
 Kind = Literal["bos", "eos", "pad"]
 

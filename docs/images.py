@@ -224,8 +224,9 @@ LAYERS = (
     ("train", "steps, optimizer, checkpoints, guard, records", None),
     ("infer", "generation: latent cache, drafts by MTP", None),
     ("model", "the network as phases", ("dualpipe", "schedules, interpreter")),
-    ("comm", "exchange, transfers", ("data", "text to packed samples")),
+    ("comm", "exchange, transfers", ("data", "text to samples")),
     ("kernels", "each operation: plain PyTorch next to Triton", None),
+    ("base", "registry, ranges, errors, files", None),
 )
 
 
@@ -239,7 +240,7 @@ def draw_architecture(theme: Theme) -> str:
             x = 16 + index * (width + 16)
             parts.append(_box(x, y, width, 60, theme.box, theme.soft))
             parts.append(_text(x + 16, y + 37, f"{folder}/", theme.text, 20, "600"))
-            parts.append(_text(x + 128, y + 37, content, theme.soft, 18))
+            parts.append(_text(x + 146, y + 37, content, theme.soft, 18))
         y += 72
     return _svg(WIDTH, y + 4, "Layers of the project", parts, theme)
 

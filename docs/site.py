@@ -25,7 +25,7 @@ API = {
     "registries": (
         "Registries",
         [
-            "kernels.registry",
+            "base.registry",
             "dualpipe.registry",
             "comm.dispatch.registry",
             "train.tasks.registry",

@@ -3,7 +3,7 @@
 Only `dualpipe.runtime` needs torch; the rest runs on the standard library.
 """
 
-from kernels import share_comm
+from base import share_comm
 
 share_comm()  # before the modules below, which import other packages
 

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from base.registry import closest
 from dualpipe.builder import best_of_kind, by_makespan, choose, survey
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, size
 from dualpipe.draw.svg import svg
@@ -23,7 +24,6 @@ from dualpipe.registry import SCHEDULES, ModelCosts, check_size, check_slices
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import Simulation, simulate
 from dualpipe.validate import validate
-from kernels.registry import closest
 
 
 def build(  # noqa: PLR0913

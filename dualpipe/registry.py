@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
+from base.ranges import Between, NonNegativeFloat, PositiveInt
+from base.registry import Registry, list_modules
 from dualpipe.ir import MOST_LINK_DEPTH, Placement, Schedule, ScheduleError, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
-from kernels.ranges import Between, NonNegativeFloat, PositiveInt
-from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
 """`dualpipe_interleaved` with one chunk, which accepts all numbers of ranks and micro-batches. Errors suggest it."""

@@ -1,5 +1,5 @@
 """Generation with trained weights."""
 
-from kernels import share_comm
+from base import share_comm
 
 share_comm()

@@ -15,9 +15,9 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal
 
+from base.ranges import PositiveInt, PositiveShare
 from comm.config import ClusterConfig
 from infer.config import RuleError
-from kernels.ranges import PositiveInt, PositiveShare
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES
 from model.hf.names import StoredDtype, copied_from, stored_tensors

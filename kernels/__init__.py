@@ -5,18 +5,6 @@ folder is in its `reference.py`, which Triton's files implement. Kernels use int
 beyond the last row or column. Their tensors must be on the current device.
 """
 
-import importlib
-import sys
-from pathlib import Path
-
-_COMM = Path(__file__).parents[1] / "comm"
-
-
-def share_comm() -> None:
-    """Extends Jupyter's package `comm`, which a notebook's kernel has loaded, by this project's modules."""
-    loaded = sys.modules.get("comm") or importlib.import_module("comm")
-    if str(_COMM) not in loaded.__path__:
-        loaded.__path__.append(str(_COMM))
-
+from base import share_comm
 
 share_comm()

@@ -36,7 +36,7 @@ _IS_COMMAND = sys.argv[:1] == ["-m"]
 if _IS_COMMAND and not (3, 11) <= sys.version_info[:2] <= (3, 13):
     _end_without_environment("Python: must be 3.11 to 3.13, is {}.{}".format(*sys.version_info))
 
-from kernels import share_comm  # noqa: E402
+from base import share_comm  # noqa: E402
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 LINE = "interrupted"

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.ranges import NonNegativeInt, PositiveInt
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.evaluate.answers import Answerer
@@ -35,7 +36,6 @@ from infer.evaluate.run import (
     task_result,
 )
 from infer.evaluate.statistics import PairedComparison, compare
-from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import (

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from base.ranges import PositiveInt
 from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
@@ -23,7 +24,6 @@ from dualpipe.registry import ScheduleConfig
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.evaluate.protocol import checked_file, read_lines, read_text, text_field
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
-from kernels.ranges import PositiveInt
 from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import (

@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from base.registry import loaded_plugins
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.exits import EXIT_LOST, STOPPED_LOOKS, is_stopped
 from data.chat.encode import check_tokens
@@ -25,7 +26,6 @@ from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
-from kernels.registry import loaded_plugins
 from launch.config.compose import load_plugin_files, user_errors
 from launch.config.rules import check_expert_ranks, check_experts
 from launch.local_ranks import die_with_parent, scratch_folder

@@ -25,10 +25,10 @@ from multiprocessing import connection, forkserver, process, resource_tracker, u
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from base.registry import loaded_plugins
 from comm.config import ClusterConfig
 from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, EXIT_MEMORY, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
-from kernels.registry import loaded_plugins
 from launch import EXIT_INTERRUPTED, signals_handled
 from launch.config.compose import load_plugin_files, user_errors
 from launch.config.memory_rules import is_out_of_memory, out_of_memory_line

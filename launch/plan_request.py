@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
+from base.ranges import PositiveInt
 from infer.deployment import DeploymentConfig
-from kernels.ranges import PositiveInt
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
 from launch.config.rules import check_rules
 from launch.config.run_config import check_data, check_text, read_config, read_run, write_config

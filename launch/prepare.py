@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
+from base.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from data.build.run import build_folder
 from data.build.work import BuildSettings
 from data.config import BatchSizes
@@ -21,7 +22,6 @@ from data.shards import PARTS, open_shards, replace_file
 from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from dualpipe.draw.style import document
-from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from launch.command import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.run_config import expand_tokenizer

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from base.ranges import NonNegativeInt, PositiveInt
 from data.arithmetic import Domain, check_domains
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
@@ -24,7 +25,6 @@ from infer.evaluate.protocol import read_lines
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, problem_of
-from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import Device, WeightsSource, find_template, find_weights, load_model

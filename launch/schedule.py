@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from base.ranges import PositiveInt
+from base.registry import closest
 from dualpipe.api import build, compare
 from dualpipe.builder import decode as decode_schedule
 from dualpipe.builder import schedules_folder
@@ -21,8 +23,6 @@ from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, c
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
-from kernels.ranges import PositiveInt
-from kernels.registry import closest
 from launch.command import command, preview_of, write_output
 from launch.config.compose import compose
 from launch.help import terminal_columns

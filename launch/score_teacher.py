@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from base.ranges import PositiveFloat, PositiveInt
 from data.parts import Prepared
 from data.prepare import prepare
-from kernels.ranges import PositiveFloat, PositiveInt
 from launch.command import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
 from launch.config.run_config import check_data, read_config, resolve, write_config

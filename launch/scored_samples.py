@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, BinaryIO
 
+from base.ranges import PositiveInt, Share
 from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
 from data.corpus import decode_line
@@ -22,7 +23,6 @@ from data.special_tokens import END_THINK, THINK
 from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score, TextAnswer
-from kernels.ranges import PositiveInt, Share
 from train.errors import ConfigError, broken
 
 FORMAT = 1

@@ -18,13 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
+from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_LOST
 from data.chat.templates import template_of
 from dualpipe.registry import FALLBACK, ScheduleConfig
 from infer.config import Speculative, check
 from infer.placement import Placement, PlacementError
-from kernels.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import (

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kernels.ranges import NonNegativeInt, PositiveInt
+from base.ranges import NonNegativeInt, PositiveInt
 from launch.command import command, experiment_text
 from launch.config.compose import (
     chosen_options,

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from kernels.ranges import NonNegativeInt
+from base.ranges import NonNegativeInt
 from launch.command import command, experiment_text
 from launch.config.compose import compose, system_errors
 from launch.config.rules import check_rules

@@ -1,5 +1,5 @@
 """Defines the network as phases."""
 
-from kernels import share_comm
+from base import share_comm
 
 share_comm()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Literal
 
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from kernels.attention import ATTENTION
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 BLOCK_TOKENS = 64
 """Tokens of a block, in which the cache of attention is divided among sequences."""

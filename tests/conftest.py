@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-from kernels.registry import PluginError, load_plugins
+from base.registry import PluginError, load_plugins
 from tests.covering import covering
 from tests.stopping import Stop, make_folder
 

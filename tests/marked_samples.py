@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from base.ranges import PositiveInt
 from comm.config import ParallelismConfig
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
-from kernels.ranges import PositiveInt
 from tests.tiny import tiny_config
 from train.config import TokenSchedule, TrainConfig
 from train.tasks.samples import SftConfig

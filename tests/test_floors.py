@@ -13,7 +13,7 @@ import pytest
 
 from tests import ROOT
 
-FLOORS = {"kernels": 0, "comm": 1, "data": 1, "model": 2, "dualpipe": 2, "infer": 3, "train": 4, "launch": 5}
+FLOORS = {"base": 0, "kernels": 1, "comm": 2, "data": 2, "model": 3, "dualpipe": 3, "infer": 4, "train": 5, "launch": 6}
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 

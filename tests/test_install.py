@@ -95,7 +95,7 @@ def test_make_says_in_one_line_that_python_makes_no_environment(
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Creates a folder with what a command reads before it needs an environment."""
-    for name in ("launch", "comm", "kernels"):
+    for name in ("launch", "comm", "base"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 

@@ -1,5 +1,5 @@
 """Assembles a training run and runs it."""
 
-from kernels import share_comm
+from base import share_comm
 
 share_comm()

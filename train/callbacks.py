@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.registry import Registry
+from base.registry import Registry
 from train.errors import CallbackError, ConfigError
 
 if TYPE_CHECKING:

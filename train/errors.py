@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from base.registry import closest
 from comm.exits import EXIT_HANG, EXIT_LOST
-from kernels.registry import closest
 from train.files.run_files import RankFiles, find_rank_files, redact, replace_text
 
 LOG_FOLDER = "log"

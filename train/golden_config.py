@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
+from base.ranges import NonNegativeInt, PositiveInt
 from comm.config import ParallelismConfig
-from kernels.ranges import NonNegativeInt, PositiveInt
 from model.config import ModelConfig
 from train.config import BatchConfig, EmaConfig
 from train.config.decode import decode

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from base.registry import Registry
 from comm.config import (
     AllToAllDispatchConfig,
     CappedDispatchConfig,
@@ -18,7 +19,6 @@ from comm.config import (
     ParallelismConfig,
 )
 from comm.layout import Layout, distinct_expert_groups
-from kernels.registry import Registry
 
 if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from base.ranges import Range
 from data.corpus import (
     DataError,
     Reader,
@@ -26,7 +27,6 @@ from data.corpus import (
     text_of,
 )
 from data.special_tokens import END_THINK, THINK
-from kernels.ranges import Range
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from base.registry import Registry
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
     CALL_BEGIN,
@@ -29,7 +30,6 @@ from data.special_tokens import (
     TOOL_SEPARATOR,
 )
 from data.tokenizer import ASSISTANT, USER
-from kernels.registry import Registry
 
 Pieces = tuple[str, ...]
 """Special tokens by name, and text. An item is a token if and only if it equals the name of one."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from base.ranges import Above, AtLeast, Between
 from data.corpus import DataError, Reader, choice_of, list_of, number_of, object_of, optional, shorten, text_of
 from data.quality.filters import FilterConfig, filter_config
 from data.readers.files import format_of
@@ -21,7 +22,6 @@ from data.readers.rows import OnBroken
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
 from data.shards import SOURCE_NAME, read_report
 from data.tokenizer import Tokenizer
-from kernels.ranges import Above, AtLeast, Between
 
 DedupKind = Literal["exact", "minhash"]
 _REQUIRED = ("name", "paths", "weight")

@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from base.ranges import AtLeast, Between
 from data.corpus import DataError, choice_of, list_of, number_of, object_of, optional
 from data.quality.contamination import Contamination
 from data.quality.duplicates import sketch
 from data.quality.words import Words, compose, split_words
-from kernels.ranges import AtLeast, Between
 
 # Names of datatrove's filters and of their classes, each with the thresholds of its authors.
 DATATROVE_FILTERS = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from base.registry import closest
 from data.corpus import DataError, is_within
 from data.registry import CorpusFile
-from kernels.registry import closest
 
 Format = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import check_tokens, encode_prompt
 from data.chat.messages import ChatMessage, user
@@ -60,7 +61,6 @@ from infer.scoring.score import (
     last_boxed,
     problem_of,
 )
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Annotated, Any
 
+from base.ranges import NonNegativeInt, PositiveInt
 from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
@@ -44,7 +45,6 @@ from infer.evaluate.protocol import (
     text_field,
 )
 from infer.evaluate.statistics import estimate, group_by
-from kernels.ranges import NonNegativeInt, PositiveInt
 
 MOST_CHOICES = 1000
 _CHOICE_EXAMPLE = 'lines {"id": "1", "context": "1+1=", "choices": ["2", "3"], "answer": 0}'

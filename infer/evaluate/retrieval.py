@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Annotated, Any
 
+from base.ranges import Between, PositiveInt
 from infer.evaluate.haystack import (
     Draws,
     Fact,
@@ -32,7 +33,6 @@ from infer.evaluate.protocol import (
     TaskDetails,
 )
 from infer.evaluate.statistics import Estimate, estimate, group_by
-from kernels.ranges import Between, PositiveInt
 
 _FACT = "The secret number of the {} is"
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from base.ranges import PositiveFloat, PositiveInt
 from data.problems import StdinTest
 from infer.scoring.sandbox import (
     PYTHON_NAME,
@@ -50,7 +51,6 @@ from infer.scoring.score import (
     verdict,
 )
 from infer.scoring.supervision import Finished, Guest, wait_for_guests
-from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_PROGRAM = 2**18
 _LONGEST_VERDICT = 4096

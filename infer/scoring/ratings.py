@@ -10,6 +10,7 @@ from math import comb
 from statistics import mean
 from typing import Literal
 
+from base.ranges import NonNegativeInt, PositiveInt, Share
 from data.special_tokens import END_THINK, THINK
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import (
@@ -27,7 +28,6 @@ from infer.scoring.score import (
     normalize_text,
     verdict,
 )
-from kernels.ranges import NonNegativeInt, PositiveInt, Share
 
 Language = Literal[
     "latin", "chinese", "japanese", "korean", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai"

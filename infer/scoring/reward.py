@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, NoReturn, Protocol
 
+from base.ranges import PositiveInt
 from data.problems import ProblemRecord
 from infer.scoring.pool import score_in_threads
 from infer.scoring.score import (
@@ -22,7 +23,6 @@ from infer.scoring.score import (
     ScoringError,
     failure,
 )
-from kernels.ranges import PositiveInt
 
 ANSWER_SECONDS = 60.0  # time of a scorer that sets no deadline itself, for one answer or group
 _LARGEST_VALUE = 1e30  # bound of a score, from which sums, squares and weights are far from overflow

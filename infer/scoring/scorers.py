@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import ChatTemplate
@@ -43,7 +44,6 @@ from infer.scoring.score import (
     last_boxed,
     verdict,
 )
-from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 JUDGE_SEED = 0x5851F42D4C957F2D
 """Added to the seed of a run, so that critiques and answers have different random numbers."""

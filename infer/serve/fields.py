@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from base.ranges import Between
 from data.chat.messages import ChatMessage, ToolDefinition, read_messages, read_tools
 from data.corpus import (
     Reader,
@@ -24,7 +25,6 @@ from data.corpus import (
     shorten,
     text_of,
 )
-from kernels.ranges import Between
 
 BODY = "body: "
 MOST_ALTERNATIVES = 20

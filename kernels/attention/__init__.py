@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from kernels.registry import Registry
+from base.registry import Registry
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from base.registry import PluginError, load_plugins, loaded_plugins
 from dualpipe.ir import ScheduleError
-from kernels.registry import PluginError, load_plugins, loaded_plugins
 from model.config import CutError
 from train.config.units import nearest_number
 from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key

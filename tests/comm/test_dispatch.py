@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 import kernels.permute.reference
+from base.registry import load_plugins
 from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
@@ -25,7 +26,6 @@ from comm.dispatch.traffic import Traffic
 from comm.lane import ThreadLane
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import Collective, CollectiveLog
-from kernels.registry import load_plugins
 from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for

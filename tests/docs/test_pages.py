@@ -13,6 +13,7 @@ from docs import keys
 from docs.recipes import PAGE, table
 from launch import plan, schedule, submit
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, make_stand_ins, runners_of
+from tests.test_floors import FLOORS
 
 LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -49,7 +50,7 @@ def test_page_blocks_say_how_they_run_and_shell_commands_parse() -> None:
 
 def test_page_names_tests_make_targets_and_files_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    folders = "comm|conf|data|docker|docs|dualpipe|infer|kernels|launch|model|tests|train"
+    folders = "|".join(("bench", "conf", "docker", "docs", "tests", *FLOORS))
     example = ("conf/experiment/NAME.yaml", "conf/optim/schedule/sawtooth.yaml")
     missing = []
     for page in PAGES:

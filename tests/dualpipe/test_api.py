@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 import dualpipe
+from base.registry import UnknownNameError
 from dualpipe.ir import MemoryCapError, ScheduleError
 from dualpipe.registry import SCHEDULES, candidates
 from dualpipe.simulate.timing import simulate
-from kernels.registry import UnknownNameError
 from tests import ROOT
 from tests.refusals import assert_refused
 
@@ -41,7 +41,7 @@ def test_it_needs_nothing_but_the_sources(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *lines, packages = done.stdout.splitlines()
     assert [line.partition(",")[0].partition("(")[2] for line in lines] == list(SCHEDULES.names())
-    assert packages == "['comm', 'dualpipe', 'kernels']"
+    assert packages == "['base', 'comm', 'dualpipe']"
     assert (tmp_path / "page.html").read_text("utf-8").count("<svg") >= len(candidates())
 
 

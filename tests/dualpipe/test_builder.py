@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from base.registry import load_plugins
 from dualpipe import builder
 from dualpipe.builder import load_or_make
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, empty
@@ -17,7 +18,6 @@ from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import peak_memory, simulate
 from dualpipe.validate import validate
-from kernels.registry import load_plugins
 from tests.dualpipe.random_schedules import random_costs
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0.8, latency=0)

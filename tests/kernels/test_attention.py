@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from base.registry import UnknownNameError
 from kernels.attention import (
     ATTENTION,
     AttentionKernel,
@@ -29,7 +30,6 @@ from kernels.attention import (
 from kernels.attention.block_kernels import REFERENCE, BlockKernel
 from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
-from kernels.registry import UnknownNameError
 from tests import ROOT
 from tests.kernels.flash_attn_emulation import PACKAGES, Calls
 from tests.kernels.plain import near, randn

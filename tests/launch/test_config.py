@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 import launch.config.rules
+from base.ranges import Range
+from base.registry import Registry
 from data.corpus import DataError
 from infer.scoring.score import ScoringError
-from kernels.ranges import Range
-from kernels.registry import Registry
 from launch.config.compose import default_groups, options, user_errors
 from launch.config.rules import check_optim, check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.registry import Registry
+from base.registry import Registry
 from train.config.decode import decode, encode
 from train.errors import ConfigError
 

@@ -10,11 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from base.ranges import PositiveInt
 from comm.config import Cut
 from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
 from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
-from kernels.ranges import PositiveInt
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys

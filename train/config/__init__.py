@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, ZeroOrAbove
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
@@ -13,7 +14,6 @@ from dualpipe.simulate.costs import Costs
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskConfig
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from train.config.decode import decode, encode

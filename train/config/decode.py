@@ -10,8 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from kernels.ranges import Range
-from kernels.registry import Registry
+from base.ranges import Range
+from base.registry import Registry
 from train.config.units import nearest_number
 from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
@@ -29,7 +29,7 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
-    (`kernels.ranges`) must lie in that range.
+    (`base.ranges`) must lie in that range.
     """
     return _decode(cls, values, place)  # type: ignore[no-any-return]
 

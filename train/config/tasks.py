@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, ShareBelowOne
-from kernels.registry import Registry
+from base.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, ShareBelowOne
+from base.registry import Registry
 
 if TYPE_CHECKING:
     from data.parts import Prepared

@@ -12,9 +12,9 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, assert_never
 
+from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share, ShareBelowOne
+from base.registry import Registry
 from data.config import BatchSizes
-from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share, ShareBelowOne
-from kernels.registry import Registry
 
 PLACE = "optim.schedule"
 

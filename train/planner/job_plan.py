@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.registry import load_plugins, loaded_plugins
 from dualpipe.ir import Schedule
-from kernels.registry import load_plugins, loaded_plugins
 from model.size import stage_shapes
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten

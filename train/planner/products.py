@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from model.size import mlp_maps
 
 

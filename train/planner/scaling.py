@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 import numpy
 from numpy.typing import NDArray
 
+from base.ranges import AtLeast, NonNegativeFloat, PositiveFloat
 from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from dualpipe.ir import Schedule
-from kernels.ranges import AtLeast, NonNegativeFloat, PositiveFloat
 from model.config import LAYER
 from model.size import attention_maps, dense_maps, expert_maps, mlp_maps, stage_shapes
 from train.config import TrainConfig

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import attrgetter
 
+from base.ranges import NonNegativeFloat
 from dualpipe.ir import Placement, mirrored_placement
 from dualpipe.simulate.costs import CostModel, StageCosts
-from kernels.ranges import NonNegativeFloat
 from model.size import count_work
 from train.config import TrainConfig
 

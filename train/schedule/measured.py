@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, get_args
 
+from base.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 from dualpipe.ir import Op, Operation, Schedule, from_json, to_json, value_made, value_needed
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.validate import validate_passes
-from kernels.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 from model.config import ModelConfig, Recomputed, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode

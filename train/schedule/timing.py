@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
@@ -15,7 +16,6 @@ from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
 from infer.cohorts import AnsweredPrompt
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from model.config import CutError, Recomputed
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from data.corpus import DataError
 from data.pack import WEIGHTS
 from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import Part
-from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
 from train.checkpoint.sources import check_second_network, second_network_run
 from train.config import BatchConfig

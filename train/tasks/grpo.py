@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kernels.ranges import PositiveFloat, PositiveInt
+from base.ranges import PositiveFloat, PositiveInt
 from model.config import ModelConfig, PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
 from train.errors import ConfigError

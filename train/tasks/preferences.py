@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernels.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne
+from base.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne
 from model.config import ModelConfig
 from train.config import BatchConfig
 from train.tasks.registry import TASKS, TaskSpec

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kernels.ranges import PositiveInt
+from base.ranges import PositiveInt
 from model.config import ModelConfig, RopeScaling, YarnRope
 from train.config import BatchConfig, TaskConfig
 from train.config.decode import decode, encode

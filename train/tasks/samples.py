@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from base.ranges import PositiveFloat
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES
-from kernels.ranges import PositiveFloat
 from model.config import ModelConfig
 from train.config import BatchConfig, TaskConfig
 from train.errors import ConfigError

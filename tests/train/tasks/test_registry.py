@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from base.registry import load_plugins
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from dualpipe.registry import ScheduleConfig
-from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
 from tests import ROOT
 from tests.launch.checkpoints import write_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.registry import PluginError, Registry, UnknownNameError, closest, list_modules, load_plugins
+from base.registry import PluginError, Registry, UnknownNameError, closest, list_modules, load_plugins
 from tests import ROOT
 
 COLOURS = Registry[int]("paint.colour")
@@ -76,7 +76,7 @@ def test_closest_puts_beginnings_first_and_ignores_case() -> None:
 def test_registry_modules_are_imported_on_first_use_and_keep_their_order(tmp_path: Path) -> None:
     """The second module is imported before the registry is used, and still comes second; a caller is last."""
     (tmp_path / "book.py").write_text(
-        "from kernels.registry import Registry\nPAGES = Registry[int]('page', modules=('first', 'second'))\n"
+        "from base.registry import Registry\nPAGES = Registry[int]('page', modules=('first', 'second'))\n"
     )
     for number, name in enumerate(("first", "second")):
         (tmp_path / f"{name}.py").write_text(f"from book import PAGES\nPAGES.register('{name}', {number})\n")
@@ -116,7 +116,7 @@ def test_load_plugins_accepts_two_files_of_one_name(tmp_path: Path) -> None:
 
 
 def test_load_plugins_finds_entries_of_a_registry_that_the_file_is_first_to_import(tmp_path: Path) -> None:
-    text = "from kernels.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('one', 1)\n"
+    text = "from base.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('one', 1)\n"
     (module,) = load_plugins([plugin(tmp_path, text)])
     assert module.OWN.names() == ("one",)
 
@@ -154,9 +154,9 @@ def test_load_plugins_missing_file_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pytest_plugins_option_loads_files_for_suites(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
-    text = "from kernels.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('two', 2)\n"
+    text = "from base.registry import Registry\nOWN = Registry[int]('own')\nOWN.register('two', 2)\n"
     path.write_text(text, "utf-8")
-    test = "tests/kernels/test_registry.py::test_registry_returns_what_was_registered_in_order"
+    test = "tests/base/test_registry.py::test_registry_returns_what_was_registered_in_order"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--plugins={path}", test]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
