@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from base.files import replace_file, replacing
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource, MixtureSource, parse_manifest, read_manifest
@@ -39,8 +40,6 @@ from data.shards import (
     read_json,
     read_report,
     read_unit,
-    replace_file,
-    replacing,
 )
 from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer

@@ -10,10 +10,9 @@ import os
 import re
 import shutil
 import stat
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -23,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from base.files import remove_abandoned, replace_file, replacing
 from data.corpus import DataError
 from data.pack import PADDING_POSITION, SequenceTable, pack_windows
 from data.readers.lines import is_sparse
@@ -44,7 +44,6 @@ INDEX = np.dtype(
 KEY_BLOCK_BYTES = 2**23
 ANY_LENGTH = range(2**32)
 _OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the memory
-_ABANDONED_SECONDS = 3600
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
 UNIT_NAME = re.compile(r"[0-9a-f]{16}")
@@ -105,42 +104,6 @@ class UnitWriter:
         for path in sorted(self._paths):
             path.rename(self._folder / path.name)
         replace_file(self._folder / f"{self._unit}.json", description.encode())
-
-
-def remove_abandoned(paths: Iterable[Path]) -> None:
-    """Removes files and folders of processes that were killed. Another process may be writing to new ones."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file, which has its name when it is complete, or never."""
-    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that is complete or absent, even after a crash."""
-    with replacing(path) as partial, partial.open("wb") as stream:
-        stream.writelines((content,) if isinstance(content, bytes) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_unit(folder: Path, unit: str) -> dict[str, Any] | None:

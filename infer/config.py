@@ -3,23 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Literal
 
+from base.refusal import RuleError
 from model.config import ModelConfig
 
 Finish = Literal["stop", "length"]  # why a sequence ended: a stop token or the stop condition, or the maximum length
 
 Speculative = Literal[True, False, "auto"]
 """Whether an MTP module drafts tokens that the main model verifies; auto: if that is faster."""
-
-
-class RuleError(ValueError):
-    """Invalid value. The message states the key, the rule, the value and the nearest valid choice."""
-
-    @classmethod
-    def broken(cls, key: str, rule: str, value: object, near: object) -> Self:
-        """Returns the error about a key whose value breaks a rule."""
-        return cls(f"{key}: {rule}, is {value}; nearest valid: {near}")
 
 
 class GenerateError(RuleError):

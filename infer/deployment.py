@@ -16,8 +16,8 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from base.ranges import PositiveInt, PositiveShare
+from base.refusal import RuleError
 from comm.config import ClusterConfig
-from infer.config import RuleError
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES
 from model.hf.names import StoredDtype, copied_from, stored_tensors

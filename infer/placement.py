@@ -16,8 +16,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from base.refusal import RuleError
 from data.corpus import shorten
-from infer.config import RuleError
 
 Policy = Literal["hierarchical", "global"]
 Loads = NDArray[np.float64]

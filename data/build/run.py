@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from base.files import remove_abandoned, replace_file
 from comm.exits import STOPPED_LOOKS, is_stopped
 from data.build.units import SETTINGS_NAME, TextUnit
 from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
@@ -36,17 +37,7 @@ from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shards import (
-    KEY_BLOCK_BYTES,
-    PARTS,
-    REPORT_NAME,
-    SOURCES_NAME,
-    check_entries,
-    read_drops,
-    read_rows,
-    remove_abandoned,
-    replace_file,
-)
+from data.shards import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, check_entries, read_drops, read_rows
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"

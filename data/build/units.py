@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.files import replace_file
 from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
 from data.registry import CorpusFile
-from data.shards import read_json, replace_file
+from data.shards import read_json
 from data.sources import size_bytes
 
 SETTINGS_NAME = "settings.json"

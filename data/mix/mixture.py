@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from base.files import replacing
 from data.config import BatchSizes
 from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource
 from data.mix.order import MixOrder, Places
 from data.quality.words import mix_bits
-from data.shards import replacing
 
 ORDER_NAME = "order.jsonl"
 # Part of every fingerprint. Increase it if the same settings give another order: no run resumes in another order.

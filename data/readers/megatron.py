@@ -14,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from base.files import replacing
 from data.readers.lines import MAX_DOCUMENT_BYTES, TextField, lost_rows
 from data.registry import BrokenRow, CorpusFile, Document
-from data.shards import replacing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, type, sequences, ends of documents

@@ -10,10 +10,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from base.refusal import RuleError
 from base.registry import Registry
 from data.corpus import DataError, decode_line, describe, text_of
 from data.tokenizer import Tokenizer
-from infer.config import Finish, RuleError, Sampling
+from infer.config import Finish, Sampling
 from infer.protocol import NumberedPrompt, Request, Rollouts
 from model.config import HeadKind
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from base.refusal import RuleError
 from base.registry import Registry
 from data.problems import ProblemRecord, StdinTest
 from data.special_tokens import END_THINK, THINK
-from infer.config import RuleError
 
 Outcome = Literal["correct", "wrong", "missing", "timeout", "unknown", "error", "rated", "skipped"]
 """What a scorer found out.

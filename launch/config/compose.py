@@ -474,9 +474,9 @@ def _root(command: str) -> dict[str, Any]:
 
 def user_errors() -> tuple[type[ValueError], ...]:
     """Returns the error types that a user can fix; they are printed as one line without a traceback."""
+    from base.refusal import RuleError
     from comm.watchdog.membership import JobKeyError
     from data.corpus import DataError
-    from infer.config import RuleError
     from infer.scoring.score import ScoringError
     from model.hf.files import HfError
     from train.checkpoint.manifest import CheckpointError

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from base.refusal import RuleError
 from comm.config import ClusterConfig
-from infer.config import RuleError
 from infer.deployment import Deployment, DeploymentConfig, GpuSet
 from launch.plan import main
 from launch.plan_request import read_request

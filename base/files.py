@@ -1,0 +1,47 @@
+"""Writes files that appear whole or not at all."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_ABANDONED_SECONDS = 3600
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Removes files and folders of processes that were killed. Another process may be writing to new ones."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime <= _ABANDONED_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which has its name when it is complete, or never."""
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file that is complete or absent, even after a crash."""
+    with replacing(path) as partial, partial.open("wb") as stream:
+        stream.writelines((content,) if isinstance(content, bytes) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
