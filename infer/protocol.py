@@ -194,6 +194,32 @@ class Rollouts:
     routes: SampledRoutes | None = None
 
 
+StopToken = Callable[[int, int], bool]
+"""Called with each new token (prompt's number, token); returns whether the continuation ends after it."""
+
+
+ExpertLoads = Mapping[str, Sequence[int]]
+"""Tokens that chose each expert, by layer, as in a line of `loads.jsonl`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetSequence:
+    """Token ids, at most one more than the model has positions; some at the end are scored, not all."""
+
+    tokens: tuple[int, ...]
+    num_targets: int
+    loads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetScores:
+    """Log-probabilities of targets in nats, whether each is most probable, and loads if asked for."""
+
+    log_probs: tuple[float, ...]
+    are_greedy: tuple[bool, ...]
+    loads: ExpertLoads = field(default_factory=dict)
+
+
 class Engine(Protocol):
     """Protocol of an engine.
 

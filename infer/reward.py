@@ -16,7 +16,7 @@ from data.chat.templates import ChatTemplate
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, check_sequences
 from infer.engines.local import LocalModel
-from infer.evaluate.protocol import TargetSequence
+from infer.protocol import TargetSequence
 from model.config import ModelConfig
 from model.transformer import Transformer
 

@@ -16,8 +16,7 @@ from infer.batch import DraftChoice, GenerationBatch
 from infer.cohorts import PROMPT_TOKENS
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
-from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
-from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, StopToken, TargetScores, TargetSequence
 from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
 from kernels.cross_entropy.reference import IGNORE, greedy_scores
 from model.head import score_states

@@ -23,10 +23,8 @@ from infer.evaluate.protocol import (
     GenerationRequest,
     LikelihoodAnswer,
     RatingRequest,
-    TargetScores,
-    TargetSequence,
 )
-from infer.protocol import NumberedPrompt, Request, Sample, TextStream
+from infer.protocol import NumberedPrompt, Request, Sample, TargetScores, TargetSequence, TextStream
 
 NumberedRequest = tuple[int, EvaluationRequest]
 """A request after its number among all requests of a task, which decides its random numbers."""

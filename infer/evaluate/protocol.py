@@ -15,15 +15,11 @@ from base.registry import Registry
 from data.corpus import DataError, decode_line, describe, text_of
 from data.tokenizer import Tokenizer
 from infer.config import Finish, Sampling
-from infer.protocol import NumberedPrompt, Request, Rollouts
+from infer.protocol import ExpertLoads, NumberedPrompt, Request, Rollouts, StopToken, TargetScores, TargetSequence
 from model.config import HeadKind
 
 Text = str | tuple[int, ...]  # a text, or its token ids
-StopToken = Callable[[int, int], bool]
-"""Called with each new token (prompt's number, token); returns whether the continuation ends after it."""
 Record = dict[str, Any]
-ExpertLoads = Mapping[str, Sequence[int]]
-"""Tokens that chose each expert, by layer, as in a line of `loads.jsonl`."""
 
 
 class EvaluationError(RuleError):
@@ -205,24 +201,6 @@ class TaskContext:
     max_tokens: int
     seed: int
     counts_loads: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TargetSequence:
-    """Token ids, at most one more than the model has positions; some at the end are scored, not all."""
-
-    tokens: tuple[int, ...]
-    num_targets: int
-    loads: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TargetScores:
-    """Log-probabilities of targets in nats, whether each is most probable, and loads if asked for."""
-
-    log_probs: tuple[float, ...]
-    are_greedy: tuple[bool, ...]
-    loads: ExpertLoads = field(default_factory=dict)
 
 
 class EvaluatedModel(Protocol):

@@ -20,7 +20,7 @@ from data.parts import Prepared
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.engines.local import LocalModel
-from infer.evaluate.protocol import TargetScores, TargetSequence
+from infer.protocol import TargetScores, TargetSequence
 from model.config import ModelConfig
 from model.objective import MicroBatch
 from model.transformer import Transformer, initialize_weights, named_tensors

@@ -19,7 +19,7 @@ from infer.cohorts import CohortSizes
 from infer.engines.local import MOST_TOKENS, PADDING, pad
 from infer.engines.pipelined import PipelinedEngine
 from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EvaluationError, Record, StopToken, TargetScores, TargetSequence, TaskContext
+from infer.evaluate.protocol import EvaluationError, Record, TaskContext
 from infer.evaluate.run import (
     RESULTS_NAME,
     OpenTask,
@@ -30,7 +30,7 @@ from infer.evaluate.run import (
     samples_name,
     task_result,
 )
-from infer.protocol import NumberedPrompt, Request, Rollouts
+from infer.protocol import NumberedPrompt, Request, Rollouts, StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.reference import greedy_scores
 from model.linear import WeightSink
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss

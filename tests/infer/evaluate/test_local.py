@@ -16,15 +16,9 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.engines.local import LocalModel
 from infer.evaluate.answers import document_windows, encode_continuation, target_sequence
-from infer.evaluate.protocol import (
-    ContinuationRequest,
-    DocumentRequest,
-    EvaluationError,
-    Measure,
-    TargetScores,
-    TargetSequence,
-)
+from infer.evaluate.protocol import ContinuationRequest, DocumentRequest, EvaluationError, Measure
 from infer.evaluate.statistics import compare, estimate, mcnemar
+from infer.protocol import TargetScores, TargetSequence
 from infer.reward import score_answers
 from kernels.cross_entropy.reference import greedy_scores
 from model.hf.writer import load_hf

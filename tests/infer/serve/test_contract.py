@@ -17,7 +17,7 @@ from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from infer.engines.local import LocalModel
-from infer.evaluate.protocol import TargetSequence
+from infer.protocol import TargetSequence
 from infer.serve.calls import Endpoint, read_call
 from infer.serve.fields import ApiError
 from tests.infer.continuing import generate

@@ -11,8 +11,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from infer.config import Sampling
-from infer.evaluate.protocol import TargetSequence
-from infer.protocol import NumberedPrompt, Request
+from infer.protocol import NumberedPrompt, Request, TargetSequence
 from tests.model.fp8_models import CONFIDENT, scale_like_trained
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
