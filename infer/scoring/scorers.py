@@ -1,33 +1,20 @@
-"""Registers the project's scorers: rules of text, a judge's votes, and worker processes.
-
-A judge is a model that writes critiques with verdicts. It is any engine: in training, that of the policy, so that it
-judges itself. Source: arXiv:2412.19437, section 5.4.2.
-"""
+"""Registers the project's scorers: rules of text, a judge's votes, and worker processes."""
 
 import hashlib
 import importlib.util
 import os
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from data.chat.encode import encode_prompt
-from data.chat.messages import user
-from data.chat.templates import ChatTemplate
-from data.special_tokens import THINK
-from data.tokenizer import Tokenizer
-from infer.config import Sampling
-from infer.protocol import NumberedPrompt, Request, Sample
 from infer.scoring import ratings
 from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
 from infer.scoring.programs import CodeConfig, CodeScorer
 from infer.scoring.ratings import finished_answer
-from infer.scoring.reward import AnswerGroup, refuse_without_run
+from infer.scoring.reward import refuse_without_run
 from infer.scoring.score import (
     SCORERS,
     SKIPPED,
@@ -44,9 +31,6 @@ from infer.scoring.score import (
     last_boxed,
     verdict,
 )
-
-JUDGE_SEED = 0x5851F42D4C957F2D
-"""Added to the seed of a run, so that critiques and answers have different random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,126 +88,6 @@ def read_constitution(config: JudgeConfig) -> str:
             f"reward.parts, kind judge: constitution_path must be a text file, {config.constitution_path!r} cannot be "
             f"read ({error}); nearest valid: null, with the text as constitution"
         ) from error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JudgePrompt:
-    """A prompt of the judge, whose number decides the random numbers of the critiques.
-
-    It judges `answer` of a group, compared with `other`, which is the same if there is none.
-    """
-
-    prompt: NumberedPrompt
-    group: int
-    answer: int
-    other: int
-
-
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """Builds the prompts of a judge, of at most `max_tokens`, and reads its verdicts. It owns no model."""
-
-    config: JudgeConfig
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    constitution: str
-    max_tokens: int
-
-    def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
-        """Returns the prompts of all groups, in order, given the numbers of the groups' prompts in the job.
-
-        Answers without text after their thoughts have none. A prompt that is too long is not judged, which abstains.
-        """
-        prompts = []
-        for index, (group, group_number) in enumerate(zip(groups, numbers, strict=True)):
-            size = len(group.answers)
-            finals = [final_text(answer.text).strip() for answer in group.answers]
-            for first, second in self._pairs(finals):
-                text = self._question(group.problem.prompt, finals[first], finals[second])
-                tokens = tuple(
-                    encode_prompt([user(text)], self.template, self.tokenizer, thinking=self.config.thinking)
-                )
-                if len(tokens) <= self.max_tokens:
-                    number = (group_number * size + first) * size + second
-                    prompt = NumberedPrompt(number=number, tokens=tokens)
-                    prompts.append(JudgePrompt(prompt=prompt, group=index, answer=first, other=second))
-        return prompts
-
-    def request(self, seed: int, step: int, stop: frozenset[int]) -> Request:
-        """Returns how an engine continues the prompts."""
-        sampling = Sampling(temperature=self.config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
-        return Request(
-            samples=self.config.samples,
-            max_new_tokens=self.config.max_new_tokens,
-            sampling=sampling,
-            step=step,
-            stop=stop,
-        )
-
-    def scores(
-        self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Sample]
-    ) -> list[list[Score]]:
-        """Returns the scores of every group's answers, given the critiques prompt by prompt."""
-        votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
-        for number, critique in enumerate(critiques):
-            prompt = prompts[number // self.config.samples]
-            vote = self._vote(critique)
-            votes[prompt.group, prompt.answer].append(vote)
-            if prompt.other != prompt.answer:
-                votes[prompt.group, prompt.other].append(None if vote is None else not vote)
-        return [self._group_scores(index, group, votes) for index, group in enumerate(groups)]
-
-    def _group_scores(
-        self, index: int, group: AnswerGroup, votes: dict[tuple[int, int], list[bool | None]]
-    ) -> list[Score]:
-        finals = [final_text(answer.text).strip() for answer in group.answers]
-        pairs = list(self._pairs(finals))
-        scores = []
-        for number, text in enumerate(finals):
-            wanted = sum(number in pair for pair in pairs) * self.config.samples
-            cast = votes[index, number]
-            # Prompts that are too long were not judged.
-            abstentions: list[bool | None] = [None] * (wanted - len(cast))
-            scores.append(score_votes([*cast, *abstentions]) if text else failure("missing", "no text to judge"))
-        return scores
-
-    def _pairs(self, finals: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Yields which answer of a group is judged against which, itself if it is judged alone."""
-        judged = [number for number, text in enumerate(finals) if text]
-        if self.config.form == "single":
-            yield from ((number, number) for number in judged)
-            return
-        compared = zip(judged, [*judged[1:], *judged[:1]], strict=True) if len(judged) > 2 else [tuple(judged)]
-        for pair in compared:
-            if len(pair) == 2:
-                yield from (pair, pair[::-1])
-
-    def _question(self, prompt: str, answer: str, other: str) -> str:
-        # One pass, because an answer may contain the names of fields.
-        values = {"constitution": self.constitution, "prompt": prompt, "answer": answer, "other": other}
-        return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self.config.question)
-
-    def _vote(self, critique: Sample) -> bool | None:
-        if critique.finish != "stop":
-            return None
-        text = self.tokenizer.decode(critique.tokens[:-1])
-        return parse_verdict(THINK + text if self.config.thinking else text, self.config)
-
-
-def parse_verdict(text: str, config: JudgeConfig) -> bool | None:
-    """Returns whether a critique ends with a verdict for the answer; None if there is no clear verdict."""
-    _, mark, after = final_text(text).rpartition(config.mark) if config.mark else ("", "mark", final_text(text))
-    verdict_text = after.strip().strip("*.!\"' ").casefold()
-    votes = {config.accept.strip().casefold(): True, config.reject.strip().casefold(): False}
-    return votes.get(verdict_text) if mark else None
-
-
-def score_votes(votes: Sequence[bool | None]) -> Score:
-    """Returns the share of votes for an answer; unknown if fewer than half are valid. None abstains."""
-    valid = [vote for vote in votes if vote is not None]
-    if not valid or 2 * len(valid) < len(votes):
-        return failure("unknown", f"{len(valid)} of {len(votes)} votes of the judge are valid, at least half must be")
-    return Score(value=sum(valid) / len(valid), outcome="rated", detail=f"{sum(valid)} of {len(valid)} votes")
 
 
 VERIFIER = Path(__file__).with_name("gym_verifier.py")

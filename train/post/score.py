@@ -14,13 +14,14 @@ from infer.protocol import Engine, Group, NumberedPrompt, Sample
 from infer.reward import score_answers
 from infer.scoring.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
 from infer.scoring.score import Score, ScorerConfig, ScoringError, failure
-from infer.scoring.scorers import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
+from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.objective import MicroBatch
 from model.objectives.pairs import KeepScores
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
 from train.config import TrainConfig
+from train.post.judge import Judge
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm

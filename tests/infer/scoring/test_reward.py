@@ -35,7 +35,7 @@ from infer.scoring.score import (
     verdict,
 )
 from tests.infer.scoring.groups import TextGroup
-from tests.infer.scoring.test_judge import CONFIG as JUDGE
+from tests.train.post.test_judge import CONFIG as JUDGE
 from train.config.decode import decode
 
 

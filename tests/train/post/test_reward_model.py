@@ -19,7 +19,7 @@ from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
 from infer.scoring.reward import RewardConfig
 from infer.scoring.score import Problem, ScoringError
-from infer.scoring.scorers import JUDGE_SEED, JudgeConfig, RewardModelScorerConfig
+from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig
 from model.config import ModelConfig
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
 from tests.covering import exhaustive
@@ -35,6 +35,7 @@ from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.errors import ConfigError
+from train.post.judge import JUDGE_SEED
 from train.post.sample import PromptForm
 from train.post.score import RolloutRewards, open_model_parts, open_reward_model, with_constitutions
 from train.world import weight_dtype

@@ -17,9 +17,10 @@ from infer.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
 from infer.scoring.reward import AnswerGroup
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from infer.scoring.scorers import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
+from infer.scoring.scorers import JudgeConfig, read_constitution
 from tests.infer.models import SMALL, make_model
 from tests.infer.scoring.groups import TextGroup
+from train.post.judge import Judge, JudgePrompt, parse_verdict, score_votes
 
 CONFIG = JudgeConfig(
     kind="judge",
