@@ -14,7 +14,7 @@ COMPILE := .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,lane.py transport.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py) $(addprefix tests/launch/test_,local.py start.py) \
-	tests/infer/scoring/test_sleepers.py
+	tests/score/test_sleepers.py
 LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py test_stopping.py) \
 	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/train/planner/measured/test_sleeping_run.py
 # Files with long tests, so that not all are imported for them.

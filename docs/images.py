@@ -223,6 +223,7 @@ LAYERS = (
     ("launch", "commands: Hydra, built-in launcher, torchrun, Slurm", None),
     ("train", "steps, optimizer, checkpoints, guard, records", None),
     ("infer", "generation: latent cache, drafts by MTP", None),
+    ("score", "what answers are worth", None),
     ("model", "the network as phases", ("dualpipe", "schedules, interpreter")),
     ("comm", "exchange, transfers", ("data", "text to samples")),
     ("kernels", "each operation: plain PyTorch next to Triton", None),

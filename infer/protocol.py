@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.config import Finish, GenerateError, Sampling, Statistics
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Problem
+from score.reward import ScoreSheet
+from score.score import Problem
 
 PROMPT_SAMPLE = -1  # sample number of the record of a prompt, which all of its continuations share
 

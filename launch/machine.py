@@ -25,10 +25,10 @@ from typing import Literal
 from comm.config import LINK_CTAS, ClusterConfig, ParallelismConfig
 from comm.dispatch.deepep.package import DeepEPError, check_available
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from infer.scoring.reward import check_reward, host_parts
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
+from score.reward import check_reward, host_parts
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.memory import fitted_config, predict_memory

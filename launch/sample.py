@@ -23,8 +23,6 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.evaluate.protocol import read_lines
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
-from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
-from infer.scoring.score import SCORERS, problem_of
 from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import Device, WeightsSource, find_template, find_weights, load_model
@@ -38,6 +36,8 @@ from launch.scored_samples import (
     select,
     summary,
 )
+from score.reward import Reward, RewardConfig, check_reward, model_part_problem
+from score.score import SCORERS, problem_of
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode

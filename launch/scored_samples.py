@@ -20,9 +20,9 @@ from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
 from data.corpus import decode_line
 from data.special_tokens import END_THINK, THINK
-from infer.scoring.ratings import PassRates, compute_pass_rates
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Score, TextAnswer
+from score.ratings import PassRates, compute_pass_rates
+from score.reward import ScoreSheet
+from score.score import Score, TextAnswer
 from train.errors import ConfigError, broken
 
 FORMAT = 1

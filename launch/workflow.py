@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from infer.scoring.ratings import PassRates
 from launch import signals_handled
 from launch.command import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
+from score.ratings import PassRates
 from train.config.decode import decode
 from train.errors import ConfigError, broken
 from train.terminal import aligned

@@ -8,9 +8,9 @@ from comm.config import ParallelismConfig
 from data.arithmetic import ArithmeticSource
 from dualpipe.registry import ScheduleConfig
 from infer.protocol import Group, Sample
-from infer.scoring.reward import RewardConfig, ScoreSheet
-from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
 from model.config import PolicyLossConfig
+from score.reward import RewardConfig, ScoreSheet
+from score.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.config import TokenSchedule, TrainConfig
 from train.config.tasks import RolloutConfig, RolloutLimits

@@ -13,7 +13,18 @@ import pytest
 
 from tests import ROOT
 
-FLOORS = {"base": 0, "kernels": 1, "comm": 2, "data": 2, "model": 3, "dualpipe": 3, "infer": 4, "train": 5, "launch": 6}
+FLOORS = {
+    "base": 0,
+    "kernels": 1,
+    "comm": 2,
+    "data": 2,
+    "model": 3,
+    "dualpipe": 3,
+    "score": 4,
+    "infer": 5,
+    "train": 6,
+    "launch": 7,
+}
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 
@@ -56,6 +67,8 @@ def breaches(path: str, source: str) -> list[str]:
             found.append(f"{path}: {package} is below {other}, imports {module}")
         if {package, other} == {"model", "dualpipe"}:
             found.append(f"{path}: model and dualpipe never import each other, imports {module}")
+        if (package, other) == ("infer", "score") and path != "infer/protocol.py":
+            found.append(f"{path}: only infer/protocol.py knows scores, imports {module}")
         if package == "model" and other == "comm" and not may_know(path, module):
             found.append(f"{path}: model knows only protocols and pure functions of comm, imports {module}")
         if is_in(module, "torch.distributed") and not may_communicate(path):
@@ -158,6 +171,8 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("model/hf/writer.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
         ("dualpipe/simulate/timing.py", "from torch import distributed"),
+        ("score/a.py", "from infer.protocol import Sample"),
+        ("infer/a.py", "from score.score import Problem"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),
@@ -174,6 +189,7 @@ def test_floors_a_breach_is_found(path: str, source: str) -> None:
         ("model/a.py", "from comm.protocol import Dispatcher"),
         ("model/a.py", "from comm.protocol import ALONE, ContextGroup"),
         ("train/a.py", "from model.config import ModelConfig\nfrom torch import distributed as dist"),
+        ("infer/protocol.py", "from score.score import Problem"),
         ("train/a.py", "def f():\n    import wandb"),
         ("dualpipe/runtime/execute.py", "from torch import distributed"),
         ("launch/a.py", "from hydra import compose"),

@@ -185,7 +185,11 @@ def test_every_extra_is_named_as_its_package_provides_it() -> None:
 
 
 def test_extras_that_pages_and_messages_name_exist() -> None:
-    sources = [path for folder in ("infer", "data", "train", "launch", "conf") for path in (ROOT / folder).rglob("*.*")]
+    sources = [
+        path
+        for folder in ("infer", "score", "data", "train", "launch", "conf")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
     texts = [path.read_text("utf-8") for path in (*PAGES, *sources) if path.suffix in (".md", ".py", ".yaml")]
     named = {name for text in texts for name in EXTRA.findall(text)}
     assert {"score", "reasoning", "lm-eval"} <= named <= set(TOML["optional-dependencies"])

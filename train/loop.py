@@ -17,7 +17,7 @@ from torch import distributed as dist
 from data.loader import Loader
 from data.parts import Prepared
 from infer.config import GenerateError
-from infer.scoring.score import ScoringError
+from score.score import ScoringError
 from train.callbacks import Callbacks, call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.load import find_together

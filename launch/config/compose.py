@@ -477,8 +477,8 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from base.refusal import RuleError
     from comm.watchdog.membership import JobKeyError
     from data.corpus import DataError
-    from infer.scoring.score import ScoringError
     from model.hf.files import HfError
+    from score.score import ScoringError
     from train.checkpoint.manifest import CheckpointError
     from train.files.run_lock import LockedError
 

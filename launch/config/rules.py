@@ -12,9 +12,9 @@ from data.registry import DATA_SOURCES
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
-from infer.scoring.scorers import JudgeConfig
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC, AttentionKernel
 from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomputed
+from score.scorers import JudgeConfig
 from train.config import TrainConfig
 from train.config.tasks import TASKS
 from train.errors import ConfigError, broken, divisors, multiples

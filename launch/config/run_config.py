@@ -14,11 +14,11 @@ from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer import TRAIN_128K, find_tokenizer_file, other_tokenizer
 from infer.evaluate.protocol import EVALUATION_TASKS, checked_file
-from infer.scoring.reward import check_problems
 from launch.config.compose import MissingValueError, compose, own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_all, check_name, check_rules
 from model.config import ModelConfig, ladder
+from score.reward import check_problems
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, check_compatible, locate, newest_whole, verify_sizes
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import check_initial, check_model_parts, source_config, source_folder

@@ -314,7 +314,7 @@ def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, s
     assert not (tmp_path / "proof").exists()
 
 
-PACKAGES = ("base", "comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
+PACKAGES = ("base", "comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "score", "train")
 
 PATTERNS = (
     r"\bc?[pP]ickle\b",
@@ -346,10 +346,10 @@ ALLOWED = {
     ("train/planner/job_plan.py", "pickle"),
     # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
     ("base/registry.py", "exec("),
-    # Generated programs and their tests, which run in the sandbox alone (tests/infer/scoring/test_code.py).
-    ("infer/scoring/guest/candidate.py", "exec("),
-    ("infer/scoring/guest/script.py", "exec("),
-    ("infer/scoring/guest/tests.py", "exec("),
+    # Generated programs and their tests, which run in the sandbox alone (tests/score/test_code.py).
+    ("score/guest/candidate.py", "exec("),
+    ("score/guest/script.py", "exec("),
+    ("score/guest/tests.py", "exec("),
 }
 
 

@@ -16,10 +16,10 @@ import launch.config.rules
 from base.ranges import Range
 from base.registry import Registry
 from data.corpus import DataError
-from infer.scoring.score import ScoringError
 from launch.config.compose import default_groups, options, user_errors
 from launch.config.rules import check_optim, check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config
+from score.score import ScoringError
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
 from tests.launch.checkpoints import write_stand_in

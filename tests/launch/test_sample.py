@@ -17,10 +17,10 @@ from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Score
 from launch.sample import main
 from launch.scored_samples import KeepConfig, ScoredSample, select, to_message
+from score.reward import ScoreSheet
+from score.score import Score
 from tests.refusals import assert_refused
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate

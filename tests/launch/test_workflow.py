@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import launch.workflow
-from infer.scoring.reward import ScoreSheet
 from launch.config.compose import compose, options
 from launch.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
+from score.reward import ScoreSheet
 from tests.commands import run_command
 from train.config.decode import encode
 from train.errors import ConfigError

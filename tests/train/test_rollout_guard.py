@@ -9,8 +9,8 @@ import pytest
 
 from infer.config import GenerateError
 from infer.protocol import Sample
-from infer.scoring.reward import GroupSheets, join_parts
-from infer.scoring.score import SCORERS, Outcome, Score, ScoringError
+from score.reward import GroupSheets, join_parts
+from score.score import SCORERS, Outcome, Score, ScoringError
 from tests.rollouts import ROLLOUT, answer_of, group_of, header_of
 from tests.train.test_guard import STOP
 from train.config.tasks import RolloutLimits

@@ -14,12 +14,12 @@ from base.ranges import PositiveInt
 from comm.config import Cut
 from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
-from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys
 from model.hf.files import read_json
 from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
+from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.locate import CHECKPOINTS_NAME, differences, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model

@@ -12,10 +12,10 @@ from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskConfig
-from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
+from score.reward import RewardConfig
 from train.config.decode import decode, encode
 from train.config.tasks import TASKS, RolloutConfig
 from train.errors import ConfigError

@@ -15,9 +15,9 @@ from dualpipe.ir import Placement
 from dualpipe.passes import forward_only
 from dualpipe.simulate.timing import makespan_of
 from infer.cohorts import AnsweredPrompt, CohortSizes, RoundForecast, forecast_rounds
-from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig
 from model.config import BLOCK_TOKENS
 from model.size import StageShape, held_parameters, stage_shapes
+from score.scorers import JudgeConfig, RewardModelScorerConfig
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig

@@ -20,9 +20,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from infer.protocol import Group, Sample
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Problem, Score
 from model.hf.files import write_synced
+from score.reward import ScoreSheet
+from score.score import Problem, Score
 from train.post.sample import RolloutHeader, ScoredRollout
 
 FORMAT = 1

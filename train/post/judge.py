@@ -16,9 +16,9 @@ from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.protocol import NumberedPrompt, Request, Sample
-from infer.scoring.reward import AnswerGroup
-from infer.scoring.score import Score, failure, final_text
-from infer.scoring.scorers import JudgeConfig
+from score.reward import AnswerGroup
+from score.score import Score, failure, final_text
+from score.scorers import JudgeConfig
 
 JUDGE_SEED = 0x5851F42D4C957F2D
 """Added to the seed of a run, so that critiques and answers have different random numbers."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from infer.config import ENGINE_COUNTS, Sampling
 from infer.protocol import Group, Request, Rollouts, SampledRoutes
-from infer.scoring.ratings import length_penalty
+from score.ratings import length_penalty
 from train.config.tasks import RolloutConfig
 from train.post.pipeline import TrainingEngine
 from train.post.sample import (

@@ -16,8 +16,8 @@ from data.problems import ProblemRecord, split_problems
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import SCORERS, VERDICTS, problem_of
+from score.reward import ScoreSheet
+from score.score import SCORERS, VERDICTS, problem_of
 from train.config import TrainConfig
 from train.config.tasks import RolloutConfig
 from train.errors import ConfigError

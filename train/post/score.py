@@ -12,12 +12,12 @@ from data.loader import Batch
 from data.tokenizer import Tokenizer
 from infer.protocol import Engine, Group, NumberedPrompt, Sample
 from infer.reward import score_answers
-from infer.scoring.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
-from infer.scoring.score import Score, ScorerConfig, ScoringError, failure
-from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.objective import MicroBatch
 from model.objectives.pairs import KeepScores
 from model.transformer import Transformer, named_tensors
+from score.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
+from score.score import Score, ScorerConfig, ScoringError, failure
+from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
 from train.config import TrainConfig

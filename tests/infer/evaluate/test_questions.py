@@ -15,13 +15,13 @@ from data.corpus import DataError
 from data.quality.contamination import CODE_PROBLEMS
 from data.tokenizer import Tokenizer
 from infer.evaluate.protocol import EvaluationError
-from infer.scoring import programs
-from infer.scoring.programs import CodeConfig, CodeScorer
-from infer.scoring.ratings import pass_at_k
+from score import programs
+from score.programs import CodeConfig, CodeScorer
+from score.ratings import pass_at_k
 from tests.covering import exhaustive
 from tests.data.chat.conversations import chat_tokenizer
 from tests.infer.evaluate.stand_ins import SayingModel, evaluate, open_task
-from tests.infer.scoring.test_python import library
+from tests.score.test_python import library
 
 MUTANTS = {
     "run_lengths": (("runs[-1][0] == character", "character in dict(runs)"), ("runs[-1][1] + 1", "runs[-1][1]")),

@@ -15,7 +15,7 @@ from typing import Any
 
 from comm.exits import EXIT_NON_FINITE
 from data.arithmetic import problems
-from infer.scoring.ratings import Plurality, find_plurality
+from score.ratings import Plurality, find_plurality
 from tests.programs.post.recipes import (
     LoadedRun,
     RecipeRates,

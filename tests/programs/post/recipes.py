@@ -16,10 +16,10 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request, Sample
-from infer.scoring.ratings import PassRates, compute_pass_rates
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Answer, TextAnswer
 from model.transformer import Transformer
+from score.ratings import PassRates, compute_pass_rates
+from score.reward import ScoreSheet
+from score.score import Answer, TextAnswer
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, read_model

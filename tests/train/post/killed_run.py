@@ -72,8 +72,8 @@ def run_rank(config: TrainConfig) -> int:
 
 def _arm(out_dir: Path) -> None:
     """Replaces the function of a phase by one that kills this process in the chosen step."""
-    from infer.scoring.reward import Reward
     from model.stage import StageRun
+    from score.reward import Reward
     from train.checkpoint import save
     from train.optim.staged import StagedAdamW
     from train.post import journal

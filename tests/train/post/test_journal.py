@@ -15,8 +15,8 @@ from numpy.random import Generator, Philox
 from data.loader import Batch
 from data.pack import ANSWER, WEIGHTS
 from infer.protocol import Group, NumberedPrompt, Sample
-from infer.scoring.reward import GroupSheets, ScoreSheet, join_parts
-from infer.scoring.score import SKIPPED, Outcome, Problem, Score, failure, verdict
+from score.reward import GroupSheets, ScoreSheet, join_parts
+from score.score import SKIPPED, Outcome, Problem, Score, failure, verdict
 from tests.rollouts import answer_of, group_of, header_of
 from train.post.journal import JournalError, journal_path, read_header, read_journal, remove_after, write_journal
 from train.post.pack import BatchShape, PromptAndAnswer, fill, pack_fitting, place_answers

@@ -15,11 +15,11 @@ from infer.config import Finish
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
-from infer.scoring.reward import AnswerGroup
-from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from infer.scoring.scorers import JudgeConfig, read_constitution
+from score.reward import AnswerGroup
+from score.score import Problem, Score, ScoringError, TextAnswer
+from score.scorers import JudgeConfig, read_constitution
 from tests.infer.models import SMALL, make_model
-from tests.infer.scoring.groups import TextGroup
+from tests.score.groups import TextGroup
 from train.post.judge import Judge, JudgePrompt, parse_verdict, score_votes
 
 CONFIG = JudgeConfig(

@@ -17,11 +17,11 @@ from dualpipe.registry import ScheduleConfig
 from infer.config import Statistics
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
-from infer.scoring.reward import RewardConfig
-from infer.scoring.score import Problem, ScoringError
-from infer.scoring.scorers import JudgeConfig, RewardModelScorerConfig
 from model.config import ModelConfig
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
+from score.reward import RewardConfig
+from score.score import Problem, ScoringError
+from score.scorers import JudgeConfig, RewardModelScorerConfig
 from tests.covering import exhaustive
 from tests.launch.checkpoints import write_checkpoint
 from tests.ranks import run_ranks

@@ -6,8 +6,8 @@ import numpy as np
 
 from data.arithmetic import arithmetic_tokenizer
 from infer.protocol import Group, Sample
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Problem, Score
+from score.reward import ScoreSheet
+from score.score import Problem, Score
 from train.post.journal import write_journal
 from train.post.sample import RolloutHeader, ScoredRollout
 

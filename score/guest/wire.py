@@ -18,7 +18,7 @@ import types
 from collections.abc import Generator, Sequence
 from typing import Any, BinaryIO
 
-from infer.scoring.guest.proxies import CONTENT, make_class, make_error, make_proxy
+from score.guest.proxies import CONTENT, make_class, make_error, make_proxy
 
 _LARGEST_LINE = 2**24
 _DEEPEST = 200

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from infer.scoring.maths_program import compare
-from infer.scoring.score import Answer, Problem, TextAnswer
-from infer.scoring.scorers import MathsConfig, MathsScorer
+from score.maths_program import compare
+from score.score import Answer, Problem, TextAnswer
+from score.scorers import MathsConfig, MathsScorer
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from base.ranges import NonNegativeInt, PositiveInt, Share
 from data.special_tokens import END_THINK, THINK
-from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import (
+from score.reward import ScoreSheet
+from score.score import (
     SKIPPED,
     Answer,
     Problem,

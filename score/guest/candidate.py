@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from infer.scoring.guest.limits import apply_limits, read_source
-from infer.scoring.guest.proxies import perform_special
-from infer.scoring.guest.wire import BrokenLinkError, Peer
+from score.guest.limits import apply_limits, read_source
+from score.guest.proxies import perform_special
+from score.guest.wire import BrokenLinkError, Peer
 
 _LONGEST_PRINTED = 2**16
 _MUTABLE: tuple[Any, ...] = (list, dict, set, bytearray)

@@ -19,10 +19,10 @@ from typing import Literal
 
 PYTHON_NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _GUEST = Path(__file__).with_name("guest")
-_PACKAGE = PurePosixPath("infer/scoring/guest")
+_PACKAGE = PurePosixPath("score/guest")
 _START = (
     "import os, sys; os.write({mark}, b'1'); os.close({mark}); "
-    "sys.path[0] = {path!r}; from infer.scoring.guest.{name} import main; main(*sys.argv[1:])"
+    "sys.path[0] = {path!r}; from score.guest.{name} import main; main(*sys.argv[1:])"
 )
 # If memory runs out, the kernel ends guests first.
 _FIRST_VICTIM = ("/bin/sh", "-c", 'echo 1000 > /proc/self/oom_score_adj; exec "$@"', "sh")

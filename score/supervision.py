@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from infer.scoring.sandbox import StartedGuest
+from score.sandbox import StartedGuest
 
 OUTPUT_BYTES = 2**16
 _KILLED = 137  # exit code of SIGKILL, as bubblewrap reports it

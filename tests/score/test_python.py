@@ -12,15 +12,15 @@ import pytest
 from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.problems import GymSource, split_problems
-from infer.scoring import scorers
-from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
-from infer.scoring.ratings import PassRates, compute_pass_rates
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
-from infer.scoring.score import Outcome, Problem, Score, ScoringError, TextAnswer, failure, problem_of
-from infer.scoring.scorers import GymScorer, GymScorerConfig, PythonConfig, PythonScorer
+from score import scorers
+from score.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
+from score.ratings import PassRates, compute_pass_rates
+from score.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
+from score.score import Outcome, Problem, Score, ScoringError, TextAnswer, failure, problem_of
+from score.scorers import GymScorer, GymScorerConfig, PythonConfig, PythonScorer
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of as gym_config_of
-from tests.infer.scoring.groups import TextGroup
+from tests.score.groups import TextGroup
 
 SOURCE = """
 import os, sys, time

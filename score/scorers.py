@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
-from infer.scoring import ratings
-from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
-from infer.scoring.programs import CodeConfig, CodeScorer
-from infer.scoring.ratings import finished_answer
-from infer.scoring.reward import refuse_without_run
-from infer.scoring.score import (
+from score import ratings
+from score.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
+from score.programs import CodeConfig, CodeScorer
+from score.ratings import finished_answer
+from score.reward import refuse_without_run
+from score.score import (
     SCORERS,
     SKIPPED,
     Answer,

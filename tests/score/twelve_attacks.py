@@ -10,10 +10,10 @@ import resource
 import sys
 from unittest import mock
 
-from infer.scoring import programs
-from infer.scoring.programs import CodeConfig, CodeScorer
-from infer.scoring.score import Problem, TextAnswer
-from tests.infer.scoring.hostile_programs import ATTACKS, FORGERIES, TESTS
+from score import programs
+from score.programs import CodeConfig, CodeScorer
+from score.score import Problem, TextAnswer
+from tests.score.hostile_programs import ATTACKS, FORGERIES, TESTS
 
 CPU_SECONDS = 0.4
 SIGNAL = """

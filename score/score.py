@@ -164,7 +164,7 @@ class ScorerSpec:
     has_deadline: bool = False
 
 
-SCORERS: Registry[ScorerSpec] = Registry("reward.parts[].kind", ["infer.scoring.scorers"])
+SCORERS: Registry[ScorerSpec] = Registry("reward.parts[].kind", ["score.scorers"])
 
 
 _FENCE = re.compile(

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from infer.scoring import programs, supervision
-from infer.scoring.programs import CodeConfig, CodeScorer
-from infer.scoring.sandbox import Sandbox, seccomp_filter
-from infer.scoring.score import ScoringError
+from score import programs, supervision
+from score.programs import CodeConfig, CodeScorer
+from score.sandbox import Sandbox, seccomp_filter
+from score.score import ScoringError
 from tests import ROOT
 from tests.covering import exhaustive
-from tests.infer.scoring.twelve_attacks import TWELVE
+from tests.score.twelve_attacks import TWELVE
 
 pytestmark = pytest.mark.slow
 # Not used by any other run of these tests at the same time: the ordinary user's, and that of root's guests.
@@ -62,7 +62,7 @@ def run_attacks(user: str, canary: Path) -> dict:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         port = str(server.getsockname()[1])
-        command = [*prefix, python, "-m", "tests.infer.scoring.twelve_attacks", str(canary), port]
+        command = [*prefix, python, "-m", "tests.score.twelve_attacks", str(canary), port]
         command += [str(GUEST)] if user == "root" else []
         where = "/" if prefix else ROOT
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=where)
@@ -111,7 +111,7 @@ def test_isolation_stops_twelve_attacks(needs_root: None, tmp_path: Path, user: 
 PLACES = ["/home/somebody/.pyenv/versions/3", "/var/lib/python", "/tmp/environment/python"]
 SCORE_ONE = """
 import sys
-from infer.scoring.programs import CodeConfig, CodeScorer
+from score.programs import CodeConfig, CodeScorer
 limits = dict(cpu_seconds=5, wall_seconds=60, memory_mib=512, num_sandboxes=1)
 scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, **limits))
 program = "import ssl, ctypes, decimal, sqlite3, os\\ndef f(): return os.path.exists(PLACE)"

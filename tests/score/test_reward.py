@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from data.problems import ProblemRecord, read_problem
-from infer.scoring.ratings import ExactConfig, PluralityConfig
-from infer.scoring.reward import (
+from score.ratings import ExactConfig, PluralityConfig
+from score.reward import (
     GroupSheets,
     Reward,
     RewardConfig,
@@ -20,7 +20,7 @@ from infer.scoring.reward import (
     host_parts,
     join_parts,
 )
-from infer.scoring.score import (
+from score.score import (
     SCORERS,
     SKIPPED,
     Answer,
@@ -34,7 +34,7 @@ from infer.scoring.score import (
     failure,
     verdict,
 )
-from tests.infer.scoring.groups import TextGroup
+from tests.score.groups import TextGroup
 from tests.train.post.test_judge import CONFIG as JUDGE
 from train.config.decode import decode
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from data.problems import StdinTest
-from infer.scoring import programs, supervision
-from infer.scoring.programs import CodeConfig, CodeScorer
-from infer.scoring.sandbox import GuestLimits, GuestProgram
-from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from infer.scoring.supervision import wait_for_guests
-from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, QUICK, RIGHT, TESTS
-from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
-from tests.infer.scoring.test_isolation import open_to_all, processes_of
+from score import programs, supervision
+from score.programs import CodeConfig, CodeScorer
+from score.sandbox import GuestLimits, GuestProgram
+from score.score import Problem, Score, ScoringError, TextAnswer
+from score.supervision import wait_for_guests
+from tests.score.hostile_programs import ATTACKS, CONTROLS, FORGERIES, QUICK, RIGHT, TESTS
+from tests.score.program_table import OWN_PROCESS, TABLE, TRICKS
+from tests.score.test_isolation import open_to_all, processes_of
 
 pytestmark = pytest.mark.slow
 WALL_SECONDS = 20.0

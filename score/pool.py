@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infer.scoring.score import ScoringError, failure
+from score.score import ScoringError, failure
 
 START_SECONDS = 120.0
 MAX_FAILURES = 5

@@ -5,7 +5,7 @@ import os
 import sys
 from types import ModuleType
 
-from infer.scoring.guest.limits import Discarded, apply_limits, read_source
+from score.guest.limits import Discarded, apply_limits, read_source
 
 
 def main(limits: str, verdict_fd: str = "") -> None:

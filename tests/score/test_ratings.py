@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from infer.scoring.ratings import (
+from score.ratings import (
     ExactConfig,
     FormatConfig,
     LanguageConfig,
@@ -21,9 +21,9 @@ from infer.scoring.ratings import (
     score_language,
     score_repetition,
 )
-from infer.scoring.reward import Reward, RewardConfig, joint_outcome
-from infer.scoring.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
-from tests.infer.scoring.groups import TextGroup
+from score.reward import Reward, RewardConfig, joint_outcome
+from score.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
+from tests.score.groups import TextGroup
 from train.config.decode import decode
 from train.errors import ConfigError
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from infer.scoring.score import Problem, TextAnswer
+from score.score import Problem, TextAnswer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextGroup:
-    """A problem, and answers to it as text (see `infer.scoring.reward.AnswerGroup`)."""
+    """A problem, and answers to it as text (see `score.reward.AnswerGroup`)."""
 
     problem: Problem
     answers: tuple[TextAnswer, ...]

@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn, Protocol
 
 from base.ranges import PositiveInt
 from data.problems import ProblemRecord
-from infer.scoring.pool import score_in_threads
-from infer.scoring.score import (
+from score.pool import score_in_threads
+from score.score import (
     SCORERS,
     Answer,
     GroupScorer,

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from infer.scoring import programs
-from tests.infer.scoring.hostile_programs import SLEEPERS, TESTS
-from tests.infer.scoring.test_code import UID, build, outside, run, scorer
+from score import programs
+from tests.score.hostile_programs import SLEEPERS, TESTS
+from tests.score.test_code import UID, build, outside, run, scorer
 
 __all__ = ["outside", "scorer"]
 pytestmark = pytest.mark.slow

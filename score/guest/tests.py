@@ -15,9 +15,9 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from infer.scoring.guest.candidate import await_coroutine, take_items
-from infer.scoring.guest.limits import Discarded, apply_limits, read_source
-from infer.scoring.guest.proxies import (
+from score.guest.candidate import await_coroutine, take_items
+from score.guest.limits import Discarded, apply_limits, read_source
+from score.guest.proxies import (
     ARITHMETIC,
     COMPARISONS,
     CONTENT,
@@ -26,7 +26,7 @@ from infer.scoring.guest.proxies import (
     ProxyClass,
     perform_special,
 )
-from infer.scoring.guest.wire import BrokenLinkError, Peer
+from score.guest.wire import BrokenLinkError, Peer
 
 # Modules whose functions act on their arguments alone. Others may act on the process, which here is not the program's.
 _PURE = (

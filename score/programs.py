@@ -27,7 +27,7 @@ from typing import Literal
 
 from base.ranges import PositiveFloat, PositiveInt
 from data.problems import StdinTest
-from infer.scoring.sandbox import (
+from score.sandbox import (
     PYTHON_NAME,
     GuestLimits,
     GuestProgram,
@@ -37,7 +37,7 @@ from infer.scoring.sandbox import (
     memory_file,
     open_pipe,
 )
-from infer.scoring.score import (
+from score.score import (
     SKIPPED,
     Answer,
     Problem,
@@ -50,7 +50,7 @@ from infer.scoring.score import (
     last_code,
     verdict,
 )
-from infer.scoring.supervision import Finished, Guest, wait_for_guests
+from score.supervision import Finished, Guest, wait_for_guests
 
 LONGEST_PROGRAM = 2**18
 _LONGEST_VERDICT = 4096
