@@ -222,6 +222,7 @@ def draw_pair(theme: Theme) -> str:
 LAYERS = (
     ("launch", "commands: Hydra, built-in launcher, torchrun, Slurm", None),
     ("train", "steps, optimizer, checkpoints, guard, records", None),
+    ("evaluation", "benchmarks of a checkpoint", None),
     ("infer", "generation: latent cache, drafts by MTP", None),
     ("score", "what answers are worth", None),
     ("model", "the network as phases", ("dualpipe", "schedules, interpreter")),

@@ -17,8 +17,8 @@ from comm.config import ClusterConfig
 from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from dualpipe.api import Drawing
+from evaluation.run import RESULTS_NAME
 from infer.config import check as check_generation
-from infer.evaluate.run import RESULTS_NAME
 from launch.config.compose import compose, system_errors
 from launch.config.run_config import check, compose_run
 from launch.evaluate import evaluate, job_of, open_answerer
@@ -36,7 +36,7 @@ from train.errors import ConfigError, nearest
 from train.report.charts import EVALUATION_PAGE_NAME
 
 if TYPE_CHECKING:
-    from infer.evaluate.harness import HarnessModel
+    from evaluation.harness import HarnessModel
     from model.transformer import Transformer
 
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
@@ -272,8 +272,8 @@ def open_harness_model(
     if source.model.head != "tokens":
         raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
     model = load_model(source, dtype, device)
+    from evaluation.harness import HarnessModel
     from infer.engines.local import LocalModel
-    from infer.evaluate.harness import HarnessModel
 
     answerer = open_answerer(source, LocalModel(model, batch_size))
     return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from base.ranges import NonNegativeInt, PositiveInt
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
-from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EVALUATION_TASKS, EvaluatedModel, Record, TaskContext
-from infer.evaluate.run import (
+from evaluation.answers import Answerer
+from evaluation.protocol import EVALUATION_TASKS, EvaluatedModel, Record, TaskContext
+from evaluation.run import (
     IDENTITY_NAME,
     RESULTS_NAME,
     EvaluationFolder,
@@ -35,7 +35,7 @@ from infer.evaluate.run import (
     run_tasks,
     task_result,
 )
-from infer.evaluate.statistics import PairedComparison, compare
+from evaluation.statistics import PairedComparison, compare
 from launch.command import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.job import (

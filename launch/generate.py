@@ -21,8 +21,8 @@ from data.chat.messages import user
 from data.progress import NO_PROGRESS, Progress
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
+from evaluation.protocol import checked_file, read_lines, read_text, text_field
 from infer.config import Finish, Sampling, Speculative, Statistics, check
-from infer.evaluate.protocol import checked_file, read_lines, read_text, text_field
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
-from infer.evaluate.run import IDENTITY_NAME, RESULTS_NAME, read_records
+from evaluation.run import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.placement import Loads, Placement, PlacementShape, Policy, default_layer, imbalance, rank_loads
 from launch.command import command, preview_of, write_output
 from launch.config.compose import compose, system_errors

@@ -20,8 +20,8 @@ from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
+from evaluation.protocol import read_lines
 from infer.config import Sampling, Speculative, check
-from infer.evaluate.protocol import read_lines
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from launch.command import command, open_output, plain_text
 from launch.config.compose import compose, system_errors

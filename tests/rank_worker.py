@@ -19,7 +19,20 @@ from types import FunctionType
 from typing import Any
 
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-_OWN_PACKAGES = ("base", "comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "score", "tests", "train")
+_OWN_PACKAGES = (
+    "base",
+    "comm",
+    "data",
+    "dualpipe",
+    "evaluation",
+    "infer",
+    "kernels",
+    "launch",
+    "model",
+    "score",
+    "tests",
+    "train",
+)
 _PATCHED_MODULES = ("torch.distributed", "torch.distributed.distributed_c10d")
 _LIMITS = ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 _PR_SET_PDEATHSIG = 1

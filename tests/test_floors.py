@@ -13,6 +13,7 @@ import pytest
 
 from tests import ROOT
 
+# Not `evaluate`: lm-evaluation-harness imports Hugging Face's package of that name.
 FLOORS = {
     "base": 0,
     "kernels": 1,
@@ -22,8 +23,9 @@ FLOORS = {
     "dualpipe": 3,
     "score": 4,
     "infer": 5,
-    "train": 6,
-    "launch": 7,
+    "evaluation": 6,
+    "train": 7,
+    "launch": 8,
 }
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
@@ -173,6 +175,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("dualpipe/simulate/timing.py", "from torch import distributed"),
         ("score/a.py", "from infer.protocol import Sample"),
         ("infer/a.py", "from score.score import Problem"),
+        ("infer/a.py", "from evaluation.protocol import Record"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),

@@ -187,7 +187,7 @@ def test_every_extra_is_named_as_its_package_provides_it() -> None:
 def test_extras_that_pages_and_messages_name_exist() -> None:
     sources = [
         path
-        for folder in ("infer", "score", "data", "train", "launch", "conf")
+        for folder in ("infer", "score", "evaluation", "data", "train", "launch", "conf")
         for path in (ROOT / folder).rglob("*.*")
     ]
     texts = [path.read_text("utf-8") for path in (*PAGES, *sources) if path.suffix in (".md", ".py", ".yaml")]

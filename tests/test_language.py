@@ -14,7 +14,7 @@ import pytest
 
 from tests import ROOT
 
-PACKAGES = ("base", "comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "score", "train")
+PACKAGES = ("base", "comm", "data", "dualpipe", "evaluation", "infer", "kernels", "launch", "model", "score", "train")
 FIRST_LINE_CHARACTERS = 100
 
 # Each private word, as a regular expression, and what to write instead.

@@ -314,7 +314,7 @@ def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, s
     assert not (tmp_path / "proof").exists()
 
 
-PACKAGES = ("base", "comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "score", "train")
+PACKAGES = ("base", "comm", "data", "dualpipe", "evaluation", "infer", "kernels", "launch", "model", "score", "train")
 
 PATTERNS = (
     r"\bc?[pP]ickle\b",

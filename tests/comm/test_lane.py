@@ -464,7 +464,11 @@ def test_every_collective_runs_with_gloo_and_tensors_of_a_gpu() -> None:
     """Also those of DeepSpeed's ZeRO: a reduction to the owner, and a gather of weights."""
     assert {"reduce", "all_gather_into_tensor"} <= GLOO_STAGES
     used = set[str]()
-    for path in (path for package in ("comm", "train", "infer", "launch") for path in (ROOT / package).rglob("*.py")):
+    for path in (
+        path
+        for package in ("comm", "infer", "evaluation", "train", "launch")
+        for path in (ROOT / package).rglob("*.py")
+    ):
         called = _called(path)
         name = path.relative_to(ROOT).as_posix()
         allowed = GLOO_STAGES | GLOO_ON_HOST | (_SENDING if name in _SENDING_FILES else set())

@@ -17,8 +17,8 @@ from data.prepare import check_config, prepare
 from data.problems import split_problems
 from data.registry import DataSource
 from data.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
-from infer.evaluate.protocol import read_lines
-from infer.evaluate.run import read_records
+from evaluation.protocol import read_lines
+from evaluation.run import read_records
 from launch.generate import read_prompts
 from launch.sample import FileProblemsConfig, load_problems
 from launch.scored_samples import read_samples

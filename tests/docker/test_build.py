@@ -48,7 +48,20 @@ def files_of(folder: Path) -> set[str]:
 
 
 def test_image_holds_the_sources_and_nothing_else(container: Container) -> None:
-    sources = ("base", "comm", "conf", "data", "dualpipe", "infer", "kernels", "launch", "model", "score", "train")
+    sources = (
+        "base",
+        "comm",
+        "conf",
+        "data",
+        "dualpipe",
+        "evaluation",
+        "infer",
+        "kernels",
+        "launch",
+        "model",
+        "score",
+        "train",
+    )
     expected = {f"{name}/{file}" for name in sources for file in files_of(ROOT / name)}
     assert files_of(container.root / "app") == expected | {"LICENSE", "docker/requirements.txt"}
     assert not any((container.root / "app" / decoy).exists() and "__pycache__" not in decoy for decoy in DECOYS)

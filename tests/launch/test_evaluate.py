@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from data.corpus import DataError
-from infer.evaluate import run as evaluation_run
-from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationError
+from evaluation import run as evaluation_run
+from evaluation.protocol import EVALUATION_TASKS, EvaluationError
 from launch import place
 from launch.evaluate import main
 from tests import ROOT

@@ -11,7 +11,7 @@ from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs
-from infer.evaluate.protocol import EVALUATION_TASKS, EvaluationTaskConfig
+from evaluation.protocol import EVALUATION_TASKS, EvaluationTaskConfig
 from kernels.attention import ATTENTION
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths

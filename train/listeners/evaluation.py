@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from infer.cohorts import CohortSizes
-from infer.engines.local import MOST_TOKENS, PADDING, pad
-from infer.engines.pipelined import PipelinedEngine
-from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EvaluationError, Record, TaskContext
-from infer.evaluate.run import (
+from evaluation.answers import Answerer
+from evaluation.protocol import EvaluationError, Record, TaskContext
+from evaluation.run import (
     RESULTS_NAME,
     OpenTask,
     TaskResult,
@@ -30,6 +27,9 @@ from infer.evaluate.run import (
     samples_name,
     task_result,
 )
+from infer.cohorts import CohortSizes
+from infer.engines.local import MOST_TOKENS, PADDING, pad
+from infer.engines.pipelined import PipelinedEngine
 from infer.protocol import NumberedPrompt, Request, Rollouts, StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.reference import greedy_scores
 from model.linear import WeightSink

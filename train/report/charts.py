@@ -20,9 +20,9 @@ import yaml
 from numpy.typing import NDArray
 
 from dualpipe.draw.style import document
-from infer.evaluate.protocol import ResultGrid
-from infer.evaluate.run import TaskResult
-from infer.evaluate.statistics import PairedComparison
+from evaluation.protocol import ResultGrid
+from evaluation.run import TaskResult
+from evaluation.statistics import PairedComparison
 from train.figures import embedded_json, plain, table
 from train.report.source import History, Mark
 

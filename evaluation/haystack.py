@@ -10,7 +10,7 @@ import numpy as np
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from infer.evaluate.protocol import EvaluationError, checked_file, read_text
+from evaluation.protocol import EvaluationError, checked_file, read_text
 
 _SENTENCES = re.findall(
     r"[A-Z][^.]+\.",

@@ -20,8 +20,8 @@ from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, describe, list_of, text_of
-from infer.evaluate.answers import target_sequence
-from infer.evaluate.protocol import (
+from evaluation.answers import target_sequence
+from evaluation.protocol import (
     ContinuationRequest,
     DocumentRequest,
     EvaluationError,
@@ -44,7 +44,7 @@ from infer.evaluate.protocol import (
     read_text,
     text_field,
 )
-from infer.evaluate.statistics import estimate, group_by
+from evaluation.statistics import estimate, group_by
 
 MOST_CHOICES = 1000
 _CHOICE_EXAMPLE = 'lines {"id": "1", "context": "1+1=", "choices": ["2", "3"], "answer": 0}'

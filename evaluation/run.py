@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import decode_line, grouped
-from infer.evaluate import answering, likelihood, retrieval
-from infer.evaluate.answers import Answerer, NumberedRequest
-from infer.evaluate.protocol import (
+from evaluation import answering, likelihood, retrieval
+from evaluation.answers import Answerer, NumberedRequest
+from evaluation.protocol import (
     EVALUATION_TASKS,
     EvaluationError,
     EvaluationSample,
@@ -30,7 +30,7 @@ from infer.evaluate.protocol import (
     TaskContext,
     TaskDetails,
 )
-from infer.evaluate.statistics import Estimate, estimate
+from evaluation.statistics import Estimate, estimate
 
 REQUESTS_TOGETHER = 512
 """Requests whose records are written together. More of them would waste less padding, and lose more if interrupted."""

@@ -10,9 +10,8 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 
 from data.tokenizer import Tokenizer
-from infer.config import Sampling
-from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import (
+from evaluation.answers import Answerer
+from evaluation.protocol import (
     ContinuationRequest,
     DocumentRequest,
     EvaluationAnswer,
@@ -22,7 +21,8 @@ from infer.evaluate.protocol import (
     GenerationRequest,
     LikelihoodAnswer,
 )
-from infer.evaluate.run import REQUESTS_TOGETHER
+from evaluation.run import REQUESTS_TOGETHER
+from infer.config import Sampling
 
 MAX_NEW_TOKENS = 256  # maximum number of new tokens if a task does not say it, as in the package's `hf` model
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

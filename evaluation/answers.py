@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data.tokenizer import Tokenizer
-from infer.config import Sampling
-from infer.evaluate.protocol import (
+from evaluation.protocol import (
     ContinuationRequest,
     DocumentRequest,
     EvaluatedModel,
@@ -24,6 +23,7 @@ from infer.evaluate.protocol import (
     LikelihoodAnswer,
     RatingRequest,
 )
+from infer.config import Sampling
 from infer.protocol import NumberedPrompt, Request, Sample, TargetScores, TargetSequence, TextStream
 
 NumberedRequest = tuple[int, EvaluationRequest]

@@ -9,7 +9,7 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
-from infer.evaluate.protocol import EvaluationError
+from evaluation.protocol import EvaluationError
 from launch.api import open_harness_model
 from model.hf.writer import save_hf
 from model.transformer import Transformer, initialize_weights
@@ -140,7 +140,7 @@ def test_harness_numbers_are_those_of_its_own_model(
 @needs_harness
 @pytest.mark.slow
 def test_harness_refuses_settings_that_the_engine_lacks(export: Path) -> None:
-    from infer.evaluate.harness import HarnessModel
+    from evaluation.harness import HarnessModel
 
     model = open_harness_model(str(export))
     with pytest.raises(EvaluationError, match=r"generation_kwargs: must be some of until, .*, has 'num_beams'"):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infer.evaluate.protocol import Measure
+from evaluation.protocol import Measure
 
 NUM_RESAMPLES = 4000
 

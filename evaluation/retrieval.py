@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Annotated, Any
 
 from base.ranges import Between, PositiveInt
-from infer.evaluate.haystack import (
+from evaluation.haystack import (
     Draws,
     Fact,
     Filler,
@@ -19,7 +19,7 @@ from infer.evaluate.haystack import (
     hide,
     read_filler,
 )
-from infer.evaluate.protocol import (
+from evaluation.protocol import (
     ContinuationRequest,
     EvaluationError,
     EvaluationMetric,
@@ -32,7 +32,7 @@ from infer.evaluate.protocol import (
     TaskContext,
     TaskDetails,
 )
-from infer.evaluate.statistics import Estimate, estimate, group_by
+from evaluation.statistics import Estimate, estimate, group_by
 
 _FACT = "The secret number of the {} is"
 

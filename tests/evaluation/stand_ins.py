@@ -9,14 +9,14 @@ import numpy as np
 import yaml
 
 from data.tokenizer import Tokenizer
+from evaluation.answers import Answerer
+from evaluation.protocol import EVALUATION_TASKS, Record, TaskContext
+from evaluation.run import OpenTask, TaskResult, run_tasks, task_result
 from infer.config import Statistics
-from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EVALUATION_TASKS, Record, TaskContext
-from infer.evaluate.run import OpenTask, TaskResult, run_tasks, task_result
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, StopToken, TargetScores, TargetSequence
 from train.config.decode import decode
 
-DEFAULTS = yaml.safe_load(Path(__file__).parents[3].joinpath("conf", "evaluate.yaml").read_text())
+DEFAULTS = yaml.safe_load(Path(__file__).parents[2].joinpath("conf", "evaluate.yaml").read_text())
 
 
 class CopyModel:

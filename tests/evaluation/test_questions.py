@@ -14,13 +14,13 @@ from data.arithmetic import is_held_out
 from data.corpus import DataError
 from data.quality.contamination import CODE_PROBLEMS
 from data.tokenizer import Tokenizer
-from infer.evaluate.protocol import EvaluationError
+from evaluation.protocol import EvaluationError
 from score import programs
 from score.programs import CodeConfig, CodeScorer
 from score.ratings import pass_at_k
 from tests.covering import exhaustive
 from tests.data.chat.conversations import chat_tokenizer
-from tests.infer.evaluate.stand_ins import SayingModel, evaluate, open_task
+from tests.evaluation.stand_ins import SayingModel, evaluate, open_task
 from tests.score.test_python import library
 
 MUTANTS = {

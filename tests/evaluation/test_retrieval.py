@@ -7,10 +7,10 @@ import pytest
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from infer.evaluate.haystack import Draws, Fact, hide, read_filler
-from infer.evaluate.protocol import EvaluationError
-from infer.evaluate.run import OpenTask
-from tests.infer.evaluate.stand_ins import CopyModel, RandomModel, evaluate, open_task
+from evaluation.haystack import Draws, Fact, hide, read_filler
+from evaluation.protocol import EvaluationError
+from evaluation.run import OpenTask
+from tests.evaluation.stand_ins import CopyModel, RandomModel, evaluate, open_task
 
 MOST = 1024
 NEEDLE = {"depths": [0, 30, 100], "num_samples": 3, "num_digits": 4}

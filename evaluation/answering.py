@@ -28,8 +28,7 @@ from data.corpus import DataError
 from data.problems import GymSource, read_tests
 from data.quality.contamination import CODE_PROBLEMS
 from data.registry import DATA_SOURCES
-from infer.config import Sampling
-from infer.evaluate.protocol import (
+from evaluation.protocol import (
     EvaluationError,
     EvaluationMetric,
     EvaluationSample,
@@ -46,6 +45,7 @@ from infer.evaluate.protocol import (
     read_samples,
     text_field,
 )
+from infer.config import Sampling
 from score.programs import IsolationChoice
 from score.ratings import pass_at_k
 from score.score import (

@@ -14,16 +14,16 @@ from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
+from evaluation.answers import document_windows, encode_continuation, target_sequence
+from evaluation.protocol import ContinuationRequest, DocumentRequest, EvaluationError, Measure
+from evaluation.statistics import compare, estimate, mcnemar
 from infer.engines.local import LocalModel
-from infer.evaluate.answers import document_windows, encode_continuation, target_sequence
-from infer.evaluate.protocol import ContinuationRequest, DocumentRequest, EvaluationError, Measure
-from infer.evaluate.statistics import compare, estimate, mcnemar
 from infer.protocol import TargetScores, TargetSequence
 from infer.reward import score_answers
 from kernels.cross_entropy.reference import greedy_scores
 from model.hf.writer import load_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
-from tests.infer.evaluate.stand_ins import evaluate, open_task
+from tests.evaluation.stand_ins import evaluate, open_task
 from tests.infer.models import make_model
 from tests.model.hf_checkpoints import random_tokens, reference_model
 from tests.tiny import MODEL

@@ -247,7 +247,7 @@ class EvaluationTaskSpec:
     required: tuple[str, ...] = ()
 
 
-EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["infer.evaluate.run"])
+EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["evaluation.run"])
 
 
 LARGEST_FILE_BYTES = 2**31
