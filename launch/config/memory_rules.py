@@ -8,7 +8,7 @@ from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError, broken
 from train.memory import JobMemory, fitted_config, gigabytes, parts, predict_memory, shortage
-from train.planner.layouts import context_sizes
+from train.memory.fit import context_sizes
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]  # overrides as a user writes them, and the resulting configuration

@@ -13,6 +13,7 @@ from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict
 from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
 from train.schedule.timing import nominal_costs
+from train.tasks.registry import TASKS
 from train.terminal import aligned
 
 _GB = 1e9
@@ -219,3 +220,20 @@ def _gb(size: int) -> str:
 
 def _part(size: int) -> str:
     return f"{size / _GB:.1f}" if size >= 0.1 * _GB else gigabytes(size)
+
+
+LEAST_SHARED_TOKENS = 4096
+"""Tokens of a sequence that a rank of a suggested context group holds at least: a sequence of pre-training."""
+
+
+def context_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """Returns the sizes of context groups that a layout may have, ascending.
+
+    They are powers of two that leave a rank at least `LEAST_SHARED_TOKENS` of each sequence, and the run's own size.
+    """
+    length = config.batch.sequence_length_tokens
+    sizes = {1, config.parallelism.context}
+    if TASKS.get(config.task.kind).splits_sequences:
+        powers = (2**power for power in range(1, 21))
+        sizes |= {size for size in powers if length % (2 * size) == 0 and length // size >= LEAST_SHARED_TOKENS}
+    return tuple(sorted(sizes))

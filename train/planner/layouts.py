@@ -16,17 +16,15 @@ from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import Precision, TrainConfig
 from train.errors import broken
 from train.memory import predict_memory
+from train.memory.fit import context_sizes
 from train.memory.predict import run_sizes
 from train.memory.rank_bytes import state_bytes, value_bytes
 from train.planner.job_plan import PlannerConfig
 from train.planner.scaling import KernelRates
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
-from train.tasks.registry import TASKS
 
 MOST_RANKS = 2**20
 _MOST_LAYOUTS = 3_000_000
-LEAST_SHARED_TOKENS = 4096
-"""Tokens of a sequence that a rank of a suggested context group holds at least: a sequence of pre-training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,19 +146,6 @@ class SearchSpace:
         return tuple(
             recompute for recompute in self.recomputes if all_recomputed(recompute).issuperset(RECOMPUTED)
         ) or (RECOMPUTED,)
-
-
-def context_sizes(config: TrainConfig) -> tuple[int, ...]:
-    """Returns the sizes of context groups that a layout may have, ascending.
-
-    They are powers of two that leave a rank at least `LEAST_SHARED_TOKENS` of each sequence, and the run's own size.
-    """
-    length = config.batch.sequence_length_tokens
-    sizes = {1, config.parallelism.context}
-    if TASKS.get(config.task.kind).splits_sequences:
-        powers = (2**power for power in range(1, 21))
-        sizes |= {size for size in powers if length % (2 * size) == 0 and length // size >= LEAST_SHARED_TOKENS}
-    return tuple(sorted(sizes))
 
 
 def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:

@@ -19,7 +19,6 @@ from dualpipe.ir import Schedule
 from model.config import LAYER
 from model.size import attention_maps, dense_maps, expert_maps, mlp_maps, stage_shapes
 from train.config import TrainConfig
-from train.errors import broken
 from train.memory.predict import rank_parameters
 from train.memory.rank_bytes import count_replicas, host_update_seconds
 from train.planner.products import (
@@ -38,7 +37,7 @@ from train.planner.products import (
 )
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
-from train.schedule.timing import MeasuredRates, RateSource
+from train.schedule.timing import MeasuredRates, RateSource, communication_share
 
 _VALUE_BYTES = 2
 _WIDE_BYTES = 4
@@ -178,14 +177,6 @@ class DeviceScale:
             intra_node=link / (cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second),
             alone=1 - taken,
         )
-
-
-def communication_share(key: str, communication_sms: int, num_sms: int) -> float:
-    """Returns the share of a device's SMs that communicate; raises ConfigError if none is left to compute."""
-    if communication_sms >= num_sms:
-        rule = f"must be below the device's {num_sms} SMs, of which the others compute"
-        raise broken(f"{key}.communication_sms", rule, communication_sms, num_sms - 1)
-    return communication_sms / num_sms
 
 
 @dataclass(frozen=True)

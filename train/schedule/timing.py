@@ -19,6 +19,7 @@ from infer.cohorts import AnsweredPrompt
 from model.config import CutError, Recomputed
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
+from train.errors import broken
 from train.schedule.cut import run_chunks, run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
 from train.schedule.measured import PositiveShare
@@ -393,3 +394,11 @@ def _makespan(config: TrainConfig) -> float:
         return simulate(build_schedule(kind, pipeline, count, costs, config.memory_cap, cache), costs).makespan
     except (ScheduleError, CutError, ZeroDivisionError):
         return float("inf")
+
+
+def communication_share(key: str, communication_sms: int, num_sms: int) -> float:
+    """Returns the share of a device's SMs that communicate; raises ConfigError if none is left to compute."""
+    if communication_sms >= num_sms:
+        rule = f"must be below the device's {num_sms} SMs, of which the others compute"
+        raise broken(f"{key}.communication_sms", rule, communication_sms, num_sms - 1)
+    return communication_sms / num_sms

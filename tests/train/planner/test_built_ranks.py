@@ -25,11 +25,11 @@ from tests.ranks import fork_context
 from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
+from train.memory.fit import context_sizes
 from train.memory.predict import rank_memory
 from train.planner.fake_world import build_distinct_ranks
 from train.planner.forms import built_text
 from train.planner.job_plan import build_ranks, compared_kind, plan_job, require_time, untimed_reason
-from train.planner.layouts import context_sizes
 from train.planner.scaling import KernelRates, context_seconds
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
