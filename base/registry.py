@@ -15,7 +15,20 @@ from weakref import WeakSet
 
 T = TypeVar("T")
 
-_PROJECT = ("base", "kernels", "comm", "data", "model", "dualpipe", "score", "infer", "evaluation", "train", "launch")
+_PROJECT = (
+    "base",
+    "kernels",
+    "comm",
+    "data",
+    "model",
+    "dualpipe",
+    "score",
+    "infer",
+    "evaluation",
+    "train",
+    "planner",
+    "launch",
+)
 _registries: "WeakSet[Registry[Any]]" = WeakSet()
 
 

@@ -37,12 +37,9 @@ from launch.plan_request import (
     read_request,
     run_config,
 )
-from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
-from train.config.decode import decode, encode
-from train.errors import ConfigError, UnknownKeyError, broken, nearest
-from train.planner import forms
-from train.planner.advice import link_balance, plan_with_order, wishes
-from train.planner.job_plan import (
+from planner import forms
+from planner.advice import link_balance, plan_with_order, wishes
+from planner.job_plan import (
     JobPlan,
     PlannerConfig,
     compare_built_ranks,
@@ -52,12 +49,15 @@ from train.planner.job_plan import (
     unmeasured_note,
     untimed_reason,
 )
-from train.planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
-from train.planner.page import plan_page
-from train.planner.rollouts import compare_rollouts
-from train.planner.search import search_layouts
-from train.planner.search_forms import search_text, search_values
-from train.planner.smallest import smallest_text, smallest_values
+from planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
+from planner.page import plan_page
+from planner.rollouts import compare_rollouts
+from planner.search import search_layouts
+from planner.search_forms import search_text, search_values
+from planner.smallest import smallest_text, smallest_values
+from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
+from train.config.decode import decode, encode
+from train.errors import ConfigError, UnknownKeyError, broken, nearest
 from train.schedule.timing import SLICES, MeasuredRates
 from train.streams.check import check_streams
 from train.tasks.registry import TASKS

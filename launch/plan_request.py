@@ -21,11 +21,11 @@ from launch.config.compose import compose, dotted_keys, key_of, options, own_key
 from launch.config.rules import check_rules
 from launch.config.run_config import check_data, check_text, read_config, read_run, write_config
 from launch.run_folder import CONFIG_NAME, read_folder
+from planner.job_plan import PlannerConfig
+from planner.scaling import Rates
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest, nearest_key
-from train.planner.job_plan import PlannerConfig
-from train.planner.scaling import Rates
 from train.report.plan_comparison import run_rates
 from train.schedule.timing import EfficiencyConfig, with_chunks
 

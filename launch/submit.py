@@ -31,11 +31,11 @@ from launch.config.compose import (
 from launch.config.run_config import check, read_run, write_config
 from launch.plan_request import planner_config
 from launch.run_folder import check_folder, locked_run_folder
+from planner.job_plan import JobPlan, plan_job
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest
 from train.memory.fit import gigabytes, memory_lines
-from train.planner.job_plan import JobPlan, plan_job
 
 SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"

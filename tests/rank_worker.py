@@ -29,6 +29,7 @@ _OWN_PACKAGES = (
     "kernels",
     "launch",
     "model",
+    "planner",
     "score",
     "tests",
     "train",

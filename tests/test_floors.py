@@ -25,8 +25,10 @@ FLOORS = {
     "infer": 5,
     "evaluation": 6,
     "train": 7,
-    "launch": 8,
+    "planner": 8,
+    "launch": 9,
 }
+BEFORE_RUN = ("planner/",)
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 
@@ -90,7 +92,11 @@ def may_know(path: str, module: str) -> bool:
 
 def may_communicate(path: str) -> bool:
     # launch/local_ranks.py uses torch's launcher, which is in this package; it opens no process group.
-    return path.startswith(("comm/", "train/")) or path in ("dualpipe/runtime/execute.py", "launch/local_ranks.py")
+    return path.startswith(("comm/", "train/")) or path in (
+        "planner/fake_world.py",
+        "dualpipe/runtime/execute.py",
+        "launch/local_ranks.py",
+    )
 
 
 def may_be_heavy(path: str, module: str) -> bool:
@@ -146,6 +152,30 @@ def test_no_files_and_no_folders_import_each_other_in_a_circle() -> None:
     assert circle_of(folders) == []
 
 
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Returns every file that a file imports, directly or through others."""
+    found = set[str]()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += graph[name]
+    return found
+
+
+@pytest.mark.slow
+def test_no_run_imports_what_is_before_a_run() -> None:
+    files = reached(imported_files(), "launch/train.py")
+    assert "train/step.py" in files
+    assert not [name for name in files if name.startswith(BEFORE_RUN)]
+
+
+def test_an_import_through_other_files_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c", "a"}, "c": set(), "d": {"a"}}
+    assert reached(graph, "a") == {"a", "b", "c"}
+
+
 def test_a_circle_is_found() -> None:
     assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
     assert circle_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
@@ -176,6 +206,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("score/a.py", "from infer.protocol import Sample"),
         ("infer/a.py", "from score.score import Problem"),
         ("infer/a.py", "from evaluation.protocol import Record"),
+        ("train/a.py", "from planner import layouts"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),

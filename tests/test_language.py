@@ -14,7 +14,20 @@ import pytest
 
 from tests import ROOT
 
-PACKAGES = ("base", "comm", "data", "dualpipe", "evaluation", "infer", "kernels", "launch", "model", "score", "train")
+PACKAGES = (
+    "base",
+    "comm",
+    "data",
+    "dualpipe",
+    "evaluation",
+    "infer",
+    "kernels",
+    "launch",
+    "model",
+    "planner",
+    "score",
+    "train",
+)
 FIRST_LINE_CHARACTERS = 100
 
 # Each private word, as a regular expression, and what to write instead.

@@ -35,7 +35,20 @@ from train.learner import Learner
 from train.terminal import progress_on
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SOURCES = ("base", "comm", "data", "dualpipe", "evaluation", "infer", "kernels", "launch", "model", "score", "train")
+_SOURCES = (
+    "base",
+    "comm",
+    "data",
+    "dualpipe",
+    "evaluation",
+    "infer",
+    "kernels",
+    "launch",
+    "model",
+    "planner",
+    "score",
+    "train",
+)
 _PACKAGES = ("torch", "triton", "deepspeed", "numpy", "tokenizers")
 _VERSION = "version of "
 _SOURCES_KEY = "sources"

@@ -314,7 +314,20 @@ def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, s
     assert not (tmp_path / "proof").exists()
 
 
-PACKAGES = ("base", "comm", "data", "dualpipe", "evaluation", "infer", "kernels", "launch", "model", "score", "train")
+PACKAGES = (
+    "base",
+    "comm",
+    "data",
+    "dualpipe",
+    "evaluation",
+    "infer",
+    "kernels",
+    "launch",
+    "model",
+    "planner",
+    "score",
+    "train",
+)
 
 PATTERNS = (
     r"\bc?[pP]ickle\b",
@@ -343,7 +356,7 @@ ALLOWED = {
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),
     # From this process to its child.
-    ("train/planner/job_plan.py", "pickle"),
+    ("planner/job_plan.py", "pickle"),
     # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
     ("base/registry.py", "exec("),
     # Generated programs and their tests, which run in the sandbox alone (tests/score/test_code.py).

@@ -59,6 +59,7 @@ def test_image_holds_the_sources_and_nothing_else(container: Container) -> None:
         "kernels",
         "launch",
         "model",
+        "planner",
         "score",
         "train",
     )

@@ -18,15 +18,15 @@ from launch.config.run_config import check, compose_run
 from launch.machine import check_device_memory, device_memory_bytes, has_driver
 from launch.plan import main, preview
 from launch.plan_request import read_request
+from planner.search import search_layouts
 from tests import ROOT
 from tests.commands import run_command, run_python
+from tests.planner.measured.runs import write_run, write_times
+from tests.planner.planned import PUBLISHED, SMALL
 from tests.refusals import assert_refused
-from tests.train.planner.measured.runs import write_run, write_times
-from tests.train.planner.planned import PUBLISHED, SMALL
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.memory import fitted_config, predict_memory
-from train.planner.search import search_layouts
 from train.schedule.timing import MeasuredRates
 
 COMMAND = [sys.executable, "-m", "launch.plan"]

@@ -13,13 +13,13 @@ from launch.command import command
 from launch.config.run_config import compose_run
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
 from launch.plan_request import PlanRequest, read_request
+from planner.advice import fp8_share, link_balance
+from planner.forms import advice_text, what_if_text
+from planner.job_plan import JobPlan, plan_job
+from planner.scaling import KernelRates
+from tests.planner.measured.runs import write_run
 from tests.refusals import assert_refused
-from tests.train.planner.measured.runs import write_run
 from train.errors import ConfigError
-from train.planner.advice import fp8_share, link_balance
-from train.planner.forms import advice_text, what_if_text
-from train.planner.job_plan import JobPlan, plan_job
-from train.planner.scaling import KernelRates
 
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
 SMALL = ["experiment=v2_lite_16b"]

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from model.attention.mla import LatentAttention
+from planner.job_plan import build_ranks
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job
@@ -20,7 +21,6 @@ from train.config import Precision, PrecisionConfig, TrainConfig
 from train.learner import Learner
 from train.memory import predict_memory
 from train.optim.adamw import MOMENTS, Slice, moments_of
-from train.planner.job_plan import build_ranks
 from train.schedule.timing import planning_schedule
 from train.world import weight_dtype
 

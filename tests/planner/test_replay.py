@@ -9,9 +9,9 @@ import pytest
 
 from launch.plan import changed_run, plan_what_if
 from launch.plan_request import PlanRequest, read_request
-from tests.train.planner.replay import Machine, Orders, count_rows, published_orders, step_seconds, without_heads
-from train.planner.advice import wishes
-from train.planner.job_plan import JobPlan, plan_job, require_time
+from planner.advice import wishes
+from planner.job_plan import JobPlan, plan_job, require_time
+from tests.planner.replay import Machine, Orders, count_rows, published_orders, step_seconds, without_heads
 
 POINTS = 0.04
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", "efficiency.unexplained=1"]

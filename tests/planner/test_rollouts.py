@@ -11,12 +11,12 @@ from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.timing import makespan_of
 from infer.cohorts import CohortSizes
 from launch.plan import main
+from planner.job_plan import require_time
+from planner.rollouts import RolloutPlan, plan_rollouts
 from tests.commands import run_command
+from tests.planner.planned import plan_of, request_of
 from tests.refusals import assert_refused
-from tests.train.planner.planned import plan_of, request_of
 from train.errors import ConfigError
-from train.planner.job_plan import require_time
-from train.planner.rollouts import RolloutPlan, plan_rollouts
 from train.report.plan_comparison import read_sampled
 from train.schedule.timing import MeasuredRates, RolloutRates
 

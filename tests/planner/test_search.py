@@ -14,12 +14,12 @@ from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.plan import search_space
 from launch.plan_request import PlanRequest, read_request
+from planner.job_plan import plan_job, require_time
+from planner.layouts import Estimates, RankedLayout, SearchSpace, adapted_run
+from planner.search import FoundLayout, Search, as_measured, search_layouts, short_runs
+from planner.search_forms import layout_overrides, search_text, search_values
+from planner.smallest import smallest_values
 from train.memory import predict_memory
-from train.planner.job_plan import plan_job, require_time
-from train.planner.layouts import Estimates, RankedLayout, SearchSpace, adapted_run
-from train.planner.search import FoundLayout, Search, as_measured, search_layouts, short_runs
-from train.planner.search_forms import layout_overrides, search_text, search_values
-from train.planner.smallest import smallest_values
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.timing import time_plan
 

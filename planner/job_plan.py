@@ -16,14 +16,14 @@ from typing import Any
 from base.registry import load_plugins, loaded_plugins
 from dualpipe.ir import Schedule
 from model.size import stage_shapes
+from planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
+from planner.scaling import KernelRates, Rates, rows_per_token
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
 from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut, with_fitting_cap
 from train.memory.predict import rank_memory
-from train.planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
-from train.planner.scaling import KernelRates, Rates, rows_per_token
 from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.schedule.cut import run_cut, with_cut
 from train.schedule.measured import layer_parameters
@@ -429,7 +429,7 @@ def build_ranks(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def _build(plugins: Sequence[Path], pickled_config: bytes) -> list[dict[str, Any]]:
-    from train.planner.fake_world import build_distinct_ranks
+    from planner.fake_world import build_distinct_ranks
 
     load_plugins(plugins)
     config = pickle.loads(pickled_config)

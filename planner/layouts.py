@@ -13,14 +13,14 @@ from dualpipe.registry import SCHEDULES, ScheduleConfig, is_closed_form
 from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
+from planner.job_plan import PlannerConfig
+from planner.scaling import KernelRates
 from train.config import Precision, TrainConfig
 from train.errors import broken
 from train.memory import predict_memory
 from train.memory.fit import context_sizes
 from train.memory.predict import run_sizes
 from train.memory.rank_bytes import state_bytes, value_bytes
-from train.planner.job_plan import PlannerConfig
-from train.planner.scaling import KernelRates
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
 
 MOST_RANKS = 2**20

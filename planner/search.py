@@ -17,12 +17,12 @@ from comm.config import Cut
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, is_closed_form
 from model.config import RECOMPUTED, CutError, all_recomputed
+from planner.job_plan import PlannerConfig, job_cost, layout_json
+from planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
+from planner.scaling import shape_distance
 from train.config import TrainConfig
 from train.memory import JobMemory, predict_memory, shortage
 from train.memory.fit import fitted_cut
-from train.planner.job_plan import PlannerConfig, job_cost, layout_json
-from train.planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
-from train.planner.scaling import shape_distance
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.timing import StepTime, few_micro_batches, time_plan
 

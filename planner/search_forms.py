@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from planner.forms import INDENT, wrapped
+from planner.job_plan import layout_json
+from planner.search import FoundLayout, SearchResult
 from train.config import TrainConfig
-from train.planner.forms import INDENT, wrapped
-from train.planner.job_plan import layout_json
-from train.planner.search import FoundLayout, SearchResult
 from train.terminal import aligned
 
 _GB = 1e9

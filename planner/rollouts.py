@@ -17,13 +17,13 @@ from dualpipe.simulate.timing import makespan_of
 from infer.cohorts import AnsweredPrompt, CohortSizes, RoundForecast, forecast_rounds
 from model.config import BLOCK_TOKENS
 from model.size import StageShape, held_parameters, stage_shapes
+from planner.products import FLAT
+from planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates
 from score.scorers import JudgeConfig, RewardModelScorerConfig
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.memory.rank_bytes import value_bytes
-from train.planner.products import FLAT
-from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates
 from train.report.plan_comparison import Compared, read_sampled
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes, stage_costs

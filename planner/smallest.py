@@ -8,15 +8,15 @@ from typing import Any
 from comm.config import Cut
 from model.config import LAYER
 from model.size import count_parameters
+from planner.forms import labeled
+from planner.job_plan import PlannerConfig, layout_json
+from planner.layouts import SearchSpace, adapted_run, divisors
+from planner.search import FoundLayout, Rules, Search
+from planner.search_forms import layout_overrides
 from train.config import TrainConfig
 from train.errors import broken
 from train.memory import gigabytes, parts
 from train.memory.rank_bytes import state_bytes
-from train.planner.forms import labeled
-from train.planner.job_plan import PlannerConfig, layout_json
-from train.planner.layouts import SearchSpace, adapted_run, divisors
-from train.planner.search import FoundLayout, Rules, Search
-from train.planner.search_forms import layout_overrides
 
 _MOST_RANKS = 4096
 _COUNT_SECONDS = 2.0

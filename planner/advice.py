@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from model.config import RECOMPUTED
+from planner.job_plan import JobPlan, PlannerConfig, plan_job
+from planner.products import held_weights
+from planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, rows_per_token
 from train.config import TrainConfig
-from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
-from train.planner.products import held_weights
-from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates, rows_per_token
 
 _WISHES = Path(__file__).with_name("advice.yaml")
 _FP8_SHARE = 0.75

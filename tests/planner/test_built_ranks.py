@@ -21,16 +21,16 @@ from launch.config.run_config import compose_run
 from launch.plan import search_space
 from model.config import CutError
 from model.size import stage_shapes
+from planner.fake_world import build_distinct_ranks
+from planner.forms import built_text
+from planner.job_plan import build_ranks, compared_kind, plan_job, require_time, untimed_reason
+from planner.scaling import KernelRates, context_seconds
+from tests.planner.planned import PUBLISHED, SMALL, request_of
 from tests.ranks import fork_context
-from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
 from train.memory.fit import context_sizes
 from train.memory.predict import rank_memory
-from train.planner.fake_world import build_distinct_ranks
-from train.planner.forms import built_text
-from train.planner.job_plan import build_ranks, compared_kind, plan_job, require_time, untimed_reason
-from train.planner.scaling import KernelRates, context_seconds
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import layer_parameters
@@ -146,13 +146,13 @@ def test_building_of_distinct_ranks_of_2048_takes_seconds_and_less_than_a_gigaby
     code = (
         "import resource\n"
         "from launch.config.run_config import compose_run\n"
-        "from train.planner.job_plan import build_ranks\n"
+        "from planner.job_plan import build_ranks\n"
         "if __name__ == '__main__':\n"
         f"    build_ranks(compose_run({arguments!r}))\n"
         "    used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
         "    print(used.ru_utime + used.ru_stime, used.ru_maxrss)\n"
     )
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=120
     )

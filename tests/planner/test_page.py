@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from launch.plan_request import read_request
+from planner.forms import COLUMNS, labeled, plan_text, plan_values
+from planner.job_plan import JobPlan, plan_job
+from planner.page import any_value, cell_text, column_name, plan_page, records_table, stacked_bars
 from tests.documents import check_policy, with_style_attributes
-from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
-from train.planner.forms import COLUMNS, labeled, plan_text, plan_values
-from train.planner.job_plan import JobPlan, plan_job
-from train.planner.page import any_value, cell_text, column_name, plan_page, records_table, stacked_bars
+from tests.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 
 ATTACK = "</style></td><script>alert(1)</script><img src=x onerror=alert(1)>"
 

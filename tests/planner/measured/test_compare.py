@@ -16,13 +16,13 @@ from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate_passes
+from planner.forms import comparison_text
+from planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from tests.dualpipe.clockwork import SECONDS, measured_run
+from tests.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from tests.tiny import MODEL, tiny_config
-from tests.train.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.planner.forms import comparison_text
-from train.planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from train.report import source
 from train.report.page import comparison_of, predicted_tables
 from train.report.plan_comparison import compared_run, run_rates

@@ -18,10 +18,7 @@ from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from dualpipe.ir import Schedule
 from model.config import LAYER
 from model.size import attention_maps, dense_maps, expert_maps, mlp_maps, stage_shapes
-from train.config import TrainConfig
-from train.memory.predict import rank_parameters
-from train.memory.rank_bytes import count_replicas, host_update_seconds
-from train.planner.products import (
+from planner.products import (
     FLAT,
     ExchangeTimes,
     KernelTimes,
@@ -35,6 +32,9 @@ from train.planner.products import (
     held_weights,
     products_of,
 )
+from train.config import TrainConfig
+from train.memory.predict import rank_parameters
+from train.memory.rank_bytes import count_replicas, host_update_seconds
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
 from train.schedule.timing import MeasuredRates, RateSource, communication_share

@@ -11,13 +11,13 @@ from dualpipe.registry import FALLBACK
 from launch import plan
 from launch.config.compose import options
 from model.size import training_flops_per_token
-from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
+from planner.forms import plan_text, plan_values
+from planner.job_plan import plan_job, require_time
+from planner.products import FLAT
+from planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_token, shape_distance
+from tests.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.errors import ConfigError
-from train.planner.forms import plan_text, plan_values
-from train.planner.job_plan import plan_job, require_time
-from train.planner.products import FLAT
-from train.planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_token, shape_distance
 from train.schedule.layer_times import LayerTimes
 from train.schedule.timing import TimedPlan, nominal_costs, time_plan
 

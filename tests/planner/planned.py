@@ -3,7 +3,7 @@
 from functools import cache
 
 from launch.plan_request import PlanRequest, read_request
-from train.planner.job_plan import JobPlan, plan_job
+from planner.job_plan import JobPlan, plan_job
 
 PUBLISHED = ("experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even")
 """The published run, in the published order, with whole layers cut evenly."""

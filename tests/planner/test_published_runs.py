@@ -5,9 +5,9 @@ from math import exp, log, sqrt
 import pytest
 
 from launch.plan import changed_run, plan_what_if
-from tests.train.planner.planned import plan_of, request_of
-from train.planner.job_plan import plan_job, require_time
-from train.planner.scaling import KernelRates
+from planner.job_plan import plan_job, require_time
+from planner.scaling import KernelRates
+from tests.planner.planned import plan_of, request_of
 
 COMMON = ("task.steps=100", "validation.sequences=0", "samples.prompt=", "samples.tokens=0", "plan.check=false",
           "efficiency.unexplained=1")  # fmt: skip
