@@ -27,6 +27,7 @@ _PROJECT = (
     "evaluation",
     "train",
     "planner",
+    "verify",
     "launch",
 )
 _registries: "WeakSet[Registry[Any]]" = WeakSet()

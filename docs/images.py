@@ -221,7 +221,7 @@ def draw_pair(theme: Theme) -> str:
 
 LAYERS = (
     ("launch", "commands: Hydra, built-in launcher, torchrun, Slurm", None),
-    ("planner", "time, memory, layouts", None),
+    ("planner", "time, memory, layouts", ("verify", "equality, golden steps")),
     ("train", "steps, optimizer, checkpoints, guard, records", None),
     ("evaluation", "benchmarks of a checkpoint", None),
     ("infer", "generation: latent cache, drafts by MTP", None),

@@ -25,15 +25,16 @@ from model.hf.files import create_folder_atomically
 from model.hf.names import Stored, StoredDtype
 from train.config.decode import decode
 from train.errors import ConfigError
-from train.golden_config import GoldenConfig, GoldenRun, Precision, Size, read_golden
+from verify.golden.config import GoldenConfig, GoldenRun, Precision, Size, read_golden
 
 NAME = "golden"
 CHECKER = "check.py"
-_HERE = Path(__file__).parent
+_ROOT = Path(__file__).resolve().parents[1]
+_GOLDEN = _ROOT / "verify" / "golden"
 _COPIES = {
-    "README.md": _HERE / "golden_readme.md",
-    CHECKER: _HERE / "golden_check.py",
-    "LICENSE": _HERE.parent / "LICENSE",
+    "README.md": _GOLDEN / "readme.md",
+    CHECKER: _GOLDEN / "check.py",
+    "LICENSE": _ROOT / "LICENSE",
 }
 _DTYPES: dict[str, StoredDtype] = {"float64": "F64", "float32": "F32", "int64": "I64"}
 # Of an axis, step 1 has no updated weights and step 2 no gradients: each depends on the other.
@@ -118,7 +119,7 @@ def _say(line: str) -> None:
 
 def _record(golden: GoldenConfig, runs: Mapping[str, GoldenRun], scratch: Path) -> None:
     """Makes the runs. Those with equally many ranks share processes; a single rank makes the inputs."""
-    from train.golden import record_runs
+    from verify.golden.record import record_runs
 
     def report(name: str, losses: Sequence[float], norm: float) -> None:
         _say(f"{name}: loss {', '.join(f'{loss:.6f}' for loss in losses)}; norm of the first gradient {norm:.6f}")
@@ -128,7 +129,7 @@ def _record(golden: GoldenConfig, runs: Mapping[str, GoldenRun], scratch: Path) 
         cluster = replace(local_cluster("cpu", num_ranks), threads_per_rank=1)
         alike = {name: run for name, run in runs.items() if run.parallelism.world_size == num_ranks}
         function = partial(record_runs, golden, alike, scratch, cluster)
-        run_on_local_ranks(function, cluster, num_ranks, ["train.golden"], report)
+        run_on_local_ranks(function, cluster, num_ranks, ["verify.golden.record"], report)
 
 
 def _load(path: Path) -> Arrays:

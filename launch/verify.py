@@ -32,7 +32,7 @@ from launch.train import export_exit_code, handle_signals
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.records.display import guard_terminal
-from train.verify.layouts import choose_trials
+from verify.layouts import choose_trials
 
 _KEY = "layouts"
 
@@ -52,7 +52,7 @@ def main(overrides: Sequence[str]) -> int:
     check_folder(config)
     guard_terminal()
     try:
-        start_fork_server(config.cluster, [*preload_modules(config.cluster), "train.verify.run", "launch.config.rules"])
+        start_fork_server(config.cluster, [*preload_modules(config.cluster), "verify.run", "launch.config.rules"])
         check_gpus(config, config.parallelism.world_size)
         print(f"{config.name}: verifying {config.parallelism.world_size} ranks", flush=True)
         with locked_run_folder(config, datetime.now()) as (config, _):
@@ -83,7 +83,7 @@ def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, int]:
 
 def verify_rank(layouts: int, config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
     """Runs the verification on one rank from start to end."""
-    from train.verify.run import verify_job
+    from verify.run import verify_job
 
     return verify_job(config, choose_trials(config, layouts, check_rules), reports_on_stderr=reports_on_stderr)
 

@@ -33,6 +33,7 @@ _OWN_PACKAGES = (
     "score",
     "tests",
     "train",
+    "verify",
 )
 _PATCHED_MODULES = ("torch.distributed", "torch.distributed.distributed_c10d")
 _LIMITS = ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")

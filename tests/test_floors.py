@@ -26,9 +26,10 @@ FLOORS = {
     "evaluation": 6,
     "train": 7,
     "planner": 8,
+    "verify": 8,
     "launch": 9,
 }
-BEFORE_RUN = ("planner/",)
+BEFORE_RUN = ("planner/", "verify/")
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 
@@ -92,7 +93,7 @@ def may_know(path: str, module: str) -> bool:
 
 def may_communicate(path: str) -> bool:
     # launch/local_ranks.py uses torch's launcher, which is in this package; it opens no process group.
-    return path.startswith(("comm/", "train/")) or path in (
+    return path.startswith(("comm/", "train/", "verify/")) or path in (
         "planner/fake_world.py",
         "dualpipe/runtime/execute.py",
         "launch/local_ranks.py",

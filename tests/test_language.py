@@ -27,6 +27,7 @@ PACKAGES = (
     "planner",
     "score",
     "train",
+    "verify",
 )
 FIRST_LINE_CHARACTERS = 100
 

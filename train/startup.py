@@ -48,6 +48,7 @@ _SOURCES = (
     "planner",
     "score",
     "train",
+    "verify",
 )
 _PACKAGES = ("torch", "triton", "deepspeed", "numpy", "tokenizers")
 _VERSION = "version of "

@@ -327,6 +327,7 @@ PACKAGES = (
     "planner",
     "score",
     "train",
+    "verify",
 )
 
 PATTERNS = (

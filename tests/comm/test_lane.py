@@ -446,7 +446,7 @@ def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
 
 _SENDING = {"send", "recv", "isend", "irecv"}
 # From host memory unless the backend is NCCL.
-_SENDING_FILES = {"comm/transfers.py", "train/schedule/probe.py", "train/verify/rates.py"}
+_SENDING_FILES = {"comm/transfers.py", "train/schedule/probe.py", "verify/rates.py"}
 _NO_COLLECTIVES = re.compile(r"[A-Z]|get_|is_|new_group|init_|destroy_")
 
 
@@ -466,7 +466,7 @@ def test_every_collective_runs_with_gloo_and_tensors_of_a_gpu() -> None:
     used = set[str]()
     for path in (
         path
-        for package in ("comm", "infer", "evaluation", "train", "launch")
+        for package in ("comm", "infer", "evaluation", "train", "verify", "launch")
         for path in (ROOT / package).rglob("*.py")
     ):
         called = _called(path)

@@ -62,6 +62,7 @@ def test_image_holds_the_sources_and_nothing_else(container: Container) -> None:
         "planner",
         "score",
         "train",
+        "verify",
     )
     expected = {f"{name}/{file}" for name in sources for file in files_of(ROOT / name)}
     assert files_of(container.root / "app") == expected | {"LICENSE", "docker/requirements.txt"}

@@ -24,9 +24,9 @@ from tests.commands import StartedCommand, run_command
 from tests.launch.golden_reader import Reader, write
 from tests.refusals import assert_refused
 from train.errors import ConfigError
-from train.golden_config import read_golden
+from verify.golden.config import read_golden
 
-CHECKER = ROOT / "launch" / "golden_check.py"
+CHECKER = ROOT / "verify" / "golden" / "check.py"
 GATE = "model.layers.1.mlp.gate.e_score_correction_bias"
 FAULTS = {
     "rotates halves": "attention/layers.0",
@@ -103,7 +103,7 @@ def test_golden_bad_input_is_refused_and_nothing_written(
 
 def test_golden_batches_hide_uneven_numbers_of_targets() -> None:
     """A mean of means must differ from the mean, between micro-batches and between ranks."""
-    from train.golden import make_batch
+    from verify.golden.record import make_batch
 
     config, _ = read_golden()
     for step in range(config.task.steps):
@@ -200,7 +200,9 @@ def test_golden_checker_has_at_most_90_lines_and_imports_numpy_alone() -> None:
 def test_golden_names_of_other_trainers_cover_all_parameters() -> None:
     from model.hf.names import stored_tensors
 
-    page = (ROOT / "launch" / "golden_readme.md").read_text("utf-8").partition("## Names in")[2].partition("\n## ")[0]
+    page = (
+        (ROOT / "verify" / "golden" / "readme.md").read_text("utf-8").partition("## Names in")[2].partition("\n## ")[0]
+    )
     rows = [row.split("|")[1:4] for row in page.splitlines() if row.startswith("| `")]
     assert all(len(re.findall("`", cell)) >= 2 for row in rows for cell in row)
     listed = {name.replace(".E.", ".0.") for row in rows for name in re.findall("`(.+?)`", row[0])}

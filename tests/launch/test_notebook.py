@@ -18,10 +18,7 @@ from tests.launch.checkpoints import write_run
 jupyter_client = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel_launcher")
 MAIN = '__name__ == "__main__"'
-STANDALONE = "golden_check.py"  # `launch.golden` copies it into folders
-COMMANDS = [
-    path for path in sorted((ROOT / "launch").glob("*.py")) if path.name != STANDALONE and MAIN in path.read_text()
-]
+COMMANDS = [path for path in sorted((ROOT / "launch").glob("*.py")) if MAIN in path.read_text()]
 
 IMPORTS = """
 import sys

@@ -38,8 +38,8 @@ from train.schedule.timing import nominal_costs
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.distill import DistillConfig, is_scores_folder
 from train.tasks.registry import TASKS, StepRates, Task, open_task
-from train.verify.steps import PlainModel, StepValues, local_dispatcher, run_step, start_biases
 from train.world import ReplicaConfig, World, open_world, weight_dtype
+from verify.steps import PlainModel, StepValues, local_dispatcher, run_step, start_biases
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

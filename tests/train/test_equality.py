@@ -25,8 +25,8 @@ from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 from train.schedule.cut import with_cut
-from train.verify.equality import keeps_sums
-from train.verify.steps import Difference, StepValues, rank_differences, tensor_differences
+from verify.equality import keeps_sums
+from verify.steps import Difference, StepValues, rank_differences, tensor_differences
 
 STEPS = 2
 

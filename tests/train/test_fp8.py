@@ -23,7 +23,7 @@ from tests.train.test_optim import assert_equal, go_on
 from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.verify.steps import StepValues, relative_error
+from verify.steps import StepValues, relative_error
 
 SHAPE = replace(
     MODEL,

@@ -30,7 +30,7 @@ from train.replica import BatchReader
 from train.schedule.timing import nominal_costs
 from train.step import rates_of
 from train.tasks.next_token import to_micro_batch
-from train.verify.steps import StepValues
+from verify.steps import StepValues
 
 STEPS = 2
 

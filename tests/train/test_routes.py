@@ -23,7 +23,7 @@ from train.learner import Learner
 from train.records.reporter import LoadLines
 from train.replica import BatchReader, StepBatch
 from train.step import Balance, accumulate, rates_of, update_router_bias
-from train.verify.steps import by_released_name, start_biases
+from verify.steps import by_released_name, start_biases
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from tests.train.job import Job, opened_replica, run_jobs
 from tests.train.post.test_policy import journals
 from train.post import pipeline
 from train.post.pipeline import GatheredEngine, ReplicaEngine
-from train.verify.steps import start_biases
+from verify.steps import start_biases
 
 pytestmark = pytest.mark.slow
 

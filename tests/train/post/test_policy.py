@@ -36,7 +36,7 @@ from train.post.pack import BatchShape, PackedStep, answer_log_probs, find_promp
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import RolloutRoutes, ScoredRollout, has_equal_rewards
 from train.post.sampler import StudentSampler
-from train.verify.steps import StepValues
+from verify.steps import StepValues
 
 STEPS = 3
 

@@ -29,7 +29,7 @@ from train.post.comparison import Teacher
 from train.replica import BatchReader
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS
-from train.verify.steps import start_biases
+from verify.steps import start_biases
 
 TEMPERATURE = 2.0
 TASK = DistillConfig(

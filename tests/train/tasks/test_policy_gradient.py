@@ -29,8 +29,8 @@ from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
-from train.verify.steps import by_released_name, relative_error
 from train.world import ReplicaConfig
+from verify.steps import by_released_name, relative_error
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)
 

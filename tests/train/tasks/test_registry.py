@@ -29,7 +29,7 @@ from tests.train.test_equality import assert_equal_one_rank
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.tasks.registry import TASKS
-from train.verify.steps import StepValues, by_released_name, relative_error, start_biases
+from verify.steps import StepValues, by_released_name, relative_error, start_biases
 
 STEPS = 2
 WEIGHT = 3.5

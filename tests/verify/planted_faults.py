@@ -21,7 +21,7 @@ from train.config import TrainConfig
 from train.optim import staged
 from train.optim.adamw import EMBEDDING, ReplicatedAdamW
 from train.replica import BatchReader, Replica
-from train.verify import places, rates, resuming, runs, steps
+from verify import places, rates, resuming, runs, steps
 
 Plant = Callable[[int, ExitStack], None]
 """Plants a fault on a rank until the stack closes."""

@@ -11,7 +11,7 @@ from typing import Any
 from train.config.decode import encode
 from train.files.run_files import redact, replace_text
 from train.startup import identity_of, is_version
-from train.verify.checks import CheckEntry, Outcome, Verification
+from verify.checks import CheckEntry, Outcome, Verification
 
 JSON_NAME = "certificate.json"
 PAGE_NAME = "certificate.html"

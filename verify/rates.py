@@ -16,7 +16,7 @@ from comm.layout import Layout
 from train.plan import plan
 from train.run import write_probe
 from train.schedule.probe import measure
-from train.verify.checks import Failure, Findings, Verification
+from verify.checks import Failure, Findings, Verification
 
 _LINK_BYTES = {"cpu": 2**20, "cuda": 2**26}
 _PRODUCT_SIZE = {"cpu": 192, "cuda": 8192}

@@ -21,11 +21,11 @@ from train.guard import NORM, Guard
 from train.learner import Learner
 from train.step import NO_SPIKES, rates_of, train_step
 from train.tasks.registry import open_task
-from train.verify.causes import Evidence, Share, explain
-from train.verify.checks import Failure, Findings, Verification
-from train.verify.layouts import CONFIGURED, OPTIMIZER, Trial
-from train.verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, loss_names, opened_learner
-from train.verify.steps import (
+from verify.causes import Evidence, Share, explain
+from verify.checks import Failure, Findings, Verification
+from verify.layouts import CONFIGURED, OPTIMIZER, Trial
+from verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, loss_names, opened_learner
+from verify.steps import (
     Difference,
     PlainModel,
     StepValues,

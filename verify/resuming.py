@@ -14,11 +14,11 @@ from train.checkpoint.load import load, run_on_all, verify_together
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
-from train.verify.checks import Failure, Findings, Verification
-from train.verify.equality import COMPARED_STEPS, tolerance_of
-from train.verify.layouts import CONFIGURED
-from train.verify.runs import PlainRuns, corpus_of, loader_of, loss_names, opened_learner
-from train.verify.steps import rank_differences, run_step, start_biases, tensor_differences
+from verify.checks import Failure, Findings, Verification
+from verify.equality import COMPARED_STEPS, tolerance_of
+from verify.layouts import CONFIGURED
+from verify.runs import PlainRuns, corpus_of, loader_of, loss_names, opened_learner
+from verify.steps import rank_differences, run_step, start_biases, tensor_differences
 
 FOLDER = "checkpoint_check"
 

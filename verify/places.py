@@ -12,7 +12,7 @@ from torch import distributed as dist
 from comm.agreement import gather_present
 from comm.config import ClusterConfig
 from train.startup import compare_ranks
-from train.verify.checks import Failure, Findings, Place, Verification
+from verify.checks import Failure, Findings, Place, Verification
 
 _ROUNDS = 5
 _MOST_CLOCK_SECONDS = 2.0

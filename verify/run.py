@@ -14,13 +14,13 @@ from train.config import TrainConfig
 from train.errors import PreemptedError
 from train.files.run_files import write_end
 from train.run import JoinedRank, run_in_job
-from train.verify.certificate import Certificate
-from train.verify.checks import CheckEntry, Verification, run_checks
-from train.verify.equality import check_copies, check_equality, check_overlap
-from train.verify.layouts import Trial
-from train.verify.places import check_order, check_peers, check_versions
-from train.verify.rates import check_rates
-from train.verify.resuming import check_checkpoint
+from verify.certificate import Certificate
+from verify.checks import CheckEntry, Verification, run_checks
+from verify.equality import check_copies, check_equality, check_overlap
+from verify.layouts import Trial
+from verify.places import check_order, check_peers, check_versions
+from verify.rates import check_rates
+from verify.resuming import check_checkpoint
 
 _SAME = ("peers", "versions")
 

@@ -13,7 +13,7 @@ from comm.agreement import gather_present
 from comm.exits import Preemption
 from comm.watchdog.collective_log import CollectiveLog
 from train.config import TrainConfig
-from train.verify.layouts import Trial
+from verify.layouts import Trial
 
 Verdict = Literal["passed", "failed", "not run"]
 MOST_FAILURES = 64  # of one check that are reported

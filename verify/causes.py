@@ -10,9 +10,9 @@ from math import isclose
 from comm.config import ParallelismConfig
 from model.objective import BALANCE
 from model.transformer import BIAS
-from train.verify.checks import Failure
-from train.verify.layouts import Trial
-from train.verify.steps import Difference
+from verify.checks import Failure
+from verify.layouts import Trial
+from verify.steps import Difference
 
 _NEAR = 1e-4  # relative difference up to which a ratio counts as a number
 _EXPERTS = ".experts."

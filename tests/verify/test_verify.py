@@ -16,13 +16,13 @@ from launch.config.rules import check_rules
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
-from tests.train.verify_faults import PLANTED
+from tests.verify.planted_faults import PLANTED
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
-from train.verify.checks import Outcome, Place, Verification, run_checks
-from train.verify.layouts import OPTIMIZER, choose_trials
-from train.verify.places import misplaced
-from train.verify.rates import below_preset, partners, slow_places
-from train.verify.run import CHECKS
+from verify.checks import Outcome, Place, Verification, run_checks
+from verify.layouts import OPTIMIZER, choose_trials
+from verify.places import misplaced
+from verify.rates import below_preset, partners, slow_places
+from verify.run import CHECKS
 
 NONE = "none"
 NUM_PARTS = 6

@@ -27,9 +27,9 @@ from train.learner import Learner, open_learner
 from train.plan import plan
 from train.replica import open_replica
 from train.tasks.registry import open_task
-from train.verify.checks import Failure, Verification
-from train.verify.steps import PlainModel, StepValues
 from train.world import ReplicaConfig, build_groups, open_world
+from verify.checks import Failure, Verification
+from verify.steps import PlainModel, StepValues
 
 _NUM_SEQUENCES = 64
 _READ_SEQUENCES = 4  # of a micro-batch of the whole model

@@ -37,15 +37,15 @@ from model.router import Router, Routing
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors, routers
 from train.checkpoint.sources import open_source
 from train.config import PrecisionConfig
-from train.golden_config import GoldenConfig, GoldenRun
 from train.learner import open_learner
 from train.optim.adamw import MOMENTS, Slice
 from train.post.comparison import NetworkComparison
 from train.replica import BatchReader, StepBatch, open_replica
 from train.step import accumulate, rates_of, update_router_bias
 from train.tasks.registry import open_task
-from train.verify.steps import by_released_name
 from train.world import ReplicaConfig, build_groups, open_world
+from verify.golden.config import GoldenConfig, GoldenRun
+from verify.steps import by_released_name
 
 Arrays = dict[str, NDArray[Any]]
 MODEL_FOLDER = "model"

@@ -1,0 +1,1 @@
+"""Golden steps: a reference that other trainers compare their results with."""
