@@ -29,7 +29,7 @@ from data.parts import LongDocuments, Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part
 from data.samples import cache_errors, held_out_fraction
-from data.shards import (
+from data.shard_format import (
     ANY_LENGTH,
     PARTS,
     REPORT_NAME,
@@ -45,7 +45,7 @@ from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
-    from data.build.work import BuildSettings
+    from data.shards.work import BuildSettings
 
 _ENTROPY_TOKENS = 2**20
 _LONG = "data.long_documents"
@@ -198,7 +198,7 @@ def open_folder(folder: Path, manifest: str | None, length: int) -> ShardFolder:
 def _prepare_in_cache(
     config: DataConfig, manifest_path: str, tokenizer: Tokenizer | None, length: int, progress: Progress
 ) -> Path:
-    from data.build.run import build_folder  # imports what builds shards, which most starts do not need
+    from data.shards.run import build_folder  # imports what builds shards, which most starts do not need
 
     path = Path(manifest_path).expanduser().absolute()
     settings = _settings(config, str(path), tokenizer, length)
@@ -235,8 +235,8 @@ def open_documents(
 def _prepare_documents(
     config: DataConfig, tokenizer: Tokenizer | None, length: int, folder: Path, progress: Progress
 ) -> None:
-    from data.build.run import build_folder
-    from data.build.work import CORPUS, HELD_OUT
+    from data.shards.run import build_folder
+    from data.shards.work import CORPUS, HELD_OUT
 
     with cache_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _settings(config: DataConfig, manifest: str, tokenizer: Tokenizer | None, length: int) -> "BuildSettings":
-    from data.build.work import BuildSettings
+    from data.shards.work import BuildSettings
 
     trained = {
         "vocab_size": config.tokenizer_vocab_size,

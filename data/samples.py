@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from data.build.units import Claims
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, hash_unit
 from data.mix.mixture import ORDER_VERSION, hold_out, single_order
@@ -20,7 +19,8 @@ from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_s
 from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part, TrainingSample
-from data.shards import PARTS, UnitWriter, read_unit
+from data.shard_format import PARTS, UnitWriter, read_unit
+from data.shards.units import Claims
 from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 from base.files import replace_file
 from base.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
-from data.build.run import build_folder
-from data.build.work import BuildSettings
 from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.readers.megatron import write_megatron
-from data.shards import PARTS, open_shards
+from data.shard_format import PARTS, open_shards
+from data.shards.run import build_folder
+from data.shards.work import BuildSettings
 from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from dualpipe.draw.style import document

@@ -20,7 +20,7 @@ from data.quality.filters import FilterConfig, filter_config
 from data.readers.files import format_of
 from data.readers.rows import OnBroken
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
-from data.shards import SOURCE_NAME, read_report
+from data.shard_format import SOURCE_NAME, read_report
 from data.tokenizer import Tokenizer
 
 DedupKind = Literal["exact", "minhash"]

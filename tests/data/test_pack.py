@@ -21,7 +21,7 @@ from data.pack import (
     pack_windows,
 )
 from data.prepare import prepare
-from data.shards import ShardRows
+from data.shard_format import ShardRows
 from launch import train
 from launch.command import command
 from launch.sample_lines import sample_lines

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.build.units import LOCK_NAME
 from data.config import DataConfig
 from data.corpus import DataError, is_validation
 from data.pack import entropy_nats
 from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.registry import Part
-from data.shards import REPORT_NAME
+from data.shard_format import REPORT_NAME
+from data.shards.units import LOCK_NAME
 from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
 from train.terminal import ProgressLines
@@ -91,14 +91,14 @@ def test_the_tokenizer_never_sees_validation_text(config: DataConfig, tmp_path: 
 def test_a_large_corpus_trains_the_tokenizer_on_a_sample(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(config, tokenizer_vocab_size=280)
     assert prepare(small, 16).tokenizer.vocab_size == 280
-    monkeypatch.setattr("data.build.run.TOKENIZER_TEXT_BYTES", 0)
+    monkeypatch.setattr("data.shards.run.TOKENIZER_TEXT_BYTES", 0)
     # A sample of nothing at all leaves the bytes and the special tokens.
     assert prepare(dataclasses.replace(small, cache_dir=f"{small.cache_dir}2"), 16).tokenizer.vocab_size == 264
 
 
 def test_encoding_does_not_depend_on_the_batches(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepare(config, 16)
-    monkeypatch.setattr("data.build.work.BATCH_CHARACTERS", 200)
+    monkeypatch.setattr("data.shards.work.BATCH_CHARACTERS", 200)
     again = prepare(dataclasses.replace(config, cache_dir=f"{config.cache_dir}2"), 16)
     assert whole.fingerprint == again.fingerprint
     assert np.array_equal(whole.train.tokens_NL[:], again.train.tokens_NL[:])
@@ -130,9 +130,9 @@ def arrays_of(prepared: Prepared) -> list[np.ndarray]:
 
 def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     cold = prepare(config, 16)
-    monkeypatch.setattr("data.build.run.build_folder", None)
+    monkeypatch.setattr("data.shards.run.build_folder", None)
     other_length = prepare(config, 32)
-    monkeypatch.setattr("data.shards.pack_windows", None)
+    monkeypatch.setattr("data.shard_format.pack_windows", None)
     warm = prepare(config, 16)
     assert warm.fingerprint == cold.fingerprint != other_length.fingerprint
     assert all(map(np.array_equal, arrays_of(warm), arrays_of(cold)))
@@ -222,7 +222,7 @@ def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.shards.UnitWriter.finish", fail)
+        patch.setattr("data.shard_format.UnitWriter.finish", fail)
         with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left"):
             prepare(config, 16)
     assert not [*(tmp_path / "cache").rglob("*.tokens"), *(tmp_path / "cache").rglob(REPORT_NAME)]

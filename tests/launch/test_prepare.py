@@ -10,7 +10,7 @@ import pytest
 
 from data.corpus import DataError
 from data.prepare import check_config, prepare
-from data.shards import PARTS, open_shards
+from data.shard_format import PARTS, open_shards
 from data.sources import FilesSource
 from data.tokenizer import Tokenizer
 from launch.prepare import main

@@ -29,15 +29,15 @@ from numpy.typing import NDArray
 
 from base.files import remove_abandoned, replace_file
 from comm.exits import STOPPED_LOOKS, is_stopped
-from data.build.units import SETTINGS_NAME, TextUnit
-from data.build.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
 from data.corpus import DataError, hash_unit
 from data.encode import token_dtype
 from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shards import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, check_entries, read_drops, read_rows
+from data.shard_format import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, check_entries, read_drops, read_rows
+from data.shards.units import SETTINGS_NAME, TextUnit
+from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"
@@ -215,7 +215,7 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     limits = "FASTOKENS_BPE_THREADS RAYON_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS MALLOC_ARENA_MAX"
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **dict.fromkeys(limits.split(), "1"), "PYTHONPATH": path}
-    command = [sys.executable, "-P", "-m", "data.build.work", job]
+    command = [sys.executable, "-P", "-m", "data.shards.work", job]
     reading, writing = os.pipe()  # of all workers: a line is written whole
     processes: list[subprocess.Popen[bytes]] = []
     try:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.build.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.corpus import DataError, grouped, is_validation
 from data.encode import DocumentEncoder, check_token_ids
 from data.mix.manifest import Manifest, MixSource, read_manifest
@@ -29,7 +28,8 @@ from data.readers.files import list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
-from data.shards import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
+from data.shard_format import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
+from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.sources import FilesSource, list_files, size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 

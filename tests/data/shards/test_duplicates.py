@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data.build.run import build_folder
-from data.build.work import Build, BuildSettings, build_units
 from data.progress import NO_PROGRESS
-from data.shards import PARTS, open_shards
+from data.shard_format import PARTS, open_shards
+from data.shards.run import build_folder
+from data.shards.work import Build, BuildSettings, build_units
 from data.tokenizer import Tokenizer
 from tests.data.quality.test_contamination import QUESTIONS
 from tests.data.quality.test_duplicates import EXACT, KEPT, NEAR, Writer, planted
@@ -45,7 +45,7 @@ def test_dropped_documents_are_counted_and_absent(tmp_path: Path, monkeypatch: p
     def work(build: Build, workers: int) -> Iterator[object]:
         yield from build_units(build)
 
-    monkeypatch.setattr("data.build.run._messages", work)
+    monkeypatch.setattr("data.shards.run._messages", work)
     tokenizer = Tokenizer.train(sources["first"][:5], 300)
     report = build_folder(settings, tokenizer, tmp_path / "small", 1, NO_PROGRESS)["sources"]
     dropped = {name: {reason: n for reason, n in values["dropped"].items() if n} for name, values in report.items()}

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from data.build.run import _sample_shares, build_folder
-from data.build.work import Build, BuildSettings, UnitEncoder, build_units
 from data.corpus import DataError
 from data.progress import NO_PROGRESS
-from data.shards import PARTS, UnitWriter, open_shards
+from data.shard_format import PARTS, UnitWriter, open_shards
+from data.shards.run import _sample_shares, build_folder
+from data.shards.work import Build, BuildSettings, UnitEncoder, build_units
 from data.tokenizer import Tokenizer
 from tests import ROOT
 from train.terminal import ProgressLines
@@ -28,8 +28,8 @@ from train.terminal import ProgressLines
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from data.build.run import build_folder
-from data.build.work import BuildSettings
+from data.shards.run import build_folder
+from data.shards.work import BuildSettings
 from data.progress import NO_PROGRESS
 from data.tokenizer import Tokenizer
 settings, tokenizer, folder, workers = json.load(sys.stdin)
@@ -75,7 +75,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(build: Build, workers: int) -> Iterator[object]:
         yield from build_units(build)
 
-    monkeypatch.setattr("data.build.run._messages", work)
+    monkeypatch.setattr("data.shards.run._messages", work)
 
 
 @pytest.fixture
@@ -210,8 +210,8 @@ def test_stopped_worker_is_named_and_ends_the_command_with_all_workers(
 ) -> None:
     """One worker is stopped for a moment only, which is no reason to end."""
     tokenizer.save(tmp_path / "tokenizer.json")
-    program = f"import data.build.run as run; run.STOPPED_LOOKS = 2\n{PROGRAM}"
-    monkeypatch.setattr("tests.data.build.test_run.PROGRAM", program)
+    program = f"import data.shards.run as run; run.STOPPED_LOOKS = 2\n{PROGRAM}"
+    monkeypatch.setattr("tests.data.shards.test_run.PROGRAM", program)
     process = start(settings, tmp_path / "tokenizer.json", tmp_path / "out", 3)
     try:
         until = time.monotonic() + 60
@@ -280,7 +280,7 @@ def test_unit_that_is_given_up_is_absent_and_then_equal(
 ) -> None:
     before = files_of(prepared.folder)
     unit = prepared.units["rows"][1]
-    monkeypatch.setattr("data.build.work.BATCH_CHARACTERS", 1500)
+    monkeypatch.setattr("data.shards.work.BATCH_CHARACTERS", 1500)
     steps = UnitEncoder(prepared).encode(unit)
     for _ in range(batches):
         next(steps)
@@ -414,7 +414,7 @@ def test_documents_that_filters_and_evaluation_files_drop_are_listed(
         {"dropped": "notes/00.txt", "reason": "min_words"},
         {"dropped": "notes/01.txt", "reason": "contaminated"},
     ]
-    monkeypatch.setattr("data.build.work.LISTED_DROPS", 0)
+    monkeypatch.setattr("data.shards.work.LISTED_DROPS", 0)
     build_folder(settings, tokenizer, tmp_path / "bounded", 1, NO_PROGRESS)
     assert (tmp_path / "bounded" / "dropped.jsonl").read_text() == ""
 

@@ -16,7 +16,7 @@ from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
 from data.registry import CorpusFile
-from data.shards import read_json
+from data.shard_format import read_json
 from data.sources import size_bytes
 
 SETTINGS_NAME = "settings.json"
