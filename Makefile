@@ -11,11 +11,11 @@ COMPILE := .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 
 # Tests with deadlines of seconds or comparisons of times run alone. All others spend most of their time waiting, so
 # they run two at a time, files with slow tests first.
-ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
+ALONE := tests/bench/test_bench.py $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,lane.py transport.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py) $(addprefix tests/launch/test_,local.py start.py) \
 	tests/score/test_sleepers.py
-LONG_ALONE := $(addprefix tests/,programs/chaos attacks/test_network.py test_stopping.py) \
+LONG_ALONE := $(addprefix tests/,bench/test_chaos.py attacks/test_network.py test_stopping.py) \
 	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/planner/measured/test_sleeping_run.py
 # Files with long tests, so that not all are imported for them.
 LONG = $(filter-out $(LONG_ALONE) $(LONG_ALONE:%=%/%),$(sort $(shell grep -rl --include='test_*.py' mark.long tests)))
@@ -64,7 +64,7 @@ cluster-test: .venv/installed-dev
 
 # Step time, CPU time and interpreter overhead, compared with torch's pipelines. Takes minutes; needs an idle machine.
 bench: .venv/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.bench $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m bench $(ARGS)
 
 # Kills, stops or disconnects a rank in every phase of a step, and prints a table of how each run ends. Takes minutes.
 failures: .venv/installed-dev
@@ -73,11 +73,11 @@ failures: .venv/installed-dev
 # Injects a hundred seeded faults, each into a run that must end with unchanged results, and prints a table. Each takes
 # half a minute on two cores.
 chaos: .venv/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.chaos $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m bench.chaos $(ARGS)
 
 # Puts deliberate faults into a copy of the sources, and prints which test of `make test` finds each.
 faults: .venv/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.faults $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m bench.faults $(ARGS)
 
 # Resumes a run in every layout from every other layout's checkpoint: all ordered pairs of 12. Takes about 10 minutes.
 any-to-any: .venv/installed-dev
@@ -91,17 +91,17 @@ triton-table: .venv/installed-dev
 
 # Compares kernels with their references on a CUDA device; skipped with the reason if there is none.
 gpu-test: .venv/installed-dev
-	.venv/bin/python -m pytest tests/programs/gpu -q -rs
+	.venv/bin/python -m pytest tests/gpu -q -rs
 
 # First checks on a GPU, in three parts of at most ten minutes: make gpu-day PART=1. Without a GPU, a dry run.
 PART ?= 1
 
 gpu-day: .venv/installed-dev
-	PART=$(PART) PYTHON=.venv/bin/python bash tests/programs/gpu/day.sh
+	PART=$(PART) PYTHON=.venv/bin/python bash bench/gpu/day.sh
 
 # Compares the time of every kernel on a CUDA device with its lower bound, torch and targets. Without a GPU, exits with 2.
 gpu-bench: .venv/installed-dev
-	.venv/bin/python -m tests.programs.gpu.bench $(ARGS)
+	.venv/bin/python -m bench.gpu.bench $(ARGS)
 
 # Builds images with docker or a compatible ENGINE: `make docker ARGS="--build-arg BASE_IMAGE=..."`.
 ENGINE ?= docker

@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.grouped_stages import measure_spans
 from dualpipe.builder import build_schedule
 from dualpipe.draw.svg import Cell, measured_cells, planned_cells
 from dualpipe.ir import Op, Operation, Schedule
@@ -26,7 +27,6 @@ from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.timing import simulate
 from model.stage import block_lanes
-from tests.programs.bench.grouped_stages import measure_spans
 
 FOLDER = Path(__file__).parent / "images"
 WIDTH = 880

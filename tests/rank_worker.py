@@ -21,6 +21,7 @@ from typing import Any
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 _OWN_PACKAGES = (
     "base",
+    "bench",
     "comm",
     "data",
     "dualpipe",

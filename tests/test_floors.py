@@ -70,6 +70,8 @@ def breaches(path: str, source: str) -> list[str]:
             found.append(f"{path}: relative import; write the package's name")
         if other in FLOORS and other != package and FLOORS[other] > FLOORS[package]:
             found.append(f"{path}: {package} is below {other}, imports {module}")
+        if other in ("tests", "bench"):
+            found.append(f"{path}: no source imports tests or programs, imports {module}")
         if {package, other} == {"model", "dualpipe"}:
             found.append(f"{path}: model and dualpipe never import each other, imports {module}")
         if (package, other) == ("infer", "score") and path != "infer/protocol.py":
@@ -208,6 +210,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("infer/a.py", "from score.score import Problem"),
         ("infer/a.py", "from evaluation.protocol import Record"),
         ("train/a.py", "from planner import layouts"),
+        ("train/a.py", "from bench.blocks import Workload"),
         ("train/a.py", "from omegaconf import OmegaConf"),
         ("train/a.py", "import deepspeed"),
         ("train/a.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),

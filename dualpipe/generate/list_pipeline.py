@@ -137,7 +137,7 @@ SLICED_PRESETS = read_sliced(_TEXT)
 PRESETS = read_presets(_TEXT)
 """Presets that are good for many sizes and costs, the most useful first: a greedy selection by simulation.
 
-`python -m tests.programs.bench.presets` makes such a selection.
+`python -m bench.presets` makes such a selection.
 """
 
 

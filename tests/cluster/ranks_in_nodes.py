@@ -23,7 +23,7 @@ from typing import Any, Self
 from tests.cluster.namespaces import Cluster, enter
 from tests.ranks import RanksFailedError
 
-_PRELOADED = ("torch", "torch.distributed", "numpy", "tests.programs.bench.overlap")
+_PRELOADED = ("torch", "torch.distributed", "numpy", "bench.overlap")
 _GRACE_SECONDS = 0.3
 _START_DELAY_SECONDS = 0.02
 _NICENESS = -20

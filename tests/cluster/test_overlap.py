@@ -5,8 +5,8 @@ Time limits allow for a busy machine. `make bench ARGS="--sections overlap"` pri
 
 import pytest
 
+from bench.overlap import measure_overlap, two_hop_plan
 from tests.cluster.namespaces import Cluster
-from tests.programs.bench.overlap import measure_overlap, two_hop_plan
 
 pytestmark = pytest.mark.long
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from bench.forecast import Gate, forecast_text, gate_forecast
 from comm.dispatch.traffic import LayerTraffic, Spread, Traffic
 from comm.lane import ThreadLane
 from comm.protocol import Label
 from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.forecast import Forecast, SentRows
-from tests.programs.bench.forecast import Gate, forecast_text, gate_forecast
 from tests.ranks import run_ranks
 
 _CASES = ("uneven", "one_rank", "one_node", "dropped", "no_token")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
+from bench.blocks import ProductBlock
+from bench.contenders import BlockRun, BlockStage, Links
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.transfers import PipelineTransport
@@ -18,8 +20,6 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from launch.schedule import main
-from tests.programs.bench.blocks import ProductBlock
-from tests.programs.bench.contenders import BlockRun, BlockStage, Links
 from tests.ranks import run_ranks
 
 P, M, ROWS, HIDDEN = 4, 8, 3, 8
