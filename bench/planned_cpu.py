@@ -21,7 +21,7 @@ from model.config import cut_at
 from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
-from train.memory import fitted_config
+from train.memory.fit import fitted_config
 from train.replica import StepBatch
 from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs

@@ -13,8 +13,8 @@ from model.size import count_parameters, training_flops_per_token
 from planner.job_plan import JobPlan, PlannerConfig, layout_json
 from planner.scaling import shape_distance
 from train.config.decode import encode
-from train.memory import RankMemory
 from train.memory.fit import gigabytes, parts
+from train.memory.predict import RankMemory
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.schedule.timing import TimedPlan
 from train.terminal import aligned

@@ -21,9 +21,8 @@ from planner.scaling import KernelRates, Rates, rows_per_token
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
-from train.memory import JobMemory, predict_memory, shortage
-from train.memory.fit import fitted_cut, with_fitting_cap
-from train.memory.predict import rank_memory
+from train.memory.fit import fitted_cut, shortage, with_fitting_cap
+from train.memory.predict import JobMemory, predict_memory, rank_memory
 from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.schedule.cut import run_cut, with_cut
 from train.schedule.measured import layer_parameters

@@ -17,9 +17,8 @@ from planner.job_plan import PlannerConfig
 from planner.scaling import KernelRates
 from train.config import Precision, TrainConfig
 from train.errors import broken
-from train.memory import predict_memory
 from train.memory.fit import context_sizes
-from train.memory.predict import run_sizes
+from train.memory.predict import predict_memory, run_sizes
 from train.memory.rank_bytes import state_bytes, value_bytes
 from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
 

@@ -21,8 +21,8 @@ from planner.job_plan import PlannerConfig, job_cost, layout_json
 from planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
 from planner.scaling import shape_distance
 from train.config import TrainConfig
-from train.memory import JobMemory, predict_memory, shortage
-from train.memory.fit import fitted_cut
+from train.memory.fit import fitted_cut, shortage
+from train.memory.predict import JobMemory, predict_memory
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.timing import StepTime, few_micro_batches, time_plan
 

@@ -15,7 +15,7 @@ from planner.search import FoundLayout, Rules, Search
 from planner.search_forms import layout_overrides
 from train.config import TrainConfig
 from train.errors import broken
-from train.memory import gigabytes, parts
+from train.memory.fit import gigabytes, parts
 from train.memory.rank_bytes import state_bytes
 
 _MOST_RANKS = 4096

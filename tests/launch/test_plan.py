@@ -26,7 +26,8 @@ from tests.planner.planned import PUBLISHED, SMALL
 from tests.refusals import assert_refused
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.memory import fitted_config, predict_memory
+from train.memory.fit import fitted_config
+from train.memory.predict import predict_memory
 from train.schedule.timing import MeasuredRates
 
 COMMAND = [sys.executable, "-m", "launch.plan"]

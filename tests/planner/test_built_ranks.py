@@ -28,9 +28,8 @@ from planner.scaling import KernelRates, context_seconds
 from tests.planner.planned import PUBLISHED, SMALL, request_of
 from tests.ranks import fork_context
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.memory import fitted_config, predict_memory
-from train.memory.fit import context_sizes
-from train.memory.predict import rank_memory
+from train.memory.fit import context_sizes, fitted_config
+from train.memory.predict import predict_memory, rank_memory
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import layer_parameters

@@ -17,7 +17,8 @@ from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
 from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
 from train.files.run_files import RankFiles, redact, redact_values
-from train.memory import predict_memory, summary_line
+from train.memory.fit import summary_line
+from train.memory.predict import predict_memory
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.plan import Plan
 from train.records.display import Display, open_console

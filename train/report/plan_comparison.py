@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError
 from train.files.json_lines import METRICS_NAME
-from train.memory import JobMemory, predict_memory
+from train.memory.predict import JobMemory, predict_memory
 from train.report.source import RecordedStep, typical_steps
 from train.schedule.cut import run_placement, with_cut
 from train.schedule.layer_times import PartTimes

@@ -19,7 +19,7 @@ from tests.train.job import close_job, open_job
 from train.checkpoint.parts import HostCopy, state_of
 from train.config import Precision, PrecisionConfig, TrainConfig
 from train.learner import Learner
-from train.memory import predict_memory
+from train.memory.predict import predict_memory
 from train.optim.adamw import MOMENTS, Slice, moments_of
 from train.schedule.timing import planning_schedule
 from train.world import weight_dtype

@@ -24,7 +24,7 @@ from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
 from train.corpus import prepare_corpus
 from train.errors import ConfigError
-from train.memory import predict_memory
+from train.memory.predict import predict_memory
 from train.post.comparison import Teacher
 from train.replica import BatchReader
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
