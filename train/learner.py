@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -13,18 +14,20 @@ from comm.protocol import CompletedWork
 from data.config import BatchSizes
 from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.execute import execute, open_clock
+from model.config import ModelConfig
 from model.linear import GradientStore
-from model.objective import LossSums
-from model.objectives.pairs import head_objective
+from model.objective import LossSums, MicroBatch, Objective
+from model.objectives.pairs import SCORE, head_objective
 from model.transformer import BIAS, Transformer, named_tensors, routers
 from train.config import EmaConfig
 from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, build_optimizer
-from train.post.comparison import NetworkComparison, Reference
-from train.replica import Replica, TaskHook
-from train.schedule.probe import random_batch
+from train.replica import BatchReader, Replica, TaskHook
 from train.world import World, link_shapes, weight_dtype
+
+if TYPE_CHECKING:
+    from train.post.comparison import Reference
 
 
 class ParameterEma:
@@ -109,6 +112,37 @@ class ParameterEma:
                 average.mul_(self._decay).add_(self._copies[name].float(), alpha=1 - self._decay)
 
 
+class NetworkComparison:
+    """What a run compares its network with. This base class is for a run that compares with none."""
+
+    @property
+    def extras(self) -> "dict[str, Reference]":
+        """Its part of a checkpoint, by the prefix of its names."""
+        return {}
+
+    @property
+    def network(self) -> Replica | None:
+        """The frozen network of the run's divergence, which may judge answers, too; None if there is none."""
+        return None
+
+    def add(self, batches: BatchReader, objective: Objective) -> Objective:
+        """Adds what a frozen network finds to the micro-batches. All ranks call it."""
+        return objective
+
+    def follow(self, policy: Replica) -> None:
+        """Copies the present weights of the policy, if the network is to have those at the start of a run."""
+
+    def refresh(self, policy: Replica, num_done: int) -> None:
+        """Copies the present weights of the policy, if that is due after this many steps. All ranks call it."""
+
+    def with_schedule(self, schedule: Schedule) -> Self:
+        """Returns the same weights under another schedule, which the policy's replica has validated."""
+        return self
+
+    def close(self) -> None:
+        """Closes what was opened. All ranks call it at the same point."""
+
+
 _NO_NETWORK = NetworkComparison()
 _DATA_ALONE = TaskHook()
 
@@ -132,7 +166,7 @@ class Learner:
         return self.replica.world
 
     @property
-    def extras(self) -> dict[str, ParameterEma | Reference]:
+    def extras(self) -> "dict[str, ParameterEma | Reference]":
         """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
         average = {} if self.ema is None else {"ema": self.ema}
         return {**average, **self.comparison.extras}
@@ -267,3 +301,13 @@ class LearnersByBatchSize:
 def _with_schedule(learner: Learner, schedule: Schedule, *, is_proven: bool) -> Learner:
     replica = learner.replica.with_schedule(schedule, is_proven=is_proven)
     return replace(learner, replica=replica, comparison=learner.comparison.with_schedule(schedule))
+
+
+def random_batch(model: ModelConfig, shape: tuple[int, int], device: torch.device) -> MicroBatch:
+    """Draws a random micro-batch of BT tokens, different on every rank, like real ones."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    drawn = [torch.randint(model.vocab_size, shape, generator=generator).to(device) for _ in range(model.mtp_depth + 2)]
+    # One answer for each sequence, for the ranking of scores.
+    score_BT = torch.zeros(shape, dtype=torch.int16, device=device)
+    score_BT[:, -1] = 1
+    return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]), extras={SCORE: score_BT})

@@ -22,13 +22,13 @@ from comm.protocol import ALONE, ContextGroup, Dispatcher, SequenceParts, Work, 
 from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Message, Schedule, linked_pairs
+from dualpipe.validate import embedding_ranks, is_mirrored
 from model.config import Computing, ModelConfig
 from model.size import slice_lengths
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import BatchConfig, Precision, TrainConfig
 from train.files.run_files import RankFiles
-from train.schedule.cut import embedding_ranks, is_mirrored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from data.loader import Loader
 from data.parts import Prepared
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
+from dualpipe.validate import embedding_ranks, is_mirrored
 from infer.engines.local import LocalEngine
 from kernels.cross_entropy import linear_cross_entropy
 from model.objective import LossSums, MicroBatch, Objective
@@ -33,7 +34,7 @@ from train.plan import ramp_schedules
 from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
 from train.replica import BatchReader, Replica, StepBatch, TaskHook, open_replica
-from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
+from train.schedule.cut import run_cut
 from train.schedule.timing import nominal_costs
 from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
 from train.tasks.distill import DistillConfig, is_scores_folder

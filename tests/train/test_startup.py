@@ -15,6 +15,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from dualpipe.ir import Placement, Schedule, ScheduleError, mirrored_placement, straight_placement, v_placement
+from dualpipe.validate import embedding_ranks, is_mirrored
 from tests.commands import run_command
 from tests.ports import reserved_port
 from tests.ranks import run_ranks
@@ -29,7 +30,6 @@ from train.files.run_files import StatusFile
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.records.reporter import Reporter
-from train.schedule.cut import embedding_ranks, is_mirrored
 from train.startup import compare_ranks
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -20,8 +20,10 @@ from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.parts import Extras, PartReader, state_of
 from train.checkpoint.sources import CheckpointReader
 from train.config import TrainConfig
-from train.learner import Learner
 from train.terminal import progress_on
+
+if TYPE_CHECKING:
+    from train.learner import Learner
 
 ValueT = TypeVar("ValueT")
 _LONGEST_TEXT = 300
@@ -113,7 +115,7 @@ def _broadcast(folder: Path | None) -> Path | None:
     return passed[0]
 
 
-def load(learner: Learner, folder: Path) -> None:
+def load(learner: "Learner", folder: Path) -> None:
     """Fills weights, router bias and optimizer state from a checkpoint of any layout. All ranks call it.
 
     Each rank reads the index, and the elements that it holds, by itself. Further state is filled if the checkpoint
@@ -132,7 +134,7 @@ def load(learner: Learner, folder: Path) -> None:
         learner.ema.follow_weights()
 
 
-def _stored_extras(folder: Path, learner: Learner, index: Index) -> Extras:
+def _stored_extras(folder: Path, learner: "Learner", index: Index) -> Extras:
     prefixes = {name.partition(".")[0] for name in index}
     stored: Extras = {prefix: extra for prefix, extra in learner.extras.items() if prefix in prefixes}
     if "reference" in learner.extras and "reference" not in stored:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from threading import Thread
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import distributed as dist
 
@@ -32,7 +32,9 @@ from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
 from train.files.json_lines import try_append_event
 from train.files.run_lock import OwnershipCheck, RunLock
-from train.learner import Learner
+
+if TYPE_CHECKING:
+    from train.learner import Learner
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -50,7 +52,7 @@ class CheckpointSaver:
     def __init__(
         self,
         config: TrainConfig,
-        learner: Learner,
+        learner: "Learner",
         prepared: Prepared,
         folder: Path | None = None,
         ownership: OwnershipCheck | None = None,
@@ -258,7 +260,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def save_to_rescue_folder(
-    config: TrainConfig, learner: Learner, prepared: Prepared, step: int, reason: str
+    config: TrainConfig, learner: "Learner", prepared: Prepared, step: int, reason: str
 ) -> NoReturn:
     """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
 

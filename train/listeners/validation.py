@@ -31,8 +31,8 @@ from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
 from train.files.run_files import redact
+from train.learner import NetworkComparison
 from train.listeners.listener import Listener, Moment
-from train.post.comparison import NetworkComparison
 from train.post.sample import PASS_AT_1
 from train.replica import BatchReader, Read, Replica
 from train.report.viewer import HeldOutAnswer, write_answers

@@ -9,11 +9,11 @@ from typing import Literal, assert_never
 from comm.layout import Layout
 from dualpipe.ir import Link, Schedule
 from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.validate import embedding_ranks, is_mirrored
 from kernels.attention import makes_dense_masks
 from model.config import Computing, ModelConfig
 from model.size import HeldParameters
 from train.config import Precision, TrainConfig
-from train.schedule.cut import embedding_ranks, is_mirrored
 
 PartName = Literal["embedding", "dense", "moe", "head"]
 """A part of a stage; a head includes all MTP modules behind it."""

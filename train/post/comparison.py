@@ -19,42 +19,12 @@ from model.objectives.policy import TokenLogProbs
 from model.transformer import named_tensors
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig
+from train.learner import NetworkComparison
 from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
 from train.world import ReplicaConfig
-
-
-class NetworkComparison:
-    """What a run compares its network with. This base class is for a run that compares with none."""
-
-    @property
-    def extras(self) -> "dict[str, Reference]":
-        """Its part of a checkpoint, by the prefix of its names."""
-        return {}
-
-    @property
-    def network(self) -> Replica | None:
-        """The frozen network of the run's divergence, which may judge answers, too; None if there is none."""
-        return None
-
-    def add(self, batches: BatchReader, objective: Objective) -> Objective:
-        """Adds what a frozen network finds to the micro-batches. All ranks call it."""
-        return objective
-
-    def follow(self, policy: Replica) -> None:
-        """Copies the present weights of the policy, if the network is to have those at the start of a run."""
-
-    def refresh(self, policy: Replica, num_done: int) -> None:
-        """Copies the present weights of the policy, if that is due after this many steps. All ranks call it."""
-
-    def with_schedule(self, schedule: Schedule) -> Self:
-        """Returns the same weights under another schedule, which the policy's replica has validated."""
-        return self
-
-    def close(self) -> None:
-        """Closes what was opened. All ranks call it at the same point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

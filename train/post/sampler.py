@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.errors import UnsavedError
-from train.post.comparison import NetworkComparison
+from train.learner import NetworkComparison
 from train.post.journal import (
     JournalError,
     journal_path,

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import groupby, islice, product
 
 from comm.config import Cut
-from dualpipe.ir import Placement, Schedule, ScheduleError
+from dualpipe.ir import Placement
 from dualpipe.registry import FALLBACK, SCHEDULES, kind_for_size
 from model.config import CutError, ModelConfig, cut_at, cut_layers
 from train.config import TrainConfig, sized_config
@@ -144,28 +144,6 @@ def _nearest(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> tu
 
 def _text(sizes: Sequence[int]) -> str:
     return f"[{','.join(map(str, sizes))}]"
-
-
-def is_mirrored(schedule: Schedule) -> bool:
-    """Returns whether pipeline ranks p and P-1-p hold the same stages.
-
-    Raises:
-        ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
-    """
-    down, *up = schedule.placement
-    mirrored = tuple(schedule.num_ranks - 1 - rank for rank in down)
-    if any(row != mirrored for row in up):
-        raise ScheduleError(
-            f"placement: the second direction must hold every stage on rank P-1-r, where r is the rank that holds it "
-            f"for the first direction, is {schedule.placement}"
-        )
-    return bool(up)
-
-
-def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
-    """Returns the ranks that hold the embedding: those of the first stage and, with MTP, of the last one."""
-    ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)
-    return tuple(sorted({row[stage] for row in schedule.placement for stage in ends}))
 
 
 def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:

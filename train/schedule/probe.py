@@ -20,13 +20,13 @@ from comm.groups import exchange_kernels, join_one
 from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
 from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
-from model.config import ModelConfig
 from model.linear import GradientStore
-from model.objective import LossSums, MicroBatch
-from model.objectives.pairs import SCORE, head_objective
+from model.objective import LossSums
+from model.objectives.pairs import head_objective
 from model.stage import Stage, StageRun, block_lanes
 from model.transformer import Part
 from train.config import TrainConfig
+from train.learner import random_batch
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times
 from train.world import ReplicaConfig, build_model, held_experts, weight_dtype
 
@@ -173,16 +173,6 @@ class _Parts:
         started = _now(self._device)
         yield
         self._seconds[stage, way, phase].append(_now(self._device) - started)
-
-
-def random_batch(model: ModelConfig, shape: tuple[int, int], device: torch.device) -> MicroBatch:
-    """Draws a random micro-batch of BT tokens, different on every rank, like real ones."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    drawn = [torch.randint(model.vocab_size, shape, generator=generator).to(device) for _ in range(model.mtp_depth + 2)]
-    # One answer for each sequence, for the ranking of scores.
-    score_BT = torch.zeros(shape, dtype=torch.int16, device=device)
-    score_BT[:, -1] = 1
-    return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]), extras={SCORE: score_BT})
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:

@@ -37,9 +37,8 @@ from model.router import Router, Routing
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors, routers
 from train.checkpoint.sources import open_source
 from train.config import PrecisionConfig
-from train.learner import open_learner
+from train.learner import NetworkComparison, open_learner
 from train.optim.adamw import MOMENTS, Slice
-from train.post.comparison import NetworkComparison
 from train.replica import BatchReader, StepBatch, open_replica
 from train.step import accumulate, rates_of, update_router_bias
 from train.tasks.registry import open_task

@@ -27,8 +27,8 @@ from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import load_initial
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
 from train.errors import ConfigError
+from train.learner import NetworkComparison
 from train.listeners.validation import validate
-from train.post.comparison import NetworkComparison
 from train.step import train_step
 from train.tasks.preferences import DpoConfig, RewardModelConfig
 
