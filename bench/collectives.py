@@ -25,8 +25,8 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
+from train.core.step import train_step
 from train.records.step_record import PipelineTimeline, record_of
-from train.step import train_step
 
 NUM_RANKS = 4
 

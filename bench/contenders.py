@@ -21,7 +21,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.program import Lane
-from train.world import message_key
+from train.core.world import message_key
 
 Step = Callable[[], None]
 OWN_KINDS = SCHEDULES.names()

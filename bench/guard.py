@@ -18,10 +18,10 @@ from torch import distributed as dist
 
 from launch.config.run_config import compose_run
 from tests.train.job import close_job, open_job
-from train.corpus import prepare_corpus
-from train.guard import Guard
+from train.core.guard import Guard
+from train.core.step import train_step
 from train.optim import staged
-from train.step import train_step
+from train.start.corpus import prepare_corpus
 
 CHOICES = ("parallelism=one_rank", "guard=skip", "guard.spike_factor=10", "validation.sequences=0")
 

@@ -30,8 +30,8 @@ from tests.launch.conversion_memory import LARGE, make
 from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
-from train.replica import StepBatch
-from train.step import accumulate, rates_of, train_step
+from train.core.replica import StepBatch
+from train.core.step import accumulate, rates_of, train_step
 
 MOST_SECONDS = 2.2
 MOST_OVER_BLOCKS = 1.15

@@ -21,12 +21,12 @@ from model.config import cut_at
 from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
+from train.core.replica import StepBatch
+from train.core.step import accumulate, rates_of
 from train.memory.fit import fitted_config
-from train.replica import StepBatch
-from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.timing import planning_schedule
-from train.step import accumulate, rates_of
+from train.start import probe
 
 MOST_OFF = 0.15
 

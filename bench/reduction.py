@@ -29,9 +29,9 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.config import PrecisionConfig, TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.step import train_step
 from train.optim.zero1 import Zero1AdamW
-from train.step import train_step
 
 NUM_RANKS, NUM_MICRO_BATCHES = 4, 8
 NUM_ROUNDS, NUM_STEPS = 4, 2

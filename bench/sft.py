@@ -38,7 +38,7 @@ def sft_text(samples: dict[str, StepSample]) -> str:
 
 def _prepared() -> Prepared:
     from launch.config.run_config import compose_run
-    from train.corpus import prepare_corpus
+    from train.start.corpus import prepare_corpus
 
     return prepare_corpus(compose_run(["experiment=arithmetic_sft"]))
 

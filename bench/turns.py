@@ -96,7 +96,7 @@ def serve_here(config: "TrainConfig", pipe: Connection) -> None:
 
     from launch.machine import apply_rank_environment
     from tests.train.job import close_job, open_job, open_loader
-    from train.step import train_step
+    from train.core.step import train_step
 
     apply_rank_environment(config.cluster)
     steps = Steps(pipe)

@@ -90,7 +90,7 @@ def dry_run(overrides: Sequence[str]) -> str:
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
         from launch.sample_lines import sample_lines
-        from train.corpus import prepare_corpus
+        from train.start.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())
         first = int(prepared.order.range(0, 1)[0])
@@ -148,7 +148,7 @@ def _run_local(config: TrainConfig) -> int:
         check_gpus(config, config.parallelism.world_size)
         check_device_memory(config, config.parallelism.world_size)
         # This process fills the cache while the fork server imports modules. The ranks then only open the cache.
-        from train.corpus import prepare_corpus
+        from train.start.corpus import prepare_corpus
 
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
         _print_environment(config)

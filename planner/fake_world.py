@@ -20,11 +20,19 @@ from model.attention.mla import LatentAttention
 from model.linear import GradientStore
 from model.transformer import Transformer
 from train.config import TrainConfig
+from train.core.world import (
+    ReplicaConfig,
+    build_groups,
+    build_model,
+    build_stages,
+    held_experts,
+    stage_part,
+    weight_dtype,
+)
 from train.optim.adamw import MOMENTS, Unit, build_adamw, moments_of, units_of
 from train.optim.learning_rate import OptimConfig
 from train.schedule.cut import run_cut
 from train.schedule.timing import planning_schedule
-from train.world import ReplicaConfig, build_groups, build_model, build_stages, held_experts, stage_part, weight_dtype
 
 
 def build_distinct_ranks(config: TrainConfig) -> list[dict[str, Any]]:

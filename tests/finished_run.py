@@ -11,7 +11,7 @@ from launch.run_folder import read_folder
 from tests import ROOT
 from tests.commands import run_command
 from train.checkpoint.load import load_whole
-from train.world import weight_dtype
+from train.core.world import weight_dtype
 
 
 def choices(folder: Path, name: str, num_steps: int, parallelism: str = "four_ranks") -> list[str]:

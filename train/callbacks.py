@@ -9,7 +9,7 @@ from base.registry import Registry
 from train.errors import CallbackError, ConfigError
 
 if TYPE_CHECKING:
-    from train.world import World
+    from train.core.world import World
 
 Metric = Callable[[Mapping[str, Any]], float]
 """Takes the record of a step, as in `metrics.jsonl`, and returns one more value of it."""

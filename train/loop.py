@@ -25,17 +25,17 @@ from train.checkpoint.locate import CHECKPOINTS_NAME, Check, checkpoints_in, loc
 from train.checkpoint.manifest import read_step
 from train.config import GuardConfig, TrainConfig
 from train.config.tasks import RolloutConfig
+from train.core.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
+from train.core.learner import Learner, LearnersByBatchSize
+from train.core.step import Done, RolledBack, Skipped, train_step
 from train.errors import RefusedStepError, StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.files.run_files import StatusFile
-from train.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
-from train.learner import Learner, LearnersByBatchSize
 from train.listeners.evaluation import Evaluator
 from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.validation import Samples, Validator, open_by_source
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, StepProfiler, record_of
-from train.step import Done, RolledBack, Skipped, train_step
 from train.terminal import progress_on
 
 LOGGER = logging.getLogger("train")

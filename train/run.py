@@ -29,6 +29,9 @@ from data.parts import Prepared
 from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
+from train.core.learner import Learner, LearnersByBatchSize, open_learner
+from train.core.replica import open_replica
+from train.core.world import ReplicaConfig, World, build_groups, open_world
 from train.errors import (
     LOG_FOLDER,
     CallbackError,
@@ -41,19 +44,17 @@ from train.errors import (
 )
 from train.files.json_lines import try_append_event
 from train.files.run_files import RankFiles, State, StatusFile, write_end
-from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.optim.adamw import load_cpu_adam
 from train.optim.learning_rate import OptimConfig
-from train.plan import Plan, plan, tune_kernels
 from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
 from train.records.display import PhaseLines, report_breaks
 from train.records.reporter import open_reporter, print_run_summary
-from train.replica import open_replica
 from train.report.page import Report
 from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write
-from train.startup import (
+from train.start.plan import Plan, plan, tune_kernels
+from train.start.startup import (
     broadcast_config,
     compare_ranks,
     load_initial_weights,
@@ -62,7 +63,6 @@ from train.startup import (
     raise_if_preempted,
 )
 from train.terminal import printable_on
-from train.world import ReplicaConfig, World, build_groups, open_world
 
 LOGGER = logging.getLogger("train")
 _MAX_LISTED = 64

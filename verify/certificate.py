@@ -10,7 +10,7 @@ from typing import Any
 
 from train.config.decode import encode
 from train.files.run_files import redact, replace_text
-from train.startup import identity_of, is_version
+from train.start.startup import identity_of, is_version
 from verify.checks import CheckEntry, Outcome, Verification
 
 JSON_NAME = "certificate.json"

@@ -17,9 +17,9 @@ from dualpipe.ir import Op, Schedule
 from model.objective import LossSums
 from model.transformer import BIAS, named_tensors
 from train.config import TrainConfig
-from train.guard import NORM, Guard
-from train.learner import Learner
-from train.step import NO_SPIKES, rates_of, train_step
+from train.core.guard import NORM, Guard
+from train.core.learner import Learner
+from train.core.step import NO_SPIKES, rates_of, train_step
 from train.tasks.registry import open_task
 from verify.causes import Evidence, Share, explain
 from verify.checks import Failure, Findings, Verification

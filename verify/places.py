@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.agreement import gather_present
 from comm.config import ClusterConfig
-from train.startup import compare_ranks
+from train.start.startup import compare_ranks
 from verify.checks import Failure, Findings, Place, Verification
 
 _ROUNDS = 5

@@ -13,9 +13,9 @@ from torch import distributed as dist
 from comm.agreement import gather_present
 from comm.config import ClusterConfig
 from comm.layout import Layout
-from train.plan import plan
 from train.run import write_probe
-from train.schedule.probe import measure
+from train.start.plan import plan
+from train.start.probe import measure
 from verify.checks import Failure, Findings, Verification
 
 _LINK_BYTES = {"cpu": 2**20, "cuda": 2**26}

@@ -23,11 +23,11 @@ from dualpipe.ir import to_json
 from model.objective import MicroBatch
 from model.transformer import named_tensors
 from train.config import TrainConfig
-from train.learner import Learner, open_learner
-from train.plan import plan
-from train.replica import open_replica
+from train.core.learner import Learner, open_learner
+from train.core.replica import open_replica
+from train.core.world import ReplicaConfig, build_groups, open_world
+from train.start.plan import plan
 from train.tasks.registry import open_task
-from train.world import ReplicaConfig, build_groups, open_world
 from verify.checks import Failure, Verification
 from verify.steps import PlainModel, StepValues
 

@@ -20,11 +20,11 @@ from model.block import RoutedExperts
 from model.objective import LossSums, MicroBatch, Objective
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.config import TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.step import accumulate, rates_of, update_router_bias
+from train.core.world import weight_dtype
 from train.optim.adamw import MOMENTS, group_parameters
-from train.step import accumulate, rates_of, update_router_bias
 from train.tasks.registry import open_task
-from train.world import weight_dtype
 
 TINY = 1e-30  # least size of the largest expected value by which differences are divided
 _LEAST_LOSS_ERROR = 1e-12

@@ -25,10 +25,10 @@ from train.checkpoint.sources import check_initial, check_model_parts, source_co
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.config.tasks import TASKS
-from train.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.errors import ConfigError, broken, nearest, nearest_key
 from train.memory.fit import with_fitting_cap
 from train.schedule.timing import with_chunks
+from train.start.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.terminal import progress_on
 
 _ENDLESS_STEPS = 2**40

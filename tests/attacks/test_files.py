@@ -28,11 +28,11 @@ from tests.refusals import assert_refused
 from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
+from train.core.guard import read_loss_and_norm
 from train.errors import ConfigError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import Status, read_status, write_status
-from train.guard import read_loss_and_norm
-from train.plan import read_schedule
+from train.start.plan import read_schedule
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)
 

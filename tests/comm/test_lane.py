@@ -446,7 +446,7 @@ def test_start_rejects_nccl_without_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
 
 _SENDING = {"send", "recv", "isend", "irecv"}
 # From host memory unless the backend is NCCL.
-_SENDING_FILES = {"comm/transfers.py", "train/schedule/probe.py", "verify/rates.py"}
+_SENDING_FILES = {"comm/transfers.py", "train/start/probe.py", "verify/rates.py"}
 _NO_COLLECTIVES = re.compile(r"[A-Z]|get_|is_|new_group|init_|destroy_")
 
 

@@ -10,7 +10,7 @@ import pytest
 from dualpipe.ir import from_json
 from tests import ROOT
 
-SUITES = ["tests/dualpipe/test_registered.py", "tests/train/test_equality.py", "tests/train/test_plan.py"]
+SUITES = ["tests/dualpipe/test_registered.py", "tests/train/test_equality.py", "tests/train/start/test_plan.py"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_pa
     output = run_suite(wrong, "valid and gpipe", ["tests/dualpipe/test_registered.py"])
     assert "which it needs" in output, output
     wrong.write_text(text.replace("grows=True", "grows=False"), "utf-8")
-    output = run_suite(wrong, "few and gpipe", ["tests/train/test_plan.py"])
+    output = run_suite(wrong, "few and gpipe", ["tests/train/start/test_plan.py"])
     assert "failed" in output, output
 
 

@@ -26,12 +26,12 @@ from tests.data.released_tokenizer import write_released
 from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
 from train.config import TrainConfig
-from train.corpus import prepare_corpus
+from train.core.step import rates_of
 from train.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
 from train.schedule.cut import run_cut, run_placement
 from train.schedule.layer_times import nominal_times, stage_costs
-from train.step import rates_of
+from train.start.corpus import prepare_corpus
 from train.tasks.grpo import GrpoConfig
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.

@@ -24,7 +24,7 @@ from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
 from tests.train.job import close_job, open_job, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.config import TrainConfig
-from train.step import train_step
+from train.core.step import train_step
 
 STEPS_BEFORE = 2
 STEPS_AFTER = 10

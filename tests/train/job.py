@@ -28,18 +28,18 @@ from model.transformer import Transformer, named_tensors
 from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
-from train.corpus import prepare_corpus
-from train.learner import Learner, LearnersByBatchSize, open_learner
-from train.plan import ramp_schedules
+from train.core.learner import Learner, LearnersByBatchSize, open_learner
+from train.core.replica import BatchReader, Replica, StepBatch, TaskHook, open_replica
+from train.core.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
+from train.core.world import ReplicaConfig, World, open_world, weight_dtype
 from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
-from train.replica import BatchReader, Replica, StepBatch, TaskHook, open_replica
 from train.schedule.cut import run_cut
 from train.schedule.timing import nominal_costs
-from train.step import Losses, accumulate, rates_of, reduce_losses, update_router_bias
+from train.start.corpus import prepare_corpus
+from train.start.plan import ramp_schedules
 from train.tasks.distill import DistillConfig, is_scores_folder
 from train.tasks.registry import TASKS, StepRates, Task, open_task
-from train.world import ReplicaConfig, World, open_world, weight_dtype
 from verify.steps import PlainModel, StepValues, local_dispatcher, run_step, start_biases
 
 

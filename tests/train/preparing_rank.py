@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import train.corpus
+import train.start.corpus
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.run import main
@@ -19,7 +19,7 @@ from train.run import main
 
 def slowed(seconds: float, folder: Path) -> None:
     """Has the corpus take so long."""
-    plain = train.corpus.prepare  # type: ignore[attr-defined]
+    plain = train.start.corpus.prepare  # type: ignore[attr-defined]
 
     def prepare(*arguments: object) -> object:
         if not (folder / "prepared").exists():
@@ -30,7 +30,7 @@ def slowed(seconds: float, folder: Path) -> None:
             (folder / "prepared").touch()
         return plain(*arguments)  # type: ignore[arg-type]
 
-    train.corpus.prepare = prepare  # type: ignore[assignment, attr-defined]
+    train.start.corpus.prepare = prepare  # type: ignore[assignment, attr-defined]
 
 
 def end_amid_preparation(folder: Path) -> None:

@@ -27,11 +27,11 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import configured_schedule, make_world
 from train.config import TrainConfig
+from train.core.replica import Replica, open_replica
+from train.core.world import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
 from train.post.routes import assign_homes, held_records
-from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
-from train.world import ReplicaConfig
 
 PROMPTS = tuple(
     NumberedPrompt(number=number, tokens=tuple((7 * number + 3 * at * at + 1) % 320 for at in range(length)))

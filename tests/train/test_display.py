@@ -17,9 +17,9 @@ from data.problems import split_problems
 from tests import ROOT
 from tests.covering import exhaustive
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
-from train.corpus import prepare_corpus
 from train.records.display import Display, PhaseLines, folded, open_console, step_line
 from train.records.reporter import corpus_lines
+from train.start.corpus import prepare_corpus
 
 PROGRAM = """
 import os, sys, time

@@ -27,17 +27,17 @@ from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, configured_schedule, make_world, open_job, score_pass
-from train.by_source import SourceMeans, ValidationBySource
 from train.config import TrainConfig
-from train.corpus import prepare_corpus
+from train.core.by_source import SourceMeans, ValidationBySource
+from train.core.replica import open_replica
+from train.core.step import Losses, accumulate, rates_of
+from train.core.world import ReplicaConfig
 from train.files.json_lines import JsonLines
 from train.listeners.evaluation import PipelinedModel
 from train.listeners.validation import LossByPosition, Measures, Validation, open_by_source, validate
 from train.records.reporter import corpus_lines
-from train.replica import open_replica
 from train.schedule.cut import run_cut
-from train.step import Losses, accumulate, rates_of
-from train.world import ReplicaConfig
+from train.start.corpus import prepare_corpus
 
 
 def sequences() -> list[TargetSequence]:

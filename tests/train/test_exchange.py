@@ -20,9 +20,9 @@ from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_equality import assert_starved_equal_one_rank
 from train.config import TrainConfig
+from train.core.replica import StepBatch
+from train.core.step import accumulate, rates_of, train_step
 from train.records.step_record import PipelineTimeline, exchange_metrics, record_of, traffic_parts
-from train.replica import StepBatch
-from train.step import accumulate, rates_of, train_step
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"

@@ -28,10 +28,10 @@ from tests.train.failing_rank import CAUSE
 from tests.train.faults import Case, choices, read_reports, write_case
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
-from train.corpus import State, build_together
+from train.core.step import train_step
 from train.files.run_files import read_status
 from train.listeners.validation import validate
-from train.step import train_step
+from train.start.corpus import State, build_together
 
 
 @pytest.mark.slow

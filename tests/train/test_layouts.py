@@ -24,11 +24,11 @@ from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run
 from tests.train.test_command import read_metrics, run_train
 from tests.train.test_equality import assert_equal_one_rank, assert_same, assert_zero1_equal, zero1
 from train.config import TokenSchedule, TrainConfig
-from train.learner import LearnersByBatchSize
+from train.core.learner import LearnersByBatchSize
+from train.core.replica import BatchReader
+from train.core.step import rates_of
 from train.listeners.validation import validate_pass
-from train.replica import BatchReader
 from train.schedule.timing import nominal_costs
-from train.step import rates_of
 from train.tasks.next_token import to_micro_batch
 from verify.steps import StepValues
 

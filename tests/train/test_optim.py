@@ -29,8 +29,9 @@ from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint.load import load
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
+from train.core.learner import Learner, ParameterEma
+from train.core.step import train_step
 from train.errors import ConfigError
-from train.learner import Learner, ParameterEma
 from train.optim import adamw
 from train.optim.adamw import (
     Bf16MomentsAdamW,
@@ -45,7 +46,6 @@ from train.optim.adamw import (
 )
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, WeightUpdates, build_optimizer
-from train.step import train_step
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)
 

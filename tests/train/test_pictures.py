@@ -28,7 +28,8 @@ from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import ProfileConfig, TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.step import StepResult, train_step
 from train.records.reporter import Wandb
 from train.records.step_record import (
     PAGE_NAME,
@@ -44,7 +45,6 @@ from train.records.step_record import (
 )
 from train.report.plan_comparison import compared_run
 from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
-from train.step import StepResult, train_step
 
 SVG = "{http://www.w3.org/2000/svg}"
 

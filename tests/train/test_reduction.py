@@ -24,11 +24,11 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
+from train.core.guard import Guard
+from train.core.learner import Learner
+from train.core.step import train_step
 from train.errors import RefusedStepError
-from train.guard import Guard
-from train.learner import Learner
 from train.optim.adamw import Slice
-from train.step import train_step
 
 STEPS = 2
 """In the first a loss is refused, in the second a norm."""

@@ -12,10 +12,10 @@ from infer.protocol import Sample
 from score.reward import GroupSheets, join_parts
 from score.score import SCORERS, Outcome, Score, ScoringError
 from tests.rollouts import ROLLOUT, answer_of, group_of, header_of
-from tests.train.test_guard import STOP
+from tests.train.core.test_guard import STOP
 from train.config.tasks import RolloutLimits
+from train.core.guard import Figures, Guard, RolloutGuard, read_figures
 from train.errors import StoppedError, UnscoredError
-from train.guard import Figures, Guard, RolloutGuard, read_figures
 from train.loop import ends_of_sampling
 from train.post.sample import NO_VERDICT, ScoredRollout, rollout_metrics, with_advantages
 

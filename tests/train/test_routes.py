@@ -19,10 +19,10 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.replica import BatchReader, StepBatch
+from train.core.step import Balance, accumulate, rates_of, update_router_bias
 from train.records.reporter import LoadLines
-from train.replica import BatchReader, StepBatch
-from train.step import Balance, accumulate, rates_of, update_router_bias
 from verify.steps import by_released_name, start_biases
 
 

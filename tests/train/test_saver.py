@@ -31,10 +31,10 @@ from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.checkpoint.parts import PartReader, State, as_slice, index_of, state_of, write_part
 from train.checkpoint.save import CheckpointSaver, replace_folder
 from train.config import PrecisionConfig, TrainConfig
+from train.core.step import train_step
 from train.errors import UnsavedError
 from train.files.run_lock import OwnershipCheck, RunLock
 from train.optim.adamw import Slice
-from train.step import train_step
 
 
 def config_of(folder: Path, name: str) -> TrainConfig:

@@ -22,7 +22,7 @@ from train.checkpoint import load as checkpoint
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import load_initial
 from train.config import TokenSchedule, TrainConfig
-from train.step import train_step
+from train.core.step import train_step
 
 # The last bytes that can be written are in the middle of a tensor, or in its header.
 FILE_LIMITS_BYTES = (3_000, 10_000, 50_000, 50_700, 51_400, 100_100)

@@ -14,13 +14,14 @@ from torch import Tensor
 from comm.watchdog.collective_log import CollectiveLog
 from model.block import RoutedExperts
 from model.transformer import named_tensors
-from train import learner, startup, step, world
 from train.checkpoint import locate
 from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
+from train.core import learner, step, world
+from train.core.replica import BatchReader, Replica
 from train.optim import staged
 from train.optim.adamw import EMBEDDING, ReplicatedAdamW
-from train.replica import BatchReader, Replica
+from train.start import startup
 from verify import places, rates, resuming, runs, steps
 
 Plant = Callable[[int, ExitStack], None]

@@ -23,7 +23,7 @@ from train.config import TrainConfig
 from train.terminal import progress_on
 
 if TYPE_CHECKING:
-    from train.learner import Learner
+    from train.core.learner import Learner
 
 ValueT = TypeVar("ValueT")
 _LONGEST_TEXT = 300

@@ -28,7 +28,7 @@ from train.checkpoint.manifest import CheckpointError, Digest
 from train.optim.adamw import Slice
 
 if TYPE_CHECKING:
-    from train.learner import Learner, ParameterEma
+    from train.core.learner import Learner, ParameterEma
     from train.post.comparison import Reference
 
 

@@ -34,7 +34,7 @@ from train.files.json_lines import try_append_event
 from train.files.run_lock import OwnershipCheck, RunLock
 
 if TYPE_CHECKING:
-    from train.learner import Learner
+    from train.core.learner import Learner
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

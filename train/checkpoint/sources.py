@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from model.hf.reader import HfReader
     from train.checkpoint.parts import PartReader
-    from train.learner import Learner
+    from train.core.learner import Learner
 
 WeightsForm = Literal["hf", "checkpoint"]
 LARGEST_FILE_BYTES = 5_000_000_000

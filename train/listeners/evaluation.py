@@ -36,11 +36,11 @@ from model.linear import WeightSink
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
 from model.objectives.pairs import KeepScores
 from train.config.decode import encode
+from train.core.replica import Replica, held_part
+from train.core.world import World, link_shapes, sequence_parts
 from train.listeners.listener import Listener, Moment, RunParts
 from train.post.pipeline import ReplicaPipeline
-from train.replica import Replica, held_part
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
-from train.world import World, link_shapes, sequence_parts
 
 FOLDER_NAME = "evaluations"
 _BATCH_SIZE = 32

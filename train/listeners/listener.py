@@ -12,15 +12,15 @@ from data.parts import Prepared
 from train.callbacks import Callbacks, call_on_first_rank
 from train.checkpoint.save import CheckpointSaver, lost_folder, save_to_rescue_folder
 from train.config import TrainConfig
+from train.core.learner import Learner
+from train.core.replica import Replica
+from train.core.step import Done, Skipped
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
 from train.files.json_lines import try_append_event
 from train.files.run_files import StatusFile
 from train.files.run_lock import OwnershipCheck
-from train.learner import Learner
 from train.records.reporter import Reporter
 from train.records.step_record import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
-from train.replica import Replica
-from train.step import Done, Skipped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

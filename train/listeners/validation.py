@@ -25,21 +25,21 @@ from infer.protocol import NumberedPrompt, Request, Rollouts, decode_after
 from model.objective import MAIN, LossSums, MicroBatch
 from model.router import RecordedRoutes
 from model.transformer import Transformer
-from train.by_source import SourceMeans, SumsBySource, ValidationBySource
 from train.callbacks import call_on_first_rank
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TaskConfig, TrainConfig
+from train.core.by_source import SourceMeans, SumsBySource, ValidationBySource
+from train.core.learner import NetworkComparison
+from train.core.replica import BatchReader, Read, Replica
+from train.core.step import Losses, is_reported, reduce_losses
+from train.core.world import World, weight_dtype
 from train.files.run_files import redact
-from train.learner import NetworkComparison
 from train.listeners.listener import Listener, Moment
 from train.post.sample import PASS_AT_1
-from train.replica import BatchReader, Read, Replica
 from train.report.viewer import HeldOutAnswer, write_answers
-from train.step import Losses, is_reported, reduce_losses
 from train.tasks.pretrain import base_length
 from train.tasks.registry import TASKS, StepRates, open_task
-from train.world import World, weight_dtype
 
 FIRST_RANGE_TOKENS = 128
 LOSS_BY_POSITION = "loss_by_position"

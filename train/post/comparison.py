@@ -19,12 +19,12 @@ from model.objectives.policy import TokenLogProbs
 from model.transformer import named_tensors
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig
-from train.learner import NetworkComparison
-from train.replica import BatchReader, Replica, open_replica
+from train.core.learner import NetworkComparison
+from train.core.replica import BatchReader, Replica, open_replica
+from train.core.world import ReplicaConfig
 from train.schedule.cut import run_cut
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
-from train.world import ReplicaConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,9 +18,9 @@ from data.pack import ANSWER, PADDING_POSITION, WEIGHTS, best_fit_decreasing
 from infer.protocol import NumberedPrompt, Sample
 from model.objectives.policy import ADVANTAGE, KEPT, OLD, SAMPLER, TokenLogProbs
 from model.router import Routes
+from train.core.replica import BatchReader, Read, Replica, StepBatch
 from train.post.routes import replay_answers
 from train.post.sample import AnswerPlace, RolloutRoutes
-from train.replica import BatchReader, Read, Replica, StepBatch
 from train.tasks.registry import Task
 
 PromptAndAnswer = tuple[NumberedPrompt, Sample]

@@ -48,8 +48,8 @@ from model.hf.reader import HfReader
 from model.transformer import Transformer, named_tensors, whole
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, open_source, source_folder
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
-from train.replica import Replica, open_replica
-from train.world import PipelineLinks, ReplicaConfig, World, build_groups, build_model, message_key, open_world
+from train.core.replica import Replica, open_replica
+from train.core.world import PipelineLinks, ReplicaConfig, World, build_groups, build_model, message_key, open_world
 
 ValueT = TypeVar("ValueT")
 

@@ -29,11 +29,11 @@ from infer.cohorts import assign_prompt
 from infer.protocol import PROMPT_SAMPLE, RouteKey, SampledRoutes
 from model.config import ModelConfig
 from model.router import FREE_CHOICE, ReplayedRoutes, RouteError, Router, Routing, expert_id_dtype
+from train.core.replica import Replica
 from train.errors import UnsavedError
 from train.files.run_files import RankFiles, find_rank_files
 from train.post.journal import FOLDER_NAME
 from train.post.sample import AnswerPlace, RolloutRoutes, ScoredRollout
-from train.replica import Replica
 
 Records = Mapping[RouteKey, NDArray[np.generic]]
 """Experts of the tokens of each record, TK."""

@@ -26,8 +26,10 @@ from model.transformer import named_tensors
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
+from train.core.learner import NetworkComparison
+from train.core.replica import Replica, StepBatch, TaskHook
+from train.core.world import weight_dtype
 from train.errors import UnsavedError
-from train.learner import NetworkComparison
 from train.post.journal import (
     JournalError,
     journal_path,
@@ -51,11 +53,9 @@ from train.post.sample import (
     rollout_metrics,
 )
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
-from train.replica import Replica, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.registry import Task, open_task
-from train.world import weight_dtype
 
 _CHOICE_SAMPLE = 1
 """Number of the sample whose random numbers choose between student and data. A prompt has only the sample 0."""

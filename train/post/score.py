@@ -21,14 +21,14 @@ from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitutio
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
 from train.config import TrainConfig
+from train.core.replica import Replica, open_replica
+from train.core.world import ReplicaConfig, World, weight_dtype
 from train.post.judge import Judge
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm
-from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.next_token import to_micro_batch
-from train.world import ReplicaConfig, World, weight_dtype
 
 
 @dataclass(frozen=True, slots=True)

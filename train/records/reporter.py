@@ -14,19 +14,19 @@ from data.parts import Prepared
 from data.registry import DATA_SOURCES
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
+from train.core.replica import Replica
+from train.core.step import Balance
 from train.errors import LOG_FOLDER
 from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
 from train.files.run_files import RankFiles, redact, redact_values
 from train.memory.fit import summary_line
 from train.memory.predict import predict_memory
 from train.optim.learning_rate import learning_rate, schedule_warnings
-from train.plan import Plan
 from train.records.display import Display, open_console
 from train.records.step_record import profile_notice
-from train.replica import Replica
 from train.report.page import Report
 from train.schedule.cut import ramp_notices, with_cut
-from train.step import Balance
+from train.start.plan import Plan
 
 LOGGER = logging.getLogger("train")
 Record = Mapping[str, Any]

@@ -44,12 +44,12 @@ from model.objective import BALANCE
 from model.size import training_flops_per_token
 from train.callbacks import add_metrics
 from train.config import ProfileConfig, TrainConfig
+from train.core.replica import Replica
+from train.core.step import StepResult
+from train.core.world import World
 from train.files.run_files import redact, replace_text
-from train.plan import excluded_schedules
-from train.replica import Replica
 from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
-from train.step import StepResult
-from train.world import World
+from train.start.plan import excluded_schedules
 
 _FIELDS = tuple(field.name for field in fields(LayerTraffic))
 _RECEIVED = _FIELDS.index("num_bytes_from_nodes")

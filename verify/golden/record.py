@@ -37,12 +37,12 @@ from model.router import Router, Routing
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors, routers
 from train.checkpoint.sources import open_source
 from train.config import PrecisionConfig
-from train.learner import NetworkComparison, open_learner
+from train.core.learner import NetworkComparison, open_learner
+from train.core.replica import BatchReader, StepBatch, open_replica
+from train.core.step import accumulate, rates_of, update_router_bias
+from train.core.world import ReplicaConfig, build_groups, open_world
 from train.optim.adamw import MOMENTS, Slice
-from train.replica import BatchReader, StepBatch, open_replica
-from train.step import accumulate, rates_of, update_router_bias
 from train.tasks.registry import open_task
-from train.world import ReplicaConfig, build_groups, open_world
 from verify.golden.config import GoldenConfig, GoldenRun
 from verify.steps import by_released_name
 
@@ -141,7 +141,7 @@ class _GoldenRank(NetworkComparison):
         return routing
 
     def run(self, step: int) -> Arrays:
-        """Runs a step as `train.step.train_step` does, and returns its results in the order of execution."""
+        """Runs a step as `train.core.step.train_step` does, and returns its results in the order of execution."""
         golden, learner, replica = self._golden, self._learner, self._replica
         sizes = BatchSizes(golden.batch.global_sequences, golden.batch.sequence_length_tokens)
         rates = rates_of(golden.task, golden.optim, sizes, step)

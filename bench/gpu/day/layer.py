@@ -23,7 +23,7 @@ from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import TrainConfig
-from train.world import weight_dtype
+from train.core.world import weight_dtype
 
 PHASES = ("embedding", "dense layer", "attend", "dispatch", "experts", "combine", "head")
 EXPERT_LAYER = ("attend", "dispatch", "experts", "combine")

@@ -17,11 +17,11 @@ from tests.inline_lane import InlineLane
 from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.replica import BatchReader
+from train.core.step import rates_of
 from train.memory.predict import rank_memory, run_sizes
 from train.memory.rank_bytes import PipelineBytes, RankBytes
-from train.replica import BatchReader
-from train.step import rates_of
 
 NUMBER_BYTES = 8
 """Size of a single number, such as a loss. Tensors of this size are not counted."""
@@ -69,7 +69,7 @@ def compare_rank(
 ) -> list[Compared]:
     """Runs one step of each job, and returns the measured and predicted bytes."""
     # Exchanges run on this thread, so that the mode sees their tensors.
-    with patch("train.world.open_lane", lambda device: InlineLane()):
+    with patch("train.core.world.open_lane", lambda device: InlineLane()):
         return [_compare(config, schedule, measures_inside) for config, schedule in jobs]
 
 

@@ -17,9 +17,9 @@ from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.memory.live import NUMBER_BYTES
 from train.config import TrainConfig
-from train.replica import StepBatch
+from train.core.replica import StepBatch
+from train.core.step import accumulate, rates_of
 from train.schedule.timing import planning_schedule
-from train.step import accumulate, rates_of
 
 
 def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[int]:

@@ -18,11 +18,11 @@ from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job
 from train.checkpoint.parts import HostCopy, state_of
 from train.config import Precision, PrecisionConfig, TrainConfig
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.world import weight_dtype
 from train.memory.predict import predict_memory
 from train.optim.adamw import MOMENTS, Slice, moments_of
 from train.schedule.timing import planning_schedule
-from train.world import weight_dtype
 
 LAYOUTS = (
     (ParallelismConfig(pipeline=1, data=8, expert=1), "1f1b"),

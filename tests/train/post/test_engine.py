@@ -17,9 +17,9 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config
 from tests.train.job import opened_replica
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
+from train.core.replica import Replica
 from train.listeners.evaluation import PipelinedModel
 from train.post.pipeline import GatheredEngine, ReplicaEngine, ReplicaPipeline
-from train.replica import Replica
 
 pytestmark = pytest.mark.long
 

@@ -30,12 +30,12 @@ from tests.train.tasks.test_policy_gradient import run_config
 from tests.train.test_decoding import PROMPTS, opened, sorted_ids
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
-from train.corpus import prepare_corpus
 from train.post.journal import read_journal, write_journal
 from train.post.pack import BatchShape, PackedStep, answer_log_probs, find_prompts, pack_step
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import RolloutRoutes, ScoredRollout, has_equal_rewards
 from train.post.sampler import StudentSampler
+from train.start.corpus import prepare_corpus
 from verify.steps import StepValues
 
 STEPS = 3

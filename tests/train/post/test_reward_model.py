@@ -34,11 +34,11 @@ from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
 from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
 from train.config.decode import decode
+from train.core.world import weight_dtype
 from train.errors import ConfigError
 from train.post.judge import JUDGE_SEED
 from train.post.sample import PromptForm
 from train.post.score import RolloutRewards, open_model_parts, open_reward_model, with_constitutions
-from train.world import weight_dtype
 
 REWARD_MODEL = replace(MODEL, hidden_size=24, num_heads=3, mtp_depth=0, head="score", initializer_range=0.4)
 

@@ -23,12 +23,12 @@ from tests.tiny import MODEL
 from tests.train.job import task_of
 from tests.train.test_decoding import PROMPTS, Layout, config_of, held_keys, local, opened, sorted_ids
 from train.config import TrainConfig
+from train.core.replica import BatchReader, Replica
+from train.core.step import rates_of
 from train.files.run_files import RankFiles
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.routes import BatchRoutes, TrainedRoutes, assign_homes, exchange_routes, read_routes, write_routes
 from train.post.sample import AnswerPlace
-from train.replica import BatchReader, Replica
-from train.step import rates_of
 
 # Many experts, so that scores are close to each other.
 MANY_EXPERTS = replace(MODEL, num_routed_experts=64, num_experts_per_token=8, num_expert_groups=1, num_limited_groups=1)

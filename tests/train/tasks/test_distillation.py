@@ -22,11 +22,11 @@ from tests.tiny import MODEL
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
-from train.corpus import prepare_corpus
+from train.core.replica import BatchReader
 from train.errors import ConfigError
 from train.memory.predict import predict_memory
 from train.post.comparison import Teacher
-from train.replica import BatchReader
+from train.start.corpus import prepare_corpus
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS
 from verify.steps import start_biases

@@ -26,10 +26,10 @@ from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import load_initial
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
+from train.core.learner import NetworkComparison
+from train.core.step import train_step
 from train.errors import ConfigError
-from train.learner import NetworkComparison
 from train.listeners.validation import validate
-from train.step import train_step
 from train.tasks.preferences import DpoConfig, RewardModelConfig
 
 SHARED = {

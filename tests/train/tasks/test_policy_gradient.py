@@ -22,14 +22,14 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import close_job, configured_schedule, make_world
 from train.config import TokenSchedule, TrainConfig
+from train.core.learner import open_learner
+from train.core.replica import StepBatch, open_replica
+from train.core.step import accumulate
+from train.core.world import ReplicaConfig
 from train.errors import ConfigError
-from train.learner import open_learner
-from train.replica import StepBatch, open_replica
 from train.schedule.cut import run_cut
-from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
-from train.world import ReplicaConfig
 from verify.steps import by_released_name, relative_error
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)

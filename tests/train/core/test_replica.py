@@ -19,12 +19,12 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import configured_schedule, make_world, open_loader, task_of
 from train.config import TrainConfig
-from train.learner import open_learner
+from train.core.learner import open_learner
+from train.core.replica import BatchReader, Replica, open_replica
+from train.core.step import train_step
+from train.core.world import ReplicaConfig, build_model
 from train.listeners.validation import validate_pass
-from train.replica import BatchReader, Replica, open_replica
 from train.schedule.cut import run_cut
-from train.step import train_step
-from train.world import ReplicaConfig, build_model
 
 STEPS = 2
 REFERENCES = {"same shape": MODEL, "wider": replace(MODEL, hidden_size=48, num_routed_experts=16)}

@@ -31,8 +31,8 @@ from train.memory.fit import fitted_cut
 from train.memory.predict import ramp_memory_cap
 from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
 from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.probe import measure
 from train.schedule.timing import nominal_costs
+from train.start.probe import measure
 
 if TYPE_CHECKING:
     from kernels.gemm.tuned import TunedProduct

@@ -20,11 +20,11 @@ from model.objective import LossSums, MicroBatch, Objective
 from model.objectives.pairs import SCORE, head_objective
 from model.transformer import BIAS, Transformer, named_tensors, routers
 from train.config import EmaConfig
+from train.core.replica import BatchReader, Replica, TaskHook
+from train.core.world import World, link_shapes, weight_dtype
 from train.optim.adamw import units_of
 from train.optim.learning_rate import OptimConfig
 from train.optim.staged import Background, StagedAdamW, build_optimizer
-from train.replica import BatchReader, Replica, TaskHook
-from train.world import World, link_shapes, weight_dtype
 
 if TYPE_CHECKING:
     from train.post.comparison import Reference

@@ -26,9 +26,9 @@ from model.objectives.pairs import head_objective
 from model.stage import Stage, StageRun, block_lanes
 from model.transformer import Part
 from train.config import TrainConfig
-from train.learner import random_batch
+from train.core.learner import random_batch
+from train.core.world import ReplicaConfig, build_model, held_experts, weight_dtype
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times
-from train.world import ReplicaConfig, build_model, held_experts, weight_dtype
 
 _RUNS = 3
 _HOPS = 15

@@ -17,10 +17,10 @@ from data.loader import Loader
 from infer.config import GenerateError
 from train.config import GuardConfig
 from train.config.tasks import RolloutConfig
+from train.core.replica import StepBatch, TaskHook
+from train.core.world import World
 from train.errors import RefusedStepError, StepRefusal
 from train.files.json_lines import number_of, read_lines
-from train.replica import StepBatch, TaskHook
-from train.world import World
 
 LOSS = "loss"
 NORM = "gradient norm"

@@ -31,16 +31,16 @@ from train.config import (
     StopGuardConfig,
     TrainConfig,
 )
+from train.core.guard import LOSS, NORM, Guard, read_loss_and_norm
+from train.core.learner import LearnersByBatchSize
+from train.core.replica import StepBatch, TaskHook
 from train.errors import RefusedStepError, StepRefusal, StoppedError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import StatusFile
-from train.guard import LOSS, NORM, Guard, read_loss_and_norm
-from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
 from train.optim.adamw import Slice
 from train.records.reporter import Reporter
-from train.replica import StepBatch, TaskHook
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
 SKIP = SkipGuardConfig(kind="skip", spike_factor=20.0, spike_window_steps=3, max_consecutive=2)

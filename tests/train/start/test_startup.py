@@ -21,16 +21,16 @@ from tests.ports import reserved_port
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, TASK, VALIDATION, tiny_config, write_text
 from tests.train.job import close_job, open_job
-from train import startup
 from train.callbacks import Callbacks
 from train.config import TrainConfig
+from train.core.learner import LearnersByBatchSize
 from train.errors import CallbackError
 from train.files.json_lines import JsonLines
 from train.files.run_files import StatusFile
-from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.records.reporter import Reporter
-from train.startup import compare_ranks
+from train.start import startup
+from train.start.startup import compare_ranks
 
 
 def compared(rank: int, world_size: int, configs: list[TrainConfig], versions: list[str]) -> str:

@@ -27,14 +27,14 @@ from train.checkpoint.manifest import read_step
 from train.checkpoint.sources import load_initial
 from train.config import TrainConfig
 from train.config.decode import encode, flatten
-from train.corpus import State as CorpusState
-from train.corpus import build_together, prepare_corpus
+from train.core.learner import Learner
 from train.errors import PreemptedError
 from train.files.run_files import HIDDEN, is_secret_name, read_status, redact
-from train.learner import Learner
+from train.start.corpus import State as CorpusState
+from train.start.corpus import build_together, prepare_corpus
 from train.terminal import progress_on
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (
     "base",
     "comm",

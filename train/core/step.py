@@ -20,18 +20,18 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
 from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
-from train.by_source import SourceMeans, SumsBySource
 from train.config import StopGuardConfig, TaskConfig
-from train.errors import RefusedStepError
-from train.guard import (
+from train.core.by_source import SourceMeans, SumsBySource
+from train.core.guard import (
     LOSS,
     NORM,
     Guard,
     describe_refusal,
 )
-from train.learner import Learner
+from train.core.learner import Learner
+from train.core.replica import BatchReader, Replica, StepBatch
+from train.errors import RefusedStepError
 from train.optim.learning_rate import OptimConfig, learning_rate
-from train.replica import BatchReader, Replica, StepBatch
 from train.tasks.registry import StepRates, Task, open_task
 
 _BIAS = ("bias_least", "bias_most", "bias_std")

@@ -18,10 +18,10 @@ from model.transformer import named_tensors, routers
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
-from train import learner as learner_module
 from train.config import EmaConfig, Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.learner import Learner, open_learner, warm_up
-from train.step import train_step
+from train.core import learner as learner_module
+from train.core.learner import Learner, open_learner, warm_up
+from train.core.step import train_step
 
 DUALPIPE = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
 TWO_CHUNKS = ScheduleConfig(kind="dualpipe_interleaved", chunks=None, pairing="overlapped", slices=2)

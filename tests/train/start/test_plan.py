@@ -26,10 +26,10 @@ from tests.tiny import BATCH, tiny_config
 from tests.train.job import make_world
 from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_manifest
 from train.config import Fp8PrecisionConfig, TrainConfig
-from train.plan import Plan, plan, tune_kernels
-from train.replica import open_replica
+from train.core.replica import open_replica
+from train.core.world import ReplicaConfig
 from train.schedule.timing import few_micro_batches, nominal_costs, planning_schedule
-from train.world import ReplicaConfig
+from train.start.plan import Plan, plan, tune_kernels
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
@@ -63,8 +63,8 @@ def _validations(rank: int, world_size: int, config: TrainConfig) -> tuple[int, 
         validate_passes(schedule, memory_cap)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.plan.validate_passes", count)
-        patch.setattr("train.replica.validate_passes", count)
+        patch.setattr("train.start.plan.validate_passes", count)
+        patch.setattr("train.core.replica.validate_passes", count)
         planned = plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
         in_plan = len(counted)
         world = make_world(config, planned.schedule)
@@ -261,7 +261,7 @@ def _tuned(rank: int, world_size: int, config: TrainConfig) -> tuple[list[int], 
     cuda = torch.device("cuda")
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.plan.measure", probe)
+        patch.setattr("train.start.plan.measure", probe)
         patch.setattr(tuned, "PRODUCTS", {"product": product})
         tune_kernels(config, layout, cuda, has_probed=False)  # bf16 has nothing to tune
         tune_kernels(config, layout, torch.device("cpu"), has_probed=False)

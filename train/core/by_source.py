@@ -17,8 +17,8 @@ from data.loader import IGNORE
 from data.pack import count_token_bytes
 from data.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.replica import BatchReader, Replica
-from train.world import World
+from train.core.replica import BatchReader, Replica
+from train.core.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,10 +26,7 @@ from model.router import Routes
 from model.slices import SlicedRuns
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
-from train.errors import PreemptedError
-from train.optim.staged import WeightUpdates
-from train.tasks.registry import Task
-from train.world import (
+from train.core.world import (
     PipelineLinks,
     ReplicaConfig,
     World,
@@ -42,6 +39,9 @@ from train.world import (
     stage_part,
     weight_dtype,
 )
+from train.errors import PreemptedError
+from train.optim.staged import WeightUpdates
+from train.tasks.registry import Task
 
 Batches = Callable[[int, int], MicroBatch | None]
 """Returns the micro-batch of a direction and number, or None if this rank does not need it."""

@@ -1,0 +1,1 @@
+"""A training step: world, replica, learner, guard."""

@@ -1,0 +1,1 @@
+"""Everything between the start of the ranks and the first step."""
