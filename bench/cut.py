@@ -14,8 +14,8 @@ from dualpipe.builder import build_schedule
 from dualpipe.simulate.timing import simulate
 from launch.config.run_config import compose_run
 from train.config import TrainConfig
-from train.schedule.cut import run_cut, run_placement
-from train.schedule.layer_times import LayerTimes, PartTimes, model_work, stage_costs, stage_works, times_of_ranks
+from train.predict.cut import run_cut, run_placement
+from train.predict.layer_times import LayerTimes, PartTimes, model_work, stage_costs, stage_works, times_of_ranks
 
 _ATTENTION = (4.37e-3, 9.34e-3, 2.39e-3)
 _MLP = (4.60e-3, 5.31e-3, 5.07e-3)

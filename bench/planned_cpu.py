@@ -23,9 +23,9 @@ from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.core.replica import StepBatch
 from train.core.step import accumulate, rates_of
-from train.memory.fit import fitted_config
-from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.timing import planning_schedule
+from train.predict.fit import fitted_config
+from train.predict.layer_times import LayerTimes, stage_costs
+from train.predict.timing import planning_schedule
 from train.start import probe
 
 MOST_OFF = 0.15

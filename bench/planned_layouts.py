@@ -24,10 +24,10 @@ from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, configured_schedule, open_job, open_loader
 from train.config import TrainConfig
 from train.core.step import train_step
-from train.schedule.cut import run_cut, with_cut
-from train.schedule.layer_times import LayerTimes
-from train.schedule.measured import layer_parameters
-from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, time_plan
+from train.predict.cut import run_cut, with_cut
+from train.predict.layer_times import LayerTimes
+from train.predict.measured import layer_parameters
+from train.predict.timing import EfficiencyConfig, MeasuredRates, RateSource, time_plan
 from train.start import probe
 
 LEAST_APART = 0.05

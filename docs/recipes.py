@@ -38,8 +38,8 @@ def table(page: str) -> str:
 
 def _with_figures(row: str, name: str, folder: Path) -> str:
     from launch.plan_request import read_request
-    from train.memory.fit import fitted_config, gigabytes
-    from train.memory.predict import predict_memory
+    from train.predict.fit import fitted_config, gigabytes
+    from train.predict.memory import predict_memory
 
     overrides = [f"experiment={name}", *_STAND_INS.get(name, [])]
     if name == "arithmetic_distill":

@@ -31,8 +31,8 @@ from launch.config.rules import check_rules
 from score.reward import check_reward, host_parts
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.memory.fit import fitted_config
-from train.memory.predict import predict_memory
+from train.predict.fit import fitted_config
+from train.predict.memory import predict_memory
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _NO_GPU = "nearest valid: cluster=laptop, or config_only=true to check the configuration alone"

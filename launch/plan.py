@@ -58,7 +58,7 @@ from planner.smallest import smallest_text, smallest_values
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.errors import ConfigError, UnknownKeyError, broken, nearest
-from train.schedule.timing import SLICES, MeasuredRates
+from train.predict.timing import SLICES, MeasuredRates
 from train.streams.check import check_streams
 from train.tasks.registry import TASKS
 

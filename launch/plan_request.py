@@ -26,8 +26,8 @@ from planner.scaling import Rates
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest, nearest_key
+from train.predict.timing import EfficiencyConfig, with_chunks
 from train.report.plan_comparison import run_rates
-from train.schedule.timing import EfficiencyConfig, with_chunks
 
 _WHAT_IF = "what_if"
 _RATES = "rates"

@@ -35,7 +35,7 @@ from planner.job_plan import JobPlan, plan_job
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError, broken, nearest
-from train.memory.fit import gigabytes, memory_lines
+from train.predict.fit import gigabytes, memory_lines
 
 SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"

@@ -40,10 +40,10 @@ from train.config.tasks import TASKS
 from train.errors import ConfigError, broken
 from train.files.json_lines import try_append_event
 from train.files.run_files import read_status
-from train.memory.fit import memory_lines
 from train.optim.learning_rate import schedule_warnings
+from train.predict.cut import ramp_notices
+from train.predict.fit import memory_lines
 from train.records.display import guard_terminal, report_breaks
-from train.schedule.cut import ramp_notices
 from train.terminal import progress_on
 
 

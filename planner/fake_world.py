@@ -31,8 +31,8 @@ from train.core.world import (
 )
 from train.optim.adamw import MOMENTS, Unit, build_adamw, moments_of, units_of
 from train.optim.learning_rate import OptimConfig
-from train.schedule.cut import run_cut
-from train.schedule.timing import planning_schedule
+from train.predict.cut import run_cut
+from train.predict.timing import planning_schedule
 
 
 def build_distinct_ranks(config: TrainConfig) -> list[dict[str, Any]]:

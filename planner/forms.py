@@ -13,10 +13,10 @@ from model.size import count_parameters, training_flops_per_token
 from planner.job_plan import JobPlan, PlannerConfig, layout_json
 from planner.scaling import shape_distance
 from train.config.decode import encode
-from train.memory.fit import gigabytes, parts
-from train.memory.predict import RankMemory
+from train.predict.fit import gigabytes, parts
+from train.predict.memory import RankMemory
+from train.predict.timing import TimedPlan
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
-from train.schedule.timing import TimedPlan
 from train.terminal import aligned
 
 COLUMNS = 100

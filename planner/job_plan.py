@@ -1,6 +1,6 @@
 """Plans a run: memory of every rank, time of a step, cost, and what they rest on. No torch here.
 
-A plan counts parameters and optimizer state by arithmetic (`train.memory`). Ranks that another process builds, with
+A plan counts parameters and optimizer state by arithmetic (`train.predict`). Ranks that another process builds, with
 torch's fake process group and tensors without memory, check that against the real model and optimizer.
 """
 
@@ -21,12 +21,11 @@ from planner.scaling import KernelRates, Rates, rows_per_token
 from train.config import DEFAULT_COST, TrainConfig
 from train.config.decode import encode, flatten
 from train.errors import ConfigError
-from train.memory.fit import fitted_cut, shortage, with_fitting_cap
-from train.memory.predict import JobMemory, predict_memory, rank_memory
-from train.report.plan_comparison import Comparison, compare, with_measured_schedule
-from train.schedule.cut import run_cut, with_cut
-from train.schedule.measured import layer_parameters
-from train.schedule.timing import (
+from train.predict.cut import run_cut, with_cut
+from train.predict.fit import fitted_cut, shortage, with_fitting_cap
+from train.predict.measured import layer_parameters
+from train.predict.memory import JobMemory, predict_memory, rank_memory
+from train.predict.timing import (
     SLICES,
     EfficiencyConfig,
     StepTime,
@@ -35,6 +34,7 @@ from train.schedule.timing import (
     planning_schedule,
     time_plan,
 )
+from train.report.plan_comparison import Comparison, compare, with_measured_schedule
 from train.tasks.registry import TASKS
 
 _SPEEDS = (

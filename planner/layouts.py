@@ -17,10 +17,10 @@ from planner.job_plan import PlannerConfig
 from planner.scaling import KernelRates
 from train.config import Precision, TrainConfig
 from train.errors import broken
-from train.memory.fit import context_sizes
-from train.memory.predict import predict_memory, run_sizes
-from train.memory.rank_bytes import state_bytes, value_bytes
-from train.schedule.layer_times import LayerTimes, PartTimes, as_paired
+from train.predict.fit import context_sizes
+from train.predict.layer_times import LayerTimes, PartTimes, as_paired
+from train.predict.memory import predict_memory, run_sizes
+from train.predict.rank_bytes import state_bytes, value_bytes
 
 MOST_RANKS = 2**20
 _MOST_LAYOUTS = 3_000_000

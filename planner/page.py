@@ -12,8 +12,8 @@ from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.ir import Op
 from train.config.decode import flatten
 from train.figures import num_bytes, plain, seconds, short, table
-from train.memory.fit import gigabytes
-from train.schedule.timing import TimedPlan
+from train.predict.fit import gigabytes
+from train.predict.timing import TimedPlan
 
 _STYLE = Path(__file__).with_name("page.css")
 _PAIR = "pair"

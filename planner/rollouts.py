@@ -23,11 +23,11 @@ from score.scorers import JudgeConfig, RewardModelScorerConfig
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.tasks import RolloutConfig
-from train.memory.rank_bytes import value_bytes
+from train.predict.cut import run_cut
+from train.predict.layer_times import PartTimes, stage_costs
+from train.predict.rank_bytes import value_bytes
+from train.predict.timing import EfficiencyConfig, MeasuredRates, TimedPlan
 from train.report.plan_comparison import Compared, read_sampled
-from train.schedule.cut import run_cut
-from train.schedule.layer_times import PartTimes, stage_costs
-from train.schedule.timing import EfficiencyConfig, MeasuredRates, TimedPlan
 from train.tasks.registry import TASKS
 
 _ACCEPTED = 0.85

@@ -33,11 +33,11 @@ from planner.products import (
     products_of,
 )
 from train.config import TrainConfig
-from train.memory.predict import rank_parameters
-from train.memory.rank_bytes import count_replicas, host_update_seconds
-from train.schedule.cut import run_cut
-from train.schedule.layer_times import LayerTimes, PartTimes
-from train.schedule.timing import MeasuredRates, RateSource, communication_share
+from train.predict.cut import run_cut
+from train.predict.layer_times import LayerTimes, PartTimes
+from train.predict.memory import rank_parameters
+from train.predict.rank_bytes import count_replicas, host_update_seconds
+from train.predict.timing import MeasuredRates, RateSource, communication_share
 
 _VALUE_BYTES = 2
 _WIDE_BYTES = 4

@@ -21,10 +21,10 @@ from planner.job_plan import PlannerConfig, job_cost, layout_json
 from planner.layouts import Estimates, RankedLayout, RankSetting, SearchSpace
 from planner.scaling import shape_distance
 from train.config import TrainConfig
-from train.memory.fit import fitted_cut, shortage
-from train.memory.predict import JobMemory, predict_memory
-from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.timing import StepTime, few_micro_batches, time_plan
+from train.predict.cut import run_cut, run_placement, with_cut
+from train.predict.fit import fitted_cut, shortage
+from train.predict.memory import JobMemory, predict_memory
+from train.predict.timing import StepTime, few_micro_batches, time_plan
 
 NUM_FASTEST = 6
 """Number of the fastest layouts that are returned."""

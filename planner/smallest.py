@@ -15,8 +15,8 @@ from planner.search import FoundLayout, Rules, Search
 from planner.search_forms import layout_overrides
 from train.config import TrainConfig
 from train.errors import broken
-from train.memory.fit import gigabytes, parts
-from train.memory.rank_bytes import state_bytes
+from train.predict.fit import gigabytes, parts
+from train.predict.rank_bytes import state_bytes
 
 _MOST_RANKS = 4096
 _COUNT_SECONDS = 2.0

@@ -49,10 +49,10 @@ from train.optim.adamw import load_cpu_adam
 from train.optim.learning_rate import OptimConfig
 from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
+from train.predict.measured import MeasuredRun, RunFacts, probed, try_to_write
 from train.records.display import PhaseLines, report_breaks
 from train.records.reporter import open_reporter, print_run_summary
 from train.report.page import Report
-from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write
 from train.start.plan import Plan, plan, tune_kernels
 from train.start.startup import (
     broadcast_config,

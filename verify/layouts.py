@@ -28,7 +28,7 @@ from train.config import (
 )
 from train.errors import ConfigError
 from train.optim.learning_rate import ConstantRate, Duration
-from train.schedule.cut import num_stages
+from train.predict.cut import num_stages
 from train.tasks.pretrain import PretrainConfig
 
 CONFIGURED = "configured layout"

@@ -7,8 +7,8 @@ from dataclasses import replace
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.errors import ConfigError, broken
-from train.memory.fit import context_sizes, fitted_config, gigabytes, parts, shortage
-from train.memory.predict import JobMemory, predict_memory
+from train.predict.fit import context_sizes, fitted_config, gigabytes, parts, shortage
+from train.predict.memory import JobMemory, predict_memory
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]  # overrides as a user writes them, and the resulting configuration

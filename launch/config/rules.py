@@ -18,10 +18,10 @@ from score.scorers import JudgeConfig
 from train.config import TrainConfig
 from train.config.tasks import TASKS
 from train.errors import ConfigError, broken, divisors, multiples
-from train.memory.fit import fitted_cut
 from train.optim.learning_rate import RateError, check_schedule
-from train.schedule.cut import run_cut, run_placement, sized_run, with_cut
-from train.schedule.timing import communication_share, nominal_costs
+from train.predict.cut import run_cut, run_placement, sized_run, with_cut
+from train.predict.fit import fitted_cut
+from train.predict.timing import communication_share, nominal_costs
 
 _BATCH = "batch.global_sequences"
 _LENGTH = "batch.sequence_length_tokens"

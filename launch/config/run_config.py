@@ -26,8 +26,8 @@ from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.config.tasks import TASKS
 from train.errors import ConfigError, broken, nearest, nearest_key
-from train.memory.fit import with_fitting_cap
-from train.schedule.timing import with_chunks
+from train.predict.fit import with_fitting_cap
+from train.predict.timing import with_chunks
 from train.start.corpus import MOST_REPEATS, check_repeats, prepare_corpus
 from train.terminal import progress_on
 

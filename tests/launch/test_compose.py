@@ -40,9 +40,9 @@ from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config import TrainConfig, sized_config
 from train.errors import ConfigError
-from train.memory import predict
-from train.memory.fit import memory_lines
-from train.memory.predict import predict_memory, ramp_memory_cap
+from train.predict import memory as predict
+from train.predict.fit import memory_lines
+from train.predict.memory import predict_memory, ramp_memory_cap
 
 
 def test_compose_gives_plain_values() -> None:
@@ -372,7 +372,7 @@ def forget() -> None:
 MEMORY_OF = (
     "import sys, time; sys.modules |= {'triton': None} if sys.argv[1] == 'no triton' else {}; "
     "from launch.config.run_config import compose_run; "
-    "from train.memory.fit import memory_lines; config = compose_run(sys.argv[2:]); "
+    "from train.predict.fit import memory_lines; config = compose_run(sys.argv[2:]); "
     "start = time.process_time(); lines = memory_lines(config); "
     "print(time.process_time() - start, 'torch' in sys.modules, lines)"
 )

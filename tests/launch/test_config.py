@@ -27,7 +27,7 @@ from tests.refusals import assert_refused
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.errors import ConfigError, divisors, multiples
-from train.schedule.cut import ramp_notices
+from train.predict.cut import ramp_notices
 
 RAMP_OF_ODD = ("4 to 6", "10", "14")
 RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"

@@ -26,9 +26,9 @@ from tests.planner.planned import PUBLISHED, SMALL
 from tests.refusals import assert_refused
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.memory.fit import fitted_config
-from train.memory.predict import predict_memory
-from train.schedule.timing import MeasuredRates
+from train.predict.fit import fitted_config
+from train.predict.memory import predict_memory
+from train.predict.timing import MeasuredRates
 
 COMMAND = [sys.executable, "-m", "launch.plan"]
 

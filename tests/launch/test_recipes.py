@@ -29,8 +29,8 @@ from train.config import TrainConfig
 from train.core.step import rates_of
 from train.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
-from train.schedule.cut import run_cut, run_placement
-from train.schedule.layer_times import nominal_times, stage_costs
+from train.predict.cut import run_cut, run_placement
+from train.predict.layer_times import nominal_times, stage_costs
 from train.start.corpus import prepare_corpus
 from train.tasks.grpo import GrpoConfig
 

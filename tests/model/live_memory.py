@@ -18,8 +18,8 @@ from model.phases import ComputePhase
 from model.size import StageShape
 from model.stage import Stage
 from model.transformer import Transformer
-from train.memory.predict import stage_phases
-from train.memory.rank_bytes import Sizes
+from train.predict.memory import stage_phases
+from train.predict.rank_bytes import Sizes
 
 
 class LiveMemory(TorchDispatchMode):

@@ -22,7 +22,7 @@ from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import make_sizes
 from tests.model.test_activations import WIDE as SMALL
 from tests.model.test_phases import phases_of
-from train.memory.predict import stage_phases
+from train.predict.memory import stage_phases
 
 ALL = frozenset(RECOMPUTED)
 TYPES: tuple[Products, ...] = ("fp8", "own")

@@ -28,12 +28,12 @@ from planner.scaling import KernelRates, context_seconds
 from tests.planner.planned import PUBLISHED, SMALL, request_of
 from tests.ranks import fork_context
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.memory.fit import context_sizes, fitted_config
-from train.memory.predict import predict_memory, rank_memory
-from train.schedule.cut import run_cut
-from train.schedule.layer_times import PartTimes
-from train.schedule.measured import layer_parameters
-from train.schedule.timing import MeasuredRates, planning_schedule
+from train.predict.cut import run_cut
+from train.predict.fit import context_sizes, fitted_config
+from train.predict.layer_times import PartTimes
+from train.predict.measured import layer_parameters
+from train.predict.memory import predict_memory, rank_memory
+from train.predict.timing import MeasuredRates, planning_schedule
 
 NO_FILES = ["data.paths=[corpus]", "data.tokenizer=null"]
 

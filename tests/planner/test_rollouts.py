@@ -17,8 +17,8 @@ from tests.commands import run_command
 from tests.planner.planned import plan_of, request_of
 from tests.refusals import assert_refused
 from train.errors import ConfigError
+from train.predict.timing import MeasuredRates, RolloutRates
 from train.report.plan_comparison import read_sampled
-from train.schedule.timing import MeasuredRates, RolloutRates
 
 GRPO = ("experiment=arithmetic_grpo", "init_from=random", "cluster=h800", "precision=bf16", "plan.check=false")
 RUN = (

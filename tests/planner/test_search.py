@@ -19,9 +19,9 @@ from planner.layouts import Estimates, RankedLayout, SearchSpace, adapted_run
 from planner.search import FoundLayout, Search, as_measured, search_layouts, short_runs
 from planner.search_forms import layout_overrides, search_text, search_values
 from planner.smallest import smallest_values
-from train.memory.predict import predict_memory
-from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.timing import time_plan
+from train.predict.cut import run_cut, run_placement, with_cut
+from train.predict.memory import predict_memory
+from train.predict.timing import time_plan
 
 MODEL = ("experiment=v2_lite_16b", "search=true")
 

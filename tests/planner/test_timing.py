@@ -18,8 +18,8 @@ from planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_tok
 from tests.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
 from train.errors import ConfigError
-from train.schedule.layer_times import LayerTimes
-from train.schedule.timing import TimedPlan, nominal_costs, time_plan
+from train.predict.layer_times import LayerTimes
+from train.predict.timing import TimedPlan, nominal_costs, time_plan
 
 KINDS = ("1f1b", "dualpipe", "dualpipe_split", "dualpipe_v", "zb_v")
 

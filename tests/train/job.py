@@ -34,8 +34,8 @@ from train.core.step import Losses, accumulate, rates_of, reduce_losses, update_
 from train.core.world import ReplicaConfig, World, open_world, weight_dtype
 from train.post.comparison import open_comparison
 from train.post.sampler import StudentSampler, open_hook
-from train.schedule.cut import run_cut
-from train.schedule.timing import nominal_costs
+from train.predict.cut import run_cut
+from train.predict.timing import nominal_costs
 from train.start.corpus import prepare_corpus
 from train.start.plan import ramp_schedules
 from train.tasks.distill import DistillConfig, is_scores_folder

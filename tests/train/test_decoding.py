@@ -31,7 +31,7 @@ from train.core.replica import Replica, open_replica
 from train.core.world import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
 from train.post.routes import assign_homes, held_records
-from train.schedule.cut import run_cut
+from train.predict.cut import run_cut
 
 PROMPTS = tuple(
     NumberedPrompt(number=number, tokens=tuple((7 * number + 3 * at * at + 1) % 320 for at in range(length)))

@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
-from train.schedule.cut import with_cut
+from train.predict.cut import with_cut
 from verify.equality import keeps_sums
 from verify.steps import Difference, StepValues, rank_differences, tensor_differences
 

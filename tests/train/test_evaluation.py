@@ -35,8 +35,8 @@ from train.core.world import ReplicaConfig
 from train.files.json_lines import JsonLines
 from train.listeners.evaluation import PipelinedModel
 from train.listeners.validation import LossByPosition, Measures, Validation, open_by_source, validate
+from train.predict.cut import run_cut
 from train.records.reporter import corpus_lines
-from train.schedule.cut import run_cut
 from train.start.corpus import prepare_corpus
 
 

@@ -28,7 +28,7 @@ from train.core.learner import LearnersByBatchSize
 from train.core.replica import BatchReader
 from train.core.step import rates_of
 from train.listeners.validation import validate_pass
-from train.schedule.timing import nominal_costs
+from train.predict.timing import nominal_costs
 from train.tasks.next_token import to_micro_batch
 from verify.steps import StepValues
 

@@ -30,6 +30,7 @@ from tests.train.test_command import read_metrics, run_train
 from train.config import ProfileConfig, TrainConfig
 from train.core.learner import Learner
 from train.core.step import StepResult, train_step
+from train.predict.measured import MEASURED_NAME, read_measured, stage_phases
 from train.records.reporter import Wandb
 from train.records.step_record import (
     PAGE_NAME,
@@ -44,7 +45,6 @@ from train.records.step_record import (
     write_pictures,
 )
 from train.report.plan_comparison import compared_run
-from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
 
 SVG = "{http://www.w3.org/2000/svg}"
 

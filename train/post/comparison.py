@@ -22,7 +22,7 @@ from train.config import TrainConfig
 from train.core.learner import NetworkComparison
 from train.core.replica import BatchReader, Replica, open_replica
 from train.core.world import ReplicaConfig
-from train.schedule.cut import run_cut
+from train.predict.cut import run_cut
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
 

@@ -27,7 +27,7 @@ from train.post.judge import Judge
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm
-from train.schedule.cut import run_cut
+from train.predict.cut import run_cut
 from train.tasks.next_token import to_micro_batch
 
 

@@ -19,13 +19,13 @@ from train.core.step import Balance
 from train.errors import LOG_FOLDER
 from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
 from train.files.run_files import RankFiles, redact, redact_values
-from train.memory.fit import summary_line
-from train.memory.predict import predict_memory
 from train.optim.learning_rate import learning_rate, schedule_warnings
+from train.predict.cut import ramp_notices, with_cut
+from train.predict.fit import summary_line
+from train.predict.memory import predict_memory
 from train.records.display import Display, open_console
 from train.records.step_record import profile_notice
 from train.report.page import Report
-from train.schedule.cut import ramp_notices, with_cut
 from train.start.plan import Plan
 
 LOGGER = logging.getLogger("train")

@@ -48,7 +48,7 @@ from train.core.replica import Replica
 from train.core.step import StepResult
 from train.core.world import World
 from train.files.run_files import redact, replace_text
-from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
+from train.predict.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
 from train.start.plan import excluded_schedules
 
 _FIELDS = tuple(field.name for field in fields(LayerTraffic))

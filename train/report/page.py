@@ -18,11 +18,11 @@ from train.config.decode import encode, flatten
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import count, num_bytes, percent, plain, seconds, short, table
 from train.files.run_files import read_status, redact, redact_values, replace_text
+from train.predict.measured import MEASURED_NAME, PROBE_NAME
 from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, legend_gradient, overview
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, compared_run, comparison_notes, comparison_rows
 from train.report.source import History, RunSource
 from train.report.viewer import VIEWER_NAME, RolloutViewer, has_journals, read_answers
-from train.schedule.measured import MEASURED_NAME, PROBE_NAME
 
 COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")

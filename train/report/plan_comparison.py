@@ -17,12 +17,12 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError
 from train.files.json_lines import METRICS_NAME
-from train.memory.predict import JobMemory, predict_memory
+from train.predict.cut import run_placement, with_cut
+from train.predict.layer_times import PartTimes
+from train.predict.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
+from train.predict.memory import JobMemory, predict_memory
+from train.predict.timing import EfficiencyConfig, MeasuredRates, RateSource, RolloutRates, TimedPlan, time_plan
 from train.report.source import RecordedStep, typical_steps
-from train.schedule.cut import run_placement, with_cut
-from train.schedule.layer_times import PartTimes
-from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
-from train.schedule.timing import EfficiencyConfig, MeasuredRates, RateSource, RolloutRates, TimedPlan, time_plan
 
 _VARIED = 1.25
 """Least ratio of tokens per visit of two rollouts whose times show the time of a token."""

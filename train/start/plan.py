@@ -27,11 +27,11 @@ from train.checkpoint.manifest import (
     read_manifest,
 )
 from train.config import TrainConfig, sized_config
-from train.memory.fit import fitted_cut
-from train.memory.predict import ramp_memory_cap
-from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
-from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.timing import nominal_costs
+from train.predict.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
+from train.predict.fit import fitted_cut
+from train.predict.layer_times import LayerTimes, stage_costs
+from train.predict.memory import ramp_memory_cap
+from train.predict.timing import nominal_costs
 from train.start.probe import measure
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from model.transformer import Part
 from train.config import TrainConfig
 from train.core.learner import random_batch
 from train.core.world import ReplicaConfig, build_model, held_experts, weight_dtype
-from train.schedule.layer_times import LayerTimes, PartTimes, part_times
+from train.predict.layer_times import LayerTimes, PartTimes, part_times
 
 _RUNS = 3
 _HOPS = 15

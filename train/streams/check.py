@@ -16,8 +16,8 @@ from dualpipe.validate import embedding_ranks, is_mirrored
 from model.config import LAYER, ModelConfig
 from train.config import TrainConfig
 from train.errors import broken
-from train.schedule.cut import run_cut
-from train.schedule.timing import planning_schedule
+from train.predict.cut import run_cut
+from train.predict.timing import planning_schedule
 from train.streams.rules import DeviceRules, find_cycle
 from train.streams.step import StepShape, record_step
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from dualpipe.builder import build_schedule
 from launch.run_folder import write_run_folder
 from train.config import TrainConfig
-from train.schedule.cut import run_cut
-from train.schedule.layer_times import LayerTimes, PartTimes
-from train.schedule.measured import MeasuredRun, RunFacts, StepTimes, drawn, probed, try_to_write
+from train.predict.cut import run_cut
+from train.predict.layer_times import LayerTimes, PartTimes
+from train.predict.measured import MeasuredRun, RunFacts, StepTimes, drawn, probed, try_to_write
 
 
 def part(unit: float) -> PartTimes:

@@ -23,12 +23,8 @@ from tests.planner.measured.runs import TIMES, facts_of, write_run, write_steps,
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.report import source
-from train.report.page import comparison_of, predicted_tables
-from train.report.plan_comparison import compared_run, run_rates
-from train.report.source import typical_steps
-from train.schedule import measured as phases
-from train.schedule.measured import (
+from train.predict import measured as phases
+from train.predict.measured import (
     MEASURED_NAME,
     PARTS,
     PROBE_NAME,
@@ -38,7 +34,11 @@ from train.schedule.measured import (
     stage_phases,
     step_times,
 )
-from train.schedule.timing import EfficiencyConfig
+from train.predict.timing import EfficiencyConfig
+from train.report import source
+from train.report.page import comparison_of, predicted_tables
+from train.report.plan_comparison import compared_run, run_rates
+from train.report.source import typical_steps
 
 
 def config_of(folder: Path) -> TrainConfig:

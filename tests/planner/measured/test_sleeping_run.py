@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands import run_command
 from tests.tiny import write_text
-from train.schedule.measured import MEASURED_NAME, PROBE_NAME
+from train.predict.measured import MEASURED_NAME, PROBE_NAME
 
 PLUGIN = Path(__file__).parents[1] / "sleeping_plugin.py"
 MOST_OFF = 0.05

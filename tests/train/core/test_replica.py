@@ -24,7 +24,7 @@ from train.core.replica import BatchReader, Replica, open_replica
 from train.core.step import train_step
 from train.core.world import ReplicaConfig, build_model
 from train.listeners.validation import validate_pass
-from train.schedule.cut import run_cut
+from train.predict.cut import run_cut
 
 STEPS = 2
 REFERENCES = {"same shape": MODEL, "wider": replace(MODEL, hidden_size=48, num_routed_experts=16)}

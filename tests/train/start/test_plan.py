@@ -28,7 +28,7 @@ from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_m
 from train.config import Fp8PrecisionConfig, TrainConfig
 from train.core.replica import open_replica
 from train.core.world import ReplicaConfig
-from train.schedule.timing import few_micro_batches, nominal_costs, planning_schedule
+from train.predict.timing import few_micro_batches, nominal_costs, planning_schedule
 from train.start.plan import Plan, plan, tune_kernels
 
 

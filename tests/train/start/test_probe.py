@@ -20,7 +20,7 @@ from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.core.step import train_step
-from train.schedule.layer_times import LayerTimes, PartTimes, stage_costs
+from train.predict.layer_times import LayerTimes, PartTimes, stage_costs
 from train.start.probe import _partners, measure
 
 FOUR_RANKS = ParallelismConfig(pipeline=2, data=2, expert=2)

@@ -24,8 +24,8 @@ from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
 from train.core.replica import BatchReader
 from train.errors import ConfigError
-from train.memory.predict import predict_memory
 from train.post.comparison import Teacher
+from train.predict.memory import predict_memory
 from train.start.corpus import prepare_corpus
 from train.tasks.distill import FORMAT_VERSION, DistillConfig, ScoresMeta, ScoresWriter, write_scores
 from train.tasks.registry import TASKS

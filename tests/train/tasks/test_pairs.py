@@ -18,8 +18,8 @@ from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, OPTIM, tiny_config
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, save_checkpoint
-from tests.train.memory.live import compare_rank
-from tests.train.memory.test_live import check
+from tests.train.predict.live import compare_rank
+from tests.train.predict.test_live import check
 from tests.train.test_equality import assert_equal
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import check_compatible

@@ -27,7 +27,7 @@ from train.core.replica import StepBatch, open_replica
 from train.core.step import accumulate
 from train.core.world import ReplicaConfig
 from train.errors import ConfigError
-from train.schedule.cut import run_cut
+from train.predict.cut import run_cut
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task
 from verify.steps import by_released_name, relative_error

@@ -15,11 +15,11 @@ from model.transformer import routers
 from tests.inline_lane import InlineLane
 from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader
-from tests.train.memory.live import NUMBER_BYTES
+from tests.train.predict.live import NUMBER_BYTES
 from train.config import TrainConfig
 from train.core.replica import StepBatch
 from train.core.step import accumulate, rates_of
-from train.schedule.timing import planning_schedule
+from train.predict.timing import planning_schedule
 
 
 def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[int]:

@@ -20,9 +20,9 @@ from train.checkpoint.parts import HostCopy, state_of
 from train.config import Precision, PrecisionConfig, TrainConfig
 from train.core.learner import Learner
 from train.core.world import weight_dtype
-from train.memory.predict import predict_memory
 from train.optim.adamw import MOMENTS, Slice, moments_of
-from train.schedule.timing import planning_schedule
+from train.predict.memory import predict_memory
+from train.predict.timing import planning_schedule
 
 LAYOUTS = (
     (ParallelismConfig(pipeline=1, data=8, expert=1), "1f1b"),

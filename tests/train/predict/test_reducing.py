@@ -19,8 +19,8 @@ from model.config import Computing
 from model.size import HeldParameters
 from tests.model.live_memory import make_sizes
 from tests.tiny import BATCH, MODEL, tiny_config
-from train.memory.predict import predict_memory
-from train.memory.rank_bytes import PhaseBytes, RankBytes, ReplicaCounts, RunSizes, update_bytes
+from train.predict.memory import predict_memory
+from train.predict.rank_bytes import PhaseBytes, RankBytes, ReplicaCounts, RunSizes, update_bytes
 
 
 @pytest.mark.parametrize("kind", ["dualpipe", "dualpipe_split", "1f1b"])

@@ -20,8 +20,8 @@ from train.config import TrainConfig
 from train.core.learner import Learner
 from train.core.replica import BatchReader
 from train.core.step import rates_of
-from train.memory.predict import rank_memory, run_sizes
-from train.memory.rank_bytes import PipelineBytes, RankBytes
+from train.predict.memory import rank_memory, run_sizes
+from train.predict.rank_bytes import PipelineBytes, RankBytes
 
 NUMBER_BYTES = 8
 """Size of a single number, such as a loss. Tensors of this size are not counted."""

@@ -18,10 +18,10 @@ from model.transformer import Transformer
 from model.values import ExpertGradients, ExpertOutput, Hidden, HiddenGradients, ReceivedGradients, RoutedGradients
 from tests.ranks import run_ranks
 from tests.tiny import write_text
-from tests.train.memory.live import Compared, compare_rank
-from tests.train.memory.test_live import BASE, PRECISIONS, check_alone, make_config
+from tests.train.predict.live import Compared, compare_rank
+from tests.train.predict.test_live import BASE, PRECISIONS, check_alone, make_config
 from train.config import TrainConfig
-from train.memory.predict import hidden_bytes, planning_sizes
+from train.predict.memory import hidden_bytes, planning_sizes
 
 
 def first(stream: Tensor) -> Tensor:

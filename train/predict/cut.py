@@ -21,7 +21,7 @@ from dualpipe.ir import Placement
 from dualpipe.registry import FALLBACK, SCHEDULES, kind_for_size
 from model.config import CutError, ModelConfig, cut_at, cut_layers
 from train.config import TrainConfig, sized_config
-from train.schedule.layer_times import (
+from train.predict.layer_times import (
     LaneWork,
     LayerTimes,
     ModelWork,

@@ -11,10 +11,10 @@ from dualpipe.registry import ScheduleConfig, candidates
 from model.config import RECOMPUTED
 from tests.ranks import run_ranks
 from tests.tiny import write_text
-from tests.train.memory.peak import measure_peaks
-from tests.train.memory.test_live import BASE, PRECISIONS, make_config
+from tests.train.predict.peak import measure_peaks
+from tests.train.predict.test_live import BASE, PRECISIONS, make_config
 from train.config import TrainConfig
-from train.memory.predict import predict_memory
+from train.predict.memory import predict_memory
 
 MOST_OVER, MOST_UNDER = 0.03, 0.01
 SLICED = {"sliced_1f1b": 4, "dualpipe_split": 2}

@@ -17,7 +17,7 @@ from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.errors import ConfigError
 from train.files.run_files import replace_text
-from train.schedule.layer_times import LayerTimes, PartTimes
+from train.predict.layer_times import LayerTimes, PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]
 Part = Literal["dense", "moe", "embedding", "head", "mtp"]

@@ -21,10 +21,9 @@ from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError
-from train.memory.fit import fitted_cut
-from train.memory.predict import predict_memory
-from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
-from train.schedule.layer_times import (
+from train.predict.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
+from train.predict.fit import fitted_cut
+from train.predict.layer_times import (
     LaneWork,
     ModelWork,
     nominal_times,
@@ -34,7 +33,8 @@ from train.schedule.layer_times import (
     stage_works,
     times_of_ranks,
 )
-from train.schedule.timing import nominal_costs, with_chunks
+from train.predict.memory import predict_memory
+from train.predict.timing import nominal_costs, with_chunks
 
 V3 = (
     "model=v3_671b",

@@ -9,10 +9,10 @@ from dualpipe.ir import Placement, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from model.config import CutError, cut_at, cut_layers
 from train.config import TrainConfig
-from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict_memory
-from train.schedule.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
-from train.schedule.layer_times import LayerTimes, model_work, nominal_times, rank_groups
-from train.schedule.timing import nominal_costs
+from train.predict.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
+from train.predict.layer_times import LayerTimes, model_work, nominal_times, rank_groups
+from train.predict.memory import JobMemory, RankMemory, imbalance_bytes, predict_memory
+from train.predict.timing import nominal_costs
 from train.tasks.registry import TASKS
 from train.terminal import aligned
 

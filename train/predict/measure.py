@@ -27,7 +27,7 @@ from model.objectives.pairs import SCORE, head_objective
 from model.slices import RunPlace, SlicedSequences
 from model.stage import Stage, StageRun
 from model.transformer import Part, Transformer
-from train.memory.rank_bytes import PartName, PhaseBytes, PhaseKind, Sizes
+from train.predict.rank_bytes import PartName, PhaseBytes, PhaseKind, Sizes
 
 _TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _LARGEST_NUMBER_BYTES = 8

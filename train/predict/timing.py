@@ -20,9 +20,9 @@ from model.config import CutError, Recomputed
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
 from train.errors import broken
-from train.schedule.cut import run_chunks, run_cut, run_placement, with_cut
-from train.schedule.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
-from train.schedule.measured import PositiveShare
+from train.predict.cut import run_chunks, run_cut, run_placement, with_cut
+from train.predict.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
+from train.predict.measured import PositiveShare
 
 
 class LayerRates(Protocol):

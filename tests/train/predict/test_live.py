@@ -15,9 +15,9 @@ from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
-from tests.train.memory.live import Compared, compare_rank
+from tests.train.predict.live import Compared, compare_rank
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
-from train.memory.predict import planning_sizes
+from train.predict.memory import planning_sizes
 
 BASE = replace(
     MODEL,

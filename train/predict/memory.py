@@ -26,7 +26,8 @@ from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.checkpoint.sources import reward_model_runs
 from train.config import TrainConfig
-from train.memory.rank_bytes import (
+from train.predict.cut import run_cut, sized_run
+from train.predict.rank_bytes import (
     PartName,
     PhaseBytes,
     PipelineBytes,
@@ -41,8 +42,7 @@ from train.memory.rank_bytes import (
     value_bytes,
     weight_bytes,
 )
-from train.schedule.cut import run_cut, sized_run
-from train.schedule.timing import few_micro_batches, planning_schedule
+from train.predict.timing import few_micro_batches, planning_schedule
 from train.tasks.registry import TASKS
 
 _SMALLER_CAPS = (0.65, 0.5)
@@ -438,7 +438,7 @@ def _measured(by_slice: tuple[Sizes, ...], part: PartName, cache_dir: Path | Non
 
 
 def _measure(by_slice: tuple[Sizes, ...], part: PartName) -> list[list[PhaseBytes]]:
-    from train.memory.measure import measure_part
+    from train.predict.measure import measure_part
 
     return measure_part(by_slice, part)
 
@@ -449,7 +449,7 @@ def _program_digest() -> str:
     root = Path(__file__).parents[2]
     digest = hashlib.sha256(version("torch").encode())
     paths = [root / "comm/context_group.py"]
-    for folder in ("kernels", "model", "train/memory"):
+    for folder in ("kernels", "model", "train/predict"):
         paths += sorted((root / folder).rglob("*.py"))
     for path in paths:
         digest.update(path.read_bytes())
