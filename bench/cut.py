@@ -12,7 +12,7 @@ import time
 
 from dualpipe.builder import build_schedule
 from dualpipe.simulate.timing import simulate
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from train.config import TrainConfig
 from train.predict.cut import run_cut, run_placement
 from train.predict.layer_times import LayerTimes, PartTimes, model_work, stage_costs, stage_works, times_of_ranks

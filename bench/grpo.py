@@ -40,7 +40,7 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     from dataclasses import replace
 
-    from launch.config.run_config import compose_run
+    from launch.config.run import compose_run
     from tests.rollouts import REWARD
 
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from tests.train.job import close_job, open_job
 from train.core.guard import Guard
 from train.core.step import train_step

@@ -20,7 +20,7 @@ from comm.dispatch.local import LocalDispatcher, LocalHandle, SortedChoices, cou
 from comm.protocol import Handle, Label
 from kernels.attention import SIZED_CUDA
 from kernels.launch import without_launches
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import Computing
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names

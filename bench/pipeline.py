@@ -21,7 +21,7 @@ from torch import distributed as dist
 from comm.dispatch.local import LocalDispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
-from launch.machine import apply_rank_environment
+from launch.ranks.machine import apply_rank_environment
 from model.linear import GradientStore
 from model.objective import LossSums
 from model.stage import Stage

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from comm.layout import Layout
 from dualpipe.ir import Group
 from dualpipe.simulate.costs import CostModel
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import cut_at
 from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader

@@ -37,7 +37,7 @@ def sft_text(samples: dict[str, StepSample]) -> str:
 
 
 def _prepared() -> Prepared:
-    from launch.config.run_config import compose_run
+    from launch.config.run import compose_run
     from train.start.corpus import prepare_corpus
 
     return prepare_corpus(compose_run(["experiment=arithmetic_sft"]))
@@ -56,7 +56,7 @@ def transformers_model() -> torch.nn.Module:
     """Returns the recipe's architecture in transformers, in its fastest mode on a CPU."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from launch.config.run_config import compose_run
+    from launch.config.run import compose_run
     from model.hf.config import write_config
 
     keys = write_config(compose_run(["experiment=arithmetic_sft"]).model, dtype="F32", fp8=False)
@@ -68,7 +68,7 @@ def transformers_model() -> torch.nn.Module:
 
 def _serve_here(num_steps: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    from launch.config.run_config import compose_run
+    from launch.config.run import compose_run
 
     config = compose_run(
         [

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bench.turns import steps_in_turns
 from comm.dispatch.local import LocalDispatcher
-from launch.config.run_config import compose_run
-from launch.machine import apply_rank_environment
+from launch.config.run import compose_run
+from launch.ranks.machine import apply_rank_environment
 from model.config import ModelConfig
 from model.hf.config import write_config
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names

@@ -94,7 +94,7 @@ def serve_here(config: "TrainConfig", pipe: Connection) -> None:
     """Trains with the project's own step on one rank, in the environment that the launcher sets for it."""
     from torch import distributed as dist
 
-    from launch.machine import apply_rank_environment
+    from launch.ranks.machine import apply_rank_environment
     from tests.train.job import close_job, open_job, open_loader
     from train.core.step import train_step
 

@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.config.run_config import check, compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import write_run_folder
+from launch.config.folder import write_run_folder
+from launch.config.run import check, compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from train.config import TrainConfig
 
 LIMIT = 0.02

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.cli.help import Option, find_commands, other_options, read_options, type_of
 from launch.config.compose import chosen_options, compose_defaults
-from launch.help import Option, find_commands, other_options, read_options, type_of
 
 PAGE = Path(__file__).resolve().parent / "keys.md"
 _HEAD = """# Keys

@@ -56,7 +56,7 @@ def _with_figures(row: str, name: str, folder: Path) -> str:
 
 def _teacher(folder: Path) -> Path:
     """Returns a folder with the architecture of a teacher, and a sparse file in place of weights."""
-    from launch.config.run_config import compose_run
+    from launch.config.run import compose_run
     from train.checkpoint.manifest import write_weights_manifest
 
     write_weights_manifest(folder, compose_run(["model=arithmetic"]).model, {})

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from comm.exits import EXIT_CONFIGURATION
-from launch.command import EXIT_BROKEN_PIPE, discard_output
-from launch.help import listing, split_command, unknown_command
+from launch.cli.entry import EXIT_BROKEN_PIPE, discard_output
+from launch.cli.help import listing, split_command, unknown_command
 from train.terminal import escape_terminals
 
 

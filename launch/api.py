@@ -20,14 +20,14 @@ from dualpipe.api import Drawing
 from evaluation.run import RESULTS_NAME
 from infer.config import check as check_generation
 from launch.config.compose import compose, system_errors
-from launch.config.run_config import check, compose_run
+from launch.config.folder import check_folder, locked_run_folder
+from launch.config.run import check, compose_run
 from launch.evaluate import evaluate, job_of, open_answerer
 from launch.generate import Transcript, continue_prompts, encode_job, read_values
-from launch.job import Device, Dtype, WeightsSource, find_weights, load_model
-from launch.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
 from launch.plan import PlanAnswer, answer_request
 from launch.plan_request import read_request
-from launch.run_folder import check_folder, locked_run_folder
+from launch.ranks.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
+from launch.weights.job import Device, Dtype, WeightsSource, find_weights, load_model
 from model.size import count_parameters
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind

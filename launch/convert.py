@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import unwound_by_signals
-from launch.command import check_new_folder, command, plain_text
+from launch.cli.entry import check_new_folder, command, plain_text
 from launch.config.compose import compose, system_errors
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode

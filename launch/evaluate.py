@@ -36,9 +36,10 @@ from evaluation.run import (
     task_result,
 )
 from evaluation.statistics import PairedComparison, compare
-from launch.command import command, plain_text
+from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.job import (
+from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.weights.job import (
     PRELOADED,
     Device,
     Dtype,
@@ -50,7 +51,6 @@ from launch.job import (
     run_on_local_ranks,
     spread_over_ranks,
 )
-from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import listed_files
 from train.checkpoint.manifest import digest, read_step

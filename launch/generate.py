@@ -24,9 +24,10 @@ from dualpipe.registry import ScheduleConfig
 from evaluation.protocol import checked_file, read_lines, read_text, text_field
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
-from launch.command import command, open_output, plain_text
+from launch.cli.entry import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
-from launch.job import (
+from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.weights.job import (
     PRELOADED,
     Device,
     Send,
@@ -38,7 +39,6 @@ from launch.job import (
     run_on_local_ranks,
     spread_over_ranks,
 )
-from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode

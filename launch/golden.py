@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch import unwound_by_signals
-from launch.command import check_new_folder, command, preview_of
+from launch.cli.entry import check_new_folder, command, preview_of
 from launch.config.compose import compose, system_errors
-from launch.job import local_cluster, run_on_local_ranks
+from launch.weights.job import local_cluster, run_on_local_ranks
 from model.hf.checkpoint import lay_out
 from model.hf.files import create_folder_atomically
 from model.hf.names import Stored, StoredDtype

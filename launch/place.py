@@ -16,9 +16,9 @@ import numpy as np
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from evaluation.run import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.placement import Loads, Placement, PlacementShape, Policy, default_layer, imbalance, rank_loads
-from launch.command import command, preview_of, write_output
+from launch.cli.entry import command, preview_of, write_output
 from launch.config.compose import compose, system_errors
-from launch.run_folder import CONFIG_NAME, read_folder
+from launch.config.folder import CONFIG_NAME, read_folder
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config.decode import decode, encode

@@ -19,11 +19,11 @@ from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
 from dualpipe.registry import ScheduleConfig, candidates
 from infer.deployment import deployment_text, deployment_values
-from launch.command import command, plain_text, write_output
+from launch.cli.entry import command, plain_text, write_output
 from launch.config import compose
-from launch.config.memory_rules import check_memory
+from launch.config.memory import check_memory
 from launch.config.rules import check_rules
-from launch.config.run_config import expand_model, write_config
+from launch.config.run import expand_model, write_config
 from launch.plan_request import (
     EXAMPLE,
     PLANNER,

@@ -18,9 +18,9 @@ import yaml
 from base.ranges import PositiveInt
 from infer.deployment import DeploymentConfig
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
+from launch.config.folder import CONFIG_NAME, read_folder
 from launch.config.rules import check_rules
-from launch.config.run_config import check_data, check_text, read_config, read_run, write_config
-from launch.run_folder import CONFIG_NAME, read_folder
+from launch.config.run import check_data, check_text, read_config, read_run, write_config
 from planner.job_plan import PlannerConfig
 from planner.scaling import Rates
 from train.config import Acceptance, TrainConfig

@@ -23,9 +23,9 @@ from data.shards.work import BuildSettings
 from data.special_tokens import SpecialNames
 from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
 from dualpipe.draw.style import document
-from launch.command import command, preview_of
+from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
-from launch.config.run_config import expand_tokenizer
+from launch.config.run import expand_tokenizer
 from train.config.decode import decode
 from train.errors import broken
 from train.figures import table

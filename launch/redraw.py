@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.command import command, plain_text
+from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.run_folder import CONFIG_NAME, read_folder
+from launch.config.folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.errors import ConfigError

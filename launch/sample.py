@@ -23,10 +23,10 @@ from data.tokenizer import Tokenizer
 from evaluation.protocol import read_lines
 from infer.config import Sampling, Speculative, check
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
-from launch.command import command, open_output, plain_text
+from launch.cli.entry import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
-from launch.job import Device, WeightsSource, find_template, find_weights, load_model
-from launch.scored_samples import (
+from launch.weights.job import Device, WeightsSource, find_template, find_weights, load_model
+from launch.weights.scored_samples import (
     JOURNAL_SUFFIX,
     KeepConfig,
     SampleJournal,

@@ -23,9 +23,9 @@ from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, c
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.timing import simulate
 from dualpipe.validate import validate
-from launch.command import command, preview_of, write_output
+from launch.cli.entry import command, preview_of, write_output
+from launch.cli.help import terminal_columns
 from launch.config.compose import compose
-from launch.help import terminal_columns
 from train.config.decode import decode
 from train.errors import broken
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from base.ranges import PositiveFloat, PositiveInt
 from data.parts import Prepared
 from data.prepare import prepare
-from launch.command import command, experiment_text
+from launch.cli.entry import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
-from launch.config.run_config import check_data, read_config, resolve, write_config
-from launch.job import Device, find_weights, load_model
+from launch.config.run import check_data, read_config, resolve, write_config
+from launch.weights.job import Device, find_weights, load_model
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode

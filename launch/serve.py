@@ -25,9 +25,11 @@ from data.chat.templates import template_of
 from dualpipe.registry import FALLBACK, ScheduleConfig
 from infer.config import Speculative, check
 from infer.placement import Placement, PlacementError
-from launch.command import command, plain_text
+from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
-from launch.job import (
+from launch.config.folder import read_folder
+from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.weights.job import (
     PRELOADED,
     Device,
     Dtype,
@@ -40,8 +42,6 @@ from launch.job import (
     run_on_local_ranks,
     spread_over_ranks,
 )
-from launch.machine import apply_rank_environment, is_other_rank, is_torchrun
-from launch.run_folder import read_folder
 from model.config import BLOCK_TOKENS
 from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind

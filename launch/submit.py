@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from base.ranges import NonNegativeInt, PositiveInt
-from launch.command import command, experiment_text
+from launch.cli.entry import command, experiment_text
 from launch.config.compose import (
     chosen_options,
     compose,
@@ -28,9 +28,9 @@ from launch.config.compose import (
     own_keys,
     system_errors,
 )
-from launch.config.run_config import check, read_run, write_config
+from launch.config.folder import check_folder, locked_run_folder
+from launch.config.run import check, read_run, write_config
 from launch.plan_request import planner_config
-from launch.run_folder import check_folder, locked_run_folder
 from planner.job_plan import JobPlan, plan_job
 from train.config import TrainConfig
 from train.config.decode import decode, encode

@@ -13,13 +13,14 @@ from pathlib import Path
 from types import FrameType
 
 from comm.exits import EXIT_MEMORY, EXIT_PREEMPTED, Preemption, handled_signals
-from launch.command import command, experiment_text
+from launch.cli.entry import command, experiment_text
 from launch.config.compose import system_errors
-from launch.config.memory_rules import is_out_of_memory, out_of_memory_line
+from launch.config.folder import check_folder, locked_run_folder
+from launch.config.memory import is_out_of_memory, out_of_memory_line
 from launch.config.rules import check_rules
-from launch.config.run_config import check, compose_run, write_config
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.machine import (
+from launch.config.run import check, compose_run, write_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
+from launch.ranks.machine import (
     apply_rank_environment,
     check_device_memory,
     check_driver,
@@ -32,7 +33,6 @@ from launch.machine import (
     is_other_rank,
     is_torchrun,
 )
-from launch.run_folder import check_folder, locked_run_folder
 from train.checkpoint.locate import AUTO, has_rescue, locate, rescue_folder, verify
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.config import TrainConfig
@@ -89,7 +89,7 @@ def dry_run(overrides: Sequence[str]) -> str:
         # A sample shows data alone.
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
-        from launch.sample_lines import sample_lines
+        from launch.cli.sample_lines import sample_lines
         from train.start.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from base.ranges import NonNegativeInt
-from launch.command import command, experiment_text
+from launch.cli.entry import command, experiment_text
 from launch.config.compose import compose, system_errors
+from launch.config.folder import check_folder, locked_run_folder
 from launch.config.rules import check_rules
-from launch.config.run_config import check, read_run, write_config
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.machine import (
+from launch.config.run import check, read_run, write_config
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
+from launch.ranks.machine import (
     apply_rank_environment,
     check_driver,
     check_environment,
@@ -27,7 +28,6 @@ from launch.machine import (
     is_other_rank,
     is_torchrun,
 )
-from launch.run_folder import check_folder, locked_run_folder
 from launch.train import export_exit_code, handle_signals
 from train.config import TrainConfig
 from train.config.decode import decode

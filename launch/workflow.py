@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import signals_handled
-from launch.command import command, preview_of
+from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
-from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
+from launch.weights.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from score.ratings import PassRates
 from train.config.decode import decode
 from train.errors import ConfigError, broken

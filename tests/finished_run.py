@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from launch.run_folder import read_folder
+from launch.config.folder import read_folder
 from tests import ROOT
 from tests.commands import run_command
 from train.checkpoint.load import load_whole

@@ -32,7 +32,7 @@ _PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "train.run",
     "launch.config.compose",
-    "launch.local_ranks",
+    "launch.ranks.local",
     "tests.train.job",
     "tests.comm.laws",
     "tests.short_pictures",

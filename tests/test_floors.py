@@ -94,11 +94,11 @@ def may_know(path: str, module: str) -> bool:
 
 
 def may_communicate(path: str) -> bool:
-    # launch/local_ranks.py uses torch's launcher, which is in this package; it opens no process group.
+    # launch/ranks/local.py uses torch's launcher, which is in this package; it opens no process group.
     return path.startswith(("comm/", "train/", "verify/")) or path in (
         "planner/fake_world.py",
         "dualpipe/runtime/execute.py",
-        "launch/local_ranks.py",
+        "launch/ranks/local.py",
     )
 
 
@@ -248,7 +248,7 @@ def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
         import launch.convert, launch.generate, launch.sample, launch.train, launch.schedule, launch.submit
-        from launch.config.run_config import check, compose_run
+        from launch.config.run import check, compose_run
         from launch.config.compose import user_errors
         check(compose_run(["experiment=quickstart"]))
         user_errors()

@@ -15,8 +15,8 @@ from rich.table import Table
 from bench.chaos.attempt import LAYOUTS
 from bench.chaos.faults import KINDS, Begin, draw
 from bench.chaos.run import Outcome
-from launch.config.run_config import compose_run
-from launch.local_ranks import preload_modules, start_fork_server
+from launch.config.run import compose_run
+from launch.ranks.local import preload_modules, start_fork_server
 from tests.tiny import write_text
 from tests.train.faults import choices
 

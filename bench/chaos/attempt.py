@@ -17,9 +17,9 @@ from io import StringIO
 from pathlib import Path
 
 from bench.chaos.rank import notes_of, started_at
-from launch.config.run_config import check, compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import check_folder, write_run_folder
+from launch.config.folder import check_folder, write_run_folder
+from launch.config.run import check, compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from tests import ROOT
 from tests.train.faults import choices
 from train.config import TrainConfig

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from comm.exits import EXIT_LOST
-from launch.local_ranks import run_ranks, start_fork_server
-from launch.run_folder import write_run_folder
+from launch.config.folder import write_run_folder
+from launch.ranks.local import run_ranks, start_fork_server
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.errors import ExitReason, write_error

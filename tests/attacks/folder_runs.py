@@ -14,10 +14,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from launch.command import command
-from launch.config.run_config import check, compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import check_folder, locked_run_folder
+from launch.cli.entry import command
+from launch.config.folder import check_folder, locked_run_folder
+from launch.config.run import check, compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.train import train_rank
 from train.files.run_lock import LOCK_NAME, Owner
 

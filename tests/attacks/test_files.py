@@ -16,9 +16,9 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.builder import build_schedule
 from dualpipe.ir import to_json
+from launch.config.folder import read_folder, write_run_folder
 from launch.convert import main as convert
 from launch.redraw import main as redraw
-from launch.run_folder import read_folder, write_run_folder
 from model.hf.files import HfError
 from tests import ROOT
 from tests.attacks import hostile
@@ -352,7 +352,7 @@ ALLOWED = {
     # A name in a path: torch writes this file, nothing here reads it.
     ("train/records/step_record.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
-    ("launch/run_folder.py", "yaml.load"),
+    ("launch/config/folder.py", "yaml.load"),
     ("data/mix/manifest.py", "yaml.load"),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),

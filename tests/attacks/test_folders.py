@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import user_errors
-from launch.run_folder import check_folder, locked_run_folder
+from launch.config.folder import check_folder, locked_run_folder
 from tests import ROOT
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.commands import run_command
@@ -290,9 +290,9 @@ def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"""
 from datetime import datetime
 from train.errors import ConfigError
-from launch.run_folder import locked_run_folder
+from launch.config.folder import locked_run_folder
 from train.errors import ConfigError
-from launch.run_folder import locked_run_folder
+from launch.config.folder import locked_run_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):
     try:

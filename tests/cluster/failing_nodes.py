@@ -15,10 +15,10 @@ from datetime import datetime
 from multiprocessing import connection
 from pathlib import Path
 
-from launch.command import command
-from launch.config.run_config import compose_run
-from launch.local_ranks import preload_modules, start_fork_server
-from launch.run_folder import read_folder, write_run_folder
+from launch.cli.entry import command
+from launch.config.folder import read_folder, write_run_folder
+from launch.config.run import compose_run
+from launch.ranks.local import preload_modules, start_fork_server
 from tests.cluster.namespaces import Cluster, enter, open_cluster
 from tests.train.faults import CASES, WORLD_SIZE, Case, Outcome, arm, choices, failure_time, read_reports, write_case
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.machine import rank_environment
-from launch.run_folder import read_folder
+from launch.config.folder import read_folder
+from launch.ranks.machine import rank_environment
 from tests import ROOT
 from tests.cluster.namespaces import Cluster, Namespace, open_cluster
 from tests.finished_run import assert_same_end, choices, logs, run_bare, waiting_plugin

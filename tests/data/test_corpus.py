@@ -21,7 +21,7 @@ from evaluation.protocol import read_lines
 from evaluation.run import read_records
 from launch.generate import read_prompts
 from launch.sample import FileProblemsConfig, load_problems
-from launch.scored_samples import read_samples
+from launch.weights.scored_samples import read_samples
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of
 

@@ -23,8 +23,8 @@ from data.pack import (
 from data.prepare import prepare
 from data.shard_format import ShardRows
 from launch import train
-from launch.command import command
-from launch.sample_lines import sample_lines
+from launch.cli.entry import command
+from launch.cli.sample_lines import sample_lines
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
 

@@ -21,7 +21,7 @@ from data.prepare import check_config, prepare
 from data.problems import split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
-from launch.sample_lines import sample_lines
+from launch.cli.sample_lines import sample_lines
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of as source_config
 from tests.data.chat.test_sources import write_lines

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED, SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from launch.command import command
-from launch.config.run_config import compose_run
-from launch.local_ranks import run_ranks, start_fork_server
-from launch.run_folder import write_run_folder
+from launch.cli.entry import command
+from launch.config.folder import write_run_folder
+from launch.config.run import compose_run
+from launch.ranks.local import run_ranks, start_fork_server
 from train.config import TrainConfig
 from train.errors import ConfigError, ExitReason, write_error
 from train.files.run_files import RankFiles
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
 
     names, place = arguments[0].split(","), Path(arguments[1])
     config = compose_run(["parallelism=four_ranks", f"cluster.grace_seconds={GRACE_SECONDS}"])
-    start_fork_server(config.cluster, ["torch.distributed", "launch.config.compose", "launch.local_ranks"])
+    start_fork_server(config.cluster, ["torch.distributed", "launch.config.compose", "launch.ranks.local"])
     code = 0
     for name in names:
         cluster = replace(config.cluster, max_restarts=2 if name.endswith("_at_first") else 0)

@@ -28,9 +28,9 @@ from launch.config.compose import (
     own_keys,
     user_errors,
 )
-from launch.config.memory_rules import check_memory
+from launch.config.memory import check_memory
 from launch.config.rules import check_rules
-from launch.config.run_config import check, compose_run, read_config, write_config
+from launch.config.run import check, compose_run, read_config, write_config
 from tests import ROOT
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.launch.fuzz import SECONDS, invalid_configurations, misused_keys, problem_of, refusal_of
@@ -371,7 +371,7 @@ def forget() -> None:
 
 MEMORY_OF = (
     "import sys, time; sys.modules |= {'triton': None} if sys.argv[1] == 'no triton' else {}; "
-    "from launch.config.run_config import compose_run; "
+    "from launch.config.run import compose_run; "
     "from train.predict.fit import memory_lines; config = compose_run(sys.argv[2:]); "
     "start = time.process_time(); lines = memory_lines(config); "
     "print(time.process_time() - start, 'torch' in sys.modules, lines)"

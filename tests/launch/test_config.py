@@ -18,7 +18,7 @@ from base.registry import Registry
 from data.corpus import DataError
 from launch.config.compose import default_groups, options, user_errors
 from launch.config.rules import check_optim, check_rules
-from launch.config.run_config import check, compose_run, read_config, write_config
+from launch.config.run import check, compose_run, read_config, write_config
 from score.score import ScoringError
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released

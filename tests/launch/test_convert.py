@@ -470,7 +470,7 @@ def test_convert_that_is_ended_leaves_nothing(
 import os
 import sys
 from launch.convert import main
-from launch.command import command
+from launch.cli.entry import command
 import train.checkpoint.convert as conversion
 real, names = conversion._Source.read, []
 def read(source, name):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from comm.exits import SIGNALS, handled_signals
-from launch.local_ranks import remove_leftovers, scratch_folder
-from launch.machine import environment_lines, rank_environment
-from launch.run_folder import check_folder, read_folder, write_run_folder
+from launch.config.folder import check_folder, read_folder, write_run_folder
+from launch.ranks.local import remove_leftovers, scratch_folder
+from launch.ranks.machine import environment_lines, rank_environment
 from tests import ROOT
 from tests.commands import run_python
 from tests.launch.test_config import build
@@ -139,7 +139,7 @@ def test_interrupt_while_a_command_is_imported_is_one_line(
 
 
 def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> None:
-    script = "import os, signal, time\nfrom launch.command import command\nimport sys\n"
+    script = "import os, signal, time\nfrom launch.cli.entry import command\nimport sys\n"
     script += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, 'changed by an import'\n"
     script += "def main(arguments):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n"
     script += "    except KeyboardInterrupt as error:\n        raise ImportError('half a module') from error\n"
@@ -149,7 +149,7 @@ def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> No
 
 
 def test_second_interrupt_at_once_leaves_the_cleaning_up_alone() -> None:
-    script = "import os, signal, sys, time\nfrom launch.command import command\ndef main(arguments):\n    try:\n"
+    script = "import os, signal, sys, time\nfrom launch.cli.entry import command\ndef main(arguments):\n    try:\n"
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n    finally:\n"
     script += "        os.kill(os.getpid(), signal.SIGINT)\n        print('cleaned up')\n"
     script += "sys.exit(command('train', main))"
@@ -218,8 +218,8 @@ def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 def test_next_command_removes_all_folders_of_a_killed_one_with_local_ranks(tmp_path: Path) -> None:
-    script = "import os, pathlib, time; from launch import local_ranks\n"
-    script += "from launch.config.run_config import compose_run\n"
+    script = "import os, pathlib, time; from launch.ranks import local as local_ranks\n"
+    script += "from launch.config.run import compose_run\n"
     script += "local_ranks.start_fork_server(compose_run([]).cluster, [])\n"
     script += "print(*pathlib.Path(os.environ['TMPDIR']).glob('*/owner.json'), flush=True)\n"
     script += "with local_ranks.scratch_folder():\n    print('inside', flush=True)\n    time.sleep(60)"
@@ -240,8 +240,8 @@ def test_next_command_removes_all_folders_of_a_killed_one_with_local_ranks(tmp_p
 # Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
 _HEAPS = """
 import ctypes, threading
-from launch.config.run_config import compose_run
-from launch.machine import apply_rank_environment
+from launch.config.run import compose_run
+from launch.ranks.machine import apply_rank_environment
 
 apply_rank_environment(compose_run([]).cluster)
 libc, barrier = ctypes.CDLL(None), threading.Barrier(8)
@@ -293,8 +293,8 @@ def test_environment_of_nccl_ranks_yields_to_the_user() -> None:
 # Allocates and frees 24 MiB in parts twice; prints the page faults of the second time.
 _FAULTS = """
 import resource, sys
-from launch.config.run_config import compose_run
-from launch.machine import apply_rank_environment
+from launch.config.run import compose_run
+from launch.ranks.machine import apply_rank_environment
 
 if sys.argv[1] == "set":
     apply_rank_environment(compose_run([]).cluster)

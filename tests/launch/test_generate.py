@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from kernels.quantize import quantize_128x128
 from launch.generate import main
-from launch.job import find_weights, load_model
+from launch.weights.job import find_weights, load_model
 from model.config import InferencePrecision
 from model.hf.files import HfError
 from model.hf.writer import save_hf

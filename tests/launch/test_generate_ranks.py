@@ -24,11 +24,12 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
-from launch import convert, generate, job
-from launch.command import command
+from launch import convert, generate
+from launch.cli.entry import command
 from launch.convert import main as run_convert
 from launch.generate import main
 from launch.generate import main as run_generate
+from launch.weights import job
 from model.config import CutError
 from model.hf.writer import save_hf
 from model.transformer import named_tensors

@@ -12,7 +12,8 @@ import yaml
 
 import launch.config.compose
 from launch import redraw, submit, train
-from launch.command import command
+from launch.cli.entry import command
+from launch.cli.help import find_commands, help_text, listing, other_options, read_options, unknown_command
 from launch.config.compose import (
     chosen_options,
     compose,
@@ -22,8 +23,7 @@ from launch.config.compose import (
     options,
     switches,
 )
-from launch.config.run_config import compose_run
-from launch.help import find_commands, help_text, listing, other_options, read_options, unknown_command
+from launch.config.run import compose_run
 from launch.plan_request import UNREAD
 from tests import ROOT
 from tests.commands import run_command

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from launch import machine, train, verify
-from launch.command import command
+from launch import train, verify
+from launch.cli.entry import command
+from launch.cli.help import alias_overrides, aliases, find_commands
 from launch.config.compose import compose_defaults, default_groups, known_keys
 from launch.config.rules import check_attention
-from launch.help import alias_overrides, aliases, find_commands
-from launch.machine import (
+from launch.ranks import machine
+from launch.ranks.machine import (
     MachineError,
     check_driver,
     check_environment,

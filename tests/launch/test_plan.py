@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import machine, plan
-from launch.command import command, write_output
-from launch.config.run_config import check, compose_run
-from launch.machine import check_device_memory, device_memory_bytes, has_driver
+from launch import plan
+from launch.cli.entry import command, write_output
+from launch.config.run import check, compose_run
 from launch.plan import main, preview
 from launch.plan_request import read_request
+from launch.ranks import machine
+from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
 from planner.search import search_layouts
 from tests import ROOT
 from tests.commands import run_command, run_python

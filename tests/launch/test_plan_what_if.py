@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch.command import command
-from launch.config.run_config import compose_run
+from launch.cli.entry import command
+from launch.config.run import compose_run
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
 from launch.plan_request import PlanRequest, read_request
 from planner.advice import fp8_share, link_balance

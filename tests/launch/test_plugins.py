@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.compose import compose
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from tests import ROOT
 from tests.commands import run_command
 from tests.refusals import assert_refused

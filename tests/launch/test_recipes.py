@@ -14,11 +14,11 @@ from data.config import BatchRamp
 from data.corpus import DataError
 from launch import plan, submit
 from launch.config.compose import compose, dotted_keys, options
-from launch.config.memory_rules import check_memory
+from launch.config.folder import write_run_folder
+from launch.config.memory import check_memory
 from launch.config.rules import check_rules
-from launch.config.run_config import check, check_data, check_text, compose_run, write_config
+from launch.config.run import check, check_data, check_text, compose_run, write_config
 from launch.plan_request import read_request
-from launch.run_folder import write_run_folder
 from launch.train import preview
 from model.config import YarnRope
 from tests.covering import exhaustive
@@ -281,7 +281,7 @@ def test_recipe_with_a_small_tokenizer_or_corpus_must_be_confirmed(
     (tmp_path / "a.txt").write_text("A line of text for a corpus.\n" * 1400, "utf-8")
     small = write_released(tmp_path / "small.json", ["A line of text"], highest_id=100_000)
     given = ["experiment=v3_671b", f"data.paths=[{tmp_path / 'a.txt'}]"]
-    monkeypatch.setattr("launch.config.run_config.check_memory", lambda config, check: None)
+    monkeypatch.setattr("launch.config.run.check_memory", lambda config, check: None)
     monkeypatch.setattr(plan, "plan_job", lambda *arguments: pytest.fail("is planned"))
     rule = "must have tokens for at least 90 % of model.vocab_size=129280, as other rows learn nothing"
     for run in (preview, plan.main, submit.main):

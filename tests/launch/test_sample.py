@@ -18,7 +18,7 @@ from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
 from launch.sample import main
-from launch.scored_samples import KeepConfig, ScoredSample, select, to_message
+from launch.weights.scored_samples import KeepConfig, ScoredSample, select, to_message
 from score.reward import ScoreSheet
 from score.score import Score
 from tests.refusals import assert_refused

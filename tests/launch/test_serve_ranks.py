@@ -20,10 +20,10 @@ import pytest
 
 from comm.exits import EXIT_LOST
 from infer.placement import PlacementError
-from launch.config.run_config import compose_run
+from launch.config.folder import write_run_folder
+from launch.config.run import compose_run
 from launch.generate import main as run_generate
 from launch.place import main as run_place
-from launch.run_folder import write_run_folder
 from launch.serve import _check, _decode, describe_model, preview
 from launch.serve import main as run_serve
 from tests.commands import StartedCommand

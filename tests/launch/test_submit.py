@@ -76,7 +76,7 @@ def test_script_asks_for_what_the_layout_needs(
     assert "    resume=auto" in lines
     assert "--nproc-per-node 8 " in script
     assert "--max-restarts 5 " in script
-    assert "-m launch.machine gpus=8 ranks=8 rank_bytes=" in script
+    assert "-m launch.ranks.machine gpus=8 ranks=8 rank_bytes=" in script
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +94,7 @@ def test_script_of_every_kind_is_shell(capsys: pytest.CaptureFixture[str]) -> No
         assert "@{" not in script.partition("#SBATCH")[2]
     assert {"--nodes=8", "--cpus-per-task=1", "--no-requeue"} <= set(options_of(scripts[1]))
     assert "may_requeue=0" in scripts[1].splitlines()
-    assert "-m launch.machine gpus=0 ranks=1 rank_bytes=" in scripts[1]
+    assert "-m launch.ranks.machine gpus=0 ranks=1 rank_bytes=" in scripts[1]
     assert "--container-image=registry/torch:1 --container-mounts=" in scripts[2]
     assert "PYTHON=python3" in scripts[2]
     assert "--cpus-per-task=3" in options_of(scripts[2])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import train
-from launch.command import command
+from launch.cli.entry import command
 from tests import ROOT
 from tests.commands import run_command, run_python
 from tests.launch.test_config import build
@@ -101,7 +101,7 @@ def test_train_under_torchrun_rank_0_alone_makes_the_folder(tmp_path: Path, monk
     [(KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted\n"), (BrokenPipeError(), 128 + signal.SIGPIPE, "")],
 )
 def test_command_ends_without_a_traceback(error: BaseException, code: int, said: str) -> None:
-    script = f"import sys; from launch.command import command\ndef main(arguments): raise {type(error).__name__}()\n"
+    script = f"import sys; from launch.cli.entry import command\ndef main(arguments): raise {type(error).__name__}()\n"
     script += 'sys.exit(command("train", main))'
     done = run_python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", said)

@@ -9,7 +9,7 @@ import pytest
 
 import launch.workflow
 from launch.config.compose import compose, options
-from launch.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
+from launch.weights.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
 from score.reward import ScoreSheet
 from tests.commands import run_command

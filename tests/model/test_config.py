@@ -10,7 +10,7 @@ from torch import Tensor
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from kernels.attention.documents import Documents
-from launch.config.run_config import compose_run, read_config, write_config
+from launch.config.run import compose_run, read_config, write_config
 from model.config import CutError, ModelConfig, cut_layers, ladder
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.size import count_parameters

@@ -17,7 +17,7 @@ from comm.layout import Layout, forecast_context_bytes, num_kept_ranks
 from comm.protocol import ALONE, ContextGroup, sliced_parts
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.attention.mla import LatentAttention, values_per_token
 from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recomputed
 from model.linear import GradientStore, WeightQueue

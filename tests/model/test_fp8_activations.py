@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.phases import ComputePhase
 from model.precision.fp8_rows import Fp8Maps

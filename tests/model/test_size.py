@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import ModelConfig
 from model.size import count_parameters, count_work, slice_lengths, training_flops_per_token
 from model.transformer import BIAS, Transformer, named_tensors

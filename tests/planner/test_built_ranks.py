@@ -17,7 +17,7 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, candidates
 from launch.config.compose import options
 from launch.config.rules import check_rules
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from launch.plan import search_space
 from model.config import CutError
 from model.size import stage_shapes
@@ -144,7 +144,7 @@ def test_building_of_distinct_ranks_of_2048_takes_seconds_and_less_than_a_gigaby
     arguments = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]
     code = (
         "import resource\n"
-        "from launch.config.run_config import compose_run\n"
+        "from launch.config.run import compose_run\n"
         "from planner.job_plan import build_ranks\n"
         "if __name__ == '__main__':\n"
         f"    build_ranks(compose_run({arguments!r}))\n"

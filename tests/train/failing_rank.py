@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.command import command
-from launch.config.run_config import compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import write_run_folder
+from launch.cli.entry import command
+from launch.config.folder import write_run_folder
+from launch.config.run import compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from train.config import TrainConfig
 
 CAUSE = "the stage is out of order"

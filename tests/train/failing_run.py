@@ -14,10 +14,10 @@ from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
-from launch.command import command
-from launch.config.run_config import compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import write_run_folder
+from launch.cli.entry import command
+from launch.config.folder import write_run_folder
+from launch.config.run import compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from tests.train.faults import CASES, Case, Outcome, arm, choices, failure_time, write_case
 from train.config import TrainConfig
 

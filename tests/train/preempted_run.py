@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.command import command
-from launch.config.run_config import check, compose_run
-from launch.local_ranks import preload_modules, run_ranks, start_fork_server
-from launch.run_folder import check_folder, write_run_folder
+from launch.cli.entry import command
+from launch.config.folder import check_folder, write_run_folder
+from launch.config.run import check, compose_run
+from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from tests.train.faults import choices
 from tests.train.operation_hooks import DRAWING, watch_drawing, watch_operations
 from train.checkpoint.locate import CHECKPOINTS_NAME

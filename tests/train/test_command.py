@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.config.run_config import check, compose_run
+from launch.config.run import check, compose_run
 from tests.commands import run_command
 from tests.covering import exhaustive
 from train.checkpoint.manifest import CheckpointError

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM
 
 from data.prepare import prepare
-from launch.config.run_config import check
+from launch.config.run import check
 from launch.convert import main as convert
 from model.config import ModelConfig
 from model.hf.files import HfError
@@ -256,7 +256,7 @@ def test_check_accepts_what_fits(folder_of_weights: Path) -> None:
 def test_check_needs_no_torch(folder_of_weights: Path) -> None:
     code = f"""
 import sys
-from launch.config.run_config import check, compose_run
+from launch.config.run import check, compose_run
 overrides = ["model=of_checkpoint", "data.tokenizer_vocab_size=320", "batch.sequence_length_tokens=32"]
 runs = ["mtp seed=1", "ours seed=1", "mtp +model.hidden_size=25", "plain +model.mtp_depth=1"]
 for name, change in map(str.split, runs):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from data.config import BatchRamp, BatchSizes
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_HANG
 from data.prepare import prepare
-from launch.config.run_config import compose_run
-from launch.run_folder import check_content
+from launch.config.folder import check_content
+from launch.config.run import compose_run
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text

@@ -21,7 +21,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
 from launch.config.rules import check_optim
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks

@@ -19,8 +19,8 @@ from dualpipe.draw.svg import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
-from launch.config.run_config import compose_run
-from launch.run_folder import read_folder
+from launch.config.folder import read_folder
+from launch.config.run import compose_run
 from tests.covering import exhaustive
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.run_folder import read_folder
+from launch.config.folder import read_folder
 from model.transformer import named_tensors
 from tests import ROOT
 from tests.tiny import write_text

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.config.run_config import check
+from launch.config.run import check
 from tests import ROOT
 from tests.launch.test_config import build
 from train.checkpoint.locate import newest_whole

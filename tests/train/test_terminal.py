@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.command import command
+from launch.cli.entry import command
 from tests import ROOT
 from train.errors import ConfigError
 from train.records.display import Display, guard_terminal, open_console
@@ -154,7 +154,7 @@ def test_rank_escapes_on_a_terminal_with_a_guard_and_bars(monkeypatch: pytest.Mo
 
 def test_pipes_and_files_get_the_text_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys; from launch.command import command\n"
+        "import sys; from launch.cli.entry import command\n"
         f"sys.exit(command('generate', lambda overrides: print({HOSTILE!r}) or 0))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, timeout=60)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import train
-from launch.command import command
+from launch.cli.entry import command
 from tests.train.faults import arm
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import ModelConfig
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names

@@ -39,7 +39,7 @@ def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
-    """Requires CUDA, NCCL, bf16 rows and sizes of its kernels; `launch.machine` looks for the package."""
+    """Requires CUDA, NCCL, bf16 rows and sizes of its kernels; `launch.ranks.machine` finds the package."""
     cluster = site.cluster
     if (cluster.device, cluster.backend) != ("cuda", "nccl"):
         raise DispatchRequirementError(

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dualpipe.builder import build_schedule
-from launch.run_folder import write_run_folder
+from launch.config.folder import write_run_folder
 from train.config import TrainConfig
 from train.predict.cut import run_cut
 from train.predict.layer_times import LayerTimes, PartTimes

@@ -15,7 +15,7 @@ from dualpipe.ir import Placement, mirrored_placement, straight_placement, v_pla
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.timing import simulate
-from launch.config.run_config import compose_run
+from launch.config.run import compose_run
 from model.config import CutError, cut_layers
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig

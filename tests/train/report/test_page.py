@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.config.folder import write_run_folder
 from launch.redraw import main as redraw
-from launch.run_folder import write_run_folder
 from tests.covering import exhaustive
 from tests.documents import browse, check_policy
 from tests.tiny import tiny_config, write_text

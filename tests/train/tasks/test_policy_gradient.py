@@ -13,7 +13,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from dualpipe.registry import ScheduleConfig
 from kernels.attention.documents import Documents
-from launch.config.run_config import check, compose_run
+from launch.config.run import check, compose_run
 from model.config import PolicyLossConfig
 from model.objective import LossSums
 from model.transformer import Transformer, initialize_weights

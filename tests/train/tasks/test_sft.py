@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM
 from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Batch
 from dualpipe.registry import ScheduleConfig
-from launch.config.run_config import check
+from launch.config.run import check
 from model.config import PlainRope, YarnRope
 from model.hf.writer import load_hf, save_hf
 from model.objective import LossSums, MicroBatch, weights_of_depths

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from launch.config.run_config import read_config, write_config
+from launch.config.run import read_config, write_config
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.errors import ConfigError

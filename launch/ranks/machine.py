@@ -1,7 +1,7 @@
 """Checks whether a machine can run ranks, and sets the environment of their libraries.
 
 Imports no torch at its top. The cheap checks come first and do not initialize CUDA. Before the ranks of a Slurm job
-start, each node runs `python -m launch.machine`.
+start, each node runs `python -m launch.ranks.machine`.
 """
 
 if not __package__:
@@ -26,7 +26,7 @@ from comm.config import LINK_CTAS, ClusterConfig, ParallelismConfig
 from comm.dispatch.deepep.package import DeepEPError, check_available
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC
-from launch.config.memory_rules import check_memory
+from launch.config.memory import check_memory
 from launch.config.rules import check_rules
 from score.reward import check_reward, host_parts
 from train.config import TrainConfig

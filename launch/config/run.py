@@ -15,7 +15,7 @@ from data.registry import DATA_SOURCES
 from data.tokenizer import TRAIN_128K, find_tokenizer_file, other_tokenizer
 from evaluation.protocol import EVALUATION_TASKS, checked_file
 from launch.config.compose import MissingValueError, compose, own_keys
-from launch.config.memory_rules import check_memory
+from launch.config.memory import check_memory
 from launch.config.rules import check_all, check_name, check_rules
 from model.config import ModelConfig, ladder
 from score.reward import check_problems

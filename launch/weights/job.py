@@ -28,8 +28,8 @@ from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from launch.config.compose import load_plugin_files, user_errors
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.local_ranks import die_with_parent, scratch_folder
-from launch.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
+from launch.ranks.local import die_with_parent, scratch_folder
+from launch.ranks.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.files import read_json
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
-PRELOADED = ("train.post.pipeline", "launch.job")  # modules that ranks import once, before they are forked
+PRELOADED = ("train.post.pipeline", "launch.weights.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from comm.exits import EXIT_CONFIGURATION, EXIT_LOST
 from launch import EXIT_INTERRUPTED, LINE, Interrupts
+from launch.cli.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns, value_advice
 from launch.config.compose import (
     CONFIG_ONLY,
     DRY_RUN,
@@ -29,8 +30,7 @@ from launch.config.compose import (
     system_errors,
     user_errors,
 )
-from launch.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns, value_advice
-from launch.machine import MachineError
+from launch.ranks.machine import MachineError
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.errors import ConfigError, DeadRankError, UnknownKeyError, nearest_key
@@ -162,7 +162,7 @@ def _read(name: str, arguments: Sequence[str]) -> None:
     keys = tuple(f"{switch}=" for switch in switches(name))
     values = compose(name, [text for text in arguments if not text.startswith(keys)])
     if "train" in (name, *included_roots(name)):
-        from launch.config.run_config import read_config, resolve
+        from launch.config.run import read_config, resolve
 
         read_config(resolve({field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}))
 

@@ -222,7 +222,7 @@ class Command:
 
 def find_commands() -> tuple[Command, ...]:
     """Returns every command, sorted by name."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     roots = sorted(path for path in config_dir().glob("*.yaml") if (package / f"{path.stem}.py").is_file())
     return tuple(_read(path) for path in roots)
 

@@ -31,10 +31,10 @@ from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, EXIT_MEMORY, SI
 from comm.watchdog.membership import KEY_VARIABLE
 from launch import EXIT_INTERRUPTED, signals_handled
 from launch.config.compose import load_plugin_files, user_errors
-from launch.config.memory_rules import is_out_of_memory, out_of_memory_line
+from launch.config.folder import read_folder, write_run_folder
+from launch.config.memory import is_out_of_memory, out_of_memory_line
 from launch.config.rules import check_rules
-from launch.machine import apply_rank_environment, local_rank_environment
-from launch.run_folder import read_folder, write_run_folder
+from launch.ranks.machine import apply_rank_environment, local_rank_environment
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.errors import VERDICT_CODES, ConfigError, ExitReason, find_errors, find_verdict, read_error, write_error
@@ -64,7 +64,7 @@ _SILENCED_LOGGERS = (
 def preload_modules(cluster: ClusterConfig) -> list[str]:
     """Returns the modules that every rank needs and that are slow to import, in import order."""
     # Without launch.train: ranks import it under another name to find their main function.
-    modules = ["torch", "train.run", "launch.config.compose", "launch.local_ranks"]
+    modules = ["torch", "train.run", "launch.config.compose", "launch.ranks.local"]
     # With CUDA, the ranks import DeepSpeed themselves, because its import must not initialize CUDA before the fork.
     # DeepSpeed imports the last module in its first step. With 8 ranks on two cores, this took 7 s.
     deepspeed = ["deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
