@@ -19,7 +19,7 @@ _NOT_CHECKED = (
     "arithmetic that one rank and many share: attention, rotation, router, losses (launch.golden compares it)",
     "tasks other than pretraining: frozen networks, rollouts, loss weights",
     "FP8 products, and kernels that only the configured sizes choose",
-    "a batch over dispatch.max_nodes, and rates of transfers and of the dispatcher",
+    "rates of transfers and of the dispatcher, and a token over dispatch.max_nodes with dispatch=deepep",
 )
 _STYLE = """
 :root{color-scheme:light dark;font:15px/1.45 system-ui,sans-serif}

@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.errors import PreemptedError
 from train.files.run_files import write_end
 from train.run import JoinedRank, run_in_job
+from verify.cap import check_cap
 from verify.certificate import Certificate
 from verify.checks import CheckEntry, Verification, run_checks
 from verify.equality import check_copies, check_equality, check_overlap
@@ -44,6 +45,12 @@ CHECKS = (
         name="checkpoint",
         about="a damaged checkpoint is refused, a whole one resumes, in another layout if there are several",
         run=check_checkpoint,
+        needs=(*_SAME, "equality"),
+    ),
+    CheckEntry(
+        name="node cap",
+        about="a token over the cap of nodes raises an error on all ranks",
+        run=check_cap,
         needs=(*_SAME, "equality"),
     ),
     CheckEntry(name="rates", about="no link or rank is slow; times for the planner", run=check_rates, needs=_SAME),

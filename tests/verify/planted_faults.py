@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from comm.dispatch import all_to_all
 from comm.watchdog.collective_log import CollectiveLog
 from model.block import RoutedExperts
 from model.transformer import named_tensors
@@ -182,6 +183,10 @@ def swap_layers(original: Any, learner: Any, folder: Path) -> None:
         weights[other].copy_(kept)
 
 
+def own_cap(original: Any, num_over_R: Any, group: Any, *rest: Any) -> None:
+    original([number * (index == group.index) for index, number in enumerate(num_over_R)], group, *rest)
+
+
 def first_part(original: Any, replica: Replica, micro_batch: int) -> int:
     return 0 if replica.world.layout.parallelism.context > 1 else original(replica, micro_batch)
 
@@ -342,6 +347,20 @@ PLANTED: dict[str, Planted] = {
         ranks=(2,),
         subject="product rate",
         cause="throttled",
+    ),
+    "node cap raises on one rank alone": Planted(
+        plant=wrapped(all_to_all, "verify_cap", own_cap),
+        check="node cap",
+        ranks=(0, 1, 2),
+        subject="node cap",
+        cause="raises no error",
+    ),
+    "node cap raises nowhere": Planted(
+        plant=wrapped(all_to_all, "verify_cap", lambda original, *rest: None),
+        check="node cap",
+        ranks=(0, 1, 2, 3),
+        subject="node cap",
+        cause="raises no error",
     ),
     "corrupted checkpoint": Planted(
         plant=wrapped(CheckpointSaver, "close", corrupted),

@@ -25,6 +25,7 @@ from verify.rates import below_preset, partners, slow_places
 from verify.run import CHECKS
 
 NONE = "none"
+CAPPED = "node cap raises on one rank alone"
 NUM_PARTS = 6
 """Tests over which the faults are spread, so that none takes long."""
 
@@ -140,7 +141,7 @@ def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_faults_of_two_ranks_are_named(tmp_path: Path) -> None:
     config = replace(run_config(tmp_path), parallelism=ParallelismConfig(pipeline=1, data=2, expert=2))
-    assert_all_named(config, ["wrong device", "another seed", "gradient doubled", "average not updated"])
+    assert_all_named(config, ["wrong device", "another seed", "gradient doubled", "average not updated", CAPPED])
 
 
 @pytest.mark.long
