@@ -207,7 +207,8 @@ def _axes(base: TrainConfig) -> tuple[Trial, ...]:
 
 
 def _sliced(run: TrainConfig) -> TrainConfig:
-    return replace(run, schedule=replace(run.schedule, slices=2))
+    # With three, two later slices add to the gradient of the first one's keys and values.
+    return replace(run, schedule=replace(run.schedule, slices=3))
 
 
 def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
@@ -216,7 +217,7 @@ def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
     # A larger epsilon keeps the sign of a rounded gradient near zero from deciding an update.
     optim = replace(run.optim, eps=1e-4, **{name: getattr(config.optim, name) for name in names})
     # An average with the run's decay would hardly change in two steps.
-    ema = EmaConfig(decay=None if config.ema.decay is None else 0.5)
+    ema = EmaConfig(decay=None if config.ema.decay is None else 0.7)
     precision = PrecisionConfig(kind="float32") if run.precision.kind == "float64" else run.precision
     return replace(run, optim=optim, ema=ema, precision=precision)
 

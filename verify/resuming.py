@@ -16,7 +16,7 @@ from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
 from verify.checks import Failure, Findings, Verification
 from verify.equality import COMPARED_STEPS, tolerance_of
-from verify.layouts import CONFIGURED
+from verify.layouts import OPTIMIZER
 from verify.runs import PlainRuns, corpus_of, loader_of, loss_names, opened_learner
 from verify.steps import rank_differences, run_step, start_biases, tensor_differences
 
@@ -24,8 +24,8 @@ FOLDER = "checkpoint_check"
 
 
 def check_checkpoint(verification: Verification) -> Findings:
-    """Saves the configured layout after two steps, damages the copy, and continues in another layout."""
-    saved = next(trial.config for trial in verification.trials if trial.name == CONFIGURED)
+    """Saves the configured layout and optimizer after two steps, damages the copy, and continues in another layout."""
+    saved = next(trial.config for trial in verification.trials if trial.name == OPTIMIZER)
     resumed = _other_layout(saved)
     root = verification.folder / FOLDER
     if dist.get_rank() == 0:
