@@ -24,7 +24,7 @@ FOLDER = "checkpoint_check"
 
 
 def check_checkpoint(verification: Verification) -> Findings:
-    """Saves the configured layout and optimizer after two steps, damages the copy, and continues in another layout."""
+    """Saves a run of the configured layout and optimizer, damages it, and continues in another layout."""
     saved = next(trial.config for trial in verification.trials if trial.name == OPTIMIZER)
     resumed = _other_layout(saved)
     root = verification.folder / FOLDER

@@ -143,15 +143,18 @@ def _most_connections() -> int:
 
 
 def _refuse_ambiguous(app: ASGIApp) -> ASGIApp:
-    """Returns an application that refuses bodies whose end a proxy may see elsewhere."""
+    """Returns an application that refuses other versions, and bodies whose end a proxy may see elsewhere."""
 
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
         names = {name for name, _ in scope.get("headers", ())}
-        if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] != "1.1"):
+        version = scope.get("http_version", "1.1")
+        error = None
+        if version not in ("1.0", "1.1"):
+            error = ApiError(400, f"the version must be HTTP/1.1 or HTTP/1.0, is HTTP/{version}")
+        elif b"transfer-encoding" in names and (b"content-length" in names or version != "1.1"):
             error = ApiError(400, "a body must have either Content-Length or, in HTTP/1.1, Transfer-Encoding")
-            await JSONResponse(error.values, error.status, {"connection": "close"})(scope, receive, send)
-        else:
-            await app(scope, receive, send)
+        refusal = None if error is None else JSONResponse(error.values, error.status, {"connection": "close"})
+        await (refusal or app)(scope, receive, send)
 
     return check
 

@@ -241,7 +241,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], int, str]] = [
     ("order.arrow", swapped([0, 3, 10], [0, -90_000, 10]), 1, "non-monotonic offset"),
     ("length.arrow", swapped([0, 3, 10], [0, 3, 2**31 - 1]), 1, "larger than values array"),
     ("index.arrow", swapped([0, 1, 1], [0, 7_000_000, 1], pa.array(["a", "b", "b"]).dictionary_encode()), 1, "Index 7"),
-    ("bomb.arrow", swapped([18_000], [2**31 - 1, 0], pa.array(["abc" * 6000]), compression="lz4"), 1, "cannot be read"),
+    ("bomb.arrow", swapped([18_000], [2**31 - 1, 0], pa.array(["abc" * 6000]), compression="lz4"), 1, "bytes to read"),
     ("dictionary.arrow", repeated(40), 17, "more than 100 times its size"),
     ("dictionary.parquet", lambda path: repeated(40, parquet=True)(path), 17, "100 times its size (and the 23 rows"),
     ("rows.parquet", more_rows, 101, "fewer rows than it says"),
