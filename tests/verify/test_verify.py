@@ -16,6 +16,7 @@ from launch.config.rules import check_rules
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
+from tests.verify.edited_faults import EDITS
 from tests.verify.planted_faults import PLANTED
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from verify.checks import Outcome, Place, Verification, run_checks
@@ -48,7 +49,7 @@ def verify(
     for fault in faults:
         with ExitStack() as stack:
             if fault != NONE:
-                PLANTED[fault].plant(rank, stack)
+                (PLANTED.get(fault) or EDITS[fault]).plant(rank, stack)
             folder = Path(config.out_dir)
             folder.mkdir(exist_ok=True)
             log = CollectiveLog()
@@ -148,6 +149,17 @@ def test_faults_of_two_ranks_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [0, 1, *exhaustive(*range(2, NUM_PARTS))])
 def test_planted_faults_are_named(tmp_path: Path, part: int) -> None:
     assert_all_named(run_config(tmp_path), [NONE, *PLANTED][part::NUM_PARTS])
+
+
+@pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.long), *exhaustive(0, *range(2, NUM_PARTS))])
+def test_edits_of_a_line_of_the_sources_are_found(tmp_path: Path, part: int) -> None:
+    config = run_config(tmp_path)
+    optim = replace(config.optim, sharding="zero1")
+    config = replace(config, optim=optim, batch=replace(config.batch, document_mask=True))
+    edits = [*EDITS][part::NUM_PARTS]
+    for name, outcomes in zip(edits, run_ranks(4, verify, config, edits, timeout_seconds=500)[0], strict=True):
+        failures = [str(failure) for outcome in outcomes for failure in outcome.failures]
+        assert re.search(EDITS[name].report, "\n".join(failures)), (name, failures)
 
 
 @pytest.mark.exhaustive
