@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import random
 import shutil
 import signal

@@ -25,7 +25,7 @@ from train.predict.timing import planning_schedule
 def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[int]:
     """Returns the peak of a step of each job on this rank, in bytes."""
     # Exchanges, reductions and updates run on this thread, so that the mode sees their tensors.
-    lanes = [patch(f"train.{module}.open_lane", lambda *_: InlineLane()) for module in ("world", "learner")]
+    lanes = [patch(f"train.core.{module}.open_lane", lambda *_: InlineLane()) for module in ("world", "learner")]
     with lanes[0], lanes[1]:
         return [_measure(config) for config in jobs]
 
