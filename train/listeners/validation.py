@@ -45,6 +45,7 @@ FIRST_RANGE_TOKENS = 128
 LOSS_BY_POSITION = "loss_by_position"
 BITS_PER_BYTE = "bits_per_byte"
 _POSITIONS = "positions"
+_ANSWERED_TOGETHER = 16  # prompts, next to the state of the training
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _NO_NETWORK = NetworkComparison()
 
@@ -344,7 +345,7 @@ def _continue(
         stop=frozenset([prepared.tokenizer.special.eos]),
     )
     numbered = [NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(prompts)]
-    return LocalEngine(model).generate(numbered, request)
+    return LocalEngine(model, batch_size=_ANSWERED_TOGETHER).generate(numbered, request)
 
 
 def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer) -> list[HeldOutAnswer]:
