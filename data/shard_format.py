@@ -267,7 +267,10 @@ def check_entries(folder: Path, key: str) -> None:
     """Rejects links, pipes and devices in a folder and among the folders of its sources."""
     for parent in (folder, folder / SOURCES_NAME):
         for path in parent.iterdir() if parent.is_dir() else ():
-            kind = path.lstat().st_mode
+            try:
+                kind = path.lstat().st_mode
+            except FileNotFoundError:  # another process has finished this file
+                continue
             is_folder_due = path == folder / SOURCES_NAME or parent != folder
             if not stat.S_ISDIR(kind) and (is_folder_due or not stat.S_ISREG(kind)):
                 rule = "must be a folder" if is_folder_due else "must be a file or folder"

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from base.files import replacing
 from data.corpus import DataError
 from data.progress import NO_PROGRESS
-from data.shard_format import PARTS, UnitWriter, open_shards
+from data.shard_format import PARTS, UnitWriter, open_shards, read_report
 from data.shards.run import _sample_shares, build_folder
 from data.shards.work import Build, BuildSettings, UnitEncoder, build_units
 from data.tokenizer import Tokenizer
@@ -367,6 +368,25 @@ def test_folder_that_another_command_begins_meanwhile_is_not_refused(
 
     monkeypatch.setattr(Path, "iterdir", list_after_another)
     assert build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)["cached"]
+
+
+def test_folder_in_which_another_process_finishes_a_file_meanwhile_is_read(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file gets its name between the list of the folder and the look at the file."""
+    folder = tmp_path / "out"
+    build_folder(settings, tokenizer, folder, 1, NO_PROGRESS)
+    list_folder = Path.iterdir
+
+    def list_before_another(path: Path) -> Iterator[Path]:
+        with replacing(path / "finished.json") as partial:
+            partial.touch()
+            listed = [*list_folder(path)]
+        return iter(listed)
+
+    monkeypatch.setattr(Path, "iterdir", list_before_another)
+    assert read_report(folder)["cached"] is False
+    assert (folder / "finished.json").exists()
 
 
 def test_broken_rows_of_files_with_any_name_are_a_line_each(settings: BuildSettings, tokenizer: Tokenizer) -> None:
