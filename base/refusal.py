@@ -8,5 +8,5 @@ class RuleError(ValueError):
 
     @classmethod
     def broken(cls, key: str, rule: str, value: object, near: object) -> Self:
-        """Returns the error about a key whose value breaks a rule."""
+        """Returns the error about a value that breaks a rule."""
         return cls(f"{key}: {rule}, is {value}; nearest valid: {near}")

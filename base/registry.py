@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         """Creates an empty registry.
 
         Args:
-            place: dotted configuration key whose value is one of the names; errors begin with it.
+            place: dotted configuration key that takes one of the names; errors begin with it.
             modules: modules that register this project's entries. They are imported when the registry is first used, so
                 that they may import the registry's module.
             also: other values of the key, which have no entry, such as `auto`.

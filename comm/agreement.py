@@ -80,7 +80,7 @@ def exchange_reports(report: str | None, group: ProcessGroup | None = None) -> R
 
 
 def compare_with_first_rank(text: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
-    """Returns the text of the group's first rank, and the reports of the ranks whose text differs."""
+    """Returns the text of the group's first rank, and the reports of the ranks with another text."""
     expected = broadcast_first(text, group)
     return expected, exchange_reports(text if text != expected else None, group)
 

@@ -99,7 +99,7 @@ class ParallelismConfig:
         return self.data * self.context
 
     def axes(self, separator: str = " ") -> str:
-        """Returns the axes whose product is the number of ranks, as in `pipeline 2 x data 4`."""
+        """Returns the axes that multiply to the number of ranks, as in `pipeline 2 x data 4`."""
         sizes = {"pipeline": self.pipeline, "data": self.data} | ({"context": self.context} if self.context > 1 else {})
         return " x ".join(f"{name}{separator}{size}" for name, size in sizes.items())
 

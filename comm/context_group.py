@@ -57,7 +57,7 @@ def _starts(rows: Rows) -> list[int]:
 
 
 class LoggedWork:
-    """Pending communication whose wait the collective log sees."""
+    """Pending communication that the collective log records as waiting."""
 
     def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
         self._log = link.observers.log

@@ -207,7 +207,7 @@ def make_group(
 
 
 def _open_on_world_device(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
-    """Creates a gloo group on the world's device, whose one thread then serves both.
+    """Creates a gloo group on the world's device; one thread then serves both.
 
     Otherwise each group has a device with a thread that wakes a hundred times a second.
     """

@@ -104,7 +104,7 @@ class ThreadLane(ClosesOnSuccess):
 
 
 class _HeldFunction:
-    """Function whose kernels may still read what it captured, until `done`."""
+    """Function that holds what its kernels may still read, until `done`."""
 
     def __init__(self, function: Callable[[], object], done: torch.cuda.Event) -> None:
         self.function: Callable[[], object] | None = function

@@ -143,7 +143,7 @@ class Relays:
         return node_members[home_members.index(member) % len(node_members)]
 
     def sources(self, relay: int) -> tuple[int, ...]:
-        """Returns the members of other nodes whose rows a member relays into its node, ascending."""
+        """Returns the members of other nodes for which a member relays rows into its node, ascending."""
         node = self.node_of[relay]
         return tuple(
             member for member, home in enumerate(self.node_of) if home != node and self.relay(member, node) == relay
@@ -258,7 +258,7 @@ MOST_GATHERED_RANKS = 16
 
 
 def num_kept_ranks(size: int) -> int:
-    """Returns the number of other ranks whose rows a rank keeps until the backward."""
+    """Returns how many other ranks' rows a rank keeps until the backward."""
     return size - 1 if size <= MOST_GATHERED_RANKS else 0
 
 

@@ -3,7 +3,7 @@
 Shape legend: A arrived rows, E local experts.
 
 The ranks of a context group share each sequence. They exchange rows: what attention of other tokens needs of a rank's
-tokens, as a tuple of tensors whose shapes are equal on all ranks. Every rank of the group must make the same calls in
+tokens, as a tuple of tensors of equal shapes on all ranks. Every rank of the group must make the same calls in
 the same order. Sequences are cut into 2c equal segments, of which rank i of c holds segments i and 2c - 1 - i. A token
 attends to all tokens before it, so a rank with an early and a late segment has as much work as every other rank.
 """
@@ -41,7 +41,7 @@ class CompletedWork(Generic[ResultT]):
 
 
 class MappedWork(Generic[SourceT, ResultT]):
-    """Work whose result is a function of other work's result; it runs in `wait`, on the compute lane."""
+    """Applies a function to the result of other work, in `wait` and on the compute lane."""
 
     def __init__(self, work: Work[SourceT], function: Callable[[SourceT], ResultT]) -> None:
         self._work = work
@@ -111,7 +111,7 @@ class RowOrder(Protocol):
 
 @runtime_checkable
 class RankLocalDispatcher(Protocol):
-    """Dispatcher whose rows stay on this rank unchanged, so that the model can copy and sum them itself."""
+    """Dispatcher that leaves rows on this rank unchanged, so that the model can copy and sum them itself."""
 
     def local_order(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Returns the number of rows of each expert, on the host, and the order of all rows."""

@@ -143,7 +143,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
 
 
 def entropy_nats(counts: NDArray[np.number[Any]]) -> float:
-    """Returns the entropy in nats of the distribution with these counts, whose sum is at least 1."""
+    """Returns the entropy in nats of the distribution with these counts; their sum must be at least 1."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 

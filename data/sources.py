@@ -57,7 +57,7 @@ def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
 
 
 def check_source(source: DataSource) -> None:
-    """Rejects a source whose files are empty or cannot be read, by names, sizes and the first megabytes."""
+    """Rejects a source with empty or unreadable files, by names, sizes and the first megabytes."""
     entry = DATA_SOURCES.get(source.kind)
     counts = ReadCounts()
     for _ in read_beginning(source, CHECKED_BYTES, counts):

@@ -401,7 +401,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _find_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns every pair of tokens whose concatenation is a token, ordered by the rank of that token."""
+    """Returns every pair of tokens that together are a token, ordered by the rank of that token."""
     cuts = ((token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token)))
     merges = [(left, right) for left, right in cuts if left in ranks and right in ranks]
     return sorted(merges, key=lambda merge: (ranks[merge[0] + merge[1]], ranks[merge[0]], ranks[merge[1]]))

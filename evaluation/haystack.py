@@ -65,7 +65,7 @@ class Draws:
         return order
 
     def digits(self, count: int) -> str:
-        """Returns a number of so many digits, whose first is not 0."""
+        """Returns a number of so many digits, the first not 0."""
         return str(10 ** (count - 1) + self.below(9 * 10 ** (count - 1)))
 
     def names(self, count: int) -> list[str]:

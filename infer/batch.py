@@ -91,7 +91,7 @@ Results = list[tuple[ActiveSequence, list[ChosenToken]]]
 
 
 class GenerationBatch:
-    """Sequences by the decoder's rows: those that are continued, then those whose prompts are read."""
+    """Sequences by the decoder's rows: those that are continued, then those with prompts to read."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class GenerationBatch:
         return self.join(sequences)
 
     def begin(self, sequence: ActiveSequence) -> None:
-        """Adds a row for a sequence whose prompt is not read yet, except for finished blocks."""
+        """Adds a row for a sequence before its prompt is read, except for finished blocks."""
         row = self.decoder.add(sequence.place)
         self.rows.append(sequence)
         scores_prompt = sequence.request.scores_prompt and not sequence.chosen
@@ -229,7 +229,7 @@ class GenerationBatch:
             sequence.prompt_scores += score_tokens(logits_RV, targets_R, sequence.request.num_alternatives or 0)
 
     def load(self, sequence: ActiveSequence, values: Sequence[Tensor], states_TD: Tensor) -> None:
-        """Continues a sequence whose text another decoder has read."""
+        """Continues a sequence after another decoder has read its text."""
         row = self.rows.index(sequence)
         for cache, values_LTC in zip((self.decoder.main, self.decoder.mtp), values, strict=True):
             # Blocks of the same beginning may be here already.
@@ -238,7 +238,7 @@ class GenerationBatch:
         self.join([sequence])
 
     def join(self, sequences: Sequence[ActiveSequence]) -> Results:
-        """Continues sequences whose prompts are read or can be copied, and chooses their first tokens."""
+        """Continues sequences after their prompts are read or copied, and chooses their first tokens."""
         for sequence in sequences:
             row = self.rows.index(sequence)
             if sequence.states_TD is None:

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits and from drafts, for rows whose requests have equal settings.
+"""Chooses tokens from logits and from drafts, for rows of requests with equal settings.
 
 Shape legend: B rows of a pass, R of them in a group, V vocabulary, D hidden size.
 """

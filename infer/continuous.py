@@ -136,7 +136,7 @@ class ContinuousEngine:
             )
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
-        """Queues a request whose number no other one has, or raises as `check`."""
+        """Queues a request with a new number, or raises as `check`."""
         self.check(prompt, request)
         assert all(row.index != prompt.number for row in (*self._waiting, *self.batch.rows)), "the number is taken"
         self._waiting.append(self._start(prompt, request))
@@ -233,7 +233,7 @@ class ContinuousEngine:
         return chunk
 
     def _startable(self) -> list[ActiveSequence]:
-        """Returns the waiting sequences whose text can be read now; none if the oldest one has too few blocks."""
+        """Returns the waiting sequences to read now; none if the oldest one has too few blocks."""
         if not self._waiting or not self._has_room(self._waiting[0]):
             return []
         return [sequence for sequence in self._waiting if self._has_room(sequence)]

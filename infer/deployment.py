@@ -143,7 +143,7 @@ class Deployment:
         return next((gpus for gpus in sets if gpus is not None and self._suffices(gpus)), None)
 
     def _best(self, role: Role, gpus: int) -> GpuSet | None:
-        """Returns the set whose group size leaves room for most tokens."""
+        """Returns the set with the group size that leaves room for most tokens."""
         sets = (self._set(role, _SMALLEST, gpus, attention) for attention in self._attentions(gpus))
         return max(filter(None, sets), key=attrgetter("cached_tokens"), default=None)
 

@@ -241,7 +241,7 @@ class TextStream:
     """Incremental text of a stream of tokens: all pieces together are the text up to a stop string.
 
     Incomplete characters are held back, and so is text that may be the start of a stop string. Many tokenizers drop the
-    leading space of a first token, so tokens are decoded together with those before them, whose text is cut off.
+    leading space of a first token, so tokens are decoded together with those before them; the earlier text is cut off.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class VerdictTokens:
 
 
 def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_size: int = 16) -> list[JudgeVerdict]:
-    """Returns the verdicts of a generative reward model, whose critiques are given (`infer.reward`).
+    """Returns the verdicts of a generative reward model from its critiques (`infer.reward`).
 
     Raises:
         GenerateError: the model has no output head, a sequence is too long or holds no such token, or a prompt or a
@@ -104,7 +104,7 @@ class JudgedAnswer:
         return {"prompt": self._question(), "answer": self._text(approves=self.approves)}
 
     def tokens(self, template: ChatTemplate, tokenizer: Tokenizer) -> VerdictTokens:
-        """Returns the tokens whose probabilities are the verdict.
+        """Returns the tokens that are the verdict by their probabilities.
 
         The verdicts begin where both answers first differ in tokens, as a token may hold text before the verdict, too.
         """

@@ -1,4 +1,4 @@
-"""Describes a prompt whose continuation is being generated, and what it reports.
+"""Describes a prompt that is being continued, and its reports.
 
 Shape legend: T new tokens, D hidden size.
 """

@@ -194,7 +194,7 @@ class LoadedModel:
         """Continues a prompt, or several together, as text or token ids: `generate("import os", top_p=0.9)`.
 
         Returns:
-            The transcript of the prompt, whose `str` is the continuation; a list for a list of prompts.
+            The transcript of the prompt, with the continuation as its `str`; a list for a list of prompts.
 
         Raises:
             ConfigError, GenerateError: an unknown option, or a prompt or value that is not valid.

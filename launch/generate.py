@@ -174,7 +174,7 @@ class ContinuationWriter:
     position: int = 0
 
     def update(self) -> None:
-        """Writes what is new: text, or the complete continuations whose predecessors are written."""
+        """Writes what is new: text, or the complete continuations in order."""
         if self.form == "live":
             (transcript,) = self.transcripts
             text = transcript.in_form_of_prompt

@@ -153,7 +153,7 @@ def _merge(parts: Sequence[Arrays]) -> Arrays:
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes a safetensors file whose header has the order of the arrays."""
+    """Writes a safetensors file with a header in the order of the arrays."""
     plan = {name: Stored(array.shape, _DTYPES[array.dtype.name]) for name, array in arrays.items()}
     offsets, header = lay_out(plan, keeps_order=True)
     with path.open("xb") as file:

@@ -140,7 +140,7 @@ def _check_torch(config: ScheduleCommandConfig) -> None:
 
 
 def torch_csv(schedule: Schedule) -> str:
-    """Returns a line for each rank, whose cells are operations: stage, kind, micro-batch.
+    """Returns a line for each rank, with operations as cells: stage, kind, micro-batch.
 
     `torch.distributed.pipelining` reads it. It runs one operation at a time, so groups become sequences.
     """

@@ -70,7 +70,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, int]:
-    """Returns the checked configuration, whose ranks never restart, and the number of random layouts."""
+    """Returns the checked configuration without restarts, and the number of random layouts."""
     with system_errors():
         values = compose("verify", overrides)
         layouts = decode(NonNegativeInt, values.pop(_KEY), _KEY)

@@ -231,7 +231,7 @@ def score_tokens(
         slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
             `kernels.cross_entropy`); None means 1 for every row.
         rows: numbers of all rows that have a target (`MicroBatch.target_rows`); None: the head reads all rows.
-        shared: sum of the matrix's gradients over slices, whose losses have equal factors; None: no slices.
+        shared: sum of the matrix's gradients over slices with equal factors of their losses; None: no slices.
 
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
@@ -259,7 +259,7 @@ def score_rows(
     rows: Tensor | None,
     shared: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a loss whose gradients `score` computes with its log-probabilities, as `score_tokens`."""
+    """Computes a loss; `score` computes its gradients with the log-probabilities, as `score_tokens`."""
     scoring = _Scoring(score, value, sink, rows, shared)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()

@@ -73,7 +73,7 @@ def deliver_product(
 def deliver_products(
     weights_NK: Sequence[Tensor], grad_AN: Tensor, rows: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
-    """Delivers the gradients of several maps of one input, whose outputs are side by side."""
+    """Delivers the gradients of several maps of one input, given those of their joined outputs."""
     # The input stays until the last of the maps has read it.
     rows = rows if len(weights_NK) == 1 else cache(rows)
     grads_AN = grad_AN.split([len(weight_NK) for weight_NK in weights_NK], 1)

@@ -160,7 +160,7 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Returns linear layers of a norm's output side by side, from whose input it may be recomputed."""
+    """Returns linear layers of a norm's output side by side; the norm may be recomputed from its input."""
     options = _Options(eps=source.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     out: Tensor = _LinearOfNormal.apply(  # type: ignore[no-untyped-call]
         normal, source.x, source.norm_weight_D, options, *weights_ND

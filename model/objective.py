@@ -93,7 +93,7 @@ def find_target_rows(targets_BT: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """An output head: its matrix, the depth whose hidden state it reads, 0 for the main one.
+    """An output head: its matrix, and the depth of the hidden state that it reads, 0 for the main one.
 
     Slices add to the `shared` gradient of the matrix.
     """

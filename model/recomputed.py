@@ -45,7 +45,7 @@ class _ResidualSource:
 
 
 class RecomputedPhase(ComputePhase[Hidden, Out]):
-    """Attention, whose graph is kept, and the rest of its phase, which the backward computes again."""
+    """Attention with its graph, and the rest of its phase, which the backward computes again."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class RecomputedAttend(RecomputedPhase[Routed]):
 
 
 class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
-    """Experts, whose graph the backward records; keeps the weights of received rows."""
+    """Experts; the backward records their graph. Keeps the weights of received rows."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
 
 
 class RecomputedCombine(CombinePhase):
-    """Combine, whose backward also recomputes the rows of the layer and sends them to their experts again."""
+    """Combine; its backward also recomputes the rows of the layer and sends them to their experts again."""
 
     def __init__(
         self, exchange: Exchange, attend: RecomputedAttend, dispatch: DispatchPhase, experts: RecomputedExperts

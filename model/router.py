@@ -107,7 +107,7 @@ class Routing:
 
 
 class _WeightedShares(torch.autograd.Function):
-    """Computes the sum over tokens of slopes * scores / sum(scores), whose gradient takes few operations."""
+    """Sums slopes * scores / sum(scores) over tokens, with a gradient of few operations."""
 
     @staticmethod
     def forward(ctx: Any, scores_BTE: Tensor, slopes_BE: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class SharedGradient:
         self._total: Tensor | None = None
 
     def add(self, gradient: Tensor | None) -> Tensor | None:
-        """Adds a slice's gradient, and returns the sum to the first slice, whose backward is the last."""
+        """Adds a slice's gradient, and returns the sum to the first slice, which runs backward last."""
         if self._total is None or gradient is None:
             self._total = gradient
             # Saved tensors must not change, but later slices add to this one.
@@ -86,7 +86,7 @@ class SlicedSequences:
 
 
 class SliceContext:
-    """Implements `ContextGroup` for a slice, whose other members are all slices on all ranks."""
+    """Implements `ContextGroup` for a slice; the other members are all slices on all ranks."""
 
     def __init__(self, parts: SequenceParts, slice_index: int, layer: _SharedLayer, ranks: ContextGroup) -> None:
         self.size = len(parts.held)
@@ -197,7 +197,7 @@ class RunPlace:
 
 
 class SlicedRuns:
-    """Sequences of one stage whose slices have begun but not all of them."""
+    """Sequences of one stage of which some slices have begun but not all."""
 
     def __init__(self, parts: SequenceParts, slices: int) -> None:
         self._parts = parts

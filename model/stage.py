@@ -182,7 +182,7 @@ class StageRun:
         return gradients.hidden_BTD
 
     def gradient_tensors(self) -> Iterator[Tensor]:
-        """Yields the gradients of the input of the last phase whose backward has finished."""
+        """Yields the gradients of the input of the last phase that has finished its backward."""
         yield from (tensor for tensor in self._gradients.tensors() if tensor is not None)
 
     def forward(self, phase: int) -> None:

@@ -47,7 +47,7 @@ def build_distinct_ranks(config: TrainConfig) -> list[dict[str, Any]]:
 
 @contextmanager
 def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
-    """Makes this process a rank of a job whose other ranks do not exist."""
+    """Makes this process a rank of a job without its other ranks."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield

@@ -154,7 +154,7 @@ def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:
 
 
 def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
-    """Returns a run whose batch can be divided among some layouts of this many ranks.
+    """Returns a run with a batch that can be divided among some layouts of this many ranks.
 
     That is the run itself if possible. Otherwise its batch becomes the smallest multiple of the ranks that is not
     below it, without a ramp, in as many steps as process the same tokens.
@@ -293,7 +293,7 @@ class Estimates:
         return busy, path + 2 * (pipeline - 1) * times.latency, mean
 
     def _held(self, expert: int) -> HeldParameters:
-        """Returns the parameters of a whole model whose experts are divided among ranks."""
+        """Returns the parameters of a whole model with its experts divided among ranks."""
         model = self.space.config.model
         shapes = stage_shapes([range(model.num_layers)])
         local = model.num_routed_experts // expert

@@ -35,7 +35,7 @@ def products_of(
 
 
 def held_weights(products: Products) -> float:
-    """Returns the weights that a rank reads, and whose gradients it sums, in each micro-batch."""
+    """Returns the weights that a rank reads in each micro-batch, and for which it sums gradients."""
     return sum(product.copies * product.outputs * product.inputs for product in products)
 
 

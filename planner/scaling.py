@@ -333,7 +333,7 @@ class _Scale:
     def _multiply(
         self, measured: float, products: Products, reference: Products, phase: Phase, weight_bytes: tuple[int, int]
     ) -> float:
-        """Returns the time of products whose reference took `measured` seconds.
+        """Returns the time of products, given the `measured` seconds of their reference.
 
         Reads of weights that nothing hides, or sums of gradients, take the same time for any number of rows.
         """

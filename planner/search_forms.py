@@ -116,7 +116,7 @@ def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) 
 
 
 def _tie_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns which layouts tie with the fastest, whose step has an error bar."""
+    """Returns which layouts tie with the fastest, within the error bar of its step."""
     step, error = found[0]["time"]["step_seconds"], found[0]["time"]["error"]
     if error is None:
         return []

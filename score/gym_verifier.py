@@ -8,7 +8,7 @@ import reasoning_gym
 
 
 def score(prompt: str, answer: str, expected: str | None) -> dict[str, object]:
-    """Returns the library's score, from 0 to 1, of a problem whose data set and index `expected` names."""
+    """Returns the library's score, 0 to 1, of the problem that `expected` names by data set and index."""
     origin = json.loads(expected or "{}")
     dataset = _open(origin["dataset"], origin["seed"], origin["size"])
     entry = dataset[origin["index"]]

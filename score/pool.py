@@ -224,7 +224,7 @@ class _Worker:
             return b""
 
     def _end(self) -> str:
-        """Returns how a process ended whose output is closed."""
+        """Returns how a process ended, after its output was closed."""
         assert self._process is not None
         try:
             code = self._process.wait(_EXIT_SECONDS)

@@ -276,7 +276,7 @@ class PassRates:
 
     Attributes:
         pass_at_1: share of answers with a verdict that are correct; 0 if none has one.
-        maj_at_n: share of problems whose most frequent answer is correct; of several, the one that occurs first.
+        maj_at_n: share of problems with a correct most frequent answer; of several, the one that occurs first.
         cut_share: share of answers that reached the limit of tokens.
     """
 

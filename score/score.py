@@ -45,7 +45,7 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextAnswer:
-    """An answer whose tokens are not known."""
+    """An answer without known tokens."""
 
     text: str
     num_tokens: int

@@ -253,7 +253,7 @@ def _rating(summary: str, config: type[ScorerConfig], score: Callable[[Any, Answ
 
 
 def _of_processes(summary: str, config: type[ScorerConfig], build: Callable[[Any], Scorer], needs: str) -> ScorerSpec:
-    """Returns a scorer with a verdict, whose processes are killed at a deadline."""
+    """Returns a scorer with a verdict that kills its processes at a deadline."""
     return ScorerSpec(summary, config, build, has_verdict=True, needs=needs, has_deadline=True)
 
 

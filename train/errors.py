@@ -20,7 +20,7 @@ VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 class StepRefusal:
     """The reason why the guard refuses a step, equal on all ranks.
 
-    `ranks` are those whose own losses or gradients are not finite; if all are finite, the rank with the largest
+    `ranks` are those with their own non-finite losses or gradients; if all are finite, the rank with the largest
     gradients; none if the reason is the same on all ranks.
     `last_good` is the number of updates after which the weights were still good; None: the batch is the reason.
     With `ends_run`, neither another batch nor other weights would help.
@@ -110,7 +110,7 @@ class UnknownKeyError(ConfigError):
 
 
 def broken(key: str, rule: str, value: object, near: object) -> ConfigError:
-    """Returns the error about a key whose value breaks a rule such as `must be at most 3`."""
+    """Returns the error about a value that breaks a rule such as `must be at most 3`."""
     return ConfigError(f"{key}: {rule}, is {value}; nearest valid: {near}")
 
 

@@ -146,7 +146,7 @@ class TrainingLoop:
         return Done(result)
 
     def _roll_back(self, to_step: int) -> None:
-        """Continues after an earlier step, whose checkpoint the learner has already loaded."""
+        """Continues after an earlier step; the learner has already loaded its checkpoint."""
         self.num_done = to_step
         self._checkpoints.roll_back()
         self._learners.last.hook.roll_back(to_step)
@@ -192,7 +192,7 @@ _ROLLED_BACK = "rolled_back"
 
 @contextmanager
 def ends_of_sampling() -> Iterator[None]:
-    """Ends a run whose answers cannot be sampled or scored outside of a guarded step."""
+    """Ends a run that cannot sample or score answers outside of a guarded step."""
     try:
         yield
     except ScoringError as error:
@@ -274,7 +274,7 @@ class Recovery:
         )
 
     def _leave_out_since(self, folder: Path, refusal: StepRefusal) -> tuple[RolledBack, str]:
-        """Rolls back from bad weights, whose checkpoints are renamed, and skips all steps since."""
+        """Rolls back from bad weights, renames their checkpoints, and skips all steps since."""
         first = read_step(folder) + 1
         self._note(_ROLLED_BACK, refusal, checkpoint=str(folder), first_skipped=first)
         if self._is_writer:

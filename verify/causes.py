@@ -35,7 +35,7 @@ class Evidence:
 
     Attributes:
         step: number of the step, from 1; 0 before the first one.
-        totals: gradients whose sum over ranks differs.
+        totals: gradients that differ in their sum over ranks.
         by_rank: values of ranks that differ.
         shares: parts of `totals` by rank, if each rank computes the gradient of whole sequences.
         sums: the group over which a rank's first wrong sum was computed, if one fits.
@@ -79,7 +79,7 @@ def explain(evidence: Evidence) -> list[Failure]:
 
 
 def axis_of(ratio: float, mesh: ParallelismConfig, axis: str, *, is_experts: bool) -> str:
-    """Returns the axis whose size a ratio is, preferably the one that was added; empty if there is none."""
+    """Returns the axis of a ratio's size, preferably the one that was added; empty if there is none."""
     sizes = {"expert": mesh.expert} if is_experts else {}
     sizes |= {"data": mesh.data, "pipeline": mesh.pipeline, "context": mesh.context, "expert": mesh.expert}
     if axis in sizes and not is_experts:

@@ -1,4 +1,4 @@
-"""Chooses the small runs whose steps are compared with one rank's.
+"""Chooses the small runs to compare with one rank.
 
 They add one axis at a time, then follow the configured layout, then random ones. All of them use every rank of the
 job, and the backend, dispatcher, recomputation and seed of the configured run. No torch here.

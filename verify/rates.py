@@ -75,7 +75,7 @@ def _measure(run: Callable[[torch.device], Rates], device: torch.device) -> tupl
 
 
 def slow_places(rates: Rates, least: float) -> dict[tuple[int, ...], float]:
-    """Returns places whose rate is below a share of the median, with their share.
+    """Returns places with a rate below a share of the median, and that share.
 
     A rank all of whose links are slow is one place. Of two ranks, the median is the faster one's.
     """

@@ -179,7 +179,7 @@ class CollectiveLog:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
     def _finish_enqueued(self) -> None:
-        """Marks collectives as finished whose streams have passed them. One stream may delay another's check."""
+        """Marks collectives as finished once their streams have passed. One stream may delay another's check."""
         while self._enqueued and self._enqueued[0].is_over():
             self._finish(self._enqueued.popleft().collective)
 

@@ -390,7 +390,7 @@ class StoreGather:
     def _absent(self) -> list[int]:
         """Returns the ranks that keep the root's record from appearing, found from the root downwards.
 
-        These are the ranks without a record, or, if all have one, those whose record is not authentic.
+        These are the ranks without a record, or, if all have one, those without an authentic one.
         """
         missing: list[int] = []
         forged: list[int] = []

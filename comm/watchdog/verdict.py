@@ -209,7 +209,7 @@ def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Ver
 def judge_wait(
     reason: Reason, result: InquiryResult, followed: Sequence[Wait], deadline_seconds: float
 ) -> Verdict | Wait | None:
-    """Judges the ranks of the last collective in `followed`, whose states are in `result`.
+    """Judges the ranks of the last collective in `followed`, by their states in `result`.
 
     `followed` holds the longest wait of the judge, then that of a rank that has not reached it, and so on. Returns a
     verdict on the missing ranks, the wait of a missing rank to follow next, or None if no rank is missing and no

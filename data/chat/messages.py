@@ -120,7 +120,7 @@ def check_order(messages: Sequence[ChatMessage], place: str = "") -> None:
 
 
 def check_role(messages: Sequence[ChatMessage], number: int, place: str, what: str, roles: Sequence[Role]) -> None:
-    """Rejects a message, whose place is in a list, that has another role than these."""
+    """Rejects a message of a list that has another role than these."""
     role = messages[number].role
     if role not in roles:
         authors = " or ".join(f"{'the' if role == 'assistant' else 'a'} {role}'s" for role in roles)

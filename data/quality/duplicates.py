@@ -103,7 +103,7 @@ class SketchFiles:
         return np.concatenate(keys), np.concatenate(documents)
 
     def rows(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.uint16]]:
-        """Returns the number of n-grams and all values of documents, whose numbers ascend, [n] and [n, 128]."""
+        """Returns the number of n-grams and all values of documents with ascending numbers, [n] and [n, 128]."""
         rows = np.empty((len(documents), 1 + NUM_BANDS), np.uint64)
         bounds = np.searchsorted(documents, self.offsets)
         for start, block in self._blocks(np.flatnonzero(np.diff(bounds)).tolist()):
@@ -219,7 +219,7 @@ def _equal_at(values: NDArray[np.uint64], later: _Positions, earlier: _Positions
 def _match_buckets(
     keys: NDArray[np.uint64], is_match: Callable[[_Positions, _Positions], NDArray[np.bool_]]
 ) -> Iterator[tuple[_Positions, _Positions]]:
-    """Yields positions whose keys are equal and that match, each with the first that it matches."""
+    """Yields positions with equal keys that match, each with the first that it matches."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     for _ in range(_BUCKET_ROUNDS):

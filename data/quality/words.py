@@ -160,7 +160,7 @@ def _join(
 
 
 def mix_bits(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns hashes whose every bit depends on every bit (the finalizer of SplitMix64)."""
+    """Mixes hashes so that every bit depends on every bit (the finalizer of SplitMix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))

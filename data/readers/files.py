@@ -193,7 +193,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _nearest(path: Path) -> str:
-    """Returns the end of an error: the existing path whose name is nearest to a missing path."""
+    """Returns the end of an error: the existing path that is nearest to a missing path by its name."""
     missing = path
     while not missing.parent.exists():
         missing = missing.parent

@@ -93,7 +93,7 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
 
 def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
-    """Yields lockstep orders whose W fill idle time; of many micro-batches the best of few, extended."""
+    """Yields lockstep orders that fill idle time with W; of many micro-batches the best of few, extended."""
     ranks = shape.num_ranks
     count = shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks

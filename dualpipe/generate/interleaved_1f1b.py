@@ -54,7 +54,7 @@ def interleaved_1f1b(
 
 
 class _PolicySearch:
-    """Search for the policy whose order is the shortest, with few micro-batches if there are many."""
+    """Search for the policy with the shortest order, with few micro-batches if there are many."""
 
     def __init__(self, shape: Schedule, costs: CostModel, cap: float) -> None:
         self._costs = costs

@@ -108,7 +108,7 @@ class GroupChooser:
         return None
 
     def _candidates(self, state: BuilderRank) -> list[Candidate]:
-        """Returns the next operations of the rank's queues whose inputs are on the way or there."""
+        """Returns the next operations of the rank's queues that have their inputs or wait for a transfer."""
         candidates: list[Candidate] = []
         values = self._values
         leader = self._preferences.leader

@@ -369,7 +369,7 @@ def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:
 
 
 def _most_work(shares: Sequence[_HeldStage], memory_cap: float, time: Callable[[StageCosts], float]) -> float:
-    """Returns an upper bound on the time of operations whose activations fit under the cap together."""
+    """Returns an upper bound on the time of operations with activations that fit under the cap together."""
     is_uniform = len({share.costs.activation for share in shares}) == 1
     total = 0.0
     room = memory_cap

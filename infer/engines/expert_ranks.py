@@ -50,7 +50,7 @@ class Pass(IntEnum):
 
 
 class RankDecoder(Decoder):
-    """A decoder whose experts are spread over ranks, all of which take part in each pass."""
+    """Decodes with experts that are spread over ranks, all of which take part in each pass."""
 
     def __init__(self, seconds: float, *args: Any, **options: Any) -> None:
         """Opens a group with a timeout, in which ranks agree. All ranks build one at the same point."""
@@ -327,7 +327,7 @@ class RanksEngine:
         self._rank.round(Orders(is_end=True))
 
     def _least_loaded(self, ranks: Sequence[int]) -> int:
-        """Returns the rank whose prompts may need the fewest tokens, the first one of several."""
+        """Returns the rank with the fewest tokens that its prompts may need, the first one of several."""
         loads = dict.fromkeys(ranks, 0)
         for rank, num_tokens in self._shares.values():
             if rank in loads:

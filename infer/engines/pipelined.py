@@ -1,4 +1,4 @@
-"""Continues prompts with a model whose stages are spread over the ranks of a pipeline.
+"""Continues prompts with a model that is spread over the ranks of a pipeline.
 
 A stage unpacks a cohort's round, runs its layers and packs the result.
 
@@ -95,7 +95,7 @@ class LastStage(InnerStage):
 
 
 class DirectedStages:
-    """A stage of this rank for all directions, whose micro-batches are rounds of cohorts."""
+    """A stage of this rank for all directions; its micro-batches are rounds of cohorts."""
 
     lanes: Sequence[Lane] = ("compute",)
 
@@ -148,7 +148,7 @@ _FAILED = 1 << 40
 
 
 class PipelinedEngine:
-    """An engine whose weights stay where training left them. Every rank of the job has an equal one.
+    """An engine that leaves the weights where training has them. Every rank of the job has an equal one.
 
     Prompts are spread over pipelines and directions, and in each over cohorts, which are in different stages at a time.
     A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage, which also
@@ -242,7 +242,7 @@ class PipelinedEngine:
         return InnerStage(decoders, form, pipeline.place, stage)
 
     def _last_stage(self, direction: int, work: "_RankWork", capacity: int) -> LastStage:
-        """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
+        """Builds the last stage of a direction; its cohorts share one queue of sequences."""
         pipeline = self._pipeline
         form = work.form
         waiting = deque(sequence for sequence in work.sequences[direction] if sequence.num_left > 0)

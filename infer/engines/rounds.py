@@ -151,10 +151,10 @@ class DecodePipeline(Protocol):
         """Sends packed rounds from the last stages to the first ones.
 
         Args:
-            rounds: next round of each cohort, by direction, for the directions whose last stage is on this rank.
+            rounds: next round of each cohort, by direction, for the directions that end on this rank.
 
         Returns:
-            The next round by direction and cohort, for the directions whose first stage is on this rank.
+            The next round by direction and cohort, for the directions that begin on this rank.
         """
 
     def run(
@@ -169,7 +169,7 @@ class DecodePipeline(Protocol):
         """Returns the values of the ranks that have one, in the order of ranks. All ranks call it."""
 
     def first_report(self, text: str) -> str:
-        """Returns the text of the lowest rank whose text is not empty, or an empty one. All ranks call it."""
+        """Returns the text of the lowest rank that has one, or an empty one. All ranks call it."""
 
 
 Round = tuple[RoundPlan, Tensor | None]
@@ -179,7 +179,7 @@ NOTHING: Round = (RoundPlan(), None)
 
 
 class _ClosedError(BaseException):
-    """Ends a program whose cohort was closed."""
+    """Ends a program after its cohort was closed."""
 
 
 class Cohort:

@@ -100,7 +100,7 @@ class AnswerBuilder:
         return {"delta": delta, "logprobs": scores if has_scores else None}
 
     def _prompt_records(self) -> Iterator[tuple[object, ...]]:
-        """Yields the records of the prompt, whose first token has no log-probability."""
+        """Yields one record per prompt token; the first has no log-probability."""
         first = self._prompt[0]
         yield _token_text(self._tokenizer, first), None, None, 0
         stream = TextStream(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -39,7 +39,7 @@ _DISCONNECTED = 499  # status of log lines and metrics if the client did not wai
 
 
 class Metrics:
-    """Counters and histograms of a server. A request whose client disconnected has the status 499."""
+    """Counters and histograms of a server. A request has the status 499 if its client disconnected."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -198,7 +198,7 @@ class _Call:
             await Response(content, media_type="application/json")(scope, receive, send)
 
     async def _answer(self, send: Send) -> bytes:
-        """Returns the whole answer, or the end of a stream whose other events are sent."""
+        """Returns the whole answer, or the end of a stream after its other events were sent."""
         service = self._service
         service.check_access(self._request)
         async with self._read_body() as content:
@@ -220,7 +220,7 @@ class _Call:
 
     @asynccontextmanager
     async def _read_body(self) -> AsyncIterator[bytes]:
-        """Yields the body, whose bytes count until the end of the context."""
+        """Yields the body; its bytes count until the end of the context."""
         service = self._service
         content = bytearray()
         counted = 0

@@ -143,7 +143,7 @@ def _most_connections() -> int:
 
 
 def _refuse_ambiguous(app: ASGIApp) -> ASGIApp:
-    """Returns an application that refuses other versions, and bodies whose end a proxy may see elsewhere."""
+    """Returns an application that refuses other versions, and bodies that a proxy may end elsewhere."""
 
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
         names = {name for name, _ in scope.get("headers", ())}

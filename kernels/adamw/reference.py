@@ -1,4 +1,4 @@
-"""AdamW over float32 weights whose two moments are stored in bf16, in plain PyTorch.
+"""AdamW over float32 weights with two moments that are stored in bf16, in plain PyTorch.
 
 Every operation rounds once to float32, so the result depends on no device, address or shard. Divisions by a common
 number are multiplications by its inverse, as in torch on CUDA.

@@ -38,7 +38,7 @@ class Documents:
     def from_positions(cls, positions_BT: Tensor) -> "Documents":
         """Builds the documents from each token's position within its document.
 
-        A document begins at each position that does not follow the position before. Padding, whose position is -1,
+        A document begins at each position that does not follow the position before. Padding, at position -1,
         becomes documents of one token each. Pass positions on the host and move the documents afterwards: this avoids a
         host sync.
         """

@@ -36,7 +36,7 @@ class RowScores:
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Returns the rows whose logits are computed at a time: they fit a cache, more pay off for 16 bits."""
+    """Returns how many rows' logits are computed at a time: they fit a cache, more pay off for 16 bits."""
     most = CHUNK_LOGITS_16_BIT if dtype in (torch.bfloat16, torch.float16) else CHUNK_LOGITS
     return min(num_rows, max(SMALLEST_CHUNK_ROWS, most // vocab_size))
 

@@ -36,7 +36,7 @@ class ExpertBlock:
 
 
 def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
-    """Returns blocks of whole experts whose values between products, `width` per row, stay in the cache."""
+    """Returns blocks of whole experts; their values between products, `width` per row, stay in the cache."""
     most = max(1, BLOCK_NUMBERS // width)
     first = 0
     blocks = list[ExpertBlock]()

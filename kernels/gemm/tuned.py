@@ -110,7 +110,7 @@ class TunedProduct(Generic[P]):
         self._is_settled = True
 
     def _nearest(self, key: ShapeKey) -> Tiling:
-        """Returns the tiling of the known size of the same type whose factors to a size are smallest."""
+        """Returns the tiling of the known size of the same type that is nearest to a size by its factors."""
         alike = [known for known in self._chosen if known[0] == key[0]]
         if not alike:
             return self._candidates[0]

@@ -109,7 +109,7 @@ def switches(command: str) -> dict[str, str]:
 
 
 def quoted_override(key: str, value: str) -> str:
-    """Returns an override whose value has special characters, quoted for a shell."""
+    """Returns an override with special characters, quoted for a shell."""
     is_list = value.startswith("[") and value.endswith("]")
     items = [text.strip().replace("'", "\\'") for text in (value[1:-1].split(",") if is_list else [value])]
     quoted = ",".join(f"'{text}'" for text in items)
@@ -258,7 +258,7 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
 
 
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
-    """Raises an error for the first override whose key does not exist, with the nearest key that exists."""
+    """Raises an error for the first override of an unknown key, with the nearest key that exists."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
     try:
         valid_keys = known_keys(command, tuple(choices))
@@ -440,7 +440,7 @@ def default_groups(command: str) -> dict[str, str]:
 
 
 def included_roots(command: str) -> list[str]:
-    """Returns the names of the root YAML files whose keys a command inherits."""
+    """Returns the names of the root YAML files from which a command inherits keys."""
     return [entry for entry in _defaults(command) if isinstance(entry, str) and entry != "_self_"]
 
 

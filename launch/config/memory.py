@@ -18,7 +18,7 @@ _SMALLER_SHARE = 0.9  # of the predicted memory, which a change must not exceed 
 
 
 def check_memory(config: TrainConfig, rules: Rules) -> None:
-    """Rejects a run whose predicted peaks exceed what `cluster` says of devices and hosts.
+    """Rejects a run with predicted peaks above what `cluster` says of devices and hosts.
 
     Nothing is checked without `cluster.memory_bytes`. Suggested changes must pass `rules`, which raises ValueError.
     `plan.check=false` skips the check.
@@ -47,7 +47,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory_line(config: TrainConfig, rules: Rules, rank: int, error: str) -> str:
-    """Returns one line about a rank whose device had too little memory, given torch's error."""
+    """Returns one line about a rank with too little memory on its device, given torch's error."""
     request = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
     begin = f"memory: rank {rank} requested {request[1] if request else 'memory'} that its device did not have"
     room = config.cluster.memory_bytes
@@ -134,7 +134,7 @@ def _host(config: TrainConfig) -> Iterator[Change]:
 
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
-    """Yields a ramp whose first step has two micro-batches per rank; with fewer, W is deferred longer."""
+    """Yields a ramp with two micro-batches per rank in its first step; with fewer, W is deferred longer."""
     batch = config.batch
     ramp = config.batch.ramp
     parallelism = config.parallelism

@@ -248,7 +248,7 @@ def _own_tokenizer(weights: str | None, values: Mapping[str, Any]) -> Path | Non
 
 
 def check_files(config: TrainConfig) -> None:
-    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit."""
+    """Rejects a run with missing or unfitting text, checkpoint or initial weights."""
     check_text(config, check_data(config))
     _check_evaluation(config)
     TASKS.get(config.task.kind).check_files(config)

@@ -454,7 +454,7 @@ def _own_socket_folder() -> None:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Removes leftover folders of this user whose owner on this machine has ended. Follows no links."""
+    """Removes leftover folders of this user if their owner on this machine has ended. Follows no links."""
     with suppress(OSError):
         for entry in list(os.scandir(place)):
             with suppress(OSError, LockedError):

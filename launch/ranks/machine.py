@@ -389,7 +389,7 @@ def environment_lines(cluster: ClusterConfig, environment: Mapping[str, str]) ->
 
 
 def local_rank_environment(store_file: Path) -> dict[str, str]:
-    """Returns the variables of a rank whose job runs on this machine alone, over the loopback interface."""
+    """Returns the variables of a rank of a job on this machine alone, over the loopback interface."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
     return {
         "GLOO_SOCKET_IFNAME": interface,

@@ -206,7 +206,7 @@ def spread_over_ranks(
 def _check_ranks(
     model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig
 ) -> tuple[str, tuple[range, ...]]:
-    """Returns the kind of schedule whose placement is used, and the layers of each stage."""
+    """Returns the kind of schedule that places the stages, and the layers of each stage."""
     if mesh.context > 1:
         raise ConfigError(
             f"parallelism.context: must be 1, because ranks that generate hold whole sequences, is {mesh.context}; "

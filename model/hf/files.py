@@ -151,7 +151,7 @@ def sync(path: Path) -> None:
 
 
 class ConfigValues:
-    """An object of a JSON file whose keys are read one by one; each rule raises an `HfError`.
+    """Reads an object of a JSON file key by key; each rule raises an `HfError`.
 
     Args:
         prefix: dotted keys that lead to the object; empty for the whole file.

@@ -36,7 +36,7 @@ class Distillation:
     Attributes:
         targets: cross-entropy of the targets at every depth, with its factors and the balance loss.
         cross_entropy_weight: weight of the main head's cross-entropy; the divergence has the rest to 1.
-        teacher_head_VS: head of a teacher whose states are an extra; None if its most probable tokens are.
+        teacher_head_VS: head of a teacher if its states are an extra; None if its most probable tokens are.
     """
 
     targets: CrossEntropy

@@ -119,7 +119,7 @@ def preference_losses(mtp_depth: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """DPO loss of pairs of answers, whose tokens are the main targets.
+    """DPO loss of pairs of answers; their tokens are the main targets.
 
     With m = (log-ratio of the chosen answer) - (log-ratio of the rejected one), where the log-ratio of an answer is its
     log-probability minus that under the reference: -(1 - smoothing) log sigmoid(beta m) - smoothing log sigmoid(-beta

@@ -231,7 +231,7 @@ def _tokenizer_file(folder: Path) -> dict[str, bytes]:
 
 
 def _chat_template(conversion: Conversion, source: _Source) -> dict[str, bytes]:
-    """Returns the file of the chosen chat template, whose tokens the source's tokenizer must have."""
+    """Returns the file of the chosen chat template. The source's tokenizer must have its tokens."""
     name = conversion.chat_template
     if name is None:
         return {}

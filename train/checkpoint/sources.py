@@ -155,7 +155,7 @@ def iterate_held(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 class CheckpointReader:
-    """A checkpoint whose manifest, index and files of weights were checked. Tensors are read on demand.
+    """A checkpoint after its manifest, index and files of weights were checked. Reads tensors on demand.
 
     Raises:
         CheckpointError: there is no average, or the files are not what a checkpoint has.

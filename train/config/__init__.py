@@ -1,4 +1,4 @@
-"""Defines the configuration of a run, whose keys `conf/` explains. No torch here."""
+"""Defines the configuration of a run; `conf/` explains its keys. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

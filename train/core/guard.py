@@ -38,7 +38,7 @@ Figures = Mapping[str, Any]
 
 
 class RolloutGuard:
-    """The limits of a run that learns from rewards, whose numbers all ranks have."""
+    """The limits of a run that learns from rewards; all ranks have its numbers."""
 
     def __init__(self, config: RolloutConfig) -> None:
         self._config = config

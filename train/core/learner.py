@@ -284,7 +284,7 @@ class LearnersByBatchSize:
     def __init__(
         self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule], *, is_proven: bool = False
     ) -> None:
-        """Compiles the programs of the ramp, whose schedules must place stages and messages as the learner's."""
+        """Compiles the programs of the ramp. Their schedules must place stages and messages as the learner's."""
         self.last = replace(learner, ramp=ramp)
         self._sizes = sizes
         self._sized = {

@@ -72,7 +72,7 @@ class Replica:
 
     @property
     def loss_directions(self) -> tuple[int, ...]:
-        """The directions whose last stage, and so whose losses, are on this rank."""
+        """The directions with their last stage, and so their losses, on this rank."""
         last = self.schedule.num_stages - 1
         directions = range(self.schedule.num_directions)
         return tuple(d for d in directions if self.schedule.rank_of(d, last) == self.world.pipeline_index)
@@ -205,7 +205,7 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StepInputs:
-    """What all stages of one step share, and the runs whose activations the link takes to host memory."""
+    """What all stages of one step share, and the runs that the link offloads to host memory."""
 
     batches: Batches
     objective: Objective
@@ -406,7 +406,7 @@ def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The batches of a step, whose gradients add up to one update; `metrics` is None without rollouts."""
+    """The batches of a step with one update; `metrics` is None without rollouts."""
 
     reads: tuple[Read, ...]
     metrics: Mapping[str, Any] | None = None
@@ -421,7 +421,7 @@ class TaskHook:
     """
 
     def prepare(self, loader: Loader, step: int) -> StepBatch:
-        """Returns the batches of a step, whose index counts from 0."""
+        """Returns the batches of a step. Its index counts from 0."""
         return StepBatch((partial(loader.batch, step),))
 
     def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:

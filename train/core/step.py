@@ -126,7 +126,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """The outcome of a step whose batch was skipped; nothing was updated."""
+    """The outcome of a step with a skipped batch; nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)

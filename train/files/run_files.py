@@ -252,7 +252,7 @@ class RankFiles:
 
 
 def find_rank_files(parent: Path, pattern: str) -> list[Path]:
-    """Returns the files of all ranks in a folder of a run whose names match a pattern, in any order."""
+    """Returns the files of all ranks in a folder of a run that match a pattern, in any order."""
     return [*parent.glob(pattern), *parent.glob(f"node_*/{pattern}")]
 
 

@@ -317,7 +317,7 @@ def renew(path: Path, own_id: str) -> bool:
 
 
 def refuse_if_in_use(folder: Path) -> None:
-    """Raises LockedError for a folder whose owner is alive on this machine. It changes nothing."""
+    """Raises LockedError if the owner of a folder is alive on this machine. Changes nothing."""
     record = read_lock(folder / LOCK_NAME)
     if record is not None and record.is_alive_here:
         raise _in_use_error(folder, record)

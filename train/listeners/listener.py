@@ -136,7 +136,7 @@ class Checkpoints(Listener):
         return {}
 
     def roll_back(self) -> None:
-        """Continues after an earlier step, whose checkpoint the learner has already loaded."""
+        """Continues after an earlier step; the learner has already loaded its checkpoint."""
         self._num_saved = self._num_done()
 
     def take_seconds(self) -> float:

@@ -213,7 +213,7 @@ class PositionMeans:
     bits_per_byte: float | None
 
     def record(self) -> dict[str, object]:
-        """Returns what a step's record holds; a run whose sequences have a single range records no ranges."""
+        """Returns what a step's record holds; a run with a single range of sequences records no ranges."""
         values: dict[str, object] = {LOSS_BY_POSITION: dict(self.losses)} if len(self.losses) > 1 else {}
         return values if self.bits_per_byte is None else {**values, BITS_PER_BYTE: self.bits_per_byte}
 

@@ -289,7 +289,7 @@ def _in_place_optimizer(store: GradientStore) -> Any:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     class InPlaceSums(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's optimizer, whose summed gradients are views of the store in place of a flat shard."""
+        """DeepSpeed's optimizer with summed gradients as views of the store in place of a flat shard."""
 
         def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
             return True

@@ -41,7 +41,7 @@ class JournalError(ValueError):
 
 
 def journal_path(out_dir: Path, step: int) -> Path:
-    """Returns the file with the rollout whose first training step is `step`, counted from 1."""
+    """Returns the file with the rollout that first trains in `step`, counted from 1."""
     return out_dir / FOLDER_NAME / f"step-{step:08}.jsonl"
 
 

@@ -26,7 +26,7 @@ JUDGE_SEED = 0x5851F42D4C957F2D
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePrompt:
-    """A prompt of the judge, whose number decides the random numbers of the critiques.
+    """A prompt of the judge; its number decides the random numbers of the critiques.
 
     It judges `answer` of a group, compared with `other`, which is the same if there is none.
     """

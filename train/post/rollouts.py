@@ -32,7 +32,7 @@ class _Draw:
 
 @dataclass(slots=True)
 class PendingRollout:
-    """A rollout whose answers are sampled, while their scores may still be computed."""
+    """A rollout with sampled answers, while their scores may still be computed."""
 
     header: RolloutHeader
     version: int

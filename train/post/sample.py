@@ -141,7 +141,7 @@ def prompt_form(config: TrainConfig, prepared: Prepared) -> PromptForm:
 def read_problems(
     config: TrainConfig, rollouts: RolloutConfig, form: PromptForm, say: Callable[[str], object]
 ) -> tuple[list[ProblemRecord], list[ProblemRecord]]:
-    """Returns the problems to train on and the held-out ones whose prompts leave room for an answer.
+    """Returns the problems to train on and the held-out ones, of those that leave room for an answer.
 
     Raises:
         ConfigError: no problem to train on has room for an answer.

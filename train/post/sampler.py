@@ -143,7 +143,7 @@ class PolicySampler(TaskHook):
         return held_out_metrics(self._maker.answer(self._held_out, self._config.held_out_samples, VALIDATION_STEP))
 
     def roll_back(self, num_done: int) -> None:
-        """Removes journals of rollouts whose first training step is after `num_done`."""
+        """Removes journals of rollouts that first train after step `num_done`."""
         self._current = self._next = None
         if self._replica.world.rank == 0:
             remove_after(self._place.out_dir, num_done)

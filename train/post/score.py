@@ -154,7 +154,7 @@ class ModelPart(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePart:
-    """Votes of a judge whose critiques an engine samples."""
+    """Votes of a judge that an engine samples critiques for."""
 
     judge: Judge
     engine: Engine
@@ -208,7 +208,7 @@ def _open_judge(
 
 
 def with_constitutions(config: RewardConfig, world: World) -> RewardConfig:
-    """Returns a reward whose judges have the text of their constitutions. Rank 0 reads the files."""
+    """Returns a reward with the text of its judges' constitutions. Rank 0 reads the files."""
     result: RewardConfig | ScoringError = config
     if world.rank == 0:
         try:

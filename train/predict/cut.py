@@ -201,9 +201,8 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
     """Returns the number of layers of each stage in the best contiguous cut.
 
     Every stage has at least one layer, except that the last one may have none besides its heads. The best cut has the
-    fastest pace. Of cuts within 2 % of it, the one is best whose pace is fast and whose largest stage is small, then
-    the one with the most even ranks and stages, then the one with the fewest layers in early stages, of which a
-    schedule keeps the most activations.
+    fastest pace. Among cuts within 2 % of it, a fast pace and a small largest stage come first, then even ranks and
+    stages, then few layers in early stages, of which a schedule keeps the most activations.
 
     None if no cut keeps the limits. The model has at least as many layers as there are stages.
     """

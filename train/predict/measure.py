@@ -261,7 +261,7 @@ class _PartRuns:
 
 
 def _batch(sizes: Sizes) -> MicroBatch:
-    """Returns a micro-batch with one answer for each sequence, whose scores a score head ranks."""
+    """Returns a micro-batch with one answer for each sequence, for a score head to rank."""
     shape = (sizes.sequences, sizes.tokens)
     tokens = [torch.empty(shape, dtype=torch.int64) for _ in range(sizes.config.mtp_depth + 2)]
     extras = {SCORE: torch.empty(shape, dtype=torch.int16)}

@@ -80,7 +80,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChartedRun:
-    """A run whose numbers are drawn; `name` distinguishes it from the others on the page."""
+    """A run to draw; `name` distinguishes it from the others on the page."""
 
     name: str
     history: History

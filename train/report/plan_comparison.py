@@ -115,7 +115,7 @@ class SampledRollout:
 def read_sampled(folder: Path, config: TrainConfig) -> list[SampledRollout]:
     """Returns the last rollouts of a run's journals, of one draw if there are any.
 
-    The first one, whose sampler was not warm, is left out if there are others.
+    The first one, with a cold sampler, is left out if there are others.
     """
     paths = sorted((folder / "rollouts").glob("step-*.jsonl"))
     rollouts = [rollout for path in paths[-_LAST:] if (rollout := _sampled(path, config)) is not None]

@@ -301,7 +301,7 @@ class History:
         self._filled = 1
 
     def add_loads(self, step: int, loads: Loads) -> None:
-        """Adds loads of experts by layer. A step whose numbers were not added is ignored."""
+        """Adds loads of experts by layer. Ignores a step without added numbers."""
         bucket = bisect_right(self.firsts, step) - 1
         if bucket >= 0 and step <= self.lasts[bucket]:
             _add_loads(self.loads[bucket], loads)

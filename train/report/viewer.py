@@ -366,7 +366,7 @@ def _open(path: Path) -> _Journal | None:
 
 
 def _read_groups(journal: _Journal, most: int, longest: int) -> Iterator[JournalGroup]:
-    """Yields at most `most` groups of a journal whose lines have at most `longest` bytes."""
+    """Yields at most `most` groups of a journal, from lines of at most `longest` bytes."""
     log_probs = _LogProbs(journal)
     seen = set()
     for line in _lines(journal, most, longest):

@@ -235,7 +235,7 @@ def _bits_of(number: int) -> Iterator[int]:
 def most_resident_ctas(trace: Trace) -> int:
     """Returns a bound of the SMs that collectives of one rank occupy at once.
 
-    Communicators whose operations never run at the same time count once, with the largest of them.
+    Communicators that never run at the same time count once, with the largest of them.
     """
     by_communicator: dict[str, list[DeviceOperation]] = defaultdict(list)
     for operation in trace.operations:

@@ -57,7 +57,7 @@ def check_samples(config: "TrainConfig") -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SftConfig(SampleTaskConfig):
-    """The configuration of supervised fine-tuning, whose targets are the tokens that the samples mark."""
+    """The configuration of supervised fine-tuning; its targets are the tokens that the samples mark."""
 
 
 def build_sft(config: SftConfig, model: ModelConfig, batch: BatchConfig) -> "NextToken":

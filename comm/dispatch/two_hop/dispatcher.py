@@ -56,7 +56,7 @@ class TwoHopGroups:
 
 
 class TwoHopHandle(PlannedHandle[TwoHopCounts, TwoHopRoute]):
-    """Handle of a `TwoHopDispatcher`; its first dispatch sends expert ids, whose order is used again."""
+    """Handle of a `TwoHopDispatcher`; its first dispatch sends expert ids and keeps their order."""
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
         super().__init__(num_tokens, label, work)
