@@ -289,15 +289,16 @@ def run_on_local_ranks(
     with scratch_folder() as scratch:
         try:
             for rank in range(num_ranks):
-                ours, theirs = context.Pipe(duplex=False)
+                ours, theirs = context.Pipe()
                 rank_place = (rank, num_ranks, str(scratch / "store"))
-                process = context.Process(
-                    target=_run_rank, args=(function, rank_place, theirs, loaded_plugins()), daemon=True
-                )
+                process = context.Process(target=_run_rank, args=(rank_place, theirs, loaded_plugins()), daemon=True)
                 process.start()
                 theirs.close()
                 processes.append(process)
                 ends[ours] = rank
+                # Not an argument: multiprocessing prints a traceback if this process is killed while a rank reads one.
+                with suppress(BrokenPipeError, ConnectionResetError):  # the rank is lost, which is found below
+                    ours.send(function)
             return _await_results(ends, processes, receive)
         except (RankError, DeadRankError):
             _await_end(next(end for end, rank in ends.items() if rank == 0), grace_seconds)
@@ -326,7 +327,7 @@ def _await_results(
             rank = ends[end]
             try:
                 kind, content = end.recv()
-            except (EOFError, ConnectionResetError) as error:
+            except (EOFError, OSError) as error:  # OSError: within a message
                 raise DeadRankError(_describe_loss(processes, looks, rank)) from error
             if kind == "message":
                 receive(*content)
@@ -357,18 +358,20 @@ def _describe_loss(processes: Sequence[BaseProcess], looks: Sequence[int], first
 def _await_end(end: "connection.Connection", seconds: float) -> None:
     """Waits until the rank at the other end has ended."""
     until = time.monotonic() + seconds
-    with suppress(EOFError, ConnectionResetError):
+    with suppress(EOFError, OSError):
         while end.poll(max(0.0, until - time.monotonic())):
             end.recv()
 
 
-def _run_rank(
-    function: RankFunction, place: tuple[int, int, str], end: "connection.Connection", plugins: Sequence[Path]
-) -> None:
+def _run_rank(place: tuple[int, int, str], end: "connection.Connection", plugins: Sequence[Path]) -> None:
     rank, num_ranks, store_file = place
     escape_terminals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
     threading.Thread(target=die_with_parent, daemon=True).start()
+    try:
+        function: RankFunction = end.recv()
+    except (EOFError, OSError):  # the parent was killed
+        return
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= local_rank_environment(Path(store_file))
 

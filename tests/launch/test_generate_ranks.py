@@ -3,9 +3,13 @@
 import json
 import os
 import signal
+import struct
+import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from launch.weights import job
 from model.config import CutError
 from model.hf.writer import save_hf
 from model.transformer import named_tensors
+from tests import ROOT
 from tests.commands import run_python
 from tests.data.chat.conversations import chat_tokenizer
 from tests.infer.continuing import generate as infer_generate
@@ -152,14 +157,34 @@ def test_rank_that_dies_ends_all_and_the_command_in_one_line(
     assert lines.splitlines()[1:] == ["error: rank 1 was ended by SIGKILL"]  # after the line about the start
 
 
-def _exit_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
+@pytest.mark.slow
+def test_command_that_is_killed_while_its_ranks_start_leaves_no_traceback() -> None:
+    code = (
+        "from functools import partial; from pathlib import Path; from tests.tiny import tiny_config\n"
+        "from launch.weights.job import run_on_local_ranks\n"
+        "print('begins', flush=True)\n"
+        "cluster = tiny_config(Path('unused')).cluster\n"
+        "run_on_local_ranks(partial(print, b'x' * 2**22), cluster, 2, [])\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)  # ranks begin once torch is imported, which takes longer
+        process.kill()
+        output, errors = process.communicate()  # until the ranks have ended, too
+    assert (process.returncode, output, errors) == (-signal.SIGKILL, b"", b"")
+
+
+def _exit_as_rank_one(place: tuple[int, int, str], *rest: object) -> None:
     if place[0] == 1:
         os._exit(7)
     threading.Event().wait(60)
 
 
-def _killed_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
+def _killed_as_rank_one(place: tuple[int, int, str], end: Connection, *rest: object) -> None:
     if place[0] == 1:
+        os.write(end.fileno(), struct.pack("!i", 2**14) + b"begin of a message")
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Event().wait(60)
 
