@@ -9,7 +9,7 @@ from typing import Any, Literal
 from data.chat.encode import encode_any_prompt
 from data.chat.messages import ToolDefinition
 from data.chat.templates import ChatTemplate, Pieces
-from data.corpus import DataError, decode_json, describe, list_of, refusal
+from data.corpus import DataError, describe, list_of, refusal
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.protocol import Request, TokenConstraint
@@ -23,8 +23,9 @@ from infer.serve.fields import (
     TOKENIZE_FIELDS,
     ApiError,
     as_chat,
+    decode_body,
     integer_of,
-    read_body,
+    read_fields,
 )
 
 Endpoint = Literal["completions", "chat/completions", "responses"]
@@ -134,7 +135,8 @@ class ApiCall:
 def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCall:
     """Reads the body of a request, or raises ApiError."""
     try:
-        fields = read_body(content, *_READERS[endpoint])
+        values = decode_body(content)
+        fields = read_fields(values, *_READERS[endpoint])
         if endpoint == "responses":
             fields = as_chat(fields)
         served.check_name(fields.get("model", served.name))
@@ -143,8 +145,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
                 raise refusal(field, f"must be absent unless {needed} is true", "given", f"{needed}=true")
         call = _read_completion(served, fields) if endpoint == "completions" else _read_chat(served, fields)
         if endpoint == "responses":
-            values = decode_json(content)
-            call = replace(call, response={name: value for name, value in values.items() if value is not None})
+            call = replace(call, response=values)
         if call.request.max_new_tokens == 0 and not call.echo:
             field = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
             raise refusal(field, "must be at least 1 without echo", 0, 1)
@@ -157,7 +158,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
 def convert(served: ServedModel, endpoint: str, content: bytes) -> dict[str, Any]:
     """Returns the token ids of a text or of a chat's prompt, or the text of token ids, in vLLM's form."""
     try:
-        fields = read_body(content, *CONVERSIONS[endpoint])
+        fields = read_fields(decode_body(content), *CONVERSIONS[endpoint])
         served.check_name(fields.get("model", served.name))
         if endpoint == "detokenize":
             served.check_count(len(fields["tokens"]) if isinstance(fields["tokens"], list) else 0, 0)

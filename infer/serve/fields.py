@@ -66,8 +66,8 @@ def internal_error(status: int, sentence: str, code: str, reason: object, param:
     return ApiError(status, f"{sentence}; the server's log has the reason of error {number}", param, code)
 
 
-def read_body(content: bytes, readers: Mapping[str, Reader | None], *needed: str) -> dict[str, Any]:
-    """Returns the fields of a body that are not null; raises ApiError, or DataError."""
+def decode_body(content: bytes) -> Any:
+    """Returns the JSON of a body, of an object without the fields that are null; raises ApiError."""
     try:
         if content.count(b"[") + content.count(b"{") > _MOST_BRACKETS:
             raise ValueError(f"it has more than {_MOST_BRACKETS} lists and objects")
@@ -78,6 +78,11 @@ def read_body(content: bytes, readers: Mapping[str, Reader | None], *needed: str
         raise ApiError(400, f"the body must be JSON: {problem}", code="invalid_json") from error
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if value is not None}
+    return values
+
+
+def read_fields(values: object, readers: Mapping[str, Reader | None], *needed: str) -> dict[str, Any]:
+    """Returns the fields of a decoded body; raises DataError."""
     return object_of(values, BODY, readers, required=needed)
 
 

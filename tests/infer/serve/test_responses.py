@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -123,6 +124,15 @@ def test_call_of_a_tool_is_an_item(server: RunningServer, client: openai.OpenAI)
     arguments = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
     assert "".join(arguments) == item.arguments
     assert events[-1]["response"]["tools"] == [WEATHER]
+
+
+def test_body_is_decoded_once_and_repeated_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Mock(side_effect=json.loads)
+    monkeypatch.setattr("infer.serve.fields.decode_json", decode)
+    body = {"input": "hello", "tools": [WEATHER], "metadata": {"a": None}, "top_p": None}
+    call = read_call(describe(), "responses", json.dumps(body).encode())
+    assert decode.call_count == 1
+    assert call.response == {name: value for name, value in body.items() if name != "top_p"}
 
 
 def test_input_has_the_prompt_of_the_chat() -> None:
