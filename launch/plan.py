@@ -59,8 +59,8 @@ from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainCo
 from train.config.decode import decode, encode
 from train.errors import ConfigError, UnknownKeyError, broken, nearest
 from train.predict.timing import SLICES, MeasuredRates
-from train.streams.check import check_streams
 from train.tasks.registry import TASKS
+from verify.nccl.check import check_streams
 
 
 def main(overrides: Sequence[str]) -> int:

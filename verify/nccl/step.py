@@ -25,7 +25,7 @@ from dualpipe.runtime.program import (
     reduction_order,
     with_reductions,
 )
-from train.streams.trace import Communicator, Event, Trace
+from verify.nccl.trace import Communicator, Event, Trace
 
 LAUNCH_QUEUE = 1000
 """Kernels that CUDA queues before a launch blocks."""

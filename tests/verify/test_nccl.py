@@ -17,10 +17,10 @@ from tests.comm.backends import Setting
 from tests.dualpipe.random_schedules import offloaded
 from tests.launch.test_config import build as build_run
 from train.errors import ConfigError
-from train.streams.check import check_streams, group_ctas
-from train.streams.rules import DeviceRules, find_cycle
-from train.streams.step import StepRecorder, StepShape, record_step
-from train.streams.trace import Communicator, Event
+from verify.nccl.check import check_streams, group_ctas
+from verify.nccl.rules import DeviceRules, find_cycle
+from verify.nccl.step import StepRecorder, StepShape, record_step
+from verify.nccl.trace import Communicator, Event
 
 RULES = DeviceRules(sms=132, queues=32, orders_starts=False)
 CTAS = group_ctas(20)

@@ -18,8 +18,8 @@ from train.config import TrainConfig
 from train.errors import broken
 from train.predict.cut import run_cut
 from train.predict.timing import planning_schedule
-from train.streams.rules import DeviceRules, find_cycle
-from train.streams.step import StepShape, record_step
+from verify.nccl.rules import DeviceRules, find_cycle
+from verify.nccl.step import StepShape, record_step
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from train.streams.trace import HOST, DeviceOperation, Trace
+from verify.nccl.trace import HOST, DeviceOperation, Trace
 
 _MOST_LINES = 12
 Peers = Mapping[DeviceOperation, Mapping[int, DeviceOperation]]
