@@ -5,7 +5,6 @@ if not __package__:
 
 import gc
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +59,6 @@ from train.config.decode import decode, encode
 from train.errors import ConfigError, UnknownKeyError, broken, nearest
 from train.predict.timing import SLICES, MeasuredRates
 from train.tasks.registry import TASKS
-from verify.nccl.check import check_streams
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -120,8 +118,6 @@ def _planned(request: PlanRequest) -> PlanAnswer:
         folder = Path(request.options.run)
         plan, comparison = compared_plan(request.config, request.planner, folder)
         asked["compared"] = comparison.values() | compare_rollouts(plan.rollouts, plan.config, folder)
-    if plan.config.cluster.backend == "nccl" and plan.config.parallelism.world_size > 1:
-        asked["streams"] = check_streams(plan.config, os.environ)
     asked["what_if"] = [plan_what_if(request, plan, run) for run in changed]
     if request.options.advice:
         asked["advice"] = advise_hardware(request, plan)
@@ -146,7 +142,6 @@ def with_advice(plan: JobPlan) -> JobPlan:
 def _plan_lines(plan: JobPlan, values: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     formats: dict[str, Callable[[Any], Iterable[str]]] = {
         "compared": forms.comparison_text,
-        "streams": partial(forms.labeled, "streams"),
         "what_if": forms.what_if_text,
         "advice": forms.advice_text,
         "dry_run": forms.built_text,

@@ -40,7 +40,6 @@ _OTHERS = {
     "rollouts": "Rollouts",
     "what_if": "What if",
     "advice": "Hardware advice",
-    "streams": "Progress on NCCL",
     "compared": "Predicted and measured",
     "dry_run": "Ranks that were built without devices",
 }

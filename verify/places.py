@@ -13,6 +13,7 @@ from comm.agreement import gather_present
 from comm.config import ClusterConfig
 from train.start.startup import compare_ranks
 from verify.checks import Failure, Findings, Place, Verification
+from verify.nccl.check import check_streams
 
 _ROUNDS = 5
 _MOST_CLOCK_SECONDS = 2.0
@@ -111,7 +112,10 @@ def check_versions(verification: Verification) -> Findings:
 
 
 def check_order(verification: Verification) -> Findings:
-    """Compares the order of each group's collectives between its ranks, over all earlier checks."""
+    """Compares the order of each group's collectives between its ranks, over all earlier checks.
+
+    Rank 0 also looks for ranks that can wait for each other in a step of the run on NCCL.
+    """
     hashes = verification.log.order_hashes()
     progress = verification.log.progress()
     # The lowest rank of each group decides.
@@ -128,7 +132,14 @@ def check_order(verification: Verification) -> Findings:
             cause = "a branch on this rank alone, or lanes that share a group; NCCL would wait forever"
             failures.append(Failure(rank=dist.get_rank(), subject=f"group {group}", difference=difference, cause=cause))
     count = sum(one.started for one in progress.values())
+    summary = f"ranks agree on the order of collectives in {len(expected)} groups ({count} on rank 0)"
+    if dist.get_rank() == 0 and verification.config.parallelism.world_size > 1:
+        streams = check_streams(verification.config, os.environ)
+        summary += f"; no cycle on NCCL: {streams.size}"
+        if streams.problem:
+            cause = "ranks can wait for each other under the rules of docs/nccl.md"
+            failures.append(Failure(rank=None, subject=streams.size, difference=streams.problem, cause=cause))
     return Findings(
-        summary=f"ranks agree on the order of collectives in {len(expected)} groups ({count} on rank 0)",
+        summary=summary,
         failures=failures,
     )

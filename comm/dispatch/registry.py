@@ -225,7 +225,7 @@ class DispatcherEntry:
         memory: function that predicts its memory. It assumes the largest counts that a routing can have: a token of K
             experts reaches K ranks, and as many nodes as the cap allows.
         calls: function of the config and the node of each member that returns what each method does on the lane.
-            Without it, a plan does not check the dispatcher's order of collectives, and prints so.
+            Without it, `launch.verify` does not look for ranks that wait for each other on NCCL, and says so.
     """
 
     name: str

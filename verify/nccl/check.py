@@ -1,10 +1,7 @@
-"""Checks a configured run: ranks do not wait for each other, and events order its tensors.
-
-The check needs neither torch nor a GPU.
-"""
+"""Checks a configured run: ranks do not wait for each other, and events order its tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from comm.config import CONTEXT_CTAS, EXCHANGE_CTAS, LINK_CTAS, REDUCTION_CTAS, SMALL_CTAS
 from comm.dispatch.registry import DISPATCHERS
@@ -15,45 +12,43 @@ from dualpipe.runtime.program import Lane
 from dualpipe.validate import embedding_ranks, is_mirrored
 from model.config import LAYER, ModelConfig
 from train.config import TrainConfig
-from train.errors import broken
 from train.predict.cut import run_cut
 from train.predict.timing import planning_schedule
 from verify.nccl.rules import DeviceRules, find_cycle
 from verify.nccl.step import StepShape, record_step
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-_LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
-_MODULE_LOADING = "CUDA_MODULE_LOADING"
+_QUEUES = 32  # as the launcher sets it
 _NUM_SMS = 132
 
 
-def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> str:
-    """Checks a run with at most two micro-batches for each rank, and returns the result in one line."""
-    connections = environment.get(_CONNECTIONS, "32")  # as the launcher sets it
-    if not connections.isdecimal():
-        raise broken(_CONNECTIONS, "must be a whole number", connections, "32, or unset it")
+@dataclass(frozen=True, slots=True)
+class StreamFindings:
+    """What was checked, and what is wrong with it; empty if nothing is."""
+
+    size: str
+    problem: str
+
+
+def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> StreamFindings:
+    """Checks a run with at most two micro-batches for each rank.
+
+    The launcher refuses other values of the environment under which ranks can wait for each other.
+    """
     kind = config.dispatch.kind
     if DISPATCHERS.get(kind).calls is None:
-        return f"not checked: dispatcher {kind} declares no calls in its DispatcherEntry"
+        return StreamFindings(f"nothing, as dispatcher {kind} declares no calls in its DispatcherEntry", "")
     slices = config.schedule.slices
     few = -(-2 * config.parallelism.pipeline // slices) * slices
     schedule = planning_schedule(config, min(config.num_micro_batches, few))
     size = f"{schedule.kind} with {schedule.num_micro_batches} micro-batches and {kind}"
-    # The launcher configures EAGER.
-    is_lazy = environment.get(_MODULE_LOADING, "EAGER") != "EAGER"
-    traces = record_step(replace(step_shape(config, schedule), loads_at_launch=is_lazy))
+    traces = record_step(step_shape(config, schedule))
     problems = [problem for trace in traces for problem in trace.problems]
     if problems:
-        return f"{size}: {len(problems)} uses of tensors have no order, the first: {problems[0]}"
-    rules = DeviceRules(
-        sms=config.cluster.num_sms or _NUM_SMS,
-        queues=int(connections),
-        orders_starts=environment.get(_LAUNCH_ORDER, "0") != "0",
-    )
-    cycle = find_cycle(traces, rules)
-    if cycle:
-        return f"{size}: ranks can wait for each other: {' '.join(cycle)}"
-    return f"{size}: no cycle under the rules of docs/nccl.md, and events order all uses of tensors"
+        return StreamFindings(size, f"{len(problems)} uses of tensors have no order, the first: {problems[0]}")
+    queues = environment.get(_CONNECTIONS) if config.cluster.backend == "nccl" else None
+    rules = DeviceRules(sms=config.cluster.num_sms or _NUM_SMS, queues=int(queues or _QUEUES), orders_starts=False)
+    return StreamFindings(size, " ".join(find_cycle(traces, rules)))
 
 
 def group_ctas(communication_sms: int | None) -> dict[str, int]:
