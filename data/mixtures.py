@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import copy
@@ -279,20 +280,25 @@ def copy_locally(folder: Path, cache: Path, report: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(f"{folder.absolute()}:{json.dumps(report[SOURCES_NAME], sort_keys=True)}".encode())
     local = cache / f"shards-{name.hexdigest()[:32]}"
     try:
-        for path in sorted(folder.rglob("*")):
-            target = local / path.relative_to(folder)
-            if path.name.startswith(".") or path.is_symlink() or not path.is_file():
-                continue
-            if target.exists() and target.stat().st_size == path.stat().st_size:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as partial:
-                shutil.copyfile(path, partial)
+        for parent, folders, names in os.walk(folder):  # skips a folder that another process removes
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            (local / Path(parent).relative_to(folder)).mkdir(parents=True, exist_ok=True)
+            for path in sorted(Path(parent, name) for name in names if not name.startswith(".")):
+                _copy_file(path, local / path.relative_to(folder))
     except OSError as error:
         raise DataError(
             f"data.local_cache: {str(cache)!r} must be a folder with space for {str(folder)!r}: {error}; nearest: null"
         ) from error
     return local
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    """Copies a regular file, unless the target has its size or another process has removed it."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and not (target.exists() and target.stat().st_size == status.st_size):
+            with replacing(target) as partial:
+                shutil.copyfile(path, partial)
 
 
 def _open(opened: ShardFolder, tokenizer: Tokenizer, seed: int) -> Prepared:

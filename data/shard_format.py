@@ -46,6 +46,8 @@ ANY_LENGTH = range(2**32)
 _OPEN_SHARDS = 256  # shards that are open at the same time, which bounds the memory
 REPORT_NAME = "prepare.json"
 SOURCES_NAME = "sources"
+FOLDER_KEY = "data.folder"  # of a folder that is read, for errors
+_AGAIN = "prepare the folder again with launch.prepare"
 UNIT_NAME = re.compile(r"[0-9a-f]{16}")
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _JSON_BYTES = 2**28
@@ -130,13 +132,14 @@ class Shard:
     @cached_property
     def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
         """Token ids of all documents one after the other, mapped from disk."""
-        path = check_plain(self.folder / f"{self.part}-{self.unit}.tokens")
+        path = self.folder / f"{self.part}-{self.unit}.tokens"
         rows = read_rows(self.folder, self.unit)
         num_tokens = int(rows["length"][rows["part"] == PARTS.index(self.part)].sum(dtype=np.int64))
-        size = path.stat().st_size if path.exists() else 0  # absent: no document of the unit is in this part
-        if size != num_tokens * self.dtype.itemsize:
-            raise _foreign(path, f"must have the {num_tokens:,} tokens of its index", f"a file of {size:,} bytes")
-        return np.memmap(path, self.dtype, mode="r") if size else np.empty(0, self.dtype)
+        tokens = _map_rows(path, self.dtype)
+        if len(tokens) != num_tokens:
+            rule = f"must have the {num_tokens:,} tokens of its index"
+            raise _foreign(path, rule, f"a file of {tokens.nbytes:,} bytes")
+        return tokens
 
     def read(self, positions: Any) -> NDArray[np.unsignedinteger[Any]]:
         """Returns the tokens at a slice or an array of positions. Raises DataError if one is no token id."""
@@ -180,31 +183,43 @@ class Shard:
         try:
             with replacing(path) as partial:
                 table.save(partial)
+            return SequenceTable.load(path, self.lengths, sequence_length_tokens)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            # The folder can only be read, or another process has removed the file; the next call packs again.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise
-            return table  # the folder can only be read, and the next call packs again
-        return SequenceTable.load(path, self.lengths, sequence_length_tokens)
+            return table
 
 
 def read_rows(folder: Path, unit: str) -> NDArray[Any]:
     """Returns the rows of `INDEX` of a unit, mapped from disk."""
-    path = check_plain(folder / f"{unit}.index")
-    if path.exists() and path.stat().st_size % INDEX.itemsize:
-        raise _foreign(path, f"must have rows of {INDEX.itemsize} bytes", f"a file of {path.stat().st_size:,} bytes")
-    return np.memmap(path, INDEX, mode="r") if path.exists() and path.stat().st_size else np.empty(0, INDEX)
+    return _map_rows(folder / f"{unit}.index", INDEX)
+
+
+def _map_rows(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Maps a file of rows into memory; an absent one has none. Others may replace it meanwhile."""
+    try:
+        with check_plain(path).open("rb") as content:
+            size = os.fstat(content.fileno()).st_size
+            if size % dtype.itemsize:
+                raise _foreign(path, f"must have rows of {dtype.itemsize} bytes", f"a file of {size:,} bytes")
+            return np.memmap(content, dtype, mode="r") if size else np.empty(0, dtype)
+    except FileNotFoundError:
+        return np.empty(0, dtype)
 
 
 def read_drops(folder: Path, unit: str) -> NDArray[np.uint8]:
     """Returns for each document of a unit why it is dropped: 0 if it is kept."""
     path = check_plain(folder / f"{unit}.drop.npy")
     num_rows = len(read_rows(folder, unit))
-    if not path.exists():
-        return np.zeros(num_rows, np.uint8)
-    with suppress(ValueError, EOFError, OverflowError):
+    try:
         drops: NDArray[np.uint8] = np.load(path, mmap_mode="r")  # mapped: the file says how large it is
         if drops.dtype == np.uint8 and drops.shape == (num_rows,):
             return drops
+    except FileNotFoundError:
+        return np.zeros(num_rows, np.uint8)
+    except (ValueError, EOFError, OverflowError):
+        pass
     raise _foreign(path, f"must be an array of {num_rows:,} bytes", "another file")
 
 
@@ -214,10 +229,10 @@ def read_report(folder: Path) -> dict[str, Any]:
         report = read_json(folder / REPORT_NAME)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"data.folder: must be a folder that launch.prepare has completed, {str(folder)!r} has no readable "
+            f"{FOLDER_KEY}: must be a folder that launch.prepare has completed, {str(folder)!r} has no readable "
             f"{REPORT_NAME}; nearest: python -m launch.prepare data.manifest=MIX.yaml out={folder}"
         ) from error
-    check_entries(folder, "data.folder")
+    check_entries(folder)
     try:
         check = "vocab_size and token_dtype must be those of a vocabulary"
         if not _is_count(report["vocab_size"]) or report["token_dtype"] not in _TOKEN_DTYPES:
@@ -237,9 +252,9 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < _MOST
 
 
-def _foreign(path: Path, rule: str, value: str) -> DataError:
+def _foreign(path: Path, rule: str, value: str, near: str = _AGAIN) -> DataError:
     """Returns the error about a file that `launch.prepare` did not write, or not like this."""
-    return DataError(f"data.folder: {path} {rule}, is {value}; nearest: prepare the folder again with launch.prepare")
+    return DataError(f"{FOLDER_KEY}: {path} {rule}, is {value}; nearest: {near}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -263,7 +278,7 @@ def check_plain(path: Path) -> Path:
     return path
 
 
-def check_entries(folder: Path, key: str) -> None:
+def check_entries(folder: Path) -> None:
     """Rejects links, pipes and devices in a folder and among the folders of its sources."""
     for parent in (folder, folder / SOURCES_NAME):
         for path in parent.iterdir() if parent.is_dir() else ():
@@ -274,7 +289,7 @@ def check_entries(folder: Path, key: str) -> None:
             is_folder_due = path == folder / SOURCES_NAME or parent != folder
             if not stat.S_ISDIR(kind) and (is_folder_due or not stat.S_ISREG(kind)):
                 rule = "must be a folder" if is_folder_due else "must be a file or folder"
-                raise DataError(f"{key}: {path} {rule} of launch.prepare, is not, or is a link; nearest: remove it")
+                raise _foreign(path, f"{rule} of launch.prepare", "not, or is a link", "remove it")
 
 
 def open_shards(folder: Path, source: str, part: Part, lengths: range = ANY_LENGTH) -> tuple[Shard, ...]:

@@ -11,7 +11,6 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.files import remove_abandoned, replace_file
+from base.workers import worker_command
 from comm.exits import STOPPED_LOOKS, is_stopped
 from data.corpus import DataError, hash_unit
 from data.encode import token_dtype
@@ -35,9 +35,18 @@ from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shard_format import KEY_BLOCK_BYTES, PARTS, REPORT_NAME, SOURCES_NAME, check_entries, read_drops, read_rows
+from data.shard_format import (
+    FOLDER_KEY,
+    KEY_BLOCK_BYTES,
+    PARTS,
+    REPORT_NAME,
+    SOURCES_NAME,
+    check_entries,
+    read_drops,
+    read_rows,
+)
 from data.shards.units import SETTINGS_NAME, TextUnit
-from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes, unwritable
+from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, folder_errors, peak_rss_bytes
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"
@@ -73,8 +82,8 @@ def build_folder(
     rows are broken. Complete units always stay.
     """
     began = time.monotonic()
-    _check_folder(folder)
-    try:
+    with folder_errors(folder, settings.folder_key):
+        _check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with closing(Build(settings, folder, text)) as build:
             with build.claims.claimed(REPORT_NAME):  # another command may write the report, which must stay then
@@ -82,6 +91,9 @@ def build_folder(
                 report = None if missing else _read_current(build)
                 if missing:
                     (folder / REPORT_NAME).unlink(missing_ok=True)
+                elif report is not None:
+                    report |= {"cached": True, "seconds": round(time.monotonic() - began, 3)}
+                    replace_file(folder / REPORT_NAME, json.dumps(report, indent=1).encode())
             if report is None:
                 build.check_beginnings()
                 _install_tokenizer(build, tokenizer, progress)
@@ -91,25 +103,20 @@ def build_folder(
                     if report is None and build.manifest.dedup is not None:
                         _drop_duplicates(build)
                     report = report or _write_report(build, len(missing), max(peak, peak_rss_bytes()), began, progress)
-            else:
-                report |= {"cached": True, "seconds": round(time.monotonic() - began, 3)}
-                replace_file(folder / REPORT_NAME, json.dumps(report, indent=1).encode())
             return report
-    except OSError as error:
-        raise DataError(unwritable(folder, error, settings.folder_key)) from error
 
 
 def _check_folder(folder: Path) -> None:
     """Rejects a folder with anything that `launch.prepare` did not write."""
     if folder.is_file():
-        raise DataError(f"out: must be a folder, {str(folder)!r} is a file; nearest: {folder}.prepared")
+        raise DataError(f"{FOLDER_KEY}: must be a folder, {str(folder)!r} is a file; nearest: {folder}.prepared")
     others = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
-    check_entries(folder, "out")
+    check_entries(folder)
     # Another command may be filling the folder. Its settings come first, so they are looked for after the list.
     if others and not (folder / SETTINGS_NAME).exists():
         raise DataError(
-            f"out: must be a new or empty folder, or one of launch.prepare, {str(folder)!r} has {others[0]!r}; "
-            f"nearest: {str(folder / 'prepared')!r}"
+            f"{FOLDER_KEY}: must be a new or empty folder, or one of launch.prepare, {str(folder)!r} has {others[0]!r};"
+            f" nearest: {str(folder / 'prepared')!r}"
         )
 
 
@@ -215,7 +222,7 @@ def _messages(build: Build, workers: int) -> Iterator[WorkerMessage]:
     limits = "FASTOKENS_BPE_THREADS RAYON_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS MALLOC_ARENA_MAX"
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **dict.fromkeys(limits.split(), "1"), "PYTHONPATH": path}
-    command = [sys.executable, "-P", "-m", "data.shards.work", job]
+    command = worker_command("data.shards.work", job)
     reading, writing = os.pipe()  # of all workers: a line is written whole
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -309,7 +316,7 @@ def _write_drop(build: Build, unit: TextUnit, drop: NDArray[np.uint8]) -> None:
     path = build.folder_of(unit.source.name) / f"{unit.name}.drop.npy"
     if not path.exists() or path.read_bytes() != stream.getvalue():
         for packed in path.parent.glob(f"*{unit.name}.sequences-*"):
-            packed.unlink()
+            packed.unlink(missing_ok=True)
         replace_file(path, stream.getvalue())
 
 
@@ -392,7 +399,7 @@ def _count(build: Build, source: str, counts: ReadCounts) -> dict[str, Any]:
     for unit in units:
         values = build.read(unit)
         if values is None:
-            raise DataError(f"out: unit {unit.name} of {source} has vanished; nearest: the same command again")
+            raise DataError(f"{FOLDER_KEY}: unit {unit.name} of {source} has vanished; nearest: the same command again")
         counts.add(ReadCounts(**values["counts"]))
         dropped.update(values["dropped"])
         drop = read_drops(build.folder_of(source), unit.name)

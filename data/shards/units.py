@@ -16,7 +16,7 @@ from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
 from data.registry import CorpusFile
-from data.shard_format import read_json
+from data.shard_format import FOLDER_KEY, read_json
 from data.sources import size_bytes
 
 SETTINGS_NAME = "settings.json"
@@ -144,20 +144,23 @@ def agree_on_settings(
             replace_file(path, json.dumps(settings, indent=1).encode())
         try:
             stored = read_json(path)
+        except DataError:  # it says what the file must be
+            raise
         except ValueError as error:
-            raise DataError(f"out: {path} must be JSON, is not: {error}; nearest: another folder") from error
+            raise DataError(f"{FOLDER_KEY}: {path} must be JSON, is not: {error}; nearest: another folder") from error
     before = dict(_flat(stored))
     now = dict(_flat(json.loads(json.dumps(settings))))
     for key in [*before, *now]:
         if before.get(key) != now.get(key) and key not in free:
             raise DataError(
-                f"out: must be a folder with the same settings, {str(folder)!r} was prepared with {key}="
+                f"{FOLDER_KEY}: must be a folder with the same settings, {str(folder)!r} was prepared with {key}="
                 f"{json.dumps(before.get(key))}, which is {json.dumps(now.get(key))} now; nearest: another folder"
             )
     unit_bytes = stored["unit_bytes"]
     if type(unit_bytes) is not int or not settings["unit_bytes"] // _UNITS**3 <= unit_bytes <= 2**48:
         near = settings["unit_bytes"]
-        raise DataError(f"out: {path} must have unit_bytes of launch.prepare, is {unit_bytes!r}; nearest: {near}")
+        rule = "must have unit_bytes of launch.prepare"
+        raise DataError(f"{FOLDER_KEY}: {path} {rule}, is {unit_bytes!r}; nearest: {near}")
     return stored
 
 

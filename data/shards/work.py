@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -28,7 +28,7 @@ from data.readers.files import list_sources
 from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
-from data.shard_format import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
+from data.shard_format import FOLDER_KEY, INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
 from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.sources import FilesSource, list_files, size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -366,26 +366,35 @@ def main() -> None:
     """Builds units of the job in its argument, and prints messages until all units are complete."""
     job = json.loads(sys.argv[1])
     folder = Path(job["folder"])
+    settings = BuildSettings(**job["settings"])
     try:
-        for message in build_units(Build(BuildSettings(**job["settings"]), folder)):
-            _send(message)
-    except BrokenPipeError:  # the command has ended
-        os._exit(1)
-    except (DataError, OSError) as error:
-        text = str(error) if isinstance(error, DataError) else unwritable(folder, error, job["settings"]["folder_key"])
-        _send(WorkerMessage(error=text[:_ERROR_CHARACTERS]))
+        with folder_errors(folder, settings.folder_key):
+            for message in build_units(Build(settings, folder)):
+                _send(message)
+    except DataError as error:
+        if isinstance(error.__cause__, BrokenPipeError):  # the command has ended
+            os._exit(1)
+        _send(WorkerMessage(error=str(error)[:_ERROR_CHARACTERS]))
 
 
 def _send(message: WorkerMessage) -> None:
     os.write(1, f"{json.dumps(asdict(message))}\n".encode())  # one call: other workers write to the same pipe
 
 
-def unwritable(folder: Path, error: OSError, key: str) -> str:
-    """Returns the message about a folder that cannot be written, for example because the disk is full."""
-    return (
-        f"{key}: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete "
-        f"units stay, and the same command continues"
-    )
+@contextmanager
+def folder_errors(folder: Path, key: str) -> Iterator[None]:
+    """Names the key of a folder in errors about its files and its file system, for example a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{key}: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete "
+            f"units stay, and the same command continues"
+        ) from error
+    except DataError as error:
+        if not str(error).startswith(f"{FOLDER_KEY}: "):
+            raise
+        raise DataError(str(error).replace(FOLDER_KEY, key, 1)) from error
 
 
 if __name__ == "__main__":

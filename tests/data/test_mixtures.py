@@ -1,6 +1,7 @@
 """Tests of runs on folders of launch.prepare: what they read, in which order, and what is refused."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,41 @@ def test_a_local_copy_reads_the_same_and_is_made_once(text: Path, prepared: Prep
     assert any(path.suffix == ".tokens" for path in files)
     prepare(config, L)
     assert files == {path: path.stat().st_mtime_ns for path in (text / "local").rglob("*") if path.is_file()}
+
+
+def test_a_local_copy_is_made_while_another_process_changes_the_folder(
+    text: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder of a unit in progress go as soon as they have been listed."""
+    going = folder_of(text) / "sources" / "prose" / "going.json"
+    building = going.with_name(".building-0")
+    scan = os.scandir
+
+    class ListedBeforeAnother:
+        def __init__(self, path: str | Path) -> None:
+            is_changing = Path(path) == going.parent
+            if is_changing:
+                going.touch()
+                building.mkdir()
+            self._entries = iter([*scan(path)])
+            if is_changing:
+                going.unlink()
+                building.rmdir()
+
+        def __enter__(self) -> "ListedBeforeAnother":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def __iter__(self) -> "ListedBeforeAnother":
+            return self
+
+        def __next__(self) -> "os.DirEntry[str]":
+            return next(self._entries)
+
+    config = config_of(text, folder=str(folder_of(text)), local_cache=str(text / "changing"))
+    monkeypatch.setattr(os, "scandir", ListedBeforeAnother)
+    assert prepare(config, L).fingerprint == prepared.fingerprint
 
 
 def test_a_folder_that_does_not_fit_is_refused(text: Path, prepared: Prepared, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 from base.files import replacing
 from data.corpus import DataError
 from data.progress import NO_PROGRESS
-from data.shard_format import PARTS, UnitWriter, open_shards, read_report
+from data.shard_format import PARTS, UnitWriter, open_shards, read_drops, read_report, read_rows
 from data.shards.run import _sample_shares, build_folder
 from data.shards.work import Build, BuildSettings, UnitEncoder, build_units
 from data.tokenizer import Tokenizer
@@ -206,6 +206,35 @@ def test_killed_commands_leave_the_files_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_stopped_worker_ends_with_its_killed_command(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    process = start(settings, tmp_path / "tokenizer.json", tmp_path / "out", 2)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "out" / "sources").exists() and time.monotonic() < until:  # a worker has begun a unit
+            time.sleep(0.01)
+        worker, _ = workers_of(process)
+        os.kill(worker, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        while has_not_ended(worker) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not has_not_ended(worker)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+def has_not_ended(pid: int) -> bool:
+    """Returns whether a process runs or is stopped. One that nobody waits for stays as a zombie."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
 def test_stopped_worker_is_named_and_ends_the_command_with_all_workers(
     settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +382,19 @@ def test_files_of_the_user_are_kept_and_links_in_a_folder_refused(
         (tmp_path / "moved").rename(path)
 
 
+@pytest.mark.parametrize("name", ["sources/rows/*.index", "settings.json", "sources/rows/*.drop.npy"])
+def test_damaged_folder_is_refused_by_the_key_of_the_command(
+    folder: Path, settings: BuildSettings, tokenizer: Tokenizer, name: str
+) -> None:
+    (path, *_) = [*folder.glob(name)] or [*folder.glob("sources/rows/train-*.sequences-64.npy")]
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+    (folder / "prepare.json").unlink()
+    for key in ("out", "data.cache_dir"):
+        with pytest.raises(DataError, match=rf"^{key}: {path} must be a file"):
+            build_folder(replace(settings, folder_key=key), tokenizer, folder, 1, NO_PROGRESS)
+
+
 def test_folder_that_another_command_begins_meanwhile_is_not_refused(
     settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +429,49 @@ def test_folder_in_which_another_process_finishes_a_file_meanwhile_is_read(
     monkeypatch.setattr(Path, "iterdir", list_before_another)
     assert read_report(folder)["cached"] is False
     assert (folder / "finished.json").exists()
+
+
+def test_files_that_another_process_removes_meanwhile_are_absent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file goes after the first look at it, and packed sequences as soon as they have their name."""
+    (tokens, *_) = (folder / "sources" / "rows").glob("train-*.tokens")
+    unit = tokens.stem.removeprefix("train-")
+    (shard,) = (shard for shard in open_shards(folder, "rows", "train") if shard.unit == unit)
+    num_sequences = len(replace(shard).sequences(32))
+    drop = tokens.with_name(f"{unit}.drop.npy")
+
+    @contextmanager
+    def remove_replaced(path: Path) -> Iterator[Path]:
+        with replacing(path) as partial:
+            yield partial
+        path.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.shard_format.replacing", remove_replaced)
+        tokens.with_name(f"train-{unit}.sequences-32.npy").unlink()
+        assert len(replace(shard).sequences(32)) == num_sequences
+    drop.touch()
+    for name in ("stat", "lstat", "exists"):
+        look = getattr(Path, name)
+
+        def look_before_another(path: Path, look: Callable[..., Any] = look, **options: bool) -> Any:
+            found = look(path, **options)
+            if path in (drop, tokens.with_name(f"{unit}.index")):
+                path.unlink(missing_ok=True)
+            return found
+
+        monkeypatch.setattr(Path, name, look_before_another)
+    assert not read_drops(folder / "sources" / "rows", unit).any()
+    assert not len(read_rows(folder / "sources" / "rows", unit))
+
+
+def test_packed_sequences_that_another_process_removes_meanwhile_stay_removed(
+    settings: BuildSettings, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Path(settings.manifest)
+    manifest.write_text(f"{manifest.read_text()}dedup: {{kind: exact}}\n")
+    find = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*find(path, pattern), path / "train-0.sequences-64.npy"])
+    assert build_folder(settings, tokenizer, tmp_path / "out", 1, NO_PROGRESS)["units"]["built"]
 
 
 def test_broken_rows_of_files_with_any_name_are_a_line_each(settings: BuildSettings, tokenizer: Tokenizer) -> None:
