@@ -312,7 +312,7 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
         if not isinstance(error, UnknownKeyError) and (advised := value_advice(key, value)) is not None:
             why, overrides = fill_advice(advised, value)
             return f"{key}: {_sentence(f'{why}, not {value}', overrides)}"
-        if key in _HUB_KEYS and _HUB_NAME.fullmatch(value) and not Path(value).exists():
+        if _is_hub_name(key, value):
             return f"{key}: {_hub_advice(key, value)}"
         return text
     return text
@@ -411,6 +411,11 @@ def _advise_unit_or_file(command: str, before: str, text: str) -> str | None:
     return None
 
 
+def _is_hub_name(key: str, value: str) -> bool:
+    """Returns whether the value of a key for a folder is a name on the Hugging Face Hub."""
+    return key in _HUB_KEYS and _HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
+
+
 def _hub_advice(key: str, value: str) -> str:
     name = value.rpartition("/")[2]
     overrides = f"model=of_checkpoint init_from={name}" if key in ("model", "init_from") else f"{key}={name}"
@@ -428,6 +433,10 @@ def _default(value: Any) -> str:
 
 
 def _sentence(why: str, overrides: Sequence[str]) -> str:
+    """Returns the end of an error: a reason, and what to write instead, which may first need a download."""
+    for key, _, value in (text.partition("=") for text in overrides):
+        if _is_hub_name(key, value):
+            return f"{why}; {_hub_advice(key, value)}"
     return f"{why}; nearest valid: {' '.join(map(_shell_word, overrides))}"
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -431,21 +432,36 @@ def _example_lines(text: str, columns: int) -> list[str]:
 
 @cache
 def aliases() -> Mapping[str, str]:
-    """Returns the advice for each key of other trainers."""
+    """Returns the advice for each key or value of other trainers, some with `*` for any text."""
     path = Path(__file__).with_name("advice.yaml")
-    table: dict[str, str] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return table
+    table: dict[str, list[str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: advice for advice, names in table.items() for name in names}
+
+
+def _advice(*names: str) -> str | None:
+    """Returns the advice for the first name that has one, or else for the first that a pattern matches."""
+    table = aliases()
+    patterns = [pattern for pattern in table if "*" in pattern]
+    matches = (table[pattern] for name in names for pattern in patterns if fnmatchcase(name, pattern))
+    return next((table[name] for name in names if name in table), None) or next(matches, None)
 
 
 def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
     """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
     name = key.lower().replace("-", "_")
-    names = (f"{command}.{name}", f"{name}={value}".lower(), name, name.rpartition(".")[2])
-    advice = next((aliases()[text] for text in names if text in aliases()), None)
-    if advice is None:
-        return None
-    why, overrides = fill_advice(advice, value)
     settable = settable_keys(command)
+    parts = name.split(".")
+    ends = [".".join(parts[index:]) for index in range(len(parts))]
+    same = [text for text in settable if text.rpartition(".")[2] == parts[-1]]
+    advice = _advice(f"{command}.{name}", *(f"{end}={value}".lower() for end in ends), *ends)
+    if advice is None and len(same) != 1:
+        return None
+    why, overrides = fill_advice(advice or f"{same[0]}={{value}}", value)
+    for index, text in enumerate(overrides):
+        written, _, meant = text.partition("=")
+        better = fill_advice(value_advice(written, meant) or "", meant)[1]
+        if better[0].partition("=")[0] in settable:
+            overrides[index : index + 1] = better
     overrides = [_plain_number(text, settable) for text in overrides]
     written = overrides[0].partition("=")[0]
     if written in settable or written.startswith("--"):
@@ -457,13 +473,16 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
 def _plain_number(override: str, settable: Mapping[str, Any]) -> str:
     """Returns an override of a number without unit and separators."""
     key, _, value = override.partition("=")
-    is_text = isinstance(settable.get(key, ""), str)
-    return (not is_text and nearest_number(value, key).removeprefix("nearest valid: ")) or override
+    number, space, unit = value.partition(" ")
+    if isinstance(settable.get(key, ""), str) and unit != "steps":
+        return override
+    near = nearest_number(number, key).removeprefix("nearest valid: ")
+    return f"{near}{space}{unit}" if near else override
 
 
 def value_advice(key: str, value: str) -> str | None:
     """Returns the advice for a value of an existing key; None without one."""
-    return aliases().get(f"{key}={value}".lower())
+    return _advice(f"{key}={value}".lower())
 
 
 def settable_keys(command: str) -> Mapping[str, Any]:
@@ -475,5 +494,9 @@ def fill_advice(advice: str, value: str) -> tuple[str, list[str]]:
     """Returns the reason and the overrides of advice. A list in `[{value}]` is not nested."""
     why, _, overrides = advice.rpartition("; ")
     items = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    first, _, second = value.partition("x")
+    is_share = re.fullmatch(r"\d*\.?\d+(e-\d+)?", value)
     text = overrides.replace("[{value}]", f"[{items}]").replace("{value}", value)
+    text = text.replace("{first}", first).replace("{second}", second)
+    text = text.replace("{percent}", f"{100 * float(value):g}" if is_share else "10")
     return why or "unknown key", re.split(r" (?=[\w./]+=)", text)

@@ -143,7 +143,7 @@ def _checked(command: str, overrides: Sequence[str]) -> _Composed:
             elif override.key_or_group == PLUGINS:
                 load_plugin_files(override.value())
     for override in parsed:
-        _check_override(override, groups)
+        _check_override(command, override, groups)
     try:
         return _compose(command, parsed)
     except _LIBRARY_ERRORS as error:
@@ -221,12 +221,24 @@ def _parse(text: str) -> Override:
         ) from error
 
 
-def _check_override(override: Override, groups: Mapping[str, str]) -> None:
+def _one_value(command: str, key: str, sweep: str) -> str:
+    """Returns the end of an error about several values: what one value looks like, by the default's type."""
+    default = known_keys(command).get(key)
+    first = sweep.partition(",")[0]
+    if isinstance(default, list):
+        return f"nearest valid: {key}=[{sweep}]"
+    if first in options(key):
+        return f"nearest valid: {key}={first}"
+    is_number = isinstance(default, int | float) and nearest_number(first, key)
+    text = f"a list is {key}=[a,b], and text is quoted: {quoted_override(key, sweep)}"
+    return nearest_number(sweep, key) or is_number or text
+
+
+def _check_override(command: str, override: Override, groups: Mapping[str, str]) -> None:
     key = override.key_or_group
     if override.is_sweep_override():
         sweep = override.get_value_string()
-        quoted = f"a list is {key}=[a,b], and text is quoted: {quoted_override(key, sweep)}"
-        raise ConfigError(f"{key}: one run takes one value, is {sweep}; {nearest_number(sweep, key) or quoted}")
+        raise ConfigError(f"{key}: one run takes one value, is {sweep}; {_one_value(command, key, sweep)}")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(f"{key}: Hydra's own settings have no effect here; leave it out")
     if override.package is not None:

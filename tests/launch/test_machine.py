@@ -1,13 +1,9 @@
 """Machines and nodes that cannot run the ranks are detected before they start, and mistakes get advice."""
 
 import ctypes
-import importlib
 import os
-import resource
 import socket
-import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +12,6 @@ import pytest
 import torch
 
 from launch import train, verify
-from launch.cli.entry import command
-from launch.cli.help import alias_overrides, aliases, find_commands
-from launch.config.compose import compose_defaults, default_groups, known_keys
 from launch.config.rules import check_attention
 from launch.ranks import machine
 from launch.ranks.machine import (
@@ -37,7 +30,6 @@ from launch.ranks.machine import (
 )
 from tests import ROOT
 from tests.commands import run_command as run_command_in_fork
-from tests.commands import run_python
 from tests.launch.test_config import build
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
@@ -276,259 +268,6 @@ def test_node_that_fails_prints_one_line_for_each_problem(
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: node n7: GPUs: 2 must be visible, 1 are"
     assert second.startswith(f"error: node n7: out_dir: '{tmp_path / 'absent'}' must be writable, is not: ")
-
-
-CPU_SECONDS = 3.0
-
-HUB = "deepseek-ai/DeepSeek-V3"
-
-# What is typed after `python -m launch.train`, and what the one line must say.
-MISTAKES: list[tuple[list[str], str]] = [
-    (["lr=1e-4"], "optim.learning_rate=1e-4"),
-    (["--lr", "1e-4"], "optim.learning_rate=1e-4"),
-    (["--lr=1e-4"], "optim.learning_rate=1e-4"),
-    (["--learning-rate=1e-4"], "optim.learning_rate"),
-    (["optim.lr=1e-4"], "optim.learning_rate=1e-4"),
-    (["+lr=1e-4"], "optim.learning_rate=1e-4"),
-    (["lr", "1e-4"], "optim.learning_rate=1e-4"),
-    (["warmup_steps=10"], "'optim.schedule.warmup=10 steps'"),
-    (["gradient_accumulation_steps=4"], "batch.global_sequences="),
-    (["ep=8"], "parallelism.data=8 parallelism.expert=8"),
-    (["tensor_model_parallel_size=2"], "no tensor parallelism"),
-    (["dataset=[a.txt,b.txt]"], "data=files 'data.paths=[a.txt,b.txt]'"),
-    (["dataset=a.txt"], "data=files 'data.paths=[a.txt]'"),
-    (["--steps", "200"], "task.steps"),
-    (["hidden_size=64"], "model.hidden_size"),
-    (["out=here"], "out_dir"),
-    ([f"model={HUB}"], f"hf download {HUB} --local-dir DeepSeek-V3"),
-    ([f"model={HUB}"], "model=of_checkpoint init_from=DeepSeek-V3"),
-    (["model=of_checkpoint", f"init_from={HUB}"], "hf download"),
-    ([f"data.tokenizer={HUB}"], "hf download"),
-    (["model=moonlight"], "moonlight_16b"),
-    (["Model=Tiny"], "model=tiny"),
-    (["SEED=3"], "seed=3"),
-    (["data.paths=[corpus.txt]"], "data=files"),
-    (["data=files", "data.paths=corpus.txt"], "data.paths=[corpus.txt]"),
-    (["data=files", "data.paths=[a=b.txt]"], "\"data.paths=['a=b.txt']\""),
-    (["corpus.txt"], "data=files 'data.paths=[corpus.txt]'"),
-    (["out_dir=a,b"], "\"out_dir='a,b'\""),
-    (["out_dir=a=b"], "\"out_dir='a=b'\""),
-    (["out_dir=my", "run"], "'out_dir=my run'"),
-    (["samples.prompt=def f(x"], "\"samples.prompt='def f(x'\""),
-    (["name=my run"], "my-run"),
-    (["model", "=", "tiny"], "model=tiny"),
-    (["model=", "tiny"], "model=tiny"),
-    (["model", "=tiny"], "model=tiny"),
-    (["model = tiny"], "model=tiny"),
-    (["seed:3"], "seed=3"),
-    (["seed", "3"], "seed=3"),
-    (["--seed", "3"], "seed=3"),
-    (["seed"], "seed=0"),
-    (["tiny"], "model=tiny"),
-    (["--dry-run"], "dry_run=true"),
-    (["+seed=3"], "seed=3"),
-    (["model.new_key=3"], "model."),
-    (["--resume"], "resume=null"),
-    (["config_only"], "config_only=true"),
-    (["config_olny=true"], "config_only"),
-    (["seed=abc"], "a whole number"),
-    (["seed="], "seed"),
-    (["model="], "quickstart"),
-    (["task.steps="], "a whole number"),
-]  # fmt: skip
-
-# Overrides, and a part of each line of the answer.
-FIRST_MISTAKES = """
-batch.sequence_length_tokens=4k => batch.sequence_length_tokens=4096
-task.steps=10k => task.steps=10000
-task.steps=1,000 => task.steps=1000
-cluster.memory_bytes=80GB => cluster.memory_bytes=80000000000
-cluster.memory_bytes=80GiB => cluster.memory_bytes=85899345920
-cluster.host_memory_bytes=1TB => cluster.host_memory_bytes=1000000000000
-cluster.timeout_seconds=30min => cluster.timeout_seconds=1800
-cluster.timeout_seconds=1h => cluster.timeout_seconds=3600
-cluster.memory_bytes=80 GB => 'cluster.memory_bytes=80 GB'
-optim.weight_decay=0,1 => optim.weight_decay=0.1
-seq_len=4k => batch.sequence_length_tokens=4096
-tp=2 => no tensor parallelism
-bs=8 => batch.global_sequences=8
-max_seq_len=4096 => batch.sequence_length_tokens=4096
-gpus=4 => parallelism=four_ranks
-nproc=8 => parallelism=eight_ranks
-world_size=8 => parallelism=eight_ranks
-nodes=2 => cluster.ranks_per_node
-fp16=true => precision=bf16
-zero=1 => optim.sharding=zero1
-fsdp=true => optim.sharding=zero1
-deepspeed=ds.json => optim.sharding=zero1
-save_every=100 => checkpointing.every_steps=100
-checkpoint.interval=100 => checkpointing.every_steps=100
-warmup_ratio=0.03 => 'optim.schedule.warmup=3 %'
-training.steps=100 => task.steps=100
-partition=gpu => python -m launch.submit slurm.partition=gpu
-memory=40GB => cluster.memory_bytes=40000000000
-ckpt=outputs/x => resume=outputs/x
-steps=100 => task.steps=100
-recompute=true => 'recompute=[norm,mla_up,swiglu]'
-recompute=none => recompute=[]
-resume=true => resume=auto
-resume=last => resume=auto
---config train.yaml => experiment=quickstart
-config.yaml => experiment=quickstart
---help-all => --help all
--m seed=1 => one command is one run
-model=DeepSeek-V3 => model=v3_671b
-model=671b => model=v3_671b
-model.flavor=671B => model=v3_671b
-schedule=zero_bubble => schedule=zb_v
-schedule=1F1B => schedule=1f1b
-precision=fp32 => precision=float32
-precision=fp16 => precision=bf16
---precision fp32 => precision=float32
-optim=muon => optim=adamw
-track=tensorboard => track=wandb_offline
-parallelism=8 => parallelism=eight_ranks
-data_path=a.txt => data=files 'data.paths=[a.txt]'
-out_dir=s3://bucket/run => out_dir: must be a path on this machine
-data=files data.paths=[hf://a/b] => 'data.paths=[b]'
-resume=gs://bucket/run => resume: must be a path on this machine
-optim.schedule.warmup=2000 steps => 'optim.schedule.warmup=2000 steps'
-warmup=2000 steps => 'optim.schedule.warmup=2000 steps'
---lr 1e-4 --batch_size 8 => optim.learning_rate=1e-4 => batch.global_sequences=8
-precision=fp32 lr=1 task.steps=10k => precision=float32 => optim.learning_rate=1 => task.steps=10000
-model=nonesuch model.num_layers=4 => model: no option nonesuch
-num_attention_heads=8 => model.num_heads=8
-save_strategy=steps => checkpointing.every_steps=50
-offload=cpu => optim.offload=true
-validation=none => validation.sequences=0
-profile=true => profile=steps
-lr=1 samples.prompt=http://a => optim.learning_rate=1
-"""
-
-
-def run_command(
-    name: str,
-    arguments: Sequence[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    num_lines: int = 1,
-) -> str:
-    """Runs a command in this process until it is rejected. Returns its lines on stderr."""
-    module = importlib.import_module(f"launch.{name}")
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    code = command(name, module.main, module.preview)
-    captured = capsys.readouterr()
-    assert code == 2, f"{arguments}: exit code {code}, {captured}"
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert all(line.startswith("error: ") for line in lines)
-    assert len(lines) == num_lines, (arguments, lines)
-    return captured.err.strip()
-
-
-def test_advice_of_a_first_mistake_is_one_line_and_nothing_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_run_local", lambda config: pytest.fail("ranks start"))
-    for arguments, advice in MISTAKES:
-        line = run_command("train", arguments, monkeypatch, capsys)
-        assert advice in line, arguments
-    for case in FIRST_MISTAKES.strip().splitlines():
-        overrides, *parts = case.split(" => ")
-        lines = run_command("train", overrides.split(), monkeypatch, capsys, len(parts)).splitlines()
-        assert [part for part, line in zip(parts, lines, strict=True) if part not in line] == [], (case, lines)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "advice"),
-    [
-        ("generate", [f"ckpt={HUB}", "prompt=a"], "hf download"),
-        ("generate", ["outputs/run"], "ckpt=outputs/run"),
-        ("generate", ["ckpt=run", "prompt=hello", "world"], "'prompt=hello world'"),
-        ("generate", ["ckpt=run", "prompt=a", "max_tokens=5"], "max_new_tokens"),
-        ("generate", ["--prompt", "hello"], "prompt=hello"),
-        ("convert", [f"path={HUB}", "from=hf", "to=x"], "hf download"),
-        ("redraw", ["outputs/run"], "run=outputs/run"),
-        ("redraw", ["my_run"], "run=my_run"),
-        ("convert", ["my_weights"], "path=my_weights"),
-        ("submit", ["lr=1e-4"], "optim.learning_rate=1e-4"),
-        ("submit", ["--partition=gpu"], "slurm.partition"),
-        ("plan", ["batch_size=8"], "batch.global_sequences=8"),
-        ("plan", ["cluster.memory_bytes=80GB"], "cluster.memory_bytes=80000000000"),
-        ("verify", ["tp=2"], "no tensor parallelism"),
-        ("generate", ["ckpt=s3://bucket/run", "prompt=a"], "ckpt: must be a path on this machine"),
-        ("generate", ["ckpt=a", "prompt=a", "fp16=true"], "dtype=bf16"),
-        ("serve", ["ckpt=a", "tp=2"], "ranks=2"),
-        ("serve", ["model=a"], "ckpt=a"),
-        ("serve", ["ckpt=a", "drain_seconds=1min"], "drain_seconds=60"),
-        ("sample", ["n=4"], "num_samples=4"),
-        ("sample", ["temperature=0,7"], "temperature=0.7"),
-        ("evaluate", ["model=a"], "ckpt=a"),
-        ("prepare", ["data.manifest=a.yaml", "out=b", "unit_bytes=64MB"], "unit_bytes=64000000"),
-        ("prepare", ["num_proc=4"], "workers=4"),
-        ("schedule", ["schedule=zero_bubble"], "schedule=zb_v"),
-        ("schedule", ["pp=8"], "num_ranks=8"),
-        ("submit", ["--partition", "gpu"], "slurm.partition=gpu"),
-    ],
-)
-def test_advice_of_every_other_command(
-    name: str, arguments: list[str], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert advice in run_command(name, arguments, monkeypatch, capsys)
-
-
-def test_no_key_has_the_name_of_an_alias_and_what_they_recommend_composes() -> None:
-    names = [command.name for command in find_commands()]
-    known = {name: {*known_keys(name), *default_groups(name)} for name in names}
-    batches: dict[str, list[dict[str, str]]] = {name: [] for name in names}  # one command line has many keys
-    for alias in aliases():
-        key, _, value = alias.partition("=")
-        prefix, _, rest = key.partition(".")
-        chosen = [prefix] if prefix in names and rest else ["train", *names]
-        key = rest if chosen == [prefix] else key
-        advice = {name: alias_overrides(name, key, value or "5") for name in chosen}
-        name = next((name for name in advice if advice[name] is not None), None)
-        assert name is not None, alias
-        if not value:
-            assert key not in known[name], alias
-        why, overrides = advice[name] or ("", [])
-        assert why
-        if overrides[0] in ("--help", "python"):
-            continue
-        keys = {text.partition("=")[0]: text for text in overrides}
-        if not keys.keys().isdisjoint(default_groups(name)):  # an option changes which keys there are
-            batches[name] += [keys] if keys not in batches[name] else []
-            continue
-        values = [line for line in batches[name] if line.keys().isdisjoint(default_groups(name))]
-        batch = next((line for line in values if all(line.get(key, keys[key]) == keys[key] for key in keys)), None)
-        if batch is None:
-            batches[name].append(batch := {})
-        batch |= keys
-    for name, lines in batches.items():
-        for line in lines:
-            compose_defaults(name, list(line.values()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        (["launch", "train", "--lr", "1"], "optim.learning_rate=1"),
-        (["launch.train", "cluster=h100"], "cluster.device: cuda needs a"),
-    ],
-)
-def test_advice_takes_less_than_3_seconds_of_cpu_time(arguments: list[str], advice: str, tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run_python("-m", *arguments, cwd=tmp_path, changes={"CUDA_VISIBLE_DEVICES": ""})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert advice in done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_rank_of_torchrun_whose_device_has_too_little_memory_says_so_in_one_line(

@@ -195,7 +195,7 @@ def _decode_scalar(hint: Any, value: object, place: str) -> Any:
         advice = f"; write {int(value)}"
     elif hint is str and isinstance(value, (int, float)):
         advice = f"; quote it to make it text: \"{place}='{value}'\""
-    elif hint is int and isinstance(value, str) and (near := nearest_number(value, place)):
+    elif hint is int and isinstance(value, str) and (near := nearest_number(value, place, is_whole=True)):
         advice = f"; {near}"
     raise ConfigError(f"{place}: must be {_describe(hint)}, is {value!r}{advice}")
 
