@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.refusal import ConfigError, nearest
 from comm.config import ClusterConfig
 from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
@@ -32,7 +33,6 @@ from model.size import count_parameters
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig
-from train.errors import ConfigError, nearest
 from train.report.charts import EVALUATION_PAGE_NAME
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.decode import decode, encode
+from base.refusal import ConfigError, broken
 from launch import unwound_by_signals
 from launch.cli.entry import check_new_folder, command, plain_text
 from launch.config.compose import compose, system_errors
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
-from train.config.decode import decode, encode
-from train.errors import ConfigError, broken
 
 
 def main(overrides: Sequence[str]) -> int:

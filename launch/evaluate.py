@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from dualpipe.registry import ScheduleConfig
 from evaluation.answers import Answerer
@@ -55,8 +57,6 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import listed_files
 from train.checkpoint.manifest import digest, read_step
 from train.config import EvaluationTasksConfig, InferenceConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from base.decode import decode, encode
 from base.ranges import PositiveInt
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
@@ -41,8 +43,6 @@ from launch.weights.job import (
 )
 from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.terminal import progress_on
 
 if TYPE_CHECKING:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from base.decode import decode
+from base.refusal import ConfigError
 from launch import unwound_by_signals
 from launch.cli.entry import check_new_folder, command, preview_of
 from launch.config.compose import compose, system_errors
@@ -23,8 +25,6 @@ from launch.weights.job import local_cluster, run_on_local_ranks
 from model.hf.checkpoint import lay_out
 from model.hf.files import create_folder_atomically
 from model.hf.names import Stored, StoredDtype
-from train.config.decode import decode
-from train.errors import ConfigError
 from verify.golden.config import GoldenConfig, GoldenRun, Precision, Size, read_golden
 
 NAME = "golden"

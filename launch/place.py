@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from base.decode import decode, encode
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from base.refusal import ConfigError, broken, nearest
 from evaluation.run import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.placement import Loads, Placement, PlacementShape, Policy, default_layer, imbalance, rank_loads
 from launch.cli.entry import command, preview_of, write_output
@@ -21,8 +23,6 @@ from launch.config.compose import compose, system_errors
 from launch.config.folder import CONFIG_NAME, read_folder
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
-from train.config.decode import decode, encode
-from train.errors import ConfigError, broken, nearest
 from train.files.json_lines import LOADS_NAME, raw_lines, read_line
 from train.report.source import read_loads
 

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from base.decode import decode, encode
+from base.refusal import ConfigError, UnknownKeyError, broken, nearest
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
@@ -55,8 +57,6 @@ from planner.search import search_layouts
 from planner.search_forms import search_text, search_values
 from planner.smallest import smallest_text, smallest_values
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
-from train.config.decode import decode, encode
-from train.errors import ConfigError, UnknownKeyError, broken, nearest
 from train.predict.timing import SLICES, MeasuredRates
 from train.tasks.registry import TASKS
 

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
+from base.decode import decode, encode
 from base.ranges import PositiveInt
+from base.refusal import ConfigError, broken, nearest, nearest_key
 from infer.deployment import DeploymentConfig
 from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
 from launch.config.folder import CONFIG_NAME, read_folder
@@ -24,8 +26,6 @@ from launch.config.run import check_data, check_text, read_config, read_run, wri
 from planner.job_plan import PlannerConfig
 from planner.scaling import Rates
 from train.config import Acceptance, TrainConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError, broken, nearest, nearest_key
 from train.predict.timing import EfficiencyConfig, with_chunks
 from train.report.plan_comparison import run_rates
 

@@ -11,8 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
+from base.decode import decode
 from base.files import replace_file
 from base.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
+from base.refusal import broken
 from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
@@ -26,8 +28,6 @@ from dualpipe.draw.style import document
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.run import expand_tokenizer
-from train.config.decode import decode
-from train.errors import broken
 from train.figures import table
 from train.terminal import bytes_text, progress_on, seconds_text
 

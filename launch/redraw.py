@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from base.decode import decode, encode
+from base.refusal import ConfigError
 from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.config.folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 
 _MOST_RUNS = 6
 _SEVERAL = re.compile(r"^run=([^\[\]{}()'\"\s]+,[^\[\]{}()'\"\s]+)$")

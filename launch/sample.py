@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
+from base.refusal import ConfigError
 from data.arithmetic import Domain, check_domains
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
@@ -40,8 +42,6 @@ from score.reward import Reward, RewardConfig, check_reward, model_part_problem
 from score.score import SCORERS, problem_of
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

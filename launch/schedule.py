@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from base.decode import decode
 from base.ranges import PositiveInt
+from base.refusal import broken
 from base.registry import closest
 from dualpipe.api import build, compare
 from dualpipe.builder import decode as decode_schedule
@@ -26,8 +28,6 @@ from dualpipe.validate import validate
 from launch.cli.entry import command, preview_of, write_output
 from launch.cli.help import terminal_columns
 from launch.config.compose import compose
-from train.config.decode import decode
-from train.errors import broken
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512

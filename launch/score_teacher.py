@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from base.decode import decode, encode
 from base.ranges import PositiveFloat, PositiveInt
+from base.refusal import ConfigError
 from data.parts import Prepared
 from data.prepare import prepare
 from launch.cli.entry import command, experiment_text
@@ -19,8 +21,6 @@ from launch.config.run import check_data, read_config, resolve, write_config
 from launch.weights.job import Device, find_weights, load_model
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.tasks.distill import FORMAT_VERSION, ScoresMeta, ScoresWriter
 from train.tasks.samples import check_samples
 from train.terminal import progress_on

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
+from base.decode import decode, encode
 from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
+from base.refusal import ConfigError, broken
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_LOST
 from data.chat.templates import template_of
@@ -47,8 +49,7 @@ from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.config import InferenceConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError, DeadRankError, broken
+from train.errors import DeadRankError
 
 if TYPE_CHECKING:
     from infer.continuous import ContinuousEngine

@@ -16,7 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
+from base.refusal import ConfigError, broken, nearest
 from launch.cli.entry import command, experiment_text
 from launch.config.compose import (
     chosen_options,
@@ -33,8 +35,6 @@ from launch.config.run import check, read_run, write_config
 from launch.plan_request import planner_config
 from planner.job_plan import JobPlan, plan_job
 from train.config import TrainConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError, broken, nearest
 from train.predict.fit import gigabytes, memory_lines
 
 SCRIPT_NAME = "job.sbatch"

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from base.refusal import ConfigError, broken
 from comm.exits import EXIT_MEMORY, EXIT_PREEMPTED, Preemption, handled_signals
 from launch.cli.entry import command, experiment_text
 from launch.config.compose import system_errors
@@ -37,7 +38,6 @@ from train.checkpoint.locate import AUTO, has_rescue, locate, rescue_folder, ver
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.config import TrainConfig
 from train.config.tasks import TASKS
-from train.errors import ConfigError, broken
 from train.files.json_lines import try_append_event
 from train.files.run_files import read_status
 from train.optim.learning_rate import schedule_warnings

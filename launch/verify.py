@@ -11,6 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from base.decode import decode
 from base.ranges import NonNegativeInt
 from launch.cli.entry import command, experiment_text
 from launch.config.compose import compose, system_errors
@@ -30,7 +31,6 @@ from launch.ranks.machine import (
 )
 from launch.train import export_exit_code, handle_signals
 from train.config import TrainConfig
-from train.config.decode import decode
 from train.records.display import guard_terminal
 from verify.layouts import choose_trials
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from base.decode import decode
+from base.refusal import ConfigError, broken
 from launch import signals_handled
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.weights.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from score.ratings import PassRates
-from train.config.decode import decode
-from train.errors import ConfigError, broken
 from train.terminal import aligned
 
 STATE_NAME = "workflow.json"

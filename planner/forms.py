@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from base.decode import encode
 from model.size import count_parameters, training_flops_per_token
 from planner.job_plan import JobPlan, PlannerConfig, layout_json
 from planner.scaling import shape_distance
-from train.config.decode import encode
 from train.predict.fit import gigabytes, parts
 from train.predict.memory import RankMemory
 from train.predict.timing import TimedPlan

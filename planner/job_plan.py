@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from base.decode import encode, flatten
+from base.refusal import ConfigError
 from base.registry import load_plugins, loaded_plugins
 from dualpipe.ir import Schedule
 from model.size import stage_shapes
 from planner.rollouts import RolloutPlan, plan_rollouts, with_rollouts
 from planner.scaling import KernelRates, Rates, rows_per_token
 from train.config import DEFAULT_COST, TrainConfig
-from train.config.decode import encode, flatten
-from train.errors import ConfigError
 from train.predict.cut import run_cut, with_cut
 from train.predict.fit import fitted_cut, shortage, with_fitting_cap
 from train.predict.measured import layer_parameters

@@ -7,6 +7,7 @@ from itertools import combinations, product
 from math import ceil, gcd, inf
 from typing import TypeVar
 
+from base.refusal import broken
 from comm.config import Cut, DispatchConfig, ParallelismConfig
 from data.config import BatchSizes
 from dualpipe.registry import SCHEDULES, ScheduleConfig, is_closed_form
@@ -16,7 +17,6 @@ from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from planner.job_plan import PlannerConfig
 from planner.scaling import KernelRates
 from train.config import Precision, TrainConfig
-from train.errors import broken
 from train.predict.fit import context_sizes
 from train.predict.layer_times import LayerTimes, PartTimes, as_paired
 from train.predict.memory import predict_memory, run_sizes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from base.decode import encode
 from data.pack import best_fit_decreasing
 from dualpipe.ir import Placement
 from dualpipe.passes import forward_only
@@ -21,7 +22,6 @@ from planner.products import FLAT
 from planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, KernelRates, Rates
 from score.scorers import JudgeConfig, RewardModelScorerConfig
 from train.config import TrainConfig
-from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.predict.cut import run_cut
 from train.predict.layer_times import PartTimes, stage_costs

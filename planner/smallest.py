@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any
 
+from base.refusal import broken
 from comm.config import Cut
 from model.config import LAYER
 from model.size import count_parameters
@@ -14,7 +15,6 @@ from planner.layouts import SearchSpace, adapted_run, divisors
 from planner.search import FoundLayout, Rules, Search
 from planner.search_forms import layout_overrides
 from train.config import TrainConfig
-from train.errors import broken
 from train.predict.fit import gigabytes, parts
 from train.predict.rank_bytes import state_bytes
 

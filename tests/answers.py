@@ -8,9 +8,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from base.decode import decode
 from data.loader import Batch
 from model.config import PolicyLossConfig
-from train.config.decode import decode
 
 GRPO = PolicyLossConfig(
     advantage="standardized",

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.refusal import ConfigError
 from base.registry import Registry
-from train.errors import CallbackError, ConfigError
+from train.errors import CallbackError
 
 if TYPE_CHECKING:
     from train.core.world import World

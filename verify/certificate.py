@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from train.config.decode import encode
+from base.decode import encode
 from train.files.run_files import redact, replace_text
 from train.start.startup import identity_of, is_version
 from verify.checks import CheckEntry, Outcome, Verification

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm
 from typing import Literal
 
+from base.refusal import ConfigError
 from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispatchConfig, ParallelismConfig
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
@@ -26,7 +27,6 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.errors import ConfigError
 from train.optim.learning_rate import ConstantRate, Duration
 from train.predict.cut import num_stages
 from train.tasks.pretrain import PretrainConfig

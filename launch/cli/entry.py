@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from base.decode import encode
+from base.refusal import ConfigError, UnknownKeyError, nearest_key
 from comm.exits import EXIT_CONFIGURATION, EXIT_LOST
 from launch import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.cli.help import alias_overrides, fill_advice, help_text, settable_keys, terminal_columns, value_advice
@@ -32,8 +34,7 @@ from launch.config.compose import (
 )
 from launch.ranks.machine import MachineError
 from train.config import TrainConfig
-from train.config.decode import encode
-from train.errors import ConfigError, DeadRankError, UnknownKeyError, nearest_key
+from train.errors import DeadRankError
 from train.files.run_files import redact
 from train.terminal import escape_terminals
 

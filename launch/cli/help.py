@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from base.decode import GROUP_OF_KEYS, describe_key
+from base.refusal import ConfigError, nearest_number
 from launch.config.compose import (
     chosen_options,
     compose_defaults,
@@ -30,9 +32,6 @@ from launch.config.compose import (
     read_option,
     switches,
 )
-from train.config.decode import GROUP_OF_KEYS, describe_key
-from train.config.units import nearest_number
-from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

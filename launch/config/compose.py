@@ -23,11 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from base.refusal import ConfigError, UnknownKeyError, nearest, nearest_key, nearest_number
 from base.registry import PluginError, load_plugins, loaded_plugins
 from dualpipe.ir import ScheduleError
 from model.config import CutError
-from train.config.units import nearest_number
-from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 # OmegaConf raises the last two for a key into a list that is no number.
 _LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, TypeError, ValueError)

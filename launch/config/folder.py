@@ -13,10 +13,10 @@ from pathlib import Path
 
 import yaml
 
+from base.refusal import ConfigError
 from launch.config.run import read_config, write_config
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.files.json_lines import append_event
 from train.files.run_files import is_node_folder
 from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from base.refusal import ConfigError, broken
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.errors import ConfigError, broken
 from train.predict.fit import context_sizes, fitted_config, gigabytes, parts, shortage
 from train.predict.memory import JobMemory, predict_memory
 

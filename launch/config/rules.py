@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
+from base.refusal import ConfigError, broken, divisors, multiples
 from comm.config import ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError
 from data.chat.templates import CHAT_TEMPLATES
@@ -17,7 +18,6 @@ from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomp
 from score.scorers import JudgeConfig
 from train.config import TrainConfig
 from train.config.tasks import TASKS
-from train.errors import ConfigError, broken, divisors, multiples
 from train.optim.learning_rate import RateError, check_schedule
 from train.predict.cut import run_cut, run_placement, sized_run, with_cut
 from train.predict.fit import fitted_cut

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from base.decode import decode, encode
+from base.refusal import ConfigError, broken, nearest, nearest_key
 from data.config import DataConfig
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
@@ -23,9 +25,7 @@ from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, check_compatible, lo
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import check_initial, check_model_parts, source_config, source_folder
 from train.config import RANDOM, TrainConfig, named_weights
-from train.config.decode import decode, encode
 from train.config.tasks import TASKS
-from train.errors import ConfigError, broken, nearest, nearest_key
 from train.predict.fit import with_fitting_cap
 from train.predict.timing import with_chunks
 from train.start.corpus import MOST_REPEATS, check_repeats, prepare_corpus

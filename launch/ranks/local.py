@@ -25,6 +25,7 @@ from multiprocessing import connection, forkserver, process, resource_tracker, u
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from base.refusal import ConfigError
 from base.registry import loaded_plugins
 from comm.config import ClusterConfig
 from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, EXIT_MEMORY, SIGNALS, Preemption, handled_signals
@@ -37,7 +38,7 @@ from launch.config.rules import check_rules
 from launch.ranks.machine import apply_rank_environment, local_rank_environment
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
-from train.errors import VERDICT_CODES, ConfigError, ExitReason, find_errors, find_verdict, read_error, write_error
+from train.errors import VERDICT_CODES, ExitReason, find_errors, find_verdict, read_error, write_error
 from train.files.json_lines import append_event
 from train.files.run_files import RankFiles, read_status, redact, write_end
 from train.files.run_lock import LockedError, Owner, read_lock

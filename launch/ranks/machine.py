@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from base.refusal import ConfigError
 from comm.config import LINK_CTAS, ClusterConfig, ParallelismConfig
 from comm.dispatch.deepep.package import DeepEPError, check_available
 from comm.watchdog.membership import STORE_FILE_VARIABLE
@@ -30,7 +31,6 @@ from launch.config.memory import check_memory
 from launch.config.rules import check_rules
 from score.reward import check_reward, host_parts
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.predict.fit import fitted_config
 from train.predict.memory import predict_memory
 

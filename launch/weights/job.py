@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from base.refusal import ConfigError, nearest
 from base.registry import loaded_plugins
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.exits import EXIT_LOST, STOPPED_LOOKS, is_stopped
@@ -38,7 +39,7 @@ from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config import InferenceConfig
-from train.errors import ConfigError, DeadRankError, nearest
+from train.errors import DeadRankError
 from train.terminal import escape_terminals
 
 if TYPE_CHECKING:

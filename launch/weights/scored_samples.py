@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any, BinaryIO
 
 from base.ranges import PositiveInt, Share
+from base.refusal import ConfigError, broken
 from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
 from data.corpus import decode_line
@@ -23,7 +24,6 @@ from data.special_tokens import END_THINK, THINK
 from score.ratings import PassRates, compute_pass_rates
 from score.reward import ScoreSheet
 from score.score import Score, TextAnswer
-from train.errors import ConfigError, broken
 
 FORMAT = 1
 JOURNAL_SUFFIX = ".samples"  # of the file of all samples, after the name of that of selected ones

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
@@ -29,7 +30,6 @@ from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.core.guard import read_loss_and_norm
-from train.errors import ConfigError
 from train.files.json_lines import JsonLines, read_events
 from train.files.run_files import Status, read_status, write_status
 from train.start.plan import read_schedule

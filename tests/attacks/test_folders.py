@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.compose import user_errors
 from launch.config.folder import check_folder, locked_run_folder
 from tests import ROOT
@@ -26,7 +27,6 @@ from tests.refusals import assert_refused
 from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.files.json_lines import read_events
 from train.files.run_files import read_status
 from train.files.run_lock import LOCK_NAME, Owner
@@ -289,9 +289,9 @@ def test_read_only_folder_is_rejected_in_one_line(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
     command = [sys.executable, "-c", f"""
 from datetime import datetime
-from train.errors import ConfigError
+from base.refusal import ConfigError
 from launch.config.folder import locked_run_folder
-from train.errors import ConfigError
+from base.refusal import ConfigError
 from launch.config.folder import locked_run_folder
 from tests.launch.test_config import build
 for name in ("", "/below"):

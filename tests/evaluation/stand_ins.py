@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from base.decode import decode
 from data.tokenizer import Tokenizer
 from evaluation.answers import Answerer
 from evaluation.protocol import EVALUATION_TASKS, Record, TaskContext
 from evaluation.run import OpenTask, TaskResult, run_tasks, task_result
 from infer.config import Statistics
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, StopToken, TargetScores, TargetSequence
-from train.config.decode import decode
 
 DEFAULTS = yaml.safe_load(Path(__file__).parents[2].joinpath("conf", "evaluate.yaml").read_text())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from evaluation.protocol import EvaluationError
@@ -15,7 +16,6 @@ from model.hf.writer import save_hf
 from model.transformer import Transformer, initialize_weights
 from tests.tiny import MODEL
 from train.checkpoint.preserved import server_files
-from train.errors import ConfigError
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (pip install -e '.[lm-eval]')")

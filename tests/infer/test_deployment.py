@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from base.refusal import RuleError
+from base.refusal import ConfigError, RuleError
 from comm.config import ClusterConfig
 from infer.deployment import Deployment, DeploymentConfig, GpuSet
 from launch.plan import main
@@ -14,7 +14,6 @@ from model.config import ModelConfig
 from model.hf.checkpoint import ITEM_BYTES
 from model.hf.names import copied_from, stored_tensors
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 GIB = 2**30
 WANTED = DeploymentConfig(cached_tokens=1_000_000)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from base.refusal import ConfigError
 from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED, SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.cli.entry import command
@@ -19,7 +20,7 @@ from launch.config.folder import write_run_folder
 from launch.config.run import compose_run
 from launch.ranks.local import run_ranks, start_fork_server
 from train.config import TrainConfig
-from train.errors import ConfigError, ExitReason, write_error
+from train.errors import ExitReason, write_error
 from train.files.run_files import RankFiles
 
 WORLD_SIZE = 4

@@ -13,6 +13,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
+from base.refusal import ConfigError
 from data.corpus import DataError
 from launch import train
 from launch.config.compose import (
@@ -39,7 +40,6 @@ from tests.refusals import assert_refused
 from train.checkpoint.locate import check_compatible
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config import TrainConfig, sized_config
-from train.errors import ConfigError
 from train.predict import memory as predict
 from train.predict.fit import memory_lines
 from train.predict.memory import predict_memory, ramp_memory_cap

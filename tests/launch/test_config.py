@@ -14,6 +14,7 @@ import yaml
 
 import launch.config.rules
 from base.ranges import Range
+from base.refusal import ConfigError, divisors, multiples
 from base.registry import Registry
 from data.corpus import DataError
 from launch.config.compose import default_groups, options, user_errors
@@ -26,7 +27,6 @@ from tests.launch.checkpoints import write_stand_in
 from tests.refusals import assert_refused
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
-from train.errors import ConfigError, divisors, multiples
 from train.predict.cut import ramp_notices
 
 RAMP_OF_ODD = ("4 to 6", "10", "14")

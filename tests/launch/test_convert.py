@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from model.config import ModelConfig
@@ -43,7 +44,6 @@ from train.checkpoint.load import load_whole
 from train.checkpoint.locate import check_compatible, locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.sources import CheckpointReader, held_weights
-from train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from base.refusal import ConfigError
 from data.corpus import DataError
 from evaluation import run as evaluation_run
 from evaluation.protocol import EVALUATION_TASKS, EvaluationError
@@ -16,7 +17,6 @@ from launch import place
 from launch.evaluate import main
 from tests import ROOT
 from tests.documents import check_policy
-from train.errors import ConfigError
 
 QUESTIONS = [
     {"id": f"q{number}", "context": context, "choices": choices, "answer": number % 2}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from comm.exits import SIGNALS, handled_signals
 from launch.config.folder import check_folder, read_folder, write_run_folder
 from launch.ranks.local import remove_leftovers, scratch_folder
@@ -21,7 +22,6 @@ from tests.commands import run_python
 from tests.launch.test_config import build
 from tests.launch.test_local import members, wait_for
 from tests.train.test_run_lock import dead_owner
-from train.errors import ConfigError
 from train.files.run_lock import Owner
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)

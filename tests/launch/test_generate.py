@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+from base.refusal import ConfigError
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
@@ -35,7 +36,6 @@ from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.config import Fp8PrecisionConfig
-from train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

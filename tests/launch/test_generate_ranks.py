@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from base.refusal import ConfigError
 from comm.exits import EXIT_LOST
 from data.arithmetic import ArithmeticSource, arithmetic_tokenizer
 from data.chat.encode import encode_prompt
@@ -48,7 +49,7 @@ from tests.tiny import tiny_config
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.checkpoint.preserved import preserved_by_run
-from train.errors import ConfigError, DeadRankError
+from train.errors import DeadRankError
 
 PROMPTS = ["def f(x):", "a", "naïve café", "return x + 1\n", "日本", "x"]
 

@@ -18,12 +18,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
+from base.refusal import ConfigError
 from launch.golden import main
 from tests import ROOT
 from tests.commands import StartedCommand, run_command
 from tests.launch.golden_reader import Reader, write
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 from verify.golden.config import read_golden
 
 CHECKER = ROOT / "verify" / "golden" / "check.py"

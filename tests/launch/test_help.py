@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import launch.config.compose
+from base.refusal import ConfigError
 from launch import redraw, submit, train
 from launch.cli.entry import command
 from launch.cli.help import find_commands, help_text, listing, other_options, read_options, unknown_command
@@ -27,7 +28,6 @@ from launch.config.run import compose_run
 from launch.plan_request import UNREAD
 from tests import ROOT
 from tests.commands import run_command
-from train.errors import ConfigError
 
 COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 

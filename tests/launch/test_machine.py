@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from base.refusal import ConfigError
 from launch import train, verify
 from launch.config.rules import check_attention
 from launch.ranks import machine
@@ -33,7 +34,6 @@ from tests.commands import run_command as run_command_in_fork
 from tests.launch.test_config import build
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 
 def test_driver_is_found_by_its_library() -> None:

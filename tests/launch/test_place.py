@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from base.refusal import ConfigError
 from infer.placement import PlacementError, imbalance, rank_loads
 from launch.place import main
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 LAYERS = range(2, 5)  # layers 0 and 1 are dense, and 4 is an MTP module
 

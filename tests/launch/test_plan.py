@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from base.refusal import ConfigError
 from launch import plan
 from launch.cli.entry import command, write_output
 from launch.config.run import check, compose_run
@@ -26,7 +27,6 @@ from tests.planner.measured.runs import write_run, write_times
 from tests.planner.planned import PUBLISHED, SMALL
 from tests.refusals import assert_refused
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.predict.fit import fitted_config
 from train.predict.memory import predict_memory
 from train.predict.timing import MeasuredRates

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.cli.entry import command
 from launch.config.run import compose_run
 from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
@@ -19,7 +20,6 @@ from planner.job_plan import JobPlan, plan_job
 from planner.scaling import KernelRates
 from tests.planner.measured.runs import write_run
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
 SMALL = ["experiment=v2_lite_16b"]

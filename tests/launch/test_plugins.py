@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.compose import compose
 from launch.config.run import compose_run
 from tests import ROOT
 from tests.commands import run_command
 from tests.refusals import assert_refused
 from tests.tiny import write_text
-from train.errors import ConfigError
 from train.optim.learning_rate import LR_SCHEDULES
 
 RATE = '''

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.shard_format import PARTS, open_shards
@@ -17,7 +18,6 @@ from launch.prepare import main
 from tests import ROOT
 from tests.refusals import assert_refused
 from tests.tiny import data_config
-from train.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 
+from base.refusal import ConfigError
 from data.config import BatchRamp
 from data.corpus import DataError
 from launch import plan, submit
@@ -27,7 +28,6 @@ from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
 from train.config import TrainConfig
 from train.core.step import rates_of
-from train.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
 from train.predict.cut import run_cut, run_placement
 from train.predict.layer_times import nominal_times, stage_costs

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import launch.sample
+from base.refusal import ConfigError
 from data.chat.encode import encode_prompt
 from data.chat.messages import read_conversation, user
 from data.chat.templates import CHAT_TEMPLATES
@@ -25,7 +26,6 @@ from tests.refusals import assert_refused
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import read_model
-from train.errors import ConfigError
 
 NUM_PROBLEMS, NUM_SAMPLES, TOKENS = 7, 3, 6
 END_IDS = tuple(range(40, 100))  # the tiny model hardly ever chooses the end of sentence

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from dualpipe.builder import build_schedule
 from dualpipe.ir import ScheduleError, from_json
 from dualpipe.registry import SCHEDULES, candidates
 from launch.schedule import main
 from tests import ROOT
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 KINDS = SCHEDULES.names()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from comm.exits import EXIT_LOST
 from infer.placement import PlacementError
 from launch.config.folder import write_run_folder
@@ -30,7 +31,6 @@ from launch.serve import main as run_serve
 from tests.commands import StartedCommand
 from tests.ports import reserved_port
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from data.chat.templates import CHAT_TEMPLATE_NAME
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from launch.convert import main
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "def"}]
 

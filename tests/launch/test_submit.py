@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.compose import compose, own_keys, user_errors
 from launch.submit import job_overrides, main, seconds_of, with_cluster
 from launch.train import export_exit_code
 from tests.commands import run_command
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.verify import main, preview
 from tests.commands import run_command
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 
 JOB = ("experiment=quickstart", "parallelism=two_ranks", "layouts=0")
 

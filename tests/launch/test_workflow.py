@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import launch.workflow
+from base.decode import encode
+from base.refusal import ConfigError
 from launch.config.compose import compose, options
 from launch.weights.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
 from score.reward import ScoreSheet
 from tests.commands import run_command
-from train.config.decode import encode
-from train.errors import ConfigError
 
 RIGHT, WRONG = (ScoreSheet(total=0.0, outcome=outcome, parts={}) for outcome in ("correct", "wrong"))
 

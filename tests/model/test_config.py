@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from kernels.attention.documents import Documents
@@ -16,7 +17,6 @@ from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.size import count_parameters
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.tiny import MODEL
-from train.errors import ConfigError
 from train.tasks.next_token import to_micro_batch
 
 

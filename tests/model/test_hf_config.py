@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoConfig, DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
+from base.decode import decode
 from model.attention.form import rotation_table, softmax_scale
 from model.config import ModelConfig, PlainRope, YarnRope
 from model.hf.config import read_config, write_config
@@ -22,7 +23,6 @@ from tests.model.hf_checkpoints import FP8_CONFIG, SIZES, YARN, edit_json
 from tests.model.hf_damage import CONFIG, assert_refused, sound_checkpoint
 from tests.test_floors import ROOT
 from tests.tiny import MODEL
-from train.config.decode import decode
 
 RELEASED = json.loads("""{
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,

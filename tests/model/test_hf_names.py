@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from base.decode import decode
 from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig, YarnRope
 from model.hf.checkpoint import open_checkpoint
@@ -27,7 +28,6 @@ from tests.model.hf_memory import SHARD_BYTES
 from tests.model.published_checkpoints import LAYOUTS, config_keys, write_published
 from tests.test_floors import ROOT
 from tests.tiny import MODEL
-from train.config.decode import decode
 
 GENERAL = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 

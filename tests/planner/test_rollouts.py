@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from base.refusal import ConfigError
 from dualpipe.builder import decode
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, StageCosts
@@ -16,7 +17,6 @@ from planner.rollouts import RolloutPlan, plan_rollouts
 from tests.commands import run_command
 from tests.planner.planned import plan_of, request_of
 from tests.refusals import assert_refused
-from train.errors import ConfigError
 from train.predict.timing import MeasuredRates, RolloutRates
 from train.report.plan_comparison import read_sampled
 

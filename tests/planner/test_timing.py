@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from dualpipe.builder import build_schedule
 from dualpipe.registry import FALLBACK
 from launch import plan
@@ -17,7 +18,6 @@ from planner.products import FLAT
 from planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_token, shape_distance
 from tests.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.config import PrecisionConfig, TrainConfig
-from train.errors import ConfigError
 from train.predict.layer_times import LayerTimes
 from train.predict.timing import TimedPlan, nominal_costs, time_plan
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from base.decode import decode
+from base.refusal import ConfigError
 from score.ratings import (
     ExactConfig,
     FormatConfig,
@@ -24,8 +26,6 @@ from score.ratings import (
 from score.reward import Reward, RewardConfig, joint_outcome
 from score.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
 from tests.score.groups import TextGroup
-from train.config.decode import decode
-from train.errors import ConfigError
 
 THOUGHTS = ("required", "opened", "forbidden", "any")
 # Text, and for each kind of thoughts whether the format is right.

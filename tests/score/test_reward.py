@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from base.decode import decode
 from data.problems import ProblemRecord, read_problem
 from score.ratings import ExactConfig, PluralityConfig
 from score.reward import (
@@ -36,7 +37,6 @@ from score.score import (
 )
 from tests.score.groups import TextGroup
 from tests.train.post.test_judge import CONFIG as JUDGE
-from train.config.decode import decode
 
 
 class FakeScorer(RatingScorer):

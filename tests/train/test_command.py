@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.run import check, compose_run
 from tests.commands import run_command
 from tests.covering import exhaustive
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, TrainConfig
-from train.errors import ConfigError
 
 SMALL = (
     *("experiment=arithmetic_sft", "parallelism=one_rank", "batch.global_sequences=4", "batch.micro_sequences=2"),

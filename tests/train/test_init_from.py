@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, DeepseekV3ForCausalLM
 
+from base.refusal import ConfigError
 from data.prepare import prepare
 from launch.config.run import check
 from launch.convert import main as convert
@@ -33,7 +34,6 @@ from tests.train.weight_sources import make_sources
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import CheckpointError, read_model, write_manifest
 from train.config import PrecisionConfig, TrainConfig
-from train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

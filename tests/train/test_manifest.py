@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from comm.exits import EXIT_HANG
 from data.prepare import prepare
@@ -35,7 +36,7 @@ from train.checkpoint.manifest import (
 from train.checkpoint.parts import state_of
 from train.checkpoint.sources import CheckpointReader
 from train.config import TrainConfig
-from train.errors import ConfigError, ExitReason, find_errors, find_verdict, write_error
+from train.errors import ExitReason, find_errors, find_verdict, write_error
 from train.files.run_files import RankFiles, find_rank_files
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from comm.dispatch.build import open_lane
 from comm.dispatch.local import LocalDispatcher
@@ -31,7 +32,6 @@ from train.checkpoint.load import load
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.core.learner import Learner, ParameterEma
 from train.core.step import train_step
-from train.errors import ConfigError
 from train.optim import adamw
 from train.optim.adamw import (
     Bf16MomentsAdamW,

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.run import check
 from tests import ROOT
 from tests.launch.test_config import build
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.core.guard import to_json_values
-from train.errors import ConfigError
 from train.files.json_lines import append_event, read_events
 from train.files.run_files import StatusFile, is_secret_name, read_status, redact, redact_values, write_end
 from train.files.run_lock import (

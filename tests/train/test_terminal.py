@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from launch.cli.entry import command
 from tests import ROOT
-from train.errors import ConfigError
 from train.records.display import Display, guard_terminal, open_console
 from train.terminal import (
     EscapedStream,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from base.ranges import PositiveInt
+from base.refusal import ConfigError, divisors
 from comm.config import Cut
 from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_in
 from train.checkpoint.locate import CHECKPOINTS_NAME, differences, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
 from train.config import TrainConfig
-from train.errors import ConfigError, divisors
 
 if TYPE_CHECKING:
     import torch

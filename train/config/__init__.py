@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
+from base.decode import decode, encode
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, ZeroOrAbove
+from base.refusal import ConfigError
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
@@ -16,9 +18,7 @@ from kernels.attention import ATTENTION
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from score.reward import RewardConfig
-from train.config.decode import decode, encode
 from train.config.tasks import TASKS, RolloutConfig
-from train.errors import ConfigError
 from train.optim.learning_rate import OptimConfig
 
 _SCHEDULE_RULE = "must be a number, or a list of {from_tokens, value} whose first has from_tokens: 0"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from base.decode import encode
 from evaluation.answers import Answerer
 from evaluation.protocol import EvaluationError, Record, TaskContext
 from evaluation.run import (
@@ -35,7 +36,6 @@ from kernels.cross_entropy.reference import greedy_scores
 from model.linear import WeightSink
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
 from model.objectives.pairs import KeepScores
-from train.config.decode import encode
 from train.core.replica import Replica, held_part
 from train.core.world import World, link_shapes, sequence_parts
 from train.listeners.listener import Listener, Moment, RunParts

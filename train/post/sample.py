@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from base.refusal import ConfigError
 from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.mix.mixture import single_order
@@ -20,7 +21,6 @@ from score.reward import ScoreSheet
 from score.score import SCORERS, VERDICTS, problem_of
 from train.config import TrainConfig
 from train.config.tasks import RolloutConfig
-from train.errors import ConfigError
 from train.terminal import printable
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from base.decode import encode
 from comm.agreement import broadcast_first
 from data.loader import Batch, Loader
 from data.parts import Prepared
@@ -24,7 +25,6 @@ from model.hf.names import weights
 from model.objective import MAIN
 from model.transformer import named_tensors
 from train.config import TrainConfig
-from train.config.decode import encode
 from train.config.tasks import RolloutConfig
 from train.core.learner import NetworkComparison
 from train.core.replica import Replica, StepBatch, TaskHook

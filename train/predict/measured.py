@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, get_args
 
+from base.decode import decode, encode
 from base.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
+from base.refusal import ConfigError
 from dualpipe.ir import Op, Operation, Schedule, from_json, to_json, value_made, value_needed
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.validate import validate_passes
 from model.config import ModelConfig, Recomputed, cut_at
 from model.size import attention_parameters
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.files.run_files import replace_text
 from train.predict.layer_times import LayerTimes, PartTimes
 

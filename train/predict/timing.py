@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from base.refusal import broken
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
@@ -19,7 +20,6 @@ from infer.cohorts import AnsweredPrompt
 from model.config import CutError, Recomputed
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
-from train.errors import broken
 from train.predict.cut import run_chunks, run_cut, run_placement, with_cut
 from train.predict.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
 from train.predict.measured import PositiveShare

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from base.decode import encode, flatten
 from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.style import STYLE, document
 from train.config import TrainConfig
-from train.config.decode import encode, flatten
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import count, num_bytes, percent, plain, seconds, short, table
 from train.files.run_files import read_status, redact, redact_values, replace_text

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from base.decode import encode
+from base.refusal import ConfigError
 from dualpipe.ir import Schedule
 from dualpipe.registry import FALLBACK
 from infer.cohorts import AnsweredPrompt, CohortSizes, forecast_rounds
 from infer.config import ENGINE_COUNTS
 from train.config import TrainConfig
-from train.config.decode import encode
-from train.errors import ConfigError
 from train.files.json_lines import METRICS_NAME
 from train.predict.cut import run_placement, with_cut
 from train.predict.layer_times import PartTimes

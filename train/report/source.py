@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from base.decode import flatten
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
-from train.config.decode import flatten
 from train.files.json_lines import EVENTS_NAME, LOADS_NAME, LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
 
 PICTURE_NAME = "schedule.svg"

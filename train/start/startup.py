@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from base.decode import encode, flatten
 from comm.agreement import compare_with_first_rank, exchange_reports, gather_present, sum_over_ranks
 from comm.exits import Preemption
 from comm.groups import Groups
@@ -26,7 +27,6 @@ from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify
 from train.checkpoint.manifest import read_step
 from train.checkpoint.sources import load_initial
 from train.config import TrainConfig
-from train.config.decode import encode, flatten
 from train.core.learner import Learner
 from train.errors import PreemptedError
 from train.files.run_files import HIDDEN, is_secret_name, read_status, redact

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from base.decode import decode
 from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
+from base.refusal import ConfigError
 from data.corpus import DataError
 from data.pack import WEIGHTS
 from data.parts import Prepared, PreparedPart
@@ -24,8 +26,6 @@ from data.registry import Part
 from model.config import ModelConfig
 from train.checkpoint.sources import check_second_network, second_network_run
 from train.config import BatchConfig
-from train.config.decode import decode
-from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from base.ranges import PositiveFloat, PositiveInt
+from base.refusal import ConfigError
 from model.config import ModelConfig, PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
-from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from base.decode import decode, encode
 from base.ranges import PositiveInt
+from base.refusal import ConfigError
 from model.config import ModelConfig, RopeScaling, YarnRope
 from train.config import BatchConfig, TaskConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from base.ranges import PositiveFloat
+from base.refusal import ConfigError
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES
 from model.config import ModelConfig
 from train.config import BatchConfig, TaskConfig
-from train.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import yaml
 
+from base.decode import decode
 from base.ranges import NonNegativeInt, PositiveInt
 from comm.config import ParallelismConfig
 from model.config import ModelConfig
 from train.config import BatchConfig, EmaConfig
-from train.config.decode import decode
 from train.optim.learning_rate import OptimConfig
 from train.tasks.samples import SftConfig
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from base.refusal import ConfigError
 from infer.config import GenerateError
 from infer.continuous import SequenceNews
 from infer.serve.app import MOST_BODY_BYTES, Service
@@ -45,7 +46,6 @@ from tests.infer.serve.servers import (
     save_weights,
     serving,
 )
-from train.errors import ConfigError
 
 COMPLETION: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
@@ -22,7 +23,6 @@ from tests.dualpipe.clockwork import SECONDS, measured_run
 from tests.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.predict import measured as phases
 from train.predict.measured import (
     MEASURED_NAME,

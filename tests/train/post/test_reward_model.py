@@ -9,6 +9,8 @@ import torch
 from numpy.random import Generator, Philox
 from torch import distributed as dist
 
+from base.decode import decode
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
@@ -33,9 +35,7 @@ from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
 from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
-from train.config.decode import decode
 from train.core.world import weight_dtype
-from train.errors import ConfigError
 from train.post.judge import JUDGE_SEED
 from train.post.sample import PromptForm
 from train.post.score import RolloutRewards, open_model_parts, open_reward_model, with_constitutions

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from base.decode import decode, encode
+from base.refusal import ConfigError
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Placement, mirrored_placement, straight_placement, v_placement
@@ -19,8 +21,6 @@ from launch.config.run import compose_run
 from model.config import CutError, cut_layers
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 from train.predict.cut import CutLimits, balanced_cut, run_cut, run_placement, with_cut
 from train.predict.fit import fitted_cut
 from train.predict.layer_times import (

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from base.refusal import ConfigError
 from launch.config.folder import write_run_folder
 from launch.redraw import main as redraw
 from tests.covering import exhaustive
 from tests.documents import browse, check_policy
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
-from train.errors import ConfigError, ExitReason, write_error
+from train.errors import ExitReason, write_error
 from train.figures import num_bytes, plain, seconds, short
 from train.files.run_files import RankFiles, State, Status, write_status
 from train.report.charts import palette, png, relative_shades

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
+from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.corpus import DataError
 from data.prepare import prepare
@@ -23,7 +24,6 @@ from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run
 from tests.train.test_equality import assert_equal
 from train.config import TokenSchedule, TrainConfig
 from train.core.replica import BatchReader
-from train.errors import ConfigError
 from train.post.comparison import Teacher
 from train.predict.memory import predict_memory
 from train.start.corpus import prepare_corpus

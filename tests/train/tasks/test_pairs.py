@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 from torch import distributed as dist
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from data.prepare import prepare
 from dualpipe.registry import ScheduleConfig
@@ -28,7 +29,6 @@ from train.checkpoint.sources import load_initial
 from train.config import PrecisionConfig, TokenSchedule, TrainConfig
 from train.core.learner import NetworkComparison
 from train.core.step import train_step
-from train.errors import ConfigError
 from train.listeners.validation import validate
 from train.tasks.preferences import DpoConfig, RewardModelConfig
 

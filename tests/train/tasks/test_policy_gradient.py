@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
@@ -26,7 +27,6 @@ from train.core.learner import open_learner
 from train.core.replica import StepBatch, open_replica
 from train.core.step import accumulate
 from train.core.world import ReplicaConfig
-from train.errors import ConfigError
 from train.predict.cut import run_cut
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import TASKS, StepRates, open_task

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from base.decode import decode
 from base.registry import load_plugins
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
@@ -27,7 +28,6 @@ from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal_one_rank
 from train.config import TrainConfig
-from train.config.decode import decode
 from train.tasks.registry import TASKS
 from verify.steps import StepValues, by_released_name, relative_error, start_biases
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Batch
 from dualpipe.registry import ScheduleConfig
@@ -27,7 +28,6 @@ from tests.tiny import BATCH, MODEL, TASK
 from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
-from train.errors import ConfigError
 from train.tasks.next_token import NextToken, to_micro_batch
 from train.tasks.pretrain import LongContextConfig, check_long_context
 from train.tasks.registry import TASKS, StepRates, open_task

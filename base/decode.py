@@ -11,9 +11,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from base.ranges import Range
+from base.refusal import ConfigError, UnknownKeyError, nearest, nearest_key, nearest_number
 from base.registry import Registry
-from train.config.units import nearest_number
-from train.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
 GROUP_OF_KEYS = "a group of keys"

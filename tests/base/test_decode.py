@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.decode import decode, encode
+from base.refusal import ConfigError
 from base.registry import Registry
-from train.config.decode import decode, encode
-from train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
