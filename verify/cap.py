@@ -10,7 +10,7 @@ from comm.dispatch.node_cap import NodeCapError
 from comm.dispatch.registry import TokenSizes
 from comm.layout import Layout
 from verify.checks import Failure, Findings, Verification
-from verify.runs import opened_learner
+from verify.runs import opened_world
 
 _CAUSE = "this rank does not compare the numbers of tokens over the cap of all ranks, and would wait for the others"
 
@@ -20,8 +20,7 @@ def check_cap(verification: Verification) -> Findings:
     config = next((trial.config for trial in verification.trials if trial.axis == "expert"), None)
     if config is None or not isinstance(config.dispatch, AllToAllDispatchConfig | TwoHopDispatchConfig):
         return Findings(summary="not looked at: no all_to_all or two_hop between ranks")
-    with opened_learner(verification, config) as learner:
-        world = learner.replica.world
+    with opened_world(verification, config) as (world, _):
         members = dist.get_process_group_ranks(world.groups.expert)
         own, num_experts = members.index(dist.get_rank()), config.model.num_routed_experts
         ids_TK = torch.tensor([[own * num_experts // len(members), -1]], device=world.device)

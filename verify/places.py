@@ -13,7 +13,10 @@ from comm.agreement import gather_present
 from comm.config import ClusterConfig
 from train.start.startup import compare_ranks
 from verify.checks import Failure, Findings, Place, Verification
+from verify.layouts import CONFIGURED
+from verify.nccl.calls import run_calls
 from verify.nccl.check import check_streams
+from verify.runs import opened_world
 
 _ROUNDS = 5
 _MOST_CLOCK_SECONDS = 2.0
@@ -133,8 +136,11 @@ def check_order(verification: Verification) -> Findings:
             failures.append(Failure(rank=dist.get_rank(), subject=f"group {group}", difference=difference, cause=cause))
     count = sum(one.started for one in progress.values())
     summary = f"ranks agree on the order of collectives in {len(expected)} groups ({count} on rank 0)"
+    configured = next(trial.config for trial in verification.trials if trial.name == CONFIGURED)
+    with opened_world(verification, configured) as (world, _):
+        calls = run_calls(configured, world)
     if dist.get_rank() == 0 and verification.config.parallelism.world_size > 1:
-        streams = check_streams(verification.config, os.environ)
+        streams = check_streams(verification.config, calls, os.environ)
         summary += f"; no cycle on NCCL: {streams.size}"
         if streams.problem:
             cause = "ranks can wait for each other under the rules of docs/nccl.md"

@@ -25,8 +25,8 @@ from model.transformer import named_tensors
 from train.config import TrainConfig
 from train.core.learner import Learner, open_learner
 from train.core.replica import open_replica
-from train.core.world import ReplicaConfig, build_groups, open_world
-from train.start.plan import plan
+from train.core.world import ReplicaConfig, World, build_groups, open_world
+from train.start.plan import Plan, plan
 from train.tasks.registry import open_task
 from verify.checks import Failure, Verification
 from verify.steps import PlainModel, StepValues
@@ -98,8 +98,8 @@ class ScheduleDiffersError(Exception):
 
 
 @contextmanager
-def opened_learner(verification: Verification, config: TrainConfig) -> Iterator[Learner]:
-    """Opens a learner of a small run as training does, and closes it with its groups, on all ranks."""
+def opened_world(verification: Verification, config: TrainConfig) -> Iterator[tuple[World, Plan]]:
+    """Opens the groups and lanes of a small run as training does, and closes them, on all ranks."""
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     device = verification.device
     planned = plan(config, layout, device)
@@ -114,13 +114,20 @@ def opened_learner(verification: Verification, config: TrainConfig) -> Iterator[
     groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
     seconds = config.cluster.timeout_seconds
     world = open_world(layout, groups, device, seconds, verification.log, verification.preemption)
-    replica = open_replica(world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True)
-    learner = open_learner(replica, config.optim, config.ema)
-    yield learner
-    dist.barrier()
-    learner.close()
+    yield world, planned
     world.close()
     _destroy(groups)
+
+
+@contextmanager
+def opened_learner(verification: Verification, config: TrainConfig) -> Iterator[Learner]:
+    """Opens a learner of a small run as training does, and closes it with its world, on all ranks."""
+    with opened_world(verification, config) as (world, planned):
+        replica = open_replica(world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True)
+        learner = open_learner(replica, config.optim, config.ema)
+        yield learner
+        dist.barrier()
+        learner.close()
 
 
 def _destroy(groups: Groups) -> None:

@@ -7,7 +7,7 @@ new name, a config class and a builder that wraps the existing dispatcher.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from base.registry import Registry
 from comm.config import (
@@ -116,8 +116,6 @@ def most_nodes(
 
 
 INDEX_BYTES = 8
-COUNTS = "exchange of counts"
-"""Name in the log of the collective in which ranks exchange numbers of rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,34 +147,6 @@ class DispatchMemory:
     routing: int
     to_experts: int
     from_experts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Action of a dispatcher's method on the thread of its lane.
-
-    `start` starts a collective, `wait` makes the lane's stream wait for it, `read` blocks the thread until the stream
-    has run, and `hold` does so while it holds the interpreter's lock.
-    """
-
-    action: Literal["start", "wait", "read", "hold"]
-    group: str = ""  # kind of the collective's group, as in the log: expert, rail, node, ...
-    name: str = ""  # the collective's name in the log
-    on_lane: bool = False  # whether it runs on the lane's stream instead of the communicator's
-
-
-Calls = Mapping[str, tuple[Call, ...]]
-"""The calls of each method of a dispatcher, by its name."""
-
-
-def exchange_calls(group: str, name: str, *, on_lane: bool = False) -> tuple[Call, Call]:
-    """Returns the calls of a collective for which the lane waits."""
-    return Call("start", group, name, on_lane), Call("wait", group, name)
-
-
-NO_CALLS: Calls = dict.fromkeys(
-    ("plan", "dispatch", "dispatch_again", "combine", "dispatch_backward", "combine_backward"), ()
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,8 +194,6 @@ class DispatcherEntry:
         requirements: functions that raise `DispatchRequirementError` if the dispatcher cannot be used for the run.
         memory: function that predicts its memory. It assumes the largest counts that a routing can have: a token of K
             experts reaches K ranks, and as many nodes as the cap allows.
-        calls: function of the config and the node of each member that returns what each method does on the lane.
-            Without it, `launch.verify` does not look for ranks that wait for each other on NCCL, and says so.
     """
 
     name: str
@@ -235,7 +203,6 @@ class DispatcherEntry:
     requirements: tuple[Callable[[Any, DispatchSite], None], ...]
     memory: Callable[[Any, DispatchSite, RowBytes], DispatchMemory]
     contract: Contract
-    calls: Callable[[Any, Sequence[int]], Calls] | None = None
 
     def check(self, config: DispatchConfig, site: DispatchSite) -> None:
         """Raises DispatchRequirementError if a requirement is not met."""
@@ -271,7 +238,6 @@ DISPATCHERS.register(
         requirements=(require_one_expert_rank,),
         memory=_local_memory,
         contract=Contract(settings={"1": ContractSetting(nodes=(0,))}),
-        calls=lambda config, nodes: {**NO_CALLS, "dispatch": (Call("read"),)},
     ),
 )
 
@@ -295,14 +261,6 @@ def _memory(config: AllToAllDispatchConfig, site: DispatchSite, rows: RowBytes) 
     )
 
 
-def _all_to_all_calls(config: AllToAllDispatchConfig, nodes: Sequence[int]) -> Calls:
-    if len(nodes) == 1:
-        return {**NO_CALLS, "dispatch": (Call("read"),)}
-    calls = {method: exchange_calls("expert", method.replace("_", " ")) for method in NO_CALLS}
-    calls["plan"] = exchange_calls("expert", COUNTS)
-    return {**calls, "dispatch": (Call("read"), *calls["dispatch"])}
-
-
 DISPATCHERS.register(
     "all_to_all",
     DispatcherEntry(
@@ -319,6 +277,5 @@ DISPATCHERS.register(
                 "2+2": ContractSetting(nodes=(0, 0, 1, 1)),
             },
         ),
-        calls=_all_to_all_calls,
     ),
 )

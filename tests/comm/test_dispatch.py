@@ -21,11 +21,11 @@ from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
-from comm.dispatch.registry import DISPATCHERS, NO_CALLS
+from comm.dispatch.registry import DISPATCHERS
 from comm.dispatch.traffic import Traffic
 from comm.lane import ThreadLane
 from comm.protocol import Dispatcher
-from comm.watchdog.collective_log import Collective, CollectiveLog
+from comm.watchdog.collective_log import Collective
 from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
@@ -33,6 +33,7 @@ from tests.comm.laws import LAWS, check_laws
 from tests.host_reads import Reads
 from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
+from verify.nccl.calls import Call, CallLog, Calls, log_calls, with_host_reads
 
 RARE = """
     two_hop-1 two_hop-2 two_hop-2+2 two_hop-2+2+2 two_hop-4+2 two_hop-1+2+2 all_to_all-1 deepep-1 deepep-1+1 deepep-4
@@ -46,7 +47,7 @@ class Findings:
 
     failures: dict[str, str]
     orders: dict[str, str]
-    calls: list[list[tuple[str, ...]]]
+    calls: list[Calls]
 
 
 def _settings() -> Iterator[object]:
@@ -82,18 +83,12 @@ def check_contract(rank: int, world_size: int, setting: Setting, plugins: tuple[
     return Findings(failures, observers.log.order_hashes(), calls)
 
 
-class _CallLog(CollectiveLog):
-    """Log that lists starts and waits, and outside of waits also reads by the host."""
+class _ReadLog(CallLog):
+    """Log that outside of waits also lists reads by the host."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, ...]] = []
         self._is_waiting = False
-
-    def start(self, group: str, *args: Any, **options: Any) -> Collective:
-        collective = super().start(group, *args, **options)
-        self.calls.append(("start", group.split()[0], collective.name))
-        return collective
 
     @contextmanager
     def awaiting(self, collective: Collective) -> Iterator[None]:
@@ -101,31 +96,24 @@ class _CallLog(CollectiveLog):
         with super().awaiting(collective):
             yield
         self._is_waiting = False
-        self.calls.append(("wait", collective.group.split()[0], collective.name))
 
     def read(self) -> None:
         if not self._is_waiting:
-            self.calls.append(("read", "", ""))
+            self.calls.append(Call("read"))
 
 
-def _calls(setting: Setting, rank: int, wrap: Callable[[Dispatcher], Dispatcher]) -> list[tuple[str, ...]]:
+def _calls(setting: Setting, rank: int, wrap: Callable[[Dispatcher], Dispatcher]) -> Calls:
     """Returns what one plan and all methods of a dispatcher do."""
-    log = _CallLog()
-    dispatcher = wrap(maker(setting, num_experts_for(len(setting.nodes)), Observers(Traffic(), log))(InlineLane()))
-    log.calls.clear()
+    log = _ReadLog()
+    lane = InlineLane()
+    dispatcher = wrap(maker(setting, num_experts_for(len(setting.nodes)), Observers(Traffic(), log))(lane))
     ids_TK = torch.tensor([[0, 1], [num_experts_for(len(setting.nodes)) - 1, 2]])
     rows_TD = torch.ones(2, 256, dtype=torch.bfloat16)
-    weights_TK = torch.ones(2, 2)
     to_list = Tensor.tolist
     with mock.patch.object(Tensor, "tolist", lambda tensor: (log.read(), to_list(tensor))[1]):
-        handle = dispatcher.plan(ids_TK, weights_TK)
-        arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
-        dispatcher.dispatch_again(rows_TD, handle).wait()
-        dispatcher.combine(arrived.rows_AD, handle).wait()
-        dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
-        dispatcher.combine_backward(rows_TD, handle).wait()
+        calls = log_calls(dispatcher, log, lane, ids_TK, rows_TD)
     dispatcher.close()
-    return log.calls
+    return calls
 
 
 def plugin_files(config: pytest.Config) -> tuple[str, ...]:
@@ -154,17 +142,14 @@ def test_dispatcher_has_one_order_of_collectives_in_each_group(findings: list[Fi
     assert {group: found for group, found in orders.items() if len(set(found.values())) > 1} == {}
 
 
-def test_dispatcher_makes_the_calls_that_it_declares(findings: list[Findings], request: pytest.FixtureRequest) -> None:
-    """The model of NCCL's rules reads the declaration. Quantizing rows adds no call."""
-    setting: Setting = request.node.callspec.params["findings"]
-    if setting.entry.calls is None:
-        pytest.skip(f"dispatcher {setting.kind} declares no calls")
-    declared = setting.entry.calls(setting.config, setting.nodes)
-    expected = [(c.action, c.group, c.name) for method in NO_CALLS for c in declared[method] if c.action != "hold"]
+def test_host_reads_of_a_dispatcher_are_those_of_the_model(findings: list[Findings]) -> None:
+    """The model of NCCL's rules adds reads to the logged collectives. Quantizing rows adds no call."""
     for rank, found in enumerate(findings):
-        is_alone = setting.nodes.count(setting.nodes[rank]) == 1  # on its node
-        made = [call for call in expected if not (is_alone and call[1] == "node")]
-        assert found.calls == [made, made], f"rank {rank}"
+        plain, quantized = found.calls
+        assert plain == quantized, f"rank {rank}"
+        collectives = {method: tuple(call for call in calls if call.group) for method, calls in plain.items()}
+        modelled = [call for calls in with_host_reads(collectives).values() for call in calls if call.action != "hold"]
+        assert [call for calls in plain.values() for call in calls] == modelled, f"rank {rank}"
 
 
 @pytest.mark.parametrize("kind", capped_kinds())

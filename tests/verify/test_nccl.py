@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
 from dualpipe.builder import build_schedule
 from dualpipe.ir import MOST_LINK_DEPTH, Message, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
@@ -13,9 +17,13 @@ from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, Lane, Program, Step
 from dualpipe.simulate.costs import Costs, uniform
-from tests.comm.backends import Setting
+from tests.comm.backends import Setting, emulated, maker
+from tests.comm.contract import num_experts_for
 from tests.dualpipe.random_schedules import offloaded
+from tests.inline_lane import InlineLane
 from tests.launch.test_config import build as build_run
+from tests.ranks import run_ranks
+from verify.nccl.calls import CallLog, Calls, log_calls, with_host_reads
 from verify.nccl.check import check_streams, group_ctas
 from verify.nccl.rules import DeviceRules, find_cycle
 from verify.nccl.step import StepRecorder, StepShape, record_step
@@ -39,18 +47,35 @@ def lanes_of(schedule: Schedule) -> dict[int, Sequence[Lane]]:
     return lanes
 
 
+def logged(rank: int, world_size: int, setting: Setting) -> Calls:
+    """Returns the calls of a real dispatcher, with an emulation of a missing package."""
+    log = CallLog()
+    with emulated(setting):
+        lane = InlineLane()
+        dispatcher = maker(setting, num_experts_for(world_size), Observers(Traffic(), log))(lane)
+        rows_TD = torch.ones(1, 256, dtype=torch.bfloat16)
+        calls = log_calls(dispatcher, log, lane, torch.tensor([[0, -1]]), rows_TD)
+        dispatcher.close()
+    return with_host_reads(calls)
+
+
+@cache
+def calls_of(kind: str) -> Calls:
+    setting = Setting(kind, NODES, {"chunks": 2} if kind == "two_hop" else {})
+    calls = run_ranks(len(NODES), logged, setting)
+    assert calls == calls[:1] * len(NODES)
+    return calls[0]
+
+
 def shape_of(schedule: Schedule, dispatcher: str = "all_to_all", **changes: Any) -> StepShape:
-    setting = Setting(dispatcher, NODES, {"chunks": 2} if dispatcher == "two_hop" else {})
     is_local = dispatcher == "local"
-    calls = setting.entry.calls
-    assert calls is not None
     first = schedule.placement[0][0]
     last = schedule.placement[0][-1]
     shape = StepShape(
         schedule=schedule,
         pairing=overlapped,
         lanes=lanes_of(schedule),
-        calls=None if is_local else calls(setting.config, NODES),
+        calls=None if is_local else calls_of(dispatcher),
         num_replicas=4,
         expert=1 if is_local else 4,
         context=2,
@@ -280,8 +305,9 @@ def test_memory_that_is_freed_too_early_is_found(recorder: type[StepRecorder]) -
 
 def test_configured_run_is_checked_with_its_hardware_queues() -> None:
     config = build_run("parallelism=four_ranks", "cluster=h100")
-    assert check_streams(config, {}) == check_streams(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
-    assert check_streams(config, {}).problem == ""
-    assert check_streams(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).problem.startswith("rank ")
+    calls = calls_of(config.dispatch.kind)
+    assert check_streams(config, calls, {}) == check_streams(config, calls, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
+    assert check_streams(config, calls, {}).problem == ""
+    assert check_streams(config, calls, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).problem.startswith("rank ")
     on_gloo = replace(config, cluster=replace(config.cluster, backend="gloo"))
-    assert check_streams(on_gloo, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).problem == ""
+    assert check_streams(on_gloo, calls, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).problem == ""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from comm.config import CONTEXT_CTAS, EXCHANGE_CTAS, LINK_CTAS, REDUCTION_CTAS, SMALL_CTAS
-from comm.dispatch.registry import DISPATCHERS
 from comm.layout import Layout
 from dualpipe.ir import Schedule
 from dualpipe.runtime import pairing
@@ -14,6 +13,7 @@ from model.config import LAYER, ModelConfig
 from train.config import TrainConfig
 from train.predict.cut import run_cut
 from train.predict.timing import planning_schedule
+from verify.nccl.calls import Calls
 from verify.nccl.rules import DeviceRules, find_cycle
 from verify.nccl.step import StepShape, record_step
 
@@ -30,19 +30,16 @@ class StreamFindings:
     problem: str
 
 
-def check_streams(config: TrainConfig, environment: Mapping[str, str]) -> StreamFindings:
-    """Checks a run with at most two micro-batches for each rank.
+def check_streams(config: TrainConfig, calls: Calls, environment: Mapping[str, str]) -> StreamFindings:
+    """Checks a run with at most two micro-batches for each rank, whose dispatcher makes these calls.
 
     The launcher refuses other values of the environment under which ranks can wait for each other.
     """
-    kind = config.dispatch.kind
-    if DISPATCHERS.get(kind).calls is None:
-        return StreamFindings(f"nothing, as dispatcher {kind} declares no calls in its DispatcherEntry", "")
     slices = config.schedule.slices
     few = -(-2 * config.parallelism.pipeline // slices) * slices
     schedule = planning_schedule(config, min(config.num_micro_batches, few))
-    size = f"{schedule.kind} with {schedule.num_micro_batches} micro-batches and {kind}"
-    traces = record_step(step_shape(config, schedule))
+    size = f"{schedule.kind} with {schedule.num_micro_batches} micro-batches and {config.dispatch.kind}"
+    traces = record_step(step_shape(config, schedule, calls))
     problems = [problem for trace in traces for problem in trace.problems]
     if problems:
         return StreamFindings(size, f"{len(problems)} uses of tensors have no order, the first: {problems[0]}")
@@ -62,19 +59,17 @@ def group_ctas(communication_sms: int | None) -> dict[str, int]:
     }
 
 
-def step_shape(config: TrainConfig, schedule: Schedule) -> StepShape:
+def step_shape(config: TrainConfig, schedule: Schedule, calls: Calls) -> StepShape:
     """Returns what decides the operations of a run's steps."""
     mesh = config.parallelism
     layout = Layout(mesh, config.cluster.ranks_per_node)
     holders = embedding_ranks(schedule, config.model.mtp_depth)
     replicas = layout.stage_group(layout.rank(holders[0], 0), mirrored=is_mirrored(schedule))
-    calls = DISPATCHERS.get(config.dispatch.kind).calls
-    nodes = [layout.node_of(rank) for rank in layout.expert_group(0)]
     return StepShape(
         schedule=schedule,
         pairing={"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing],
         lanes=dict(enumerate(stage_lanes(config.model, run_cut(config, schedule.placement)))),
-        calls=None if calls is None or config.dispatch.kind == "local" else calls(config.dispatch, nodes),
+        calls=None if config.dispatch.kind == "local" else calls,
         num_replicas=mesh.stage_ranks,
         expert=mesh.expert,
         context=mesh.context,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from comm.dispatch.registry import Calls
 from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.program import (
@@ -25,6 +24,7 @@ from dualpipe.runtime.program import (
     reduction_order,
     with_reductions,
 )
+from verify.nccl.calls import Calls
 from verify.nccl.trace import Communicator, Event, Trace
 
 LAUNCH_QUEUE = 1000

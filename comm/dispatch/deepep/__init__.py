@@ -1,17 +1,12 @@
 """Registers the dispatcher that uses DeepEP's kernels. Does not import torch."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from comm.config import EXCHANGE_CTAS, DeepEPDispatchConfig
 from comm.dispatch.deepep.package import PACKAGE, BufferShape, DeepEPError
 from comm.dispatch.registry import (
-    COUNTS,
     DISPATCHERS,
     INDEX_BYTES,
-    NO_CALLS,
-    Call,
-    Calls,
     Contract,
     ContractSetting,
     DispatcherEntry,
@@ -20,7 +15,6 @@ from comm.dispatch.registry import (
     DispatchSite,
     RowBytes,
     TokenSizes,
-    exchange_calls,
     order_bytes,
     require_node_cap,
 )
@@ -77,17 +71,6 @@ def _memory(config: DeepEPDispatchConfig, site: DispatchSite, rows: RowBytes) ->
     )
 
 
-def _calls(config: DeepEPDispatchConfig, nodes: Sequence[int]) -> Calls:
-    # The kernels run on the lane's stream. An exchange of one rank with itself is logged, too.
-    calls = {}
-    for method in NO_CALLS:
-        start, wait = exchange_calls("deepep", method.replace("_", " "), on_lane=True)
-        # The first dispatch waits for the plan's numbers, then for the counts in the package.
-        calls[method] = (Call("read"), start, Call("hold"), wait) if method == "dispatch" else (start, wait)
-    checks_cap = config.node_cap == "verify" and config.max_nodes < len(set(nodes))
-    return {**calls, "plan": exchange_calls("expert", COUNTS) if checks_cap else ()}
-
-
 DISPATCHERS.register(
     "deepep",
     DispatcherEntry(
@@ -109,6 +92,5 @@ DISPATCHERS.register(
             hidden_size=256,
             package=PACKAGE,
         ),
-        calls=_calls,
     ),
 )

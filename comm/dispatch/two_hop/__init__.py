@@ -1,23 +1,17 @@
 """Registers the dispatcher that sends a row once to each node of its experts. Does not import torch."""
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.registry import (
-    COUNTS,
     DISPATCHERS,
     INDEX_BYTES,
-    NO_CALLS,
-    Call,
-    Calls,
     Contract,
     ContractSetting,
     DispatcherEntry,
     DispatchMemory,
     DispatchSite,
     RowBytes,
-    exchange_calls,
     require_node_cap,
 )
 
@@ -55,54 +49,6 @@ def _memory(config: TwoHopDispatchConfig, site: DispatchSite, rows: RowBytes) ->
     )
 
 
-def _calls(config: TwoHopDispatchConfig, nodes: Sequence[int]) -> Calls:
-    # A group of one rank starts nothing.
-    num_nodes = len(set(nodes))
-    groups = {"expert"} if len(nodes) > 1 else set()
-    groups |= ({"rail"} if num_nodes > 1 else set()) | ({"node"} if len(nodes) > num_nodes else set())
-    num_chunks = config.chunks if num_nodes > 1 else 0
-    calls = {}
-    for method in NO_CALLS:
-        order = _returning if method in ("combine", "dispatch_backward") else _sending
-        calls[method] = tuple(order(method.replace("_", " "), num_chunks))
-    calls["plan"] = exchange_calls("expert", COUNTS)
-    calls["dispatch"] = (Call("read"), *calls["dispatch"])
-    return {method: tuple(call for call in own if call.group in (*groups, "")) for method, own in calls.items()}
-
-
-def _sending(name: str, num_chunks: int) -> Iterator[Call]:
-    """Yields the calls of `ChunkedExchange.send_to_experts`."""
-    across, within = _messages(name, num_chunks)
-    yield from (Call("start", "rail", message) for message in across)
-    yield Call("start", "node", within[-1])
-    pending = within[-1]
-    for message, following in zip(across, within, strict=False):
-        yield Call("wait", "rail", message)
-        yield Call("start", "node", following)
-        yield Call("wait", "node", pending)
-        pending = following
-    yield Call("wait", "node", pending)
-
-
-def _returning(name: str, num_chunks: int) -> Iterator[Call]:
-    """Yields the calls of `ChunkedExchange.return_to_tokens`."""
-    across, within = _messages(name, num_chunks)
-    yield Call("start", "node", within[0])
-    for message, returned, following in zip(across, within, within[1:], strict=False):
-        yield Call("start", "node", following)
-        yield Call("wait", "node", returned)
-        yield Call("start", "rail", message)
-    yield Call("wait", "node", within[-1])
-    yield from (Call("wait", "rail", message) for message in across)
-
-
-def _messages(name: str, num_chunks: int) -> tuple[list[str], list[str]]:
-    """Returns the names of the messages across and within nodes; the last one within has the local rows."""
-    chunks = [f"chunk {chunk}" for chunk in range(num_chunks)]
-    across = [f"{name} across nodes, {chunk}" for chunk in chunks]
-    return across, [f"{name} within the node, {part}" for part in (*chunks, "local rows")]
-
-
 DISPATCHERS.register(
     "two_hop",
     DispatcherEntry(
@@ -126,6 +72,5 @@ DISPATCHERS.register(
                 "3+1+2": ContractSetting(nodes=(0, 0, 0, 1, 2, 2), is_slow=True),
             },
         ),
-        calls=_calls,
     ),
 )
