@@ -8,13 +8,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from base.decode import decode, encode
-from base.refusal import ConfigError, UnknownKeyError, broken, nearest
+from base.refusal import ConfigError, broken
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
@@ -24,25 +24,12 @@ from launch.cli.entry import command, plain_text, write_output
 from launch.config import compose
 from launch.config.memory import check_memory
 from launch.config.rules import check_rules
-from launch.config.run import expand_model, write_config
-from launch.plan_request import (
-    EXAMPLE,
-    PLANNER,
-    Change,
-    PlanRequest,
-    changed_values,
-    compose_plan,
-    make_validation_whole,
-    parse_changes,
-    planner_config,
-    read_request,
-    run_config,
-)
+from launch.config.run import write_config
+from launch.plan_request import PlanRequest, changed_run, read_request
 from planner import forms
 from planner.advice import link_balance, plan_with_order, wishes
 from planner.job_plan import (
     JobPlan,
-    PlannerConfig,
     compare_built_ranks,
     compared_plan,
     plan_job,
@@ -56,7 +43,7 @@ from planner.rollouts import compare_rollouts
 from planner.search import search_layouts
 from planner.search_forms import search_text, search_values
 from planner.smallest import smallest_text, smallest_values
-from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig, named_weights
+from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.predict.timing import SLICES, MeasuredRates
 from train.tasks.registry import TASKS
 
@@ -201,16 +188,7 @@ def _dispatches(config: TrainConfig) -> tuple[DispatchConfig, ...]:
     return tuple(dispatches)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChangedRun:
-    """A run with changes."""
-
-    change: str
-    config: TrainConfig
-    planner: PlannerConfig
-
-
-def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
+def read_what_ifs(request: PlanRequest) -> tuple[PlanRequest, ...]:
     """Returns the runs of a request's what-ifs; an invalid one has one message for all causes."""
     runs = []
     for item in request.options.what_if:
@@ -223,7 +201,7 @@ def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
     return tuple(runs)
 
 
-def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_order: bool = False) -> dict[str, Any]:
+def plan_what_if(request: PlanRequest, base: JobPlan, run: PlanRequest, *, keeps_order: bool = False) -> dict[str, Any]:
     """Plans a changed run, and compares it with the run, as plain values.
 
     If the order and the cut of the run apply, they are planned too, and the better plan is returned; with
@@ -264,7 +242,7 @@ def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
 
 def _as_in_run(request: PlanRequest, message: str) -> str:
     """Returns the value of the run as the end of a message that names no valid value, or nothing."""
-    if re.search(r"nearest|valid|did you mean|write|least is|options:", message):
+    if re.search(r"nearest|valid|did you mean|write|least is|options:|belongs to", message):
         return ""
     key = message.partition(":")[0]
     run_values = dict(compose.dotted_keys({**request.values}))
@@ -272,96 +250,6 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
         return ""
     value = "null" if run_values[key] is None else run_values[key]
     return f"; valid: {key}={value}, as in the run"
-
-
-def changed_run(request: PlanRequest, item: str) -> ChangedRun:
-    """Returns a run with changes, which passes the rules."""
-    chosen: list[str] = []
-    others: list[Change] = []
-    for change in parse_changes(item):
-        if change.key in _output_keys():
-            raise ConfigError(f"{change}: {change.key} is not part of the run; nearest valid: {EXAMPLE}")
-        if (group := _group_of(change)) is None:
-            others.append(change)
-        else:
-            chosen.append(group)
-    values = _with_model_keys(_with_options(request, chosen) if chosen else request.values, others)
-    typed = write_config(request.config) | encode(request.planner)
-    changed = changed_values(values, typed, others)
-    run_values = {key: value for key, value in changed.items() if key not in PLANNER}
-    list(make_validation_whole(run_values))
-    run = run_config(run_values)
-    return ChangedRun(change=item, config=run, planner=planner_config(changed))
-
-
-def _output_keys() -> list[str]:
-    return [key for key in compose.own_keys("plan") if key not in PLANNER]
-
-
-def _group_of(change: Change) -> str | None:
-    """Returns the override that chooses an option of a group, for a change of a group or of its `kind`."""
-    groups = compose.default_groups("plan")
-    group = change.key.replace(".", "/")
-    of_kind = change.key.endswith(".kind") and (parent := group.rpartition("/")[0]) in groups
-    if group not in groups and not of_kind:
-        return None
-    group = parent if of_kind else group
-    names = compose.options(group)
-    if change.operator != "=":
-        raise ConfigError(f"{change}: {change.key} is not a number; nearest valid: {change.key}={names[0]}")
-    value = change.operand.strip("'\"")
-    if not of_kind:
-        return f"{group}={value}"
-    kinds = {name: compose.read_option(group, name).get("kind") for name in names}
-    matching = [name for name, kind in kinds.items() if kind == value]
-    if not any(kinds.values()):
-        return None
-    if not matching:
-        valid = sorted({str(kind) for kind in kinds.values() if kind})
-        raise ConfigError(f"{change.key}: must be one of {', '.join(valid)}, is {value!r}; {nearest(value, valid)}")
-    return f"{group}={value if value in matching else matching[0]}"
-
-
-def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]:
-    """Composes the run with other options of groups, without keys that only the replaced options have."""
-    overrides = [*chosen]
-    groups = {compose.key_of(text) for text in overrides}
-    output = _output_keys()
-    other_overrides = [text for text in request.overrides if compose.key_of(text) not in groups]
-    try:
-        values = compose_plan([*other_overrides, *overrides])
-    except UnknownKeyError:
-        prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
-        others = [text for text in other_overrides if not compose.key_of(text).lstrip("+").startswith(prefixes)]
-        values = compose_plan([*others, *overrides])
-    for text in overrides:
-        _drop_other_keys(values, *text.split("=", 1))
-    return {key: value for key, value in values.items() if key not in output}
-
-
-def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
-    """Removes keys of a group's other options, which an experiment set, from the chosen option."""
-    *parents, last = group.split("/")
-    group_values = values
-    for parent in parents:
-        group_values = group_values.get(parent, {})
-    chosen = group_values.get(last)
-    option_values = compose.read_option(group, option)
-    if not isinstance(chosen, Mapping) or "kind" not in option_values:
-        return
-    others = {key for name in compose.options(group) for key in compose.read_option(group, name)} - option_values.keys()
-    group_values[last] = {key: value for key, value in chosen.items() if key not in others}
-
-
-def _with_model_keys(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """Returns values with all keys of the model, if a change is about one that follows from `model.kind`."""
-    model = values.get("model")
-    names = [change.key.removeprefix("model.") for change in changes if change.key.startswith("model.")]
-    if not isinstance(model, Mapping) or all(name.partition(".")[0] in model for name in names):
-        return dict(values)
-    expanded = expand_model(model, named_weights(values.get("init_from")), values.get("init_mtp"))
-    # A head that is not given follows the task.
-    return {**values, "model": {key: value for key, value in expanded.items() if key != "head" or key in model}}
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 """Reads the run that `launch.plan` plans, and rates from a group or an earlier plan."""
 
 import json
-import math
-import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
-
-import yaml
 
 from base.decode import decode, encode
 from base.ranges import PositiveInt
-from base.refusal import ConfigError, broken, nearest, nearest_key
+from base.refusal import ConfigError, UnknownKeyError, broken, nearest
 from infer.deployment import DeploymentConfig
-from launch.config.compose import compose, dotted_keys, key_of, options, own_keys
+from launch.config.compose import (
+    compose,
+    default_groups,
+    dotted_keys,
+    key_of,
+    options,
+    own_keys,
+    with_overrides,
+)
 from launch.config.folder import CONFIG_NAME, read_folder
 from launch.config.rules import check_rules
 from launch.config.run import check_data, check_text, read_config, read_run, write_config
@@ -29,7 +31,8 @@ from train.config import Acceptance, TrainConfig
 from train.predict.timing import EfficiencyConfig, with_chunks
 from train.report.plan_comparison import run_rates
 
-_WHAT_IF = "what_if"
+EXAMPLE = "cluster.inter_node_bytes_per_second=100e9"
+"""An override of a what-if."""
 _RATES = "rates"
 _EFFICIENCY = "efficiency"
 PLANNER = (_RATES, _EFFICIENCY)
@@ -70,7 +73,10 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, what is planned, and `notes` on keys that a plan changes."""
+    """A run's configuration, the rates, what is planned, and `notes` on keys that a plan changes.
+
+    `change` is the what-if that made this run of another one.
+    """
 
     config: TrainConfig
     planner: PlannerConfig
@@ -78,6 +84,7 @@ class PlanRequest:
     overrides: tuple[str, ...]
     values: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    change: str = ""
 
 
 def read_request(overrides: Sequence[str]) -> PlanRequest:
@@ -86,9 +93,8 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
-    overrides = [_with_quotes(text) for text in overrides]
     values = compose_plan(overrides)
-    output_keys = [key for key in own_keys("plan") if key != _EFFICIENCY]
+    output_keys = _output_keys()
     plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
     _check_modes(plan_options)
     planned = {key: value for key, value in values.items() if key not in output_keys}
@@ -157,28 +163,50 @@ def _adapt_to_search(run: Mapping[str, Any], overrides: Sequence[str]) -> Iterat
         yield f"all values are compared, the given ones first: {', '.join(dict.fromkeys(free))}"
 
 
-def _with_quotes(override: str) -> str:
-    """Quotes the changes of `what_if=[KEY*2,KEY=VALUE]`, whose quotes a shell has removed."""
-    key, _, value = override.partition("=")
-    if key != _WHAT_IF or not value or any(quote in value for quote in "'\""):
-        return override
-    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    items = (item.strip() for item in _split(listed, is_item=False))
-    return f"{_WHAT_IF}=[{','.join(repr(item) for item in items if item)}]"
+def _output_keys() -> list[str]:
+    """Returns the keys that say what is planned and printed, and are not part of the run."""
+    return [key for key in own_keys("plan") if key != _EFFICIENCY]
+
+
+def changed_run(request: PlanRequest, item: str) -> PlanRequest:
+    """Returns a run with the overrides of a what-if after its own.
+
+    Raises:
+        ConfigError, CutError, ScheduleError: the what-if is not a list of overrides, or the run breaks a rule.
+    """
+    try:
+        overrides = shlex.split(item)
+    except ValueError:  # an open quote
+        overrides = []
+    if not overrides:
+        raise ConfigError(f"must be overrides as on the command line, is {item!r}; nearest valid: {EXAMPLE}")
+    for key in map(key_of, overrides):
+        if key.partition(".")[0] in _output_keys():
+            raise ConfigError(f"{key}: is not part of the run; nearest valid: {EXAMPLE}")
+    groups = {key_of(text) for text in overrides} & default_groups("plan").keys()
+    run = [text for text in request.overrides if key_of(text) not in groups]
+    try:
+        changed = read_request([*run, *overrides])
+    except UnknownKeyError:  # a key that only the replaced option has
+        prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
+        run = [text for text in run if not key_of(text).startswith(prefixes)]
+        changed = read_request([*run, *overrides])
+    return replace(changed, change=item)
 
 
 def compose_plan(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one."""
     chosen = [text.partition("=")[2].strip("'\"") for text in overrides if key_of(text) == _RATES]
     path = chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None
-    options_only = overrides if path is None else [text for text in overrides if key_of(text) != _RATES]
-    values = compose("plan", options_only, UNREAD)
+    of_rates = [text for text in overrides if path is not None and _sets([text], _RATES)]
+    values = compose("plan", [text for text in overrides if text not in of_rates], UNREAD)
     if values["run"] is not None and not _sets(overrides, _RATES):
         path = str(_require_run(Path(str(values["run"]))))
     if path is None:
         return values
     read = _read_rates(Path(path))
-    return {**values, **{key: read[key] for key in PLANNER if key == _RATES or not _sets(overrides, key)}}
+    values |= {key: read[key] for key in PLANNER if key == _RATES or not _sets(overrides, key)}
+    return values | with_overrides({_RATES: values[_RATES]}, [text for text in of_rates if key_of(text) != _RATES])
 
 
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
@@ -276,123 +304,3 @@ def _check_equal(keys: Sequence[str], given: Mapping[str, object], run: Mapping[
         if value != run_values.get(name, value):
             near = f"{name}={run_values[name]}, or rates= in place of run= to plan another run"
             raise broken("run", f"{name} must be that of the run", value, near)
-
-
-_FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
-_MOST_SHOWN = 60
-EXAMPLE = "cluster.inter_node_bytes_per_second*2"
-_OPENING = "[{("
-_CLOSING = "]})"
-_QUOTES = "'\""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """One change of a key."""
-
-    key: str
-    operator: str
-    operand: str
-
-    def __str__(self) -> str:
-        return f"{self.key}{self.operator}{self.operand}"
-
-    @property
-    def factor(self) -> float:
-        """The factor of a change that multiplies."""
-        number = math.nan
-        with suppress(ValueError):
-            number = float(self.operand)
-        factor = 1 / number if self.operator == "/" and number else number
-        if not (math.isfinite(number) and number > 0 and math.isfinite(factor) and factor > 0):
-            hint = 0.01 if number == 0 and self.operator == "*" else 2
-            rule = "the factor must be a finite number above 0"
-            raise broken(str(self), rule, repr(self.operand), f"{self.key}{self.operator}{hint}")
-        return factor
-
-    def new_value(self) -> object:
-        """Returns the value of a change with `=`."""
-        value: object = None
-        with suppress(yaml.YAMLError, ValueError, RecursionError):
-            value = yaml.safe_load(self.operand)
-        if value is None and self.operand not in ("null", "~"):
-            rule = "the value must be a number, text, true, false, null or a list"
-            raise broken(str(self), rule, repr(self.operand), f"{self.key}=null")
-        return value
-
-
-def parse_changes(item: str) -> tuple[Change, ...]:
-    """Returns the changes of a what-if, which `,` or ` + ` separates."""
-    return tuple(_parse_change(text.strip()) for text in _split(item, is_item=True))
-
-
-def _parse_change(text: str) -> Change:
-    match = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
-    if match is None or not match[1] or not re.fullmatch(r"[\w.*/\-]+", match[1]):
-        key = re.match(r"[A-Za-z_][\w.]*", text)
-        raise broken(text, _FORM, repr(text), f"{key[0]}*2" if key else EXAMPLE)
-    return Change(key=match[1], operator=text[len(match[1]) :].strip()[0], operand=match[2])
-
-
-def _split(item: str, *, is_item: bool) -> Iterator[str]:
-    """Yields the parts between commas, and pluses of one item, that are outside of brackets and quotes."""
-    depth = 0
-    quote = ""
-    start = 0
-    for position, letter in enumerate(item):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in _QUOTES:
-            quote = letter
-        elif letter in _OPENING or letter in _CLOSING:
-            depth += 1 if letter in _OPENING else -1
-        elif depth == 0 and (letter == "," or (is_item and item[position - 1 : position + 2] == " + ")):
-            yield item[start:position]
-            start = position + 1
-    yield item[start:]
-
-
-def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """Returns nested values with changes applied in order. Whole numbers of `typed` must stay whole."""
-    result = deepcopy(dict(values))
-    decoded = dict(dotted_keys(typed))
-    for change in changes:
-        for key in _matching_keys(change, result):
-            *parents, last = key.split(".")
-            group = reduce(getitem, parents, result)
-            if change.operator == "=":
-                group[last] = change.new_value()
-            else:
-                group[last] = _multiplied(change, key, group[last], decoded.get(key))
-    return result
-
-
-def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
-    leaves = dict(dotted_keys(values))
-    if change.key in leaves:
-        return [change.key]
-    pattern = re.escape(change.key).replace(r"\*", "[^.]*")
-    matches = [key for key, value in leaves.items() if re.fullmatch(pattern, key) and not isinstance(value, dict)]
-    if not matches:
-        raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(leaves))}")
-    return matches
-
-
-def _multiplied(change: Change, key: str, value: object, typed: object) -> int | float:
-    """Returns a number times the factor of a change, whole if the key holds whole numbers."""
-    factor = change.factor
-    if isinstance(value, dict):
-        numbers = (name for name, leaf in dotted_keys(value, f"{key}.") if type(leaf) in (int, float))
-        near = f"{next(numbers, 'cluster.peak_flops')}*2"
-        raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {near}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        text = "null" if value is None else shorten(repr(value), _MOST_SHOWN)
-        raise ConfigError(f"{key}: must be a number to be multiplied, is {text}; nearest valid: {key}=VALUE")
-    exact = value / float(change.operand) if change.operator == "/" else value * factor
-    if type(value) is int and type(typed) is not float:
-        rounded = round(exact) if math.isfinite(exact) else value
-        if abs(exact - rounded) > 1e-9 * max(1.0, abs(rounded)):
-            rule = f"must be a whole number, {change} gives {exact:g}"
-            raise ConfigError(f"{key}: {rule}; nearest valid: {key}={max(rounded, 1)}")
-        return rounded
-    return exact

@@ -1,14 +1,15 @@
 """Compares changed runs with a run, and lists what better hardware could change. No torch here."""
 
+import fnmatch
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from base.decode import encode, flatten
 from model.config import RECOMPUTED
 from planner.job_plan import JobPlan, PlannerConfig, plan_job
 from planner.products import held_weights
@@ -21,7 +22,8 @@ _FP8_SHARE = 0.75
 _FP8_OVER_BF16 = 2.0
 _SLOWER = 1e-6
 _EQUAL = 1 - 1e-9
-_MULTIPLE = re.compile(r"cluster\.(\w+)\*([\d.]+)")
+_TIMES = "x "
+"""Start of a change in `advice.yaml` that multiplies the numbers of a run."""
 
 
 def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, planner: PlannerConfig) -> JobPlan | None:
@@ -59,15 +61,16 @@ class Wish:
 def wishes(config: TrainConfig, rates: Rates) -> Iterator[Wish]:
     """Yields what hardware could change for a run: the rows of `advice.yaml` that apply."""
     facts = _facts(config, rates)
+    run = _run_numbers(config, rates)
     values = _kernel_values(config, rates) if isinstance(rates, KernelRates) else {}
     for row in yaml.safe_load(_WISHES.read_text(encoding="utf-8")):
         if not all(facts[fact.removeprefix("not ")] != fact.startswith("not ") for fact in row.get("when", ())):
             continue
         for factor in row.get("factors", (1.0,)):
             filled = values | {"factor": factor, "inverse": 1 / factor}
-            strings = {key: row.get(key, "").format_map(filled) for key in ("wish", "change", "needs", "note")}
-            strings["change"] = _with_defaults(strings["change"], config, rates)
-            yield Wish(name=strings.pop("wish"), has_memory=row.get("has_memory", True), **strings)
+            strings = {key: row.get(key, "").format_map(filled) for key in ("wish", "needs", "note")}
+            change = " ".join(_overrides(row.get("change", {}), filled, run))
+            yield Wish(name=strings.pop("wish"), change=change, has_memory=row.get("has_memory", True), **strings)
 
 
 def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
@@ -117,18 +120,26 @@ def _communication_sms(config: TrainConfig, rates: KernelRates) -> int:
     return rates.reference.communication_sms if used is None else used
 
 
-def _with_defaults(change: str, config: TrainConfig, rates: Rates) -> str:
-    """Returns a what-if that sets what the cluster leaves to the rates, and leaves out what is unknown."""
-    parts = []
-    for part in change.split(" + "):
-        multiple = _MULTIPLE.fullmatch(part)
-        if multiple is None or getattr(config.cluster, multiple[1]) is not None:
-            parts.append(part)
-        elif isinstance(rates, KernelRates) and multiple[1] != "memory_bytes":
-            default = {"memory_bytes_per_second": REFERENCE_MEMORY_BYTES_PER_SECOND}.get(multiple[1])
-            default = default or getattr(rates.reference, multiple[1])
-            parts.append(f"cluster.{multiple[1]}={default * float(multiple[2]):.6g}")
-    return " + ".join(parts)
+def _overrides(changes: Mapping[str, object], values: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the overrides of a row. Unknown numbers and zeros have no multiple."""
+    for pattern, change in changes.items():
+        text = str(change).format_map(values)
+        for key in fnmatch.filter(run, pattern) or [pattern]:
+            if not text.startswith(_TIMES):
+                yield f"{key}={text}"
+            elif value := run.get(key):
+                multiple = value * float(text.removeprefix(_TIMES))
+                yield f"{key}={round(multiple) if isinstance(value, int) else f'{multiple:.6g}'}"
+
+
+def _run_numbers(config: TrainConfig, rates: Rates) -> dict[str, Any]:
+    """Returns the values that multiples refer to; the rates say what the cluster leaves to them."""
+    cluster = encode(config.cluster)
+    if isinstance(rates, KernelRates):
+        defaults = encode(rates.reference) | {"memory_bytes_per_second": REFERENCE_MEMORY_BYTES_PER_SECOND}
+        cluster = {key: defaults.get(key) if value is None else value for key, value in cluster.items()}
+    sections = {name: encode(getattr(config, name)) for name in ("parallelism", "costs", "cost")}
+    return dict(flatten(sections | {"cluster": cluster, "rates": encode(rates)}))
 
 
 def fp8_share(rates: KernelRates) -> float:

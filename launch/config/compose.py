@@ -88,6 +88,17 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
     return values
 
 
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns plain values with overrides of single keys; raises ConfigError for one that does not apply."""
+    config = OmegaConf.create(dict(values), flags={"struct": True})
+    for override in map(_parse, overrides):
+        try:
+            _set_value(config, override)
+        except _LIBRARY_ERRORS as error:
+            raise ConfigError(_broken_rule(override, _raw_keys(config))) from error
+    return _string_keys(OmegaConf.to_container(config))
+
+
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a command's values before interpolation. A value without a default stays `???`."""
     return _string_keys(OmegaConf.to_container(_checked(command, overrides).config, resolve=False))

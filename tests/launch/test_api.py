@@ -25,7 +25,7 @@ def model(run: Path) -> LoadedModel:
 
 @pytest.mark.parametrize("form", ["text", "json", "html"])
 def test_plan_is_that_of_the_command(form: str, tmp_path: Path) -> None:
-    overrides = ["experiment=quickstart", "what_if=[schedule=1f1b]"]
+    overrides = ["experiment=quickstart", "what_if=['schedule=1f1b']"]
     answer = plan(*overrides)
     assert plan_command([*overrides, f"format={form}", f"out={tmp_path / 'printed'}"]) == 0
     name = {"text": "a.txt"}.get(form, f"a.{form}")

@@ -12,14 +12,15 @@ import pytest
 from base.refusal import ConfigError
 from launch.cli.entry import command
 from launch.config.run import compose_run
-from launch.plan import advise_hardware, changed_run, main, plan_what_if, preview, read_what_ifs
-from launch.plan_request import PlanRequest, read_request
-from planner.advice import fp8_share, link_balance
+from launch.plan import advise_hardware, main, plan_what_if, preview, read_what_ifs
+from launch.plan_request import PlanRequest, changed_run, read_request
+from planner.advice import fp8_share, link_balance, wishes
 from planner.forms import advice_text, what_if_text
 from planner.job_plan import JobPlan, plan_job
 from planner.scaling import KernelRates
 from tests.planner.measured.runs import write_run
 from tests.refusals import assert_refused
+from train.predict.timing import MeasuredRates
 
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
 SMALL = ["experiment=v2_lite_16b"]
@@ -42,47 +43,41 @@ KEYS = {
 }
 WRONG_WHAT_IFS = (
     # (what-if, the key and the value that the line must name)
-    ("cluster.inter_node_bytes_per_secnd*2", "cluster.inter_node_bytes_per_second"),
-    ("cluster.peak_flops*0", "'0'"),
-    ("cluster.peak_flops*-1", "'-1'"),
-    ("cluster.peak_flops*nan", "'nan'"),
-    ("cluster.peak_flops*1e308", "is inf"),
-    ("cluster.peak_flops*two", "'two'"),
-    ("cluster.peak_flops*", "''"),
-    ("cluster.peak_flops=.nan", "nan"),
-    ("cluster.peak_flops", "cluster.peak_flops*2"),
-    ("cluster.peak_flops*2*2", "cluster.peak_flops"),
-    ("*2", "'*2'"),
+    ("cluster.inter_node_bytes_per_secnd=2", "cluster.inter_node_bytes_per_second"),
+    ("cluster.peak_flops=-1", "-1"),
+    ("cluster.peak_flops=nan", "nan"),
+    ("cluster.peak_flops=1e309", "inf"),
+    ("cluster.peak_flops=two", "two"),
+    ("cluster.peak_flops", "is not an override"),
+    ("cluster.peak_flops*2", "is not an override"),
     ("", "''"),
-    ("parallelism.data*1.3", "166.4"),
+    ("'recompute=[]", "overrides as on the command line"),
     ("parallelism.data=1.5", "1.5"),
     ("parallelism.expert=48", "is 48"),
-    ("parallelism.pipeline*4", "has 120"),
+    ("parallelism.pipeline=64", "has 120"),
     ("parallelism.cut=weird", "'weird'"),
     ("parallelism.cut=[1,2,3]", "[1,2,3]"),
-    ("parallelism.data=128, parallelism.data", "'parallelism.data'"),
-    ("precision.kind=fp4", "'fp4'"),
-    ("precision.kind*2", "precision.kind"),
-    ("schedule.kind=dualpip", "'dualpip'"),
-    ("dispatch.kind=local", "parallelism.expert=64"),
+    ("parallelism.data=128 parallelism.data", "parallelism.data"),
+    ("precision=fp4", "fp4"),
+    ("schedule=dualpip", "dualpip"),
+    ("dispatch=local", "parallelism.expert=64"),
     ("recompute=[]", "[]"),
-    ("recompute=[norm", "'[norm'"),
+    ("recompute=[norm", "recompute=[norm"),
     ("batch.micro_sequences=7", "896"),
-    ("batch.sequence_length_tokens*2", "is 8192"),
-    ("batch.ramp*2", "batch.ramp.start_sequences"),
-    ("cost.gpu_mtbf_hours*2", "null"),
+    ("batch.sequence_length_tokens=8192", "is 8192"),
+    ("cost.gpu_mtbf_hours=many", "many"),
     ("efficiency.unexplained=0", "0.0"),
     ("efficiency.unexplaned=1.1", "efficiency.unexplained"),
     ("rates.receive_imbalance=0.5", "0.5"),
-    ("rates.*.nothing*2", "rates.*.nothing"),
+    ("rates.attention.nothing=2", "rates.attention.nothing"),
     ("rates.kind=measured", "rates.kind"),
     ("rates=nothere", "'nothere'"),
-    ("model.num_limited_groups=9", "is 9"),
-    ("cluster.device*2", "'cuda'"),
+    ("++model.num_limited_groups=9", "is 9"),
     ("cluster.memory_bytes=12.5", "12.5"),
     ("search=true", "search"),
+    ("what_if=[]", "what_if"),
     ("memory_cap=0.1", "0.1"),
-    (f"{LINK}*2 + parallelism.expert=48", "is 48"),
+    (f"{LINK}=100e9 parallelism.expert=48", "is 48"),
 )
 WRONG_LAYOUTS = (
     ("parallelism.pipeline=3", "parallelism.pipeline"),
@@ -90,9 +85,9 @@ WRONG_LAYOUTS = (
     ("parallelism.expert=512", "parallelism.expert"),
     ("parallelism.cut=[60,1]", "parallelism.cut"),
     ("cluster.ranks_per_node=3", "cluster.ranks_per_node"),
-    ("what_if=[cluster.peak_flops*2,precision.kind=fp4]", "what_if: precision.kind=fp4"),
-    ("what_if=parallelism.data*1.3", "what_if: parallelism.data*1.3"),
-    ("what_if=['nothing*2']", "what_if: nothing*2"),
+    ("what_if=['cluster.peak_flops=1e15','precision=fp4']", "what_if: precision=fp4"),
+    ("what_if=[precision=bf16]", "what_if=[precision=bf16]: is not an override"),
+    ("what_if=['nothing=2']", "what_if: nothing=2"),
 )
 
 
@@ -115,8 +110,8 @@ def with_what_ifs(request: PlanRequest, *items: str) -> PlanRequest:
 def test_wrong_what_if_is_refused_with_key_rule_value_and_nearest(
     request_of_v3: PlanRequest, item: str, named: str
 ) -> None:
-    key = re.split(r"[*/=]", item.rpartition(" + ")[2])[0].split(".kind")[0]
-    request = with_what_ifs(request_of_v3, f"{LINK}*2", item)
+    key = item.rpartition(" ")[2].partition("=")[0].lstrip("+'")
+    request = with_what_ifs(request_of_v3, f"{LINK}=100e9", item)
     text = assert_refused(ConfigError, (named, key), lambda: read_what_ifs(request))
     assert text.startswith(f"what_if: {item or repr(item)}")
     assert re.search(r"nearest|valid|did you mean|write|least is|belongs to", text), text
@@ -137,50 +132,17 @@ def test_wrong_layout_ends_with_one_line_and_exit_code_2(
     assert re.search(r"nearest|valid|did you mean|write", line), line
 
 
-def test_whole_numbers_stay_whole_and_others_become_fractions(request_of_v3: PlanRequest) -> None:
-    run = changed_run(request_of_v3, "parallelism.data*2, parallelism.pipeline/2 + cost.restart_seconds=3")
-    assert (run.config.parallelism.data, run.config.parallelism.pipeline) == (256, 8)
-    assert type(run.config.parallelism.data) is int
-    run = changed_run(request_of_v3, "costs.forward*1.5 + cluster.timeout_seconds/7")
-    assert run.config.costs.forward == 1.5
-    assert run.config.cluster.timeout_seconds == pytest.approx(1800 / 7)
-
-
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [
-        ("what_if=['a*2 + b=[1,2]','c=3']", ("a*2 + b=[1,2]", "c=3")),
-        ("what_if=[a*2 + b=[1,2],c=3]", ("a*2 + b=[1,2]", "c=3")),
-        ("what_if=[a*2]", ("a*2",)),
-        ("what_if=a/2", ("a/2",)),
-        ("what_if=[]", ()),
-    ],
-)
-def test_what_ifs_need_no_quotes(written: str, read: tuple[str, ...]) -> None:
-    assert read_request(["experiment=v2_lite_16b", written]).options.what_if == read
-
-
-def test_kinds_and_options_of_groups_are_the_same_change(request_of_v3: PlanRequest) -> None:
-    for item in ("precision.kind=bf16", "precision=bf16"):
-        run = changed_run(request_of_v3, f"{item} + recompute=[]")
-        assert (run.config.precision.kind, run.config.recompute) == ("bf16", ())
-    assert changed_run(request_of_v3, "schedule.kind=zb_v").config.schedule.kind == "zb_v"
+def test_overrides_of_one_what_if_are_read_as_on_the_command_line(request_of_v3: PlanRequest) -> None:
+    run = changed_run(request_of_v3, "precision=bf16 'recompute=[]' costs.forward=1.5 parallelism.data=256")
+    assert (run.config.precision.kind, run.config.recompute) == ("bf16", ())
+    assert (run.config.costs.forward, run.config.parallelism.data) == (1.5, 256)
+    assert changed_run(request_of_v3, "schedule=zb_v").config.schedule.kind == "zb_v"
     assert changed_run(request_of_v3, "cluster=h100").config.cluster.peak_flops == 989.4e12
-
-
-def test_patterns_change_all_keys_that_match(request_of_v3: PlanRequest) -> None:
-    before, after = request_of_v3.planner.rates, changed_run(request_of_v3, "rates.*.*.casts*0.5").planner.rates
-    assert isinstance(before, KernelRates)
-    assert isinstance(after, KernelRates)
-    for part in ("attention", "experts"):
-        for name in ("forward", "backward_input", "backward_weight"):
-            old, new = getattr(getattr(before, part), name), getattr(getattr(after, part), name)
-            assert (new.casts, new.products) == (old.casts / 2, old.products)
 
 
 def test_a_change_to_the_same_value_changes_nothing(small: tuple[PlanRequest, JobPlan]) -> None:
     request, plan = small
-    for item in ("cluster.peak_flops*1", "schedule.kind=dualpipe", "seed=7", "recompute=[norm,mla_up,swiglu]"):
+    for item in ("schedule=dualpipe", "seed=7", "recompute=[norm,mla_up,swiglu]"):
         what_if = plan_what_if(request, plan, changed_run(request, item))
         assert what_if["speedup"] == 1.0, item
         assert what_if["gain"] == 0.0, item
@@ -188,9 +150,10 @@ def test_a_change_to_the_same_value_changes_nothing(small: tuple[PlanRequest, Jo
 
 def test_twice_the_ranks_double_the_speed_and_not_the_gain(small: tuple[PlanRequest, JobPlan]) -> None:
     request, plan = small
-    more = plan_what_if(
-        request, plan, changed_run(request, "parallelism.data*2, batch.global_sequences*2, validation.sequences=0")
-    )
+    config = request.config
+    sequences = 2 * config.batch.global_sequences
+    doubled = f"parallelism.data={2 * config.parallelism.data} batch.global_sequences={sequences}"
+    more = plan_what_if(request, plan, changed_run(request, f"{doubled} validation.sequences=0"))
     assert more["speedup"] == pytest.approx(2.0)
     assert more["gain"] == pytest.approx(0.0, abs=1e-6)
 
@@ -199,7 +162,7 @@ def test_half_the_failures_gain_hours_and_no_speed(tmp_path: Path) -> None:
     failing = ["cost.gpu_mtbf_hours=200", "cost.checkpoint_seconds=60", "cost.restart_seconds=600"]
     request = read_request([*SMALL, "schedule=dualpipe", *failing, f"data.cache_dir={tmp_path}"])
     plan = plan_job(request.config, request.planner)
-    what_if = plan_what_if(request, plan, changed_run(request, "cost.gpu_mtbf_hours*2"))
+    what_if = plan_what_if(request, plan, changed_run(request, "cost.gpu_mtbf_hours=400"))
     assert what_if["speedup"] == 1.0
     assert what_if["gain"] is not None
     assert 0.01 < what_if["gain"] < 0.2
@@ -209,16 +172,19 @@ def test_a_better_machine_is_never_slower_under_a_searched_order(tmp_path: Path)
     """A new search could return a worse order; then the run's own order is kept."""
     request = read_request([*SMALL, "schedule=dualpipe_split", f"data.cache_dir={tmp_path}"])
     plan = plan_job(request.config, request.planner)
-    for item in ("rates.*.*.products*0.7", "rates.*.*.casts=0", "cluster.communication_sms=0", "rates.*.*.*/2"):
-        speedup = plan_what_if(request, plan, changed_run(request, item))["speedup"]
+    better = ("FP8 products", "both: ", "casts", "no SMs", "link within a node x 2")
+    changes = [wish.change for wish in wishes(request.config, request.planner.rates) if wish.name.startswith(better)]
+    assert len(changes) == len(better)
+    for change in changes:
+        speedup = plan_what_if(request, plan, changed_run(request, change))["speedup"]
         assert speedup is not None
-        assert speedup >= 1.0, item
+        assert speedup >= 1.0, change
 
 
 @pytest.mark.slow
 def test_json_has_what_ifs_and_advice_and_is_read_back(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    items = "what_if=['rates.latency_seconds*4','precision.kind=float32']"
+    items = "what_if=['rates.latency_seconds=0.002','precision=float32']"
     assert main([*SMALL, "schedule=dualpipe", "advice=true", items, "format=json", f"out={out}"]) == 0
     values: dict[str, Any] = json.loads(out.read_text("utf-8"))
     slower, untimed = values["what_if"]
@@ -246,8 +212,8 @@ def test_advice_rows_are_what_ifs_sorted_by_gain(request_of_v3: PlanRequest) -> 
         same = plan_what_if(request_of_v3, plan, changed_run(request_of_v3, row["change"]))
         assert same["gain"] == pytest.approx(row["gain"])
     fits = {row["change"]: row["fits"] for row in advice["rows"]}
-    assert fits["precision.kind=bf16"] is False
-    assert fits["parallelism.pipeline/2 + parallelism.data*2 + cluster.memory_bytes*2"] is True
+    assert fits["precision=bf16"] is False
+    assert fits["parallelism.pipeline=8 parallelism.data=256 cluster.memory_bytes=169886220288"] is True
     assert {wish["wish"].partition(":")[0] for wish in advice["unknown"]} >= {"multi-plane network", "adaptive routing"}
     assert max(map(len, [*advice_text(advice), *what_if_text(advice["rows"])])) <= 100
     json.dumps(advice, allow_nan=False)
@@ -264,7 +230,7 @@ def test_advice_says_where_the_link_becomes_the_limit(request_of_v3: PlanRequest
     assert fp8_share(rates) == pytest.approx(0.51, abs=0.005)
     even = changed_run(request_of_v3, f"{LINK}={balance['break_even_bytes_per_second']}")
     assert link_balance(even.config, rates)["exchange_over_compute"] == pytest.approx(1.0)
-    slower = changed_run(request_of_v3, f"{LINK}={balance['break_even_bytes_per_second']} + {LINK}*0.9")
+    slower = changed_run(request_of_v3, f"{LINK}={0.9 * balance['break_even_bytes_per_second']}")
     assert link_balance(slower.config, rates)["hidden"] == "computation"
 
 
@@ -283,17 +249,25 @@ def test_advice_from_measured_rates_scales_layers_and_says_what_it_does_not_know
     request = read_request([*run, f"rates={tmp_path}", f"{LINK}=1e9"])
     plan = plan_job(request.config, request.planner)
     advice = advise_hardware(request, plan)
-    gains = {row["change"]: row["gain"] for row in advice["rows"]}
-    faster, slower = gains["rates.*.*_exchange*0.5"], gains["rates.*.*_exchange*4"]
-    assert slower < 0 < faster
+    gains = {row["wish"]: row["gain"] for row in advice["rows"]}
+    assert gains["link between nodes x 0.25"] < 0 < gains["link between nodes x 2"]
     assert advice["break_even_bytes_per_second"] == pytest.approx(1e9 * advice["exchange_over_compute"])
     assert [wish for wish in advice["unknown"] if "times of kernels" in wish["needs"]]
 
 
-def test_an_option_drops_keys_that_an_experiment_set_for_another_one() -> None:
-    request = read_request(["experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8"])
-    assert "chunks" in request.values["dispatch"]
-    assert changed_run(request, "dispatch.kind=all_to_all").config.dispatch.kind == "all_to_all"
+def test_a_replaced_option_takes_its_keys_along() -> None:
+    request = read_request(["experiment=v3_671b", "dispatch.chunks=2"])
+    assert changed_run(request, "dispatch=all_to_all").config.dispatch.kind == "all_to_all"
+
+
+def test_keys_of_rates_of_a_file_are_overridden(tmp_path: Path) -> None:
+    run = ["experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8"]
+    write_run(tmp_path, compose_run(run), [3.0, *[0.5] * 40])
+    rates = read_request([*run, f"rates={tmp_path}", "rates.latency_seconds=0.5"]).planner.rates
+    assert isinstance(rates, MeasuredRates)
+    assert (rates.latency_seconds, rates.alone) == (0.5, 1.0)
+    with pytest.raises(ConfigError, match=r"rates\.latency_secnds: must be a key that exists.*latency_seconds"):
+        read_request([*run, f"rates={tmp_path}", "rates.latency_secnds=0.5"])
 
 
 def test_advice_without_a_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
