@@ -3,9 +3,10 @@
 Every tiling gives the same numbers. TMA is the tensor memory accelerator of Hopper GPUs.
 """
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -40,12 +41,12 @@ class Tiling:
         check_sides("Tiling", TILE, rows=self.rows, outputs=self.outputs)
 
     @property
-    def resources(self) -> dict[str, int | bool]:
+    def resources(self) -> dict[str, Any]:
         """Arguments of a launch that are the same for all kernels with this tiling."""
         return resources(self.warps, self.stages) | {"SPECIALIZE": self.specialize}
 
 
-def resources(warps: int, stages: int) -> dict[str, int | bool]:
+def resources(warps: int, stages: int) -> dict[str, Any]:
     """Returns the arguments of a launch of a pipelined product."""
     return {"NUM_STAGES": stages, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
@@ -151,45 +152,65 @@ def reserve_sms(device: torch.device, count: int) -> None:
         import_module("deep_gemm").set_num_sms(multiprocessors - count)
 
 
+def launch_kernel(
+    kernel: Any,
+    tensors: Sequence[Any],
+    sizes: Sequence[int],
+    blocks: Sequence[int] = (),
+    *,
+    grid: tuple[int, ...] | None = None,
+    **values: Any,
+) -> None:
+    """Launches a kernel; on meta tensors, or without programs, it does nothing.
+
+    A kernel's parameters are its tensors, its sizes, further numbers, and constants in capitals, in this order.
+    Parameters without a value: `x_stride` is the stride of the rows of tensor `x`, `WIDE` the type for sums of numbers
+    of the last tensor's type, and `TILE` is 128. Products and sums are fused only if `enable_fp_fusion` is given.
+
+    Args:
+        tensors: None for an absent one, except for the last, a result.
+        sizes: integers that follow the tensors.
+        blocks: rows and columns of a program, `BLOCK_ROWS` and `BLOCK_COLUMNS`.
+        grid: if None, one program per block of the first sizes; blocks of the same rows are adjacent.
+        values: other parameters and the launch's options by name.
+    """
+    if grid is None:
+        grid = (math.prod(-(-size // block) for size, block in zip(sizes, blocks, strict=False)),)
+    launcher = kernel[grid]
+    result: Tensor = tensors[-1]
+    if result.is_meta or 0 in grid:
+        return
+    from triton import language
+
+    wide = language.float64 if result.dtype == torch.float64 else language.float32
+    derived: dict[str, Any] = {"TILE": TILE, "WIDE": wide}
+    derived |= zip(("BLOCK_ROWS", "BLOCK_COLUMNS"), blocks, strict=False)
+    names = kernel.arg_names
+    numbers: list[float] = []
+    constants: dict[str, Any] = {"enable_fp_fusion": False} | values
+    for name in names[len(tensors) + len(sizes) :]:
+        if name.isupper():
+            constants[name] = values[name] if name in values else derived[name]
+        elif name in values:
+            numbers.append(constants.pop(name))
+        else:
+            numbers.append(tensors[names.index(name.removesuffix("_stride"))].stride(0))
+    launcher(*tensors, *sizes, *numbers, **constants)
+
+
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Makes operations on meta tensors allocate what they do on CUDA; they launch nothing.
 
     Outside, they run the references.
     """
-    token = META_IS_CUDA.set(True)
-    try:
-        with _meta_launches_skipped():
-            yield
-    finally:
-        META_IS_CUDA.reset(token)
-
-
-@contextmanager
-def _meta_launches_skipped() -> Iterator[None]:
     if find_spec("triton") is None:
         _import_launchers()
-        yield
-        return
-    from triton.runtime.jit import KernelInterface
-
-    launcher_of = KernelInterface.__getitem__
-
-    def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
-        launch = launcher_of(kernel, grid)
-
-        def launch_unless_meta(*operands: Any, **constants: Any) -> Any:
-            if any(isinstance(operand, Tensor) and operand.is_meta for operand in operands):
-                return None
-            return launch(*operands, **constants)
-
-        return launch_unless_meta
-
-    KernelInterface.__getitem__ = launcher
+    token = META_IS_CUDA.set(True)
     try:
         yield
     finally:
-        KernelInterface.__getitem__ = launcher_of
+        META_IS_CUDA.reset(token)
 
 
 class _AbsentTriton(ModuleType):

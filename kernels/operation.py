@@ -116,6 +116,6 @@ def check_operand(
 
 
 def check_columns(subject: str, matrix: Tensor) -> None:
-    """Raises ValueError unless the last dimension is contiguous, along which kernels read."""
-    if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+    """Raises ValueError if numbers of the last dimension, along which kernels read, are not adjacent."""
+    if matrix.numel() and matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
         raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw.reference import Coefficients, check_step
+from kernels.launch import launch_kernel
 
 # These arguments change with every step or tensor: a kernel specialized for one value would run only once.
 _CHANGING = ["num_weights", "keep_weight", "correct_root", "move"]
@@ -88,17 +89,6 @@ def adamw_bf16_moments(
 ) -> None:
     """Implements `reference.adamw_bf16_moments`; a program updates `block` numbers, a power of two."""
     check_step(weights, gradients, means, squares)
-    num_weights = weights.numel()
-    if num_weights == 0:
-        return
-    adamw_kernel[(triton.cdiv(num_weights, block),)](
-        weights,
-        gradients,
-        means,
-        squares,
-        num_weights,
-        *coefficients,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    sizes = (weights.numel(),)
+    tensors = (weights, gradients, means, squares)
+    launch_kernel(adamw_kernel, tensors, sizes, (block,), **coefficients._asdict(), BLOCK=block, num_warps=num_warps)

@@ -28,6 +28,7 @@ from kernels.cross_entropy.reference import (
     empty_scores,
     exclude_dropped_,
 )
+from kernels.launch import launch_kernel
 
 CHUNK_LOGITS = 2**27  # 256 MB in 16 bits: enough rows of a large vocabulary for efficient products on a GPU
 
@@ -89,21 +90,15 @@ def nats_and_slopes_(
 ) -> None:
     """Writes each row's nats, and overwrites its logits by their slopes, softmax minus 1 at the target."""
     num_rows, num_columns = logits_CV.shape
-    if num_rows == 0:
-        return
-    slopes_kernel[(num_rows,)](
-        logits_CV,
-        targets_C,
-        nats_C,
-        num_columns,
-        logits_CV.stride(0),
-        targets_C.stride(0),
-        WIDE=tl.float64 if nats_C.dtype == torch.float64 else tl.float32,
+    launch_kernel(
+        slopes_kernel,
+        (logits_CV, targets_C, nats_C),
+        (num_columns,),
+        grid=(num_rows,),
         IGNORE=IGNORE,
         HAS_SLOPES=has_slopes,
         BLOCK_COLUMNS=min(block_columns, triton.next_power_of_2(num_columns)),
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
 
 

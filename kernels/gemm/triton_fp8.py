@@ -55,6 +55,7 @@ from kernels.launch import (
     allow_descriptors,
     count_programs,
     is_describable,
+    launch_kernel,
     make_describable,
     make_rows_contiguous,
 )
@@ -169,9 +170,6 @@ def _launch(
     if out_MN.numel() == 0 or depth == 0:
         out_MN.zero_()
         return
-    left_MK = make_describable(left.codes)
-    right_NK = make_describable(right.codes)
-    left_scales, right_scales = (make_rows_contiguous(scales) for scales in (left.scales, right.scales))
     # Results that are unaligned or wider than 4 bytes are stored under a mask, with a smaller tile.
     store_by_descriptor = is_describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     by_blocks = isinstance(right, QuantizedBlocks)
@@ -179,20 +177,11 @@ def _launch(
     tiling = tiling or (stored_whole if store_by_descriptor else STORED_BY_MASK)
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_MN.device)
-    gemm_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_MN.device),)](
-        left_MK,
-        right_NK,
-        left_scales,
-        right_scales,
-        out_MN,
-        num_rows,
-        num_outputs,
-        depth,
-        num_tiles,
-        left_MK.stride(0),
-        right_NK.stride(0),
-        left_scales.stride(0),
-        right_scales.stride(0),
+    launch_kernel(
+        gemm_kernel,
+        (*_operands(left, right), out_MN),
+        (num_rows, num_outputs, depth, num_tiles),
+        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_MN.device),),
         BY_BLOCKS=by_blocks,
         STORE_BY_DESCRIPTOR=store_by_descriptor,
         BLOCK_ROWS=tiling.rows,
@@ -201,6 +190,14 @@ def _launch(
         GROUP=tiling.group,
         **tiling.resources,
     )
+
+
+def _operands(
+    left: Quantized | QuantizedColumns, right: QuantizedBlocks | QuantizedColumns
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns describable codes of both and scales with contiguous rows; copies if they are not."""
+    codes = make_describable(left.codes), make_describable(right.codes)
+    return *codes, make_rows_contiguous(left.scales), make_rows_contiguous(right.scales)
 
 
 OF_ROWS = Tiling()
@@ -332,22 +329,13 @@ def grouped_rows_fp8(
     places_T5 = plan_row_tiles(counts, tiling.rows, tiling.group, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_AN.device)
-    grouped_rows_fp8_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
-        rows_AK,
-        weights_ENK,
-        rows_scales,
-        weights.scales.contiguous(),
-        out_AN,
-        places_T5,
-        num_rows,
-        num_groups,
-        num_outputs,
-        depth,
-        num_tiles,
-        rows_AK.stride(0),
-        weights_ENK.stride(0),
-        weights_ENK.stride(1),
-        rows_scales.stride(0),
+    launch_kernel(
+        grouped_rows_fp8_kernel,
+        (rows_AK, weights_ENK, rows_scales, weights.scales.contiguous(), out_AN, places_T5),
+        (num_rows, num_groups, num_outputs, depth, num_tiles),
+        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_AN.device),),
+        weights_group_stride=weights_ENK.stride(0),
+        weights_stride=weights_ENK.stride(1),
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
@@ -364,27 +352,14 @@ def grouped_weight_fp8(
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
     if out_ENK.numel() == 0 or depth == 0:
         return out_ENK.zero_()
-    grad_NP = make_describable(grad.codes)
-    rows_KP = make_describable(rows.codes)
-    grad_scales = make_rows_contiguous(grad.scales)
-    rows_scales = make_rows_contiguous(rows.scales)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
     allow_descriptors(out_ENK.device)
-    grouped_weight_fp8_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
-        grad_NP,
-        rows_KP,
-        grad_scales,
-        rows_scales,
-        out_ENK,
-        compute_depth_bounds([triton.cdiv(count, TILE) for count in counts], out_ENK.device),
-        num_outputs,
-        num_inputs,
-        depth,
-        num_tiles,
-        grad_NP.stride(0),
-        rows_KP.stride(0),
-        grad_scales.stride(0),
-        rows_scales.stride(0),
+    bounds = compute_depth_bounds([triton.cdiv(count, TILE) for count in counts], out_ENK.device)
+    launch_kernel(
+        grouped_weight_fp8_kernel,
+        (*_operands(grad, rows), out_ENK, bounds),
+        (num_outputs, num_inputs, depth, num_tiles),
+        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),),
         BLOCK_OUTPUTS=tiling.rows,
         BLOCK_INPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,

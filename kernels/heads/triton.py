@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotated(
@@ -165,11 +167,11 @@ def rotate_(
     """Implements `reference.rotate_` for turns of complex64; `block_heads` heads per program."""
     batch, tokens, num_heads, rope = x_BTHR.shape
     if x_BTHR.numel():
-        rotate_kernel[(batch * tokens, triton.cdiv(num_heads, block_heads))](
-            x_BTHR,
-            _numbers(turns_TP),
-            tokens,
-            *x_BTHR.stride()[:3],
+        launch_kernel(
+            rotate_kernel,
+            (x_BTHR, _numbers(turns_TP)),
+            (tokens, *x_BTHR.stride()[:3]),
+            grid=(batch * tokens, triton.cdiv(num_heads, block_heads)),
             INVERSE=inverse,
             NUM_HEADS=num_heads,
             ROPE=rope,
@@ -196,14 +198,11 @@ def fill_keys_and_values(
     if not key.is_contiguous() or not value.is_contiguous():
         raise ValueError("fill_keys_and_values: keys and values must be contiguous")
     if key.numel():
-        fill_kernel[(batch * tokens, triton.cdiv(num_heads, block_heads))](
-            key,
-            value,
-            _numbers(turns_TP),
-            up_NE.contiguous(),
-            shared_BTR,
-            tokens,
-            *shared_BTR.stride()[:2],
+        launch_kernel(
+            fill_kernel,
+            (key, value, _numbers(turns_TP), up_NE.contiguous(), shared_BTR),
+            (tokens, *shared_BTR.stride()[:2]),
+            grid=(batch * tokens, triton.cdiv(num_heads, block_heads)),
             NUM_HEADS=num_heads,
             NOPE=nope,
             ROPE=shared_BTR.shape[-1],
@@ -234,16 +233,11 @@ def keys_and_values_gradient(
     batch, tokens, num_heads, _ = grad_key.shape
     grad_NE = grad_key.new_empty(batch * tokens, num_heads * (nope + width))
     if grad_key.numel():
-        gradient_kernel[(batch * tokens,)](
-            grad_key,
-            grad_value,
-            _numbers(turns_TP),
-            grad_NE,
-            out_BTR,
-            tokens,
-            *grad_key.stride()[:3],
-            *grad_value.stride()[:3],
-            *out_BTR.stride()[:2],
+        launch_kernel(
+            gradient_kernel,
+            (grad_key, grad_value, _numbers(turns_TP), grad_NE, out_BTR),
+            (tokens, *grad_key.stride()[:3], *grad_value.stride()[:3], *out_BTR.stride()[:2]),
+            grid=(batch * tokens,),
             NUM_HEADS=num_heads,
             NOPE=nope,
             ROPE=out_BTR.shape[-1],

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.permute.reference import check_permute, check_unpermute
 
@@ -118,19 +119,13 @@ def permute(
     out_AW = _as_words(out_AD, word)
     num_words = rows_NW.shape[1]
     block_words = min(block_words, triton.next_power_of_2(num_words))
-    permute_kernel[(triton.cdiv(num_sources, block_rows), triton.cdiv(num_words, block_words))](
-        rows_NW,
-        source_A.contiguous(),
-        out_AW,
-        rows_NW.shape[0],
-        num_sources,
-        num_words,
-        rows_NW.stride(0),
-        out_AW.stride(0),
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_words,
+    launch_kernel(
+        permute_kernel,
+        (rows_NW, source_A.contiguous(), out_AW),
+        (rows_NW.shape[0], num_sources, num_words),
+        (block_rows, block_words),
+        grid=(triton.cdiv(num_sources, block_rows), triton.cdiv(num_words, block_words)),
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return out_AD
 
@@ -153,14 +148,11 @@ def unpermute(
         return out_ND
     check_columns("unpermute: rows_AD", rows_AD)
     block_columns = min(block_columns, triton.next_power_of_2(num_columns))
-    unpermute_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_columns, block_columns))](
-        rows_AD,
-        places_TK.contiguous(),
-        out_ND,
-        num_rows,
-        num_tokens,
-        num_columns,
-        rows_AD.stride(0),
+    launch_kernel(
+        unpermute_kernel,
+        (rows_AD, places_TK.contiguous(), out_ND),
+        (num_rows, num_tokens, num_columns),
+        grid=(triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_columns, block_columns)),
         NUM_PLACES=num_places,
         UNROLL=max(1, min(8, num_places)),
         ACCUMULATOR=tl.float64 if rows_AD.dtype == torch.float64 else tl.float32,

@@ -19,11 +19,14 @@ transposed by tiles because torch copies single bytes along columns; torch trans
 
 # Shape legend: as there; T tiles or blocks in a row.
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import (
     TILE,
@@ -154,21 +157,15 @@ def quantize_1x128(
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     quantized = empty_quantized(rows_ND, num_rows, num_columns)
-    if num_rows == 0 or num_columns == 0:
-        return quantized
     check_columns("quantize_1x128: rows_ND", rows_ND)
-    quantize_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
-        rows_ND,
-        *quantized,
-        num_rows,
-        num_columns,
-        rows_ND.stride(0),
-        float(min_amax),
+    launch_kernel(
+        quantize_kernel,
+        (rows_ND, *quantized),
+        (num_rows, num_columns),
+        (block_rows, TILE),
+        min_amax=float(min_amax),
         POWER_OF_TWO=power_of_two,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=TILE,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return quantized
 
@@ -179,24 +176,10 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     rows_ND = codes_ND.new_empty(num_rows, num_columns, dtype=dtype)
-    if num_rows == 0 or num_columns == 0:
-        return rows_ND
     check_columns("dequantize_1x128: codes", codes_ND)
     check_columns("dequantize_1x128: scales", scales_NT)
-    dequantize_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
-        codes_ND,
-        scales_NT,
-        rows_ND,
-        num_rows,
-        num_columns,
-        codes_ND.stride(0),
-        scales_NT.stride(0),
-        WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=TILE,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    tensors = (codes_ND, scales_NT, rows_ND)
+    launch_kernel(dequantize_kernel, tensors, (num_rows, num_columns), (block_rows, TILE), num_warps=num_warps)
     return rows_ND
 
 
@@ -291,23 +274,14 @@ def quantize_128x128(
     *leading, num_rows, num_columns = values.shape
     codes = values.new_empty(values.shape, dtype=torch.float8_e4m3fn)
     scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
-    if values.numel() == 0:
-        return QuantizedBlocks(codes, scales)
     check_columns("quantize_128x128: values", values)
-    values_END = _matrices(values)
-    quantize_blocks_kernel[_grid(values_END)](
-        values_END,
-        codes,
-        scales,
-        num_rows,
-        num_columns,
-        values_END.stride(1),
-        values_END.stride(0),
-        float(min_amax),
+    _launch_blocks(
+        quantize_blocks_kernel,
+        values,
+        (codes, scales),
+        min_amax=float(min_amax),
         POWER_OF_TWO=power_of_two,
-        TILE=TILE,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return QuantizedBlocks(codes, scales)
 
@@ -317,22 +291,8 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
     check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
     values = codes.new_empty(codes.shape, dtype=dtype)
-    if codes.numel() == 0:
-        return values
     check_columns("dequantize_128x128: codes", codes)
-    codes_END = _matrices(codes)
-    dequantize_blocks_kernel[_grid(codes_END)](
-        codes_END,
-        scales.contiguous(),
-        values,
-        codes.shape[-2],
-        codes.shape[-1],
-        codes_END.stride(1),
-        codes_END.stride(0),
-        TILE=TILE,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    _launch_blocks(dequantize_blocks_kernel, codes, (scales.contiguous(), values), num_warps=num_warps)
     return values
 
 
@@ -341,27 +301,16 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
     check_quantized_blocks("transpose_blocks", *quantized)
     codes, scales = quantized
     transposed = codes.new_empty(codes.mT.shape)
-    if codes.numel():
-        check_columns("transpose_blocks: codes", codes)
-        codes_END = _matrices(codes)
-        transpose_blocks_kernel[_grid(codes_END)](
-            codes_END.view(torch.uint8),
-            transposed.view(torch.uint8),
-            codes.shape[-2],
-            codes.shape[-1],
-            codes_END.stride(1),
-            codes_END.stride(0),
-            TILE=TILE,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+    check_columns("transpose_blocks: codes", codes)
+    results = (transposed.view(torch.uint8),)
+    _launch_blocks(transpose_blocks_kernel, codes.view(torch.uint8), results, num_warps=num_warps)
     return QuantizedBlocks(transposed, scales.mT.contiguous())
 
 
-def _matrices(stacked: Tensor) -> Tensor:
-    return stacked.reshape(-1, *stacked.shape[-2:])
-
-
-def _grid(stacked_END: Tensor) -> tuple[int, int, int]:
-    num_matrices, num_rows, num_columns = stacked_END.shape
-    return num_tiles(num_columns), num_tiles(num_rows), num_matrices
+def _launch_blocks(kernel: Any, source: Tensor, results: tuple[Tensor, ...], **values: Any) -> None:
+    """Launches a program per block of one or several matrices."""
+    source_END = source.flatten(0, -3) if source.dim() > 2 else source.unsqueeze(0)
+    num_matrices, num_rows, num_columns = source_END.shape
+    sizes = (num_rows, num_columns, source_END.stride(1), source_END.stride(0))
+    grid = (num_tiles(num_columns), num_tiles(num_rows), num_matrices)
+    launch_kernel(kernel, (source_END, *results), sizes, grid=grid, **values)

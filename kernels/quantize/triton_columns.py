@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import (
     TILE,
@@ -128,8 +129,8 @@ def requantize_columns_kernel(
     num_rows: tl.tensor,
     num_columns: tl.tensor,
     num_tiles: tl.tensor,
-    codes_stride: tl.tensor,
-    scales_stride: tl.tensor,
+    row_codes_stride: tl.tensor,
+    row_scales_stride: tl.tensor,
     min_amax: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -141,9 +142,9 @@ def requantize_columns_kernel(
     row, in_rows = _rows_of(bounds, num_rows, GROUPED, BLOCK_ROWS)
     columns = _columns_of(VECTOR, BLOCK_COLUMNS)
     inside = in_rows[:, None] & (columns < num_columns)[None, :]
-    code = tl.load(row_codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
+    code = tl.load(row_codes + row[:, None] * row_codes_stride + columns[None, :], mask=inside, other=0.0)
     column_tile = tl.program_id(0) // (BLOCK_ROWS // BLOCK_COLUMNS)  # tiles are square
-    scale = tl.load(row_scales + row * scales_stride + column_tile, mask=in_rows, other=0.0)
+    scale = tl.load(row_scales + row * row_scales_stride + column_tile, mask=in_rows, other=0.0)
     values = code.to(tl.float32) * scale[:, None]
     _store_columns(values, codes, scales, columns, num_columns, num_tiles, min_amax, POWER_OF_TWO, BLOCK_ROWS)
 
@@ -168,28 +169,20 @@ def quantize_columns(
     num_rows, num_columns = rows_ND.shape
     check_counts("quantize_columns", counts, num_rows)
     quantized = _empty(rows_ND, counts)
-    if quantized.codes.numel() == 0:
-        return quantized
     check_columns("quantize_columns: rows_ND", rows_ND)
     tiles = quantized.scales.shape[1]
-    quantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
-        rows_ND,
-        _bounds(counts, rows_ND.device),
-        *(by_rows or (None, None)),
-        *quantized,
-        num_rows,
-        num_columns,
-        tiles,
-        rows_ND.stride(0),
-        float(min_amax),
+    launch_kernel(
+        quantize_columns_kernel,
+        (rows_ND, _bounds(counts, rows_ND.device), *(by_rows or (None, None)), *quantized),
+        (num_rows, num_columns, tiles),
+        (TILE, block_columns),
+        grid=(triton.cdiv(num_columns, block_columns), tiles),
+        min_amax=float(min_amax),
         POWER_OF_TWO=power_of_two,
         GROUPED=len(counts) > 1,
         WITH_ROWS=by_rows is not None,
         VECTOR=vector,
-        BLOCK_ROWS=TILE,
-        BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return quantized
 
@@ -230,30 +223,20 @@ def requantize_columns(
     num_rows, num_columns = codes_ND.shape
     check_counts("requantize_columns", counts, num_rows)
     transposed = _empty(codes_ND, counts)
-    if transposed.codes.numel() == 0:
-        return transposed
     check_columns("requantize_columns: codes", codes_ND)
     check_columns("requantize_columns: scales", scales_NT)
     tiles = transposed.scales.shape[1]
-    requantize_columns_kernel[(triton.cdiv(num_columns, block_columns), tiles)](
-        codes_ND,
-        scales_NT,
-        _bounds(counts, codes_ND.device),
-        transposed.codes,
-        transposed.scales,
-        num_rows,
-        num_columns,
-        tiles,
-        codes_ND.stride(0),
-        scales_NT.stride(0),
-        float(min_amax),
+    launch_kernel(
+        requantize_columns_kernel,
+        (codes_ND, scales_NT, _bounds(counts, codes_ND.device), *transposed),
+        (num_rows, num_columns, tiles),
+        (TILE, block_columns),
+        grid=(triton.cdiv(num_columns, block_columns), tiles),
+        min_amax=float(min_amax),
         POWER_OF_TWO=power_of_two,
         GROUPED=len(counts) > 1,
         VECTOR=vector,
-        BLOCK_ROWS=TILE,
-        BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return transposed
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import E5M6_MIN_AMAX, TILE, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
 from kernels.quantize.triton import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
@@ -123,22 +124,14 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
     tiles = num_tiles(num_columns)
     codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
     scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
-    if num_rows == 0 or num_columns == 0:
-        return PackedE5M6(codes_NB, scales_NT)
     check_columns("pack_e5m6: rows_ND", rows_ND)
-    pack_kernel[(triton.cdiv(num_rows, block_rows) * tiles,)](
-        rows_ND,
-        codes_NB,
-        scales_NT,
-        num_rows,
-        num_columns,
-        pairs,
-        rows_ND.stride(0),
-        E5M6_MIN_AMAX,
-        BLOCK_ROWS=block_rows,
-        TILE=TILE,
+    launch_kernel(
+        pack_kernel,
+        (rows_ND, codes_NB, scales_NT),
+        (num_rows, num_columns, pairs),
+        (block_rows, TILE),
+        min_amax=E5M6_MIN_AMAX,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return PackedE5M6(codes_NB, scales_NT)
 
@@ -151,23 +144,8 @@ def unpack_e5m6(
     codes_NB, scales_NT = packed
     num_rows = codes_NB.shape[0]
     rows_ND = codes_NB.new_empty(num_rows, num_columns, dtype=dtype)
-    if num_rows == 0 or num_columns == 0:
-        return rows_ND
     check_columns("unpack_e5m6: codes", codes_NB)
     check_columns("unpack_e5m6: scales", scales_NT)
-    unpack_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
-        codes_NB,
-        scales_NT,
-        rows_ND,
-        num_rows,
-        num_columns,
-        num_pairs(num_columns),
-        codes_NB.stride(0),
-        scales_NT.stride(0),
-        WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
-        BLOCK_ROWS=block_rows,
-        TILE=TILE,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    sizes = (num_rows, num_columns, num_pairs(num_columns))
+    launch_kernel(unpack_kernel, (codes_NB, scales_NT, rows_ND), sizes, (block_rows, TILE), num_warps=num_warps)
     return rows_ND

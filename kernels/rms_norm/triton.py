@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized
 from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
@@ -53,6 +54,11 @@ class RowTiling:
     block_columns: int  # power of two that covers a row
     num_warps: int  # warps per program
     num_programs: int  # programs that loop over blocks of rows, if they sum over them
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns processed at a time."""
+        return self.block_rows, self.block_columns
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -153,20 +159,13 @@ def rms_norm(
     x_AD = x.reshape(-1, num_columns)
     check_columns("rms_norm: x", x_AD)
     shares = tiling("rms_norm: x", num_columns, block_rows, num_warps)
-    rms_norm_kernel[(triton.cdiv(len(x_AD), shares.block_rows),)](
-        x_AD,
-        weight_D.contiguous(),
-        normal,
-        inverse,
-        len(x_AD),
-        num_columns,
-        x_AD.stride(0),
-        float(eps),
-        WIDE=tl.float64 if wide == torch.float64 else tl.float32,
-        BLOCK_ROWS=shares.block_rows,
-        BLOCK_COLUMNS=shares.block_columns,
+    launch_kernel(
+        rms_norm_kernel,
+        (x_AD, weight_D.contiguous(), normal, inverse),
+        (len(x_AD), num_columns),
+        shares.block,
+        eps=float(eps),
         num_warps=shares.num_warps,
-        enable_fp_fusion=False,
     )
     return normal, inverse
 
@@ -195,23 +194,14 @@ def normalize_backward(
     shares = tiling("normalize_backward: x", num_columns, block_rows, num_warps, has_sums=True)
     programs = min(num_programs or shares.num_programs, triton.cdiv(len(x_AD), shares.block_rows))
     sums_PD = scale.new_empty(programs, num_columns)
-    rms_norm_backward_kernel[(programs,)](
-        grad_AD,
-        x_AD,
-        scale.contiguous(),
-        weight_D.contiguous(),
-        grad_x,
-        sums_PD,
-        len(x_AD),
-        num_columns,
-        grad_AD.stride(0),
-        x_AD.stride(0),
-        WIDE=tl.float64 if scale.dtype == torch.float64 else tl.float32,
-        BLOCK_ROWS=shares.block_rows,
-        BLOCK_COLUMNS=shares.block_columns,
+    launch_kernel(
+        rms_norm_backward_kernel,
+        (grad_AD, x_AD, scale.contiguous(), weight_D.contiguous(), grad_x, sums_PD),
+        (len(x_AD), num_columns),
+        shares.block,
+        grid=(programs,),
         NUM_STAGES=num_stages,
         num_warps=shares.num_warps,
-        enable_fp_fusion=False,
     )
     return grad_x, sums_PD.sum(0).to(weight_D.dtype)
 
@@ -352,22 +342,16 @@ def rms_norm_quantize(
         return normal, inverse_A1.fill_(torch.nan)
     check_columns("rms_norm_quantize: x_AD", x_AD)
     shares = tiling("rms_norm_quantize: x_AD", num_columns, block_rows, num_warps)
-    rms_norm_quantize_kernel[(triton.cdiv(size, shares.block_rows),)](
-        x_AD,
-        weight_D.contiguous(),
-        *normal,
-        inverse_A1,
-        size,
-        num_columns,
-        x_AD.stride(0),
-        float(eps),
+    launch_kernel(
+        rms_norm_quantize_kernel,
+        (x_AD, weight_D.contiguous(), *normal, inverse_A1),
+        (size, num_columns),
+        shares.block,
+        eps=float(eps),
         POWER_OF_TWO=power_of_two,
         MIN_AMAX=ROWS_MIN_AMAX,
-        BLOCK_ROWS=shares.block_rows,
         BLOCK_TILES=shares.block_columns // TILE,
-        TILE=TILE,
         num_warps=shares.num_warps,
-        enable_fp_fusion=False,
     )
     return normal, inverse_A1
 
@@ -394,23 +378,14 @@ def rms_norm_backward_from_codes(
     shares = tiling("rms_norm_backward_from_codes: grad_AD", num_columns, block_rows, num_warps, has_sums=True)
     programs = min(num_programs or shares.num_programs, triton.cdiv(size, shares.block_rows))
     sums_PD = grad_AD.new_empty(programs, num_columns, dtype=torch.float32)
-    rms_norm_backward_codes_kernel[(programs,)](
-        grad_AD,
-        *normal,
-        inverse_A1.contiguous(),
-        weight_D.contiguous(),
-        grad_x_AD,
-        sums_PD,
-        size,
-        num_columns,
-        grad_AD.stride(0),
-        normal.codes.stride(0),
-        normal.scales.stride(0),
-        BLOCK_ROWS=shares.block_rows,
+    launch_kernel(
+        rms_norm_backward_codes_kernel,
+        (grad_AD, *normal, inverse_A1.contiguous(), weight_D.contiguous(), grad_x_AD, sums_PD),
+        (size, num_columns),
+        shares.block,
+        grid=(programs,),
         BLOCK_TILES=shares.block_columns // TILE,
-        TILE=TILE,
         NUM_STAGES=num_stages,
         num_warps=shares.num_warps,
-        enable_fp_fusion=False,
     )
     return grad_x_AD, sums_PD.sum(0)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_operand
 from kernels.router.reference import SMALLEST_SUM, Chosen, RouteLimits
 
@@ -185,29 +186,24 @@ def route(
     chosen = Chosen(made_TK, logits_TE.new_empty(shape), torch.empty_like(logits_TE))
     # Without a limit, all experts are one group.
     num_groups = limits.num_groups if limits.num_limited_groups < limits.num_groups else 1
-    if num_rows:
-        route_kernel[(triton.cdiv(num_rows, block_rows),)](
-            logits_TE,
-            bias_E,
-            load_E,
-            *chosen,
-            num_rows,
-            num_experts,
-            float(limits.factor),
-            IS_FORCED=is_forced,
-            HAS_LOAD=load_E is not None,
-            NUM_EXPERTS=num_experts,
-            NUM_CHOSEN=limits.num_chosen,
-            NUM_GROUPS=num_groups,
-            NUM_LIMITED=min(limits.num_limited_groups, num_groups),
-            PER_GROUP=limits.num_per_group(num_experts),
-            BLOCK_ROWS=block_rows,
-            BLOCK_CHOSEN=triton.next_power_of_2(limits.num_chosen),
-            BLOCK_GROUPS=triton.next_power_of_2(num_groups),
-            BLOCK_SIZE=triton.next_power_of_2(num_experts // num_groups),
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+    launch_kernel(
+        route_kernel,
+        (logits_TE, bias_E, load_E, *chosen),
+        (num_rows,),
+        (block_rows,),
+        factor=float(limits.factor),
+        IS_FORCED=is_forced,
+        HAS_LOAD=load_E is not None,
+        NUM_EXPERTS=num_experts,
+        NUM_CHOSEN=limits.num_chosen,
+        NUM_GROUPS=num_groups,
+        NUM_LIMITED=min(limits.num_limited_groups, num_groups),
+        PER_GROUP=limits.num_per_group(num_experts),
+        BLOCK_CHOSEN=triton.next_power_of_2(limits.num_chosen),
+        BLOCK_GROUPS=triton.next_power_of_2(num_groups),
+        BLOCK_SIZE=triton.next_power_of_2(num_experts // num_groups),
+        num_warps=num_warps,
+    )
     return chosen
 
 
@@ -227,23 +223,18 @@ def route_backward(
     num_chosen = ids_TK.shape[1]
     check_operand("route_backward: grad_weights_TK", grad_weights_TK, (num_rows, num_chosen), scores_TE.device)
     grad_logits_TE = torch.empty_like(scores_TE)
-    if num_rows:
-        route_backward_kernel[(triton.cdiv(num_rows, block_rows),)](
-            grad_weights_TK.contiguous(),
-            ids_TK,
-            weights_TK,
-            scores_TE,
-            None if grad_scores_TE is None else grad_scores_TE.contiguous(),
-            grad_logits_TE,
-            num_rows,
-            float(factor),
-            HAS_GRAD_SCORES=grad_scores_TE is not None,
-            NUM_EXPERTS=num_experts,
-            NUM_CHOSEN=num_chosen,
-            BLOCK_ROWS=block_rows,
-            BLOCK_CHOSEN=triton.next_power_of_2(num_chosen),
-            BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+    grad_scores_TE = None if grad_scores_TE is None else grad_scores_TE.contiguous()
+    launch_kernel(
+        route_backward_kernel,
+        (grad_weights_TK.contiguous(), ids_TK, weights_TK, scores_TE, grad_scores_TE, grad_logits_TE),
+        (num_rows,),
+        (block_rows,),
+        factor=float(factor),
+        HAS_GRAD_SCORES=grad_scores_TE is not None,
+        NUM_EXPERTS=num_experts,
+        NUM_CHOSEN=num_chosen,
+        BLOCK_CHOSEN=triton.next_power_of_2(num_chosen),
+        BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+        num_warps=num_warps,
+    )
     return grad_logits_TE

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized, num_tiles
 from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
@@ -115,22 +116,8 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
     up_AM = up.reshape(-1, num_columns)
     check_columns("swiglu: gate", gate_AM)
     check_columns("swiglu: up", up_AM)
-    num_rows = len(gate_AM)
-    block_columns = min(block_columns, triton.next_power_of_2(num_columns))
-    swiglu_kernel[(triton.cdiv(num_rows, block_rows) * triton.cdiv(num_columns, block_columns),)](
-        gate_AM,
-        up_AM,
-        out,
-        num_rows,
-        num_columns,
-        gate_AM.stride(0),
-        up_AM.stride(0),
-        WIDE=tl.float64 if gate.dtype == torch.float64 else tl.float32,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    blocks = (block_rows, min(block_columns, triton.next_power_of_2(num_columns)))
+    launch_kernel(swiglu_kernel, (gate_AM, up_AM, out), (len(gate_AM), num_columns), blocks, num_warps=num_warps)
     return out
 
 
@@ -138,28 +125,14 @@ def swiglu_backward(
     grad_AM: Tensor, hidden_AH: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4
 ) -> Tensor:
     """Implements `reference.swiglu_backward` for contiguous columns; tiles as `swiglu`."""
-    num_rows, num_columns = grad_AM.shape
     check_backward("swiglu_backward", grad_AM, hidden_AH)
     out_AH = torch.empty_like(hidden_AH, memory_format=torch.contiguous_format)
     if out_AH.numel() == 0:
         return out_AH
     check_columns("swiglu_backward: grad_AM", grad_AM)
     check_columns("swiglu_backward: hidden_AH", hidden_AH)
-    block_columns = min(block_columns, triton.next_power_of_2(num_columns))
-    swiglu_backward_kernel[(triton.cdiv(num_rows, block_rows) * triton.cdiv(num_columns, block_columns),)](
-        grad_AM,
-        hidden_AH,
-        out_AH,
-        num_rows,
-        num_columns,
-        grad_AM.stride(0),
-        hidden_AH.stride(0),
-        WIDE=tl.float64 if hidden_AH.dtype == torch.float64 else tl.float32,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    blocks = (block_rows, min(block_columns, triton.next_power_of_2(grad_AM.shape[1])))
+    launch_kernel(swiglu_backward_kernel, (grad_AM, hidden_AH, out_AH), grad_AM.shape, blocks, num_warps=num_warps)
     return out_AH
 
 
@@ -300,26 +273,18 @@ def swiglu_quantize(
     check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated = empty_quantized(hidden_AH, size, width)
     cached = empty_quantized(hidden_AH, size, hidden)
-    if size == 0 or width == 0:
-        return gated, cached
     check_columns("swiglu_quantize: hidden_AH", hidden_AH)
-    swiglu_quantize_kernel[(triton.cdiv(size, block_rows) * num_tiles(width),)](
-        hidden_AH,
-        cached.scales if weights_A is None else weights_A,
-        *gated,
-        *cached,
-        size,
-        width,
-        hidden_AH.stride(0),
-        1 if weights_A is None else weights_A.stride(0),
+    launch_kernel(
+        swiglu_quantize_kernel,
+        (hidden_AH, cached.scales if weights_A is None else weights_A, *gated, *cached),
+        (size, width),
+        (block_rows, TILE),
+        weights_stride=1 if weights_A is None else weights_A.stride(0),
         HAS_WEIGHTS=weights_A is not None,
         POWER_OF_TWO=power_of_two,
         ALIGNED=width % TILE == 0,
         MIN_AMAX=ROWS_MIN_AMAX,
-        BLOCK_ROWS=block_rows,
-        TILE=TILE,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return gated, cached
 
@@ -333,28 +298,18 @@ def swiglu_backward_from_codes(
     grad_hidden_AH = grad_AM.new_empty(size, 2 * width)
     gated_AM = grad_AM.new_empty(size, width)
     sums_AT = None if weights_A is None else grad_AM.new_empty(size, num_tiles(width), dtype=torch.float32)
-    if size and width:
-        check_columns("swiglu_backward_from_codes: grad_AM", grad_AM)
-        check_columns("swiglu_backward_from_codes: codes", hidden.codes)
-        check_columns("swiglu_backward_from_codes: scales", hidden.scales)
-        swiglu_backward_codes_kernel[(triton.cdiv(size, block_rows) * num_tiles(width),)](
-            grad_AM,
-            *hidden,
-            hidden.scales if weights_A is None else weights_A,
-            grad_hidden_AH,
-            gated_AM,
-            hidden.scales if sums_AT is None else sums_AT,
-            size,
-            width,
-            grad_AM.stride(0),
-            hidden.codes.stride(0),
-            hidden.scales.stride(0),
-            1 if weights_A is None else weights_A.stride(0),
-            HAS_WEIGHTS=weights_A is not None,
-            ALIGNED=width % TILE == 0,
-            BLOCK_ROWS=block_rows,
-            TILE=TILE,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+    for name, matrix in (("grad_AM", grad_AM), ("codes", hidden.codes), ("scales", hidden.scales)):
+        check_columns(f"swiglu_backward_from_codes: {name}", matrix)
+    weights = hidden.scales if weights_A is None else weights_A
+    sums = hidden.scales if sums_AT is None else sums_AT
+    launch_kernel(
+        swiglu_backward_codes_kernel,
+        (grad_AM, *hidden, weights, grad_hidden_AH, gated_AM, sums),
+        (size, width),
+        (block_rows, TILE),
+        weights_stride=1 if weights_A is None else weights_A.stride(0),
+        HAS_WEIGHTS=weights_A is not None,
+        ALIGNED=width % TILE == 0,
+        num_warps=num_warps,
+    )
     return grad_hidden_AH, gated_AM, None if sums_AT is None else sums_AT.sum(1)

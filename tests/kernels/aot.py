@@ -111,7 +111,7 @@ def recorded_launch(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keywords of the one launch of a kernel, which is not run; as in `compile_launch`."""
     launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    recorder = MagicMock()
+    recorder = MagicMock(arg_names=getattr(module, kernel_name).arg_names)
     recorder.__getitem__.return_value = lambda *arguments, **keywords: launches.append((arguments, keywords))
     with patch.object(module, kernel_name, recorder):
         launcher()
