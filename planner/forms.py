@@ -84,14 +84,14 @@ def _model_values(plan: JobPlan) -> dict[str, Any]:
 
 def _rank_values(rank: RankMemory) -> dict[str, Any]:
     """Returns the memory of a rank. All bytes but the total add up to the total."""
-    *static, activations, pending, buffers, reserve, total = _peak_parts(rank)
+    *static, activations, pending, buffers, reserve = _peak_parts(rank)
     return {
         "pipeline_rank": rank.pipeline_rank,
         "parameters": rank.parameters,
         **dict(zip(("weights_bytes", "gradients_bytes", "optimiser_bytes"), static, strict=True)),
         "activations_bytes": activations + pending,
         "buffers_bytes": buffers + reserve,
-        "total_bytes": total,
+        "total_bytes": rank.total,
     }
 
 
@@ -211,21 +211,21 @@ def _memory_lines(plan: JobPlan) -> list[str]:
     room = plan.config.cluster.memory_bytes
     unit, name = (_GB, "GB") if plan.memory.worst.total >= _GB else (_MB, "MB")
     rows = [list(_MEMORY_COLUMNS if room is not None else _MEMORY_COLUMNS[:-1])]
-    for cells, group in groupby(plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in _peak_parts(rank)]):
+    for cells, group in groupby(
+        plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in (*_peak_parts(rank), rank.total)]
+    ):
         first, *others = group
         ranks = f"{first.pipeline_rank}-{others[-1].pipeline_rank}" if others else str(first.pipeline_rank)
         rows.append([ranks, *cells, *([] if room is None else [f"{100 * first.total / room:.0f} %"])])
     return [f"memory of the pipeline ranks at their peak, in {name}", *aligned(rows)]
 
 
-def _peak_parts(rank: RankMemory) -> tuple[int, ...]:
-    """Returns the bytes of a rank in the order of the columns. All but the last add up to the last."""
-    is_reducing = rank.reducing > rank.passes
-    passes = rank.cool_down if is_reducing else rank.pipeline
-    buffers = rank.weight_codes + passes.exchange + passes.transfers + passes.inside
-    buffers += rank.update if is_reducing else 0
-    static = (rank.weights, rank.gradients, rank.optimizer)
-    return (*static, passes.activations + rank.batch, passes.pending, buffers, rank.reserve, rank.total)
+def _peak_parts(rank: RankMemory) -> list[int]:
+    """Returns the bytes of a rank in the order of the columns. They add up to its total."""
+    sizes = rank.peak_parts
+    sizes["activations"] += sizes.pop("batch")
+    sizes["transient"] += sizes.pop("FP8 weights") + sizes.pop("update")
+    return list(sizes.values())
 
 
 def _size(size: int, unit: float) -> str:

@@ -19,7 +19,6 @@ from train.terminal import aligned
 _GB = 1e9
 _SLICED_CAPS = (1.0, 0.75, 0.5)
 """Memory caps that are tried for slices, in whole sequences of model/P per pipeline rank."""
-_COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")
 
 
 def fitted_config(config: TrainConfig) -> TrainConfig:
@@ -136,8 +135,8 @@ def memory_lines(config: TrainConfig) -> list[str]:
     """
     config = fitted_config(config)
     job = predict_memory(config)
-    header = [*_COLUMNS, "update", "reserve", "total"]
-    rows = [[str(rank.pipeline_rank), *map(_gb, _cells(rank))] for rank in job.ranks]
+    header = ["rank", *job.worst.peak_parts, "total"]
+    rows = [[str(rank.pipeline_rank), *map(_gb, (*rank.peak_parts.values(), rank.total))] for rank in job.ranks]
     return [summary_line(config, job), *aligned([header, *rows]), *_notes(config, job)]
 
 
@@ -169,20 +168,9 @@ def parts(rank: RankMemory) -> str:
 
     They are in GB without a unit, or below 0.1 GB in MB with a unit.
     """
-    is_reducing = rank.reducing > rank.passes
-    passes = rank.cool_down if is_reducing else rank.pipeline
-    named = {
-        "activations": passes.activations + passes.pending,
-        "weights": rank.weights,
-        "gradients": rank.gradients,
-        "optimizer": rank.optimizer,
-        "FP8 weights": rank.weight_codes,
-        "transient": passes.exchange + passes.transfers + passes.inside,
-        "batch": rank.batch,
-        "reserve": rank.reserve,
-        "update": rank.update if is_reducing else 0,
-    }
-    largest = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
+    sizes = rank.peak_parts
+    sizes["activations"] += sizes.pop("pending W")
+    largest = sorted(((size, name) for name, size in sizes.items() if size >= 0.01 * rank.total), reverse=True)
     return ", ".join(f"{name} {_part(size)}" for size, name in largest)
 
 
@@ -191,17 +179,10 @@ def gigabytes(size: float) -> str:
     return f"{size / _GB:.1f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.1f} MB"
 
 
-def _cells(rank: RankMemory) -> tuple[int, ...]:
-    pipeline = rank.pipeline
-    transient = pipeline.exchange + pipeline.transfers + pipeline.inside
-    static = (rank.weights, rank.gradients, rank.optimizer, rank.weight_codes, rank.batch)
-    return (*static, pipeline.activations, pipeline.pending, transient, rank.update, rank.reserve, rank.total)
-
-
 def _notes(config: TrainConfig, job: JobMemory) -> list[str]:
     lines = [
-        "GB; total = weights + gradients + optimizer + the larger of all passes and of the last ones with the update "
-        f"+ reserve; {job.num_micro_batches} micro-batches of {config.batch.micro_sequences} sequences",
+        "GB at the peak, which may be that of the last passes with the update; "
+        f"{job.num_micro_batches} micro-batches of {config.batch.micro_sequences} sequences",
         "experts are taken to receive equally many rows"
         + (
             f"; 10 % more on the rank that needs most add {gigabytes(imbalance_bytes(config, job))}"

@@ -102,6 +102,24 @@ class RankMemory:
         """The peak, including the reserve."""
         return self.static + max(self.passes, self.reducing) + self.reserve
 
+    @property
+    def peak_parts(self) -> dict[str, int]:
+        """The bytes of each part at the peak, which add up to the total."""
+        is_reducing = self.reducing > self.passes
+        passes = self.cool_down if is_reducing else self.pipeline
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "FP8 weights": self.weight_codes,
+            "batch": self.batch,
+            "activations": passes.activations,
+            "pending W": passes.pending,
+            "transient": passes.exchange + passes.transfers + passes.inside,
+            "update": self.update if is_reducing else 0,
+            "reserve": self.reserve,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobMemory:
