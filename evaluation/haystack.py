@@ -1,9 +1,9 @@
-"""Builds prompts of an exact number of tokens: facts hidden in filler text. Imports no torch."""
+"""Builds prompts of an exact number of tokens: a fact hidden in filler text. Imports no torch."""
 
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,8 @@ _NOUNS = (
     "harbor island kettle ladder lantern meadow mirror orchard pebble pillow planet ribbon river saddle shadow spruce "
     "temple thunder tiger tunnel valley violin walnut window"
 )
+# Its white space, and text up to the end of a line or to a mark before white space.
+_SENTENCE = re.compile(r"\s*+(?=\S).*?(?:\n|[.!?](?=\s)|\Z)", re.DOTALL)
 ADJECTIVES = tuple(_ADJECTIVES.split())
 NOUNS = tuple(_NOUNS.split())
 
@@ -49,13 +51,6 @@ class Draws:
         """Returns a number from 0 to below a limit."""
         return int(self._bits.random_raw()) % limit
 
-    def different(self, limit: int, count: int) -> list[int]:
-        """Returns different numbers from 0 to below a limit, in random order."""
-        numbers: dict[int, None] = {}
-        while len(numbers) < count:
-            numbers[self.below(limit)] = None
-        return list(numbers)
-
     def shuffled(self, items: Sequence[int]) -> list[int]:
         """Returns the items in random order."""
         order = list(items)
@@ -68,10 +63,10 @@ class Draws:
         """Returns a number of so many digits, the first not 0."""
         return str(10 ** (count - 1) + self.below(9 * 10 ** (count - 1)))
 
-    def names(self, count: int) -> list[str]:
-        """Returns different names of two words."""
-        pairs = self.different(len(ADJECTIVES) * len(NOUNS), count)
-        return [f"{ADJECTIVES[pair // len(NOUNS)]} {NOUNS[pair % len(NOUNS)]}" for pair in pairs]
+    def name(self) -> str:
+        """Returns a name of two words."""
+        adjective, noun = divmod(self.below(len(ADJECTIVES) * len(NOUNS)), len(NOUNS))
+        return f"{ADJECTIVES[adjective]} {NOUNS[noun]}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +95,8 @@ def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> 
         sentences = [f" {_SENTENCES[at]}" for at in order]
     else:
         # With one kind of line ends.
-        sentences = list(_split(io.StringIO(read_text(key, checked_file(key, path)), newline=None).read()))
+        text = io.StringIO(read_text(key, checked_file(key, path)), newline=None).read()
+        sentences = _SENTENCE.findall(text)
     ids: list[int] = []
     ends: list[int] = []
     for tokens in tokenizer.encode_batch(sentences):
@@ -112,58 +108,26 @@ def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> 
     return Filler(ids=tuple(ids), ends=tuple(ends))
 
 
-def _split(text: str) -> Iterator[str]:
-    """Yields the sentences of a text, each with the white space before it."""
-    start = 0
-    for at, character in enumerate(text):
-        is_end = character == "\n" or (character in ".!?" and text[at + 1 : at + 2].isspace())
-        if is_end and text[start : at + 1].strip():
-            yield text[start : at + 1]
-            start = at + 1
-    if text[start:].strip():
-        yield text[start:]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fact:
-    """Text that is hidden in filler, at a depth from 0 to 1, in parts that are tokenized separately."""
-
-    depth: float
-    parts: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HaystackPrompt:
-    """Token ids of a prompt without the begin of sentence, and the depth of each fact from 0 to 1."""
-
-    ids: tuple[int, ...]
-    depths: tuple[float, ...]
-
-
-def num_begin(tokenizer: Tokenizer) -> int:
-    """Returns the number of tokens before every prompt."""
-    return int(tokenizer.special.bos is not None)
-
-
 def hide(
-    tokenizer: Tokenizer, filler: Filler, facts: Sequence[Fact], question: str, size: int, start: int
-) -> HaystackPrompt | None:
-    """Returns a prompt of `size` tokens with facts in filler and a question, or None if they do not fit."""
-    encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
-    hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]
-    end = next(encoded)
-    count = size - num_begin(tokenizer) - sum(map(len, hidden)) - len(end)
+    tokenizer: Tokenizer, filler: Filler, fact: Sequence[str], question: str, *, depth: float, size: int, start: int
+) -> tuple[tuple[int, ...], float] | None:
+    """Returns a prompt of `size` tokens with a fact in filler and a question, or None if they do not fit.
+
+    Args:
+        fact: parts that are tokenized separately.
+        depth: where the fact should be, from 0 to 1.
+
+    Returns:
+        The token ids without the begin of sentence, and the depth of the fact.
+    """
+    *parts, end = tokenizer.encode_batch([*fact, question])
+    hidden = [token for part in parts for token in part]
+    count = size - int(tokenizer.special.bos is not None) - len(hidden) - len(end)
     if count < 0:
         return None
     around, ends = filler.take(count, start)
-    positions = [min(ends, key=lambda cut: abs(cut - fact.depth * count)) for fact in facts]
-    ids: list[int] = []
-    last = 0
-    for at in sorted(range(len(facts)), key=lambda at: positions[at]):
-        ids += [*around[last : positions[at]], *hidden[at]]
-        last = positions[at]
-    depths = tuple(position / max(1, count) for position in positions)
-    return HaystackPrompt(ids=(*ids, *around[last:], *end), depths=depths)
+    position = min(ends, key=lambda cut: abs(cut - depth * count))
+    return (*around[:position], *hidden, *around[position:], *end), position / max(1, count)
 
 
 def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:

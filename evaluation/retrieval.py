@@ -11,14 +11,7 @@ from statistics import mean
 from typing import Annotated, Any
 
 from base.ranges import Between, PositiveInt
-from evaluation.haystack import (
-    Draws,
-    Fact,
-    Filler,
-    check_lengths,
-    hide,
-    read_filler,
-)
+from evaluation.haystack import Draws, Filler, check_lengths, hide, read_filler
 from evaluation.protocol import (
     ContinuationRequest,
     EvaluationError,
@@ -81,18 +74,20 @@ def _needle(
     config: NeedleConfig, context: TaskContext, filler: Filler, length: int, depth: float, number: int
 ) -> EvaluationSample:
     draws = Draws(context.seed, "needle", length, depth, number)
-    (name,) = draws.names(1)
+    name = draws.name()
     value = draws.digits(config.num_digits)
     answer = tuple(context.tokenizer.encode(f" {value}"))
     question = f"\n{_FACT.format(name)}"
-    facts = [Fact(depth=depth / 100, parts=(f" {_FACT.format(name)}", f" {value}", "."))]
-    prompt = hide(context.tokenizer, filler, facts, question, length - len(answer), draws.below(2**32))
+    fact = (f" {_FACT.format(name)}", f" {value}", ".")
+    size = length - len(answer)
+    prompt = hide(context.tokenizer, filler, fact, question, depth=depth / 100, size=size, start=draws.below(2**32))
     if prompt is None:
         raise EvaluationError.broken(
             "needle.lengths", "must have room for needle and question", length, min(2 * length, context.max_tokens)
         )
-    source = {"length": length, "depth": depth, "actual_depth": prompt.depths[0], "name": name, "value": value}
-    request = ContinuationRequest(context=prompt.ids, continuation=answer, place=f"needle {number}")
+    ids, actual_depth = prompt
+    source = {"length": length, "depth": depth, "actual_depth": actual_depth, "name": name, "value": value}
+    request = ContinuationRequest(context=ids, continuation=answer, place=f"needle {number}")
     return EvaluationSample(key=f"{length}-{depth:g}-{number}", requests=(request,), source=source)
 
 

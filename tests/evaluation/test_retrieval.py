@@ -7,7 +7,7 @@ import pytest
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from evaluation.haystack import Draws, Fact, hide, read_filler
+from evaluation.haystack import Draws, hide, read_filler
 from evaluation.protocol import EvaluationError
 from evaluation.run import OpenTask
 from tests.evaluation.stand_ins import CopyModel, RandomModel, evaluate, open_task
@@ -70,10 +70,10 @@ def test_filler_may_be_a_text_of_the_user(tokenizer: Tokenizer, tmp_path: Path) 
     filler = read_filler("needle.path", str(path), tokenizer, 0)
     assert tokenizer.decode(filler.ids) == path.read_text()
     assert len(filler.ends) == 4
-    fact = Fact(depth=0.5, parts=(" A fact",))
-    prompt = hide(tokenizer, filler, [fact], " Why?", 300, 2)
-    assert len(prompt.ids) == 299  # type: ignore[union-attr]  # one more is the begin of sentence
-    text = tokenizer.decode(prompt.ids)  # type: ignore[union-attr]
+    prompt = hide(tokenizer, filler, [" A fact"], " Why?", depth=0.5, size=300, start=2)
+    assert prompt is not None
+    assert len(prompt[0]) == 299  # one more is the begin of sentence
+    text = tokenizer.decode(prompt[0])
     assert text.count(" A fact") == 1
     assert text.count("The end") > 1
     assert text.endswith(" Why?")
@@ -86,9 +86,9 @@ def test_filler_may_be_a_text_of_the_user(tokenizer: Tokenizer, tmp_path: Path) 
 
 
 def test_draws_are_different_and_repeatable() -> None:
-    assert Draws(1, "a").different(50, 50) == Draws(1, "a").different(50, 50)
-    assert sorted(Draws(1, "a").different(50, 50)) == sorted(Draws(1, "b").shuffled(range(50))) == list(range(50))
-    assert Draws(1, "a").names(5) != Draws(2, "a").names(5)
+    assert Draws(1, "a").shuffled(range(50)) == Draws(1, "a").shuffled(range(50)) != Draws(1, "b").shuffled(range(50))
+    assert sorted(Draws(1, "b").shuffled(range(50))) == list(range(50))
+    assert Draws(1, "a").name() != Draws(2, "a").name()
     assert {len(Draws(seed, "a").digits(3)) for seed in range(50)} == {3}
 
 
