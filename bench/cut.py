@@ -47,7 +47,7 @@ def trace_times() -> LayerTimes:
         embedding=PartTimes(),
         head=head,
         mtp=moe + PartTimes(**_named(*[_PROJECTION_SECONDS] * 3)) + head,
-        latency=0.5e-3,
+        latency_seconds=0.5e-3,
     )
 
 

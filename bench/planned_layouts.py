@@ -26,7 +26,7 @@ from train.config import TrainConfig
 from train.core.step import train_step
 from train.predict.cut import run_cut, with_cut
 from train.predict.layer_times import LayerTimes
-from train.predict.measured import layer_parameters
+from train.predict.measured import TimesScope, layer_parameters
 from train.predict.timing import EfficiencyConfig, MeasuredRates, RateSource, time_plan
 from train.start import probe
 
@@ -128,17 +128,14 @@ def predicted_step(rates: MeasuredRates, config: TrainConfig) -> float:
 def rates_of(config: TrainConfig, times: LayerTimes, outside_seconds: float) -> MeasuredRates:
     return MeasuredRates(
         kind="measured",
-        precision=config.precision.kind,
-        layer_parameters=layer_parameters(config.model),
-        expert=config.parallelism.expert,
-        tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
-        dense=times.dense,
-        moe=times.moe,
-        embedding=times.embedding,
-        head=times.head,
-        mtp=times.mtp,
+        scope=TimesScope(
+            precision=config.precision.kind,
+            layer_parameters=layer_parameters(config.model),
+            expert=config.parallelism.expert,
+            tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
+        ),
+        times=times,
         alone=1.0,
-        latency_seconds=times.latency,
         optimizer_seconds=outside_seconds,
         sources=(RateSource(keys=("all",), text="probe"),),
     )

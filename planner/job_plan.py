@@ -65,7 +65,7 @@ _UNITS = {
     "hours": "h",
     "gpu": "W",
 }
-_TIMED = ("attention", "experts", "exchange", "recomputed", "dense", "moe", "embedding", "head", "mtp")
+_TIMED = ("attention", "experts", "exchange", "recomputed", "times")
 _MOST_PADDING = 12 * 12
 """ZeRO-1 rounds the shard of a parameter group up to a whole element, of 12 bytes; a rank has at most 12 groups."""
 _COUNTED = {
@@ -211,25 +211,26 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
         if kind not in ("fp8", "bf16"):
             return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
         return ""
+    scope = rates.scope
     parameters = layer_parameters(config.model)
     mesh = config.parallelism
-    if rates.layer_parameters != parameters:
+    if scope.layer_parameters != parameters:
         rule = f"must be of the run's layers, in which a token uses {parameters:,} weights"
-        return f"rates: {rule}, are of layers with {rates.layer_parameters:,}; nearest: rates=RUN of such a run"
-    if rates.precision != config.precision.kind:
+        return f"rates: {rule}, are of layers with {scope.layer_parameters:,}; nearest: rates=RUN of such a run"
+    if scope.precision != config.precision.kind:
         rule = f"must be of a run with precision={config.precision.kind}"
-        return f"rates: {rule}, are of {rates.precision}; nearest: precision={rates.precision}"
-    if rates.expert == 1 < mesh.expert:
+        return f"rates: {rule}, are of {scope.precision}; nearest: precision={scope.precision}"
+    if scope.expert == 1 < mesh.expert:
         rule = "must be of a run with experts on several ranks, as parallelism.expert has"
         return f"rates: {rule}, are of one rank; nearest: parallelism.expert=1, or rates=RUN of such a run"
-    if rates.context != mesh.context:
+    if scope.context != mesh.context:
         rule = f"must be of a run with parallelism.context={mesh.context}"
-        return f"rates: {rule}, are of {rates.context}; nearest: parallelism.context={rates.context}"
-    if rates.mtp_depth == 0 < config.model.mtp_depth:
+        return f"rates: {rule}, are of {scope.context}; nearest: parallelism.context={scope.context}"
+    if scope.mtp_depth == 0 < config.model.mtp_depth:
         return "rates: must be of a run with MTP modules, are of one without; nearest: model.mtp_depth=0"
     names = config.computing.recomputed_names
-    if rates.recomputed not in (None, names):
-        measured = f"recompute=[{','.join(rates.recomputed or ())}]"
+    if scope.recomputed not in (None, names):
+        measured = f"recompute=[{','.join(scope.recomputed or ())}]"
         return f"rates: must be of a run with recompute=[{','.join(names)}], are of {measured}; nearest: {measured}"
     return ""
 
@@ -350,7 +351,7 @@ def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[dict[s
     unit = f"s per layer and {config.batch.micro_sequences * config.mean_part_tokens:,.0f} tokens"
     for name in ("dense", "moe", "head", "mtp"):
         kernels = "head_flops_per_second" if name == "head" else "attention"
-        source = f"scaled from {_source_of(rates, kernels if isinstance(rates, KernelRates) else name)}"
+        source = f"scaled from {_source_of(rates, kernels if isinstance(rates, KernelRates) else 'times')}"
         for phase, seconds in encode(getattr(times, name)).items():
             if seconds:
                 yield assumption(f"{name}.{phase}", seconds, unit, source)

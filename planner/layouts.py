@@ -288,9 +288,9 @@ class Estimates:
             backward_input=sums.backward_input / pipeline,
             backward_weight=sums.backward_weight / pipeline,
             exchange=sums.forward_exchange / pipeline,
-            latency=times.latency,
+            latency=times.latency_seconds,
         )
-        return busy, path + 2 * (pipeline - 1) * times.latency, mean
+        return busy, path + 2 * (pipeline - 1) * times.latency_seconds, mean
 
     def _held(self, expert: int) -> HeldParameters:
         """Returns the parameters of a whole model with its experts divided among ranks."""

@@ -94,7 +94,7 @@ class KernelRates:
             embedding=PartTimes(),
             head=scale.head,
             mtp=(moe + scale.projection + scale.head) * config.model.mtp_depth,
-            latency=self.latency_seconds * scale.tokens * scale.width if config.parallelism.pipeline > 1 else 0.0,
+            latency_seconds=self.latency_seconds * scale.tokens * scale.width * (config.parallelism.pipeline > 1),
         )
 
     def alone_factor(self, config: TrainConfig) -> float:

@@ -49,7 +49,7 @@ from train.optim.adamw import load_cpu_adam
 from train.optim.learning_rate import OptimConfig
 from train.post.comparison import open_comparison
 from train.post.sampler import open_hook
-from train.predict.measured import MeasuredRun, RunFacts, probed, try_to_write
+from train.predict.measured import MeasuredRun, MeasuredTimes, StepTimes, TimesScope, layer_parameters, try_to_write
 from train.records.display import PhaseLines, report_breaks
 from train.records.reporter import open_reporter, print_run_summary
 from train.report.page import Report
@@ -150,17 +150,24 @@ def write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> Non
     """Writes the times that the probe measured, if it ran, into the run's folder. Only rank 0 writes."""
     if planned.times is None or dist.get_rank() != 0:
         return
-    facts = RunFacts(
-        model=config.model,
+    scope = TimesScope(
         precision=config.precision.kind,
-        device=device.type,
+        layer_parameters=layer_parameters(config.model),
         expert=config.parallelism.expert,
         tokens=config.batch.micro_sequences * config.rank_sequence_tokens,
-        cut=planned.cut,
         context=config.parallelism.context,
+        mtp_depth=config.model.mtp_depth,
         recomputed=config.computing.recomputed_names,
     )
-    try_to_write(Path(config.out_dir), MeasuredRun(measured=probed(planned.times, facts), schedule=planned.schedule))
+    times = StepTimes(times=planned.times, alone=1.0)
+    measured = MeasuredTimes(
+        step=0,
+        device="cuda" if device.type == "cuda" else "cpu",
+        cut=tuple(map(len, planned.cut)),
+        scope=scope,
+        measured=times,
+    )
+    try_to_write(Path(config.out_dir), MeasuredRun(measured=measured, schedule=planned.schedule))
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,7 +382,7 @@ def test_rates_of_a_run_plan_another_layout_and_can_be_read_back(
     assert deep["time"]["step_seconds"] > own["time"]["step_seconds"]
     unknown = planned(capsys, *RUN, f"rates={folder}", "recompute=[layer]")["time_unknown"]
     assert "must be of a run with recompute=[layer,mla_up,norm,swiglu], are of recompute=[" in unknown
-    assert "measured.json, step 7, on cpu" in sources["rates.moe.forward"]
+    assert "measured.json, step 7, on cpu" in sources["rates.times.moe.forward"]
 
 
 def test_overrides_may_repeat_the_run_and_change_devices_and_prices(folder: Path) -> None:

@@ -263,9 +263,9 @@ def test_a_replaced_option_takes_its_keys_along() -> None:
 def test_keys_of_rates_of_a_file_are_overridden(tmp_path: Path) -> None:
     run = ["experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8"]
     write_run(tmp_path, compose_run(run), [3.0, *[0.5] * 40])
-    rates = read_request([*run, f"rates={tmp_path}", "rates.latency_seconds=0.5"]).planner.rates
+    rates = read_request([*run, f"rates={tmp_path}", "rates.times.latency_seconds=0.5"]).planner.rates
     assert isinstance(rates, MeasuredRates)
-    assert (rates.latency_seconds, rates.alone) == (0.5, 1.0)
+    assert (rates.times.latency_seconds, rates.alone) == (0.5, 1.0)
     with pytest.raises(ConfigError, match=r"rates\.latency_secnds: must be a key that exists.*latency_seconds"):
         read_request([*run, f"rates={tmp_path}", "rates.latency_secnds=0.5"])
 

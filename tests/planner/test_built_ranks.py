@@ -30,8 +30,8 @@ from tests.ranks import fork_context
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.predict.cut import run_cut
 from train.predict.fit import context_sizes, fitted_config
-from train.predict.layer_times import PartTimes
-from train.predict.measured import layer_parameters
+from train.predict.layer_times import LayerTimes, PartTimes
+from train.predict.measured import TimesScope, layer_parameters
 from train.predict.memory import predict_memory, rank_memory
 from train.predict.timing import MeasuredRates, planning_schedule
 
@@ -289,17 +289,9 @@ def test_measured_rates_hold_for_their_own_context_group() -> None:
     part = PartTimes(forward=1.0, backward_input=1.0, backward_weight=1.0)
     measured = MeasuredRates(
         kind="measured",
-        precision="bf16",
-        layer_parameters=layer_parameters(config.model),
-        expert=2,
-        tokens=2048,
-        dense=part,
-        moe=part,
-        embedding=part,
-        head=part,
-        mtp=part,
+        scope=TimesScope(precision="bf16", layer_parameters=layer_parameters(config.model), expert=2, tokens=2048),
+        times=LayerTimes(dense=part, moe=part, embedding=part, head=part, mtp=part, latency_seconds=0.0),
         alone=1.0,
-        latency_seconds=0.0,
         optimizer_seconds=0.0,
         sources=(),
     )
@@ -307,6 +299,6 @@ def test_measured_rates_hold_for_their_own_context_group() -> None:
     halved = replace(config, parallelism=replace(config.parallelism, data=1, context=2))
     reason = "rates: must be of a run with parallelism.context=2, are of 1; nearest: parallelism.context=1"
     assert untimed_reason(halved, measured) == reason
-    assert untimed_reason(halved, replace(measured, context=2)) == ""
-    moe = replace(measured, context=2).part_seconds(halved).moe
+    assert untimed_reason(halved, replace(measured, scope=replace(measured.scope, context=2))) == ""
+    moe = replace(measured, scope=replace(measured.scope, context=2)).part_seconds(halved).moe
     assert moe.forward == pytest.approx(config.batch.micro_sequences * 2048 / 2 / 2048)

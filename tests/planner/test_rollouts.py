@@ -17,6 +17,8 @@ from planner.rollouts import RolloutPlan, plan_rollouts
 from tests.commands import run_command
 from tests.planner.planned import plan_of, request_of
 from tests.refusals import assert_refused
+from train.predict.layer_times import LayerTimes
+from train.predict.measured import TimesScope
 from train.predict.timing import MeasuredRates, RolloutRates
 from train.report.plan_comparison import read_sampled
 
@@ -74,17 +76,9 @@ def test_seconds_are_those_of_the_simulated_program(kind: str, ranks: int, sampl
     part = request.planner.rates.part_seconds(planned.config).moe
     measured = MeasuredRates(
         kind="measured",
-        precision="bf16",
-        layer_parameters=1,
-        expert=1,
-        tokens=1,
-        dense=part,
-        moe=part,
-        embedding=part,
-        head=part,
-        mtp=part,
+        scope=TimesScope(precision="bf16", layer_parameters=1, expert=1, tokens=1),
+        times=LayerTimes(dense=part, moe=part, embedding=part, head=part, mtp=part, latency_seconds=0.0),
         alone=1.0,
-        latency_seconds=0.0,
         optimizer_seconds=0.0,
         sources=(),
         rollouts=rates,

@@ -109,16 +109,17 @@ def check_measured(folder: Path, config: TrainConfig, run: Measured, schedule: S
     found = read_measured(folder / MEASURED_NAME)
     assert found is not None
     assert found.schedule == schedule
-    assert found.measured.tokens == config.batch.sequence_length_tokens * config.batch.micro_sequences
-    phases = found.measured.phases
+    assert found.measured.scope.tokens == config.batch.sequence_length_tokens * config.batch.micro_sequences
+    times = found.measured.measured
+    phases = times.phases
     spans = [span for spans in run.ranks for span in spans if span.lane in ("compute", "comm") and span.phase >= 0]
     assert sum(phase.count for phase in phases) == len(spans)
     assert {phase.part for phase in phases} >= {"dense", "moe", "embedding", "head"}
-    of_layers = [getattr(found.measured, part) for part in ("dense", "moe", "embedding", "head", "mtp")]
+    of_layers = [getattr(times.times, part) for part in ("dense", "moe", "embedding", "head", "mtp")]
     numbers = {part.forward for part in of_layers} | {part.backward_weight for part in of_layers}
-    assert 0 < max(numbers) <= max(span.seconds for span in spans) * 8 / found.measured.alone
+    assert 0 < max(numbers) <= max(span.seconds for span in spans) * 8 / times.alone
     if config.schedule.pairing == "sequential":
-        assert found.measured.alone == 1.0
+        assert times.alone == 1.0
         assert all(phase.overlapped_seconds is None for phase in phases)
 
 

@@ -179,7 +179,7 @@ _values = attrgetter(*_FIELDS)
 class LayerTimes:
     """The times of a model's parts: layers, embedding, main head, and all MTP modules with heads.
 
-    Parts that the model does not have take 0 s, and so does `latency`, from a pipeline rank to the next, without one.
+    Parts that the model does not have take 0 s. `latency_seconds` is from a pipeline rank to the next, 0 without one.
     """
 
     dense: PartTimes
@@ -187,7 +187,7 @@ class LayerTimes:
     embedding: PartTimes
     head: PartTimes
     mtp: PartTimes
-    latency: float
+    latency_seconds: NonNegativeFloat
 
 
 def nominal_times(config: TrainConfig) -> LayerTimes:
@@ -224,7 +224,7 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
         embedding=times(work.embedding),
         head=times(work.head),
         mtp=times(work.mtp, model.mtp_depth),
-        latency=costs.latency,
+        latency_seconds=costs.latency,
     )
 
 
@@ -256,7 +256,7 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
         )
     return CostModel(
         stages=_with_copies(stages, config),
-        latency=times.latency,
+        latency=times.latency_seconds,
         slices=config.schedule.slices,
         link_depth=config.schedule.link_depth,
     )

@@ -57,8 +57,8 @@ class StepTimes:
     """
 
     times: LayerTimes
-    alone: float
-    phases: tuple[PhaseTimes, ...]
+    alone: PositiveShare
+    phases: tuple[PhaseTimes, ...] = ()
 
 
 def stage_phases(model: ModelConfig, cut: Sequence[range], stage: int) -> tuple[tuple[Part, PhaseName], ...]:
@@ -80,7 +80,8 @@ def step_times(model: ModelConfig, schedule: Schedule, cut: Sequence[range], mea
     alone = _alone(phases)
     parts = {part: _part(phases, part, alone) for part in PARTS}
     parts["mtp"] *= model.mtp_depth
-    return StepTimes(times=LayerTimes(**parts, latency=_latency(schedule, measured)), alone=alone, phases=phases)
+    times = LayerTimes(**parts, latency_seconds=_latency(schedule, measured))
+    return StepTimes(times=times, alone=alone, phases=phases)
 
 
 def _phase_times(
@@ -180,34 +181,39 @@ _SCHEDULE_KEY = "schedule"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredTimes:
-    """What a run measured of its model's parts.
+class TimesScope:
+    """What the times of a model's parts hold for.
 
-    Fields that `MeasuredRates` has too mean the same there.
-
-    `probe` is measured before the first step, one phase at a time, and has no phases; `step` while a step was drawn.
-    Steps count from 1; the probe's is 0. `cut` lists the layers of each stage.
+    Tokens are those of a micro-batch on a rank. `expert` ranks share experts, and `context` ranks each sequence.
+    `recomputed` is what the backward computes again, None if it is unknown.
     """
 
-    kind: Literal["probe", "step"]
-    step: NonNegativeInt
-    device: Literal["cpu", "cuda"]
     precision: str
     layer_parameters: PositiveInt
     expert: PositiveInt
     tokens: PositiveInt
-    cut: tuple[NonNegativeInt, ...]
-    dense: PartTimes
-    moe: PartTimes
-    embedding: PartTimes
-    head: PartTimes
-    mtp: PartTimes
-    alone: PositiveShare
-    latency_seconds: NonNegativeFloat
-    phases: tuple[PhaseTimes, ...]
     context: PositiveInt = 1
     mtp_depth: NonNegativeInt = 1
     recomputed: tuple[Recomputed, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredTimes:
+    """What a run measured of its model's parts. `cut` lists the layers of each stage.
+
+    Step 0 is the probe before the first step, which measures one phase at a time; other steps are drawn.
+    """
+
+    step: NonNegativeInt
+    device: Literal["cpu", "cuda"]
+    cut: tuple[NonNegativeInt, ...]
+    scope: TimesScope
+    measured: StepTimes
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the times are those of the probe."""
+        return self.step == 0
 
     @property
     def cut_ranges(self) -> tuple[range, ...]:
@@ -223,57 +229,9 @@ class MeasuredRun:
     schedule: Schedule
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
-    """What the times of a run hold for.
-
-    Tokens are those of a micro-batch on a rank. `expert` ranks share experts, and `context` ranks each sequence.
-    """
-
-    model: ModelConfig
-    precision: str
-    device: str
-    expert: int
-    tokens: int
-    cut: Sequence[range]
-    context: int = 1
-    recomputed: tuple[Recomputed, ...] | None = None
-
-
-def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
-    """Returns the record of a probe, which measures one phase at a time."""
-    return drawn(StepTimes(times=times, alone=1.0, phases=()), facts, 0)
-
-
-def drawn(measured: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
-    """Returns the record of a step that was drawn; step 0 is the probe."""
-    times = measured.times
-    return MeasuredTimes(
-        kind="step" if step else "probe",
-        step=step,
-        device="cuda" if facts.device == "cuda" else "cpu",
-        precision=facts.precision,
-        layer_parameters=layer_parameters(facts.model),
-        expert=facts.expert,
-        tokens=facts.tokens,
-        cut=tuple(map(len, facts.cut)),
-        dense=times.dense,
-        moe=times.moe,
-        embedding=times.embedding,
-        head=times.head,
-        mtp=times.mtp,
-        alone=measured.alone,
-        latency_seconds=times.latency,
-        phases=measured.phases,
-        context=facts.context,
-        mtp_depth=facts.model.mtp_depth,
-        recomputed=facts.recomputed,
-    )
-
-
 def try_to_write(folder: Path, run: MeasuredRun) -> None:
     """Writes the record into a run's existing folder, in place of an earlier one. An error is only logged."""
-    path = folder / (PROBE_NAME if run.measured.kind == "probe" else MEASURED_NAME)
+    path = folder / (PROBE_NAME if run.measured.is_probe else MEASURED_NAME)
     values = {**encode(run.measured), _SCHEDULE_KEY: json.loads(to_json(run.schedule))}
     try:
         replace_text(path, json.dumps(values) + "\n")

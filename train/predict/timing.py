@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from base.ranges import NonNegativeFloat, PositiveFloat
 from base.refusal import broken
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
@@ -17,12 +17,12 @@ from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.timing import Simulation, simulate
 from infer.cohorts import AnsweredPrompt
-from model.config import CutError, Recomputed
+from model.config import CutError
 from model.size import training_flops_per_token
 from train.config import TrainConfig, sized_config
 from train.predict.cut import run_chunks, run_cut, run_placement, with_cut
 from train.predict.layer_times import LayerTimes, PartTimes, nominal_times, stage_costs
-from train.predict.measured import PositiveShare
+from train.predict.measured import PARTS, PositiveShare, TimesScope
 
 
 class LayerRates(Protocol):
@@ -77,50 +77,35 @@ class MeasuredRates:
 
     They hold for that model and device, and scale with the tokens of a micro-batch on a rank.
 
-    `mtp` are `mtp_depth` modules, and `recomputed` is what the run's backward computes again, None if it is unknown.
     `alone` is computation of a lone operation over computation next to another one, which the times are.
-    `latency_seconds` is from one pipeline rank to the next; `optimizer_seconds` is a step's time outside the passes.
+    `optimizer_seconds` is a step's time outside the passes.
     """
 
     kind: Literal["measured"]
-    precision: str
-    layer_parameters: PositiveInt
-    expert: PositiveInt
-    tokens: PositiveInt
-    dense: PartTimes
-    moe: PartTimes
-    embedding: PartTimes
-    head: PartTimes
-    mtp: PartTimes
+    scope: TimesScope
+    times: LayerTimes
     alone: PositiveShare
-    latency_seconds: NonNegativeFloat
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
-    context: PositiveInt = 1
-    mtp_depth: NonNegativeInt = 1
-    recomputed: tuple[Recomputed, ...] | None = None
     rollouts: RolloutRates | None = None
 
     def part_seconds(
         self, config: TrainConfig, attended_tokens: int | None = None, index: int | None = None
     ) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch, which scale with its tokens."""
-        scale = config.batch.micro_sequences * config.mean_part_tokens / self.tokens
+        scale = config.batch.micro_sequences * config.mean_part_tokens / self.scope.tokens
         # Experts on one rank still permute rows, but between ranks they take longer.
-        exchanges = config.parallelism.expert > 1 or self.expert == 1
+        exchanges = config.parallelism.expert > 1 or self.scope.expert == 1
 
         def scaled(part: PartTimes) -> PartTimes:
             part *= scale
             return part if exchanges else replace(part, forward_exchange=0.0, backward_exchange=0.0)
 
-        return LayerTimes(
-            dense=scaled(self.dense),
-            moe=scaled(self.moe),
-            embedding=scaled(self.embedding),
-            head=scaled(self.head),
-            mtp=scaled(self.mtp * (config.model.mtp_depth / max(1, self.mtp_depth))),
-            latency=self.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
-        )
+        times = self.times
+        latency = times.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0
+        modules = times.mtp * (config.model.mtp_depth / max(1, self.scope.mtp_depth))
+        parts = {part: scaled(getattr(times, part)) for part in PARTS} | {"mtp": scaled(modules)}
+        return LayerTimes(**parts, latency_seconds=latency)
 
     def alone_factor(self, config: TrainConfig) -> float:
         """Returns the measured factor on the computation of an operation that runs alone."""

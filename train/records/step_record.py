@@ -48,7 +48,14 @@ from train.core.replica import Replica
 from train.core.step import StepResult
 from train.core.world import World
 from train.files.run_files import redact, replace_text
-from train.predict.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
+from train.predict.measured import (
+    MeasuredRun,
+    MeasuredTimes,
+    TimesScope,
+    layer_parameters,
+    step_times,
+    try_to_write,
+)
 from train.start.plan import excluded_schedules
 
 _FIELDS = tuple(field.name for field in fields(LayerTraffic))
@@ -315,18 +322,24 @@ class PipelineTimeline:
         config = replica.config
         batch = replica.config.batch
         mesh = replica.world.layout.parallelism
-        facts = RunFacts(
-            model=config.model,
+        scope = TimesScope(
             precision=config.precision.kind,
-            device=replica.world.device.type,
+            layer_parameters=layer_parameters(config.model),
             expert=mesh.expert,
             tokens=batch.micro_sequences * batch.sequence_length_tokens // mesh.context,
-            cut=replica.cut,
             context=mesh.context,
+            mtp_depth=config.model.mtp_depth,
             recomputed=config.computing.recomputed_names,
         )
         times = step_times(config.model, drawn_schedule, replica.cut, measured)
-        try_to_write(self._folder, MeasuredRun(measured=drawn(times, facts, step), schedule=replica.schedule))
+        record = MeasuredTimes(
+            step=step,
+            device="cuda" if replica.world.device.type == "cuda" else "cpu",
+            cut=tuple(map(len, replica.cut)),
+            scope=scope,
+            measured=times,
+        )
+        try_to_write(self._folder, MeasuredRun(measured=record, schedule=replica.schedule))
 
     def _alternatives_of(self, replica: Replica) -> Alternatives:
         """Returns the other schedules for the replica's size. They are built for its first picture."""

@@ -18,7 +18,7 @@ from infer.config import ENGINE_COUNTS
 from train.config import TrainConfig
 from train.files.json_lines import METRICS_NAME
 from train.predict.cut import run_placement, with_cut
-from train.predict.layer_times import PartTimes
+from train.predict.layer_times import LayerTimes, PartTimes
 from train.predict.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
 from train.predict.memory import JobMemory, predict_memory
 from train.predict.timing import EfficiencyConfig, MeasuredRates, RateSource, RolloutRates, TimedPlan, time_plan
@@ -58,12 +58,13 @@ def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
     drawn = read_measured(folder / MEASURED_NAME)
     measured = _require_measured(probe or drawn, folder).measured
     # The probe measures computation without exchange next to it.
-    alone = 1.0 if drawn is None else drawn.measured.alone
-    parts: dict[str, PartTimes] = {name: getattr(measured, name) for name in PARTS}
+    alone = 1.0 if drawn is None else drawn.measured.measured.alone
+    times = measured.measured.times
     origin = f"{folder}/{MEASURED_NAME}, step {measured.step}"
-    if measured.kind == "probe":
+    if measured.is_probe:
         origin = f"{folder}/{PROBE_NAME}"
-        parts = {name: _overlapped_times(part, alone) for name, part in parts.items()}
+        parts = {name: _overlapped_times(getattr(times, name), alone) for name in PARTS}
+        times = LayerTimes(**parts, latency_seconds=times.latency_seconds)
     steps = typical_steps(folder)
     rollouts = None
     sampling = 0.0
@@ -78,20 +79,13 @@ def run_rates(folder: Path, config: TrainConfig | None = None) -> MeasuredRates:
         outside = f"{folder}/{METRICS_NAME}, median of {len(steps)} steps"
     return MeasuredRates(
         kind="measured",
-        precision=measured.precision,
-        layer_parameters=measured.layer_parameters,
-        expert=measured.expert,
-        tokens=measured.tokens,
-        context=measured.context,
-        mtp_depth=measured.mtp_depth,
-        recomputed=measured.recomputed,
-        **parts,
+        scope=measured.scope,
+        times=times,
         alone=alone,
-        latency_seconds=measured.latency_seconds,
         optimizer_seconds=max(0.0, _median(steps, "outside") - sampling) if steps else 0.0,
         rollouts=rollouts,
         sources=(
-            RateSource(keys=("tokens", *PARTS, "latency_seconds"), text=f"{origin}, on {measured.device}"),
+            RateSource(keys=("scope", "times"), text=f"{origin}, on {measured.device}"),
             RateSource(keys=("alone",), text=overlap),
             RateSource(keys=("optimizer_seconds",), text=outside),
         ),

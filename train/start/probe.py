@@ -130,7 +130,7 @@ class _Parts:
             embedding=self._part(0, range(1)),
             head=self._part(1, range(head, head + 1)),
             mtp=self._part(1, range(head + 1, last)),
-            latency=latency,
+            latency_seconds=latency,
         )
 
     def _part(self, stage: int, phases: range) -> PartTimes:
@@ -221,14 +221,16 @@ def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
     """Returns the mean over all ranks. Rank 0 broadcasts it, so that it is bitwise equal on all ranks."""
     parts = (mine.dense, mine.moe, mine.embedding, mine.head, mine.mtp)
     numbers = torch.tensor(
-        [*(seconds for part in parts for seconds in astuple(part)), mine.latency], dtype=torch.float64, device=device
+        [*(seconds for part in parts for seconds in astuple(part)), mine.latency_seconds],
+        dtype=torch.float64,
+        device=device,
     )
     dist.all_reduce(numbers)
     dist.broadcast(numbers, src=0)
     *seconds, latency = (numbers / dist.get_world_size()).tolist()
     size = len(fields(PartTimes))
     dense, moe, embedding, head, mtp = (part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
-    return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, mtp=mtp, latency=latency)
+    return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, mtp=mtp, latency_seconds=latency)
 
 
 def _now(device: torch.device) -> float:

@@ -4,13 +4,15 @@ import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from dualpipe.builder import build_schedule
+from dualpipe.ir import Schedule
 from launch.config.folder import write_run_folder
 from train.config import TrainConfig
 from train.predict.cut import run_cut
 from train.predict.layer_times import LayerTimes, PartTimes
-from train.predict.measured import MeasuredRun, RunFacts, StepTimes, drawn, probed, try_to_write
+from train.predict.measured import MeasuredRun, MeasuredTimes, StepTimes, TimesScope, layer_parameters, try_to_write
 
 
 def part(unit: float) -> PartTimes:
@@ -23,33 +25,43 @@ TIMES = LayerTimes(
     embedding=part(0.001),
     head=part(0.006),
     mtp=part(0.02),
-    latency=0.001,
+    latency_seconds=0.001,
 )
 
 
-def facts_of(config: TrainConfig, device: str = "cpu") -> RunFacts:
-    kind = config.schedule.kind
-    schedule = build_schedule(kind, config.parallelism.pipeline, config.num_micro_batches)
-    return RunFacts(
-        model=config.model,
+def scope_of(config: TrainConfig) -> TimesScope:
+    return TimesScope(
         precision=config.precision.kind,
-        device=device,
+        layer_parameters=layer_parameters(config.model),
         expert=config.parallelism.expert,
         tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
-        cut=run_cut(config, schedule.placement),
+        mtp_depth=config.model.mtp_depth,
         recomputed=config.computing.recomputed_names,
     )
 
 
-def write_times(folder: Path, config: TrainConfig, *, is_probe: bool, device: str = "cpu", alone: float = 1.0) -> None:
+def layers_of(config: TrainConfig, schedule: Schedule) -> tuple[int, ...]:
+    return tuple(map(len, run_cut(config, schedule.placement)))
+
+
+def write_times(
+    folder: Path, config: TrainConfig, *, is_probe: bool, device: Literal["cpu", "cuda"] = "cpu", alone: float = 1.0
+) -> None:
     """Writes `probe.json` or `measured.json`."""
-    facts = facts_of(config, device)
     schedule = build_schedule(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
-    step = drawn(StepTimes(times=TIMES, alone=alone, phases=()), facts, 7)
-    try_to_write(folder, MeasuredRun(measured=probed(TIMES, facts) if is_probe else step, schedule=schedule))
+    record = MeasuredTimes(
+        step=0 if is_probe else 7,
+        device=device,
+        cut=layers_of(config, schedule),
+        scope=scope_of(config),
+        measured=StepTimes(times=TIMES, alone=1.0 if is_probe else alone),
+    )
+    try_to_write(folder, MeasuredRun(measured=record, schedule=schedule))
 
 
-def write_run(folder: Path, config: TrainConfig, seconds: list[float], device: str = "cpu") -> TrainConfig:
+def write_run(
+    folder: Path, config: TrainConfig, seconds: list[float], device: Literal["cpu", "cuda"] = "cpu"
+) -> TrainConfig:
     """Writes the folder of a run with these step times, of which half is computation and a fifth bubble."""
     config = write_run_folder(replace(config, out_dir=str(folder)), datetime.now())
     write_times(folder, config, is_probe=False, device=device)

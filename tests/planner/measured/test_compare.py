@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,14 @@ from dualpipe.validate import validate_passes
 from planner.forms import comparison_text
 from planner.job_plan import PlannerConfig, compared_plan, untimed_reason
 from tests.dualpipe.clockwork import SECONDS, measured_run
-from tests.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
+from tests.planner.measured.runs import TIMES, layers_of, scope_of, write_run, write_steps, write_times
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.predict import measured as phases
 from train.predict.measured import (
     MEASURED_NAME,
-    PARTS,
     PROBE_NAME,
     PhaseTimes,
-    layer_parameters,
     read_measured,
     stage_phases,
     step_times,
@@ -52,8 +52,8 @@ def config_of(folder: Path) -> TrainConfig:
 def test_rates_are_what_the_run_measured(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", config_of(tmp_path), [9.0, 1.0, 1.2, 1.1])
     rates = run_rates(tmp_path / "run")
-    assert (rates.dense, rates.moe, rates.head, rates.mtp) == (TIMES.dense, TIMES.moe, TIMES.head, TIMES.mtp)
-    assert rates.tokens == config.batch.sequence_length_tokens * config.batch.micro_sequences
+    assert rates.times == TIMES
+    assert rates.scope.tokens == config.batch.sequence_length_tokens * config.batch.micro_sequences
     assert rates.optimizer_seconds == pytest.approx(0.2 * 1.1)
     assert untimed_reason(config, rates) == ""
     assert "measured.json, step 7, on cpu" in rates.sources[0].text
@@ -69,8 +69,8 @@ def test_probe_is_preferred_and_overlap_is_that_of_the_drawn_step(tmp_path: Path
     rates = run_rates(tmp_path)
     assert PROBE_NAME in rates.sources[0].text
     assert rates.alone == 0.8
-    assert rates.moe.forward == pytest.approx(TIMES.moe.forward / 0.8)
-    assert rates.moe.forward_exchange == TIMES.moe.forward_exchange
+    assert rates.times.moe.forward == pytest.approx(TIMES.moe.forward / 0.8)
+    assert rates.times.moe.forward_exchange == TIMES.moe.forward_exchange
 
 
 def test_folder_without_measurements_says_how_to_get_them(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_rates_of_another_model_or_precision_or_without_exchange_do_not_apply(tm
     assert untimed_reason(deeper, rates) == ""
     other = replace(config, precision=replace(config.precision, kind="bf16"))  # type: ignore[arg-type]
     assert untimed_reason(other, rates).startswith("rates: must be of a run with precision=bf16, are of ")
-    local = replace(rates, expert=1)
+    local = replace(rates, scope=replace(rates.scope, expert=1))
     assert untimed_reason(config, local).startswith("rates: must be of a run with experts on several ranks")
 
 
@@ -223,7 +223,7 @@ def test_times_are_those_of_the_clock(kind: str, size: int, monkeypatch: pytest.
     assert found.times.moe.forward_exchange == pytest.approx(2 * SECONDS["exchange"], rel=0.1)
     if kind != "1f1b":  # which only has full backwards, whose W runs before the wait
         assert found.times.moe.backward_exchange == pytest.approx(2 * SECONDS["exchange"], rel=0.1)
-    assert found.times.latency == pytest.approx(SECONDS["send"] + SECONDS["link"], rel=0.1)
+    assert found.times.latency_seconds == pytest.approx(SECONDS["send"] + SECONDS["link"], rel=0.1)
     assert found.times.dense == found.times.mtp == found.times.head
     assert {phase.part for phase in found.phases} == {"moe"}
 
@@ -271,7 +271,7 @@ def test_simulation_with_the_times_is_close_to_the_run(kind: str, most: float, m
         backward_exchange=times.moe.backward_exchange,
         activation=1.0,
     )
-    costs = CostModel(stages=(stage,) * schedule.num_stages, latency=times.latency)
+    costs = CostModel(stages=(stage,) * schedule.num_stages, latency=times.latency_seconds)
     assert simulate(schedule, costs).makespan == pytest.approx(run.makespan_seconds, rel=most)
 
 
@@ -300,10 +300,10 @@ def test_what_is_written_is_read(is_probe: bool, tmp_path: Path) -> None:
     name = PROBE_NAME if is_probe else MEASURED_NAME
     found = read_measured(tmp_path / name)
     assert found is not None
-    assert [getattr(found.measured, part) for part in PARTS] == [getattr(TIMES, part) for part in PARTS]
-    assert found.measured.kind == ("probe" if is_probe else "step")
-    assert found.measured.cut_ranges == tuple(facts_of(config).cut)
-    assert found.measured.layer_parameters == layer_parameters(config.model)
+    assert found.measured.measured.times == TIMES
+    assert found.measured.is_probe == is_probe
+    assert found.measured.cut == layers_of(config, found.schedule)
+    assert found.measured.scope == scope_of(config)
     assert found.schedule.num_micro_batches == config.num_micro_batches
     assert [path.name for path in tmp_path.glob("*.json*")] == [name]
 
@@ -314,28 +314,28 @@ def test_missing_file_is_none_and_a_lost_folder_does_not_end_the_run(tmp_path: P
     assert not (tmp_path / "gone").exists()
 
 
-def _without(key: str) -> Callable[[dict[str, Any]], object]:
-    return lambda values: values.pop(key)
+def _without(key: str, *parents: str) -> Callable[[dict[str, Any]], object]:
+    return lambda values: reduce(getitem, parents, values).pop(key)
 
 
-def _with(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda values: values.update(changes)
+def _with(*parents: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda values: reduce(getitem, parents, values).update(changes)
 
 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
         (_without("schedule"), "schedule is missing"),
-        (_without("tokens"), "tokens: missing"),
-        (_with(tokens=0), "tokens: must be above 0"),
-        (_with(alone=0), "alone: must be above 0"),
-        (_with(latency_seconds=-1), "latency_seconds: must be 0 or above"),
-        (_with(kind="other"), "kind: must be one of probe, step"),
+        (_without("tokens", "scope"), "scope.tokens: missing"),
+        (_with("scope", tokens=0), "scope.tokens: must be above 0"),
+        (_with("measured", alone=0), "measured.alone: must be above 0"),
+        (_with("measured", "times", latency_seconds=-1), "latency_seconds: must be 0 or above"),
+        (_with(device="other"), "device: must be one of cpu, cuda"),
         (_with(cut=[4]), "cut: must list"),
         (_with(cut=[-1, 5]), "cut[0]: must be 0 or above"),
-        (_with(moe={"forward": -1.0}), "moe.forward: must be 0 or above"),
-        (_with(moe={"forward": 1.0, "sideways": 1.0}), "moe.sideways: unknown key"),
-        (_with(phases=[{}]), "phases[0].part: missing"),
+        (_with("measured", "times", moe={"forward": -1.0}), "moe.forward: must be 0 or above"),
+        (_with("measured", "times", moe={"forward": 1.0, "sideways": 1.0}), "moe.sideways: unknown key"),
+        (_with("measured", phases=[{}]), "phases[0].part: missing"),
         (_with(surprise=1), "surprise: unknown key"),
         (_with(schedule={"kind": "dualpipe"}), "is missing"),
     ],

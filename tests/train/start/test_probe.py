@@ -34,7 +34,9 @@ def part(unit: float) -> PartTimes:
     return PartTimes(**{name: factor * unit for factor, name in enumerate(PARTS, 1)})
 
 
-TIMES = LayerTimes(dense=part(1), moe=part(10), embedding=part(100), head=part(1000), mtp=part(10000), latency=0.5)
+TIMES = LayerTimes(
+    dense=part(1), moe=part(10), embedding=part(100), head=part(1000), mtp=part(10000), latency_seconds=0.5
+)
 
 
 def config_of(folder: Path, pipeline: int, num_layers: int, pairing: str = "overlapped") -> TrainConfig:
@@ -118,7 +120,7 @@ def test_probe_returns_equal_positive_times_on_all_ranks_and_changes_nothing(tmp
     assert min(both.head.forward, both.head.backward_input, both.head.backward_weight) > 0
     assert both.head.forward_exchange == both.head.backward_exchange == 0
     assert min(asdict(both.mtp).values()) > 0
-    assert both.latency > 0
+    assert both.latency_seconds > 0
     for times in (both, dense):
         assert min(times.dense.forward, times.dense.backward_input, times.dense.backward_weight) > 0
         assert times.dense.forward_exchange == times.dense.backward_exchange == 0
@@ -150,7 +152,7 @@ def test_probe_measures_every_link_of_the_pipeline_once(num_ranks: int) -> None:
 
 def test_probe_of_one_rank_has_no_latency(tmp_path: Path) -> None:
     ((seen,),) = run_ranks(1, _measure_each, [tiny_config(tmp_path)])
-    assert seen[0].latency == 0
+    assert seen[0].latency_seconds == 0
     assert seen[0].embedding.forward > 0
 
 
