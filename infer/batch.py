@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infer.chooser import choose_tokens, group_rows, join_rows, score_tokens
-from infer.cohorts import PROMPT_TOKENS, take_waiting
+from infer.cohorts import PROMPT_TOKENS, plan_reads, take_waiting
 from infer.config import Speculative, Statistics
 from infer.decoder import Decoder
 from infer.protocol import ChosenToken
@@ -136,21 +136,11 @@ class GenerationBatch:
 
     def _admit(self, sequences: Sequence[ActiveSequence]) -> Results:
         """Reads prompts, each once, and generates the first token of each."""
-        read_prompts = set(self._prompt_ends)
-        unread = []
+        passes = plan_reads(sequences, self._prompt_ends, self._prefill_tokens)
         for sequence in sequences:
             self.begin(sequence)
-            if sequence.index not in read_prompts:
-                read_prompts.add(sequence.index)
-                unread.append(sequence)
-        size = self._prefill_tokens
-        if short := [sequence for sequence in unread if len(sequence.prompt) <= size]:
-            self.read(short, [len(sequence.prompt) for sequence in short])
-        for sequence in unread:
-            if len(sequence.prompt) > size:
-                # No pass has more than `prefill_tokens` tokens.
-                for first in range(0, len(sequence.prompt), size):
-                    self.read([sequence], [min(size, len(sequence.prompt) - first)])
+        for counts in passes:
+            self.read([*counts], [*counts.values()])
         return self.join(sequences)
 
     def begin(self, sequence: ActiveSequence) -> None:

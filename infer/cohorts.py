@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
@@ -103,6 +103,24 @@ def take_waiting(waiting: deque[WaitingT], free: int, max_tokens: int) -> list[W
     return taken
 
 
+def plan_reads(
+    admitted: Sequence[WaitingT], read_prompts: Collection[int], max_tokens: int
+) -> list[dict[WaitingT, int]]:
+    """Returns the tokens of each prompt that each pass reads: short prompts together, chunks alone."""
+    unread: dict[int, WaitingT] = {}
+    for answer in admitted:
+        if answer.index not in read_prompts:
+            unread.setdefault(answer.index, answer)
+    short = {answer: len(answer.prompt) for answer in unread.values() if len(answer.prompt) <= max_tokens}
+    chunks = [
+        {answer: min(max_tokens, len(answer.prompt) - first)}
+        for answer in unread.values()
+        if answer not in short
+        for first in range(0, len(answer.prompt), max_tokens)
+    ]
+    return [short, *chunks] if short else chunks
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnsweredPrompt:
     """The number of tokens of a prompt and of each of its answers, and the most that an answer may have.
@@ -130,13 +148,12 @@ class _Row:
 
 
 class _Span(NamedTuple):
-    """Visits of a cohort in consecutive rounds, with equal rows, tokens of prompts and prompts."""
+    """Visits of a cohort in consecutive rounds, with equal rows and tokens of prompts."""
 
     start: int
     length: int
     rows: int = 0
-    prompt_tokens: float = 0.0
-    prompts: float = 0.0
+    prompt_tokens: int = 0
 
 
 class _Share:
@@ -149,6 +166,7 @@ class _Share:
         """Runs all cohorts from event to event: an admission, or the end of answers."""
         self.rows = rows
         self.spans: list[_Span] = []
+        self.num_prompts = 0
         self.reads: list[list[int]] = [[] for _ in range(num_cohorts)]
         self._sizes = sizes
         self._max_rows = max_rows
@@ -181,17 +199,10 @@ class _Share:
     def _admit(self, admitted: Sequence[_Row], start: int, cohort: int) -> int:
         """Reads the prompts of new rows that no row of the cohort has, and chooses the first tokens."""
         active = self._active[cohort]
-        read = {row.index for *_, row in active}
-        unread = list({row.index: len(row.prompt) for row in admitted if row.index not in read}.values())
-        size = self._sizes.prefill_tokens
-        end = start
-        if short := [length for length in unread if length <= size]:
-            self.spans.append(_Span(end, 1, prompt_tokens=sum(short), prompts=len(short)))
-            end += 1
-        for length in (length for length in unread if length > size):
-            chunks = ceil(length / size)
-            self.spans.append(_Span(end, chunks, prompt_tokens=length / chunks, prompts=1 / chunks))
-            end += chunks
+        passes = plan_reads(admitted, {row.index for *_, row in active}, self._sizes.prefill_tokens)
+        self.num_prompts += len({row.index for counts in passes for row in counts})
+        self.spans += (_Span(start + at, 1, 0, sum(counts.values())) for at, counts in enumerate(passes))
+        end = start + len(passes)
         self.reads[cohort] += range(start, end)
         for row in admitted:
             row.cohort = cohort
@@ -265,7 +276,7 @@ def forecast_rounds(
         visits_R=_by_round(((span, 1) for span in spans), rounds),
         rows_R=_by_round(((span, span.rows) for span in spans), rounds),
         prompt_tokens_R=_by_round(((span, span.prompt_tokens) for span in spans), rounds),
-        num_prompts=round(sum(span.prompts * span.length for span in spans)),
+        num_prompts=sum(share.num_prompts for share in shares),
     )
 
 
