@@ -6,7 +6,6 @@ one continues: `evaluation.json` says what decides the records, `samples_TASK.js
 can do.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from base import journal
 from data.corpus import decode_line, grouped
 from evaluation import answering, likelihood, retrieval
 from evaluation.answers import Answerer, NumberedRequest
@@ -163,14 +163,13 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._compare(json.loads(json.dumps(identity)))
-        except BaseException as error:
-            os.close(self._lock)
-            if isinstance(error, BlockingIOError):
+            if not journal.lock(self._lock):
                 raise EvaluationError(
                     f"out: another process evaluates into {str(path)!r}; wait for it, or choose another folder"
-                ) from None
+                )
+            self._compare(json.loads(json.dumps(identity)))
+        except BaseException:
+            os.close(self._lock)
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -184,18 +183,13 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
     def read(self, task: str) -> list[Record]:
         """Returns the records of a task as `read_records`, and removes a line that an interruption cut."""
         records = read_records(self.path, task)
-        path = self.path / samples_name(task)
-        content = path.read_bytes() if path.exists() else b"\n"
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+        journal.remove_cut_line(self.path / samples_name(task))
         return records
 
     def append(self, task: str, records: Sequence[Record]) -> None:
         """Adds records; they are on the disk when this returns."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with (self.path / samples_name(task)).open("ab", buffering=0) as file:
-            file.write(lines.encode("utf-8", "replace"))
-            os.fsync(file.fileno())
+            journal.append_synced(file, records)
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file."""
@@ -216,13 +210,12 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
             return
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in {**written, **identity} if written.get(key) != identity.get(key)]
+            key = journal.changed_key(written, identity)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(
                 f"out: {str(path)!r} must be one of launch.evaluate, cannot be read: {error}"
             ) from error
-        if different:
-            key = different[0]
+        if key is not None:
             rule = f"must be as in {str(path)!r}, which has {written.get(key)!r}"
             raise EvaluationError.broken(key, rule, repr(identity.get(key)), "another out, or remove this folder")
 
@@ -235,12 +228,9 @@ def samples_name(task: str) -> str:
 def read_records(folder: Path, task: str) -> list[Record]:
     """Returns the records of a task in a folder, without a line that an interruption cut."""
     path = folder / samples_name(task)
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        return [
-            _record(line, f"out: {path}, line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n")
-        ]
+    return [
+        _record(line, f"out: {path}, line {number}") for number, line in enumerate(journal.read_whole_lines(path), 1)
+    ]
 
 
 def _record(line: bytes, place: str) -> Record:

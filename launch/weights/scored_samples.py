@@ -4,17 +4,16 @@ The first line of a journal says with what the samples were made. Each further l
 an incomplete last line is the only damage that an interruption can do.
 """
 
-import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, BinaryIO
+from typing import Any
 
+from base import journal
 from base.ranges import PositiveInt, Share
 from base.refusal import ConfigError, broken
 from data.chat.messages import ChatMessage
@@ -44,11 +43,14 @@ class SampleJournal(AbstractContextManager["SampleJournal"]):
         self.samples: dict[int, tuple[ScoredSample, ...]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("a+b")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"out: {str(path)!r} must be a file that can be written: {error}") from error
         try:
-            self._lock()
+            if not journal.lock(self._file.fileno()):
+                raise ConfigError(
+                    f"out: another process samples into {str(path)!r}; wait for it, or choose another file"
+                )
             self._read(json.loads(json.dumps({"format": FORMAT, **made_with})))
         except BaseException:
             self._file.close()
@@ -59,44 +61,26 @@ class SampleJournal(AbstractContextManager["SampleJournal"]):
 
     def append(self, number: int, samples: tuple[ScoredSample, ...]) -> None:
         """Adds the samples of a problem; they are on the disk when this returns."""
-        self._write({"problem": number, "samples": [asdict(sample) for sample in samples]})
+        record = {"problem": number, "samples": [asdict(sample) for sample in samples]}
+        journal.append_synced(self._file, [record])
         self.samples[number] = samples
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"out: another process samples into {str(self._path)!r}; wait for it, or choose another file"
-            ) from None
-
     def _read(self, made_with: dict[str, Any]) -> None:
-        self._file.seek(0)
-        num_bytes = 0
-        for number, line in enumerate(self._file):
-            if not line.endswith(b"\n"):
-                break
+        lines = journal.read_whole_lines(self._path)
+        for number, line in enumerate(lines):
             values = decode_line(line, f"{self._path}:{number + 1}")
             if number == 0:
                 self._compare(values, made_with)
             else:
                 self.samples[values["problem"]] = tuple(map(_to_sample, values["samples"]))
-            num_bytes += len(line)
-        self._file.truncate(num_bytes)  # removes a line that an interruption cut
-        if num_bytes == 0:
-            self._write(made_with)
+        journal.remove_cut_line(self._path)
+        if not lines:
+            journal.append_synced(self._file, [made_with])
 
     def _compare(self, found: dict[str, Any], made_with: dict[str, Any]) -> None:
-        different = [key for key in {**found, **made_with} if found.get(key) != made_with.get(key)]
-        if different:
-            key = different[0]
+        if (key := journal.changed_key(found, made_with)) is not None:
             rule = f"must be as in {str(self._path)!r}, which has samples made with {found.get(key)!r}"
             raise broken(key, rule, repr(made_with.get(key)), "another out, or remove this file")
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:

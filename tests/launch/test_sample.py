@@ -19,7 +19,7 @@ from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
 from launch.sample import main
-from launch.weights.scored_samples import KeepConfig, ScoredSample, select, to_message
+from launch.weights.scored_samples import KeepConfig, SampleJournal, ScoredSample, select, to_message
 from score.reward import ScoreSheet
 from score.score import Score
 from tests.refusals import assert_refused
@@ -265,3 +265,11 @@ def test_message_of_an_answer_is_what_the_template_can_express(  # type: ignore[
 ) -> None:
     message = to_message(text, template, thinking=thinking)
     assert (message and message.content, message and message.thoughts) == (content, thoughts)
+
+
+def test_journal_of_other_samples_is_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl.samples"
+    path.write_bytes(b'{"format": 1, "seed": 1}\n{"problem": ')
+    with pytest.raises(ConfigError, match=r"seed: must be as in .*made with 1, is 2"):
+        SampleJournal(path, {"seed": 2})
+    assert path.read_bytes().endswith(b'{"problem": ')

@@ -6,11 +6,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from base.journal import append
 from train.files.run_files import redact
 
 LOGGER = logging.getLogger("train")
@@ -82,23 +82,11 @@ class JsonLines:
 
     def _try_to_write(self) -> None:
         try:
-            self._append("".join(self._waiting).encode())
+            append(self._file, "".join(self._waiting).encode())
         except OSError as error:
             self._log_failure(error)
         else:
             self._waiting = []
-
-    def _append(self, data: bytes) -> None:
-        """Writes all data or, on a full disk, none."""
-        before = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), before)
-            raise
 
     def _log_failure(self, error: OSError) -> None:
         if not self._has_failed:
