@@ -2,16 +2,23 @@
 
 A hidden number is right if the greedy continuation of the question is this number. All of it is read in one
 pass, because each token is the most probable one exactly if greedy decoding would choose it. Guessing finds it with a
-probability of 10^-`num_digits`.
+probability of 10^-`num_digits`. The first part of this file builds prompts of an exact number of tokens: a fact hidden
+in filler text.
 """
 
+import hashlib
+import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Annotated, Any
 
+import numpy as np
+
 from base.ranges import Between, PositiveInt
-from evaluation.haystack import Draws, Filler, check_lengths, hide, read_filler
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
 from evaluation.protocol import (
     ContinuationRequest,
     EvaluationError,
@@ -24,8 +31,142 @@ from evaluation.protocol import (
     ResultTable,
     TaskContext,
     TaskDetails,
+    checked_file,
+    read_text,
 )
 from evaluation.statistics import Estimate, estimate, group_by
+
+_SENTENCES = re.findall(
+    r"[A-Z][^.]+\.",
+    "The river carries small stones down to the lake. A baker opens the shop before the sun is up. Most of the houses "
+    "on this street have green doors. The train to the coast leaves from the second platform. Rain fell for three "
+    "days and then the sky was clear. She kept her letters in a box under the stairs. The museum is closed on Mondays "
+    "in winter. Two dogs ran along the fence and back again. He learned to repair clocks from his grandfather. The "
+    "market sells apples, bread and cheese. Nothing grows on the northern side of the hill. The children built a "
+    "bridge from old planks. In the evening the boats return to the harbor. Her answer was short, but it was "
+    "friendly. The road turns left behind the old mill. They painted the kitchen in a pale yellow. Snow covered the "
+    "roofs of the village. The teacher wrote the date on the board. A cold wind came from the mountains. The library "
+    "has a room for maps and globes. He drinks his coffee without sugar. The garden needs water twice a week. An old "
+    "song played on the radio. The tower can be seen from far away.",
+)
+_ADJECTIVES = (
+    "amber brisk crimson dusty eager faint gentle golden hollow humble idle jolly keen lively mellow narrow noble "
+    "olive pale quiet rapid rustic silent silver steady sunny tender velvet wild"
+)
+_NOUNS = (
+    "anchor basket bridge candle canyon castle cedar cloud compass copper desert ember falcon forest garden glacier "
+    "harbor island kettle ladder lantern meadow mirror orchard pebble pillow planet ribbon river saddle shadow spruce "
+    "temple thunder tiger tunnel valley violin walnut window"
+)
+# Its white space, and text up to the end of a line or to a mark before white space.
+_SENTENCE = re.compile(r"\s*+(?=\S).*?(?:\n|[.!?](?=\s)|\Z)", re.DOTALL)
+ADJECTIVES = tuple(_ADJECTIVES.split())
+NOUNS = tuple(_NOUNS.split())
+
+
+class Draws:
+    """Random choices that depend only on a seed and names, on every machine."""
+
+    def __init__(self, seed: int, *names: object) -> None:
+        digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+        self._bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
+
+    def below(self, limit: int) -> int:
+        """Returns a number from 0 to below a limit."""
+        return int(self._bits.random_raw()) % limit
+
+    def shuffled(self, items: Sequence[int]) -> list[int]:
+        """Returns the items in random order."""
+        order = list(items)
+        for last in range(len(order) - 1, 0, -1):
+            position = self.below(last + 1)
+            order[last], order[position] = order[position], order[last]
+        return order
+
+    def digits(self, count: int) -> str:
+        """Returns a number of so many digits, the first not 0."""
+        return str(10 ** (count - 1) + self.below(9 * 10 ** (count - 1)))
+
+    def name(self) -> str:
+        """Returns a name of two words."""
+        adjective, noun = divmod(self.below(len(ADJECTIVES) * len(NOUNS)), len(NOUNS))
+        return f"{ADJECTIVES[adjective]} {NOUNS[noun]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filler:
+    """Token ids of filler text, and places in them where a sentence ends."""
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
+        """Returns repeated tokens from the sentence on that `start` chooses, and where sentences end."""
+        first = (0, *self.ends[:-1])[start % len(self.ends)]
+        turned = [*self.ids[first:], *self.ids[:first]]
+        size = len(turned)
+        ids = (turned * (count // size + 1))[:count]
+        ends = sorted({(end - first) % size or size for end in self.ends})
+        cuts = [turn * size + end for turn in range(count // size + 1) for end in ends]
+        return ids, [0, *(cut for cut in cuts if cut <= count)]
+
+
+def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> Filler:
+    """Returns filler: a text file, or plain sentences in a random order."""
+    if path is None:
+        draws = Draws(seed, "sentences")
+        order = [at for _ in range(20) for at in draws.shuffled(range(len(_SENTENCES)))]
+        sentences = [f" {_SENTENCES[at]}" for at in order]
+    else:
+        # With one kind of line ends.
+        text = io.StringIO(read_text(key, checked_file(key, path)), newline=None).read()
+        sentences = _SENTENCE.findall(text)
+    ids: list[int] = []
+    ends: list[int] = []
+    for tokens in tokenizer.encode_batch(sentences):
+        if tokens:
+            ids += tokens
+            ends.append(len(ids))
+    if not ends:
+        raise DataError(f"{key}: {path} must have text, has none; nearest: {key}=null")
+    return Filler(ids=tuple(ids), ends=tuple(ends))
+
+
+def hide(
+    tokenizer: Tokenizer, filler: Filler, fact: Sequence[str], question: str, *, depth: float, size: int, start: int
+) -> tuple[tuple[int, ...], float] | None:
+    """Returns a prompt of `size` tokens with a fact in filler and a question, or None if they do not fit.
+
+    Args:
+        fact: parts that are tokenized separately.
+        depth: where the fact should be, from 0 to 1.
+
+    Returns:
+        The token ids without the begin of sentence, and the depth of the fact.
+    """
+    *parts, end = tokenizer.encode_batch([*fact, question])
+    hidden = [token for part in parts for token in part]
+    count = size - int(tokenizer.special.bos is not None) - len(hidden) - len(end)
+    if count < 0:
+        return None
+    around, ends = filler.take(count, start)
+    position = min(ends, key=lambda cut: abs(cut - depth * count))
+    return (*around[:position], *hidden, *around[position:], *end), position / max(1, count)
+
+
+def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
+    """Returns the lengths of prompts with answers: by default 1/8, 1/4, 1/2 and all of the positions."""
+    if lengths is None:
+        return tuple(sorted({max(1, max_tokens // part) for part in (8, 4, 2, 1)}))
+    for length in lengths:
+        if length > max_tokens:
+            raise EvaluationError.broken(
+                key, f"must be at most model.max_position_tokens={max_tokens}", length, max_tokens
+            )
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise EvaluationError.broken(key, "must have at least one length, each once", list(lengths), f"[{max_tokens}]")
+    return tuple(lengths)
+
 
 _FACT = "The secret number of the {} is"
 

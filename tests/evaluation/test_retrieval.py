@@ -7,8 +7,8 @@ import pytest
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from evaluation.haystack import Draws, hide, read_filler
 from evaluation.protocol import EvaluationError
+from evaluation.retrieval import Draws, hide, read_filler
 from evaluation.run import OpenTask
 from tests.evaluation.stand_ins import CopyModel, RandomModel, evaluate, open_task
 
