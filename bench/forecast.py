@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.quantize.layout import packed_bytes
+from kernels.quantize.layout import num_tiles
 from kernels.router.reference import limit_groups
 from tests.comm.forecast import Forecast, SentRows, forecast
 
 _HIDDEN = 7168
-_BYTES_PER_ROW = {"FP8": packed_bytes(_HIDDEN), "BF16": 2 * _HIDDEN}
+_BYTES_PER_ROW = {"FP8": _HIDDEN + 4 * num_tiles(_HIDDEN), "BF16": 2 * _HIDDEN}
 _ACROSS_BYTES_PER_SECOND = 50e9
 _WITHIN_BYTES_PER_SECOND = 160e9
 _SKEW = 0.6

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
+from typing import Any
 
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Placement, Schedule, ScheduleError, from_json, to_json
@@ -32,7 +33,6 @@ MARGIN = 0.005
 """Fraction of the shortest makespan that `choose` gives up for less memory if the costs count weights."""
 _MOST_SEARCHED = 256
 """Maximum of stages times micro-batches for which a run waits for a searched schedule: about 1 s."""
-_ROUNDING = 1e-9
 
 
 def build_schedule(
@@ -294,7 +294,7 @@ def survey(
     return tuple(rows)
 
 
-def best_of_kind(
+def best_of_kind(  # noqa: PLR0913
     kind: str,
     num_ranks: int,
     num_micro_batches: int,
@@ -304,6 +304,7 @@ def best_of_kind(
     chunks: int | None = None,
     *,
     most_stages: int | None = None,
+    change: Callable[[Schedule], Schedule] | None = None,
 ) -> TimedSchedule:
     """Times a kind of schedule with each possible number of chunks and returns the shortest.
 
@@ -312,6 +313,7 @@ def best_of_kind(
     Args:
         memory_cap: as in `dualpipe.builder.build_schedule`.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
+        change: what a run does to the schedule before it is timed.
 
     Raises:
         ScheduleError: if the kind is not defined for the size or number of chunks, or does not fit the cap.
@@ -323,12 +325,13 @@ def best_of_kind(
         num_stages = spec.num_stages(num_ranks, choice)
         if (timed or errors) and num_stages > (most_stages or math.inf):
             break
-        costs, count = _as_taken(spec, costs_of(kind, num_stages), num_micro_batches)
         try:
+            costs, count = _as_taken(spec, costs_of(kind, num_stages), num_micro_batches)
             schedule = build_schedule(kind, num_ranks, count, costs, memory_cap, cache_dir)
         except ScheduleError as error:
             errors.append(error)
         else:
+            schedule = schedule if change is None else change(schedule)
             timed.append(time_schedule(schedule, costs, memory_cap))
     if not timed:
         raise min(errors, key=lambda error: error.least if isinstance(error, MemoryCapError) else math.inf)
@@ -409,7 +412,7 @@ class Alternatives:
         """Stores excluded kinds with reasons; `change` is what the run does to its schedule."""
         self._excluded = excluded
         self._change = change
-        self._most_stages = math.inf if most_stages is None else most_stages
+        self._most_stages = most_stages
         self._built: dict[str, Schedule | UnavailableSchedule] = {}
 
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
@@ -430,33 +433,23 @@ class Alternatives:
         return rows
 
     def _make(self, kind: str, schedule: Schedule, costs: CostModel) -> Schedule | UnavailableSchedule:
-        num_ranks = schedule.num_ranks
-        num_micro_batches = schedule.num_micro_batches
-        spec = candidates()[kind]
         if kind in self._excluded:
             return UnavailableSchedule(kind=kind, reason=self._excluded[kind])
-        hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
-        reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
-        best: Schedule | None = None
-        shortest = math.inf
-        for chunks in spec.chunk_choices(None):
-            num_stages = spec.num_stages(num_ranks, chunks)
-            if spec.takes_costs and num_stages * num_micro_batches > _MOST_SEARCHED:
-                break
-            if chunks > spec.chunks[0] and num_stages > self._most_stages:
-                break
-            try:
-                own_costs, count = _as_taken(spec, resampled(costs, num_stages), num_micro_batches)
-                alternative = build_schedule(kind, num_ranks, count, own_costs)
-            except ScheduleError as error:
-                reason = str(error)
-                continue
-            alternative = alternative if self._change is None else self._change(alternative)
-            makespan = simulate(alternative, own_costs).makespan
-            if makespan < shortest * (1 - _ROUNDING):
-                best = alternative
-                shortest = makespan
-        return best or UnavailableSchedule(kind=kind, reason=reason)
+        num_ranks = schedule.num_ranks
+        num_micro_batches = schedule.num_micro_batches
+
+        def costs_of(kind: str, num_stages: int) -> CostModel:
+            if SCHEDULES.get(kind).takes_costs and num_stages * num_micro_batches > _MOST_SEARCHED:
+                hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
+                reason = f"its search takes too long during a run; see python -m launch.schedule {hint}"
+                raise ScheduleError(reason)
+            return resampled(costs, num_stages)
+
+        limits: dict[str, Any] = {"most_stages": self._most_stages, "change": self._change}
+        try:
+            return best_of_kind(kind, num_ranks, num_micro_batches, costs_of, **limits).schedule
+        except ScheduleError as error:
+            return UnavailableSchedule(kind=kind, reason=str(error))
 
 
 def by_makespan(rows: list[TimedSchedule | UnavailableSchedule]) -> list[TimedSchedule | UnavailableSchedule]:

@@ -154,11 +154,6 @@ def check_quantized_blocks(subject: str, codes: Tensor, scales: Tensor) -> None:
     check_scales(f"{subject}: scales", scales, shape, codes.device)
 
 
-def packed_bytes(num_columns: int) -> int:
-    """Number of bytes of a packed row: D codes and a float32 scale for every 128 of them."""
-    return num_columns + _SCALE_BYTES * num_tiles(num_columns)
-
-
 def pack(quantized: Quantized) -> Tensor:
     """Returns each row's codes, then its scales, as bytes: uint8 NB without padding."""
     return torch.cat([quantized.codes.view(torch.uint8), quantized.scales.contiguous().view(torch.uint8)], 1)
