@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from base.files import replace_text
 from comm.exits import EXIT_HANG, EXIT_LOST
-from train.files.run_files import RankFiles, find_rank_files, redact, replace_text
+from train.files.run_files import RankFiles, find_rank_files, redact
 
 LOG_FOLDER = "log"
 """Folder of a run with the logs of ranks."""

@@ -9,7 +9,8 @@ from html import escape
 from typing import Any
 
 from base.decode import encode
-from train.files.run_files import redact, replace_text
+from base.files import replace_text
+from train.files.run_files import redact
 from train.start.startup import identity_of, is_version
 from verify.checks import CheckEntry, Outcome, Verification
 

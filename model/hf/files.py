@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from base.files import sync
+
 LARGEST_JSON_BYTES = 2**28
 LONGEST_VALUE = 120
 LARGEST_WHOLE = 2**63 - 1
@@ -131,23 +133,6 @@ def check_kind(path: Path) -> None:
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder gives the clearest error
         raise HfError(path, "", "must be a file, is a pipe or a device")
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a new file, and waits until its content is on disk."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ConfigValues:

@@ -14,13 +14,14 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
+from base.files import write_synced
 from comm.dispatch.local import LocalDispatcher
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference import codes_128x128, dequantize_128x128, quantize_128x128
 from model.config import ModelConfig
 from model.hf.checkpoint import INDEX_NAME, ITEM_BYTES, SINGLE_NAME, lay_out
 from model.hf.config import CONFIG_NAME, write_config
-from model.hf.files import HfError, create_folder_atomically, write_synced
+from model.hf.files import HfError, create_folder_atomically
 from model.hf.names import (
     BLOCK,
     EMBEDDING,

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from base.files import write_synced
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
 from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
-from model.hf.files import create_folder_atomically, write_synced
+from model.hf.files import create_folder_atomically
 from model.hf.names import (
     BIAS_SUFFIX,
     EMBEDDING,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from base.decode import decode, encode
+from base.files import write_synced
 from base.refusal import ConfigError
 from model.config import InferencePrecision, ModelConfig
 from model.hf.checkpoint import LONGEST_NAME_BYTES
 from model.hf.config import parse_config, write_config
-from model.hf.files import HfError, check_kind, format_value, read_json, write_synced
+from model.hf.files import HfError, check_kind, format_value, read_json
 from model.size import count_parameters
 from train.config import TrainConfig
 from train.files.run_files import find_rank_files, is_node_folder

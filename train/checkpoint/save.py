@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import distributed as dist
 
+from base.files import sync, write_synced
 from comm.agreement import gather_on_first
 from comm.groups import make_host_group
 from data.parts import Prepared
 from dualpipe.ir import to_json
-from model.hf.files import sync, write_synced
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
 from train.checkpoint.load import PartError, run_on_all
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, is_whole, rescue_folder, step_folder, verify_sizes

@@ -9,11 +9,12 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, get_args
+
+from base.files import replace_text
 
 STATUS_NAME = "status.json"
 _LARGEST_BYTES = 2**20
@@ -254,19 +255,6 @@ class RankFiles:
 def find_rank_files(parent: Path, pattern: str) -> list[Path]:
     """Returns the files of all ranks in a folder of a run that match a pattern, in any order."""
     return [*parent.glob(pattern), *parent.glob(f"node_*/{pattern}")]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in place of an earlier one, which stays until the new one is complete."""
-    # Two processes may write the same file, such as `launch.redraw` and the run.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def is_node_folder(name: str) -> bool:

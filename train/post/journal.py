@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from base.files import write_synced
 from infer.protocol import Group, Sample
-from model.hf.files import write_synced
 from score.reward import ScoreSheet
 from score.score import Problem, Score
 from train.post.sample import RolloutHeader, ScoredRollout

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Annotated, Literal, get_args
 
 from base.decode import decode, encode
+from base.files import replace_text
 from base.ranges import Above, Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 from base.refusal import ConfigError
 from dualpipe.ir import Op, Operation, Schedule, from_json, to_json, value_made, value_needed
@@ -16,7 +17,6 @@ from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.validate import validate_passes
 from model.config import ModelConfig, Recomputed, cut_at
 from model.size import attention_parameters
-from train.files.run_files import replace_text
 from train.predict.layer_times import LayerTimes, PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]

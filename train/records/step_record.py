@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from base.files import replace_text
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from comm.groups import make_group, open_communicators
 from dualpipe.builder import Alternatives, by_makespan
@@ -47,7 +48,7 @@ from train.config import ProfileConfig, TrainConfig
 from train.core.replica import Replica
 from train.core.step import StepResult
 from train.core.world import World
-from train.files.run_files import redact, replace_text
+from train.files.run_files import redact
 from train.predict.measured import (
     MeasuredRun,
     MeasuredTimes,
