@@ -26,44 +26,32 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields where to write a file, which has its name when it is complete, or never."""
-    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}.partial")
     try:
         yield partial
         partial.rename(path)
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that is complete or absent, even after a crash."""
-    with replacing(path) as partial, partial.open("wb") as stream:
-        stream.writelines((content,) if isinstance(content, bytes) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in place of an earlier one, which stays until the new one is complete."""
-    # Two processes may write the same file, such as `launch.redraw` and the run.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
-def write_synced(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file that is complete or absent, even after a crash."""
+    with replacing(path) as partial:
+        write_synced(partial, content)
+    sync(path.parent)
+
+
+def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a new file, and waits until its content is on disk."""
     with path.open("xb") as file:
-        file.write(content)
+        file.writelines((content,) if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
+from base.files import replace_text
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Placement, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import offload
@@ -184,14 +184,9 @@ def _read(path: Path) -> Schedule | None:
 
 def write_if_possible(path: Path, text: str) -> None:
     """Writes a file of a cache at once, or nothing if its folder cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        replace_text(path, text)
 
 
 def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from base import journal
+from base.files import replace_text
 from data.corpus import decode_line, grouped
 from evaluation import answering, likelihood, retrieval
 from evaluation.answers import Answerer, NumberedRequest
@@ -193,9 +194,7 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        replace_text(self.path / name, text)
 
     def _compare(self, identity: dict[str, Any]) -> None:
         path = self.path / IDENTITY_NAME

@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from base.decode import decode, encode
+from base.files import replacing
 from base.ranges import NonNegativeInt, PositiveInt
 from base.refusal import ConfigError, broken, nearest
 from launch.cli.entry import command, experiment_text
@@ -278,18 +278,11 @@ def _submit(job: BatchJob, options: Sequence[str] = ()) -> str:
 
 def write_private(path: Path, text: str) -> None:
     """Writes a text file with mode 0600, atomically replacing an existing file."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    # O_EXCL and O_NOFOLLOW: another user cannot place a link or a file with wider permissions here.
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
+    with replacing(path) as partial:
+        # O_EXCL and O_NOFOLLOW: another user cannot place a link or a file with wider permissions here.
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def seconds_of(time: str) -> int | None:

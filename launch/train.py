@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from base.files import replace_text
 from base.refusal import ConfigError, broken
 from comm.exits import EXIT_MEMORY, EXIT_PREEMPTED, Preemption, handled_signals
 from launch.cli.entry import command, experiment_text
@@ -135,9 +136,7 @@ def export_exit_code(code: int, environment: Mapping[str, str]) -> int:
     if not path:
         return code
     if not is_other_rank(environment):
-        partial = Path(f"{path}.partial")
-        partial.write_text(f"{code}\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(Path(path), f"{code}\n")
     return 0
 
 

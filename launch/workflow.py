@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.decode import decode
+from base.files import replace_text
 from base.refusal import ConfigError, broken
 from launch import signals_handled
 from launch.cli.entry import command, preview_of
@@ -101,9 +102,7 @@ class WorkflowProgress:
             "seconds": self.seconds(line) + seconds,
             "is_done": is_done,
         }
-        partial = self._path.with_name(f"{STATE_NAME}.partial")
-        partial.write_text(json.dumps(self._records, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._path)
+        replace_text(self._path, json.dumps(self._records, indent=2) + "\n")
 
     def seconds(self, line: WorkflowCommand) -> float:
         """Returns the seconds of a command, those of interrupted attempts included."""

@@ -61,7 +61,7 @@ TOKENIZER_CHUNK_CHARACTERS = 2**16
 _UNIT_FILE = re.compile(
     r"((train|validation)-)?(?P<unit>[0-9a-f]{16})\.(json|index|tokens|sketches|drop\.npy|sequences-.*)"
 )
-_PARTIAL_FILE = re.compile(rf"\.{_UNIT_FILE.pattern}-[0-9a-f]{{32}}")
+_PARTIAL_FILE = re.compile(rf"\.{_UNIT_FILE.pattern}-[0-9a-f]{{32}}\.partial")
 _BUILDING = re.compile(r"\.building-[0-9a-f]{16}-[0-9a-f]{32}")
 _OPEN_UNITS = 64  # indexes that are mapped into memory at a time
 _ROOT = Path(__file__).resolve().parents[2]

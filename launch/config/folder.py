@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from base.files import replace_text
 from base.refusal import ConfigError
 from launch.config.run import read_config, write_config
 from train.checkpoint.locate import AUTO
@@ -23,7 +24,6 @@ from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
 
 CONFIG_NAME = "config.yaml"
 _LARGEST_BYTES = 2**20
-_PARTIAL_NAME = f"{CONFIG_NAME}.partial"
 _FILES = frozenset(
     [
         CONFIG_NAME,
@@ -62,7 +62,7 @@ def check_folder(config: TrainConfig) -> None:
 
 def _check_holds(config: TrainConfig, folder: Path) -> None:
     check_content(folder)
-    if all(path.name == _PARTIAL_NAME or path.name.startswith(LOCK_NAME) for path in folder.iterdir()):
+    if all(path.suffix == ".partial" or path.name.startswith(LOCK_NAME) for path in folder.iterdir()):
         return
     if config.resume == AUTO:
         if not (folder / CONFIG_NAME).is_file():
@@ -103,8 +103,7 @@ def write_run_folder(config: TrainConfig, now: datetime) -> TrainConfig:
         config = replace(config, out_dir=str(folder))
         text = yaml.dump(write_config(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
         # Atomic replacement: if the new file cannot be written, the previous configuration stays.
-        (folder / _PARTIAL_NAME).write_text(text, encoding="utf-8")
-        (folder / _PARTIAL_NAME).replace(folder / CONFIG_NAME)
+        replace_text(folder / CONFIG_NAME, text)
     return config
 
 

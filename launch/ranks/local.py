@@ -25,6 +25,7 @@ from multiprocessing import connection, forkserver, process, resource_tracker, u
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from base.files import replace_text
 from base.refusal import ConfigError
 from base.registry import loaded_plugins
 from comm.config import ClusterConfig
@@ -380,9 +381,7 @@ class RankCheck:
 
 def write_pid_file(scratch: Path, pid: int, rank: int) -> None:
     """Writes the file that registers a rank's process, atomically."""
-    partial = scratch / f"partial_{pid}"
-    partial.write_text(str(rank))
-    partial.rename(scratch / f"{PID_PREFIX}{pid}")
+    replace_text(scratch / f"{PID_PREFIX}{pid}", str(rank))
 
 
 def pid_of(path: Path) -> int:

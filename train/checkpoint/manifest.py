@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from base.decode import decode, encode
-from base.files import write_synced
+from base.files import replace_file
 from base.refusal import ConfigError
 from model.config import InferencePrecision, ModelConfig
 from model.hf.checkpoint import LONGEST_NAME_BYTES
@@ -130,10 +130,8 @@ def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest]) ->
     others = (path for path in folder.iterdir() if path.is_file() and path.name not in (MANIFEST_NAME, *files))
     listed = {name: file.as_json() for name, file in sorted({**digests(folder, others), **files}.items())}
     record = {"format_version": FORMAT_VERSION, **record, "files": listed}
-    partial = folder / f"{MANIFEST_NAME}.partial"
-    partial.unlink(missing_ok=True)
-    write_synced(partial, f"{json.dumps({**record, 'sha256': record_hash(record)}, indent=2)}\n".encode())
-    partial.replace(folder / MANIFEST_NAME)
+    text = json.dumps({**record, "sha256": record_hash(record)}, indent=2)
+    replace_file(folder / MANIFEST_NAME, f"{text}\n".encode())
 
 
 def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from base.files import replacing
 from base.journal import append
 from train.files.run_files import redact
 
@@ -100,10 +101,8 @@ class JsonLines:
         return self._path.open("ab", buffering=0)
 
     def _put(self, lines: Iterable[bytes]) -> None:
-        partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(self._path) as partial, partial.open("wb") as file:
             file.writelines(lines)
-        partial.replace(self._path)
 
 
 def _lines_until(path: Path, last_step: int) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from base.files import write_synced
+from base.files import replace_file
 from infer.protocol import Group, Sample
 from score.reward import ScoreSheet
 from score.score import Problem, Score
@@ -54,8 +54,8 @@ def write_journal(out_dir: Path, rollout: ScoredRollout, dtype: type[np.floating
     lines += [json.dumps(_to_plain(number, group)) for number, group in enumerate(rollout.groups)]
     body = "".join(f"{line}\n" for line in lines).encode()
     end = {"end": True, "sha256": _digest(body), "tensors_sha256": _digest(tensors)}
-    _write_whole(path.with_suffix(".safetensors"), tensors)
-    _write_whole(path, body + json.dumps(end).encode() + b"\n")
+    replace_file(path.with_suffix(".safetensors"), tensors)
+    replace_file(path, body + json.dumps(end).encode() + b"\n")
     return path
 
 
@@ -204,14 +204,6 @@ def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_FILE_BYTES:
         raise JournalError(f"{path}: must have at most {_LARGEST_FILE_BYTES} bytes")
     return path.read_bytes()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it when it is on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_synced(partial, content)
-    partial.replace(path)
 
 
 def _digest(content: bytes) -> str:

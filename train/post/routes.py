@@ -9,7 +9,6 @@ layer. So the job may resume with another layout.
 Source: arXiv:2510.11370 (rollout routing replay). Shape legend: B sequences, T tokens, K experts per token, E experts.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors.numpy import save
 from torch import Tensor
 from torch import distributed as dist
 
+from base.files import replace_file
 from comm.protocol import Label
 from infer.cohorts import assign_prompt
 from infer.protocol import PROMPT_SAMPLE, RouteKey, SampledRoutes
@@ -286,15 +286,10 @@ def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoute
     """Writes the records of a rank. When this returns, the file is whole and on the disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = files.make_folder(folder) / _file_name(step, files.rank)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        records = {_to_name(key): ids_TK for key, ids_TK in routes.ids.items()}
-        # A rank whose stages have no MoE layer has no records, which safetensors cannot write with metadata.
-        checksums = {name: _checksum(ids_TK) for name, ids_TK in records.items()}
-        file.write(save(records, checksums | {_ORIGIN: origin} if records else None))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    records = {_to_name(key): ids_TK for key, ids_TK in routes.ids.items()}
+    # A rank whose stages have no MoE layer has no records, which safetensors cannot write with metadata.
+    checksums = {name: _checksum(ids_TK) for name, ids_TK in records.items()}
+    replace_file(path, save(records, checksums | {_ORIGIN: origin} if records else None))
     return path
 
 

@@ -265,7 +265,7 @@ def test_partial_files_of_killed_processes_are_removed_after_an_hour(
     folder: Path, settings: BuildSettings, tokenizer: Tokenizer
 ) -> None:
     name = f".{'0' * 16}.index-{'1' * 31}"
-    abandoned, recent = (folder / "sources" / "notes" / f"{name}{number}" for number in range(2))
+    abandoned, recent = (folder / "sources" / "notes" / f"{name}{number}.partial" for number in range(2))
     for path in (abandoned, recent):
         path.touch()
     os.utime(abandoned, (time.time() - 4000,) * 2)

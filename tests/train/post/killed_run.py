@@ -94,7 +94,7 @@ def _arm(out_dir: Path) -> None:
         "drawing": (PromptOrder, "take", 1),
         "sampling": (ReplicaPipeline, "run", 1),
         "rewards": (Reward, "score_groups", 1),
-        "journal": (journal, "_write_whole", 2),
+        "journal": (journal, "replace_file", 2),
         "reference": (Reference, "add", 1),
         "training": (StageRun, "backward", 3),
         "update": (StagedAdamW, "update", 1),
