@@ -34,7 +34,7 @@ class RuleError(ValueError):
         return cls(f"{key}: {rule}, is {value}; nearest valid: {near}")
 
 
-class ConfigError(ValueError):
+class ConfigError(RuleError):
     """An invalid configuration. The message starts with the dotted key that it is about."""
 
 
@@ -42,9 +42,7 @@ class UnknownKeyError(ConfigError):
     """A configuration key that does not exist."""
 
 
-def broken(key: str, rule: str, value: object, near: object) -> ConfigError:
-    """Returns the error about a value that breaks a rule such as `must be at most 3`."""
-    return ConfigError(f"{key}: {rule}, is {value}; nearest valid: {near}")
+broken = ConfigError.broken
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.ranges import Range
+from base.refusal import RuleError
 from base.registry import closest
 
 T = TypeVar("T")
 Reader = Callable[[object, str], Any]  # reads a value at a place
 
 
-class DataError(ValueError):
+class DataError(RuleError):
     """Invalid text or data settings, with the place, the rule, the value and the nearest valid choice."""
 
 

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from base.refusal import ConfigError, UnknownKeyError, nearest, nearest_key, nearest_number
+from base.refusal import ConfigError, RuleError, UnknownKeyError, nearest, nearest_key, nearest_number
 from base.registry import PluginError, load_plugins, loaded_plugins
 from dualpipe.ir import ScheduleError
 from model.config import CutError
@@ -496,16 +496,12 @@ def _root(command: str) -> dict[str, Any]:
 
 def user_errors() -> tuple[type[ValueError], ...]:
     """Returns the error types that a user can fix; they are printed as one line without a traceback."""
-    from base.refusal import RuleError
     from comm.watchdog.membership import JobKeyError
-    from data.corpus import DataError
     from model.hf.files import HfError
-    from score.score import ScoringError
     from train.checkpoint.manifest import CheckpointError
     from train.files.run_lock import LockedError
 
-    of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, RuleError)
-    return (*of_commands, ScoringError, LockedError, JobKeyError)
+    return (RuleError, ScheduleError, CheckpointError, CutError, HfError, LockedError, JobKeyError)
 
 
 @contextmanager
