@@ -92,6 +92,18 @@ def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constex
     return tl.where(scales == scales, scaled, scales).to(tl.float8e4nv)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_of_program(
+    num_columns: tl.tensor, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns rows, columns and number of this program's tile; tiles of the same rows are adjacent."""
+    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * num_tiles
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return row[:, None], (tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :], tile
+
+
 @triton.jit(do_not_specialize=["num_rows", "min_amax"])  # type: ignore[untyped-decorator]
 def quantize_kernel(
     rows: tl.tensor,
@@ -107,18 +119,12 @@ def quantize_kernel(
 ) -> None:
     """Quantizes one tile of each of BLOCK_ROWS rows."""
     # A program owns one tile of 128 columns in BLOCK_ROWS rows.
-    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * num_tiles
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row < num_rows)[:, None] & (columns < num_columns)[None, :]
-    values = tl.load(rows + row[:, None] * rows_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    row, column, tile = tile_of_program(num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    inside = (row < num_rows) & (column < num_columns)
+    values = tl.load(rows + row * rows_stride + column, mask=inside, other=0.0).to(tl.float32)
     scale = compute_scales(largest_bits(values, 1), min_amax, POWER_OF_TWO)
-    tl.store(
-        codes + row[:, None] * num_columns + columns[None, :], compute_codes(values, scale, POWER_OF_TWO), mask=inside
-    )
-    tl.store(scales + row[:, None] * num_tiles + tile, scale, mask=(row < num_rows)[:, None])
+    tl.store(codes + row * num_columns + column, compute_codes(values, scale, POWER_OF_TWO), mask=inside)
+    tl.store(scales + row * tl.cdiv(num_columns, BLOCK_COLUMNS) + tile, scale, mask=row < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -135,18 +141,14 @@ def dequantize_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
     """Multiplies one tile of each of BLOCK_ROWS rows by its scale."""
-    num_tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * num_tiles
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row, column, tile = tile_of_program(num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     in_rows = row < num_rows
-    inside = in_rows[:, None] & (columns < num_columns)[None, :]
+    inside = in_rows & (column < num_columns)
     # One scale for each row of the tile.
-    code = tl.load(codes + row[:, None] * codes_stride + columns[None, :], mask=inside, other=0.0)
+    code = tl.load(codes + row * codes_stride + column, mask=inside, other=0.0)
     scale = tl.load(scales + row * scales_stride + tile, mask=in_rows, other=0.0)
-    product = code.to(tl.float32).to(WIDE) * scale.to(WIDE)[:, None]
-    tl.store(rows + row[:, None] * num_columns + columns[None, :], product.to(rows.dtype.element_ty), mask=inside)
+    product = code.to(tl.float32).to(WIDE) * scale.to(WIDE)
+    tl.store(rows + row * num_columns + column, product.to(rows.dtype.element_ty), mask=inside)
 
 
 def quantize_1x128(

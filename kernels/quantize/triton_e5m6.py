@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import E5M6_MIN_AMAX, TILE, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
-from kernels.quantize.triton import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
+from kernels.quantize.triton import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits, tile_of_program
 
 SIGN_BIT = tl.constexpr(-(2**31))
 NAN_HALF = tl.constexpr(0x7E00)
@@ -56,11 +56,7 @@ def pack_kernel(
     TILE: tl.constexpr,
 ) -> None:
     """Packs one tile of each of BLOCK_ROWS rows."""
-    num_tiles = tl.cdiv(num_columns, TILE)
-    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * num_tiles
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    columns = tile * TILE + tl.arange(0, TILE)[None, :]
+    row, columns, tile = tile_of_program(num_columns, BLOCK_ROWS, TILE)
     in_rows = row < num_rows
     inside = in_rows & (columns < num_columns)
     values = tl.load(rows + row * rows_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -76,9 +72,8 @@ def pack_kernel(
     even, odd = tl.split(((halves >> 12) & 0xF).to(tl.uint8).reshape(BLOCK_ROWS, TILE // 2, 2))
     pairs = tile * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
     tl.store(packed + 2 * num_pairs + pairs, even | (odd << 4), mask=in_rows & (pairs < num_pairs))
-    tl.store(
-        scales + row * num_tiles + tile, tl.where(finite, scale_bits, NAN_BITS).to(tl.float32, bitcast=True), in_rows
-    )
+    scale = tl.where(finite, scale_bits, NAN_BITS).to(tl.float32, bitcast=True)
+    tl.store(scales + row * tl.cdiv(num_columns, TILE) + tile, scale, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -96,11 +91,7 @@ def unpack_kernel(
     TILE: tl.constexpr,
 ) -> None:
     """Unpacks one tile of each of BLOCK_ROWS rows."""
-    num_tiles = tl.cdiv(num_columns, TILE)
-    row_block = (tl.program_id(0) // num_tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * num_tiles
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    columns = tile * TILE + tl.arange(0, TILE)[None, :]
+    row, columns, tile = tile_of_program(num_columns, BLOCK_ROWS, TILE)
     pairs = tile * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
     in_rows = row < num_rows
     inside = in_rows & (columns < num_columns)

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels.launch import launch_kernel
 from kernels.operation import check_columns
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized, num_tiles
-from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
+from kernels.quantize.triton import compute_codes, compute_scales, largest_bits, tile_of_program
 from kernels.swiglu.reference import check_backward, check_backward_from_codes, check_halves, check_weights, check_width
 
 
@@ -60,10 +60,7 @@ def swiglu_kernel(
 ) -> None:
     """Computes a tile of `out`."""
     # A program owns one tile: rows x columns of M.
-    tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    row_block = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    column = ((tl.program_id(0) - row_block * tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    row, column, _ = tile_of_program(num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (row < num_rows) & (column < num_columns)
     gates = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(WIDE)
     ups = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(WIDE)
@@ -87,10 +84,7 @@ def swiglu_backward_kernel(
 ) -> None:
     """Computes the same tile of the gate half and of the up half of `out`; columns are those of `grad`."""
     # A program owns the same rows x columns in both halves of H.
-    tiles = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    row_block = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    column = ((tl.program_id(0) - row_block * tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    row, column, _ = tile_of_program(num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (row < num_rows) & (column < num_columns)
     grads = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(WIDE)
     # Gates are in columns 0 to M - 1 of a row of H, ups in the M columns after them.
@@ -180,13 +174,10 @@ def swiglu_quantize_kernel(
 ) -> None:
     """Computes one tile of the product, and quantizes its share of the hidden values, two tiles."""
     tiles = tl.cdiv(width, TILE)
-    row_block = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * tiles
-    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row, column, tile = tile_of_program(width, BLOCK_ROWS, TILE)
     # Tile t of M reads tiles t and t + T of H, so that every tile of H is read and quantized once.
     further = tile + tiles
     in_rows = row < num_rows
-    column = tile * TILE + tl.arange(0, TILE)[None, :]
     further_column = further * TILE + tl.arange(0, TILE)[None, :]
     places = hidden + row * hidden_stride
     first = tl.load(places + column, mask=in_rows & (column < 2 * width), other=0.0).to(tl.float32)
@@ -227,11 +218,8 @@ def swiglu_backward_codes_kernel(
 ) -> None:
     """Computes a tile of the product and of both gradient halves, and its share of the weights' gradient."""
     tiles = tl.cdiv(width, TILE)
-    row_block = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) - row_block * tiles
-    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row, column, tile = tile_of_program(width, BLOCK_ROWS, TILE)
     in_rows = row < num_rows
-    column = tile * TILE + tl.arange(0, TILE)[None, :]
     inside = in_rows & (column < width)
     grads = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     code_places = codes + row * codes_stride + column
