@@ -186,23 +186,14 @@ SCHEDULES.register(
         ),
     ),
 )
-SCHEDULES.register(
-    "v_half",
-    ScheduleSpec(
-        name="v_half",
-        summary="as zb_v with about half the activations of 1F1B",
-        generate=v_half,
-        placement=v_placement,
-        chunks=range(2, 3),
-    ),
-)
-SCHEDULES.register(
-    "v_min",
-    ScheduleSpec(
-        name="v_min",
-        summary="as zb_v with about a third of the activations of 1F1B",
-        generate=v_min,
-        placement=v_placement,
-        chunks=range(2, 3),
-    ),
-)
+for _generate, _share in ((v_half, "half"), (v_min, "a third")):
+    SCHEDULES.register(
+        _generate.__name__,
+        ScheduleSpec(
+            name=_generate.__name__,
+            summary=f"as zb_v with about {_share} of the activations of 1F1B",
+            generate=_generate,
+            placement=v_placement,
+            chunks=range(2, 3),
+        ),
+    )

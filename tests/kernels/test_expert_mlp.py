@@ -1,5 +1,7 @@
 """SwiGLU experts over sorted rows, and every gradient, against one row after the other in float64.
 
+Products of few rows equal those of many rows, for every number of rows that has a separate form.
+
 Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M intermediate size.
 """
 
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from comm.dispatch.local import LocalDispatcher
 from kernels.expert_mlp import (
     ExpertImplementation,
     choose_expert_implementation,
@@ -20,6 +24,7 @@ from kernels.expert_mlp import (
     expert_mlp_backward,
     gate_up_gradient,
 )
+from kernels.few_rows import few_rows_experts, few_rows_linear
 from kernels.launch import without_launches
 from kernels.swiglu import triton as triton_swiglu
 from tests.kernels.plain import expert_rows, near, randn, strided
@@ -304,3 +309,32 @@ def test_grouped_experts_apply_the_gate_by_one_kernel_each_way(monkeypatch: pyte
         assert launched == ["swiglu"]
         expert_mlp_backward(out_AD, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts)
     assert launched == ["swiglu", "swiglu", "swiglu_backward"]
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 129])
+@pytest.mark.parametrize(("num_outputs", "dtype"), [(48, torch.float64), (30, torch.float64), (48, torch.bfloat16)])
+def test_linear_of_few_rows_is_linear(num_rows: int, num_outputs: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Rows of a wider matrix, as a split makes them.
+    x_RI = torch.randn(num_rows, 50, generator=generator).to(dtype)[:, 3:43]
+    weight_OI = torch.randn(num_outputs, 40, generator=generator).to(dtype)
+    out_RO = few_rows_linear(x_RI, weight_OI)
+    assert out_RO.is_contiguous()
+    torch.testing.assert_close(out_RO, functional.linear(x_RI, weight_OI))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_experts_of_few_rows_are_those_of_sorted_rows(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    rows_TD, gate_up_EHD, down_EDM, scores_TE = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((num_tokens, 24), (6, 32, 24), (6, 24, 16), (num_tokens, 6))
+    )
+    # No token chooses the last expert.
+    weights_TK, ids_TK = scores_TE[:, :5].topk(3)
+    dispatcher = LocalDispatcher(6)
+    counts, order = dispatcher.local_order(dispatcher.plan(ids_TK))
+    weights_A = order.copy_weights(weights_TK)
+    out_AD, _ = expert_mlp(rows_TD, weights_A, gate_up_EHD, down_EDM, counts, order.tokens_A)
+    made_TD = few_rows_experts(rows_TD, ids_TK, weights_TK, gate_up_EHD, down_EDM)
+    torch.testing.assert_close(made_TD, order.sum_rows(out_AD))
