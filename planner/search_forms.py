@@ -1,5 +1,6 @@
 """Converts searches of layouts to their public JSON form, and formats it as text. No torch here."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,9 +90,7 @@ def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int)
         if any(layout["extended"] for layout in layouts):
             lines.append("~ from a short order, with more of its steady state; launch.plan builds the whole order")
         lines += [*_tie_lines(layouts), ""]
-        for number, layout in enumerate(layouts, start=1):
-            quoted = (f"'{text}'" if "[" in text else text for text in layout["overrides"])
-            lines.append(f"{number}: {' '.join(quoted)}")
+        lines += [f"{number}: {shlex.join(layout['overrides'])}" for number, layout in enumerate(layouts, start=1)]
         lines.append("")
     lines.append(f"rejected: {counts['rejected']:,} layouts")
     for group in values["rejected"]:

@@ -1,5 +1,6 @@
 """Finds the fewest devices that hold a run, with its optimizer on them or on the host. No torch here."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
@@ -114,5 +115,5 @@ def smallest_text(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
             verdict = "refused by a bound" if group["proven"] else "no predicted layout fits, others are not predicted"
             text = f"with {span}: {verdict}; with {group['to']:,}, {group['reason']}"
             lines += labeled("proven" if group["proven"] else "open", text)
-        lines += ["", " ".join(f"'{text}'" if "[" in text else text for text in job.get("overrides", ())), ""]
+        lines += ["", shlex.join(job.get("overrides", ())), ""]
     return lines

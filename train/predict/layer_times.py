@@ -244,16 +244,7 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
         parts += [times.embedding] * (stage == 0) + [times.head, times.mtp] * is_last
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
         total = as_paired(sum(parts, PartTimes()), config)
-        stages.append(
-            StageCosts(
-                forward=total.forward,
-                backward_input=total.backward_input,
-                backward_weight=total.backward_weight,
-                forward_exchange=total.forward_exchange,
-                backward_exchange=total.backward_exchange,
-                activation=share,
-            )
-        )
+        stages.append(StageCosts(**dict(zip(_FIELDS, _values(total), strict=True)), activation=share))
     return CostModel(
         stages=_with_copies(stages, config),
         latency=times.latency_seconds,
