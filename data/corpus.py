@@ -21,9 +21,7 @@ class DataError(RuleError):
     """Invalid text or data settings, with the place, the rule, the value and the nearest valid choice."""
 
 
-def refusal(place: str, rule: str, value: object, near: object) -> DataError:
-    """Returns the error about a value that breaks a rule such as `must be at most 3`."""
-    return DataError(f"{place}: {rule}, is {value}; nearest: {near}")
+refusal = DataError.broken
 
 
 def is_within(path: Path, folder: Path) -> bool:

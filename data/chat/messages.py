@@ -200,7 +200,7 @@ def require_fields(
         near = next((hint for name, hint in (hints or {}).items() if name in values), near)
         raise DataError(
             f"{place}: {missing}: must be given{form}, has the fields {', '.join(list(values)[:8]) or 'none'}; "
-            f"nearest: {near}"
+            f"nearest valid: {near}"
         )
 
 
@@ -235,7 +235,7 @@ def _read_message(value: object, place: str) -> ChatMessage:
             raise refusal(f"{place}.{name}", f"must be absent for the role {role}", "given", "role assistant")
     if "content" not in fields and not calls:
         near = ", ".join(fields)
-        raise DataError(f"{place}.content: must be given, has the fields {near}; nearest: content")
+        raise DataError(f"{place}.content: must be given, has the fields {near}; nearest valid: content")
     content = fields.get("content")
     text = text_of("" if content is None and calls else content, f"{place}.content")
     checked = _checked_content(text, f"{place}.content") if role == "assistant" else text
@@ -254,7 +254,7 @@ def _checked_content(text: str, place: str) -> str:
     """Rejects thoughts within an answer's text, which would be trained as text instead of special tokens."""
     if text.lstrip().startswith(THINK) and END_THINK in text:
         rule = f"must not begin with {THINK}, because text never becomes special tokens"
-        raise DataError(f'{place}: {rule}, does; nearest: a field "thoughts" with the text before {END_THINK}')
+        raise DataError(f'{place}: {rule}, does; nearest valid: a field "thoughts" with the text before {END_THINK}')
     return text
 
 

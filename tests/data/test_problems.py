@@ -221,7 +221,7 @@ def test_arithmetic_problems_split_as_its_samples(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"prompt": "a"}, "p.jsonl:1: answer or tests: must be given"),
-        ({"prompt": "a", "anwser": "b"}, "nearest: answer instead of anwser"),
+        ({"prompt": "a", "anwser": "b"}, "nearest valid: answer instead of anwser"),
         ({"answer": "b"}, "p.jsonl:1: prompt: must be given"),
     ],
 )
@@ -243,5 +243,5 @@ def test_split_refuses_sources_without_problems_and_an_empty_training_part(tmp_p
         split_problems(source_config(source_of(path), tmp_path, validation_fraction=0.9999))
     (tmp_path / "notes.txt").write_text(json.dumps("text"))
     files = DATA_SOURCES.get("files").config(kind="files", paths=(str(tmp_path),), text_field="text")  # type: ignore[call-arg]
-    with pytest.raises(DataError, match="must be a source with problems, is files; nearest: problems, reasoning_gym"):
+    with pytest.raises(DataError, match="a source with problems, is files; nearest valid: problems, reasoning_gym"):
         split_problems(source_config(files, tmp_path))

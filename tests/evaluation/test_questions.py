@@ -179,7 +179,7 @@ def test_reasoning_is_verified_by_the_library(library: Path, tokenizer: Tokenize
 
 
 def test_reasoning_names_the_data_set(library: Path, tokenizer: Tokenizer) -> None:
-    for dataset, rule in ((None, "a value is needed, is None"), ("sum", "'sum'; nearest: sums")):
+    for dataset, rule in ((None, "a value is needed, is None"), ("sum", "'sum'; nearest valid: sums")):
         with pytest.raises(EvaluationError, match=rf"reasoning\.dataset: .*{rule}"):
             open_task("reasoning", tokenizer, dataset=dataset)
 

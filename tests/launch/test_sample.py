@@ -150,9 +150,12 @@ BROKEN = [
     ('{"prompt": "a"', "p.jsonl, line 2: must be a JSON object"),
     ("[1]", "p.jsonl, line 2: must be a JSON object, is a list"),
     ('{"answer": "a"}', "p.jsonl, line 2: prompt: must be given, has the fields answer"),
-    ('{"promt": "a", "answer": "b"}', "p.jsonl, line 2: prompt: must be given, .* nearest: prompt instead of promt"),
+    (
+        '{"promt": "a", "answer": "b"}',
+        "p.jsonl, line 2: prompt: must be given, .* nearest valid: prompt instead of promt",
+    ),
     ('{"prompt": "a"}', "p.jsonl, line 2: answer or tests: must be given"),
-    ('{"prompt": "a", "anwser": "b"}', "p.jsonl, line 2: answer or tests: .* nearest: answer instead of anwser"),
+    ('{"prompt": "a", "anwser": "b"}', "p.jsonl, line 2: answer or tests: .* nearest valid: answer instead of anwser"),
     ('{"prompt": "a", "answer": null}', "p.jsonl, line 2: answer or tests: must be given"),
     (
         '{"prompt": 3, "answer": "b"}',
@@ -167,7 +170,7 @@ BROKEN = [
     ('{"prompt": "a", "tests": [{"stdin": "1"}]}', r"p.jsonl, line 2: tests\[0\].stdout: must be given"),
     (
         '{"prompt": "a", "tests": [{"input": "1", "stdout": ""}]}',
-        r"p.jsonl, line 2: tests\[0\].input: .* nearest: stdin",
+        r"p.jsonl, line 2: tests\[0\].input: .* nearest valid: stdin",
     ),
     (
         '{"prompt": "a", "tests": "assert f(1)"}',

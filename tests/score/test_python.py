@@ -248,7 +248,9 @@ def test_gym_problems_are_different_and_their_verifier_finds_them(library: Path,
 
 
 def test_gym_data_set_that_is_unknown_and_a_missing_tokenizer_are_refused(library: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.dataset: must be one of the 1 data sets .*, is 'sumz'; nearest: sums"):
+    with pytest.raises(
+        DataError, match=r"data\.dataset: must be one of the 1 data sets .*, is 'sumz'; nearest valid: sums"
+    ):
         check_config(gym_config_of(source_of(dataset="sumz"), tmp_path, chat_tokenizer()))
     with pytest.raises(DataError, match=r"data\.tokenizer: must be given with data=reasoning_gym"):
         check_config(gym_config_of(source_of(), tmp_path))

@@ -284,7 +284,7 @@ def test_more_than_100_broken_lines_are_each_refused_in_words(tmp_path: Path) ->
         assert field in text.removeprefix(f"{path}:3: ").split(": must")[0].split(": a ")[0].split(": an ")[0], text
         assert "\n" not in text
         assert "must" in text, text
-        assert "; nearest: " in text, text
+        assert "; nearest valid: " in text, text
     assert time.process_time() - began < SECONDS
 
 

@@ -45,11 +45,11 @@ def test_hashes_ignore_case_and_space_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"min_word": 3}, "mix.yaml: filters.min_word: must be one of the fields .* nearest: min_words"),
-        ({"min_words": 2.5}, "mix.yaml: filters.min_words: must be a whole number 0 or above, is 2.5; nearest: 2"),
-        ({"max_symbol_share": 40}, "max_symbol_share: must be a number between 0 and 1, is 40; nearest: 1"),
+        ({"min_word": 3}, "mix.yaml: filters.min_word: must be one of the fields .* nearest valid: min_words"),
+        ({"min_words": 2.5}, "yaml: filters.min_words: must be a whole number 0 or above, is 2.5; nearest valid: 2"),
+        ({"max_symbol_share": 40}, "max_symbol_share: must be a number between 0 and 1, is 40; nearest valid: 1"),
         ({"max_words": 3}, "max_words: must be at least min_words, 5, is 3; nearest: 5"),
-        ({"datatrove": ["gopher"]}, "datatrove.0.: must be .* or .*, is gopher; nearest: gopher_quality"),
+        ({"datatrove": ["gopher"]}, "datatrove.0.: must be .* or .*, is gopher; nearest valid: gopher_quality"),
         ([], "mix.yaml: filters: must be an object"),
     ],
 )

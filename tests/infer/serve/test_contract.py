@@ -401,7 +401,7 @@ def test_suffix_is_asked_for_as_training_cuts_documents(client: openai.OpenAI) -
     [
         ({"prompt": [5, 6], "suffix": "world"}, "prompt: must be text, is "),
         ({"max_completion_tokens": 0}, "max_completion_tokens: must be at least 1"),
-        ({"reasoning_effort": "low"}, "reasoning_effort: must be none, .* is low; nearest: none"),
+        ({"reasoning_effort": "low"}, "reasoning_effort: must be none, .* is low; nearest valid: none"),
         ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs.thinking: must be false, "),
     ],
 )
@@ -428,7 +428,7 @@ def test_unsupported_field_is_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, extra_body={"temperatur": 1})
     assert caught.value.param == "temperatur"
-    assert "nearest: temperature" in str(caught.value)
+    assert "nearest valid: temperature" in str(caught.value)
     assert chat(client, user="me", store=False, metadata={"a": "b"}).choices
 
 

@@ -429,7 +429,7 @@ def test_errors_have_no_words_of_a_library(server: RunningServer, caplog: pytest
         return httpx.post(f"{server.url}/v1/completions", json={**COMPLETION, **fields}).json()["error"]
 
     error = post(guided_regex="(a")
-    rule = "guided_regex: must be a grammar that can be built, is not; nearest: a simpler one"
+    rule = "guided_regex: must be a grammar that can be built, is not; nearest valid: a simpler one"
     check_internal(error["message"], rule, 'at 1(8): invalid regex "(a"', caplog)
     assert error["param"] == "guided_regex"
     engine = server.service.engine._engine
