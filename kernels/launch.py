@@ -198,6 +198,14 @@ def launch_kernel(
     launcher(*tensors, *sizes, *numbers, **constants)
 
 
+def launch_tiles(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int], tiling: Tiling, **values: Any) -> None:
+    """Launches programs that share the tiles of a product, whose number is the last size."""
+    device = tensors[0].device
+    allow_descriptors(device)
+    grid = (count_programs(sizes[-1], tiling.programs_per_sm, device),)
+    launch_kernel(kernel, tensors, sizes, grid=grid, **tiling.resources, **values)
+
+
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Makes operations on meta tensors allocate what they do on CUDA; they launch nothing.

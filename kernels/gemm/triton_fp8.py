@@ -52,10 +52,8 @@ from kernels.launch import (
     STORED_BY_DESCRIPTOR,
     STORED_BY_MASK,
     Tiling,
-    allow_descriptors,
-    count_programs,
     is_describable,
-    launch_kernel,
+    launch_tiles,
     make_describable,
     make_rows_contiguous,
 )
@@ -176,19 +174,17 @@ def _launch(
     stored_whole = STORED_BY_DESCRIPTOR if by_blocks else OF_COLUMNS
     tiling = tiling or (stored_whole if store_by_descriptor else STORED_BY_MASK)
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
-    allow_descriptors(out_MN.device)
-    launch_kernel(
+    launch_tiles(
         gemm_kernel,
         (*_operands(left, right), out_MN),
         (num_rows, num_outputs, depth, num_tiles),
-        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_MN.device),),
+        tiling,
         BY_BLOCKS=by_blocks,
         STORE_BY_DESCRIPTOR=store_by_descriptor,
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
         GROUP=tiling.group,
-        **tiling.resources,
     )
 
 
@@ -328,18 +324,16 @@ def grouped_rows_fp8(
     rows_scales = make_rows_contiguous(rows.scales)
     places_T5 = plan_row_tiles(counts, tiling.rows, tiling.group, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
-    allow_descriptors(out_AN.device)
-    launch_kernel(
+    launch_tiles(
         grouped_rows_fp8_kernel,
         (rows_AK, weights_ENK, rows_scales, weights.scales.contiguous(), out_AN, places_T5),
         (num_rows, num_groups, num_outputs, depth, num_tiles),
-        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_AN.device),),
+        tiling,
         weights_group_stride=weights_ENK.stride(0),
         weights_stride=weights_ENK.stride(1),
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
-        **tiling.resources,
     )
     return out_AN
 
@@ -353,17 +347,15 @@ def grouped_weight_fp8(
     if out_ENK.numel() == 0 or depth == 0:
         return out_ENK.zero_()
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
-    allow_descriptors(out_ENK.device)
     bounds = compute_depth_bounds([triton.cdiv(count, TILE) for count in counts], out_ENK.device)
-    launch_kernel(
+    launch_tiles(
         grouped_weight_fp8_kernel,
         (*_operands(grad, rows), out_ENK, bounds),
         (num_outputs, num_inputs, depth, num_tiles),
-        grid=(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),),
+        tiling,
         BLOCK_OUTPUTS=tiling.rows,
         BLOCK_INPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
         HEIGHT=tiling.group,
-        **tiling.resources,
     )
     return out_ENK
