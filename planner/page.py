@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from base.decode import flatten
+from base.figures import num_bytes, plain, seconds, short, table
 from dualpipe.draw.style import DEFINITIONS, LIGHT, STYLE, document, style_of
 from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.ir import Op
-from train.figures import num_bytes, plain, seconds, short, table
 from train.predict.fit import gigabytes
 from train.predict.timing import TimedPlan
 

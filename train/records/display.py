@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from train.figures import short
+from base.figures import short
 from train.terminal import escape_terminals, printable, seconds_text, unescaped
 
 Clock = Callable[[], float]

@@ -19,11 +19,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from base.figures import embedded_json, plain, table
 from dualpipe.draw.style import document
 from evaluation.protocol import ResultGrid
 from evaluation.run import TaskResult
 from evaluation.statistics import PairedComparison
-from train.figures import embedded_json, plain, table
 from train.report.source import History, Mark
 
 _SECTIONS = Path(__file__).with_name("charts.yaml")
@@ -60,7 +60,7 @@ svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-wid
 class Chart:
     """A chart of numbers over the steps, tokens or hours of a run.
 
-    `unit` is a function of `train.figures`. A page of several runs shows only the keys `compared`, or all.
+    `unit` is a function of `base.figures`. A page of several runs shows only the keys `compared`, or all.
     `is_range` fills the range from the first line's least to the second's greatest values.
     `hides_zeros`: the chart begins at 0, and is left out if all values are 0.
     """

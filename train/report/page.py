@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from base.decode import encode, flatten
+from base.figures import count, num_bytes, percent, plain, seconds, short, table
 from base.files import replace_text
 from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.style import STYLE, document
 from train.config import TrainConfig
 from train.errors import LOG_FOLDER, find_errors
-from train.figures import count, num_bytes, percent, plain, seconds, short, table
 from train.files.run_files import read_status, redact, redact_values
 from train.predict.measured import MEASURED_NAME, PROBE_NAME
 from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, legend_gradient, overview

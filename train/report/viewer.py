@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from base.figures import embedded_json
 from base.files import replace_text
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from dualpipe.draw.style import document
 from train.checkpoint.locate import CHECKPOINTS_NAME
-from train.figures import embedded_json
 from train.post.journal import FOLDER_NAME, LENGTHS, LOG_PROBS, read_header
 
 VIEWER_NAME = "rollouts.html"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from base.figures import num_bytes, plain, seconds, short
 from base.refusal import ConfigError
 from launch.config.folder import write_run_folder
 from launch.redraw import main as redraw
@@ -20,7 +21,6 @@ from tests.documents import browse, check_policy
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
 from train.errors import ExitReason, write_error
-from train.figures import num_bytes, plain, seconds, short
 from train.files.run_files import RankFiles, State, Status, write_status
 from train.report.charts import palette, png, relative_shades
 from train.report.page import COMPARISON_NAME, REPORT_NAME, Report, compare, differing_settings

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from base.figures import embedded_json
 from data.arithmetic import arithmetic_tokenizer
 from data.tokenizer import Tokenizer
 from launch.redraw import main as redraw
 from tests.documents import browse, check_policy
 from tests.train.report.journal_run import place_rollouts
 from tests.train.report.test_page import Page, place_run
-from train.figures import embedded_json
 from train.post.journal import journal_path, read_journal
 from train.report.page import Report
 from train.report.viewer import (
