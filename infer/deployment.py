@@ -15,6 +15,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal
 
+from base.figures import aligned, bytes_text
 from base.ranges import PositiveInt, PositiveShare
 from base.refusal import RuleError
 from comm.config import ClusterConfig
@@ -248,25 +249,24 @@ def deployment_values(
     }
 
 
-_COLUMNS = ("role", "set", "GPUs", "group", "experts", "weights", "tokens held", "tokens/s", "a GPU", "pass", "  limit")
-_WIDTHS = ("<9", "<14", ">6", ">6", ">8", ">10", ">15", ">11", ">9", ">8", "")
+_COLUMNS = ("role", "set", "GPUs", "group", "experts", "weights", "tokens held", "tokens/s", "a GPU", "pass", "limit")
 
 
 def deployment_text(values: Mapping[str, Any]) -> str:
     """Returns the table of a deployment as lines of at most 105 columns."""
-    cache = f"{values['token_bytes'] / 1e3:.1f} KB of cache a token"
-    lines = [f"weights in {values['precision']}, {cache}, {values['used_bytes'] / 1e9:.1f} GB of each GPU are used"]
+    cache = f"{bytes_text(values['token_bytes'])} of cache a token"
+    lines = [f"weights in {values['precision']}, {cache}, {bytes_text(values['used_bytes'])} of each GPU are used"]
     wanted = f"{values['cached_tokens']:,} tokens in the caches of decoding"
     if refused := values["too_few"]:
         lines.append(f"{refused['gpus']:,} GPUs are too few for {wanted}: {refused['reason']}")
-    rows: list[Sequence[object]] = [_COLUMNS]
+    rows: list[Sequence[str]] = [_COLUMNS]
     for gpus in values["sets"]:
         speed = gpus["tokens_per_second"]
-        sizes = (gpus["role"], gpus["name"], f"{gpus['gpus']:,}", gpus["attention"], gpus["experts"])
-        memory = (f"{gpus['weight_bytes'] / 1e9:.1f} GB", f"{gpus['cached_tokens']:,}")
+        sizes = (gpus["role"], gpus["name"], f"{gpus['gpus']:,}", str(gpus["attention"]), str(gpus["experts"]))
+        memory = (bytes_text(gpus["weight_bytes"]), f"{gpus['cached_tokens']:,}")
         times = (f"{speed:,.0f}", f"{speed / gpus['gpus']:,.0f}", f"{gpus['pass_seconds'] * 1e3:.0f} ms")
-        rows.append((*sizes, *memory, *times, f"  {gpus['limit']}"))
-    lines += ["", *("".join(f"{cell:{width}}" for cell, width in zip(row, _WIDTHS, strict=True)) for row in rows)]
+        rows.append((*sizes, *memory, *times, gpus["limit"]))
+    lines += ["", *aligned(rows, text=[0, 1, 10])]
     if not any(gpus["name"] == _SMALLEST and gpus["role"] == "decoding" for gpus in values["sets"]):
         lines.append(f"no set of up to {_MOST_GPUS:,} GPUs holds them")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.decode import decode
+from base.figures import bytes_text
 from base.refusal import ConfigError
 from launch import unwound_by_signals
 from launch.cli.entry import check_new_folder, command, preview_of
@@ -61,7 +62,7 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors(), unwound_by_signals(), create_folder_atomically(out) as folder:
         _write(folder, config)
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {num_bytes / 1e6:.1f} MB; to compare results: python {out / CHECKER} RESULTS")
+    print(f"{out}: {bytes_text(num_bytes)}; to compare results: python {out / CHECKER} RESULTS")
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from base.decode import decode, encode
+from base.figures import aligned
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from base.refusal import ConfigError, broken, nearest
 from evaluation.run import IDENTITY_NAME, RESULTS_NAME, read_records
@@ -233,8 +234,7 @@ def _lines(title: str, placement: Placement, pairs: Pairs) -> Iterator[str]:
     yield _headline(placement)
     yield ""
     columns = ("layer", "max/mean before", "after", "most copied experts")
-    for name, before, after, copied in (columns, *_rows(placement, pairs)):
-        yield f"{name:<12}{before:>16}{after:>8}  {copied}".rstrip()
+    yield from aligned([columns, *_rows(placement, pairs)], text=[0, 3])
 
 
 def _checked(overrides: Sequence[str]) -> PlaceCommandConfig:

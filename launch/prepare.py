@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from base.decode import decode
-from base.figures import table
+from base.figures import bytes_text, table
 from base.files import replace_file
 from base.ranges import AtLeast, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from base.refusal import broken
@@ -29,7 +29,7 @@ from dualpipe.draw.style import document
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.run import expand_tokenizer
-from train.terminal import bytes_text, progress_on, seconds_text
+from train.terminal import progress_on, seconds_text
 
 _PAGE_NAME = "report.html"
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 from base.decode import decode, encode
+from base.figures import bytes_text
 from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from base.refusal import ConfigError, broken
 from comm.config import ParallelismConfig
@@ -220,7 +221,7 @@ def _start_lines(
     config: ServeCommandConfig, source: WeightsSource, served: "ServedModel", counts: Mapping[str, int], address: str
 ) -> Iterator[str]:
     """Yields what the server has, and a warning if other machines may use it without a key."""
-    cache = f"{counts['total_blocks'] * BLOCK_TOKENS:,} tokens in {counts['cache_bytes'] / 1e6:,.1f} MB"
+    cache = f"{counts['total_blocks'] * BLOCK_TOKENS:,} tokens in {bytes_text(counts['cache_bytes'])}"
     yield f"weights in {source.resolve(config.dtype)}, cache of {cache}"
     if served.template is None:
         yield "no chat template: /v1/chat/completions is refused; chat=v3 gives it one"

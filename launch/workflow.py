@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.decode import decode
+from base.figures import aligned
 from base.files import replace_text
 from base.refusal import ConfigError, broken
 from launch import signals_handled
@@ -22,7 +23,6 @@ from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.weights.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from score.ratings import PassRates
-from train.terminal import aligned
 
 STATE_NAME = "workflow.json"
 _NUM_COLUMNS = 3  # columns of each evaluation in the table: pass@1, maj@n and tokens
@@ -189,7 +189,7 @@ def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowComman
     evaluating = sum(progress.seconds(line) for line in lines if line.evaluation is not None)
     rows.append(["evaluations", *empty, f"{evaluating:.0f}"])
     rows.append(["total", *empty, f"{sum(map(progress.seconds, lines)):.0f}"])
-    return "\n".join(aligned(rows, first=str.ljust))
+    return "\n".join(aligned(rows, text=[0]))
 
 
 def _cells(rates: PassRates | None) -> list[str]:

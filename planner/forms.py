@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from base.decode import encode
+from base.figures import aligned
 from model.size import count_parameters, training_flops_per_token
 from planner.job_plan import JobPlan, PlannerConfig, layout_json
 from planner.scaling import shape_distance
@@ -17,7 +18,6 @@ from train.predict.fit import gigabytes, parts
 from train.predict.memory import RankMemory
 from train.predict.timing import TimedPlan
 from train.report.plan_comparison import COMPARED_HEADER, comparison_notes, comparison_rows
-from train.terminal import aligned
 
 COLUMNS = 100
 INDENT = 11

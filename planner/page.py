@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from base.decode import flatten
-from base.figures import num_bytes, plain, seconds, short, table
+from base.figures import bytes_text, plain, seconds, short, table
 from dualpipe.draw.style import DEFINITIONS, LIGHT, STYLE, document, style_of
 from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.ir import Op
@@ -242,9 +242,9 @@ def _number(key: str, value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     if key.endswith("_bytes_per_second"):
-        return f"{num_bytes(value)}/s"
+        return f"{bytes_text(value)}/s"
     if key.endswith("_bytes"):
-        return num_bytes(value)
+        return bytes_text(value)
     if key.endswith("_seconds"):
         return f"{value:,.4g} s" if 1 <= value < 1000 else seconds(value) if value < 1 else f"{value:,.0f} s"
     if key.endswith(("mfu", "share", "gain")):

@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from base.figures import aligned
 from planner.forms import INDENT, wrapped
 from planner.job_plan import layout_json
 from planner.search import FoundLayout, SearchResult
 from train.config import TrainConfig
-from train.terminal import aligned
 
 _GB = 1e9
 _LAYOUT_COLUMNS = (

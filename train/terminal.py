@@ -3,11 +3,12 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TextIO
 
+from base.figures import bytes_text
 from data.progress import Progress, Unit
 
 _FIRST_SECONDS = 1.0
@@ -126,31 +127,19 @@ def progress_on(stream: TextIO | None = None) -> Progress:
     return ProgressBars(target) if target.isatty() else ProgressLines(lambda line: print(line, file=target, flush=True))
 
 
-def aligned(rows: Sequence[Sequence[str]], gap: str = "  ", first: Callable[[str, int], str] = str.rjust) -> list[str]:
-    """Returns the rows of a table as lines. Columns are aligned on the right; `first` pads the first one."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads = [first, *[str.rjust] * (len(widths) - 1)]
-    return [gap.join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)) for row in rows]
-
-
 def progress_text(done: int, total: int, seconds: float, unit: Unit = "bytes") -> str:
-    """Formats the progress with rate and remaining time: `12.0 MB of 52.4 MB, 23 %, 2.4 MB/s, 17 s left`."""
+    """Formats the progress with rate and remaining time: `12.4 MB of 52.4 MB, 24 %, 2.3 MB/s, 17 s left`."""
     share = min(done / max(total, 1), 1.0)
     left = seconds * (1.0 - share) / share if share else 0.0
     total_text = amount_text(max(total, done), unit)
     counted = f"{amount_text(done, unit) if unit == 'bytes' else f'{done:,}'} of {total_text}"
-    rate = f", {done / seconds / 1e6:,.1f} MB/s" if unit == "bytes" and seconds else ""
+    rate = f", {bytes_text(done / seconds)}/s" if unit == "bytes" and seconds else ""
     return f"{counted}, {share:.0%}".replace("%", " %") + (f"{rate}, {seconds_text(left)} left" if share else "")
 
 
 def amount_text(amount: int, unit: Unit) -> str:
     """Formats a number of bytes, or a count with its unit."""
     return bytes_text(amount) if unit == "bytes" else f"{amount:,} {unit}"
-
-
-def bytes_text(num_bytes: int) -> str:
-    """Formats a number of bytes in MB or GB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def seconds_text(seconds: float) -> str:

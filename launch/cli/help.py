@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from base.decode import GROUP_OF_KEYS, describe_key
+from base.figures import aligned
 from base.refusal import ConfigError, nearest_number
 from launch.config.compose import (
     chosen_options,
@@ -230,8 +231,7 @@ def find_commands() -> tuple[Command, ...]:
 def listing() -> str:
     """Returns the output of `python -m launch`: every command with its description."""
     commands = find_commands()
-    wide = max(len(command.name) for command in commands)
-    lines = [f"  python -m launch.{command.name:<{wide}}  {command.about}" for command in commands]
+    lines = aligned([(f"  python -m launch.{command.name}", command.about) for command in commands], text=[0, 1])
     return "\n".join(
         [
             "Commands:",

@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from base import journal
+from base.figures import aligned
 from base.ranges import PositiveInt, Share
 from base.refusal import ConfigError, broken
 from data.chat.messages import ChatMessage
@@ -219,8 +220,7 @@ def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSele
         ("kept", f"{len(selection.kept)} of {len({sample.problem for sample in selection.kept})} problems"),
         *((f"  {reason}", str(count)) for reason, count in sorted(selection.left_out.items())),
     ]
-    wide = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{wide}}  {text}" for name, text in rows)
+    return "\n".join(aligned(rows, text=[0, 1]))
 
 
 def measured_rates(samples: Mapping[int, Sequence[ScoredSample]]) -> PassRates:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from base.figures import bytes_text
 from base.files import write_synced
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
@@ -109,7 +110,7 @@ def convert(conversion: Conversion, say: Say) -> str:
     write = _write_checkpoint if conversion.target == "checkpoint" else _write_hf
     write(conversion, source, shards)
     written = sum(file.stat().st_size for file in conversion.folder.iterdir())
-    return f"wrote {conversion.folder}, {_bytes_text(written)}, from {shards.summary}"
+    return f"wrote {conversion.folder}, {bytes_text(written)}, from {shards.summary}"
 
 
 def _open(conversion: Conversion) -> _Source:
@@ -269,7 +270,7 @@ class _Shards:
         self._began = time.monotonic()
         self._num_tensors = 0
         self._num_bytes = 0
-        self.summary = f"{len(self._sizes)} tensors, {_bytes_text(sum(self._sizes.values()))}"
+        self.summary = f"{len(self._sizes)} tensors, {bytes_text(sum(self._sizes.values()))}"
 
     def run(self, jobs: Sequence[Callable[[], ValueT]], shards: Sequence[Iterable[str]]) -> list[ValueT]:
         """Returns the result of each job, which writes the file of a shard with tensors of these names."""
@@ -356,7 +357,3 @@ def _receive_result(result: Connection, process: ForkProcess) -> Any:
     if error is not None:
         raise error
     return value
-
-
-def _bytes_text(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"

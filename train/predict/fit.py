@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 
+from base.figures import aligned
 from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import Placement, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
@@ -14,7 +15,6 @@ from train.predict.layer_times import LayerTimes, model_work, nominal_times, ran
 from train.predict.memory import JobMemory, RankMemory, imbalance_bytes, predict_memory
 from train.predict.timing import nominal_costs
 from train.tasks.registry import TASKS
-from train.terminal import aligned
 
 _GB = 1e9
 _SLICED_CAPS = (1.0, 0.75, 0.5)

@@ -3,8 +3,9 @@
   const UNITS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
   const digits = (value, count) => String(Number(value.toPrecision(count)));
   const short = value => {
-    const unit = UNITS.find(([size]) => Math.abs(value) >= size);
-    return unit ? digits(value / unit[0], 3) + unit[1] : digits(value, 3);
+    const rounded = Number(value.toPrecision(3));
+    const unit = UNITS.find(([size]) => Math.abs(rounded) >= size);
+    return unit ? digits(rounded / unit[0], 3) + unit[1] : digits(rounded, 3);
   };
   const FORMATS = {
     plain: value => Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en-US") :

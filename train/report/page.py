@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from base.decode import encode, flatten
-from base.figures import count, num_bytes, percent, plain, seconds, short, table
+from base.figures import bytes_text, count, percent, plain, seconds, short, table
 from base.files import replace_text
 from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.style import STYLE, document
@@ -37,8 +37,8 @@ _MOST_ERRORS = 3
 _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rows_within_nodes", "rows within nodes", short),
     ("rows_across_nodes", "rows across nodes", short),
-    ("bytes_within_nodes", "bytes within nodes", num_bytes),
-    ("bytes_across_nodes", "bytes across nodes", num_bytes),
+    ("bytes_within_nodes", "bytes within nodes", bytes_text),
+    ("bytes_across_nodes", "bytes across nodes", bytes_text),
     ("nodes_per_token", "nodes per token", plain),
     ("lower_bound_share", "lower bound's share", plain),
     ("nic_imbalance", "NIC imbalance", plain),
@@ -381,7 +381,7 @@ def _facts(history: History, evaluations: Sequence[str] = ()) -> list[tuple[str,
         ("MFU, median", median("mfu"), percent),
         ("bubble, median", median("pipeline_bubble"), percent),
         ("last MaxVio, worst layer", history.latest("max_violation"), plain),
-        ("peak memory of a rank", None if memory is None else float(np.nanmax(memory.most_N)), num_bytes),
+        ("peak memory of a rank", None if memory is None else float(np.nanmax(memory.most_N)), bytes_text),
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from base.figures import num_bytes, plain, seconds, short
+from base.figures import seconds
 from base.refusal import ConfigError
 from launch.config.folder import write_run_folder
 from launch.redraw import main as redraw
@@ -310,12 +310,6 @@ def test_heat_map_is_a_png_of_its_shades() -> None:
     matplotlib = pytest.importorskip("matplotlib.image", reason="reads the PNG back; matplotlib is not installed")
     pixels = np.rint(matplotlib.imread(io.BytesIO(content))[:, :, :3] * 255).astype(int)
     assert pixels.tolist() == [[list(palette()[shade]) for shade in row] for row in shades.tolist()]
-
-
-def test_figures_are_round_and_short() -> None:
-    assert [plain(value) for value in (0.0, 0.33033, 1797.4, 3e-5)] == ["0", "0.33", "1,800", "3e-05"]
-    assert [short(value) for value in (0.0, 999.0, 3_145_728.0)] == ["0", "999", "3.15M"]
-    assert [num_bytes(value) for value in (12.0, 698_359_808.0)] == ["12 B", "698 MB"]
 
 
 @pytest.mark.parametrize(
