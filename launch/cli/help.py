@@ -452,7 +452,8 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
     parts = name.split(".")
     ends = [".".join(parts[index:]) for index in range(len(parts))]
     same = [text for text in settable if text.rpartition(".")[2] == parts[-1]]
-    advice = _advice(f"{command}.{name}", *(f"{end}={value}".lower() for end in ends), *ends)
+    own = [f"{command}.{end}" for end in ends]
+    advice = _advice(*own, *(f"{end}={value}".lower() for end in ends), *ends)
     if advice is None and len(same) != 1:
         return None
     why, overrides = fill_advice(advice or f"{same[0]}={{value}}", value)
