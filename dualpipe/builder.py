@@ -47,7 +47,7 @@ def build_schedule(
 
     Args:
         num_micro_batches: micro-batches of one step, of both directions together.
-        costs: costs of each stage, one for each chunk; None: equal stages, F = I = W and no exchange.
+        costs: costs of each stage; their number determines the chunks; None: equal stages, F = I = W and no exchange.
         memory_cap: maximum of a rank's live activations and its copies of `costs.weights`, in the unit of
             `StageCosts.activation`; None for the schedule's own maximum.
 
