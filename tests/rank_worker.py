@@ -1,6 +1,5 @@
 """A rank of tests/ranks.py: runs calls until its parent closes the connection, and reports what each leaves behind."""
 
-import ctypes
 import faulthandler
 import gc
 import os
@@ -17,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+
+from base.workers import end_with_parent
 
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 _OWN_PACKAGES = (
@@ -38,7 +39,6 @@ _OWN_PACKAGES = (
 )
 _PATCHED_MODULES = ("torch.distributed", "torch.distributed.distributed_c10d")
 _LIMITS = ("RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def serve(connection: Connection) -> None:
     """
     import torch
 
-    _die_with_parent()
+    end_with_parent()
     torch.set_num_threads(1)
     generators = _generator_states()
     gc.freeze()  # Modules of the fork server: no collection needs to look at them again.
@@ -115,12 +115,6 @@ def _run(call: Call, connection: Connection) -> bool:
             distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
     return succeeded
-
-
-def _die_with_parent() -> None:
-    """Makes the kernel end this rank with the fork server, which ends with the process of the tests."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _generator_states() -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from base.files import replace_text
 from base.refusal import ConfigError
 from base.registry import loaded_plugins
+from base.workers import end_with_parent
 from comm.config import ClusterConfig
 from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, EXIT_MEMORY, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
@@ -226,7 +227,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Preemption.of_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    end_with_parent()
     # The key leaves the environment before the run begins.
     os.environ |= {KEY_VARIABLE: key, **local_rank_environment(Path(scratch) / "store")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -246,16 +247,6 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
             print_redacted(f"rank {rank}: {first_line}", f"{details}This report cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)
         sys.exit(code)
-
-
-def die_with_parent() -> None:
-    """Ends this rank when the launcher or the fork server ends, which it would otherwise outlive."""
-    parent = process.parent_process()
-    fork_server = os.getppid()
-    if parent is not None:
-        while os.getppid() == fork_server and not connection.wait([parent.sentinel], _NOTICE_SECONDS):
-            pass
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 PID_PREFIX = "pid_"

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from base.refusal import ConfigError, nearest
 from base.registry import loaded_plugins
+from base.workers import end_with_parent
 from comm.config import ClusterConfig, ParallelismConfig
 from comm.exits import EXIT_LOST, STOPPED_LOOKS, is_stopped
 from data.chat.encode import check_tokens
@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from launch.config.compose import load_plugin_files, user_errors
 from launch.config.rules import check_expert_ranks, check_experts
-from launch.ranks.local import die_with_parent, scratch_folder
+from launch.ranks.local import scratch_folder
 from launch.ranks.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
@@ -368,7 +368,7 @@ def _run_rank(place: tuple[int, int, str], end: "connection.Connection", plugins
     rank, num_ranks, store_file = place
     escape_terminals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         function: RankFunction = end.recv()
     except (EOFError, OSError):  # the parent was killed

@@ -7,14 +7,13 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from multiprocessing import connection
 from pathlib import Path
 
+from base.workers import end_with_parent
 from launch.cli.entry import command
 from launch.config.folder import read_folder, write_run_folder
 from launch.config.run import compose_run
@@ -28,21 +27,13 @@ _TIMEOUT_SECONDS = 60.0
 
 def run_rank(rank: int, namespace: str, master: str, out_dir: str) -> None:
     enter(namespace)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": "eth0"}
     from train.run import main as run
 
     arm(Path(out_dir))
     sys.exit(run(read_folder(Path(out_dir))))
-
-
-def _end_with_parent() -> None:
-    """Ends this process with its parent: the fork server outlives the process that started it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:

@@ -5,10 +5,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import select
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from base.workers import end_with_parent
 from tests.cluster.namespaces import Cluster, enter
 from tests.ranks import RanksFailedError
 
@@ -48,7 +47,6 @@ class _Job:
 
     rank: int
     world_size: int
-    owner: int
     namespace: str
     work: bytes
     folder: Path
@@ -95,7 +93,6 @@ class RanksInNodes:
                 job = _Job(
                     rank=rank,
                     world_size=world_size,
-                    owner=os.getpid(),
                     namespace=cluster.nodes[rank // ranks_per_node].path,
                     work=work,
                     folder=Path(self._folder.name),
@@ -208,8 +205,7 @@ def _run_rank(job: _Job, sender: Connection) -> None:
     with suppress(PermissionError):
         # Real nodes have separate cores. Here, at least other processes of the machine should not slow ranks down.
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
-    owner = os.pidfd_open(job.owner)
-    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+    end_with_parent()
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     import torch
     import torch.distributed
@@ -239,12 +235,6 @@ def _run_rank(job: _Job, sender: Connection) -> None:
             sys.exit(1)
         torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
-
-
-def _end_with(owner: int) -> None:
-    """Ends this process when the process of the given file ends: the fork server outlives it."""
-    select.select([owner], [], [])
-    os._exit(1)
 
 
 def _stack(folder: Path, rank: int) -> Path:
