@@ -11,11 +11,13 @@ Shape legend: E experts of a layer, S slots of all ranks in their order, R ranks
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from base.decode import decode
+from base.ranges import NonNegativeInt, PositiveInt
 from base.refusal import RuleError
 from data.corpus import shorten
 
@@ -39,11 +41,11 @@ class PlacementError(RuleError):
 class PlacementShape:
     """Sizes of a deployment. Ranks have equal numbers of slots, and nodes of ranks."""
 
-    num_experts: int
-    num_groups: int
-    num_ranks: int
-    num_nodes: int
-    num_redundant: int
+    num_experts: PositiveInt
+    num_groups: PositiveInt
+    num_ranks: PositiveInt
+    num_nodes: PositiveInt
+    num_redundant: NonNegativeInt
     policy: Policy
 
     @property
@@ -92,10 +94,7 @@ class Placement:
     def read(cls, values: Any, key: str) -> Self:
         """Decodes a placement as `launch.place format=json` writes it; errors name the key."""
         try:
-            shape = PlacementShape(**{field.name: values[field.name] for field in fields(PlacementShape)})
-            sizes = (shape.num_experts, shape.num_groups, shape.num_ranks, shape.num_nodes, shape.num_redundant + 1)
-            if any(type(size) is not int or size < 1 for size in sizes) or shape.policy not in get_args(Policy):
-                raise ValueError(f"sizes {shape}")
+            shape = decode(PlacementShape, {field.name: values[field.name] for field in fields(PlacementShape)})
             rows = {
                 int(name.removeprefix("layer_")): np.array(layer["experts"]) for name, layer in values["layers"].items()
             }
