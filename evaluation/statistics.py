@@ -55,37 +55,33 @@ class PairedComparison:
     standard error. Without two samples, there is neither error nor interval.
     """
 
-    difference: float | None
-    standard_error: float | None
-    p_value: float | None
+    difference: float | None = None
+    standard_error: float | None = None
+    p_value: float | None = None
     test: Literal["mcnemar_exact", "paired_bootstrap"]
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None = None
     num_samples: int
 
 
 def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> PairedComparison:
     """Compares two evaluations of the same samples in the same order."""
     is_binary = all(measure.weight == 1 and measure.value in (0, 1) for measure in (*first, *second))
-    test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
+    compared = PairedComparison(test="mcnemar_exact" if is_binary else "paired_bootstrap", num_samples=len(first))
     ours = estimate(first).value
     theirs = estimate(second).value
-    none = PairedComparison(
-        difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=len(first)
-    )
     if ours is None or theirs is None:
-        return none
+        return compared
     difference = ours - theirs
     error = _paired_error(first, second, ours, theirs)
-    compared = replace(none, difference=difference, standard_error=error)
+    p_value = interval = None
     if is_binary:
         gained = sum(left.value > right.value for left, right in zip(first, second, strict=True))
         lost = sum(left.value < right.value for left, right in zip(first, second, strict=True))
+        p_value = mcnemar(gained, lost)
         interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
-        return replace(compared, p_value=mcnemar(gained, lost), interval=interval)
-    if len(first) > 1:
+    elif len(first) > 1:
         p_value, interval = _bootstrap(first, second, seed)
-        return replace(compared, p_value=p_value, interval=interval)
-    return compared
+    return replace(compared, difference=difference, standard_error=error, p_value=p_value, interval=interval)
 
 
 def mcnemar(gained: int, lost: int) -> float:
