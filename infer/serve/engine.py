@@ -56,6 +56,11 @@ class Subscription:
         numbers = [number for number, at in self.numbers.items() if index in (None, at)]
         self.engine.cancel(self, numbers)
 
+    def fail(self, error: ApiError) -> None:
+        """Ends the call with an error."""
+        self.news.put_nowait(error)
+        self.cancel()
+
 
 class EngineThread:
     """An engine with its thread. All methods are called on the event loop's thread."""
@@ -122,8 +127,7 @@ class EngineThread:
     def fail_all(self, error: ApiError) -> None:
         """Ends all calls with an error."""
         for subscription in set(self._open.values()):
-            subscription.news.put_nowait(error)
-            self.cancel(subscription, list(subscription.numbers))
+            subscription.fail(error)
 
     def fail_if_stalled(self) -> None:
         """Ends all calls with an error if the current step takes too long."""
@@ -176,10 +180,10 @@ class EngineThread:
                 continue
             if isinstance(item.error, ConstraintError):
                 message = "no token can follow in the demanded structure: its grammar is too complex, or contradictory"
-                self._refuse(item.number, ApiError(400, message, code="structure_failed"))
+                subscription.fail(ApiError(400, message, code="structure_failed"))
                 continue
             if item.error is not None:
-                self._refuse(item.number, internal_error(500, "the answer failed", "generation_failed", item.error))
+                subscription.fail(internal_error(500, "the answer failed", "generation_failed", item.error))
                 continue
             subscription.news.put_nowait((subscription.numbers[item.number], item))
             if item.finish is not None:
@@ -187,10 +191,8 @@ class EngineThread:
                 del subscription.numbers[item.number]
 
     def _refuse(self, number: int, error: ApiError) -> None:
-        subscription = self._open.get(number)
-        if subscription is not None:
-            subscription.news.put_nowait(error)
-            self.cancel(subscription, list(subscription.numbers))
+        if number in self._open:
+            self._open[number].fail(error)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
