@@ -15,8 +15,8 @@ from infer.chooser import choose_tokens, group_rows, join_rows, score_tokens
 from infer.cohorts import PROMPT_TOKENS, plan_reads, take_waiting
 from infer.config import Speculative, Statistics
 from infer.decoder import Decoder
-from infer.protocol import ChosenToken
-from infer.sequence import ActiveSequence, StopCondition
+from infer.protocol import ChosenToken, StopToken
+from infer.sequence import ActiveSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class GenerationBatch:
     def __init__(
         self,
         decoder: Decoder,
-        stop_condition: StopCondition,
+        stop_condition: StopToken,
         *,
         drafts: DraftChoice,
         prefill_tokens: int = PROMPT_TOKENS,

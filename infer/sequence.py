@@ -4,17 +4,14 @@ Shape legend: T new tokens, D hidden size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from infer.config import Finish, GenerateError
-from infer.protocol import ChosenToken, NumberedPrompt, Request, TokenConstraint
+from infer.protocol import ChosenToken, NumberedPrompt, Request, StopToken, TokenConstraint
 from infer.sample import SequenceRandom
-
-StopCondition = Callable[[int, int], bool]
-"""Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
 
 
 def never_stop(index: int, token: int) -> bool:
@@ -88,7 +85,7 @@ class ActiveSequence:
             for token in self.tokens:
                 self.constraint.accept(token)
 
-    def take(self, chosen: ChosenToken, stop_condition: StopCondition) -> bool:
+    def take(self, chosen: ChosenToken, stop_condition: StopToken) -> bool:
         """Adds a chosen token. Returns whether it is text, which a stop token is not."""
         if not math.isfinite(chosen.log_prob):
             self.error = GenerateError(

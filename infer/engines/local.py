@@ -17,7 +17,7 @@ from infer.cohorts import PROMPT_TOKENS
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder, RouteStore, join_routes
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, StopToken, TargetScores, TargetSequence
-from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
+from infer.sequence import ActiveSequence, never_stop, start_sequences
 from kernels.cross_entropy.reference import IGNORE, greedy_scores
 from model.head import score_states
 from model.router import Routing
@@ -39,7 +39,7 @@ class LocalEngine:
         speculative: Speculative = "auto",
         batch_size: int = 64,
         prefill_tokens: int = PROMPT_TOKENS,
-        stop_condition: StopCondition = never_stop,
+        stop_condition: StopToken = never_stop,
     ) -> None:
         self._stop_condition = stop_condition
         self._model = model

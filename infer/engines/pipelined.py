@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ from infer.engines.rounds import (
     RoundFormat,
     RoundPlan,
 )
-from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
-from infer.sequence import ActiveSequence, StopCondition, never_stop, start_sequences
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes, StopToken
+from infer.sequence import ActiveSequence, never_stop, start_sequences
 
 MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""
@@ -161,7 +162,7 @@ class PipelinedEngine:
         *,
         speculative: Speculative = "auto",
         sizes: CohortSizes = DEFAULT_SIZES,
-        stop_condition: StopCondition = never_stop,
+        stop_condition: StopToken = never_stop,
     ) -> None:
         self._pipeline = pipeline
         self._wanted = speculative
@@ -222,12 +223,13 @@ class PipelinedEngine:
         return work
 
     def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
-        rank_place = self._pipeline.place
-        shares = (
-            assign_prompt(number, rank_place.num_data, len(rank_place.placement)) for number in range(len(prompts))
-        )
+        place = self._pipeline.place
+        share = (place.data_index, direction)
+        num_directions = len(place.placement)
         return [
-            prompt for prompt, share in zip(prompts, shares, strict=True) if share == (rank_place.data_index, direction)
+            prompt
+            for position, prompt in enumerate(prompts)
+            if assign_prompt(position, place.num_data, num_directions) == share
         ]
 
     def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
@@ -263,7 +265,8 @@ class PipelinedEngine:
                 drafts=DraftChoice(self._speculative and self._wanted, is_timed=False),
                 prefill_tokens=self._sizes.prefill_tokens,
             )
-            cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")
+            program = partial(_run_batch, batch, waiting, form.max_rows)
+            cohort = Cohort(program, f"cohort-{direction}-{number}")
             decoder.exchange = cohort.exchange
             cohorts.append(cohort)
             decoders.append(decoder)
@@ -337,9 +340,6 @@ class _RankWork:
             cohort.close()
 
 
-def _program(batch: GenerationBatch, waiting: deque[ActiveSequence], max_rows: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in batch.run(waiting, max_rows):
-            pass
-
-    return run
+def _run_batch(batch: GenerationBatch, waiting: deque[ActiveSequence], max_rows: int) -> None:
+    for _ in batch.run(waiting, max_rows):
+        pass

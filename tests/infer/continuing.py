@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from infer.config import Finish, Sampling, Speculative, Statistics
 from infer.engines.local import LocalEngine
-from infer.protocol import NumberedPrompt, Request
-from infer.sequence import StopCondition, never_stop
+from infer.protocol import NumberedPrompt, Request, StopToken
+from infer.sequence import never_stop
 from model.transformer import Transformer
 
 GREEDY = Sampling()
@@ -38,7 +38,7 @@ def generate(
     stop: Iterable[int] = (),
     speculative: Speculative = "auto",
     batch_size: int = BATCH_SIZE,
-    stop_condition: StopCondition = never_stop,
+    stop_condition: StopToken = never_stop,
 ) -> Generation:
     """Continues every prompt. Returns the continuations in the prompts' order, and statistics."""
     numbered = [NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(prompts)]
