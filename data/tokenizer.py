@@ -49,7 +49,7 @@ RELEASED_LEARNED = 128_000
 RELEASED_FIRST = 128_798
 RELEASED_TOKENS = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>", *TOOL_TOKENS)
 RELEASED_ROWS = 129_280
-# Share of joint tokens that are split with it (`data.encode.NewlineSplitter`); that of DeepSeek-V3 is not disclosed.
+# Share of joint tokens that are split with it (`NewlineSplitter`); that of DeepSeek-V3 is not disclosed.
 NEWLINE_SPLIT_128K = 0.05
 
 LARGEST_BYTES = 2**28

@@ -30,7 +30,6 @@ from base.files import remove_abandoned, replace_file
 from base.workers import worker_command
 from comm.exits import STOPPED_LOOKS, is_stopped
 from data.corpus import DataError, hash_unit
-from data.encode import token_dtype
 from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
@@ -45,6 +44,7 @@ from data.shard_format import (
     read_drops,
     read_rows,
 )
+from data.shards.encode import token_dtype
 from data.shards.units import SETTINGS_NAME, TextUnit
 from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, folder_errors, peak_rss_bytes
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import DataError, grouped, is_validation
-from data.encode import DocumentEncoder, check_token_ids
 from data.mix.manifest import Manifest, MixSource, read_manifest
 from data.quality.contamination import Contamination
 from data.quality.duplicates import NUM_BANDS, full_blocks
@@ -29,6 +28,7 @@ from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
 from data.shard_format import FOLDER_KEY, INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
+from data.shards.encode import DocumentEncoder, check_token_ids
 from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.sources import FilesSource, list_files, size_bytes
 from data.tokenizer import TOKENIZER_NAME, Tokenizer

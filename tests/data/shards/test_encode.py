@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data.bulk_encoder import SPLIT_PATTERNS
 from data.corpus import DataError
-from data.encode import DocumentEncoder, NewlineSplitter, cut_for_fim
 from data.registry import Document
+from data.shards.encode import DocumentEncoder, NewlineSplitter, cut_for_fim
 from data.tokenizer import Tokenizer
 from tests.data.published_tokenizers import FAMILIES, write_family
 from tests.data.released_tokenizer import edit, write_released
