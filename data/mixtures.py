@@ -28,6 +28,7 @@ from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared, PreparedPart
 from data.progress import Progress
+from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, Part
 from data.samples import cache_errors, held_out_fraction
 from data.shard_format import (
@@ -42,7 +43,6 @@ from data.shard_format import (
     read_report,
     read_unit,
 )
-from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:

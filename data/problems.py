@@ -27,6 +27,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, describe, list_of, nearest_name, object_of, optional, refusal, text_of
 from data.pack import WEIGHTS
+from data.readers.sources import list_jsonl, read_json_lines
 from data.registry import (
     DATA_SOURCES,
     CorpusFile,
@@ -37,7 +38,6 @@ from data.registry import (
     TrainingSample,
     field_values,
 )
-from data.sources import list_jsonl, read_json_lines
 from data.tokenizer import Tokenizer
 
 _ASSERTION = "assert f(1) == 2"

@@ -1,7 +1,7 @@
 """Registry of text sources. Imports no torch.
 
 A source is a frozen dataclass, a function that lists its files and a function that reads one of them. This project's
-sources register in `data.sources`. A plugin file can register more (docs/extend.md).
+sources register in `data.readers.sources`. A plugin file can register more (docs/extend.md).
 """
 
 from __future__ import annotations
@@ -147,5 +147,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    ("data.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mix.manifest"),
+    ("data.readers.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mix.manifest"),
 )

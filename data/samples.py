@@ -18,10 +18,10 @@ from data.mix.mixture import ORDER_VERSION, hold_out, single_order
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.parts import Prepared, PreparedPart
 from data.progress import Progress
+from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, Part, TrainingSample
 from data.shard_format import PARTS, UnitWriter, read_unit
 from data.shards.units import Claims
-from data.sources import read_documents
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 _UNIT = "samples"

@@ -6,7 +6,7 @@ from typing import Any
 
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig
-from data.sources import FilesSource
+from data.readers.sources import FilesSource
 from dualpipe.registry import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope

@@ -10,8 +10,8 @@ from data.chat.messages import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, refusal
 from data.pack import PAIR_VALUES, WEIGHTS
+from data.readers.sources import CHECKED_BYTES, check_source, list_jsonl, read_json_lines
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
-from data.sources import CHECKED_BYTES, check_source, list_jsonl, read_json_lines
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 

@@ -15,9 +15,9 @@ from base.files import replace_file
 from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
+from data.readers.sources import size_bytes
 from data.registry import CorpusFile
 from data.shard_format import FOLDER_KEY, read_json
-from data.sources import size_bytes
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"

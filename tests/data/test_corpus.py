@@ -15,8 +15,8 @@ from data.config import with_parts
 from data.corpus import DataError, is_validation
 from data.prepare import check_config, prepare
 from data.problems import split_problems
+from data.readers.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
 from data.registry import DataSource
-from data.sources import EmbeddedSource, FilesSource, check_source, list_files, read_documents, read_json_lines
 from evaluation.protocol import read_lines
 from evaluation.run import read_records
 from launch.generate import read_prompts

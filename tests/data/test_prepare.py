@@ -16,10 +16,10 @@ from data.corpus import DataError, is_validation
 from data.pack import entropy_nats
 from data.parts import Prepared
 from data.prepare import check_config, prepare
+from data.readers.sources import EmbeddedSource, FilesSource, read_documents
 from data.registry import Part
 from data.shard_format import REPORT_NAME
 from data.shards.units import LOCK_NAME
-from data.sources import EmbeddedSource, FilesSource, read_documents
 from tests.tiny import data_config
 from train.terminal import ProgressLines
 

@@ -19,7 +19,7 @@ from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
 from data.prepare import check_config, prepare
-from data.sources import FilesSource, read_documents
+from data.readers.sources import FilesSource, read_documents
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
     END_OF_SENTENCE,
