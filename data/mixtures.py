@@ -1,6 +1,6 @@
-"""Opens a folder of shards as the corpus of a run, and prepares it in the cache if it is not there.
+"""Registers mixtures as a source of text, and opens folders of shards as the corpus of a run.
 
-Imports no torch.
+What the cache lacks is prepared first. Imports no torch.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from base.files import replace_file, replacing
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError
-from data.mix.manifest import Manifest, MixSource, MixtureSource, parse_manifest, read_manifest
+from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
 from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
 from data.pack import entropy_nats
 from data.parts import LongDocuments, Prepared, PreparedPart
 from data.progress import Progress
 from data.readers.sources import read_documents
-from data.registry import DATA_SOURCES, Part
+from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Part
 from data.samples import cache_errors, held_out_fraction
 from data.shard_format import (
     ANY_LENGTH,
@@ -50,6 +50,38 @@ if TYPE_CHECKING:
 
 _ENTROPY_TOKENS = 2**20
 _LONG = "data.long_documents"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureSource(DataSource):
+    """Sources with weights, prepared as shards."""
+
+    manifest: str | None  # a manifest; None: the one that the folder was prepared from
+    folder: str | None  # a folder that launch.prepare wrote; None: the sources are prepared in the cache
+    local_cache: str | None  # a folder on a local disk to which the shards are copied once; None: they are not
+
+
+def _check_mixture(source: MixtureSource, tokenizer: Tokenizer | None) -> None:
+    if source.manifest is None and source.folder is None:
+        raise DataError(
+            "data.manifest: a value is needed with data=mix; write data.manifest=MIX.yaml, or data.folder=FOLDER of "
+            "launch.prepare"
+        )
+    if source.manifest is not None:
+        read_manifest(Path(source.manifest))
+    if source.folder is not None:
+        read_report(Path(source.folder).expanduser())
+
+
+DATA_SOURCES.register(
+    "mix",
+    DataSourceEntry(
+        summary="sources mixed by weight, from a manifest or a folder of launch.prepare",
+        config=MixtureSource,
+        place=lambda source: f"data.folder: {source.folder}" if source.folder else f"data.manifest: {source.manifest}",
+        check=_check_mixture,
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

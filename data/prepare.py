@@ -7,8 +7,7 @@ from pathlib import Path
 from data.chat.encode import check_template
 from data.config import DataConfig
 from data.corpus import DataError
-from data.mix.manifest import MixtureSource
-from data.mixtures import open_documents, open_mixture
+from data.mixtures import MixtureSource, open_documents, open_mixture
 from data.parts import Prepared
 from data.progress import NO_PROGRESS, Progress
 from data.readers.files import compression_of, format_of

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from base.files import remove_abandoned, replace_file, replacing
 from data.corpus import DataError
+from data.mix.manifest import SOURCE_NAME
 from data.pack import PADDING_POSITION, SequenceTable, pack_windows
 from data.readers.lines import is_sparse
 from data.registry import Part
@@ -49,7 +50,6 @@ SOURCES_NAME = "sources"
 FOLDER_KEY = "data.folder"  # of a folder that is read, for errors
 _AGAIN = "prepare the folder again with launch.prepare"
 UNIT_NAME = re.compile(r"[0-9a-f]{16}")
-SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _JSON_BYTES = 2**28
 _MOST = 2**48  # tokens, documents and bytes that a folder may say to have
 _TOKEN_DTYPES = ("<u2", "<u4")

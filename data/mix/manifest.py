@@ -1,4 +1,4 @@
-"""Registers mixtures as a source of text, and reads their manifests. Imports no torch.
+"""Reads manifests of mixtures. Imports no torch.
 
 Weights are positive numbers that need not add up to anything. A source of weight 0 is prepared and not read.
 """
@@ -19,11 +19,9 @@ from data.corpus import DataError, Reader, choice_of, list_of, number_of, object
 from data.quality.filters import FilterConfig, filter_config
 from data.readers.files import format_of
 from data.readers.rows import OnBroken
-from data.registry import DATA_SOURCES, DataSource, DataSourceEntry
-from data.shard_format import SOURCE_NAME, read_report
-from data.tokenizer import Tokenizer
 
 DedupKind = Literal["exact", "minhash"]
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _REQUIRED = ("name", "paths", "weight")
 _weight = partial(number_of, limits=AtLeast(0))
 
@@ -182,35 +180,3 @@ def _check_rules(manifest: Manifest, place: str) -> None:
         if not any(manifest.weights(changed)):
             part = "sources" if changed is None else f"phases[{number}].weights"
             raise DataError(f"{place}{part}: at least one weight must be above 0, all are 0; nearest: 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureSource(DataSource):
-    """Sources with weights, prepared as shards."""
-
-    manifest: str | None  # a manifest; None: the one that the folder was prepared from
-    folder: str | None  # a folder that launch.prepare wrote; None: the sources are prepared in the cache
-    local_cache: str | None  # a folder on a local disk to which the shards are copied once; None: they are not
-
-
-def _check(source: MixtureSource, tokenizer: Tokenizer | None) -> None:
-    if source.manifest is None and source.folder is None:
-        raise DataError(
-            "data.manifest: a value is needed with data=mix; write data.manifest=MIX.yaml, or data.folder=FOLDER of "
-            "launch.prepare"
-        )
-    if source.manifest is not None:
-        read_manifest(Path(source.manifest))
-    if source.folder is not None:
-        read_report(Path(source.folder).expanduser())
-
-
-DATA_SOURCES.register(
-    "mix",
-    DataSourceEntry(
-        summary="sources mixed by weight, from a manifest or a folder of launch.prepare",
-        config=MixtureSource,
-        place=lambda source: f"data.folder: {source.folder}" if source.folder else f"data.manifest: {source.manifest}",
-        check=_check,
-    ),
-)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.corpus import DataError
-from data.mix.manifest import MixtureSource
+from data.mixtures import MixtureSource
 from data.parts import Prepared
 from data.prepare import prepare
 from tests.attacks.hostile_prepared import CONTINUED, FOLDERS, LINE

@@ -11,8 +11,7 @@ import pytest
 from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
-from data.mix.manifest import MixtureSource
-from data.mixtures import open_folder
+from data.mixtures import MixtureSource, open_folder
 from data.parts import Prepared
 from data.prepare import prepare
 from tests.tiny import data_config
