@@ -31,7 +31,7 @@ from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Part
 from data.samples import cache_errors, held_out_fraction
-from data.shard_format import (
+from data.shards.format import (
     ANY_LENGTH,
     PARTS,
     REPORT_NAME,

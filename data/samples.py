@@ -20,7 +20,7 @@ from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, Part, TrainingSample
-from data.shard_format import PARTS, UnitWriter, read_unit
+from data.shards.format import PARTS, UnitWriter, read_unit
 from data.shards.units import Claims
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 

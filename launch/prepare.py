@@ -20,7 +20,7 @@ from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.readers.megatron import write_megatron
-from data.shard_format import PARTS, open_shards
+from data.shards.format import PARTS, open_shards
 from data.shards.run import build_folder
 from data.shards.work import BuildSettings
 from data.special_tokens import SpecialNames

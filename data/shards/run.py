@@ -34,7 +34,8 @@ from data.progress import Progress
 from data.quality.duplicates import EXACT, find_duplicates
 from data.quality.filters import CONTAMINATED
 from data.readers.rows import ReadCounts
-from data.shard_format import (
+from data.shards.encode import token_dtype
+from data.shards.format import (
     FOLDER_KEY,
     KEY_BLOCK_BYTES,
     PARTS,
@@ -44,7 +45,6 @@ from data.shard_format import (
     read_drops,
     read_rows,
 )
-from data.shards.encode import token_dtype
 from data.shards.units import SETTINGS_NAME, TextUnit
 from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, folder_errors, peak_rss_bytes
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer

@@ -17,7 +17,7 @@ from data.mix.manifest import MixSource
 from data.readers.rows import FilePiece, pieces
 from data.readers.sources import size_bytes
 from data.registry import CorpusFile
-from data.shard_format import FOLDER_KEY, read_json
+from data.shards.format import FOLDER_KEY, read_json
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"

@@ -28,8 +28,8 @@ from data.readers.lines import TextField
 from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, read_rows
 from data.readers.sources import FilesSource, list_files, size_bytes
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
-from data.shard_format import FOLDER_KEY, INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
 from data.shards.encode import DocumentEncoder, check_token_ids
+from data.shards.format import FOLDER_KEY, INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
 from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 

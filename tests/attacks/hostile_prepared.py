@@ -85,7 +85,7 @@ def rows(name: str, value: int) -> Callable[[Path], None]:
     """Changes a column of the index."""
 
     def write(path: Path) -> None:
-        from data.shard_format import INDEX
+        from data.shards.format import INDEX
 
         table = np.frombuffer(path.read_bytes(), INDEX).copy()
         table[name] = value

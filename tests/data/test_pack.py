@@ -21,7 +21,7 @@ from data.pack import (
     pack_windows,
 )
 from data.prepare import prepare
-from data.shard_format import ShardRows
+from data.shards.format import ShardRows
 from launch import train
 from launch.cli.entry import command
 from launch.cli.sample_lines import sample_lines

@@ -18,7 +18,7 @@ from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.readers.sources import EmbeddedSource, FilesSource, read_documents
 from data.registry import Part
-from data.shard_format import REPORT_NAME
+from data.shards.format import REPORT_NAME
 from data.shards.units import LOCK_NAME
 from tests.tiny import data_config
 from train.terminal import ProgressLines
@@ -132,7 +132,7 @@ def test_warm_equals_cold_and_builds_nothing(config: DataConfig, monkeypatch: py
     cold = prepare(config, 16)
     monkeypatch.setattr("data.shards.run.build_folder", None)
     other_length = prepare(config, 32)
-    monkeypatch.setattr("data.shard_format.pack_windows", None)
+    monkeypatch.setattr("data.shards.format.pack_windows", None)
     warm = prepare(config, 16)
     assert warm.fingerprint == cold.fingerprint != other_length.fingerprint
     assert all(map(np.array_equal, arrays_of(warm), arrays_of(cold)))
@@ -222,7 +222,7 @@ def test_a_build_that_fails_leaves_nothing(config: DataConfig, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.shard_format.UnitWriter.finish", fail)
+        patch.setattr("data.shards.format.UnitWriter.finish", fail)
         with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left"):
             prepare(config, 16)
     assert not [*(tmp_path / "cache").rglob("*.tokens"), *(tmp_path / "cache").rglob(REPORT_NAME)]

@@ -12,7 +12,7 @@ from base.refusal import ConfigError
 from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.readers.sources import FilesSource
-from data.shard_format import PARTS, open_shards
+from data.shards.format import PARTS, open_shards
 from data.tokenizer import Tokenizer
 from launch.prepare import main
 from tests import ROOT

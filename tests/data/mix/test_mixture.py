@@ -17,7 +17,7 @@ from data.mix.manifest import Manifest, MixPhase, MixSource
 from data.mix.mixture import Mixture, hold_out
 from data.pack import SequenceTable
 from data.parts import Prepared, PreparedPart
-from data.shard_format import ShardRows
+from data.shards.format import ShardRows
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 L = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.progress import NO_PROGRESS
-from data.shard_format import PARTS, open_shards
+from data.shards.format import PARTS, open_shards
 from data.shards.run import build_folder
 from data.shards.work import Build, BuildSettings, build_units
 from data.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ import pytest
 from base.files import replacing
 from data.corpus import DataError
 from data.progress import NO_PROGRESS
-from data.shard_format import PARTS, UnitWriter, open_shards, read_drops, read_report, read_rows
+from data.shards.format import PARTS, UnitWriter, open_shards, read_drops, read_report, read_rows
 from data.shards.run import _sample_shares, build_folder
 from data.shards.work import Build, BuildSettings, UnitEncoder, build_units
 from data.tokenizer import Tokenizer
@@ -446,7 +446,7 @@ def test_files_that_another_process_removes_meanwhile_are_absent(folder: Path, m
         path.unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.shard_format.replacing", remove_replaced)
+        patch.setattr("data.shards.format.replacing", remove_replaced)
         tokens.with_name(f"train-{unit}.sequences-32.npy").unlink()
         assert len(replace(shard).sequences(32)) == num_sequences
     drop.touch()
