@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from base.ranges import NonNegativeInt, PositiveInt, PositiveShare
-from data.corpus import is_validation
+from data.corpus import hash_unit, is_validation
+from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Document, Part, TrainingSample
 
 if TYPE_CHECKING:
@@ -62,6 +63,24 @@ def with_parts(config: DataConfig, read: Callable[[Any], Iterable[T]]) -> Iterat
     if (source := config.validation_source) is not None:
         for item in read(source):
             yield "validation", item
+
+
+def held_out_fraction(config: DataConfig, keys: Iterable[str], unit: str, progress: Progress) -> float:
+    """Returns the share to hold out, lowered if it would leave no document or sample to train on."""
+    largest = 0.0
+    count = 0
+    for key in keys:
+        drawn = hash_unit("split", config.seed, key)
+        if config.validation_paths is not None or drawn >= config.validation_fraction:
+            return config.validation_fraction
+        largest = max(largest, drawn)  # a document is held out if its hash is below the fraction
+        count += 1
+    if count > 1:
+        progress.note(
+            f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by "
+            f"hash with data.seed={config.seed}; the validation set is lowered to {count - 1}"
+        )
+    return largest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.files import replace_file, replacing
-from data.config import DataConfig, LongDocumentsConfig
+from data.config import DataConfig, LongDocumentsConfig, held_out_fraction
 from data.corpus import DataError
 from data.mix.manifest import Manifest, MixSource, parse_manifest, read_manifest
 from data.mix.mixture import ORDER_VERSION, Mixture, hold_out
@@ -30,7 +30,6 @@ from data.parts import LongDocuments, Prepared, PreparedPart
 from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Part
-from data.samples import cache_errors, held_out_fraction
 from data.shards.format import (
     ANY_LENGTH,
     PARTS,
@@ -271,8 +270,6 @@ def _prepare_documents(
     from data.shards.run import build_folder
     from data.shards.work import CORPUS, HELD_OUT
 
-    with cache_errors(folder.parent):
-        folder.mkdir(parents=True, exist_ok=True)
     held_out = config.validation_source
     text = {CORPUS: config.source} | ({} if held_out is None else {HELD_OUT: held_out})
     keys = (document.key for document in read_documents(config.source))

@@ -3,24 +3,22 @@
 # Shape legend: N sequences, L tokens per sequence.
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, with_parts
-from data.corpus import DataError, hash_unit
+from data.config import DataConfig, held_out_fraction, with_parts
+from data.corpus import DataError
 from data.mix.mixture import ORDER_VERSION, hold_out, single_order
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, Part, TrainingSample
-from data.shards.format import PARTS, UnitWriter, read_unit
+from data.shards.format import PARTS, UnitWriter, folder_errors, read_unit
 from data.shards.units import Claims
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
@@ -32,11 +30,10 @@ def open_samples(
     config: DataConfig, tokenizer: Tokenizer | None, key: str, sequence_length_tokens: int, progress: Progress
 ) -> Prepared:
     """Opens the samples that are in the cache under a key, and builds them first if they are not."""
-    cache_dir = Path(config.cache_dir).expanduser()
-    folder = cache_dir / f"samples-{sequence_length_tokens}-{key}"
+    folder = Path(config.cache_dir).expanduser() / f"samples-{sequence_length_tokens}-{key}"
     values = read_unit(folder, _UNIT)
     if values is None:
-        with cache_errors(cache_dir):
+        with folder_errors(folder, "data.cache_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             with closing(Claims(folder)) as claims, claims.claimed(_UNIT), UnitWriter(folder, _UNIT) as writer:
                 values = read_unit(folder, _UNIT)  # of another process that has just completed it
@@ -122,24 +119,6 @@ def _encode_samples(config: DataConfig, tokenizer: Tokenizer, progress: Progress
     return parts
 
 
-def held_out_fraction(config: DataConfig, keys: Iterable[str], unit: str, progress: Progress) -> float:
-    """Returns the share to hold out, lowered if it would leave no document or sample to train on."""
-    largest = 0.0
-    count = 0
-    for key in keys:
-        drawn = hash_unit("split", config.seed, key)
-        if config.validation_paths is not None or drawn >= config.validation_fraction:
-            return config.validation_fraction
-        largest = max(largest, drawn)  # a document is held out if its hash is below the fraction
-        count += 1
-    if count > 1:
-        progress.note(
-            f"data.validation_fraction: {config.validation_fraction} would hold out all {count} {unit}, selected by "
-            f"hash with data.seed={config.seed}; the validation set is lowered to {count - 1}"
-        )
-    return largest
-
-
 def _predicted_tokens(packed: PackedSamples, *, has_targets: bool) -> list[int]:
     """Returns the tokens of all trained predictions in order, or of all prompts if there are no targets."""
     is_predicted_NL = packed.positions_NL[:, 1:] >= 1
@@ -147,16 +126,3 @@ def _predicted_tokens(packed: PackedSamples, *, has_targets: bool) -> list[int]:
         is_predicted_NL &= packed.values[WEIGHTS][:, :-1].astype(bool)
     tokens: list[int] = packed.tokens_NL[:, 1:][is_predicted_NL].tolist()
     return tokens
-
-
-@contextmanager
-def cache_errors(cache_dir: Path) -> Iterator[None]:
-    """Names the cache in errors of its file system."""
-    try:
-        yield
-    except OSError as error:
-        parents = (parent for parent in cache_dir.absolute().parents if parent.is_dir() and os.access(parent, os.W_OK))
-        nearest = next((f"; nearest: {str(parent)!r}" for parent in parents), "")
-        raise DataError(
-            f"data.cache_dir: {str(cache_dir)!r} must be a folder that can be written: {error}{nearest}"
-        ) from error

@@ -11,8 +11,8 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -53,6 +53,24 @@ UNIT_NAME = re.compile(r"[0-9a-f]{16}")
 _JSON_BYTES = 2**28
 _MOST = 2**48  # tokens, documents and bytes that a folder may say to have
 _TOKEN_DTYPES = ("<u2", "<u4")
+
+
+@contextmanager
+def folder_errors(folder: Path, key: str) -> Iterator[None]:
+    """Names the key of a folder in errors about its files and its file system, for example a full disk."""
+    try:
+        yield
+    except OSError as error:
+        parents = (parent for parent in folder.absolute().parents if os.access(parent, os.W_OK) and parent.is_dir())
+        near = next((f"; nearest: a folder in {str(parent)!r}" for parent in parents), "")
+        raise DataError(
+            f"{key}: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete "
+            f"units stay, and the same command continues{near}"
+        ) from error
+    except DataError as error:
+        if not str(error).startswith(f"{FOLDER_KEY}: "):
+            raise
+        raise DataError(str(error).replace(FOLDER_KEY, key, 1)) from error
 
 
 class UnitWriter:

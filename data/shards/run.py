@@ -42,11 +42,12 @@ from data.shards.format import (
     REPORT_NAME,
     SOURCES_NAME,
     check_entries,
+    folder_errors,
     read_drops,
     read_rows,
 )
 from data.shards.units import SETTINGS_NAME, TextUnit
-from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, folder_errors, peak_rss_bytes
+from data.shards.work import Build, BuildSettings, RunText, WorkerMessage, build_units, peak_rss_bytes
 from data.tokenizer import RELEASED_LEARNED, TOKENIZER_NAME, TRAIN_128K, Tokenizer
 
 BROKEN_NAME = "broken.txt"

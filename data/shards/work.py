@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -29,7 +29,7 @@ from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, rea
 from data.readers.sources import FilesSource, list_files, size_bytes
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
 from data.shards.encode import DocumentEncoder, check_token_ids
-from data.shards.format import FOLDER_KEY, INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, read_unit
+from data.shards.format import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, folder_errors, read_unit
 from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
@@ -379,22 +379,6 @@ def main() -> None:
 
 def _send(message: WorkerMessage) -> None:
     os.write(1, f"{json.dumps(asdict(message))}\n".encode())  # one call: other workers write to the same pipe
-
-
-@contextmanager
-def folder_errors(folder: Path, key: str) -> Iterator[None]:
-    """Names the key of a folder in errors about its files and its file system, for example a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{key}: {str(folder)!r} must be a folder that can be written, is not: {error.strerror or error}; complete "
-            f"units stay, and the same command continues"
-        ) from error
-    except DataError as error:
-        if not str(error).startswith(f"{FOLDER_KEY}: "):
-            raise
-        raise DataError(str(error).replace(FOLDER_KEY, key, 1)) from error
 
 
 if __name__ == "__main__":
