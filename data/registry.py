@@ -147,5 +147,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    ("data.readers.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.mixtures"),
+    ("data.readers.sources", "data.chat.sources", "data.problems", "data.arithmetic", "data.shards.open"),
 )

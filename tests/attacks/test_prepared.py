@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data.corpus import DataError
-from data.mixtures import MixtureSource
 from data.parts import Prepared
 from data.prepare import prepare
+from data.shards.open import MixtureSource
 from tests.attacks.hostile_prepared import CONTINUED, FOLDERS, LINE
 from tests.tiny import data_config
 

@@ -143,7 +143,7 @@ def test_another_version_of_the_order_is_another_fingerprint(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(config, 16)
-    monkeypatch.setattr("data.mixtures.ORDER_VERSION", 0)
+    monkeypatch.setattr("data.shards.open.ORDER_VERSION", 0)
     assert prepare(config, 16).fingerprint != first.fingerprint
 
 

@@ -106,7 +106,7 @@ def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(
     first = prepare(config, 63)
     assert prepare(config, 63).fingerprint == first.fingerprint
     with monkeypatch.context() as other_order:
-        other_order.setattr("data.samples.ORDER_VERSION", 0)
+        other_order.setattr("data.shards.samples.ORDER_VERSION", 0)
         assert prepare(config, 63).fingerprint != first.fingerprint
     for changes in (
         {"generator_seed": 1},

@@ -35,7 +35,7 @@ class TaskSpec:
         teacher_run: returns the run's configuration with the architecture and the cut of a frozen network that runs in
             the same pipeline, or None if there is none. It may read files.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
-        values: names of the samples' values that the task reads; see `data.samples`.
+        values: names of the samples' values that the task reads; see `data.shards.samples`.
         splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
             no other token's output.
         model_keys: returns the keys of the model that the composed keys of the task set.
