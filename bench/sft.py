@@ -18,7 +18,7 @@ from bench.turns import (
     trl_text,
     trl_tokenizer,
 )
-from data.parts import Prepared
+from data.shards.open import Prepared
 
 MOST_OF_TRL = 0.85
 SAMPLES, SAMPLE_TOKENS, PROMPT_TOKENS = 64, 21, 12

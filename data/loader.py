@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import BatchSizes
 from data.corpus import DataError
-from data.parts import Prepared, PreparedPart
+from data.shards.open import Prepared, PreparedPart
 
 IGNORE = -100
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from data.chat.encode import check_template
 from data.config import DataConfig
 from data.corpus import DataError
-from data.parts import Prepared
 from data.progress import NO_PROGRESS, Progress
 from data.readers.files import compression_of, format_of
 from data.readers.sources import check_source, list_files, read_beginning, size_bytes
 from data.registry import DATA_SOURCES, DataSource
-from data.shards.open import MixtureSource, open_documents, open_mixture
+from data.shards.open import MixtureSource, Prepared, open_documents, open_mixture
 from data.shards.samples import open_samples
 from data.special_tokens import SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from base.decode import decode, encode
 from base.ranges import PositiveFloat, PositiveInt
 from base.refusal import ConfigError
-from data.parts import Prepared
 from data.prepare import prepare
+from data.shards.open import Prepared
 from launch.cli.entry import command, experiment_text
 from launch.config.compose import compose, own_keys, system_errors
 from launch.config.run import check_data, read_config, resolve, write_config

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from torch import distributed as dist
 
 from data.loader import Loader
-from data.parts import Prepared
+from data.shards.open import Prepared
 from infer.config import GenerateError
 from score.score import ScoringError
 from train.callbacks import Callbacks, call_on_first_rank

@@ -25,7 +25,7 @@ from comm.watchdog.membership import JobKeyError, Membership
 from comm.watchdog.ranks import RankSet
 from comm.watchdog.rendezvous import Job, join
 from comm.watchdog.verdict import Verdict
-from data.parts import Prepared
+from data.shards.open import Prepared
 from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig

@@ -17,7 +17,7 @@ from comm.groups import Groups
 from comm.layout import Layout
 from data.loader import Loader
 from data.mix.mixture import hold_out, single_order
-from data.parts import Prepared, PreparedPart
+from data.shards.open import Prepared, PreparedPart
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dualpipe.ir import to_json
 from model.objective import MicroBatch

@@ -14,11 +14,11 @@ from data.config import DataConfig, held_out_fraction, with_parts
 from data.corpus import DataError
 from data.mix.mixture import ORDER_VERSION, hold_out, single_order
 from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
-from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, Part, TrainingSample
 from data.shards.format import PARTS, UnitWriter, folder_errors, read_unit
+from data.shards.open import Prepared, PreparedPart
 from data.shards.units import Claims
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.pack import PAIR, WEIGHTS
-from data.parts import Prepared
+from data.shards.open import Prepared
 from data.tokenizer import Tokenizer
 from train.terminal import printable
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.corpus import DataError
-from data.parts import Prepared
 from data.prepare import prepare
-from data.shards.open import MixtureSource
+from data.shards.open import MixtureSource, Prepared
 from tests.attacks.hostile_prepared import CONTINUED, FOLDERS, LINE
 from tests.tiny import data_config
 

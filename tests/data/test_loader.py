@@ -14,9 +14,9 @@ from data.corpus import DataError
 from data.loader import IGNORE, Batch, Loader
 from data.mix.mixture import single_order
 from data.pack import WEIGHTS, pack_samples
-from data.parts import Prepared
 from data.prepare import prepare
 from data.registry import SamplePiece, TrainingSample
+from data.shards.open import Prepared
 from tests.tiny import data_config, tiny_config
 
 

@@ -14,11 +14,11 @@ import pytest
 from data.config import DataConfig
 from data.corpus import DataError, is_validation
 from data.pack import entropy_nats
-from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.readers.sources import EmbeddedSource, FilesSource, read_documents
 from data.registry import Part
 from data.shards.format import REPORT_NAME
+from data.shards.open import Prepared
 from data.shards.units import LOCK_NAME
 from tests.tiny import data_config
 from train.terminal import ProgressLines

@@ -16,10 +16,10 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import WEIGHTS
-from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.problems import split_problems
 from data.registry import DATA_SOURCES
+from data.shards.open import Prepared
 from data.tokenizer import Tokenizer
 from launch.cli.sample_lines import sample_lines
 from tests.data.chat.conversations import chat_tokenizer

@@ -15,7 +15,7 @@ from comm.groups import Groups
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
-from data.parts import Prepared
+from data.shards.open import Prepared
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from dualpipe.validate import embedding_ranks, is_mirrored

@@ -16,7 +16,7 @@ from data.loader import IGNORE, Loader
 from data.mix.manifest import Manifest, MixSource
 from data.mix.mixture import Mixture, hold_out
 from data.pack import count_token_bytes
-from data.parts import Prepared
+from data.shards.open import Prepared
 from data.tokenizer import Tokenizer
 from dualpipe.registry import ScheduleConfig
 from infer.engines.local import LocalModel

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from base.files import sync, write_synced
 from comm.agreement import gather_on_first
 from comm.groups import make_host_group
-from data.parts import Prepared
+from data.shards.open import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
 from train.checkpoint.load import PartError, run_on_all

@@ -14,7 +14,7 @@ from base.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, Share
 from base.registry import Registry
 
 if TYPE_CHECKING:
-    from data.parts import Prepared
+    from data.shards.open import Prepared
     from model.config import HeadKind, ModelConfig
     from train.config import BatchConfig, TaskConfig, TrainConfig
     from train.tasks.registry import Task

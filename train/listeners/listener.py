@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.loader import Loader
-from data.parts import Prepared
+from data.shards.open import Prepared
 from train.callbacks import Callbacks, call_on_first_rank
 from train.checkpoint.save import CheckpointSaver, lost_folder, save_to_rescue_folder
 from train.config import TrainConfig

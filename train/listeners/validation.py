@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.loader import IGNORE, Batch, Loader
 from data.pack import WEIGHTS, count_token_bytes
-from data.parts import Prepared
+from data.shards.open import Prepared
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.local import LocalEngine

@@ -12,8 +12,8 @@ from base.refusal import ConfigError
 from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.mix.mixture import single_order
-from data.parts import Prepared
 from data.problems import ProblemRecord, split_problems
+from data.shards.open import Prepared
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from base.decode import encode
 from comm.agreement import broadcast_first
 from data.loader import Batch, Loader
-from data.parts import Prepared
+from data.shards.open import Prepared
 from infer.config import Sampling
 from infer.protocol import Group, Request, Sample
 from infer.sample import SequenceRandom

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from torch import distributed as dist
 
-from data.parts import Prepared
 from data.registry import DATA_SOURCES
+from data.shards.open import Prepared
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.core.replica import Replica

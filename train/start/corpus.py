@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable
 
 from data.corpus import DataError
-from data.parts import Prepared
 from data.prepare import prepare
 from data.progress import NO_PROGRESS, Progress
 from data.registry import DATA_SOURCES
+from data.shards.open import Prepared
 from train.config import TrainConfig
 from train.tasks.registry import TASKS
 

@@ -20,8 +20,8 @@ from comm.exits import Preemption
 from comm.groups import Groups
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
-from data.parts import Prepared
 from data.progress import NO_PROGRESS
+from data.shards.open import Prepared
 from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import AUTO, check_compatible, newest_whole, verify_sizes
 from train.checkpoint.manifest import read_step

@@ -20,9 +20,9 @@ from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from base.refusal import ConfigError
 from data.corpus import DataError
 from data.pack import WEIGHTS
-from data.parts import Prepared, PreparedPart
 from data.progress import Progress
 from data.registry import Part
+from data.shards.open import Prepared, PreparedPart
 from model.config import ModelConfig
 from train.checkpoint.sources import check_second_network, second_network_run
 from train.config import BatchConfig

@@ -26,10 +26,10 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
-from data.parts import Prepared
 from data.prepare import check_config, prepare
 from data.readers.sources import check_source, read_documents
 from data.registry import DATA_SOURCES, DataSource
+from data.shards.open import Prepared
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.data.chat.conversations import chat_tokenizer, draw_text

@@ -16,8 +16,8 @@ from data.loader import Batch, Loader
 from data.mix.manifest import Manifest, MixPhase, MixSource
 from data.mix.mixture import Mixture, hold_out
 from data.pack import SequenceTable
-from data.parts import Prepared, PreparedPart
 from data.shards.format import ShardRows
+from data.shards.open import Prepared, PreparedPart
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 L = 8

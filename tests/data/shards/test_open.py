@@ -11,9 +11,8 @@ import pytest
 from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
-from data.parts import Prepared
 from data.prepare import prepare
-from data.shards.open import MixtureSource, open_folder
+from data.shards.open import MixtureSource, Prepared, open_folder
 from tests.tiny import data_config
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from data.loader import Loader
-from data.parts import Prepared
 from data.prepare import prepare
+from data.shards.open import Prepared
 from dualpipe.registry import ScheduleConfig
 from model.linear import GradientStore
 from model.transformer import named_tensors
