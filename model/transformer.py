@@ -1,4 +1,7 @@
-"""The network: the whole model, or the part that one rank holds."""
+"""The network: the whole model, or the part that one rank holds.
+
+It has the embedding and the additional parts of MTP modules (arXiv:2412.19437, section 2.2).
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -6,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from comm.protocol import ALONE, ContextGroup, Dispatcher
 from kernels.attention.documents import Documents
+from kernels.rms_norm import inverse_rms, normalize_backward, rms_norm
 from model.attention.form import Attention, AttentionForm
 from model.attention.mla import LATENT_ATTENTION
 from model.block import Block, RoutedExperts, run_block
 from model.config import LAYER, Computing, ModelConfig
-from model.head import Embedding, MtpBlock
-from model.linear import Projection, WeightSink, widen
+from model.linear import Projection, WeightSink, deliver_product, widen
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linears import Linears
@@ -54,6 +59,115 @@ def whole(config: ModelConfig) -> Part:
     """Returns the whole model as a part."""
     layers = tuple(range(config.num_layers + config.mtp_depth))
     return Part(layers=layers, experts=range(config.num_routed_experts), embedding=True, head=True)
+
+
+class _SplitEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, tokens_BT: Tensor, sink: WeightSink) -> Tensor:
+        ctx.save_for_backward(weight_VD, tokens_BT)
+        ctx.sink = sink
+        return functional.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (grad_BTD,) = grads
+        weight_VD, tokens_BT = ctx.saved_tensors
+        # The closure keeps the tokens and the gradient of their rows until W.
+        vocab = len(weight_VD)
+        ctx.sink.defer(
+            weight_VD,
+            lambda: torch.ops.aten.embedding_dense_backward(grad_BTD, tokens_BT, vocab, -1, False),  # noqa: FBT003
+        )
+        return None, None, None
+
+
+class Embedding(nn.Module):
+    """Token embedding, [vocabulary, hidden]."""
+
+    def __init__(self, vocab: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden, dtype=dtype))
+
+    def forward(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
+        """Looks up tokens, BT -> BTD. With a sink, the weight's gradient waits for its W."""
+        if sink is None or not torch.is_grad_enabled():
+            return functional.embedding(tokens_BT, self.weight)
+        out: Tensor = _SplitEmbedding.apply(self.weight, tokens_BT, sink)  # type: ignore[no-untyped-call]
+        return out
+
+
+class SharedHead(nn.Module):
+    """Own norm of an MTP module; the head's matrix belongs to the main model."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
+
+
+class _Merge(torch.autograd.Function):
+    """Computes [norm(embedded), norm(hidden)] projection^T; the backward computes both norms again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedded: Tensor,
+        hidden: Tensor,
+        enorm_D: Tensor,
+        hnorm_D: Tensor,
+        projection_DE: Tensor,
+        eps: float,
+        sink: WeightSink | None,
+    ) -> Tensor:
+        ctx.save_for_backward(embedded, hidden, enorm_D, hnorm_D, projection_DE)
+        ctx.eps = eps
+        ctx.sink = sink
+        return functional.linear(_normalize_both(embedded, hidden, enorm_D, hnorm_D, eps), projection_DE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        embedded, hidden, enorm_D, hnorm_D, projection_DE = ctx.saved_tensors
+        grad = grads[0]
+        eps = ctx.eps
+
+        def rows() -> Tensor:
+            # Both norms again: [..., 2 D]. They are cheaper to compute than to keep until W.
+            return _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps).flatten(0, -2)
+
+        grad_projection = deliver_product(projection_DE, grad.flatten(0, -2), rows, ctx.sink)
+        # The gradient of [norm(embedded), norm(hidden)], then back through each norm.
+        grad_left, grad_right = (grad @ projection_DE).chunk(2, -1)
+        grad_embedded, grad_enorm = normalize_backward(
+            grad_left, embedded, inverse_rms(embedded, enorm_D, eps), enorm_D
+        )
+        grad_hidden, grad_hnorm = normalize_backward(grad_right, hidden, inverse_rms(hidden, hnorm_D, eps), hnorm_D)
+        return grad_embedded, grad_hidden, grad_enorm, grad_hnorm, grad_projection, None, None
+
+
+def _normalize_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: Tensor, eps: float) -> Tensor:
+    return torch.cat((rms_norm(embedded, enorm_D, eps)[0], rms_norm(hidden, hnorm_D, eps)[0]), -1)
+
+
+class MtpBlock(Block):
+    """An MTP module: a whole MoE layer, the projection of [norm(embedding), norm(hidden)], a final norm."""
+
+    def __init__(
+        self, config: ModelConfig, experts: range, dtype: torch.dtype, attention: Attention, linears: Linears
+    ) -> None:
+        super().__init__(config, experts, dtype, attention, linears)
+        hidden = config.hidden_size
+        eps = config.norm_eps
+        self.enorm = RmsNorm(hidden, eps, dtype)
+        self.hnorm = RmsNorm(hidden, eps, dtype)
+        self.eh_proj = Projection(2 * hidden, hidden, dtype)
+        self.shared_head = SharedHead(config, dtype)
+
+    def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor, sink: WeightSink | None) -> Tensor:
+        """Returns the block's input, BTD, from the embedding k tokens ahead and the previous depth's state."""
+        norms = (self.enorm.weight, self.hnorm.weight)
+        out: Tensor = _Merge.apply(  # type: ignore[no-untyped-call]
+            embedded_BTD, hidden_BTD, *norms, self.eh_proj.weight, self.enorm.eps, sink
+        )
+        return out
 
 
 class Trunk(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from model.attention.mla import LatentAttention
 from model.config import Computing
-from model.head import Embedding, MtpBlock, score_tokens
+from model.head import score_tokens
 from model.linear import GradientStore, Projection, WeightSink
 from model.objective import (
     BALANCE,
@@ -28,7 +28,7 @@ from model.objective import (
     loss_names,
     weights_of_depths,
 )
-from model.transformer import build_linears
+from model.transformer import Embedding, MtpBlock, build_linears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize
