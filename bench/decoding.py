@@ -80,7 +80,7 @@ def _build() -> dict[str, Decode]:
     from transformers import DeepseekV3ForCausalLM
 
     from comm.dispatch.local import LocalDispatcher
-    from model.hf.writer import save_hf
+    from model.pretrained import save_hf
     from model.transformer import Transformer, initialize_weights
     from tests.infer.continuing import generate
 

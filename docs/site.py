@@ -16,7 +16,7 @@ API = {
         "Train and generate",
         ["launch.api", "train.callbacks", "infer.config", "infer.engines.local", "infer.protocol", "data.tokenizer"],
     ),
-    "model": ("Model", ["model.size", "model.hf.writer", "model.objective", "model.router"]),
+    "model": ("Model", ["model.size", "model.pretrained", "model.hf.writer", "model.objective", "model.router"]),
     "dualpipe": (
         "Schedules",
         ["dualpipe.ir", "dualpipe.builder", "dualpipe.validate", "dualpipe.simulate.timing", "dualpipe.draw.svg"],

@@ -89,7 +89,7 @@ def breaches(path: str, source: str) -> list[str]:
 
 def may_know(path: str, module: str) -> bool:
     """Allows the import because `load_hf` returns a model for one process, which needs the local dispatcher."""
-    is_home = path == "model/hf/writer.py" and is_in(module, "comm.dispatch.local")
+    is_home = path == "model/pretrained.py" and is_in(module, "comm.dispatch.local")
     return is_home or is_in(module, "comm.protocol")
 
 
@@ -203,7 +203,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("model/a.py", "from comm.groups import Groups"),
         ("model/a.py", "from comm.dispatch.local import LocalDispatcher"),
         ("model/a.py", "from comm.context_group import GatherContext"),
-        ("model/hf/writer.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
+        ("model/pretrained.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
         ("dualpipe/simulate/timing.py", "from torch import distributed"),
         ("score/a.py", "from infer.protocol import Sample"),

@@ -161,7 +161,7 @@ def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transfor
         _check_memory(source, {"float64": 8, "float32": 4}.get(precision, 2))
     torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:
-        from model.hf.writer import load_hf
+        from model.pretrained import load_hf
 
         model = load_hf(source.folder, torch_dtype, drop_mtp=source.drop_mtp)
     else:

@@ -12,7 +12,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from evaluation.protocol import EvaluationError
 from launch.api import open_harness_model
-from model.hf.writer import save_hf
+from model.pretrained import save_hf
 from model.transformer import Transformer, initialize_weights
 from tests.tiny import MODEL
 from train.checkpoint.preserved import server_files

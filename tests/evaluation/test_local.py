@@ -21,7 +21,7 @@ from infer.engines.local import LocalModel
 from infer.protocol import TargetScores, TargetSequence
 from infer.reward import score_answers
 from kernels.cross_entropy.reference import greedy_scores
-from model.hf.writer import load_hf
+from model.pretrained import load_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.evaluation.stand_ins import evaluate, open_task
 from tests.infer.models import make_model

@@ -14,7 +14,7 @@ from infer.decoder import Decoder
 from infer.engines.local import LocalEngine
 from infer.protocol import REPLACEMENT, NumberedPrompt, Request, TextStream
 from infer.sample import TokenHistory, penalize
-from model.hf.writer import load_hf
+from model.pretrained import load_hf
 from model.transformer import Transformer
 from tests.infer.continuing import generate
 from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whole_pass

@@ -22,7 +22,7 @@ from infer.engines.rounds import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.reward import JudgedAnswer, VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
 from model.head import score_states
-from model.hf.writer import load_hf, save_hf
+from model.pretrained import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.infer.continuing import generate
 from tests.pairs import batch_of, draw_pairs, scores_at

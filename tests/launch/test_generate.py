@@ -25,7 +25,7 @@ from launch.generate import main
 from launch.weights.job import find_weights, load_model
 from model.config import InferencePrecision
 from model.hf.files import HfError
-from model.hf.writer import save_hf
+from model.pretrained import save_hf
 from tests import ROOT
 from tests.commands import run_command, run_python
 from tests.infer.continuing import generate

@@ -36,7 +36,7 @@ from launch.generate import main
 from launch.generate import main as run_generate
 from launch.weights import job
 from model.config import CutError
-from model.hf.writer import save_hf
+from model.pretrained import save_hf
 from model.transformer import named_tensors
 from tests import ROOT
 from tests.commands import run_python

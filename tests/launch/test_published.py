@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from launch.convert import main as convert_main
 from launch.generate import main as generate
 from model.hf.files import HfError
-from model.hf.writer import load_hf, save_hf
+from model.pretrained import load_hf, save_hf
 from tests.data.published_tokenizers import write_family
 from tests.launch.test_config import build
 from tests.model.hf_checkpoints import assert_same_tensors, edit_json, read_tensors

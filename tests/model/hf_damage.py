@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.hf.files import HfError
-from model.hf.writer import load_hf
+from model.pretrained import load_hf
 from tests.model.hf_checkpoints import edit_json, read_tensors, save_checkpoint, write_tensors
 
 Damage = Callable[[Path], Any]

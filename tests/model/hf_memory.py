@@ -14,7 +14,8 @@ from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig, PlainRope
 from model.hf.names import stored_tensors
 from model.hf.reader import HfReader
-from model.hf.writer import load_hf, save_hf, write_hf
+from model.hf.writer import write_hf
+from model.pretrained import load_hf, save_hf
 from model.transformer import Transformer, named_tensors
 from tests.tiny import MODEL
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import AutoConfig, DeepseekV3ForCausalLM
 
 from model.hf.names import copied_from
-from model.hf.writer import load_hf, save_hf
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
+from model.pretrained import load_hf, save_hf
 from model.transformer import Transformer, named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,

@@ -11,7 +11,7 @@ from torch import Tensor
 import model.hf.reader
 from model.hf.checkpoint import open_checkpoint
 from model.hf.files import HfError
-from model.hf.writer import load_hf
+from model.pretrained import load_hf
 from tests.model.hf_checkpoints import edit_json
 from tests.model.hf_damage import (
     CONFIG,

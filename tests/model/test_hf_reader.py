@@ -21,7 +21,8 @@ from model.hf.checkpoint import read_header
 from model.hf.files import HfError
 from model.hf.names import copied_from, is_quantized, scale_name, stored_tensors, weights
 from model.hf.reader import HfReader
-from model.hf.writer import Extras, Fp8Scales, save_hf, write_hf
+from model.hf.writer import Extras, Fp8Scales, write_hf
+from model.pretrained import save_hf
 from model.transformer import Part, Transformer, initialize_weights, named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,

@@ -17,7 +17,7 @@ from infer.serve.constraint import Grammars
 from infer.serve.engine import EngineThread, ServingEngine
 from infer.serve.http import DrainingServer, open_socket
 from model.config import ModelConfig
-from model.hf.writer import save_hf
+from model.pretrained import save_hf
 from tests.infer.models import SMALL, make_model
 
 DOCUMENTS = ["The server answers: hello, world; héllo 你好.\n", '{"name": "weather", "arguments": [1, 2]}\n'] * 4

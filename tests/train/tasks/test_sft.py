@@ -16,8 +16,8 @@ from data.loader import IGNORE, Batch
 from dualpipe.registry import ScheduleConfig
 from launch.config.run import check
 from model.config import PlainRope, YarnRope
-from model.hf.writer import load_hf, save_hf
 from model.objective import LossSums, MicroBatch, weights_of_depths
+from model.pretrained import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_config import build
