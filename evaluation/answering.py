@@ -200,13 +200,11 @@ def _check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) -
         raise EvaluationError.broken(f"{name}.max_new_tokens", rule, config.max_new_tokens, most)
     for k in config.pass_at:
         if k > config.samples:
-            raise EvaluationError.broken(
-                f"{name}.pass_at", f"must be at most {name}.samples={config.samples}", k, config.samples
-            )
-    if len(set(config.pass_at)) < len(config.pass_at):
-        raise EvaluationError.broken(
-            f"{name}.pass_at", "must have each value once", list(config.pass_at), sorted(set(config.pass_at))
-        )
+            rule = f"must be at most {name}.samples={config.samples}"
+            raise EvaluationError.broken(f"{name}.pass_at", rule, k, config.samples)
+    values = sorted(set(config.pass_at))
+    if len(values) < len(config.pass_at):
+        raise EvaluationError.broken(f"{name}.pass_at", "must have each value once", list(config.pass_at), values)
     if config.samples > 1 and config.temperature == 0:
         rule = f"must be above 0 if {name}.samples={config.samples}"
         raise EvaluationError.broken(f"{name}.temperature", rule, "0, with which all answers are equal", "0.8")
@@ -238,9 +236,8 @@ class MathsTaskConfig(AnswerTaskConfig):
 def _read_maths(config: MathsTaskConfig, context: TaskContext) -> list[Question]:
     problems = _maths_problems(config, context.seed)
     if config.num_shots and config.chat_template is not None:
-        raise EvaluationError.broken(
-            "maths.num_shots", f"must be 0 with maths.chat_template={config.chat_template}", config.num_shots, "0"
-        )
+        rule = f"must be 0 with maths.chat_template={config.chat_template}"
+        raise EvaluationError.broken("maths.num_shots", rule, config.num_shots, "0")
     if len(problems) <= config.num_shots:
         rule = f"must be below the number of questions, {len(problems)}"
         raise EvaluationError.broken("maths.num_shots", rule, config.num_shots, len(problems) - 1)
@@ -273,10 +270,9 @@ def _maths_problems(config: MathsTaskConfig, seed: int) -> list[tuple[str | int,
 
 def _sums(seed: int, count: int, num_digits: int) -> list[tuple[str, str]]:
     if num_digits > 9 or count > 10 ** (2 * num_digits) // 4:
-        raise EvaluationError(
-            f"maths.num_problems: must be at most {10 ** (2 * min(num_digits, 9)) // 4} with up to 9 digits, is "
-            f"{count} with maths.num_digits={num_digits}; nearest valid: 100 with 3"
-        )
+        rule = f"must be at most {10 ** (2 * min(num_digits, 9)) // 4} with up to 9 digits"
+        value = f"{count} with maths.num_digits={num_digits}"
+        raise EvaluationError.broken("maths.num_problems", rule, value, "100 with 3")
     generator = np.random.Philox(key=np.array([seed % 2**64, 0x6D61746873], dtype=np.uint64))
     answers: dict[str, str] = {}
     while len(answers) < count:
@@ -397,10 +393,8 @@ class ReasoningTaskConfig(AnswerTaskConfig):
 
 def _read_reasoning(config: ReasoningTaskConfig, context: TaskContext) -> list[Question]:
     if not config.dataset:
-        raise EvaluationError(
-            f"reasoning.dataset: a value is needed, is {config.dataset!r}; write reasoning.dataset=NAME, one of "
-            f"reasoning-gym's data sets, for example basic_arithmetic"
-        )
+        near = "a name of reasoning-gym's data sets, for example basic_arithmetic"
+        raise EvaluationError.broken("reasoning.dataset", "a value is needed", repr(config.dataset), near)
     source = GymSource(
         kind="reasoning_gym",
         dataset=config.dataset,

@@ -182,9 +182,8 @@ def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_toke
     """Returns the sequence that scores a continuation, and how many tokens of the context it drops."""
     before, after = encode_continuation(tokenizer, request)
     if len(after) > max_tokens:
-        raise EvaluationError(
-            f"{request.place}: must have at most model.max_position_tokens={max_tokens} tokens, has {len(after)}"
-        )
+        rule = f"must have at most model.max_position_tokens={max_tokens} tokens"
+        raise EvaluationError(f"{request.place}: {rule}, has {len(after)}")
     num_dropped = max(0, len(before) + len(after) - 1 - max_tokens)
     return TargetSequence(tokens=(*before[num_dropped:], *after), num_targets=len(after)), num_dropped
 

@@ -107,10 +107,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
         """Refuses, because text never contains special tokens here."""
-        raise EvaluationError(
-            "apply_chat_template: must be false, as special tokens are placed by id and not by text, is true; nearest "
-            "valid: the tasks maths and code of launch.evaluate with chat_template"
-        )
+        rule = "must be false, as special tokens are placed by id and not by text"
+        near = "the tasks maths and code of launch.evaluate with chat_template"
+        raise EvaluationError.broken("apply_chat_template", rule, "true", near)
 
     def _generation(self, prompt: str, settings: Mapping[str, Any]) -> GenerationRequest:
         left = dict(settings)
@@ -121,9 +120,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         unknown = [name for name, value in left.items() if value is not None and name not in _LENGTHS]
         if unknown:
             valid = ", ".join(("until", "do_sample", *_LENGTHS, *_SAMPLING))
-            raise EvaluationError(
-                f"generation_kwargs: must be some of {valid}, has {unknown[0]!r}; nearest valid: without"
-            )
+            problem = f"must be some of {valid}, has {unknown[0]!r}"
+            raise EvaluationError(f"generation_kwargs: {problem}; nearest valid: without")
         temperature = float(values.pop("temperature", 1.0))
         return GenerationRequest(
             prompt=prompt,

@@ -19,7 +19,7 @@ from base.ranges import NonNegativeInt, PositiveInt
 from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
-from data.corpus import DataError, describe, list_of, text_of
+from data.corpus import DataError, describe, list_of, refusal, text_of
 from evaluation.answers import target_sequence
 from evaluation.protocol import (
     ContinuationRequest,
@@ -83,10 +83,10 @@ def build_choice(config: ChoiceConfig, context: TaskContext) -> EvaluationTask:
     elif config.num_shots:
         questions = questions[config.num_shots :]
     if len(shots) < config.num_shots or not questions:
-        raise EvaluationError(
-            f"choice.num_shots: must leave a question and have as many examples, is {config.num_shots}, there are "
-            f"{len(shots)} examples; nearest valid: {max(0, len(shots) - (config.shots_path is None))}"
-        )
+        value = f"{config.num_shots}, there are {len(shots)} examples"
+        near = max(0, len(shots) - (config.shots_path is None))
+        rule = "must leave a question and have as many examples"
+        raise EvaluationError.broken("choice.num_shots", rule, value, near)
     solved = [shot.value for shot in shots]
     prefix = "".join(f"{shot.context}{shot.choices[shot.answer]}\n\n" for shot in solved)
     samples = [_choice_sample(question, prefix, context) for question in questions[: config.limit]]
@@ -149,10 +149,9 @@ def _read_choices(values: Mapping[str, Any], place: str) -> ChoiceQuestion:
             raise DataError(f'{place}: choices[{number}]: must have text, is ""; nearest: leave the choice out')
     answer = field_of(values, "answer", place)
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise DataError(
-            f"{place}: answer: must be the number of a choice, from 0 to {len(choices) - 1}, is {describe(answer)}; "
-            f"nearest: {min(max(answer, 0), len(choices) - 1) if type(answer) is int else 0}"
-        )
+        last = len(choices) - 1
+        near = min(max(answer, 0), last) if type(answer) is int else 0
+        raise refusal(f"{place}: answer", f"must be the number of a choice, from 0 to {last}", describe(answer), near)
     return ChoiceQuestion(context=text_field(values, "context", place), choices=choices, answer=answer)
 
 
@@ -185,9 +184,8 @@ def build_bits_per_byte(config: BitsPerByteConfig, context: TaskContext) -> Eval
     documents = read_documents("bits_per_byte.path", needed_path("bits_per_byte.path", config.path, _DOCUMENT_EXAMPLE))
     window = min(config.window_tokens or context.max_tokens, context.max_tokens)
     if (config.stride_tokens or window) > window:
-        raise EvaluationError.broken(
-            "bits_per_byte.stride_tokens", f"must be at most the window's {window} tokens", config.stride_tokens, window
-        )
+        rule = f"must be at most the window's {window} tokens"
+        raise EvaluationError.broken("bits_per_byte.stride_tokens", rule, config.stride_tokens, window)
     if config.loads and not context.counts_loads:
         rule = "must be false on several ranks and during training"
         raise EvaluationError.broken("bits_per_byte.loads", rule, "true", "launch.evaluate with parallelism=one_rank")
@@ -287,11 +285,9 @@ def build_reward(config: RewardTaskConfig, context: TaskContext) -> EvaluationTa
     encoded = [tuple(chat.ids) for chat in encode_conversations(both, template, context.tokenizer)]
     for number, ids in enumerate(encoded):
         if len(ids) > context.max_tokens:
-            raise EvaluationError(
-                f"{lines[number // 2].place}: must have at most model.max_position_tokens={context.max_tokens} "
-                f"tokens with {('chosen', 'rejected')[number % 2]}, has {len(ids)}; nearest valid: leave the line "
-                f"out"
-            )
+            name = ("chosen", "rejected")[number % 2]
+            rule = f"must have at most model.max_position_tokens={context.max_tokens} tokens with {name}"
+            raise EvaluationError.broken(lines[number // 2].place, rule, len(ids), "leave the line out")
     samples = [
         EvaluationSample(
             key=line.key,

@@ -277,9 +277,8 @@ def read_samples(key: str, path: str, read: Callable[[Mapping[str, Any], str], T
     for sample in samples:
         # Compared as text.
         if (earlier := first.setdefault(str(sample.key), sample.place)) != sample.place:
-            raise DataError(
-                f"{sample.place}: id: must be unique, {sample.key!r} is also in {earlier}; nearest: another id"
-            )
+            problem = f"must be unique, {sample.key!r} is also in {earlier}"
+            raise DataError(f"{sample.place}: id: {problem}; nearest valid: another id")
     return samples
 
 

@@ -160,9 +160,8 @@ def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> t
         return tuple(sorted({max(1, max_tokens // part) for part in (8, 4, 2, 1)}))
     for length in lengths:
         if length > max_tokens:
-            raise EvaluationError.broken(
-                key, f"must be at most model.max_position_tokens={max_tokens}", length, max_tokens
-            )
+            rule = f"must be at most model.max_position_tokens={max_tokens}"
+            raise EvaluationError.broken(key, rule, length, max_tokens)
     if not lengths or len(set(lengths)) < len(lengths):
         raise EvaluationError.broken(key, "must have at least one length, each once", list(lengths), f"[{max_tokens}]")
     return tuple(lengths)
@@ -223,9 +222,8 @@ def _needle(
     size = length - len(answer)
     prompt = hide(context.tokenizer, filler, fact, question, depth=depth / 100, size=size, start=draws.below(2**32))
     if prompt is None:
-        raise EvaluationError.broken(
-            "needle.lengths", "must have room for needle and question", length, min(2 * length, context.max_tokens)
-        )
+        near = min(2 * length, context.max_tokens)
+        raise EvaluationError.broken("needle.lengths", "must have room for needle and question", length, near)
     ids, actual_depth = prompt
     source = {"length": length, "depth": depth, "actual_depth": actual_depth, "name": name, "value": value}
     request = ContinuationRequest(context=ids, continuation=answer, place=f"needle {number}")

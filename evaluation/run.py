@@ -165,9 +165,8 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         self._lock = os.open(path, os.O_RDONLY)
         try:
             if not journal.lock(self._lock):
-                raise EvaluationError(
-                    f"out: another process evaluates into {str(path)!r}; wait for it, or choose another folder"
-                )
+                problem = f"another process evaluates into {str(path)!r}"
+                raise EvaluationError(f"out: {problem}; wait for it, or choose another folder")
             self._compare(json.loads(json.dumps(identity)))
         except BaseException:
             os.close(self._lock)
@@ -201,19 +200,16 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         if not path.exists():
             others = sorted(file.name for file in self.path.glob("samples_*.jsonl"))
             if others:
-                raise EvaluationError(
-                    f"out: {str(self.path)!r} must have {IDENTITY_NAME}, has {others[0]} without it; "
-                    "nearest valid: another folder"
-                )
+                problem = f"{str(self.path)!r} must have {IDENTITY_NAME}, has {others[0]} without it"
+                raise EvaluationError(f"out: {problem}; nearest valid: another folder")
             self.write(IDENTITY_NAME, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
             return
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
             key = journal.changed_key(written, identity)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise EvaluationError(
-                f"out: {str(path)!r} must be one of launch.evaluate, cannot be read: {error}"
-            ) from error
+            problem = f"{str(path)!r} must be one of launch.evaluate, cannot be read"
+            raise EvaluationError(f"out: {problem}: {error}") from error
         if key is not None:
             rule = f"must be as in {str(path)!r}, which has {written.get(key)!r}"
             raise EvaluationError.broken(key, rule, repr(identity.get(key)), "another out, or remove this folder")

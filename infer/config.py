@@ -149,12 +149,9 @@ def check_sequences(config: ModelConfig, name: str, sequences: Sequence[Sequence
         if not sequence:
             raise GenerateError(f"{name} {number}: must have at least one token, has none")
         if len(sequence) > config.max_position_tokens:
-            raise GenerateError(
-                f"{name} {number}: must be at most the model's max_position_tokens={config.max_position_tokens} "
-                f"tokens long, is {len(sequence)}"
-            )
+            rule = f"must be at most the model's max_position_tokens={config.max_position_tokens} tokens long"
+            raise GenerateError(f"{name} {number}: {rule}, is {len(sequence)}")
         outside = [token for token in sequence if not 0 <= token < config.vocab_size]
         if outside:
-            raise GenerateError(
-                f"{name} {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
-            )
+            rule = f"tokens must be from 0 to {config.vocab_size - 1}"
+            raise GenerateError(f"{name} {number}: {rule}, contains {outside[0]}")

@@ -131,9 +131,7 @@ class ContinuousEngine:
         longest = min(len(prompt.tokens) + request.max_new_tokens, limit)
         most = self._num_blocks * BLOCK_TOKENS
         if longest > most:
-            raise GenerateError(
-                f"tokens: the cache must hold prompt and continuation, is {longest}; nearest valid: {most}"
-            )
+            raise GenerateError.broken("tokens", "the cache must hold prompt and continuation", longest, most)
 
     def submit(self, prompt: NumberedPrompt, request: Request) -> None:
         """Queues a request with a new number, or raises as `check`."""

@@ -111,9 +111,8 @@ class Placement:
             elif any(len({*experts_K}) < form[1] for experts_K in experts_RK.tolist()):
                 rule = "must not have two copies of an expert on a rank"
             if rule:
-                raise PlacementError.broken(
-                    key, f"layer {layer} {rule}", shorten(str(experts_RK.tolist())), "a new placement"
-                )
+                experts = shorten(str(experts_RK.tolist()))
+                raise PlacementError.broken(key, f"layer {layer} {rule}", experts, "a new placement")
         return cls(shape=shape, layers={layer: experts_RK.flatten() for layer, experts_RK in rows.items()})
 
     @property

@@ -43,14 +43,11 @@ class RewardConfig:
     def __post_init__(self) -> None:
         kinds = [part.kind for part in self.parts]
         if not kinds:
-            raise ScoringError(
-                "reward.parts: must have at least one part, has none; nearest valid: [{kind: exact, ...}]"
-            )
+            raise ScoringError.broken("reward.parts", "must have at least one part", "[]", "[{kind: exact, ...}]")
         repeated = [kind for kind, count in Counter(kinds).items() if count > 1]
         if repeated:
-            raise ScoringError(
-                f"reward.parts: must have each kind once, has {repeated[0]} {kinds.count(repeated[0])} times"
-            )
+            count = kinds.count(repeated[0])
+            raise ScoringError(f"reward.parts: must have each kind once, has {repeated[0]} {count} times")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,8 @@ from score.score import (
     verdict,
 )
 
+_JUDGE = "reward.parts, kind judge"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeConfig(ScorerConfig):
@@ -54,18 +56,15 @@ class JudgeConfig(ScorerConfig):
         others = ("{other}",) if self.form == "pairs" else ()
         for name in ("{prompt}", "{answer}", *others):
             if name not in self.question:
-                raise ScoringError(
-                    f"reward.parts, kind judge: question must contain {name} with form={self.form}, does not; "
-                    f"nearest valid: {self.question[:40]!r}... with {name} added"
-                )
+                rule = f"question must contain {name} with form={self.form}"
+                begin = f"{self.question[:40]!r}..."
+                raise ScoringError.broken(_JUDGE, rule, begin, f"{begin} with {name} added")
         for name in ("accept", "reject"):
             if not getattr(self, name).strip():
-                raise ScoringError(f"reward.parts, kind judge: {name} must have text, has none; nearest valid: {name}")
+                raise ScoringError.broken(_JUDGE, f"{name} must have text", repr(getattr(self, name)), name)
         if self.accept.strip().casefold() == self.reject.strip().casefold():
-            raise ScoringError(
-                f"reward.parts, kind judge: accept and reject must differ, both are {self.accept!r}; nearest valid: "
-                f"yes and no"
-            )
+            problem = f"accept and reject must differ, both are {self.accept!r}"
+            raise ScoringError(f"{_JUDGE}: {problem}; nearest valid: yes and no")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,10 +83,8 @@ def read_constitution(config: JudgeConfig) -> str:
     try:
         return Path(config.constitution_path).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ScoringError(
-            f"reward.parts, kind judge: constitution_path must be a text file, {config.constitution_path!r} cannot be "
-            f"read ({error}); nearest valid: null, with the text as constitution"
-        ) from error
+        problem = f"constitution_path must be a text file, {config.constitution_path!r} cannot be read ({error})"
+        raise ScoringError(f"{_JUDGE}: {problem}; nearest valid: null, with the text as constitution") from error
 
 
 VERIFIER = Path(__file__).with_name("gym_verifier.py")
@@ -125,10 +122,9 @@ class PythonScorer(PoolScorer):
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
-            raise ScoringError(
-                f"reward.parts, kind {config.kind}: path must be a Python file, {config.path!r} cannot be read: "
-                f"{error.strerror}; nearest valid: {_nearest_file(path)}"
-            ) from error
+            problem = f"path must be a Python file, {config.path!r} cannot be read: {error.strerror}"
+            near = _nearest_file(path)
+            raise ScoringError(f"reward.parts, kind {config.kind}: {problem}; nearest valid: {near}") from error
         program = WorkerProgram(
             Path(__file__).with_name("function_program.py"), (str(path), config.function, digest), dict(os.environ)
         )

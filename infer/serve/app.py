@@ -279,14 +279,15 @@ class _Call:
 
     def _count_tokens(self, index: int, num_tokens: int) -> None:
         """Records the times of new tokens of an answer."""
+        if not num_tokens:
+            return
         now = time.monotonic()
         metrics = self._service.metrics
-        if num_tokens and index not in self._last:
-            metrics.first_token_seconds.observe(now - self._began)
-        elif num_tokens:
+        if index in self._last:
             metrics.token_seconds.observe((now - self._last[index]) / num_tokens)
-        if num_tokens:
-            self._last[index] = now
+        else:
+            metrics.first_token_seconds.observe(now - self._began)
+        self._last[index] = now
 
     def _count_call(self, status: int) -> None:
         """Counts a call that has ended, and reports it in one line."""

@@ -142,7 +142,10 @@ QUESTION = {"id": 1, "context": "a", "choices": ["b", "c"], "answer": 0}
         ("{", "line 1: must be a JSON object"),
         ("[1]", "line 1: must be a JSON object, is a list"),
         (b"\xff", "line 1: must be UTF-8, is not at byte 1"),
-        ({**QUESTION, "answer": 2}, "answer: must be the number of a choice, from 0 to 1, is a number: 2; nearest: 1"),
+        (
+            {**QUESTION, "answer": 2},
+            "answer: must be the number of a choice, from 0 to 1, is a number: 2; nearest valid: 1",
+        ),
         ({**QUESTION, "answer": True}, "answer: must be the number of a choice"),
         ({**QUESTION, "choices": []}, "choices: must have at least one item"),
         ({**QUESTION, "choices": ["b", ""]}, r"choices\[1\]: must have text"),
