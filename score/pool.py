@@ -84,6 +84,9 @@ class WorkerPool:
         worker = self._free.get()
         try:
             worker.start()
+        except BaseException:
+            worker.kill()
+            raise
         finally:
             self._free.put(worker)
 
@@ -99,19 +102,16 @@ class WorkerPool:
             self._check_failures()
             worker.start()
             reply = worker.request(message, self._seconds)
-        except ScoringError:
-            raise
         except BaseException as error:
             worker.kill()
-            text = f"did not reply within {self._seconds:g} s" if isinstance(error, WorkerTimeoutError) else str(error)
-            reason = f"worker {worker.number} {text}"
+            if not isinstance(error, WorkerTimeoutError | WorkerDiedError):
+                raise
+            reason = f"worker {worker.number} {error}"
             with self._lock:
-                self._num_failures += self._counts_timeouts or not isinstance(error, WorkerTimeoutError)
+                self._num_failures += self._counts_timeouts or isinstance(error, WorkerDiedError)
                 self._last_failure = reason
             self._check_failures()
-            if isinstance(error, WorkerTimeoutError | WorkerDiedError):
-                raise type(error)(reason) from error
-            raise
+            raise type(error)(reason) from error
         finally:
             self._free.put(worker)
         with self._lock:
@@ -143,7 +143,7 @@ class _Worker:
         self._buffer = b""
 
     def start(self) -> None:
-        """Starts the process, if none runs, and waits until it is ready."""
+        """Starts the process, if none runs, and waits until it is ready. Kill it if that fails."""
         if self._process is not None and self._process.poll() is None:
             return
         self.kill()
@@ -160,27 +160,24 @@ class _Worker:
             )
         try:
             ready = self._read_reply(time.monotonic() + START_SECONDS)
-            if "error" in ready:
-                raise WorkerDiedError(ready["error"])
-        except BaseException as error:
-            self.kill()
-            if isinstance(error, WorkerTimeoutError):
-                raise WorkerStartError(f"was not ready after {START_SECONDS:g} s") from error
-            if isinstance(error, WorkerDiedError):
-                raise WorkerStartError(str(error)) from error
-            raise
+        except TimeoutError:
+            raise WorkerStartError(f"was not ready after {START_SECONDS:g} s") from None
+        except WorkerDiedError as error:
+            raise WorkerStartError(str(error)) from error
+        if "error" in ready:
+            raise WorkerStartError(ready["error"])
 
     def request(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Returns the reply to a message. Kill the process if this fails."""
         assert self._socket is not None
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)  # of all data together
         try:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            with suppress(BrokenPipeError, ConnectionResetError):  # the missing reply says how the process ended
+                self._socket.sendall(json.dumps(message).encode() + b"\n")
+            return self._read_reply(deadline)
         except TimeoutError:
-            raise WorkerTimeoutError from None
-        except OSError as error:
-            raise WorkerDiedError(f"ended: {error.strerror}") from error
-        return self._read_reply(deadline)
+            raise WorkerTimeoutError(f"did not reply within {seconds:g} s") from None
 
     def kill(self) -> None:
         """Kills the process, if there is one, and its children."""
@@ -195,8 +192,16 @@ class _Worker:
         self._buffer = b""
 
     def _read_reply(self, deadline: float) -> dict[str, Any]:
+        """Returns the next reply; raises TimeoutError, also if only a part of it is here at the deadline."""
+        assert self._socket is not None
         while b"\n" not in self._buffer:
-            data = self._receive(deadline)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            data = b""
+            with suppress(ConnectionResetError):  # it ended before it had read a message
+                data = self._socket.recv(65536)
             if not data or len(self._buffer) > _LARGEST_REPLY:
                 raise WorkerDiedError(self._end())
             self._buffer += data
@@ -208,20 +213,6 @@ class _Worker:
         if not isinstance(reply, dict):
             raise WorkerDiedError(f"printed no object of JSON: {line[:60]!r}")
         return reply
-
-    def _receive(self, deadline: float) -> bytes:
-        """Returns some data, or none if the worker closed its output."""
-        assert self._socket is not None
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise WorkerTimeoutError
-        self._socket.settimeout(left)
-        try:
-            return self._socket.recv(65536)
-        except TimeoutError:
-            raise WorkerTimeoutError from None
-        except ConnectionResetError:  # it ended before it had read a message
-            return b""
 
     def _end(self) -> str:
         """Returns how a process ended, after its output was closed."""
