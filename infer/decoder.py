@@ -8,7 +8,7 @@ L layers, K experts per token.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, assert_never
+from typing import Literal
 
 import numpy as np
 import torch
@@ -255,34 +255,27 @@ class PartDecoder:
 
         Returns the logits, BV, of the token after the chosen pair in 0..S-1 of each sequence.
         """
-        views = self.over_rows(self.mtp, range(len(chosen_B)), next_tokens_BS.shape[1])
+        views = self._over_rows(self.mtp, range(len(chosen_B)), next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1).decode(hidden_ND[chosen_N]))
 
     def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of the layers of this part in a pass."""
-        match kind:
-            case "parts":
-                return self._over_parts(self.main, rows, counts)
-            case "step":
-                return self.over_rows(self.main, range(len(rows)), counts[0])
-            case _ as other:
-                assert_never(other)
+        if kind == "step":
+            return self._over_rows(self.main, range(len(rows)), counts[0])
+        return self._over_parts(self.main, rows, counts)
 
     def _over_parts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of attention of the next parts of prompts: within them, or over one row's cache."""
         if cache.lengths[rows[0]]:
-            return self.over_rows(cache, range(rows[0], rows[0] + 1), counts[0])
-        return self.over_prompts(cache, rows, counts)
-
-    def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
-        """Returns the views of attention within prompts, which start at position 0."""
+            return self._over_rows(cache, range(rows[0], rows[0] + 1), counts[0])
+        # Prompts start at position 0.
         turns_NP = self._turns_TP[torch.cat([torch.arange(count) for count in counts]).to(self.device)]
         slots_N = cache.slots(rows, counts)
         return lambda layer: PromptView(cache.values, layer, counts, slots_N, turns_NP)
 
-    def over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
+    def _over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
         """Returns the views of attention of `num_new` tokens of each row over its cached tokens."""
         lengths = cache.lengths[rows.start : rows.stop]
         longest = max(lengths)
