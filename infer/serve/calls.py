@@ -9,12 +9,13 @@ from typing import Any, Literal
 from data.chat.encode import encode_any_prompt
 from data.chat.messages import ToolDefinition
 from data.chat.templates import ChatTemplate, Pieces
-from data.corpus import DataError, describe, list_of, refusal
+from data.corpus import DataError, describe, list_of, object_of, refusal
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.protocol import Request, TokenConstraint
 from infer.serve.constraint import Grammars, Structure
 from infer.serve.fields import (
+    BODY,
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
@@ -25,17 +26,16 @@ from infer.serve.fields import (
     as_chat,
     decode_body,
     integer_of,
-    read_fields,
 )
 
 Endpoint = Literal["completions", "chat/completions", "responses"]
 _READERS = {
-    "completions": (COMPLETION_FIELDS, "prompt"),
-    "chat/completions": (CHAT_FIELDS, "messages"),
-    "responses": (RESPONSE_FIELDS, "input"),
+    "completions": (COMPLETION_FIELDS, ["prompt"]),
+    "chat/completions": (CHAT_FIELDS, ["messages"]),
+    "responses": (RESPONSE_FIELDS, ["input"]),
 }
-"""Fields of each endpoint, and the one that must be given."""
-CONVERSIONS: Mapping[str, Any] = {"tokenize": (TOKENIZE_FIELDS,), "detokenize": (DETOKENIZE_FIELDS, "tokens")}
+"""Fields of each endpoint, and those that must be given."""
+CONVERSIONS = {"tokenize": (TOKENIZE_FIELDS, []), "detokenize": (DETOKENIZE_FIELDS, ["tokens"])}
 _NEEDED = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that need another one."""
 _MOST_CALLS = 2**31
@@ -136,7 +136,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
     """Reads the body of a request, or raises ApiError."""
     try:
         values = decode_body(content)
-        fields = read_fields(values, *_READERS[endpoint])
+        fields = object_of(values, BODY, *_READERS[endpoint])
         if endpoint == "responses":
             fields = as_chat(fields)
         served.check_name(fields.get("model", served.name))
@@ -158,7 +158,7 @@ def read_call(served: ServedModel, endpoint: Endpoint, content: bytes) -> ApiCal
 def convert(served: ServedModel, endpoint: str, content: bytes) -> dict[str, Any]:
     """Returns the token ids of a text or of a chat's prompt, or the text of token ids, in vLLM's form."""
     try:
-        fields = read_fields(decode_body(content), *CONVERSIONS[endpoint])
+        fields = object_of(decode_body(content), BODY, *CONVERSIONS[endpoint])
         served.check_name(fields.get("model", served.name))
         if endpoint == "detokenize":
             served.check_count(len(fields["tokens"]) if isinstance(fields["tokens"], list) else 0, 0)
@@ -181,19 +181,17 @@ def convert(served: ServedModel, endpoint: str, content: bytes) -> dict[str, Any
 def _read_completion(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:
     prompts = _read_prompts(served, fields)
     num_choices = fields.get("n", 1)
-    echo = fields.get("echo", False)
-    max_new_tokens = fields.get("max_tokens", 16)
     if fields.get("best_of", num_choices) != num_choices:
         raise refusal("best_of", "must equal n, because every answer is returned", fields["best_of"], num_choices)
     structure = _read_structure(served, fields, ())
-    alternatives = fields.get("logprobs")
-    request = _read_request(served, fields, max_new_tokens, alternatives)
-    ends: frozenset[int] = frozenset()
-    if alternatives is not None:
-        ends = request.stop
-        request = replace(request, scores_prompt=echo, stop=frozenset())
-    form = _read_form(fields)
-    return ApiCall(prompts=prompts, request=request, echo=echo, scored_ends=ends, structure=structure, **form)
+    request = _read_request(served, fields, fields.get("max_tokens", 16), fields.get("logprobs"))
+    call = ApiCall(
+        prompts=prompts, request=request, echo=fields.get("echo", False), structure=structure, **_read_form(fields)
+    )
+    if request.num_alternatives is None:
+        return call
+    scored = replace(request, scores_prompt=call.echo, stop=frozenset())
+    return replace(call, request=scored, scored_ends=request.stop)
 
 
 def _read_chat(served: ServedModel, fields: Mapping[str, Any]) -> ApiCall:

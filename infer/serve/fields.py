@@ -81,11 +81,6 @@ def decode_body(content: bytes) -> Any:
     return values
 
 
-def read_fields(values: object, readers: Mapping[str, Reader | None], *needed: str) -> dict[str, Any]:
-    """Returns the fields of a decoded body; raises DataError."""
-    return object_of(values, BODY, readers, required=needed)
-
-
 def _check_values(value: object, depth: int) -> None:
     """Rejects numbers that JSON does not have, and deep nesting, which recursive readers could not follow."""
     if depth > _MOST_DEPTH:
