@@ -177,11 +177,6 @@ class PartDecoder:
         return self._turns_TP.device
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens that the output head scores."""
-        return self._config.vocab_size
-
-    @property
     def num_free_blocks(self) -> int:
         """Number of blocks that both caches have free."""
         return min(self.main.num_free_blocks, self.mtp.num_free_blocks)
