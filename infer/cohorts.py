@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from heapq import heappop, heappush
 from math import ceil
 from typing import NamedTuple, Protocol, Self, TypeVar
@@ -56,13 +56,9 @@ class CohortSizes:
         return max(1, min(self.max_rows, -(-num_rows // self.num_cohorts(placement, num_rows))))
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("cohorts", self.cohorts),
-            ("max_rows", self.max_rows),
-            ("prefill_tokens", self.prefill_tokens),
-        ):
+        for name, value in asdict(self).items():
             if value is not None and value < 1:
-                raise GenerateError(f"{name}: must be at least 1, is {value}; nearest valid: 1")
+                raise GenerateError.broken(name, "must be at least 1", value, 1)
 
 
 DEFAULT_SIZES = CohortSizes()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from base.decode import decode
 from base.ranges import NonNegativeInt, PositiveInt
-from base.refusal import RuleError
+from base.refusal import RuleError, divisors
 from data.corpus import shorten
 
 Policy = Literal["hierarchical", "global"]
@@ -66,9 +66,8 @@ class PlacementShape:
             raise PlacementError.broken("ranks", rule, f"{ranks}, which are {self.num_nodes} nodes", "policy=global")
         nodes = self.num_nodes if self.policy == "hierarchical" else 1
         if experts % self.num_groups:
-            divisors = [number for number in range(1, experts + 1) if experts % number == 0]
-            closest = min(divisors, key=lambda number: abs(number - self.num_groups))
-            raise PlacementError.broken("groups", f"must divide {experts} experts", self.num_groups, closest)
+            near = divisors(experts, self.num_groups)
+            raise PlacementError.broken("groups", f"must divide {experts} experts", self.num_groups, near)
         if self.num_slots // ranks > experts // nodes:
             rule = f"a rank must not need two copies of one of the {experts // nodes} experts of its node"
             most = ranks * (experts // nodes) - experts
