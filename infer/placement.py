@@ -124,7 +124,7 @@ class Placement:
         slots_S = self.layers.get(layer, default_layer(self.shape))
         return slots_S.reshape(self.shape.num_ranks, -1)
 
-    def again(self, loads: Mapping[int, Loads]) -> Self:
+    def rebalanced(self, loads: Mapping[int, Loads]) -> Self:
         """Returns the placement of the same shape for other loads."""
         return type(self)(shape=self.shape, layers={layer: place_layer(loads[layer], self.shape) for layer in loads})
 

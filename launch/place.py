@@ -68,7 +68,7 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         measured = read_measured(config)
         shape = placement_shape(config, measured)
-        placement = Placement(shape=shape, layers={}).again(measured.loads)
+        placement = Placement(shape=shape, layers={}).rebalanced(measured.loads)
         write_output(_formatted(config, measured, placement), config.out)
     return 0
 

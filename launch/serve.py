@@ -89,7 +89,7 @@ class ServeCommandConfig:
     ranks: PositiveInt
     prefill_ranks: NonNegativeInt
     placement: str | None
-    place_again_seconds: PositiveFloat | None
+    rebalance_seconds: PositiveFloat | None
     dtype: Dtype
     device: Device
     plugins: tuple[str, ...]
@@ -133,7 +133,7 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
         raise broken("cors_origins", "must have origins such as http://localhost:3000, or *", wrong[0], "[]")
     if config.prefill_ranks >= ranks and config.prefill_ranks:
         raise broken("prefill_ranks", f"must be less than ranks={ranks}", config.prefill_ranks, ranks - 1)
-    if ranks == 1 and (config.placement is not None or config.place_again_seconds is not None):
+    if ranks == 1 and (config.placement is not None or config.rebalance_seconds is not None):
         raise broken("ranks", "must be at least 2 if experts are placed", ranks, "the ranks of the placement")
     mesh = ParallelismConfig(pipeline=1, data=ranks, expert=ranks)
     schedule = ScheduleConfig(kind=FALLBACK, chunks=None, pairing="sequential")
@@ -309,7 +309,7 @@ def _serve_as_rank(
             if os.getpgid(0) != os.getpid():
                 os.setpgid(0, 0)
             send(os.getpid())
-            code = serve(RanksEngine(serving, config.prefill_ranks, config.place_again_seconds))
+            code = serve(RanksEngine(serving, config.prefill_ranks, config.rebalance_seconds))
         else:
             try:
                 serving.follow()

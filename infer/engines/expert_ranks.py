@@ -167,7 +167,7 @@ class Orders:
     moves: list[Move] = field(default_factory=list)
     submissions: list[tuple[int, NumberedPrompt, Request]] = field(default_factory=list)
     cancelled: list[tuple[int, int]] = field(default_factory=list)
-    places_again: bool = False
+    rebalances: bool = False
     is_end: bool = False
 
 
@@ -221,8 +221,8 @@ class ServingRank:
         if orders.is_end:
             self._transfers.close()
             return []
-        if orders.places_again:
-            self._place_again()
+        if orders.rebalances:
+            self._rebalance()
         for move in orders.moves:
             if move.source == rank:
                 self._transfers.send(move)
@@ -239,7 +239,7 @@ class ServingRank:
         report = RoundReport(news=news, departures=self._transfers.depart(), counts=self.engine.counts())
         return gather_on_first(report, group) or []
 
-    def _place_again(self) -> None:
+    def _rebalance(self) -> None:
         """Moves experts to a placement for the tokens that all ranks counted since the last one."""
         loads = expert_loads(self.engine.model)
         counts_LE = torch.stack(list(loads.values()))
@@ -247,7 +247,7 @@ class ServingRank:
         if not any(sums):
             return
         by_layer = dict(zip(loads, np.array(sums, np.float64).reshape(counts_LE.shape), strict=True))
-        placement = self.placement.again(by_layer) if self._decoder.group.rank() == 0 else self.placement
+        placement = self.placement.rebalanced(by_layer) if self._decoder.group.rank() == 0 else self.placement
         self.placement = broadcast_first(placement, self._decoder.group)
         self._place(self.placement)
         self.engine.forget_codes()
@@ -259,12 +259,12 @@ class RanksEngine:
     `step` must be called now and then even if it is idle, because the other ranks wait for a round.
     """
 
-    def __init__(self, rank: ServingRank, prefill_ranks: int, place_again_seconds: float | None) -> None:
+    def __init__(self, rank: ServingRank, prefill_ranks: int, rebalance_seconds: float | None) -> None:
         """Starts without requests.
 
         Args:
             prefill_ranks: number of first ranks that read all prompts, for the others to decode; 0 if all do both.
-            place_again_seconds: seconds between two placements of the experts; None keeps the first one.
+            rebalance_seconds: seconds between two placements of the experts; None keeps the first one.
         """
         self._rank = rank
         self._reports = rank.round(Orders())
@@ -273,7 +273,7 @@ class RanksEngine:
         self._decoding = ranks[prefill_ranks:]
         self._shares: dict[int, tuple[int, int]] = {}  # rank of each unfinished prompt, and the tokens that it may need
         self._orders = Orders()
-        self._seconds = place_again_seconds
+        self._seconds = rebalance_seconds
         self._placed = time.monotonic()
 
     @property
@@ -304,7 +304,7 @@ class RanksEngine:
         orders = self._orders
         self._orders = Orders()
         if self._seconds is not None and time.monotonic() > self._placed + self._seconds:
-            orders.places_again = True
+            orders.rebalances = True
             self._placed = time.monotonic()
         self._reports = self._rank.round(orders)
         for source, report in enumerate(self._reports):

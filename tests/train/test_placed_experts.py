@@ -22,7 +22,7 @@ PROMPTS = [[5, 9, 2, 77, 31], [8], [1, 2, 3, 4, 5, 6, 7, 8], [300, 11]]
 SHAPE = PlacementShape(num_experts=8, num_groups=4, num_ranks=4, num_nodes=1, num_redundant=4, policy="global")
 LOADS = np.array([90.0, 1, 1, 2, 50, 3, 2, 1])
 # Layer 3 and the MTP module, layer 4, have the default.
-PLACEMENT = Placement(shape=SHAPE, layers={}).again({1: LOADS, 2: LOADS[::-1].copy()})
+PLACEMENT = Placement(shape=SHAPE, layers={}).rebalanced({1: LOADS, 2: LOADS[::-1].copy()})
 
 
 def logits(model: Transformer, prompt: list[int]) -> Tensor:
@@ -49,7 +49,7 @@ def serve(rank: int, world_size: int, folder: Path) -> list[tuple[Tensor, dict[i
     seen = []
     with opened(config_of(Layout(kind="1f1b", data=world_size, expert=world_size), folder)) as (_, pipeline):
         model = pipeline.model
-        for placement in (None, PLACEMENT, PLACEMENT.again({1: LOADS[::-1].copy(), 3: LOADS})):
+        for placement in (None, PLACEMENT, PLACEMENT.rebalanced({1: LOADS[::-1].copy(), 3: LOADS})):
             if placement is not None:
                 pipeline.place_experts(placement)
             made = logits(model, PROMPTS[rank])
@@ -72,7 +72,7 @@ def test_placed_experts_change_no_logit(tmp_path: Path) -> None:
         _, loads, _ = seen[1]
         assert [int(loads[layer].sum()) for layer in (1, 2, 3)] == [4 * (len(PROMPTS[rank]) + 3)] * 3
         assert int(loads[4].sum()) == 4 * 3
-    for number, layer_slots in ((1, PLACEMENT.slots(1)), (2, PLACEMENT.again({1: LOADS[::-1].copy()}).slots(1))):
+    for number, layer_slots in ((1, PLACEMENT.slots(1)), (2, PLACEMENT.rebalanced({1: LOADS[::-1].copy()}).slots(1))):
         assert [seen[number][2] for seen in ranks] == layer_slots.tolist()
 
 

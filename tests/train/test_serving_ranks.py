@@ -23,7 +23,7 @@ from tests.train.test_decoding import Layout, config_of, foresee, opened
 
 NUM_RANKS = 4
 SHAPE = PlacementShape(num_experts=8, num_groups=4, num_ranks=NUM_RANKS, num_nodes=1, num_redundant=4, policy="global")
-PLACEMENT = Placement(shape=SHAPE, layers={}).again({1: np.array([90.0, 1, 1, 2, 50, 3, 2, 1])})
+PLACEMENT = Placement(shape=SHAPE, layers={}).rebalanced({1: np.array([90.0, 1, 1, 2, 50, 3, 2, 1])})
 IN_ORDER = Placement(shape=replace(SHAPE, num_redundant=0), layers={})
 
 
@@ -59,12 +59,12 @@ class Variant:
     prefix_cache: bool = True
     placement: Placement = IN_ORDER
     prefill_ranks: int = 0
-    place_again_seconds: float | None = None
+    rebalance_seconds: float | None = None
 
 
 VARIANTS = (
     Variant(speculative=False, prefix_cache=False),
-    Variant(speculative="auto", placement=PLACEMENT, place_again_seconds=0.25),
+    Variant(speculative="auto", placement=PLACEMENT, rebalance_seconds=0.25),
     Variant(speculative="auto", prefill_ranks=2),
 )
 
@@ -98,7 +98,7 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
             if rank:
                 serving.follow()
             else:
-                seconds = variant.place_again_seconds
+                seconds = variant.rebalance_seconds
                 ranks = RanksEngine(serving, variant.prefill_ranks, seconds)
                 tokens = drive(ranks)
             is_placed_again = serving.placement is not variant.placement
@@ -144,7 +144,7 @@ def test_ranks_that_share_experts_give_each_request_the_tokens_of_one_rank(tmp_p
         (sample,) = local.generate([replace(prompt, number=0)], request).rollouts
         expected[prompt.number] = sample
     for variant, *served in zip(VARIANTS, *run_ranks(NUM_RANKS, serve, tmp_path), strict=True):
-        assert {rank.is_placed_again for rank in served} == {variant.place_again_seconds is not None}
+        assert {rank.is_placed_again for rank in served} == {variant.rebalance_seconds is not None}
         if variant.prefill_ranks:
             # Each of 57 requests gets its first token from a rank that reads, and with a constraint all.
             others = [len(expected[prompt.number].tokens) - 1 for prompt, request in requests() if request.constraint]
