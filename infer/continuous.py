@@ -23,7 +23,7 @@ from model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceNews:
+class SequenceUpdate:
     """What a step adds to a continuation.
 
     Attributes:
@@ -95,7 +95,7 @@ class ContinuousEngine:
         drafts = DraftChoice("auto", is_timed=False) if wanted is True else DraftChoice(wanted)
         self.batch = GenerationBatch(decoder, never_stop, drafts=drafts, keeps_blocks=prefix_cache)
         self._waiting: list[ActiveSequence] = []  # by age
-        self._news: list[SequenceNews] = []
+        self._news: list[SequenceUpdate] = []
         self._num_submitted = 0
         self._num_preempted = 0
         self._prefers_oldest = False
@@ -181,7 +181,7 @@ class ContinuousEngine:
             self.batch.remove(sequence)
 
     @torch.inference_mode()
-    def step(self) -> list[SequenceNews]:
+    def step(self) -> list[SequenceUpdate]:
         """Runs the passes of a step, and returns what is new."""
         for sequence in sorted(self.batch.rows[: self.batch.num_active], key=_AGE):
             if sequence in self.batch.rows:
@@ -268,7 +268,7 @@ class ContinuousEngine:
         for sequence, tokens in results:
             scores = tuple(sequence.prompt_scores) or None
             sequence.prompt_scores = []
-            news = SequenceNews(
+            news = SequenceUpdate(
                 number=sequence.index,
                 tokens=tuple(tokens),
                 prompt_scores=scores,

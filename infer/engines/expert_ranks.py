@@ -26,7 +26,7 @@ from comm.groups import is_peer_error, make_host_group
 from comm.layout import Layout
 from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
-from infer.continuous import ContinuousEngine, MovedSequence, SequenceNews
+from infer.continuous import ContinuousEngine, MovedSequence, SequenceUpdate
 from infer.decoder import Decoder, PassKind
 from infer.expert_moves import expert_loads
 from infer.placement import Placement
@@ -175,7 +175,7 @@ class Orders:
 class RoundReport:
     """What a rank reports of a round."""
 
-    news: list[SequenceNews]
+    news: list[SequenceUpdate]
     departures: list[MovedSequence]
     counts: Mapping[str, int]
 
@@ -299,7 +299,7 @@ class RanksEngine:
         if share is not None:
             self._orders.cancelled.append((share[0], number))
 
-    def step(self) -> list[SequenceNews]:
+    def step(self) -> list[SequenceUpdate]:
         """Runs a round on all ranks, and returns the new tokens of all; raises LostRankError."""
         orders = self._orders
         self._orders = Orders()

@@ -12,7 +12,7 @@ from infer.serve.fields import ApiError
 from infer.serve.turn import TurnMarks, TurnParser, TurnPiece
 
 if TYPE_CHECKING:
-    from infer.continuous import SequenceNews
+    from infer.continuous import SequenceUpdate
 
 _LEAST_LOG_PROB = -9999.0  # JSON has no infinity
 _RECORDS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -45,7 +45,7 @@ class AnswerBuilder:
         self._tokens: list[ChosenToken] = []
         self._prompt_scores: Sequence[ChosenToken] = ()
 
-    def push(self, news: "SequenceNews") -> None:
+    def push(self, news: "SequenceUpdate") -> None:
         """Adds tokens; those after a stop string or an ending token are dropped."""
         self._prompt_scores = news.prompt_scores or self._prompt_scores
         is_stopped = False

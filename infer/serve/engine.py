@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from comm.exits import EXIT_LOST
 from infer.config import ConstraintError, GenerateError
-from infer.continuous import ContinuousEngine, SequenceNews
+from infer.continuous import ContinuousEngine, SequenceUpdate
 from infer.protocol import NumberedPrompt, Request
 from infer.serve.fields import ApiError, internal_error
 
@@ -41,9 +41,9 @@ class Subscription:
 
     engine: "EngineThread"
     numbers: dict[int, int]  # index of each sequence in its call, by number; without those that ended
-    news: asyncio.Queue[tuple[int, SequenceNews] | ApiError] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[tuple[int, SequenceUpdate] | ApiError] = field(default_factory=asyncio.Queue)
 
-    async def read(self) -> AsyncIterator[tuple[int, SequenceNews]]:
+    async def read(self) -> AsyncIterator[tuple[int, SequenceUpdate]]:
         """Yields the index of a sequence and its news until all have ended, or raises ApiError."""
         while self.numbers or not self.news.empty():
             item = await self.news.get()
@@ -137,7 +137,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 self.step_began = time.monotonic()
                 news = self._engine.step()
                 self.step_began = math.inf
@@ -146,7 +146,7 @@ class EngineThread:
         except BaseException as error:  # the thread ends, and the server reports why
             self._call(self._fail, error)
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Runs all commands that wait, and waits for one if the engine is idle. Returns whether to continue."""
         waits = self._engine.is_idle
         while True:
@@ -172,7 +172,7 @@ class EngineThread:
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, news: list[SequenceNews], counts: Mapping[str, int]) -> None:
+    def _deliver(self, news: list[SequenceUpdate], counts: Mapping[str, int]) -> None:
         self.counts = counts
         for item in news:
             subscription = self._open.get(item.number)

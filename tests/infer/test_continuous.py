@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from infer.config import GenerateError, Sampling, Speculative
-from infer.continuous import ContinuousEngine, SequenceNews
+from infer.continuous import ContinuousEngine, SequenceUpdate
 from infer.deployment import Deployment, DeploymentConfig
 from infer.engines.local import LocalEngine
 from infer.protocol import ChosenToken, NumberedPrompt, Request, Sample
@@ -61,7 +61,7 @@ class Client:
     def __init__(self, engine: ContinuousEngine) -> None:
         self.engine = engine
         self.tokens: dict[int, list[ChosenToken]] = {}
-        self.last: dict[int, SequenceNews] = {}
+        self.last: dict[int, SequenceUpdate] = {}
         self.prompt_scores: dict[int, tuple[ChosenToken, ...]] = {}
 
     def submit(self, number: int, prompt: Sequence[int], request: Request) -> None:

@@ -27,7 +27,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from base.refusal import ConfigError
 from infer.config import GenerateError
-from infer.continuous import SequenceNews
+from infer.continuous import SequenceUpdate
 from infer.serve.app import MOST_BODY_BYTES, Service
 from infer.serve.engine import EngineThread
 from infer.serve.http import open_socket, run_server
@@ -271,7 +271,7 @@ def test_client_that_disconnects_frees_its_blocks(stream: bool) -> None:
     engine = make_engine()
     step = engine.step
 
-    def slow_step() -> list[SequenceNews]:
+    def slow_step() -> list[SequenceUpdate]:
         time.sleep(0.005)
         return step()
 
