@@ -11,10 +11,12 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import numpy as np
+import yaml
 
 from base.ranges import Between, PositiveInt
 from data.corpus import DataError
@@ -36,32 +38,12 @@ from evaluation.protocol import (
 )
 from evaluation.statistics import Estimate, estimate, group_by
 
-_SENTENCES = re.findall(
-    r"[A-Z][^.]+\.",
-    "The river carries small stones down to the lake. A baker opens the shop before the sun is up. Most of the houses "
-    "on this street have green doors. The train to the coast leaves from the second platform. Rain fell for three "
-    "days and then the sky was clear. She kept her letters in a box under the stairs. The museum is closed on Mondays "
-    "in winter. Two dogs ran along the fence and back again. He learned to repair clocks from his grandfather. The "
-    "market sells apples, bread and cheese. Nothing grows on the northern side of the hill. The children built a "
-    "bridge from old planks. In the evening the boats return to the harbor. Her answer was short, but it was "
-    "friendly. The road turns left behind the old mill. They painted the kitchen in a pale yellow. Snow covered the "
-    "roofs of the village. The teacher wrote the date on the board. A cold wind came from the mountains. The library "
-    "has a room for maps and globes. He drinks his coffee without sugar. The garden needs water twice a week. An old "
-    "song played on the radio. The tower can be seen from far away.",
-)
-_ADJECTIVES = (
-    "amber brisk crimson dusty eager faint gentle golden hollow humble idle jolly keen lively mellow narrow noble "
-    "olive pale quiet rapid rustic silent silver steady sunny tender velvet wild"
-)
-_NOUNS = (
-    "anchor basket bridge candle canyon castle cedar cloud compass copper desert ember falcon forest garden glacier "
-    "harbor island kettle ladder lantern meadow mirror orchard pebble pillow planet ribbon river saddle shadow spruce "
-    "temple thunder tiger tunnel valley violin walnut window"
-)
+_WORDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("needle_words.yaml").read_text("utf-8"))
+_SENTENCES = re.findall(r"[A-Z][^.]+\.", _WORDS["sentences"])
+ADJECTIVES = _WORDS["adjectives"].split()
+NOUNS = _WORDS["nouns"].split()
 # Its white space, and text up to the end of a line or to a mark before white space.
 _SENTENCE = re.compile(r"\s*+(?=\S).*?(?:\n|[.!?](?=\s)|\Z)", re.DOTALL)
-ADJECTIVES = tuple(_ADJECTIVES.split())
-NOUNS = tuple(_NOUNS.split())
 
 
 class Draws:
