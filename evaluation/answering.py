@@ -120,11 +120,22 @@ def build_answers(
     prompts: list[Text] = [question.text for question in questions]
     if config.chat_template is not None:
         template = CHAT_TEMPLATES.get(config.chat_template)
+        check_tokens(template.required_tokens, config.chat_template, context.tokenizer, f"{name}.chat_template")
         prompts = [tuple(encode_prompt(question.messages, template, context.tokenizer)) for question in questions]
     verifier = open_verifier(config)
+    requests = (
+        GenerationRequest(
+            prompt=prompt,
+            max_new_tokens=config.max_new_tokens,
+            stop=verifier.stop if config.chat_template is None else (),
+            samples=config.samples,
+            sampling=Sampling(temperature=config.temperature, seed=context.seed),
+        )
+        for prompt in prompts
+    )
     samples = [
-        EvaluationSample(key=question.key, requests=(_request(prompt, verifier, config, context),), source=question)
-        for question, prompt in zip(questions, prompts, strict=True)
+        EvaluationSample(key=question.key, requests=(request,), source=question)
+        for question, request in zip(questions, requests, strict=True)
     ]
     metrics = ("accuracy", *(f"pass_at_{k}" for k in config.pass_at))
     return EvaluationTask(
@@ -135,16 +146,6 @@ def build_answers(
         details=lambda records: _details(records, verifier.facts),
         num_shots=getattr(config, "num_shots", 0),
         close=verifier.close,
-    )
-
-
-def _request(prompt: Text, verifier: Verifier, config: AnswerTaskConfig, context: TaskContext) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=prompt,
-        max_new_tokens=config.max_new_tokens,
-        stop=verifier.stop if config.chat_template is None else (),
-        samples=config.samples,
-        sampling=Sampling(temperature=config.temperature, seed=context.seed),
     )
 
 
@@ -193,7 +194,7 @@ def _details(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
 
 
 def _check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) -> None:
-    """Rejects settings that exclude each other, and a template that the tokenizer cannot write."""
+    """Rejects settings that exclude each other."""
     most = context.max_tokens - 1
     if config.max_new_tokens > most:
         rule = f"must be below model.max_position_tokens={context.max_tokens}"
@@ -208,9 +209,6 @@ def _check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) -
     if config.samples > 1 and config.temperature == 0:
         rule = f"must be above 0 if {name}.samples={config.samples}"
         raise EvaluationError.broken(f"{name}.temperature", rule, "0, with which all answers are equal", "0.8")
-    if config.chat_template is not None:
-        template = CHAT_TEMPLATES.get(config.chat_template)
-        check_tokens(template.required_tokens, config.chat_template, context.tokenizer, f"{name}.chat_template")
 
 
 PLACE = "{question}"
