@@ -189,29 +189,10 @@ def field(name: str, value: str) -> bytes:
 
 
 BODIES: tuple[bytes, ...] = (
-    *(
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"\xff\xfe",
-        b"\xef\xbb\xbf{}",
-        b"\0" * 1000,
-        b"[" * 10**6,
-        b'{"a":' * 10**5,
-        b'"' * 10**6,
-    ),
-    *(
-        b'{"prompt": "\\ud800"}',
-        b'{"prompt": "\xed\xa0\x80"}',
-        b'{"prompt": "a", "prompt": "b"}',
-        b'{"prompt": "a"} {}',
-    ),
-    *(
-        b"[" + b"[]," * 10**6 + b"1]",
-        b'{"prompt": [' + b"1," * 10**6 + b"1]}",
-        b'{"prompt": [' + b'"",' * 10**5 + b'""]}',
-    ),
+    *(b"", b"{", b"[]", b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b"\0" * 1000, b"[" * 10**6),
+    *(b'{"a":' * 10**5, b'"' * 10**6, b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}'),
+    *(b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a"} {}', b"[" + b"[]," * 10**6 + b"1]"),
+    *(b'{"prompt": [' + b"1," * 10**6 + b"1]}", b'{"prompt": [' + b'"",' * 10**5 + b'""]}'),
     *(b'{"prompt": [[' + b"9" * 4000 + b"]]}", b'{"prompt": [[-1]]}', b'{"prompt": [[1.5]]}', b'{"prompt": {"a": 1}}'),
     *(field(name, "1" + "0" * 5000) for name in ("seed", "n", "max_tokens", "top_k")),
     *(field(name, value) for name in ("temperature", "top_p", "min_p") for value in ("NaN", "Infinity", "1e400", "-1")),
@@ -221,21 +202,10 @@ BODIES: tuple[bytes, ...] = (
     *(field("logit_bias", json.dumps({str(at): 1 for at in range(10**6)})), field("logit_bias", '{"-1": 1}')),
     *(field("logit_bias", '{"1": 1e400}'), field("logit_bias", '{"1e3": 1}'), field("logit_bias", '{"\u0661": 1}')),
     *(field("stop_token_ids", "[1e9]"), field("stop_token_ids", "[[]]"), field("stream_options", "[]")),
-    *(
-        field("logprobs", "1000000"),
-        field("best_of", "99"),
-        field("k" * 10**6, "1"),
-        field("metadata", "[" * 70 + "]" * 70),
-    ),
-    *(
-        field("guided_json", "{}")[:-1] + b', "guided_regex": "a"}',
-        field("guided_choice", "[]"),
-    ),
-    *(
-        field("guided_json", "[" * 60 + "]" * 60),
-        field("structured_outputs", '{"json": 7}'),
-        field("model", '"/etc/passwd"'),
-    ),
+    *(field("logprobs", "1000000"), field("best_of", "99"), field("k" * 10**6, "1")),
+    *(field("metadata", "[" * 70 + "]" * 70), field("guided_json", "{}")[:-1] + b', "guided_regex": "a"}'),
+    *(field("guided_choice", "[]"), field("guided_json", "[" * 60 + "]" * 60)),
+    *(field("structured_outputs", '{"json": 7}'), field("model", '"/etc/passwd"')),
     json.dumps({"prompt": "hello, world " * 1_000_000}).encode(),
     json.dumps({"prompt": ["hello, world " * 20_000] * 60}).encode(),
     json.dumps({"prompt": "a" * 15_000_000}).encode(),
@@ -245,14 +215,8 @@ BODIES: tuple[bytes, ...] = (
 )
 USER = {"role": "user", "content": "a"}
 CHATS: tuple[Any, ...] = (
-    *(
-        [],
-        [7],
-        [{}],
-        [USER] * 100_000,
-        [{"role": "user", "content": "a b " * 10**6}],
-        [{"role": "robot", "content": "a"}],
-    ),
+    *([], [7], [{}], [USER] * 100_000, [{"role": "user", "content": "a b " * 10**6}]),
+    [{"role": "robot", "content": "a"}],
     *([{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}], [{"role": "user"}]),
     *([{"role": "user", "content": [{"type": "text", "text": "a"}] * 50_000}]),
     [{**USER, "name": "\0" * 1000, "x": 1}],
@@ -264,15 +228,8 @@ TOOLS: tuple[Any, ...] = (
 )
 CALL_ITEM = {"type": "function_call", "name": "f", "arguments": "{}"}
 INPUTS: tuple[Any, ...] = (
-    *(
-        [CALL_ITEM] * 100_000,
-        [CALL_ITEM, {"role": "assistant", "content": "a"}] * 60_000,
-        7,
-        [],
-        [[]],
-        [None],
-        "a" * 10**7,
-    ),
+    *([CALL_ITEM] * 100_000, [CALL_ITEM, {"role": "assistant", "content": "a"}] * 60_000),
+    *(7, [], [[]], [None], "a" * 10**7),
     *([{"type": ["message"]}], [{"type": "file:///etc/passwd"}], [{"type": "function_call_output", "output": {}}]),
     *([{"type": "reasoning", "content": nested({}, 60)}], [{"role": "user", "content": [{"type": "input_file"}]}]),
 )
@@ -335,18 +292,9 @@ RAW: tuple[bytes, ...] = (
     ),
     *(HEAD + b"A" * size + b": b\r\n\r\n" for size in (70_000, 10**6)),
     HEAD + b"A: b\r\n" * 20_000 + b"\r\n",
-    *(
-        b"GET " + b"/" * 10**5 + b" HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01" * 50,
-        b"\0" * 100,
-    ),
-    *(
-        b"GET /health\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        HEAD + b" folded: a\r\n\r\n",
-        HEAD + b"A\x00: b\r\n\r\n",
-    ),
+    *(b"GET " + b"/" * 10**5 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"),
+    *(b"\x16\x03\x01\x02\x00\x01" * 50, b"\0" * 100, b"GET /health\r\n\r\n"),
+    *(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HEAD + b" folded: a\r\n\r\n", HEAD + b"A\x00: b\r\n\r\n"),
     *(
         b"GET /v1/models/%s HTTP/1.1\r\nHost: x\r\n\r\n" % name
         for name in (b"..%2f..%2fetc%2fpasswd", b"%00", b"%ff%fe", b"%0d%0aX: y")

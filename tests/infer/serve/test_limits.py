@@ -50,63 +50,22 @@ from tests.infer.serve.servers import (
 COMPLETION: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 WRONG: tuple[Any, ...] = (
-    *(
-        True,
-        -1,
-        3.5,
-        10**30,
-        1e400,
-        float("nan"),
-        "",
-        "x" * 99,
-        "\ud800",
-        [],
-        [[]],
-        [None],
-        {},
-        {"a": 1},
-        {"type": "x"},
-    ),
+    *(True, -1, 3.5, 10**30, 1e400, float("nan"), "", "x" * 99, "\ud800"),
+    *([], [[]], [None], {}, {"a": 1}, {"type": "x"}),
     *([{"role": "user"}], [[1, "a"]], [-1], [10**9], [{"role": "robot", "content": "a"}], ["", 3]),
 )
-FIELDS = (
-    *(
-        "model",
-        "prompt",
-        "messages",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "logit_bias",
-        "seed",
-    ),
-    *(
-        "frequency_penalty",
-        "repetition_penalty",
-        "n",
-        "best_of",
-        "stop",
-        "stop_token_ids",
-        "stream_options",
-        "logprobs",
-    ),
-    *("top_logprobs", "echo", "max_tokens", "tools", "tool_choice", "response_format", "structured_outputs", "suffix"),
-    *("guided_json", "guided_regex", "guided_choice", "chat_template_kwargs", "stream"),
+_FIELDS = (
+    "model prompt messages temperature top_p top_k min_p presence_penalty logit_bias seed frequency_penalty "
+    "repetition_penalty n best_of stop stop_token_ids stream_options logprobs top_logprobs echo max_tokens "
+    "tools tool_choice response_format structured_outputs suffix guided_json guided_regex guided_choice "
+    "chat_template_kwargs stream"
 )
+FIELDS = _FIELDS.split()
 RAW = (
-    *(
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"\xff\xfe",
-        b'{"prompt": "a", "prompt": "b"}',
-        b'{"prompt": "\\ud800"}',
-        b"[" * 10**5,
-    ),
-    *(b'{"metadata": ' + b'{"a":' * 500 + b"1" + b"}" * 501, b'{"seed": ' + b"9" * 5000 + b"}", b'{"n": 1e999}', b"\0"),
+    *(b"", b"{", b"[]", b"null", b"\xff\xfe"),
+    *(b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "\\ud800"}', b"[" * 10**5),
+    *(b'{"metadata": ' + b'{"a":' * 500 + b"1" + b"}" * 501, b'{"seed": ' + b"9" * 5000 + b"}"),
+    *(b'{"n": 1e999}', b"\0"),
 )
 
 
