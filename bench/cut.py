@@ -11,7 +11,7 @@ import sys
 import time
 
 from dualpipe.builder import build_schedule
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from launch.config.run import compose_run
 from train.config import TrainConfig
 from train.predict.cut import run_cut, run_placement

@@ -24,14 +24,14 @@ from comm.protocol import Work
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, StageCosts, resampled
 from dualpipe.ir import Group, Op, Schedule, linked_pairs
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.measured import LaneSpan, Measured, rank_spans
 from dualpipe.runtime.program import Lane, Program
-from dualpipe.simulate.costs import CostModel, StageCosts, resampled
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from tests.ranks import run_ranks
 
 MOST_OVER = 0.03

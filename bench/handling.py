@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from bench.schedules import Case, most_work
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs
 from dualpipe.ir import Schedule, from_json, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.program import Lane
-from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.timing import makespan_of, simulate
+from dualpipe.simulation import makespan_of, simulate
 from dualpipe.validate import validate
 
 _T = TypeVar("_T")

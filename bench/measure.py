@@ -9,9 +9,9 @@ from torch import distributed
 from bench.blocks import SleepLog, Workload
 from bench.contenders import ALONE, OWN_KINDS, Step, alone_step, open_transport, own_step, torch_step
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import Costs, uniform
 from tests.ranks import run_ranks
 
 _START_DELAY_SECONDS = 0.01

@@ -14,8 +14,8 @@ import torch
 from torch import distributed as dist
 
 from comm.layout import Layout
+from dualpipe.costs import CostModel
 from dualpipe.ir import Group
-from dualpipe.simulate.costs import CostModel
 from launch.config.run import compose_run
 from model.config import cut_at
 from tests.ranks import run_ranks

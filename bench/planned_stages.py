@@ -18,13 +18,13 @@ from comm.layout import Layout
 from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, StageCosts, resampled
 from dualpipe.ir import Schedule, linked_pairs
 from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
-from dualpipe.simulate.costs import CostModel, StageCosts, resampled
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from tests.ranks import run_ranks
 
 KINDS = ("dualpipe", "dualpipe_split", "dualpipe_v", "zb_v", "v_half", "1f1b", "interleaved_1f1b")

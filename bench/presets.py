@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preferences, Preset
 from dualpipe.ir import straight_placement
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import Costs, uniform
 
 SIZES = ((4, 12, 1), (4, 16, 2), (6, 25, 1), (8, 32, 2))
 """Numbers of ranks, micro-batches and chunks."""

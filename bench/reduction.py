@@ -22,8 +22,8 @@ from torch import distributed as dist
 from bench.measure import COSTS
 from comm.config import ParallelismConfig
 from dualpipe.builder import build_schedule
+from dualpipe.costs import uniform
 from dualpipe.ir import Schedule
-from dualpipe.simulate.costs import uniform
 from model.stage import StageRun
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text

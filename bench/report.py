@@ -12,7 +12,7 @@ import torch
 from bench.contenders import ALONE, OWN_KINDS
 from bench.measure import COSTS, Plan, Sample, make_schedule
 from bench.overlap import Overlap, OverlapPlan
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 
 MOST_OF_SIMULATED = 1.03
 MOST_OF_TORCH = {"torch:ScheduleDualPipeV": 0.95, "torch:Schedule1F1B": 0.78}

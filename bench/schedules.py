@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dualpipe.bounds import lower_bound
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.validate import validate
 from tests.dualpipe.event_clock import EventClock
 

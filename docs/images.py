@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.grouped_stages import measure_spans
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.draw.svg import Cell, measured_cells, planned_cells
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action
-from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from model.stage import block_lanes
 
 FOLDER = Path(__file__).parent / "images"

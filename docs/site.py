@@ -19,7 +19,7 @@ API = {
     "model": ("Model", ["model.size", "model.pretrained", "model.hf.writer", "model.objective", "model.router"]),
     "dualpipe": (
         "Schedules",
-        ["dualpipe.ir", "dualpipe.builder", "dualpipe.validate", "dualpipe.simulate.timing", "dualpipe.draw.svg"],
+        ["dualpipe.ir", "dualpipe.builder", "dualpipe.validate", "dualpipe.simulation", "dualpipe.draw.svg"],
     ),
     "comm": ("Exchange", ["comm.protocol", "comm.layout", "comm.groups", "comm.dispatch.build"]),
     "registries": (

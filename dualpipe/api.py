@@ -16,13 +16,13 @@ from typing import Any
 
 from base.registry import closest
 from dualpipe.builder import best_of_kind, by_makespan, choose, survey
+from dualpipe.costs import CostModel
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, size
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import COLUMNS, MEANING, cells, grid, html, summary, table
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import SCHEDULES, ModelCosts, check_size, check_slices
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import Simulation, simulate
+from dualpipe.simulation import Simulation, simulate
 from dualpipe.validate import validate
 
 

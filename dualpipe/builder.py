@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from base.files import replace_text
+from dualpipe.costs import CostModel, Costs, resampled, uniform
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Placement, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import offload
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleSpec, candidates, check_size, check_slices
-from dualpipe.simulate.costs import CostModel, Costs, resampled, uniform
-from dualpipe.simulate.timing import activation_cap, makespan_of, peak_memory, simulate
+from dualpipe.simulation import activation_cap, makespan_of, peak_memory, simulate
 from dualpipe.validate import validate
 
 DECODE_KIND = "decode"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import accumulate
 
+from dualpipe.costs import CostModel
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress, peak_memory, simulate
+from dualpipe.simulation import NumberedGroup, Timing, TimingProgress, peak_memory, simulate
 
 _ROUNDING = 1e-9
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from base.ranges import Between, NonNegativeFloat, PositiveInt
 from base.registry import Registry, list_modules
+from dualpipe.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.ir import MOST_LINK_DEPTH, Placement, Schedule, ScheduleError, straight_placement
-from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
 
 FALLBACK = "dualpipe_split"
 """`dualpipe_interleaved` with one chunk, which accepts all numbers of ranks and micro-batches. Errors suggest it."""

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.progress import check_progress
-from dualpipe.simulate.timing import peak_activations
+from dualpipe.simulation import peak_activations
 
 _ROUNDING = 1e-9
 

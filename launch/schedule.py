@@ -13,6 +13,7 @@ from base.ranges import PositiveInt
 from base.refusal import broken
 from base.registry import closest
 from dualpipe.api import build, compare
+from dualpipe.bounds import Bound
 from dualpipe.builder import decode as decode_schedule
 from dualpipe.builder import schedules_folder
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of
@@ -22,8 +23,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, check_size, check_slices
-from dualpipe.simulate.bounds import Bound
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from dualpipe.validate import validate
 from launch.cli.entry import command, preview_of, write_output
 from launch.cli.help import terminal_columns

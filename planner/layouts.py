@@ -10,8 +10,8 @@ from typing import TypeVar
 from base.refusal import broken
 from comm.config import Cut, DispatchConfig, ParallelismConfig
 from data.config import BatchSizes
+from dualpipe.costs import Costs
 from dualpipe.registry import SCHEDULES, ScheduleConfig, is_closed_form
-from dualpipe.simulate.costs import Costs
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from planner.job_plan import PlannerConfig

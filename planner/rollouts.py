@@ -14,7 +14,7 @@ from base.decode import encode
 from data.pack import best_fit_decreasing
 from dualpipe.ir import Placement
 from dualpipe.passes import forward_only
-from dualpipe.simulate.timing import makespan_of
+from dualpipe.simulation import makespan_of
 from infer.cohorts import AnsweredPrompt, CohortSizes, RoundForecast, forecast_rounds
 from model.config import BLOCK_TOKENS
 from model.size import StageShape, held_parameters, stage_shapes

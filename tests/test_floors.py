@@ -205,7 +205,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("model/a.py", "from comm.context_group import GatherContext"),
         ("model/pretrained.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
-        ("dualpipe/simulate/timing.py", "from torch import distributed"),
+        ("dualpipe/simulation.py", "from torch import distributed"),
         ("score/a.py", "from infer.protocol import Sample"),
         ("infer/a.py", "from score.score import Problem"),
         ("infer/a.py", "from evaluation.protocol import Record"),

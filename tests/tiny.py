@@ -7,8 +7,8 @@ from typing import Any
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig
 from data.readers.sources import FilesSource
+from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
-from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, ModelConfig, PlainRope
 from train.config import (
     BatchConfig,

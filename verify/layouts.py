@@ -12,9 +12,9 @@ from typing import Literal
 
 from base.refusal import ConfigError
 from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispatchConfig, ParallelismConfig
+from dualpipe.costs import Costs
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
-from dualpipe.simulate.costs import Costs
 from model.config import RECOMPUTED, CutError, ModelConfig
 from train.config import (
     NO_EVALUATION,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
+from dualpipe.bounds import Bound, lower_bound
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.runtime.measured import Measured
-from dualpipe.simulate.bounds import Bound, lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import Simulation, activation_cap, simulate
+from dualpipe.simulation import Simulation, activation_cap, simulate
 
 _NEAR = 0.01
 _GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)

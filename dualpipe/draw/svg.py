@@ -6,12 +6,12 @@ from html import escape
 from itertools import groupby
 from textwrap import wrap
 
+from dualpipe.bounds import Bound
 from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread, tick_text
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.measured import LaneSpan, Measured, measured_bubble, measured_exposed
-from dualpipe.simulate.bounds import Bound
-from dualpipe.simulate.timing import Simulation
+from dualpipe.simulation import Simulation
 
 _LEFT = 68.0
 _RIGHT = 24.0

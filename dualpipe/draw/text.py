@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.draw.entry import (
     NAMES,
     TimedSchedule,
@@ -29,9 +31,7 @@ from dualpipe.draw.style import DEFINITIONS, STYLE, document
 from dualpipe.draw.svg import Scale, natural_scale, svg
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import Simulation
+from dualpipe.simulation import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12
 _TICK_COLUMNS = 12

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dualpipe.costs import CostModel
 from dualpipe.ir import Op, Operation, Schedule, Value, message_of, value_made, value_needed
 from dualpipe.runtime.measured import Measured, SpanLane
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import Simulation
+from dualpipe.simulation import Simulation
 
 _PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE, _TO_HOST, _FROM_HOST = range(7)
 _THREADS = {

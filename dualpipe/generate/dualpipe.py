@@ -6,9 +6,9 @@ The order of DualPipeV is that of DeepSeek's implementation (github.com/deepseek
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from dualpipe.costs import Costs, pair_time
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, mirrored_placement, v_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec, SizeLimit
-from dualpipe.simulate.costs import Costs, pair_time
 
 
 def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:

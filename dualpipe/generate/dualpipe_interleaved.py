@@ -7,14 +7,14 @@ stages per rank do so too. Both need more transfers and exchanges, each of a sma
 from collections.abc import Iterator
 from dataclasses import replace
 
+from dualpipe.costs import CostModel
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.search import lengthen, search
 from dualpipe.ir import Group, Op, Schedule, mirrored_placement
 from dualpipe.passes import exchanges, fuse, place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, ScheduleSpec
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import makespan_of, peak_memory
+from dualpipe.simulation import makespan_of, peak_memory
 
 _MOST_CHUNKS = 64
 _PATIENCE = (0.0, 1.0, 0.5)

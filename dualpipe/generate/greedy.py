@@ -13,9 +13,9 @@ from itertools import product
 from random import Random
 from typing import NamedTuple
 
+from dualpipe.costs import CostModel, overlapped_time
 from dualpipe.generate.rendezvous import Rendezvous
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.simulate.costs import CostModel, overlapped_time
 
 _EPSILON = 1e-9
 _NEVER = float("inf")

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import CostModel
 from dualpipe.generate.greedy import POLICIES, ChunkOrder, GreedyRun, InterleavedPipeline, Policy, change
 from dualpipe.generate.search import check_cap, in_sequence
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, straight_placement
 from dualpipe.passes import place_weights
 from dualpipe.registry import SCHEDULES, ScheduleSpec
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from dualpipe.validate import validate
 
 KIND = "interleaved_1f1b"

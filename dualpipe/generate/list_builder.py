@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from dualpipe.costs import overlapped_time
 from dualpipe.generate.list_pipeline import (
     EPSILON,
     FORWARD,
@@ -27,7 +28,6 @@ from dualpipe.generate.list_pipeline import (
     Preset,
 )
 from dualpipe.ir import Group, Op, Operation
-from dualpipe.simulate.costs import overlapped_time
 
 
 class Candidate(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 
+from dualpipe.costs import CostModel
 from dualpipe.ir import Group, Op, Schedule
-from dualpipe.simulate.costs import CostModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import CostModel
 from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, SLICED_PRESETS, Pipeline, Preset, default_block
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.timing import Simulation, makespan_of, peak_memory, simulate
+from dualpipe.simulation import Simulation, makespan_of, peak_memory, simulate
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.

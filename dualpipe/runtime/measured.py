@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.program import Action, Program, RunKey, Step
-from dualpipe.simulate.costs import CostModel, StageCosts
 
 SpanLane = Literal["compute", "comm", "exposed", "wait", "send", "copy"]
 """Activity during a span.

@@ -1,4 +1,4 @@
-"""Times schedules with a queue of events: an oracle that shares no code with `dualpipe.simulate`.
+"""Times schedules with a queue of events: an oracle that shares no code with `dualpipe.simulation`.
 
 It knows only the definition of a schedule. A forward needs the forward of the stage before. A gradient needs the
 stage's own forward and the gradient of the stage after. W needs its I. Groups may have any number of members, ranks
@@ -10,8 +10,8 @@ the end of its copy out, and a backward that of its copy back.
 import heapq
 from collections.abc import Iterator
 
+from dualpipe.costs import CostModel
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.simulate.costs import CostModel
 
 Result = tuple[str, int, int, int]
 """Result of an operation, `F`, `I` or `W`, or a copy, `O` or `R`, with direction, stage and micro-batch."""

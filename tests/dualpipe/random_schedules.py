@@ -3,8 +3,8 @@
 import random
 from dataclasses import replace
 
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.ir import Group, Link, Op, Operation, Schedule, ScheduleError, Value, made_by, message_of, needed_by
-from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.validate import validate
 
 Placement = tuple[tuple[int, ...], ...]

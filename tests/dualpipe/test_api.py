@@ -13,7 +13,7 @@ import dualpipe
 from base.registry import UnknownNameError
 from dualpipe.ir import MemoryCapError, ScheduleError
 from dualpipe.registry import SCHEDULES, candidates
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from tests import ROOT
 from tests.refusals import assert_refused
 

@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
+from dualpipe.bounds import lower_bound
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, made_by, needed_by
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from tests.dualpipe.random_schedules import random_costs, random_schedule
 
 COMPUTE = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

@@ -9,14 +9,14 @@ import pytest
 from base.registry import load_plugins
 from dualpipe import builder
 from dualpipe.builder import load_or_make
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, empty
 from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline
 from dualpipe.generate.search import in_sequence
 from dualpipe.ir import MemoryCapError, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import peak_memory, simulate
+from dualpipe.simulation import peak_memory, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.random_schedules import random_costs
 

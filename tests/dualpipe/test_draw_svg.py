@@ -7,14 +7,14 @@ from xml.etree import ElementTree
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.draw import style
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import Simulation, simulate
+from dualpipe.simulation import Simulation, simulate
 from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from dualpipe.builder import Alternatives, build_schedule, by_makespan
+from dualpipe.costs import Costs, resampled
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.text import COLUMNS, cells, html, table
 from dualpipe.passes import ungroup
 from dualpipe.registry import candidates
 from dualpipe.runtime.measured import measured_costs
-from dualpipe.simulate.costs import Costs, resampled
 from tests.documents import browse, check_policy, with_style_attributes
 from tests.dualpipe.clockwork import measured_run
 

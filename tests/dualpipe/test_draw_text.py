@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs
 from dualpipe.draw.entry import TimedSchedule, explanation, time_schedule
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.runtime.measured import Measured
-from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from tests.dualpipe.clockwork import measured_run
 from tests.dualpipe.messages import transfers
 

@@ -11,7 +11,7 @@ from dualpipe.passes import forward_only
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import MOST_AHEAD, Action, Step
-from dualpipe.simulate.timing import peak_activations
+from dualpipe.simulation import peak_activations
 from dualpipe.validate import validate
 from tests.dualpipe.adding import (
     PAIRINGS,

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dualpipe.bounds import lower_bound
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.generate.one_f_one_b import one_f_one_b
@@ -17,9 +19,7 @@ from dualpipe.generate.zero_bubble import v_half, v_min, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import SCHEDULES, check_size
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import peak_activations, simulate
+from dualpipe.simulation import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped

@@ -6,14 +6,14 @@ from itertools import product
 
 import pytest
 
+from dualpipe.bounds import lower_bound
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only, split_backwards
 from dualpipe.registry import check_slices
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
-from dualpipe.simulate.timing import peak_activations, peak_memory, simulate
+from dualpipe.simulation import peak_activations, peak_memory, simulate
 from dualpipe.validate import validate, validate_passes
 from tests.covering import exhaustive
 from tests.dualpipe.event_clock import EventClock

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from dualpipe.builder import MARGIN, best_of_kind, build_schedule, choose, survey
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, ModelCosts, StageEntry, candidates
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 
 
 def test_json_has_the_documented_keys_and_group_form() -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.costs import StageCosts
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.passes import split_backwards
 from dualpipe.runtime.measured import (
@@ -19,7 +20,6 @@ from dualpipe.runtime.measured import (
     step_lanes,
 )
 from dualpipe.runtime.program import Action
-from dualpipe.simulate.costs import StageCosts
 from tests.dualpipe.clockwork import LANES, SECONDS, measured_run, programs_of, spans_of
 
 SCHEDULES = [build_schedule("dualpipe", 4, 8), build_schedule("1f1b", 3, 5), build_schedule("1f1b", 1, 2)]

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.bounds import lower_bound
 from dualpipe.builder import build_schedule, decode
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import (
     MemoryCapError,
     Op,
@@ -22,9 +24,7 @@ from dualpipe.ir import (
 )
 from dualpipe.passes import offload
 from dualpipe.registry import SCHEDULES, ScheduleSpec
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import peak_memory, simulate
+from dualpipe.simulation import peak_memory, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.event_clock import EventClock

@@ -7,6 +7,7 @@ from itertools import groupby
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
@@ -16,8 +17,7 @@ from dualpipe.ir import Op, Schedule
 from dualpipe.passes import fuse, place_weights, split_backwards, ungroup
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, first_use_order, reduction_order, with_reductions
-from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from dualpipe.validate import validate
 from tests.dualpipe.adding import PUBLISHED, lower, name_of
 from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES

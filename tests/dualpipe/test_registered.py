@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 
+from dualpipe.bounds import lower_bound
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size, kind_for_size
-from dualpipe.simulate.bounds import lower_bound
-from dualpipe.simulate.costs import Costs, uniform
-from dualpipe.simulate.timing import peak_activations, simulate
+from dualpipe.simulation import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.draw.entry import Pace, pace_of
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, published_idle
 from dualpipe.generate.dualpipe_interleaved import empty
@@ -17,8 +18,7 @@ from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import fuse
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
-from dualpipe.simulate.timing import Timing, peak_activations, simulate
+from dualpipe.simulation import Timing, peak_activations, simulate
 from dualpipe.validate import validate
 from tests.dualpipe.event_clock import EventClock
 from tests.dualpipe.random_schedules import (

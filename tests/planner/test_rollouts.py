@@ -7,9 +7,9 @@ import pytest
 
 from base.refusal import ConfigError
 from dualpipe.builder import decode
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import CostModel, StageCosts
-from dualpipe.simulate.timing import makespan_of
+from dualpipe.simulation import makespan_of
 from infer.cohorts import CohortSizes
 from launch.plan import main
 from planner.job_plan import require_time

@@ -11,11 +11,11 @@ import torch
 
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
-from dualpipe.simulate.costs import Costs, uniform
 from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped

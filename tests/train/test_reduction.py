@@ -15,9 +15,9 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
-from dualpipe.simulate.costs import Costs, uniform
 from model.transformer import named_tensors
 from tests.covering import exhaustive
 from tests.ranks import run_ranks

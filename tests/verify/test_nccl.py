@@ -11,12 +11,12 @@ import torch
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs, uniform
 from dualpipe.ir import MOST_LINK_DEPTH, Message, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, Lane, Program, Step
-from dualpipe.simulate.costs import Costs, uniform
 from tests.comm.backends import Setting, emulated, maker
 from tests.comm.contract import num_experts_for
 from tests.dualpipe.random_schedules import offloaded

@@ -11,8 +11,8 @@ from base.refusal import ConfigError
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
+from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
-from dualpipe.simulate.costs import Costs
 from evaluation.protocol import EVALUATION_TASKS, EvaluationTaskConfig
 from kernels.attention import ATTENTION
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed

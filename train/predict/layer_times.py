@@ -6,8 +6,8 @@ from itertools import accumulate
 from operator import attrgetter
 
 from base.ranges import NonNegativeFloat
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.ir import Placement, mirrored_placement
-from dualpipe.simulate.costs import CostModel, StageCosts
 from model.size import count_work
 from train.config import TrainConfig
 

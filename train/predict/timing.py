@@ -10,12 +10,12 @@ from typing import Literal, Protocol
 from base.ranges import NonNegativeFloat, PositiveFloat
 from base.refusal import broken
 from dualpipe.builder import build_schedule, schedules_folder
+from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, is_closed_form
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import Simulation, simulate
+from dualpipe.simulation import Simulation, simulate
 from infer.cohorts import AnsweredPrompt
 from model.config import CutError
 from model.size import training_flops_per_token

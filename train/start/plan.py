@@ -12,9 +12,9 @@ from torch import distributed as dist
 from comm.config import Cut
 from comm.layout import Layout
 from dualpipe.builder import build_schedule, choose, schedules_folder, survey
+from dualpipe.costs import CostModel
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES, check_slices
-from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate_passes
 from model.config import CutError, ModelConfig, cut_layers
 from train.checkpoint.locate import locate

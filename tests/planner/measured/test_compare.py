@@ -13,11 +13,11 @@ import pytest
 from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from dualpipe.builder import build_schedule
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.ir import Schedule
 from dualpipe.registry import ScheduleConfig
 from dualpipe.runtime.measured import LaneSpan, Measured
-from dualpipe.simulate.costs import CostModel, StageCosts
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from dualpipe.validate import validate_passes
 from planner.forms import comparison_text
 from planner.job_plan import PlannerConfig, compared_plan, untimed_reason

@@ -13,10 +13,10 @@ from base.decode import decode, encode
 from base.refusal import ConfigError
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
+from dualpipe.costs import Costs
 from dualpipe.ir import Placement, mirrored_placement, straight_placement, v_placement
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import Costs
-from dualpipe.simulate.timing import simulate
+from dualpipe.simulation import simulate
 from launch.config.run import compose_run
 from model.config import CutError, cut_layers
 from tests.tiny import MODEL, tiny_config

@@ -11,8 +11,8 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
+from dualpipe.costs import StageCosts
 from dualpipe.registry import ScheduleConfig
-from dualpipe.simulate.costs import StageCosts
 from model.config import cut_layers
 from model.transformer import named_tensors
 from tests.ranks import run_ranks

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dualpipe.costs import CostModel, Costs, overlapped_time, uniform
 from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError
-from dualpipe.simulate.costs import CostModel, Costs, overlapped_time, uniform
 
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 _COPIES = (Op.OFFLOAD, Op.RELOAD)

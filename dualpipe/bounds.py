@@ -34,9 +34,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
+from dualpipe.costs import CostModel, StageCosts
 from dualpipe.ir import Op, Schedule, ScheduleError
-from dualpipe.simulate.costs import CostModel, StageCosts
-from dualpipe.simulate.timing import activation_cap
+from dualpipe.simulation import activation_cap
 
 _ROUNDING = 1e-9
 _DEPTH = 4
