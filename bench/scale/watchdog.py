@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from base.decode import encode
 from bench.scale.groups import published_layout
 from comm.watchdog import wire
 from comm.watchdog.collective_log import CollectiveLog, group_name
@@ -121,7 +122,7 @@ def training_messages(num_ranks: int) -> dict[Kind, int]:
 def _sizes(messages: dict[Kind, Message], num_ranks: int) -> dict[Kind, int]:
     codec = wire.DatagramCodec(_KEY, num_ranks - 1, num_ranks)
     relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
-    return {kind: len(codec.encode(0, kind, wire.encode_fields(each) | relay)) for kind, each in messages.items()}
+    return {kind: len(codec.encode(0, kind, encode(each) | relay)) for kind, each in messages.items()}
 
 
 def _random_text(noise: random.Random, num_characters: int) -> str:
@@ -175,7 +176,7 @@ class PlayedRanks:
             if datagram.kind == "state_request" and rank != self._silent:
                 request = wire.decode_fields(StateRequest, datagram.values)
                 reply = Reached(str(request.group), request.number, is_waiting=True)
-                self._socket.sendto(codec.encode(datagram.sender, "reached", wire.encode_fields(reply)), sender)
+                self._socket.sendto(codec.encode(datagram.sender, "reached", encode(reply)), sender)
                 self.num_datagrams["reached"] += 1
 
 

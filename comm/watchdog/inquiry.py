@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from base.decode import encode
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.messages import AddressBook, Departure, Notice, Reached, Relay, StateRequest, WatchdogSocket
 from comm.watchdog.ranks import RankSet, RankTree
 from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
-from comm.watchdog.wire import encode_fields
 
 INQUIRY_SECONDS = 1.5
 PATIENT_INQUIRY_SECONDS = 2.0
@@ -181,7 +181,7 @@ class Inquiry:
             self._waiting = RankState.of_reached(elsewhere, is_waiting=True)
             if self._short:
                 request = StateRequest(wait.group, wait.number)
-        self._request = encode_fields(request)
+        self._request = encode(request)
 
 
 class InquiryTurn:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from base.decode import encode
 from comm.exits import EXIT_HANG, EXIT_LOST
 from comm.watchdog import wire
 from comm.watchdog.membership import Membership
@@ -182,7 +183,7 @@ class JobStart:
 
         It is not authenticated. Only a rank that ends anyway reads it, so another process could only change its text.
         """
-        first = store.compare_set(_UNSIGNED, "", json.dumps(wire.encode_fields(verdict)))
+        first = store.compare_set(_UNSIGNED, "", json.dumps(encode(verdict)))
         try:
             received = wire.decode_fields(Verdict, wire.parse_object(first), self.member.world_size)
         except wire.MessageError:
@@ -191,7 +192,7 @@ class JobStart:
 
     def _agree(self, store: Store, key: bytes, verdict: Verdict) -> None:
         """Raises the first authentic verdict in the store, or writes this rank's verdict there."""
-        sealed = wire.seal_object(key, _VERDICT, wire.encode_fields(verdict))
+        sealed = wire.seal_object(key, _VERDICT, encode(verdict))
         if store.compare_set(_VERDICT, "", sealed).decode(errors="replace") != sealed:
             self._raise_received(store)
             store.set(_VERDICT, sealed)

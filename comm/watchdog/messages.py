@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from itertools import cycle
 from typing import Annotated, Any, Literal
 
+from base.decode import encode
 from comm.exits import EXIT_OTHER
 from comm.watchdog.ranks import FANOUT, MAX_TURNS, RankSet, RankTree
 from comm.watchdog.verdict import RankState, Verdict
@@ -31,7 +32,6 @@ from comm.watchdog.wire import (
     SocketAddress,
     Text,
     decode_fields,
-    encode_fields,
 )
 
 MAX_BLOCKS = 16
@@ -154,16 +154,16 @@ class Relay:
         """Sends to all other ranks. Repeated messages reach all, as each call has others forward them."""
         route = Route(self._rank, self._turn)
         self._turn = (self._turn + 1) % MAX_TURNS
-        values = encode_fields(message)
+        values = encode(message)
         if not self._tree.is_flat:
-            values[_RELAY] = encode_fields(route)
+            values[_RELAY] = encode(route)
         self.forward(route, kind, values)
 
     def send_to_block(self, kind: Kind, message: Message) -> None:
         """Sends to the other ranks of this rank's block only."""
         for rank in self._tree.block(self._rank):
             if rank != self._rank:
-                self._send(rank, kind, encode_fields(message))
+                self._send(rank, kind, encode(message))
 
     def route(self, sender: int, values: Mapping[str, Any]) -> Route:
         """Returns the way of a message; raises MessageError if its sender does not forward it to this rank."""
@@ -278,7 +278,7 @@ class AddressFetch:
             self._retry_seconds = min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
         self._num_tries += 1
         self._retry_at = now + self._retry_seconds
-        self._send(self._source, "address_request", encode_fields(AddressRequest(self._missing[0])))
+        self._send(self._source, "address_request", encode(AddressRequest(self._missing[0])))
 
     def handle(self, message: AddressRequest | AddressReply) -> AddressReply | None:
         """Handles a message of another rank, and returns the reply to a request if addresses are known."""

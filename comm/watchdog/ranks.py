@@ -54,7 +54,7 @@ class RankSet:
             runs.append(run)
         return cls(tuple(sorted(runs, key=lambda run: run.start)))
 
-    def as_json(self) -> list[list[int]]:
+    def to_plain(self) -> list[list[int]]:
         """Returns first rank, count and step of each progression, at most `MAX_RUNS`."""
         return [[run.start, len(run), run.step] for run in self.runs[:MAX_RUNS]]
 

@@ -32,6 +32,7 @@ from typing import Annotated, Literal
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
+from base.decode import encode
 from comm.groups import GROUP_TIMEOUT_MARGIN_SECONDS
 from comm.watchdog import membership, wire
 from comm.watchdog.collective_log import CollectiveLog
@@ -41,7 +42,7 @@ from comm.watchdog.messages import AddressBook, Addresses, WatchdogSocket, decod
 from comm.watchdog.ranks import FANOUT
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
-from comm.watchdog.wire import MessageError, SocketAddress, decode_fields, derive, encode_fields, seal_object
+from comm.watchdog.wire import MessageError, SocketAddress, decode_fields, derive, seal_object
 
 _LOOPBACK = "127.0.0.1"
 _ANNOUNCEMENT = "watchdog/key"
@@ -168,7 +169,7 @@ class AddressExchange:
             raise JobKeyError(
                 f"{KEY_VARIABLE}: must be set if ranks have no out_dir, is not set; nearest valid: set out_dir"
             )
-        self._announced = json.dumps(wire.encode_fields(announcement)).encode()
+        self._announced = json.dumps(encode(announcement)).encode()
         self._store.set(_ANNOUNCEMENT, self._announced.decode())
 
     def _wait_for_key(self) -> bytes:
@@ -240,7 +241,7 @@ class Record:
 
     def digest(self, key: bytes, level: int) -> str:
         """Returns the digest that the record of the group above contains; keys derive from the root's."""
-        text = json.dumps(encode_fields(self), sort_keys=True)
+        text = json.dumps(encode(self), sort_keys=True)
         return derive(key, f"record of level {level}", text.encode()).hex()[:_DIGEST_CHARACTERS]
 
 
@@ -380,7 +381,7 @@ class StoreGather:
             self._store.set(key, sealed)
 
     def _publish(self, key: str, record: Record) -> None:
-        self._published[key] = seal_object(self._key, key, encode_fields(record))
+        self._published[key] = seal_object(self._key, key, encode(record))
         self._store.set(key, self._published[key])
 
     def _open(self, keys: Sequence[str]) -> list[Record | None]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from base.decode import encode
 from comm.exits import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry, InquiryTurn
@@ -34,7 +35,7 @@ from comm.watchdog.messages import (
     decode_message,
 )
 from comm.watchdog.verdict import MainThread, RankState, Reason, Verdict, Wait
-from comm.watchdog.wire import Datagram, Kind, MessageError, encode_fields, printable
+from comm.watchdog.wire import Datagram, Kind, MessageError, printable
 
 SIGNALLED = 128 + signal.SIGTERM
 _TICK_SECONDS = 0.2
@@ -209,7 +210,7 @@ class Watchdog:
         return ("state", state) if reached is None else ("reached", reached)
 
     def _reply(self, message: Datagram, kind: Kind, reply: object) -> None:
-        self._socket.reply(message.sender, message.address, kind, encode_fields(reply))
+        self._socket.reply(message.sender, message.address, kind, encode(reply))
 
     def _adopt(self, verdict: Verdict) -> None:
         """Adopts a verdict, unless this rank leaves or has a better one."""

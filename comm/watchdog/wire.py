@@ -91,7 +91,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def decode_fields(kind: type[Fields], values: object, world_size: int = 0) -> Fields:
-    """Builds a dataclass from a JSON object whose fields have exactly the annotated types.
+    """Builds a dataclass from what `base.decode.encode` wrote, with exactly the annotated types.
 
     `Annotated` bounds a type: a text by its length, a tuple or mapping by its number of items, an integer by its end or
     choices, `Rank` by `world_size`. Text must be printable, on one line. A type with `from_json` decodes itself. If a
@@ -102,17 +102,6 @@ def decode_fields(kind: type[Fields], values: object, world_size: int = 0) -> Fi
     decoders = _decoders(kind).items()
     present = {name: decode for name, (decode, is_required) in decoders if is_required or name in values}
     return kind(**{name: decode(values.get(name), name, world_size) for name, decode in present.items()})
-
-
-def encode_fields(value: Any) -> Any:
-    """Returns the JSON values that `decode_fields` decodes."""
-    if hasattr(value, "as_json"):
-        return value.as_json()
-    if is_dataclass(value):
-        return {field.name: encode_fields(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [encode_fields(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 @cache

@@ -15,19 +15,20 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from base.decode import encode
 from comm.watchdog.job_start import AbsentError, JobStart, Termination
 from comm.watchdog.membership import Membership
 from comm.watchdog.messages import Addresses, decode_addresses, encode_addresses
 from comm.watchdog.ranks import RankTree
 from comm.watchdog.rendezvous import Record, StoreGather
-from comm.watchdog.wire import MessageError, decode_fields, encode_fields, seal_object
+from comm.watchdog.wire import MessageError, decode_fields, seal_object
 from tests.comm.test_watchdog_addresses import KEY, Rank, close, run
 
 WORLD_SIZE, FANOUT = 9, 2
 
 
-ELSEWHERE = encode_fields(Record("0" * 32, encode_addresses([("192.0.2.1", 9)])))
-TABLE = encode_fields(Record("0" * 64, encode_addresses([("192.0.2.1", 9)] * FANOUT)))
+ELSEWHERE = encode(Record("0" * 32, encode_addresses([("192.0.2.1", 9)])))
+TABLE = encode(Record("0" * 64, encode_addresses([("192.0.2.1", 9)] * FANOUT)))
 
 
 def _ranks(store: Store, seconds: float = 20.0) -> list[Rank]:
@@ -157,7 +158,7 @@ def test_start_during_an_endless_attack_has_the_true_addresses_or_ends_at_the_de
 
 def test_start_records_with_wrong_counts_or_hosts_are_rejected() -> None:
     """Also records of ranks that have the key: another version of this program may write them."""
-    good = encode_fields(encode_addresses([("10.0.0.1", 1), ("10.0.0.2", 2)]))
+    good = encode(encode_addresses([("10.0.0.1", 1), ("10.0.0.2", 2)]))
     assert decode_addresses(decode_fields(Addresses, good), 2) == [("10.0.0.1", 1), ("10.0.0.2", 2)]
     bad: list[dict[str, Any]] = [
         {"ports": [1]}, {"ports": [1, 2, 3]}, {"ports": [0, 1]}, {"ports": [1, 65536]}, {"ports": ["1", 2]},
@@ -218,5 +219,5 @@ def test_malformed_record_counts_as_absent(change: dict[str, Any]) -> None:
     gather.publish()
     assert gather._states(["watchdog/nonce/0", "watchdog/nonce/1"]) == ["authentic", "absent"]
     key = "watchdog/nonce/0"
-    gather._store.set(key, seal_object(KEY, key, encode_fields(gather._record) | change))
+    gather._store.set(key, seal_object(KEY, key, encode(gather._record) | change))
     assert gather._states([key]) == ["forged"]

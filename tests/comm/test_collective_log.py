@@ -258,7 +258,7 @@ def test_rank_set_holds_exactly_its_ranks(ranks: frozenset[int]) -> None:
     assert all((rank in found) == (rank in ranks) for rank in range(310))
     assert 2 * len(found.runs) <= len(ranks) + 1
     assert RankSet.of(tuple(ranks)) == found
-    decoded = RankSet.from_json(found.as_json(), "x", 301)
+    decoded = RankSet.from_json(found.to_plain(), "x", 301)
     assert set(decoded) == ranks
     assert set(found.first(7)) <= ranks
     assert len(found.first(7)) == min(7, len(ranks))

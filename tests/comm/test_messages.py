@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.decode import encode
 from comm.watchdog import messages, wire
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.messages import (
@@ -26,7 +27,7 @@ from tests.comm.watched_ranks import KEY
 
 WORLD_SIZE = 4
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [[2, 1, 1]]}
-STATE = json.loads(json.dumps(wire.encode_fields(RankState.of(CollectiveLog(), MainThread()))))
+STATE = json.loads(json.dumps(encode(RankState.of(CollectiveLog(), MainThread()))))
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [[0, 2, 1]], "seconds": 1.5}
 
 JSON = st.recursive(
@@ -213,7 +214,7 @@ def test_messages_survive_their_encoding() -> None:
     }
     assert samples.keys() == set(get_args(Kind))
     for kind, message in samples.items():
-        arrived = wire.decompress_object(wire.compress_object(wire.encode_fields(message)))
+        arrived = wire.decompress_object(wire.compress_object(encode(message)))
         assert decode_message(kind, arrived, WORLD_SIZE, 1) == message
     assert decode_message("state_request", {}, WORLD_SIZE, 1) == StateRequest()
 

@@ -14,6 +14,7 @@ from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from base.decode import encode
 from comm.protocol import Label
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.job_start import AbsentError
@@ -22,7 +23,7 @@ from comm.watchdog.messages import AddressBook, WatchdogSocket
 from comm.watchdog.ranks import FANOUT, RankTree
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.wire import SocketAddress, decode_fields, encode_fields
+from comm.watchdog.wire import SocketAddress, decode_fields
 from tests.ports import reserved_port
 
 KEY = b"the key of a test's job".ljust(32)
@@ -130,7 +131,7 @@ def _run_rank(
         (place / "failed").touch()
 
     def crash_report(verdict: Verdict) -> None:
-        (place / f"verdict_{member.rank}").write_text(json.dumps(encode_fields(verdict)))
+        (place / f"verdict_{member.rank}").write_text(json.dumps(encode(verdict)))
 
     try:
         job = join(member, log, deadline_seconds, crash_report, start_seconds)
