@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from base.figures import aligned
 from dualpipe.bounds import lower_bound
 from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.draw.entry import (
@@ -218,22 +219,17 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
     """Returns one ASCII line per schedule, with numbers or a reason, and the meaning of the columns."""
-    strings = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
-    kinds = list(map(kind_of, rows))
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *strings.values(), strict=True)]
-    widths[0] = max(map(len, (COLUMNS[0], *kinds)))
-    lines = [_line(COLUMNS, widths)]
-    for index, row in enumerate(rows):
+    kind_width = max(map(len, (COLUMNS[0], *map(kind_of, rows))))
+    blank = [""] * (len(COLUMNS) - 1)
+    strings = [cells(row) if isinstance(row, TimedSchedule) else [row.kind, *blank] for row in rows]
+    header, *aligned_rows = aligned([COLUMNS, *strings], text=(0,), gap=_COLUMN_GAP)
+    lines = [header]
+    for row, line in zip(rows, aligned_rows, strict=True):
         if isinstance(row, UnavailableSchedule):
-            lines += _wrapped(f"- {row.reason}", row.kind.ljust(widths[0]) + _COLUMN_GAP, width)
+            lines += _wrapped(f"- {row.reason}", row.kind.ljust(kind_width) + _COLUMN_GAP, width)
         else:
-            lines.append(_line(strings[index], widths))
+            lines.append(line)
     return plain("\n".join([*lines, "", *textwrap.wrap(MEANING, width)]))
-
-
-def _line(values: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = zip(values, widths, strict=True)
-    return _COLUMN_GAP.join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])
 
 
 def _wrapped(text: str, head: str, width: int) -> list[str]:
