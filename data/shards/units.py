@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.decode import flatten
 from base.files import replace_file
 from data.corpus import DataError, hash_unit
 from data.mix.manifest import MixSource
@@ -148,8 +149,8 @@ def agree_on_settings(
             raise
         except ValueError as error:
             raise DataError(f"{FOLDER_KEY}: {path} must be JSON, is not: {error}; nearest: another folder") from error
-    before = dict(_flat(stored))
-    now = dict(_flat(json.loads(json.dumps(settings))))
+    before = dict(flatten(stored))
+    now = dict(flatten(json.loads(json.dumps(settings))))
     for key in [*before, *now]:
         if before.get(key) != now.get(key) and key not in free:
             raise DataError(
@@ -162,11 +163,3 @@ def agree_on_settings(
         rule = "must have unit_bytes of launch.prepare"
         raise DataError(f"{FOLDER_KEY}: {path} {rule}, is {unit_bytes!r}; nearest: {near}")
     return stored
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
