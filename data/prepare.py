@@ -11,13 +11,12 @@ from data.progress import NO_PROGRESS, Progress
 from data.readers.files import compression_of, format_of
 from data.readers.sources import check_source, list_files, read_beginning, size_bytes
 from data.registry import DATA_SOURCES, DataSource
+from data.shards.format import FORMAT_VERSION
 from data.shards.open import MixtureSource, Prepared, open_documents, open_mixture
 from data.shards.samples import open_samples
 from data.special_tokens import SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
-# Part of every cache entry's name. Increase it if the same settings produce different files.
-FORMAT_VERSION = 6
 _SAMPLE_BYTES = 2**18
 _MOST_BYTES_PER_TOKEN = 16
 

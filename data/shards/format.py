@@ -29,6 +29,9 @@ from data.pack import PADDING_POSITION, SequenceTable, pack_windows
 from data.readers.lines import is_sparse
 from data.registry import Part
 
+# Part of the settings of every prepared folder and of the name of every cache entry. Increase it if the same settings
+# produce different files.
+FORMAT_VERSION = 7
 PARTS: tuple[Part, ...] = ("train", "validation")
 # One row for each document of both parts, in the order in which they were read.
 INDEX = np.dtype(

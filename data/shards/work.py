@@ -29,11 +29,20 @@ from data.readers.rows import FilePiece, ReadCounts, keep_documents, pieces, rea
 from data.readers.sources import FilesSource, list_files, size_bytes
 from data.registry import DATA_SOURCES, BrokenRow, CorpusFile, DataSource, Document, Part
 from data.shards.encode import DocumentEncoder, check_token_ids
-from data.shards.format import INDEX, KEY_BLOCK_BYTES, PARTS, SOURCES_NAME, Shard, UnitWriter, folder_errors, read_unit
+from data.shards.format import (
+    FORMAT_VERSION,
+    INDEX,
+    KEY_BLOCK_BYTES,
+    PARTS,
+    SOURCES_NAME,
+    Shard,
+    UnitWriter,
+    folder_errors,
+    read_unit,
+)
 from data.shards.units import Claims, TextUnit, agree_on_settings, choose_unit_bytes, divide
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
-FORMAT_VERSION = 1
 BATCH_CHARACTERS = 2**20
 LISTED_DROPS = 1000  # dropped documents that a unit names
 _FIRST_ROWS = 1000
