@@ -1,36 +1,27 @@
-"""Writes what a verification found: one line per check, `certificate.json` and `certificate.html`."""
+"""Writes what a verification found: one line per check, `certificate.json` and `certificate.txt`."""
 
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from html import escape
 from typing import Any
 
 from base.decode import encode
+from base.figures import aligned, plain
 from base.files import replace_text
 from train.files.run_files import redact
 from train.start.startup import identity_of, is_version
-from verify.checks import CheckEntry, Outcome, Verification
+from verify.checks import CheckEntry, Failure, Outcome, Verification
 
 JSON_NAME = "certificate.json"
-PAGE_NAME = "certificate.html"
+TEXT_NAME = "certificate.txt"
 _NOT_CHECKED = (
     "arithmetic that one rank and many share: attention, rotation, router, losses (launch.golden compares it)",
     "tasks other than pretraining: frozen networks, rollouts, loss weights",
     "FP8 products, and kernels that only the configured sizes choose",
     "rates of transfers and of the dispatcher, and a token over dispatch.max_nodes with dispatch=deepep",
 )
-_STYLE = """
-:root{color-scheme:light dark;font:15px/1.45 system-ui,sans-serif}
-body{max-width:72rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;width:100%;margin:1rem 0}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #8885;vertical-align:top;overflow-wrap:break-word}
-th,td:nth-child(-n+2){white-space:nowrap}
-.passed{color:#1a7f37}.failed{color:#cf222e;font-weight:600}.not{opacity:.6}
-.wide{overflow-x:auto}td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-"""
 
 
 class Certificate:
@@ -80,74 +71,29 @@ class Certificate:
         }
         text = redact(json.dumps(values, indent=1))
         replace_text(self._verification.folder / JSON_NAME, f"{text}\n")
-        replace_text(self._verification.folder / PAGE_NAME, page_of(json.loads(text)))
+        replace_text(self._verification.folder / TEXT_NAME, f"{_text_of(json.loads(text))}\n")
 
 
-def page_of(values: dict[str, Any]) -> str:
-    """Returns the HTML page of a certificate."""
-    checks = [
-        [
-            _cell(check["verdict"], str(check["verdict"]).split()[0]),
-            _cell(check["check"]),
-            _cell(check["about"]),
-            _cell(check["summary"]),
-            _number(check["measured"]),
-            _number(check["tolerance"]),
-            _number(check["seconds"]),
-        ]
+def _text_of(values: dict[str, Any]) -> str:
+    """Returns the text of a certificate."""
+    header = ("verdict", "check", "seconds", "measured", "tolerance", "result")
+    rows = [
+        [check["verdict"], check["check"], *(_number(check[key]) for key in header[2:5]), check["summary"]]
         for check in values["checks"]
     ]
-    failures = [
-        [_cell(check["check"]), *(_cell(failure[key]) for key in ("rank", "subject", "difference", "cause"))]
-        for check in values["checks"]
-        for failure in check["failures"]
-    ]
-    devices = [
-        [_cell(place[key]) for key in ("rank", "local_rank", "host", "device_type", "device")]
-        for place in values["devices"]
-    ]
-    parts = [
-        f"<h1>Verification of {escape(values['name'])}: "
-        f"<span class={str(values['verdict']).split()[0]}>{escape(values['verdict'])}</span></h1>",
-        f"<p>{escape(values['created'])}, {values['seconds']} s, {escape(_listed(values['layout']))}</p>",
-        _table(("verdict", "check", "about", "result", "measured", "tolerance", "seconds"), checks),
-        "<h2>Failures</h2>" + _table(("check", "rank", "subject", "difference", "likely cause"), failures)
-        if failures
-        else "",
-        *(
-            _facts(name.capitalize().replace("_", " "), values[name])
-            for name in ("rates", "versions", "layouts", "not_checked")
-            if values[name]
-        ),
-        "<h2>Devices</h2>" + _table(("rank", "local rank", "host", "type", "device"), devices),
-    ]
-    title = escape(f"Verification of {values['name']}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-def _facts(title: str, facts: dict[str, Any] | list[str]) -> str:
-    items = facts.items() if isinstance(facts, dict) else enumerate(facts, 1)
-    return f"<h2>{escape(title)}</h2>" + _table(("", ""), [[_cell(key), _cell(value)] for key, value in items])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header) if any(header) else ""
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(value: object, kind: str = "") -> str:
-    text = "all" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f'<td class="{escape(kind)}">{escape(text)}</td>'
+    failures = [f"{check['check']}: {Failure(**one)}" for check in values["checks"] for one in check["failures"]]
+    lists = {
+        "failures": failures,
+        "devices": [", ".join(f"{key} {value}" for key, value in place.items()) for place in values["devices"]],
+        **{key: [f"{name}: {value}" for name, value in values[key].items()] for key in ("rates", "versions")},
+        **{key: values[key] for key in ("layouts", "not_checked")},
+    }
+    lines = [f"{values['verdict']}: verification of {values['name']}, {values['created']}"]
+    lines += aligned([header, *rows], text=(0, 1, 5))
+    for name, entries in lists.items():
+        lines += ["", name, *entries]
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:
-    return f'<td class="number">{"" if value is None else f"{value:.3g}"}</td>'
+    return "" if value is None else plain(value)

@@ -42,7 +42,7 @@ _FILES = frozenset(
         "overrides.txt",
         "lock.json",
         "certificate.json",
-        "certificate.html",
+        "certificate.txt",
     ]
 )
 _FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb", "checkpoint_check"))

@@ -42,7 +42,7 @@ def test_command_writes_a_certificate_and_refuses_its_folder_again(tmp_path: Pat
     assert certificate["verdict"] == "passed"
     assert {check["verdict"] for check in certificate["checks"]} == {"passed"}
     assert [place["rank"] for place in certificate["devices"]] == [0, 1]
-    assert "passed" in (tmp_path / "run" / "certificate.html").read_text()
+    assert "passed" in (tmp_path / "run" / "certificate.txt").read_text()
     again = run_command(command)
     assert again.returncode == 2
     assert "out_dir: must be new or empty" in again.stderr
