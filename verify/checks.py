@@ -1,7 +1,7 @@
 """Runs the checks of a verification in order on all ranks, and collects what they find."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -35,9 +35,9 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """What a check found on this rank. `summary` is that of rank 0.
+    """What a check found on this rank.
 
-    A failure of no rank is reported by one rank.
+    `summary` is that of rank 0, which also reports failures of all ranks.
     """
 
     summary: str
@@ -89,11 +89,19 @@ class Verification:
     rates: dict[str, object] = field(default_factory=dict)
 
 
+class CheckFailedError(Exception):
+    """Raised on all ranks if a check cannot continue, with its failures."""
+
+    def __init__(self, failures: Iterable[Failure]) -> None:
+        self.failures = list(failures)
+        super().__init__(str(self.failures))
+
+
 class Check(Protocol):
     """Finds what is wrong. All ranks call it at the same point."""
 
     def __call__(self, verification: Verification, /) -> Findings:
-        """Returns the findings of this rank; an error ends the verification on all ranks."""
+        """Returns the findings of this rank. Another error than `CheckFailedError` ends the verification."""
         ...
 
 
@@ -124,9 +132,13 @@ def run_checks(entries: Sequence[CheckEntry], verification: Verification) -> Ite
 
 def _run(entry: CheckEntry, verification: Verification) -> Outcome:
     started = time.perf_counter()
-    findings = entry.run(verification)
-    # Most ranks have no failure and send nothing.
-    parts = gather_present(list(findings.failures)[:MOST_FAILURES] or None)
+    try:
+        findings = entry.run(verification)
+    except CheckFailedError as error:
+        findings = Findings(summary="", failures=error.failures)
+    # Each rank sends its own failures, so most send nothing.
+    own = [failure for failure in findings.failures if (failure.rank or 0) == dist.get_rank()]
+    parts = gather_present(own[:MOST_FAILURES] or None)
     failures = [failure for part in parts for failure in part]
     return Outcome(
         check=entry.name,

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.agreement import broadcast_first, gather_present
-from comm.layout import Layout
-from data.loader import Loader
+from comm.agreement import gather_present
 from dualpipe.ir import Op, Schedule
 from model.objective import LossSums
 from model.transformer import BIAS, named_tensors
@@ -21,11 +20,11 @@ from train.core.guard import NORM, Guard
 from train.core.learner import Learner
 from train.core.step import NO_SPIKES, rates_of, train_step
 from train.tasks.registry import open_task
-from verify.causes import Evidence, Share, explain
 from verify.checks import Failure, Findings, Verification
 from verify.layouts import CONFIGURED, OPTIMIZER, Trial
-from verify.runs import PlainRun, PlainRuns, ScheduleDiffersError, loader_of, loss_names, opened_learner
+from verify.runs import PlainRun, PlainRuns, loader_of, loss_names, opened_learner
 from verify.steps import (
+    KINDS,
     Difference,
     PlainModel,
     StepValues,
@@ -39,12 +38,12 @@ from verify.steps import (
 )
 
 COMPARED_STEPS = 2
+_EXPERTS = ".experts."
 _TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bf16": 5e-2}
 """Largest error of a tensor over its largest value, by precision."""
 _UPDATE_DELAY_SECONDS = 0.1
 _MOST_NAMED = 4  # tensors of a failed trial that are reported
-_MOST_SUMMED = 64  # ranks whose parts of a wrong sum are compared
-_LIKE_TOLERANCE = 0.02  # of a gradient that is compared with another rank's
+_LEAST_SHARE = 0.25  # of the largest error of a kind; smaller ones are not reported
 _CHANGE_TOLERANCE = 1e-4  # of the change of a weight in a step, which is smaller than the weight
 
 
@@ -62,17 +61,13 @@ def check_equality(verification: Verification) -> Findings:
     num_run = 0
     for trial in verification.trials:
         comparison = _Comparison(verification, trial, plain.of(trial.config, COMPARED_STEPS))
-        try:
-            failures = comparison.run()
-            has_failed = bool(gather_present(failures or None))
-        except ScheduleDiffersError as differing:
-            failures = differing.failures
-            has_failed = True
+        failures = comparison.run()
         num_run += 1
         if trial.config.precision == verification.trials[0].config.precision:
             largest = max(largest, comparison.largest_error)
         copies += comparison.copies
-        if has_failed or gather_present(copies or None):
+        has_unequal_copies = bool(gather_present(copies or None))
+        if failures or has_unequal_copies:
             break
     verification.copies = copies
     return Findings(
@@ -104,28 +99,42 @@ class _Comparison:
         self.copies: list[Failure] = []
 
     def run(self) -> list[Failure]:
-        """Runs the trial until a step differs, and returns this rank's failures. All ranks call it."""
+        """Runs the trial until a step differs, and returns the failures of all ranks. All ranks call it."""
         config = self._trial.config
+        before = self._plain.initial
         with opened_learner(self._verification, config) as learner:
             start_biases(learner.replica.model)
             held = {name: tensor.cpu() for name, tensor in named_tensors(learner.replica.model).items()}
-            by_rank = self._gather(list(self._weights(held, self._plain.initial)))
-            if by_rank:
-                return self._explain(Evidence(trial=self._trial, step=0, totals=(), by_rank=by_rank))
-            before = self._plain.initial
+            initial = tensor_differences("initial weight", held, before, self._tolerance)
+            failures = self._gather("before the first step", initial)
             for step, expected in enumerate(self._plain.steps[:COMPARED_STEPS]):
+                if failures:
+                    return failures
                 values = run_step(learner, config, self._loader, step).on_host()
-                totals = list(self._totals(values, expected))
-                own = list(rank_differences(values, expected, loss_names(config), self._tolerance))
-                own = [one for one in own if one.kind != "weight"]
-                own += self._weights(values.weights, expected.weights, before)
-                by_rank = self._gather(own)
+                failures = self._gather(f"in step {step + 1}", self._differences(step, values, expected, before))
                 self.copies = differing_copies(values.weights, expected.weights)
-                if totals or by_rank:
-                    return self._explain(self._evidence(step, values, totals, by_rank))
                 before = expected.weights
-        by_rank = self._gather(list(self._run_on())) if self._trial.name == OPTIMIZER else {}
-        return self._explain(Evidence(trial=self._trial, step=COMPARED_STEPS, totals=(), by_rank=by_rank))
+        if failures or self._trial.name != OPTIMIZER:
+            return failures
+        return self._gather(f"after step {COMPARED_STEPS}", self._run_on())
+
+    def _differences(
+        self, step: int, values: StepValues, expected: StepValues, before: Mapping[str, Tensor]
+    ) -> Iterator[Difference]:
+        """Yields what differs in a step on this rank. The ratio of a weight is that of its change in the step."""
+        totals = list(self._totals(values, expected))
+        yield from (one for one in totals if one.name in values.gradients)
+        mesh = self._trial.config.parallelism
+        # Only then does each rank compute the gradients of whole sequences, from equal weights.
+        if totals and step == 0 and mesh.pipeline == mesh.context == 1:
+            own = {one.name: values.gradients[one.name] for one in totals if one.name in values.gradients}
+            yield from tensor_differences("gradient", own, self._own_parts(own), self._tolerance)
+        for one in rank_differences(values, expected, loss_names(self._trial.config), self._tolerance):
+            if one.kind == "weight" and one.name in before:
+                start = before[one.name]
+                changes = values.weights[one.name] - start, expected.weights[one.name] - start
+                one = replace(one, ratio=ratio_of(*changes, _CHANGE_TOLERANCE))
+            yield one
 
     def _run_on(self) -> Iterator[Difference]:
         """Runs the steps as training does, with late updates, and yields weights and averages that differ."""
@@ -152,17 +161,6 @@ class _Comparison:
                 averages[name] = weight if name.endswith(BIAS) else decay * averages[name] + (1 - decay) * weight
         return averages
 
-    def _weights(
-        self, values: Mapping[str, Tensor], expected: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None
-    ) -> Iterator[Difference]:
-        """Yields weights that differ; their ratio is that of the changes in the step."""
-        for one in tensor_differences("weight", values, expected, self._tolerance):
-            ratio = None
-            if before is not None and one.name in expected:
-                start = before[one.name]
-                ratio = ratio_of(values[one.name] - start, expected[one.name] - start, _CHANGE_TOLERANCE)
-            yield replace(one, ratio=ratio)
-
     def _totals(self, values: StepValues, expected: StepValues) -> Iterator[Difference]:
         """Sums the gradients over ranks and yields those that differ, the same on all ranks."""
         flat = torch.cat(
@@ -178,69 +176,70 @@ class _Comparison:
         }
         errors = [relative_error(total, expected.gradients[name]) for name, total in sums.items()]
         self.largest_error = max(self.largest_error, *errors)
-        yield from tensor_differences("gradient", sums, expected.gradients, self._tolerance)
+        yield from tensor_differences("whole gradient", sums, expected.gradients, self._tolerance)
 
     def _reduce(self, values: Tensor) -> Tensor:
         values = values.to(self._verification.device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)
         return values.cpu()  # host sync
 
-    def _gather(self, own: list[Difference]) -> dict[int, list[Difference]]:
-        """Returns the first differences of each rank that has some."""
-        worst = sorted(own, key=lambda one: -one.error)[:_MOST_NAMED] if own else []
-        kinds = {one.kind for one in own}
-        chosen = [one for one in own if one in worst or one.kind in kinds.difference(each.kind for each in worst)]
-        return dict(gather_present((self._rank, chosen) if own else None))
+    def _own_parts(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns what this rank's sequences contribute to gradients of the first step, by the whole model.
 
-    def _explain(self, evidence: Evidence) -> list[Failure]:
-        failures = explain(evidence)
-        return [one for one in failures if one.rank == self._rank or (one.rank is None and self._rank == 0)]
+        The rows of a whole expert group reach the group's experts.
+        """
+        config = self._trial.config
+        task = open_task(config.task, config.model, config.batch)
+        rates = rates_of(config.task, config.optim, config.batch_sizes, 0)
+        num_sequences = config.batch.global_sequences
+        whole = task.read(self._loader.batch(0, 0, num_sequences), self._verification.device)
+        objective = task.objective(task.count(whole), rates)
+        parts: dict[str, Tensor] = {}
+        for width in dict.fromkeys((1, config.parallelism.expert)):
+            size = num_sequences // config.parallelism.data * width
+            batch = task.read(self._loader.batch(0, self._rank // width * size, size), self._verification.device)
+            model = PlainModel(config, 0, self._verification.device).model
+            model.loss(batch, objective, LossSums(task.names)).backward()
+            gradients = by_released_name(model, lambda parameter: parameter.grad)
+            is_experts = width > 1
+            parts |= {name: gradients[name].cpu() for name in names if not is_experts or _EXPERTS in name}
+        return parts
 
-    def _evidence(
-        self, step: int, values: StepValues, totals: list[Difference], by_rank: dict[int, list[Difference]]
-    ) -> Evidence:
-        named = sorted(totals, key=lambda one: -one.error)[:_MOST_NAMED]
-        holders: dict[str, list[int]] = {}
-        held = gather_present((self._rank, [one.name for one in named if one.name in values.gradients]))
-        for rank, names in held:
-            for name in names:
-                holders.setdefault(name, []).append(rank)
-        mesh = self._trial.config.parallelism
-        is_separable = mesh.pipeline == 1 and mesh.context == 1 and not step
-        parts = _Parts(self._trial.config, self._verification.device, self._loader) if is_separable else None
-        wrong = [one for found in by_rank.values() for one in found if one.kind == "reduced gradient"]
-        return Evidence(
-            trial=self._trial,
-            step=step + 1,
-            totals=totals,
-            by_rank=by_rank,
-            shares=() if parts is None or not named else parts.compare([one.name for one in named], values),
-            sums=self._sums(wrong[0].name, values) if wrong and not totals else {},
-            count_ratios={} if parts is None else parts.count_ratios(),
-            holders=holders,
+    def _gather(self, when: str, differences: Iterable[Difference]) -> list[Failure]:
+        """Returns the failures of the first kind of value that differs on any rank. All ranks call it."""
+        own = sorted(differences, key=lambda one: -one.error)
+        worst = [one for kind in KINDS for one in [one for one in own if one.kind == kind][:_MOST_NAMED]]
+        gathered = gather_present((self._rank, worst) if worst else None)
+        found = [(rank, one) for rank, ones in gathered for one in ones]
+        if not found:
+            return []
+        losses = [one for _, one in found if one.kind == "loss"]
+        kind = "loss" if _has_own_means(losses) else min((one.kind for _, one in found), key=KINDS.index)
+        found = [(rank, one) for rank, one in found if one.kind == kind]
+        # Wrong sequences on one rank change the number of targets, and so the parts of all ranks a little.
+        least = max(one.error for _, one in found) * _LEAST_SHARE
+        num_holders = Counter(one.name for _, one in found)
+        cause = f"the {self._trial.name}" + ("" if self._trial.axis else ", as each axis alone agrees")
+        failures = (
+            one.failure(
+                None if kind == "whole gradient" and num_holders[one.name] > 2 else rank,
+                f"{when} of {self._trial}",
+                cause,
+            )
+            for rank, one in found
+            if not one.error < least
         )
+        return list(dict.fromkeys(failures))
 
-    def _sums(self, name: str, values: StepValues) -> dict[int, str]:
-        """Finds the group of ranks over which each rank's wrong sum of a gradient was computed, if one fits."""
-        mesh = self._trial.config.parallelism
-        if mesh.world_size > _MOST_SUMMED:
-            return {}
-        layout = Layout(mesh, self._verification.config.cluster.ranks_per_node)
-        parts = dict(gather_present((self._rank, values.gradients[name]) if name in values.gradients else None))
-        found = None
-        groups = {
-            "its own part alone": (self._rank,),
-            "the expert group": layout.expert_group(self._rank),
-            "the context group": layout.context_group(self._rank),
-            "the ranks with the same experts": layout.expert_data_group(self._rank, mirrored=False),
-            "the ranks of the stage": layout.stage_group(self._rank, mirrored=False),
-            "the ranks of the stage and its mirror": layout.stage_group(self._rank, mirrored=True),
-        }
-        for group, ranks in groups.items() if name in values.reduced else ():
-            total = sum((parts[rank] for rank in ranks if rank in parts), torch.zeros(()))
-            if found is None and relative_error(values.reduced[name], total) <= self._tolerance:
-                found = f"the gradient is summed over ranks {list(ranks)} ({group}) instead of all that hold the weight"
-        return dict(gather_present(None if found is None else (self._rank, found)))
+
+def _has_own_means(losses: Sequence[Difference]) -> bool:
+    """Returns whether ranks seem to divide losses by their own number of targets instead of the job's.
+
+    Ranks then report unequal losses, or a whole multiple of the expected one if their numbers are equal.
+    """
+    ratios = {(one.name, round(one.ratio, 3)) for one in losses if one.ratio is not None}
+    is_multiple = any(ratio > 1 and ratio.is_integer() for _, ratio in ratios)
+    return is_multiple or len(ratios) > len({name for name, _ in ratios})
 
 
 class _LateUpdates(Guard):
@@ -255,67 +254,6 @@ class _LateUpdates(Guard):
         if name == NORM:
             self._learner.optimizer.after_updates(partial(time.sleep, _UPDATE_DELAY_SECONDS))
         return ""
-
-
-class _Parts:
-    """What the sequences of each data index contribute to the first step, computed by the whole model."""
-
-    def __init__(self, config: TrainConfig, device: torch.device, loader: Loader) -> None:
-        self._config = config
-        self._device = device
-        task = open_task(config.task, config.model, config.batch)
-        size = config.batch.global_sequences // config.parallelism.data
-        self._batches = [
-            task.read(loader.batch(0, first, size), device) for first in range(0, config.batch.global_sequences, size)
-        ]
-        self._counts = torch.stack([task.count(batch) for batch in self._batches])
-        self._names = task.names
-
-    def count_ratios(self) -> dict[int, dict[str, float]]:
-        """Returns the job's number of targets over that of each rank, by loss."""
-        ratios = self._counts.sum(0) / self._counts
-        return {rank: dict(zip(self._names, row.tolist(), strict=True)) for rank, row in enumerate(ratios)}
-
-    def compare(self, names: Sequence[str], values: StepValues) -> list[Share]:
-        """Returns the parts of some gradients that differ from the expected ones. All ranks call it."""
-        parts = broadcast_first(self._gradients(names) if dist.get_rank() == 0 else None)
-        assert parts is not None
-        rank = dist.get_rank()
-        expert = self._config.parallelism.expert
-        own: list[Share] = []
-        for name in names:
-            if name not in values.gradients:
-                continue
-            value = values.gradients[name]
-            # Rows of a whole expert group reach an expert.
-            width = expert if ".experts." in name else 1
-            groups = [parts[name][start : start + width] for start in range(0, len(parts[name]), width)]
-            wanted = [torch.stack(group).sum(0) for group in groups]
-            error = relative_error(value, wanted[rank // width])
-            tolerance = tolerance_of(self._config)
-            if error <= tolerance:
-                continue
-            # The number of targets, and so the weights of the losses, may differ too.
-            like = [other for other, part in enumerate(wanted) if ratio_of(value, part, _LIKE_TOLERANCE)]
-            ratio = ratio_of(value, wanted[rank // width], 10 * tolerance)
-            like_rank = like[0] * width if like and rank // width not in like else None
-            own.append(Share(rank=rank, name=name, error=error, ratio=ratio, like_rank=like_rank))
-        return [share for shares in gather_present(own or None) for share in shares]
-
-    def _gradients(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        config = self._config
-        rates = rates_of(config.task, config.optim, config.batch_sizes, 0)
-        task = open_task(config.task, config.model, config.batch)
-        objective = task.objective(self._counts.sum(0), rates)
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-        model = PlainModel(config, 0, self._device).model
-        for batch in self._batches:
-            model.zero_grad()
-            model.loss(batch, objective, LossSums(task.names)).backward()
-            gradients = by_released_name(model, lambda parameter: parameter.grad)
-            for name in names:
-                found[name].append(gradients[name].cpu())
-        return found
 
 
 def differing_copies(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[Failure]:
@@ -366,15 +304,9 @@ def check_overlap(verification: Verification) -> Findings:
         reduced = replace(other, gradients=other.reduced)
         differing = list(rank_differences(one, reduced, loss_names(trial.config), tolerance))
         differing += tensor_differences("gradient", one.gradients, other.gradients, tolerance)
-        failures += [
-            Failure(
-                rank=dist.get_rank(),
-                subject=f"{difference.kind} of {difference.name}",
-                difference=f"differs by {difference.error:.3g} in step {step} if groups overlap, in {trial}",
-                cause="a lane reads a tensor before another one has written it, or frees it too early",
-            )
-            for difference in differing[:_MOST_NAMED]
-        ]
+        where = f"in step {step} if groups overlap, in {trial}"
+        cause = "a lane reads a tensor before another one has written it, or frees it too early"
+        failures += [one.failure(dist.get_rank(), where, cause) for one in differing[:_MOST_NAMED]]
         if failures:
             break
     how = "bit by bit" if is_exact else f"within {tolerance:g}, as the order of additions differs"

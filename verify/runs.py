@@ -1,7 +1,7 @@
 """Opens the learners, the corpus and the whole models of a verification's small runs."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,7 +28,7 @@ from train.core.replica import open_replica
 from train.core.world import ReplicaConfig, World, build_groups, open_world
 from train.start.plan import Plan, plan
 from train.tasks.registry import open_task
-from verify.checks import Failure, Verification
+from verify.checks import CheckFailedError, Failure, Verification
 from verify.steps import PlainModel, StepValues
 
 _NUM_SEQUENCES = 64
@@ -89,14 +89,6 @@ def loss_names(config: TrainConfig) -> tuple[str, ...]:
     return open_task(config.task, config.model, config.batch).names
 
 
-class ScheduleDiffersError(Exception):
-    """Raised on all ranks if some of them would follow another schedule than rank 0."""
-
-    def __init__(self, failures: Sequence[Failure]) -> None:
-        super().__init__(str(failures))
-        self.failures = list(failures)
-
-
 @contextmanager
 def opened_world(verification: Verification, config: TrainConfig) -> Iterator[tuple[World, Plan]]:
     """Opens the groups and lanes of a small run as training does, and closes them, on all ranks."""
@@ -106,11 +98,11 @@ def opened_world(verification: Verification, config: TrainConfig) -> Iterator[tu
     digest = hashlib.sha256(f"{to_json(planned.schedule)} {planned.cut}".encode()).hexdigest()
     _, others = compare_with_first_rank(digest)
     if others.total:
-        difference = f"its schedule {planned.schedule.kind} has the hash {digest[:8]}, rank 0's differs"
         cause = "another version of the generators, or another configuration, on this rank"
-        is_other = any(report.rank == dist.get_rank() for report in others.first)
-        own = Failure(rank=dist.get_rank(), subject="schedule", difference=difference, cause=cause)
-        raise ScheduleDiffersError([own] if is_other else [])
+        raise CheckFailedError(
+            Failure(rank=report.rank, subject="schedule", difference="differs from that of rank 0", cause=cause)
+            for report in others.first
+        )
     groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
     seconds = config.cluster.timeout_seconds
     world = open_world(layout, groups, device, seconds, verification.log, verification.preemption)

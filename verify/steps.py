@@ -6,7 +6,7 @@ does.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from train.core.step import accumulate, rates_of, update_router_bias
 from train.core.world import weight_dtype
 from train.optim.adamw import MOMENTS, group_parameters
 from train.tasks.registry import open_task
+from verify.checks import Failure
 
 TINY = 1e-30  # least size of the largest expected value by which differences are divided
 _LEAST_LOSS_ERROR = 1e-12
@@ -166,7 +167,21 @@ class PlainModel:
         return StepValues([*means.values(), task.total(means, rates)], norm, gradients, gradients, weights)
 
 
-Kind = Literal["loss", "gradient norm", "gradient", "reduced gradient", "weight", "late weight", "average"]
+Kind = Literal[
+    "initial weight",
+    "gradient",
+    "whole gradient",
+    "reduced gradient",
+    "gradient norm",
+    "weight",
+    "loss",
+    "late weight",
+    "average",
+]
+"""Kinds of values. A gradient is one rank's part, and a whole one the sum of all parts."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order of a step, as later values follow from earlier ones. A loss comes late: only its report may be wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,9 +197,12 @@ class Difference:
     error: float
     ratio: float | None
 
-    def __str__(self) -> str:
-        factor = "" if self.ratio is None else f", {self.ratio:.6g} times the expected value"
-        return f"{self.kind} of {self.name} differs by {self.error:.3g}{factor}"
+    def failure(self, rank: int | None, where: str, cause: str) -> Failure:
+        """Returns a failure of a rank, or of all ranks."""
+        changed = "its update" if self.kind == "weight" else "it"
+        factor = "" if self.ratio is None else f", {changed} is {self.ratio:.6g} times the expected value"
+        difference = f"differs by {self.error:.3g} {where}{factor}"
+        return Failure(rank=rank, subject=f"{self.kind} of {self.name}", difference=difference, cause=cause)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
