@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
+from base.figures import Html, table
 from dualpipe.bounds import Bound, lower_bound
 from dualpipe.costs import CostModel, Costs, uniform
 from dualpipe.ir import Group, Op, Schedule
@@ -335,25 +336,22 @@ def _steady(entry: TimedSchedule) -> str:
         return "<p>There are too few micro-batches for a steady state.</p>"
     length, lost = steady_lines(steady)
     head = ("rank", "length", "work", "computes", "exchanges", "waits", *(f"lost in {part}" for part in _PARTS))
-    cells = "".join(f'<th scope="col">{name}</th>' for name in (*head, "groups that repeat"))
-    rows = "\n".join(_row(entry.schedule, rank, state) for rank, state in enumerate(steady.ranks))
+    rows = [_row(entry.schedule, rank, state) for rank, state in enumerate(steady.ranks)]
     return (
         f"<p>Steady state from {number(steady.start)} to {number(steady.end)}: {escape(length)}.</p>\n"
         f"<p>Lost: {escape(lost)}.</p>\n"
-        f'<div class="table" tabindex="0" role="region" aria-label="steady state, scrolls"><table>'
-        f"<thead><tr>{cells}</tr></thead><tbody>\n{rows}\n</tbody></table></div>\n"
+        f"{table((*head, 'groups that repeat'), rows, label='steady state, scrolls')}\n"
         "<p>length, work: time and computation per micro-batch; computes, exchanges, waits: share of the middle half "
         "of the steady state; lost: time in which the rank computes nothing</p>"
     )
 
 
-def _row(schedule: Schedule, rank: int, state: RankPace) -> str:
+def _row(schedule: Schedule, rank: int, state: RankPace) -> list[str]:
     values = [str(rank), number(state.length), number(state.work)]
     values += [percent(share) for share in (state.computing, state.exchanging, state.waiting)]
     values += [number(lost) for lost in state.losses]
     pattern = " ".join(_label(schedule, rank, group) for group in state.groups) or "none"
-    cells = "".join(f"<td>{value}</td>" for value in values)
-    return f'<tr>{cells}<td class="pattern">{escape(pattern)}</td></tr>'
+    return [*values, Html(f'<div class="pattern">{escape(pattern)}</div>')]
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:

@@ -104,7 +104,7 @@ def test_explanation_has_every_rank_and_the_three_next_best_schedules() -> None:
     shown = entries()
     text = explanation(shown)
     assert "Where dualpipe loses time" in text
-    assert text.count('<td class="pattern">') == 4
+    assert text.count('<td><div class="pattern">') == 4
     items = [line for line in text.splitlines() if line.startswith("<li>")]
     assert [item.removeprefix("<li>").split()[0] for item in items] == ["dualpipe_v", "zb_v", "v_half"]
     assert all(" longer, peak " in item and "it loses " in item for item in items)
