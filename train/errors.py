@@ -1,18 +1,7 @@
-"""Defines the errors of a run: what ends it on all ranks, and why one rank failed."""
+"""Defines the errors that end a step, a run or a command on all ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from base.files import replace_text
-from comm.exits import EXIT_HANG, EXIT_LOST
-from train.files.run_files import RankFiles, find_rank_files, redact
-
-LOG_FOLDER = "log"
-"""Folder of a run with the logs of ranks."""
-
-VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
-"""Exit codes of ranks that have detected which rank is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,34 +56,3 @@ class DeadRankError(RuntimeError):
 
 class PreemptedError(RuntimeError):
     """The run is preempted. Raised on every rank at the same point, where each can leave."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitReason:
-    """The reason why a rank ended, in one line, and its exit code."""
-
-    text: str
-    code: int
-
-
-def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: str) -> None:
-    """Writes why a rank failed to `rank_NNNNN.error.log`, if the run's folder exists."""
-    path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
-    replace_text(path, redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"))
-
-
-def read_error(path: Path) -> ExitReason:
-    """Reads the reason and the exit code that `write_error` wrote."""
-    text, code = path.read_text(encoding="utf-8").splitlines()[:2]
-    return ExitReason(text, int(code.rpartition(" ")[2]))
-
-
-def find_errors(out_dir: Path) -> list[Path]:
-    """Returns the files of ranks that failed, in the order in which they were written."""
-    return sorted(find_rank_files(out_dir / LOG_FOLDER, "rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def find_verdict(out_dir: Path) -> tuple[Path, ExitReason] | None:
-    """Returns the first file that says which rank is missing, and its reason; None if there is none."""
-    reasons = [(path, read_error(path)) for path in find_errors(out_dir)]
-    return next(((path, reason) for path, reason in reasons if reason.code in VERDICT_CODES), None)

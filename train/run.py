@@ -32,18 +32,9 @@ from train.config import TrainConfig
 from train.core.learner import Learner, LearnersByBatchSize, open_learner
 from train.core.replica import open_replica
 from train.core.world import ReplicaConfig, World, build_groups, open_world
-from train.errors import (
-    LOG_FOLDER,
-    CallbackError,
-    ExitReason,
-    PreemptedError,
-    RescuedError,
-    StoppedError,
-    UnscoredError,
-    write_error,
-)
+from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
 from train.files.json_lines import try_append_event
-from train.files.run_files import RankFiles, State, StatusFile, write_end
+from train.files.run_files import LOG_FOLDER, ExitReason, RankFiles, State, StatusFile, write_end, write_error
 from train.loop import TrainingLoop
 from train.optim.adamw import load_cpu_adam
 from train.optim.learning_rate import OptimConfig

@@ -40,9 +40,19 @@ from launch.config.rules import check_rules
 from launch.ranks.machine import apply_rank_environment, local_rank_environment
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
-from train.errors import VERDICT_CODES, ExitReason, find_errors, find_verdict, read_error, write_error
 from train.files.json_lines import append_event
-from train.files.run_files import RankFiles, read_status, redact, write_end
+from train.files.run_files import (
+    VERDICT_CODES,
+    ExitReason,
+    RankFiles,
+    find_errors,
+    find_verdict,
+    read_error,
+    read_status,
+    redact,
+    write_end,
+    write_error,
+)
 from train.files.run_lock import LockedError, Owner, read_lock
 from train.records.display import guard_terminal
 

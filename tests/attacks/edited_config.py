@@ -10,8 +10,7 @@ from launch.config.folder import write_run_folder
 from launch.ranks.local import run_ranks, start_fork_server
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.errors import ExitReason, write_error
-from train.files.run_files import RankFiles
+from train.files.run_files import ExitReason, RankFiles, write_error
 
 
 def edit_then_read(config: TrainConfig) -> int:

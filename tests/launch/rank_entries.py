@@ -20,8 +20,7 @@ from launch.config.folder import write_run_folder
 from launch.config.run import compose_run
 from launch.ranks.local import run_ranks, start_fork_server
 from train.config import TrainConfig
-from train.errors import ExitReason, write_error
-from train.files.run_files import RankFiles
+from train.files.run_files import ExitReason, RankFiles, write_error
 
 WORLD_SIZE = 4
 GRACE_SECONDS = 3

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from comm.exits import EXIT_HANG, EXIT_LOST
 from tests.train.operation_hooks import watch_operations
-from train.errors import find_errors, read_error
+from train.files.run_files import find_errors, read_error
 
 How = Literal["killed", "stopped", "disconnected"]
 

@@ -36,8 +36,7 @@ from train.checkpoint.manifest import (
 from train.checkpoint.parts import state_of
 from train.checkpoint.sources import CheckpointReader
 from train.config import TrainConfig
-from train.errors import ExitReason, find_errors, find_verdict, write_error
-from train.files.run_files import RankFiles, find_rank_files
+from train.files.run_files import ExitReason, RankFiles, find_errors, find_rank_files, find_verdict, write_error
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Writes files of a run's folder: ranks' files, text without secrets, `status.json`.
+"""Writes files of a run's folder: ranks' files and errors, text without secrets, `status.json`.
 
 No torch here. Secrets are found by their names and values.
 """
@@ -15,8 +15,14 @@ from threading import Lock
 from typing import Any, Literal, get_args
 
 from base.files import replace_text
+from comm.exits import EXIT_HANG, EXIT_LOST
 
 STATUS_NAME = "status.json"
+LOG_FOLDER = "log"
+"""Folder of a run with the logs of ranks."""
+
+VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
+"""Exit codes of ranks that have detected which rank is missing."""
 _LARGEST_BYTES = 2**20
 LOGGER = logging.getLogger("train")
 State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
@@ -260,3 +266,34 @@ def find_rank_files(parent: Path, pattern: str) -> list[Path]:
 def is_node_folder(name: str) -> bool:
     """Returns whether a name is that of a subfolder for the ranks of a node."""
     return _NODE_FOLDER.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReason:
+    """The reason why a rank ended, in one line, and its exit code."""
+
+    text: str
+    code: int
+
+
+def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: str) -> None:
+    """Writes why a rank failed to `rank_NNNNN.error.log`, if the run's folder exists."""
+    path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
+    replace_text(path, redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"))
+
+
+def read_error(path: Path) -> ExitReason:
+    """Reads the reason and the exit code that `write_error` wrote."""
+    text, code = path.read_text(encoding="utf-8").splitlines()[:2]
+    return ExitReason(text, int(code.rpartition(" ")[2]))
+
+
+def find_errors(out_dir: Path) -> list[Path]:
+    """Returns the files of ranks that failed, in the order in which they were written."""
+    return sorted(find_rank_files(out_dir / LOG_FOLDER, "rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def find_verdict(out_dir: Path) -> tuple[Path, ExitReason] | None:
+    """Returns the first file that says which rank is missing, and its reason; None if there is none."""
+    reasons = [(path, read_error(path)) for path in find_errors(out_dir)]
+    return next(((path, reason) for path, reason in reasons if reason.code in VERDICT_CODES), None)

@@ -16,9 +16,8 @@ from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.core.replica import Replica
 from train.core.step import Balance
-from train.errors import LOG_FOLDER
 from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
-from train.files.run_files import RankFiles, redact, redact_values
+from train.files.run_files import LOG_FOLDER, RankFiles, redact, redact_values
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.predict.cut import ramp_notices, with_cut
 from train.predict.fit import summary_line

@@ -17,8 +17,7 @@ from base.files import replace_text
 from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.style import STYLE, document
 from train.config import TrainConfig
-from train.errors import LOG_FOLDER, find_errors
-from train.files.run_files import read_status, redact, redact_values
+from train.files.run_files import LOG_FOLDER, find_errors, read_status, redact, redact_values
 from train.predict.measured import MEASURED_NAME, PROBE_NAME
 from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, legend_gradient, overview
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, compared_run, comparison_notes, comparison_rows

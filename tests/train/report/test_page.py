@@ -20,8 +20,7 @@ from tests.covering import exhaustive
 from tests.documents import browse, check_policy
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
-from train.errors import ExitReason, write_error
-from train.files.run_files import RankFiles, State, Status, write_status
+from train.files.run_files import ExitReason, RankFiles, State, Status, write_error, write_status
 from train.report.charts import palette, png, relative_shades
 from train.report.page import COMPARISON_NAME, REPORT_NAME, Report, compare, differing_settings
 from train.report.source import History, RunSource, read_loads
