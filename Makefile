@@ -36,11 +36,13 @@ post: .venv/installed
 life: .venv/installed
 	.venv/bin/python -m launch.workflow workflow=life $(ARGS)
 
+# mypy runs next to the tests, which mostly wait; its output follows theirs.
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	$(PYTEST) $(TWO) -m 'not long and not exhaustive' --durations=20 $(ALONE:%=--ignore=%)
+	.venv/bin/mypy >.venv/mypy.log 2>&1 & types=$$!; trap 'kill $$types; exit 130' INT TERM; \
+	$(PYTEST) $(TWO) -m 'not long and not exhaustive' --durations=20 $(ALONE:%=--ignore=%); tests=$$?; \
+	wait $$types; typed=$$?; cat .venv/mypy.log; test $$tests$$typed = 00
 	$(PYTEST) -m 'not long and not exhaustive' --durations=20 $(ALONE)
 
 # Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
