@@ -155,6 +155,23 @@ def test_no_files_and_no_folders_import_each_other_in_a_circle() -> None:
     assert circle_of(folders) == []
 
 
+def lifted_tops(graph: dict[str, set[str]]) -> list[str]:
+    """Returns the files at the top of a package that one of its subfolders imports and that import a subfolder."""
+    inner = {
+        (name, other) for name, others in graph.items() for other in others if name.split("/")[0] == other.split("/")[0]
+    }
+    imported = {other for name, other in inner if name.count("/") > 1 and other.count("/") == 1}
+    return sorted({name for name, other in inner if name in imported and other.count("/") > 1})
+
+
+@pytest.mark.slow
+def test_what_a_subfolder_imports_from_the_top_imports_no_subfolder() -> None:
+    graph = imported_files()
+    assert lifted_tops(graph) == []
+    graph["train/errors.py"].add("train/files/run_files.py")
+    assert lifted_tops(graph) == ["train/errors.py"]
+
+
 def reached(graph: dict[str, set[str]], start: str) -> set[str]:
     """Returns every file that a file imports, directly or through others."""
     found = set[str]()
