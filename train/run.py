@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from comm.agreement import exchange_reports
 from comm.exits import EXIT_CONFIGURATION, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, Preemption
-from comm.groups import Groups, start, stop
+from comm.groups import start, stop
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog, cuda_mark
 from comm.watchdog.job_start import AbsentError
@@ -31,7 +31,7 @@ from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
 from train.core.learner import Learner, LearnersByBatchSize, open_learner
 from train.core.replica import open_replica
-from train.core.world import ReplicaConfig, World, build_groups, open_world
+from train.core.world import ReplicaConfig, World, open_world
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
 from train.files.json_lines import try_append_event
 from train.files.run_files import LOG_FOLDER, ExitReason, RankFiles, State, StatusFile, write_end, write_error
@@ -195,7 +195,6 @@ class _TrainingRank:
         self._preemption = joined.preemption
         self._lines = joined.lines
         self._callbacks = callbacks
-        self._world: World | None = None
         self._learner: Learner | None = None
         self._rejected_checkpoints: tuple[str, ...] = ()
         self._ranks = range(0)
@@ -223,18 +222,17 @@ class _TrainingRank:
         with self._phase("tuning of kernels"):
             tune_kernels(config, layout, device, has_probed=planned.times is not None)
         with self._phase("creation of process groups"):
-            groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
+            depth = config.model.mtp_depth
+            world = open_world(layout, planned.schedule, depth, config.cluster, device, self._log, self._preemption)
         end = _RunOutcome("done", 0)
         try:
-            raise_if_preempted(self._preemption, self._log, groups)
+            raise_if_preempted(world)
             with self._lines.timed("preparation of the data"):
-                prepared = prepare_corpus_together(config, groups, self._log, self._preemption)
-            raise_if_preempted(self._preemption, self._log, groups)
+                prepared = prepare_corpus_together(config, world)
+            raise_if_preempted(world)
             with self._lines.timed("construction of the model"), self._phase("construction of the model"):
-                seconds = config.cluster.timeout_seconds
-                self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
                 replica = open_replica(
-                    self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
+                    world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
                 comparison = open_comparison(config, replica)
                 hook = open_hook(config, replica, prepared, comparison, self._lines.say)
@@ -242,11 +240,11 @@ class _TrainingRank:
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _RunOutcome.of_error(error)
-        self._close(groups)
+        self._close(world)
         status.ended(end.state, end.code, end.reason)
-        if end.code and groups.rank == 0:
+        if end.code and world.rank == 0:
             Report(config).try_to_write()  # it says at its top that the run has failed
-        if end.state == "preempted" and groups.rank == 0:
+        if end.state == "preempted" and world.rank == 0:
             try_append_event(Path(config.out_dir), "preempted", status.step, end.reason)
         if end.error is not None:
             raise end.error
@@ -289,14 +287,13 @@ class _TrainingRank:
             report_breaks(lambda text: try_append_event(out_dir, "output_broken", status.step, text))
         return status
 
-    def _close(self, groups: Groups) -> None:
+    def _close(self, world: World) -> None:
         """Closes what the rank opened, after all ranks have arrived here."""
-        with self._log.collective("world", groups.world, "end of training"):
-            dist.barrier(group=groups.world)
+        with self._log.collective("world", world.groups.world, "end of training"):
+            dist.barrier(group=world.groups.world)
         if self._learner is not None:
             self._learner.close()
-        if self._world is not None:
-            self._world.close()
+        world.close()
 
     def _train(
         self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile

@@ -25,7 +25,7 @@ from model.transformer import named_tensors
 from train.config import TrainConfig
 from train.core.learner import Learner, open_learner
 from train.core.replica import open_replica
-from train.core.world import ReplicaConfig, World, build_groups, open_world
+from train.core.world import ReplicaConfig, World, open_world
 from train.start.plan import Plan, plan
 from train.tasks.registry import open_task
 from verify.checks import CheckFailedError, Failure, Verification
@@ -103,12 +103,13 @@ def opened_world(verification: Verification, config: TrainConfig) -> Iterator[tu
             Failure(rank=report.rank, subject="schedule", difference="differs from that of rank 0", cause=cause)
             for report in others.first
         )
-    groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster)
-    seconds = config.cluster.timeout_seconds
-    world = open_world(layout, groups, device, seconds, verification.log, verification.preemption)
+    depth = config.model.mtp_depth
+    world = open_world(
+        layout, planned.schedule, depth, config.cluster, device, verification.log, verification.preemption
+    )
     yield world, planned
     world.close()
-    _destroy(groups)
+    _destroy(world.groups)
 
 
 @contextmanager

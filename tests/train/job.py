@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.groups import Groups
 from comm.layout import Layout
-from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.shards.open import Prepared
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
-from dualpipe.validate import embedding_ranks, is_mirrored
 from infer.engines.local import LocalEngine
 from kernels.cross_entropy import linear_cross_entropy
 from model.objective import LossSums, MicroBatch, Objective
@@ -69,10 +66,8 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
 
 def make_world(config: TrainConfig, schedule: Schedule) -> World:
     """Opens this rank's world in the test harness' process group."""
-    layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
-    holders = embedding_ranks(schedule, config.model.mtp_depth)
-    groups = Groups(layout, mirrored=is_mirrored(schedule), timeout_seconds=seconds, embedding=holders)
-    return open_world(layout, groups, torch.device("cpu"), seconds, CollectiveLog())
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    return open_world(layout, schedule, config.model.mtp_depth, config.cluster, torch.device("cpu"))
 
 
 @contextmanager

@@ -130,19 +130,20 @@ class World:
 
 def open_world(
     layout: Layout,
-    groups: Groups,
+    schedule: Schedule,
+    mtp_depth: int,
+    cluster: ClusterConfig,
     device: torch.device,
-    timeout_seconds: float,
-    log: CollectiveLog,
+    log: CollectiveLog | None = None,
     preemption: Preemption | None = None,
 ) -> World:
-    """Opens this process's lanes and returns its world."""
+    """Builds this process's groups for a schedule's placement, and opens its lanes. All ranks call it."""
     return World(
         layout=layout,
-        groups=groups,
+        groups=build_groups(layout, schedule, mtp_depth, cluster),
         device=device,
-        timeout_seconds=timeout_seconds,
-        log=log,
+        timeout_seconds=cluster.timeout_seconds,
+        log=log or CollectiveLog(),
         lane=open_lane(device),
         host_copies=open_host_copies(device),
         preemption=preemption or Preemption(),

@@ -26,7 +26,6 @@ from comm.groups import start, stop
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.transfers import DECODING_KINDS, PipelineTransport
-from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from dualpipe.builder import build_schedule, decode
 from dualpipe.ir import Message, Schedule, linked_pairs
@@ -49,7 +48,7 @@ from model.transformer import Transformer, named_tensors, whole
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, open_source, source_folder
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.core.replica import Replica, open_replica
-from train.core.world import PipelineLinks, ReplicaConfig, World, build_groups, build_model, message_key, open_world
+from train.core.world import PipelineLinks, ReplicaConfig, World, build_model, message_key, open_world
 
 ValueT = TypeVar("ValueT")
 
@@ -237,14 +236,12 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     # The schedule only defines the placement; twice as many micro-batches as ranks are valid for every kind.
     schedule = build_schedule(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
-    seconds = config.cluster.timeout_seconds
-    groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster)
-    world = open_world(layout, groups, device, seconds, CollectiveLog())
+    world = open_world(layout, schedule, config.model.mtp_depth, config.cluster, device)
     replica = open_replica(world, _replica_config(config), schedule, config.cut)
     _open_weights(config).fill(named_tensors(replica.model))
     pipeline = ReplicaPipeline(replica)
     yield pipeline
-    dist.barrier(group=groups.world)
+    dist.barrier(group=world.groups.world)
     pipeline.close()
     pipeline.replica.close()
     world.close()

@@ -16,9 +16,6 @@ from torch import distributed as dist
 
 from base.decode import encode, flatten
 from comm.agreement import compare_with_first_rank, exchange_reports, gather_present, sum_over_ranks
-from comm.exits import Preemption
-from comm.groups import Groups
-from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
 from data.progress import NO_PROGRESS
 from data.shards.open import Prepared
@@ -28,6 +25,7 @@ from train.checkpoint.manifest import read_step
 from train.checkpoint.sources import load_initial
 from train.config import TrainConfig
 from train.core.learner import Learner
+from train.core.world import World
 from train.errors import PreemptedError
 from train.files.run_files import HIDDEN, is_secret_name, read_status, redact
 from train.start.corpus import State as CorpusState
@@ -163,40 +161,40 @@ def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=config.out_dir, init_from=None)
 
 
-def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
+def raise_if_preempted(world: World) -> None:
     """Raises PreemptedError on all ranks if one of them was preempted. All ranks call it."""
-    with log.collective("world", groups.world, "check for preemption"):
-        (num_requests,) = sum_over_ranks([preemption.is_requested], groups.world)
+    group = world.groups.world
+    with world.log.collective("world", group, "check for preemption"):
+        (num_requests,) = sum_over_ranks([world.preemption.is_requested], group)
     if num_requests:
-        num_ranks = dist.get_world_size(groups.world)
+        num_ranks = len(world.ranks)
         raise PreemptedError(f"{num_requests} of {num_ranks} ranks received a preemption request before the first step")
 
 
-def prepare_corpus_together(
-    config: TrainConfig, groups: Groups, log: CollectiveLog, preemption: Preemption
-) -> Prepared:
+def prepare_corpus_together(config: TrainConfig, world: World) -> Prepared:
     """Prepares the corpus on all ranks.
 
     One rank per machine builds what the cache lacks. If machines would read different samples, it raises DataError.
     """
+    group = world.groups.world
 
     def exchange(state: CorpusState) -> CorpusState:
-        raise_if_preempted(preemption, log, groups)
+        raise_if_preempted(world)
         is_over, problem = state
-        with log.collective("world", groups.world, "preparation of the corpus"):
-            (num_busy,) = sum_over_ranks([not is_over], groups.world)
-            problems = exchange_reports(problem or None, groups.world)
+        with world.log.collective("world", group, "preparation of the corpus"):
+            (num_busy,) = sum_over_ranks([not is_over], group)
+            problems = exchange_reports(problem or None, group)
         return num_busy == 0, problems.first_text
 
-    build_together(config, exchange, progress_on() if dist.get_rank() == 0 else NO_PROGRESS)
+    build_together(config, exchange, progress_on() if world.rank == 0 else NO_PROGRESS)
     prepared = prepare_corpus(config)
-    with log.collective("world", groups.world, "comparison of the corpus"):
-        expected, others = compare_with_first_rank(prepared.fingerprint, groups.world)
+    with world.log.collective("world", group, "comparison of the corpus"):
+        expected, others = compare_with_first_rank(prepared.fingerprint, group)
     if others.total:
         odd = others.first[0]
         raise DataError(
             f"data: every rank must read the same samples; rank {odd.rank}'s fingerprint is {odd.text}, "
-            f"rank 0's {expected} ({others.name_ranks()} of {dist.get_world_size()} differ). "
+            f"rank 0's {expected} ({others.name_ranks()} of {len(world.ranks)} differ). "
             f"Machines with different Python versions embed different text"
         )
     return prepared

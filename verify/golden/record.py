@@ -22,7 +22,6 @@ from comm.dispatch.registry import TokenSizes
 from comm.groups import start, stop
 from comm.layout import Layout
 from comm.protocol import Label
-from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from data.config import BatchSizes
 from data.loader import Batch
@@ -40,7 +39,7 @@ from train.config import PrecisionConfig
 from train.core.learner import NetworkComparison, open_learner
 from train.core.replica import BatchReader, StepBatch, open_replica
 from train.core.step import accumulate, rates_of, update_router_bias
-from train.core.world import ReplicaConfig, build_groups, open_world
+from train.core.world import ReplicaConfig, open_world
 from train.optim.adamw import MOMENTS, Slice
 from train.tasks.registry import open_task
 from verify.golden.config import GoldenConfig, GoldenRun
@@ -243,8 +242,7 @@ def _open(golden: GoldenConfig, run: GoldenRun, cluster: ClusterConfig) -> Any:
     num_micro_batches = batch.global_sequences // (mesh.data * run.micro_sequences)
     schedule = build_schedule("1f1b" if mesh.pipeline == 1 else "dualpipe", mesh.pipeline, num_micro_batches)
     layout = Layout(mesh, cluster.ranks_per_node)
-    groups = build_groups(layout, schedule, golden.model.mtp_depth, cluster)
-    world = open_world(layout, groups, torch.device("cpu"), cluster.timeout_seconds, CollectiveLog())
+    world = open_world(layout, schedule, golden.model.mtp_depth, cluster, torch.device("cpu"))
     config = ReplicaConfig(
         model=golden.model,
         computing=Computing(products="fp8" if run.precision == "fp8" else "own"),
