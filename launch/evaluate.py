@@ -42,7 +42,6 @@ from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
 from launch.weights.job import (
-    PRELOADED,
     Device,
     Dtype,
     WeightsSource,
@@ -50,7 +49,7 @@ from launch.weights.job import (
     load_model,
     local_cluster,
     open_ranks,
-    run_on_local_ranks,
+    run_on_ranks,
     spread_over_ranks,
 )
 from train.checkpoint.index import WeightsKind
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 FORMAT = 1
+_PRELOADED = ("train.listeners.evaluation",)
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model")
 
 
@@ -315,11 +315,9 @@ def _close(tasks: Sequence[OpenTask]) -> None:
 def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer | None") -> str:
     """Evaluates in a folder, or reports that it is complete. Only rank 0 of torchrun writes there."""
     network = job.spread()
-    if network is not None and is_torchrun(os.environ):
-        apply_rank_environment(network.cluster)
-        if is_other_rank(os.environ):
-            _evaluate_as_rank(job, network, None, lambda name, records: None)
-            return ""
+    if network is not None and is_other_rank(os.environ):
+        run_on_ranks(partial(_evaluate_as_rank, job, network, None), network, _PRELOADED)
+        return ""
     checkpoint = describe_checkpoint(job.source)
     path = Path(job.config.out).expanduser()
     with EvaluationFolder(path, identity(job, checkpoint)) as folder:
@@ -335,13 +333,8 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer
 
         if network is None:
             _evaluate_here(job, tasks, done, write, model)
-        elif is_torchrun(os.environ):
-            _evaluate_as_rank(job, network, done, write)
         else:
-            preloaded = [*PRELOADED, "train.listeners.evaluation"]
-            function = partial(_evaluate_as_rank, job, network, done)
-            num_ranks = network.parallelism.world_size
-            run_on_local_ranks(function, network.cluster, num_ranks, preloaded, write)
+            run_on_ranks(partial(_evaluate_as_rank, job, network, done), network, _PRELOADED, write)
         return write_outcome(job, tasks, records, checkpoint, folder)
 
 

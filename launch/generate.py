@@ -28,9 +28,8 @@ from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
 from launch.cli.entry import command, open_output, plain_text
 from launch.config.compose import compose, system_errors
-from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.ranks.machine import is_other_rank
 from launch.weights.job import (
-    PRELOADED,
     Device,
     Send,
     WeightsSource,
@@ -38,7 +37,7 @@ from launch.weights.job import (
     find_weights,
     load_model,
     open_ranks,
-    run_on_local_ranks,
+    run_on_ranks,
     spread_over_ranks,
 )
 from train.checkpoint.index import WeightsKind
@@ -256,19 +255,15 @@ def main(overrides: Sequence[str]) -> int:
         # Without drafts, ranks do not read the MTP modules.
         source = job.source.without_mtp() if config.speculative is False else job.source
         network = spread_over_ranks(source, config.dtype, config.device, config.parallelism, config.schedule)
-        rollouts = None
-        if network is not None and is_torchrun(os.environ):
-            apply_rank_environment(network.cluster)
-            rollouts = _generate_as_rank(job, network)
-            if is_other_rank(os.environ):
-                return 0
+        if network is not None and is_other_rank(os.environ):
+            _generate_on_ranks(job, network)
+            return 0
         with open_output(config.out) as file:
             if network is None:
                 statistics = _stream(job, file)
             else:
-                if rollouts is None:
-                    rollouts = _generate_on_local_ranks(job, network)
-                statistics = _write_rollouts(job, rollouts, file)
+                print(f"{network.parallelism.world_size} ranks read the weights of {source.folder}", file=sys.stderr)
+                statistics = _write_rollouts(job, _generate_on_ranks(job, network), file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(line, file=sys.stderr, flush=True)
@@ -395,16 +390,13 @@ def _write_rollouts(job: GenerateJob, rollouts: Rollouts, file: TextIO) -> Stati
     return rollouts.statistics
 
 
-def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Rollouts:
-    num_ranks = network.parallelism.world_size
-    print(f"{num_ranks} ranks read the weights of {job.source.folder}", file=sys.stderr, flush=True)
-    preloaded = [*PRELOADED, "infer.engines.pipelined"]
-    rollouts = run_on_local_ranks(partial(_generate_as_rank, job, network), network.cluster, num_ranks, preloaded)
+def _generate_on_ranks(job: GenerateJob, network: InferenceConfig) -> Rollouts:
+    rollouts = run_on_ranks(partial(_generate_as_rank, job, network), network, ["infer.engines.pipelined"])
     assert isinstance(rollouts, Rollouts)
     return rollouts
 
 
-def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | None = None) -> Rollouts:
+def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send) -> Rollouts:
     """Generates as one rank, which sends nothing, and returns all rollouts on every rank."""
     from infer.cohorts import CohortSizes
     from infer.engines.pipelined import PipelinedEngine

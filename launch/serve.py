@@ -31,9 +31,8 @@ from infer.placement import Placement, PlacementError
 from launch.cli.entry import command, plain_text
 from launch.config.compose import compose, system_errors
 from launch.config.folder import read_folder
-from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.ranks.machine import is_other_rank, is_torchrun
 from launch.weights.job import (
-    PRELOADED,
     Device,
     Dtype,
     Send,
@@ -42,7 +41,7 @@ from launch.weights.job import (
     find_weights,
     load_model,
     open_ranks,
-    run_on_local_ranks,
+    run_on_ranks,
     spread_over_ranks,
 )
 from model.config import BLOCK_TOKENS
@@ -256,14 +255,9 @@ def _serve_on_ranks(
 ) -> int:
     """Serves on rank 0 with an engine over all ranks, and returns the exit code. Other ranks pass None."""
     function = partial(_serve_as_rank, config, network, placement, serve)
-    if is_torchrun(os.environ):
-        apply_rank_environment(network.cluster)
-        return function(lambda *message: None)
-    preloaded = [*PRELOADED, "infer.engines.expert_ranks", "infer.serve.http"]
+    preloaded = ("infer.engines.expert_ranks", "infer.serve.http")
     try:
-        code: int = run_on_local_ranks(
-            function, network.cluster, config.ranks, preloaded, _pass_signals_to, grace_seconds=_GRACE_SECONDS
-        )
+        code: int = run_on_ranks(function, network, preloaded, _pass_signals_to, grace_seconds=_GRACE_SECONDS)
     except DeadRankError as error:
         print(f"ranks: {error}", file=sys.stderr, flush=True)
         return EXIT_LOST
@@ -306,9 +300,9 @@ def _serve_as_rank(
         if rank == 0:
             assert serve is not None
             # Ctrl-C in a terminal goes to the whole group; only the parent passes it on. Ranks of torchrun lead one.
-            if os.getpgid(0) != os.getpid():
+            if not is_torchrun(os.environ):
                 os.setpgid(0, 0)
-            send(os.getpid())
+                send(os.getpid())
             code = serve(RanksEngine(serving, config.prefill_ranks, config.rebalance_seconds))
         else:
             try:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
-PRELOADED = ("train.post.pipeline", "launch.weights.job")  # modules that ranks import once, before they are forked
+_PRELOADED = ("train.post.pipeline", "launch.weights.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
 
 
@@ -267,6 +267,27 @@ RankFunction = Callable[[Send], Any]  # what every rank runs. Its module is impo
 
 class RankError(RuntimeError):
     """Raised if a rank failed with an error that is not the user's, or died."""
+
+
+def run_on_ranks(
+    function: RankFunction,
+    network: InferenceConfig,
+    preloaded: Sequence[str],
+    receive: Callable[..., None] = lambda *message: None,
+    *,
+    grace_seconds: float = 0.0,
+) -> Any:
+    """Runs a function as this rank of torchrun, or else on local ranks, and returns its result.
+
+    A rank of torchrun returns its own result. `preloaded` are the modules that the function imports besides those of
+    every command on weights.
+    """
+    if is_torchrun(os.environ):
+        apply_rank_environment(network.cluster)
+        return function(receive)
+    modules = (*_PRELOADED, *preloaded)
+    num_ranks = network.parallelism.world_size
+    return run_on_local_ranks(function, network.cluster, num_ranks, modules, receive, grace_seconds=grace_seconds)
 
 
 def run_on_local_ranks(

@@ -123,7 +123,7 @@ def test_torchrun_ranks_write_once(run: Path, capsys: pytest.CaptureFixture[str]
 def test_layout_that_does_not_fit_is_refused_before_ranks_start(
     overrides: str, error: type[ValueError], parts: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "run_on_local_ranks", lambda *job: pytest.fail("a rank started"))
+    monkeypatch.setattr(generate, "run_on_ranks", lambda *job: pytest.fail("a rank started"))
     assert_refused(error, parts, lambda: main([f"ckpt={run}", "prompt=a", *overrides.split()]))
 
 
