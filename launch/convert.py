@@ -6,11 +6,12 @@ if not __package__:
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from base.decode import decode, encode
 from base.refusal import ConfigError, broken
 from launch import unwound_by_signals
-from launch.cli.entry import check_new_folder, command, plain_text
+from launch.cli.entry import check_new_folder, command, preview_of
 from launch.config.compose import compose, system_errors
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 
@@ -64,14 +65,12 @@ def _check_path(config: Conversion) -> None:
         raise broken("from", rule, f"hf with path={config.path}", "from=checkpoint")
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML, and raises the errors of `main`."""
-    config = _read(overrides)
-    with system_errors():
-        _check(config)
+def _to_plain(config: Conversion) -> dict[str, Any]:
     values = encode(config)
-    return plain_text("convert", {"from": values.pop("source"), **values})
+    return {"from": values.pop("source"), **values}
 
+
+preview = preview_of("convert", _read, _check, _to_plain)
 
 if __name__ == "__main__":
     sys.exit(command("convert", main, preview))

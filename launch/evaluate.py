@@ -38,7 +38,7 @@ from evaluation.run import (
     task_result,
 )
 from evaluation.statistics import PairedComparison, compare
-from launch.cli.entry import command, plain_text
+from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
 from launch.weights.job import (
@@ -299,14 +299,6 @@ def evaluate(job: EvaluationJob, model: "Transformer | None" = None) -> str:
             _close(tasks)
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML."""
-    job = read_job(overrides)
-    with system_errors():
-        _close(job.open_tasks())
-    return plain_text("evaluate", {**encode(job.config), **encode(job.tasks)})
-
-
 def _close(tasks: Sequence[OpenTask]) -> None:
     for opened in tasks:
         opened.task.close()
@@ -372,6 +364,10 @@ def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done |
     finally:
         _close(tasks)
 
+
+preview = preview_of(
+    "evaluate", read_job, lambda job: _close(job.open_tasks()), lambda job: {**encode(job.config), **encode(job.tasks)}
+)
 
 if __name__ == "__main__":
     sys.exit(command("evaluate", main, preview, quiet=is_other_rank(os.environ)))

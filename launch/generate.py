@@ -26,7 +26,7 @@ from dualpipe.registry import ScheduleConfig
 from evaluation.protocol import checked_file, read_lines, read_text, text_field
 from infer.config import Finish, Sampling, Speculative, Statistics, check
 from infer.protocol import NumberedPrompt, Request, Rollouts, TextStream
-from launch.cli.entry import command, open_output, plain_text
+from launch.cli.entry import command, open_output, preview_of
 from launch.config.compose import compose, system_errors
 from launch.ranks.machine import is_other_rank
 from launch.weights.job import (
@@ -270,14 +270,6 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML."""
-    config = _read_config(overrides)
-    with system_errors():
-        _read_job(config)
-    return plain_text("generate", {**encode(config), "stop": [*config.stop.ids, *config.stop.strings]})
-
-
 def _read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
     """Composes and checks the configuration. Everything after `prompt=` is used verbatim."""
     # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
@@ -412,6 +404,12 @@ def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send) ->
         )
         return engine.generate(job.numbered, job.request)
 
+
+def _to_plain(config: GenerateCommandConfig) -> dict[str, Any]:
+    return {**encode(config), "stop": [*config.stop.ids, *config.stop.strings]}
+
+
+preview = preview_of("generate", _read_config, _read_job, _to_plain)
 
 if __name__ == "__main__":
     sys.exit(command("generate", main, preview, quiet=is_other_rank(os.environ)))

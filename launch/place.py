@@ -237,14 +237,7 @@ def _lines(title: str, placement: Placement, pairs: Pairs) -> Iterator[str]:
     yield from aligned([columns, *_rows(placement, pairs)], text=[0, 3])
 
 
-def _checked(overrides: Sequence[str]) -> PlaceCommandConfig:
-    """Decodes the configuration, and reads the loads."""
-    config = _decode(overrides)
-    placement_shape(config, read_measured(config))
-    return config
-
-
-preview = preview_of("place", _checked)
+preview = preview_of("place", _decode, lambda config: placement_shape(config, read_measured(config)))
 
 if __name__ == "__main__":
     sys.exit(command("place", main, preview))

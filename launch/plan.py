@@ -20,7 +20,7 @@ from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
 from dualpipe.registry import ScheduleConfig, candidates
 from infer.deployment import deployment_text, deployment_values
-from launch.cli.entry import command, plain_text, write_output
+from launch.cli.entry import command, preview_of, write_output
 from launch.config import compose
 from launch.config.memory import check_memory
 from launch.config.rules import check_rules
@@ -87,12 +87,6 @@ def answer_request(request: PlanRequest) -> PlanAnswer:
     values = search_values(result) | {"notes": list(request.notes)}
     batches = (given.batch.global_sequences, result.config.batch.global_sequences)
     return PlanAnswer(values, lambda: "\n".join(search_text(values, *batches)))
-
-
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the composed, checked configuration as YAML."""
-    request = read_request(overrides)
-    return plain_text("plan", write_config(request.config) | encode(request.options) | encode(request.planner))
 
 
 def _planned(request: PlanRequest) -> PlanAnswer:
@@ -251,6 +245,12 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
     value = "null" if run_values[key] is None else run_values[key]
     return f"; valid: {key}={value}, as in the run"
 
+
+def _to_plain(request: PlanRequest) -> dict[str, Any]:
+    return {**write_config(request.config), **encode(request.options), **encode(request.planner)}
+
+
+preview = preview_of("plan", read_request, to_plain=_to_plain)
 
 if __name__ == "__main__":
     gc.set_threshold(200_000, 20, 20)  # a plan makes few cycles, and collections took an eighth of its time

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from base.decode import decode, encode
 from base.refusal import ConfigError
-from launch.cli.entry import command, plain_text
+from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
@@ -59,11 +60,11 @@ def _read_run(run: str) -> TrainConfig:
     return replace(read_folder(folder), out_dir=str(folder))
 
 
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML."""
-    values = encode(_decode(overrides))
-    return plain_text("redraw", {**values, "run": values["run"][0] if len(values["run"]) == 1 else values["run"]})
+def _to_plain(config: RedrawConfig) -> dict[str, Any]:
+    return {**encode(config), "run": config.run[0] if len(config.run) == 1 else [*config.run]}
 
+
+preview = preview_of("redraw", _decode, to_plain=_to_plain)
 
 if __name__ == "__main__":
     sys.exit(command("redraw", main, preview))

@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer
 from evaluation.protocol import read_lines
 from infer.config import Sampling, Speculative, check
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
-from launch.cli.entry import command, open_output, plain_text
+from launch.cli.entry import command, open_output, preview_of
 from launch.config.compose import compose, system_errors
 from launch.weights.job import Device, WeightsSource, find_template, find_weights, load_model
 from launch.weights.scored_samples import (
@@ -131,14 +131,6 @@ def main(overrides: Sequence[str]) -> int:
     if warning:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return 0
-
-
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML."""
-    config = _read(overrides)
-    with system_errors():
-        _prepare(config)
-    return plain_text("sample", encode(config))
 
 
 def _read(overrides: Sequence[str]) -> SampleCommandConfig:
@@ -317,6 +309,8 @@ def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
     content = [[repr(problem.messages), problem.answer, repr(problem.tests)] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+
+preview = preview_of("sample", _read, _prepare)
 
 if __name__ == "__main__":
     sys.exit(command("sample", main, preview))

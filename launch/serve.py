@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-from base.decode import decode, encode
+from base.decode import decode
 from base.figures import bytes_text
 from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from base.refusal import ConfigError, broken
@@ -28,7 +28,7 @@ from data.chat.templates import template_of
 from dualpipe.registry import FALLBACK, ScheduleConfig
 from infer.config import Speculative, check
 from infer.placement import Placement, PlacementError
-from launch.cli.entry import command, plain_text
+from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.folder import read_folder
 from launch.ranks.machine import is_other_rank, is_torchrun
@@ -108,14 +108,6 @@ def main(overrides: Sequence[str]) -> int:
             if network is not None:
                 return _serve_on_ranks(config, network, placement, serve)
             return serve(build_engine(config, load_model(source, config.dtype, config.device)))
-
-
-def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML."""
-    config = _decode(overrides)
-    with system_errors():
-        _check(config)
-    return plain_text("serve", encode(config))
 
 
 def _decode(overrides: Sequence[str]) -> ServeCommandConfig:
@@ -335,6 +327,8 @@ def _write_line(text: str) -> None:
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
+
+preview = preview_of("serve", _decode, _check)
 
 if __name__ == "__main__":
     sys.exit(command("serve", main, preview))

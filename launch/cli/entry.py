@@ -197,17 +197,25 @@ def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[lis
     return rest, is_on
 
 
-def plain_text(command: str, values: Mapping[str, Any]) -> str:
-    """Returns the YAML of a command that has no groups, from its checked values."""
-    return f"# python -m launch.{command}\n{_dump(values)}"
+def preview_of(
+    command: str,
+    read: Callable[[Sequence[str]], Any],
+    check: Callable[[Any], object] = lambda config: None,
+    to_plain: Callable[[Any], Mapping[str, Any]] = encode,
+) -> Preview:
+    """Returns the preview of a command: its checked configuration as YAML.
 
-
-def preview_of(command: str, read: Callable[[Sequence[str]], object]) -> Preview:
-    """Returns the preview of a command that has no groups, from what decodes and checks its configuration."""
+    Args:
+        read: decodes the configuration.
+        check: raises the errors of the configuration that `read` does not raise.
+        to_plain: returns the values as the command line names them.
+    """
 
     def preview(overrides: Sequence[str]) -> str:
         with system_errors():
-            return plain_text(command, encode(read(overrides)))
+            config = read(overrides)
+            check(config)
+            return f"# python -m launch.{command}\n{_dump(to_plain(config))}"
 
     return preview
 
