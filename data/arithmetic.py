@@ -32,15 +32,18 @@ _DOMAINS: Mapping[Domain, tuple[str, Callable[[str], Iterable[str]]]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticProblem:
-    """A problem: the user's text, and the only right answer."""
+    """A problem: the user's text, the only right answer, and what to do with the digits."""
 
     prompt: str
     answer: str
+    domain: Domain
 
     def record(self, place: str) -> ProblemRecord:
         """Returns the problem as one of a data set, with its place for errors."""
         messages = (user(self.prompt),)
-        return ProblemRecord(key=self.prompt, messages=messages, answer=self.answer, tests=None, place=place)
+        return ProblemRecord(
+            key=self.prompt, messages=messages, answer=self.answer, tests=None, place=place, domain=self.domain
+        )
 
 
 def is_held_out(prompt: str) -> bool:
@@ -65,7 +68,7 @@ def problem_stream(
         while not prompt or is_held_out(prompt) != (part == "held_out"):
             digits = "".join(map(str, (generator.random_raw(num_digits) % 10).tolist()))
             prompt = form.format(digits)
-        yield ArithmeticProblem(prompt=prompt, answer="".join(arrange(digits)))
+        yield ArithmeticProblem(prompt=prompt, answer="".join(arrange(digits)), domain=domain)
 
 
 def problems(

@@ -4,8 +4,8 @@
     {"prompt": ..., "tests": "assert f(1) == 2"}
     {"prompt": ..., "tests": [{"stdin": "1", "stdout": "2"}]}
 
-A prompt is a string, or a list of messages. Other fields of the object are ignored. The samples of both sources are
-prompts. Source of reasoning-gym: arXiv:2505.24760.
+A prompt is a string, or a list of messages. `domain` may name the kind of problem, such as maths. Other fields of the
+object are ignored. The samples of both sources are prompts. Source of reasoning-gym: arXiv:2505.24760.
 """
 
 import ast
@@ -63,6 +63,7 @@ class ProblemRecord:
     tests: str | tuple[StdinTest, ...] | None
     place: str  # file and line, or number, for errors
     origin: str | None = None  # from what a generator made the problem, as JSON text, if its own verifier must find it
+    domain: str | None = None  # kind of problem, by which parts of a reward are chosen
 
     @property
     def prompt(self) -> str:
@@ -80,7 +81,8 @@ def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answe
     if answer is not None and not answer.strip():
         raise refusal(f"{place}: answer", "must have text", json.dumps(answer), "leave the line out")
     tests = optional(read_tests)(values.get("tests"), f"{place}: tests")
-    return ProblemRecord(key=key, messages=messages, answer=answer, tests=tests, place=place)
+    domain = optional(text_of)(values.get("domain"), f"{place}: domain")
+    return ProblemRecord(key=key, messages=messages, answer=answer, tests=tests, place=place, domain=domain)
 
 
 def read_tests(value: object, place: str) -> str | tuple[StdinTest, ...]:
@@ -193,6 +195,7 @@ def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
             tests=None,
             place=f"data.dataset={source.dataset}, problem {index}",
             origin=json.dumps(origin),
+            domain=source.dataset,
         )
 
 

@@ -99,10 +99,10 @@ class Verifier:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_scorer(kind: str, config: AnswerTaskConfig, **changes: object) -> Any:
+def open_scorer(kind: str, config: AnswerTaskConfig, **changes: Any) -> Any:
     """Builds a scorer of rewards from a task's keys of the same names."""
     spec = SCORERS.get(kind)
-    names = [key.name for key in fields(spec.config) if key.name not in ("kind", "weight", *changes)]
+    names = [key.name for key in fields(spec.config) if key.name not in ("kind", "weight", "domains", *changes)]
     values = {name: getattr(config, name) for name in names}
     return spec.build(spec.config(kind=kind, weight=1.0, **values, **changes))
 

@@ -38,7 +38,7 @@ from launch.weights.scored_samples import (
     select,
     summary,
 )
-from score.reward import Reward, RewardConfig, check_reward, model_part_problem
+from score.reward import Reward, RewardConfig, check_problems, check_reward, model_part_problem
 from score.score import SCORERS, problem_of
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
@@ -178,6 +178,9 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
 
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
     """Rejects a problem to which no part of the reward with a verdict applies."""
+    if any(part.domains is not None for part in reward.parts):
+        check_problems(reward, lambda: problems)
+        return
     kinds = [part.kind for part in reward.parts if part.weight]
     wanted = {field: kind for kind in kinds if (field := SCORERS.get(kind).needs) is not None}
     for problem in problems:
@@ -306,7 +309,7 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
 
 def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
     """Returns a hash of the problems, which identifies them when sampling is resumed."""
-    content = [[repr(problem.messages), problem.answer, repr(problem.tests)] for problem in problems]
+    content = [[repr(problem.messages), problem.answer, repr(problem.tests), problem.domain] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

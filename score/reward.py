@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, NoReturn, Protocol
+from typing import Annotated, NoReturn, Protocol, TypeVar
 
 from base.ranges import PositiveInt
 from data.problems import ProblemRecord
 from score.pool import score_in_threads
 from score.score import (
     SCORERS,
+    SKIPPED,
     Answer,
     GroupScorer,
     Outcome,
@@ -30,29 +31,41 @@ _LARGEST_VALUE = 1e30  # bound of a score, from which sums, squares and weights 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
 _PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct", "skipped")
 _FAULTS: tuple[Outcome, ...] = ("error", "unknown")
-ModelScores = Mapping[str, Sequence[Sequence[Score]]]  # scores by the kind of the part, then by group and answer
+GroupT = TypeVar("GroupT", bound="AnswerGroup")
+ModelScores = Mapping[str, Sequence[Sequence[Score]]]  # scores by the name of the part, then by group and answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """The configuration of a reward: scorers of different kinds, and answers scored at a time."""
+    """The configuration of a reward: its parts, and answers scored at a time."""
 
     parts: tuple[Annotated[ScorerConfig, SCORERS], ...]
     num_threads: PositiveInt
 
     def __post_init__(self) -> None:
-        kinds = [part.kind for part in self.parts]
-        if not kinds:
+        if not self.parts:
             raise ScoringError.broken("reward.parts", "must have at least one part", "[]", "[{kind: exact, ...}]")
-        repeated = [kind for kind, count in Counter(kinds).items() if count > 1]
-        if repeated:
-            count = kinds.count(repeated[0])
-            raise ScoringError(f"reward.parts: must have each kind once, has {repeated[0]} {count} times")
+        for part in self.parts:
+            if part.domains == ():
+                place = f"reward.parts, kind {part.kind}"
+                raise ScoringError.broken(
+                    place, "domains must name at least one domain", "[]", "null, for all problems"
+                )
+
+    @property
+    def named_parts(self) -> dict[str, ScorerConfig]:
+        """The parts by name, in order: the kind, and from its second part on, the kind with a number (`exact_2`)."""
+        counts = Counter[str]()
+        parts: dict[str, ScorerConfig] = {}
+        for part in self.parts:
+            counts[part.kind] += 1
+            parts[part.kind if counts[part.kind] == 1 else f"{part.kind}_{counts[part.kind]}"] = part
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSheet:
-    """The scores of one answer by kind, and their weighted sum.
+    """The scores of one answer by the name of the part, and their weighted sum.
 
     `outcome` joins those of the parts with a verdict; `skipped` if none of them applies, `rated` if there is none.
     """
@@ -107,13 +120,13 @@ class Reward(AbstractContextManager["Reward"]):
 
     def __init__(self, config: RewardConfig, seconds: float = ANSWER_SECONDS) -> None:
         """Builds the scorers. `seconds` is the time of a call of a scorer that sets no deadline itself."""
-        self._weights = {part.kind: part.weight for part in config.parts}
+        self._parts = config.named_parts
         self._num_threads = config.num_threads
         self._seconds = seconds
         self._scorers: dict[str, Scorer | GroupScorer] = {}
         try:
-            for part in config.parts:
-                self._scorers[part.kind] = SCORERS.get(part.kind).build(part)
+            for name, part in self._parts.items():
+                self._scorers[name] = SCORERS.get(part.kind).build(part)
         except BaseException:
             self.close()
             raise
@@ -127,36 +140,51 @@ class Reward(AbstractContextManager["Reward"]):
             scorer.close()
 
     def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
-        """Scores groups of answers in several threads, each answer with every part.
+        """Scores groups of answers in several threads, each answer with every part that judges its problem.
 
         A scorer that fails costs the group of the answer, not the run. One that keeps failing raises `ScoringError`.
         """
-        return _join_scores(groups, {kind: self._score_part(kind, groups) for kind in self._scorers}, self._weights)
+        scores = {
+            name: score_judged(part, groups, partial(self._score_part, name)) for name, part in self._parts.items()
+        }
+        return _join_scores(groups, scores, self._parts)
 
-    def _score_part(self, kind: str, groups: Sequence[AnswerGroup]) -> list[list[Score]]:
+    def _score_part(self, name: str, groups: Sequence[AnswerGroup]) -> list[list[Score]]:
         """Returns a part's scores of all answers, by group."""
-        scorer = self._scorers[kind]
+        scorer = self._scorers[name]
         if isinstance(scorer, GroupScorer):
-            votes = self._run(kind, [partial(scorer.score_group, group.answers, group.problem) for group in groups])
+            votes = self._run(name, [partial(scorer.score_group, group.answers, group.problem) for group in groups])
             return [
-                _checked_group(kind, scores, len(group.answers)) for scores, group in zip(votes, groups, strict=True)
+                _checked_group(name, scores, len(group.answers)) for scores, group in zip(votes, groups, strict=True)
             ]
         calls = [partial(scorer.score, answer, group.problem) for group in groups for answer in group.answers]
-        scores = iter(self._run(kind, calls))
-        return [[checked_score(kind, next(scores)) for _ in group.answers] for group in groups]
+        scores = iter(self._run(name, calls))
+        return [[checked_score(name, next(scores)) for _ in group.answers] for group in groups]
 
-    def _run(self, kind: str, calls: Sequence[Callable[[], object]]) -> list[object]:
+    def _run(self, name: str, calls: Sequence[Callable[[], object]]) -> list[object]:
         """Returns what a scorer's calls returned, or the score of a failure for those that did not return."""
-        seconds = None if SCORERS.get(kind).has_deadline else self._seconds
-        return score_in_threads(kind, calls, self._num_threads, seconds)
+        seconds = None if SCORERS.get(self._parts[name].kind).has_deadline else self._seconds
+        return score_in_threads(name, calls, self._num_threads, seconds)
 
 
-def _join_scores(groups: Sequence[AnswerGroup], scores: ModelScores, weights: Mapping[str, float]) -> list[GroupSheets]:
-    """Returns the sheets of all groups, with the parts in the order of the weights."""
+def score_judged(
+    part: ScorerConfig, groups: Sequence[GroupT], score: Callable[[Sequence[GroupT]], Sequence[Sequence[Score]]]
+) -> list[Sequence[Score]]:
+    """Returns a part's scores by group. It scores only the groups that the part judges, and skips the others."""
+    judged = [group for group in groups if _judges(part, group.problem)]
+    scores = iter(score(judged) if judged else ())
+    return [next(scores) if _judges(part, group.problem) else [SKIPPED] * len(group.answers) for group in groups]
+
+
+def _join_scores(
+    groups: Sequence[AnswerGroup], scores: ModelScores, parts: Mapping[str, ScorerConfig]
+) -> list[GroupSheets]:
+    """Returns the sheets of all groups, with the parts in their order."""
+    weights = {name: part.weight for name, part in parts.items()}
     return [
         GroupSheets(
             sheets=tuple(
-                join_parts({kind: scores[kind][index][number] for kind in weights}, weights)
+                join_parts({name: scores[name][index][number] for name in weights}, weights)
                 for number in range(len(group.answers))
             )
         )
@@ -205,30 +233,69 @@ def combine(
     if host is not None and not models:
         return list(host)
     scores: dict[str, Sequence[Sequence[Score]]] = {
-        kind: [[checked_score(kind, score) for score in group] for group in groups_of_scores]
-        for kind, groups_of_scores in models.items()
+        name: [[checked_score(name, score) for score in group] for group in groups_of_scores]
+        for name, groups_of_scores in models.items()
     }
-    for part in config.parts:
-        if part.kind not in scores and host is not None:
-            scores[part.kind] = [[sheet.parts[part.kind] for sheet in group.sheets] for group in host]
-    return _join_scores(groups, scores, {part.kind: part.weight for part in config.parts})
+    for name in config.named_parts:
+        if name not in scores and host is not None:
+            scores[name] = [[sheet.parts[name] for sheet in group.sheets] for group in host]
+    return _join_scores(groups, scores, config.named_parts)
+
+
+def _judges(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
+    return part.domains is None or problem.domain in part.domains
+
+
+def _applies(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
+    """Returns whether a part judges the domain of a problem, which has the field that the part needs."""
+    field = SCORERS.get(part.kind).needs
+    return _judges(part, problem) and (field is None or getattr(problem, field) is not None)
 
 
 def check_problems(config: RewardConfig, problems: Callable[[], Iterable[ProblemRecord]]) -> None:
-    """Rejects a part of the reward that would skip all problems, which are read as far as needed."""
+    """Rejects a part that would skip all problems, and a problem that no part judges; parts of weight 0 do not count.
 
-    def applies(field: str) -> bool:
-        return any(getattr(problem, field) is not None for problem in problems())
-
-    for part in config.parts:
-        field = SCORERS.get(part.kind).needs
-        if not part.weight or field is None or applies(field):
-            continue
-        valid = [kind for kind, spec in SCORERS.items() if spec.needs is not None and applies(spec.needs)]
+    The problems are read as far as needed.
+    """
+    parts = [part for part in config.parts if part.weight]
+    unused = [part for part in parts if part.domains is not None or SCORERS.get(part.kind).needs is not None]
+    judges_all = len(unused) < len(parts)
+    unjudged = None
+    for problem in problems():
+        if judges_all and not unused:
+            return
+        unused = [part for part in unused if not _applies(part, problem)]
+        if unjudged is None and not any(_applies(part, problem) for part in parts):
+            unjudged = problem
+    if unused:
+        raise ScoringError(_unused_problem(unused[0], list(problems())))
+    if unjudged is not None:
+        domain = "null" if unjudged.domain is None else unjudged.domain
+        fields = dict.fromkeys(f"{SCORERS.get(part.kind).needs}" for part in parts if _judges(part, unjudged))
+        lacks = f", and it lacks {' and '.join(fields)}" if fields else ""
         raise ScoringError(
-            f"reward.parts: kind {part.kind} must apply to a problem, needs the field {field}, which none of the "
-            f"problems has; nearest valid: {', '.join(f'reward={kind}' for kind in valid) or 'reward=python'}"
+            f"{unjudged.place}: must be judged by a part of reward.parts with a weight, is judged by none: its domain "
+            f"is {domain}{lacks}; nearest valid: a part with domains: "
+            f"{'null' if unjudged.domain is None else f'[{domain}]'}, such as kind reward_model or judge"
         )
+
+
+def _unused_problem(part: ScorerConfig, problems: Sequence[ProblemRecord]) -> str:
+    """Returns the message of an error about a part that would skip all problems."""
+    start = f"reward.parts: kind {part.kind} must apply to a problem,"
+    if not any(_judges(part, problem) for problem in problems):
+        valid = sorted({problem.domain for problem in problems if problem.domain is not None})
+        found = ", ".join(part.domains or ())
+        return f"{start} judges domains [{found}], which none of the problems has; nearest valid: {valid or 'null'}"
+    valid = [
+        f"reward={kind}"
+        for kind, spec in SCORERS.items()
+        if spec.needs is not None and any(getattr(problem, spec.needs) is not None for problem in problems)
+    ]
+    return (
+        f"{start} needs the field {SCORERS.get(part.kind).needs}, which none of the problems has; nearest valid: "
+        f"{', '.join(valid) or 'reward=python'}"
+    )
 
 
 def checked_score(kind: str, score: object) -> Score:
@@ -248,6 +315,11 @@ def _checked_group(kind: str, scores: object, count: int) -> list[Score]:
     if not isinstance(scores, Sequence) or len(scores) != count:
         return [failure("error", f"{kind}: must return a score of each answer, does not")] * count
     return [checked_score(kind, score) for score in scores]
+
+
+def part_kind(name: str) -> str:
+    """Returns the kind of a part by its name (see `RewardConfig.named_parts`)."""
+    return name if name in SCORERS else name.rpartition("_")[0]
 
 
 def joint_outcome(outcomes: Sequence[Outcome]) -> Outcome:

@@ -57,18 +57,25 @@ class Problem:
     """A prompt, and what a correct answer must satisfy.
 
     `tests` are assertions as Python source, or inputs with outputs. `origin` says in JSON from what a generator made
-    the problem, if its own verifier must find it.
+    the problem, if its own verifier must find it. `domain` names its kind, by which parts of a reward are chosen.
     """
 
     prompt: str
     answer: str | None = None
     tests: str | tuple[StdinTest, ...] | None = None
     origin: str | None = None
+    domain: str | None = None
 
 
 def problem_of(record: ProblemRecord) -> Problem:
     """Returns what the scorers compare with, of a problem that was read."""
-    return Problem(prompt=record.prompt, answer=record.answer, tests=record.tests, origin=record.origin)
+    return Problem(
+        prompt=record.prompt,
+        answer=record.answer,
+        tests=record.tests,
+        origin=record.origin,
+        domain=record.domain,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,10 +142,14 @@ class FunctionScorer(RatingScorer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerConfig:
-    """The configuration that all scorers share: name and weight; weight 0 only reports the value."""
+    """The configuration that all scorers share. Weight 0 only reports the value.
+
+    `domains` are those of the problems that it judges; None: all problems.
+    """
 
     kind: str
     weight: float
+    domains: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ Only `resolve`, before values are decoded, and the checks after it access files.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from base.decode import decode, encode
 from base.refusal import ConfigError, broken, nearest, nearest_key
-from data.config import DataConfig
+from data.config import DataConfig, with_parts
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer import TRAIN_128K, find_tokenizer_file, other_tokenizer
@@ -255,7 +254,7 @@ def check_files(config: TrainConfig) -> None:
     check_model_parts(config)
     problems = DATA_SOURCES.get(config.data.source.kind).problems
     if config.reward is not None and problems is not None:
-        check_problems(config.reward, partial(problems, config.data.source))
+        check_problems(config.reward, lambda: (record for _, record in with_parts(config.data, problems)))
     if _check_resume(config) or config.initial_weights is None:
         return
     if config.resume not in (None, AUTO):

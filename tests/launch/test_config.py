@@ -122,10 +122,11 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         needs = [*ROLLOUTS, "reward=exact"] if choice.split("=")[0] != "reward" else ROLLOUTS
     if choice in ("reward=none", "rollout=none"):
         needs = []
-    if choice == "reward=reward_model":
+    if choice in ("reward=reward_model", "reward=by_domain"):
+        part = 0 if choice == "reward=reward_model" else 2
         weights = place_weights(tmp_path / "weights")
         with pytest.raises(ConfigError, match="must be a reward model, which has a head for scores"):
-            check(build(choice, *needs, f"reward.parts.0.ckpt={weights}"))
+            check(build(choice, *needs, f"reward.parts.{part}.ckpt={weights}"))
     elif choice == "model=of_checkpoint":
         # Its other half, weights that are whole, is in tests/train/test_init_from.py.
         config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")

@@ -20,6 +20,8 @@ from score.reward import (
     combine,
     host_parts,
     join_parts,
+    part_kind,
+    score_judged,
 )
 from score.score import (
     SCORERS,
@@ -172,6 +174,17 @@ def test_reward_part_that_skips_all_problems_is_refused() -> None:
         check(problems[:2], exact, code)
     with pytest.raises(ScoringError, match=r"kind exact must .* nearest valid: reward=code"):
         check(problems[2:], exact)
+    writing = read_problem({"prompt": "Write.", "answer": None, "domain": "writing"}, "key", "p.jsonl:4")
+    essays = ScorerConfig(kind="reward_model", weight=1.0, domains=("writing", "poems"))
+    check([*problems, writing], exact, code, essays)
+    with pytest.raises(
+        ScoringError, match=r"^p\.jsonl:4: must be judged by .* its domain is writing, and it lacks answer and tests;"
+    ):
+        check([*problems, writing], exact, code)
+    with pytest.raises(ScoringError, match=r"^p\.jsonl:1: .* is null; nearest valid: a part with domains: null"):
+        check([*problems, writing], essays, replace(exact, weight=0.0))
+    with pytest.raises(ScoringError, match=r"judges domains \[poem\], which none .* nearest valid: \['writing'\]"):
+        check([*problems, writing], exact, code, replace(essays, domains=("poem",)))
 
 
 def test_reward_with_checks_that_do_not_apply_is_skipped_and_trained_on_the_other_parts() -> None:
@@ -218,6 +231,31 @@ def test_plurality_is_rewarded_and_the_truth_is_reported() -> None:
     ]
     outcomes = [[sheet.outcome for sheet in group.sheets] for group in found]
     assert outcomes == [["correct", "correct", "wrong"], ["wrong", "wrong", "correct"], ["rated"] * 3]
+
+
+def test_parts_judge_the_problems_of_their_domains() -> None:
+    """A repeated kind has a number in its name, and an answer that a part does not judge gets nothing from it."""
+    words = {**EXACT, "weight": 1, "domains": ["words"]}
+    config = reward_config(words, {**words, "weight": 2, "domains": ["digits"]}, {**EXACT, "weight": 4}, JUDGE)
+    groups = [
+        replace(group, problem=replace(group.problem, domain=domain))
+        for group, domain in zip(ANSWERED, ("words", "digits", None), strict=True)
+    ]
+    host = host_parts(config)
+    assert host is not None
+    with Reward(host) as reward:
+        sheets = reward.score_groups(groups)
+    judged = score_judged(replace(JUDGE, domains=("digits",)), groups, lambda groups: [rated(8, 8, 8) for _ in groups])
+    found = combine(config, groups, sheets, {"judge": judged})
+    assert [list(sheet.parts) for sheet in found[0].sheets] == [["exact", "exact_2", "exact_3", "judge"]] * 3
+    assert [[sheet.total for sheet in group.sheets] for group in found] == [[5, 5, 0], [8, 8, 14], [0, 0, 0]]
+    outcomes = [[score.outcome for score in group.sheets[0].parts.values()] for group in found]
+    assert outcomes == [
+        ["correct", "skipped", "correct", "skipped"],
+        ["skipped", "wrong", "wrong", "rated"],
+        ["skipped"] * 4,
+    ]
+    assert [part_kind(name) for name in found[0].sheets[0].parts] == ["exact"] * 3 + ["judge"]
 
 
 def test_score_of_a_model_that_is_no_number_is_an_error_of_its_group() -> None:

@@ -142,6 +142,7 @@ def _to_plain(number: int, group: Group) -> dict[str, Any]:
         "problem": group.key,
         "text": group.problem.prompt,
         "answer": group.problem.answer,
+        "domain": group.problem.domain,
         "tokens": group.tokens,
         "dropped": group.dropped,
         "samples": [
@@ -169,7 +170,7 @@ def _to_group(values: Mapping[str, Any], found: Iterator[dict[str, tuple[Any, ..
     return Group(
         number=values["prompt"],
         key=values["problem"],
-        problem=Problem(prompt=values["text"], answer=values["answer"]),
+        problem=Problem(prompt=values["text"], answer=values["answer"], domain=values.get("domain")),
         tokens=tuple(values["tokens"]),
         dropped=values["dropped"],
         answers=tuple(_to_answer(values["prompt"], sample, next(found)) for sample in values["samples"]),
@@ -197,7 +198,7 @@ def _to_answer(prompt: int, values: Mapping[str, Any], found: Mapping[str, tuple
 def _split_end(content: bytes) -> tuple[bytes, Mapping[str, Any]]:
     cut = content.rfind(b"\n", 0, -1) + 1
     end = json.loads(content[cut:]) if content.endswith(b"\n") else {}
-    return content[:cut], end if isinstance(end, dict) else {}
+    return content[:cut], end if isinstance(end, dict) and end.get("end") is True else {}
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from data.shards.open import Prepared
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
-from score.reward import ScoreSheet
+from score.reward import ScoreSheet, part_kind
 from score.score import SCORERS, VERDICTS, problem_of
 from train.config import TrainConfig
 from train.config.tasks import RolloutConfig
@@ -276,18 +276,18 @@ def part_means(answers: Sequence[Sample]) -> Mapping[str, float]:
     """Returns the mean value of each part of the reward, over the answers that it could score."""
     values: dict[str, list[float]] = {}
     for answer in answers:
-        for kind, score in answer.sheet.parts.items():
+        for name, score in answer.sheet.parts.items():
             if score.outcome not in ("skipped", "unknown", "error"):
-                values.setdefault(kind, []).append(score.value)
-    return {kind: math.fsum(scores) / len(scores) for kind, scores in values.items()}
+                values.setdefault(name, []).append(score.value)
+    return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
 
 
 def is_right(sheet: ScoreSheet) -> bool | None:
     """Returns whether the parts that check answers find no fault; None if none applies or one fails."""
     checks = [
         score.outcome
-        for kind, score in sheet.parts.items()
-        if SCORERS.get(kind).has_verdict or score.outcome in ("correct", "wrong")
+        for name, score in sheet.parts.items()
+        if SCORERS.get(part_kind(name)).has_verdict or score.outcome in ("correct", "wrong")
     ]
     applied = [outcome for outcome in checks if outcome != "skipped"]
     is_judged = bool(applied) and all(outcome in VERDICTS for outcome in applied)

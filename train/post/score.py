@@ -15,7 +15,7 @@ from infer.reward import score_answers
 from model.objective import MicroBatch
 from model.objectives.pairs import KeepScores
 from model.transformer import Transformer, named_tensors
-from score.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
+from score.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts, score_judged
 from score.score import Score, ScorerConfig, ScoringError, failure
 from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.manifest import CheckpointError
@@ -180,15 +180,15 @@ class JudgePart:
 def open_model_parts(
     config: TrainConfig, policy: Replica, reference: Replica | None, engine: Engine, form: PromptForm
 ) -> Mapping[str, ModelPart]:
-    """Opens the parts of a run's reward that need models, by kind. All ranks call it."""
+    """Opens the parts of a run's reward that need models, by name. All ranks call it."""
     assert config.reward is not None
     parts: dict[str, ModelPart] = {}
-    for part in config.reward.parts:
+    for name, part in config.reward.named_parts.items():
         match part:
             case JudgeConfig():
-                parts[part.kind] = _open_judge(config, part, reference, engine, form)
+                parts[name] = _open_judge(config, part, reference, engine, form)
             case RewardModelScorerConfig():
-                parts[part.kind] = open_reward_model(config, part, policy, form.tokenizer)
+                parts[name] = open_reward_model(config, part, policy, form.tokenizer)
             case ScorerConfig():
                 pass
     return parts
@@ -255,7 +255,11 @@ class RolloutRewards:
         """
         # Rules do not depend on models, so both run at the same time.
         host = None if self._thread is None else self._thread.submit(self._score, groups)
-        models = {kind: part.score(groups, step) for kind, part in self._models.items()}
+        parts = self._config.named_parts
+        models = {
+            name: score_judged(parts[name], groups, partial(part.score, step=step))
+            for name, part in self._models.items()
+        }
         return PendingScores(self._config, self._world, groups, models, host)
 
     def close(self) -> None:
