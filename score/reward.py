@@ -54,7 +54,7 @@ class RewardConfig:
 
     @property
     def named_parts(self) -> dict[str, ScorerConfig]:
-        """The parts by name, in order: the kind, and from its second part on, the kind with a number (`exact_2`)."""
+        """The parts by name, in order: their kind, with a number if it occurs again, such as `exact_2`."""
         counts = Counter[str]()
         parts: dict[str, ScorerConfig] = {}
         for part in self.parts:
@@ -140,7 +140,7 @@ class Reward(AbstractContextManager["Reward"]):
             scorer.close()
 
     def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
-        """Scores groups of answers in several threads, each answer with every part that judges its problem.
+        """Scores groups in several threads, each answer with every part that judges its problem.
 
         A scorer that fails costs the group of the answer, not the run. One that keeps failing raises `ScoringError`.
         """
@@ -170,7 +170,7 @@ class Reward(AbstractContextManager["Reward"]):
 def score_judged(
     part: ScorerConfig, groups: Sequence[GroupT], score: Callable[[Sequence[GroupT]], Sequence[Sequence[Score]]]
 ) -> list[Sequence[Score]]:
-    """Returns a part's scores by group. It scores only the groups that the part judges, and skips the others."""
+    """Returns a part's scores by group, and skips the groups that it does not judge."""
     judged = [group for group in groups if _judges(part, group.problem)]
     scores = iter(score(judged) if judged else ())
     return [next(scores) if _judges(part, group.problem) else [SKIPPED] * len(group.answers) for group in groups]
@@ -253,9 +253,9 @@ def _applies(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
 
 
 def check_problems(config: RewardConfig, problems: Callable[[], Iterable[ProblemRecord]]) -> None:
-    """Rejects a part that would skip all problems, and a problem that no part judges; parts of weight 0 do not count.
+    """Rejects a part that would skip all problems, and a problem that no part judges.
 
-    The problems are read as far as needed.
+    Parts of weight 0 do not count. The problems are read as far as needed.
     """
     parts = [part for part in config.parts if part.weight]
     unused = [part for part in parts if part.domains is not None or SCORERS.get(part.kind).needs is not None]
