@@ -12,12 +12,13 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from base.decode import decode, encode
 from base.ranges import PositiveInt
 from base.refusal import ConfigError
-from comm.config import ParallelismConfig
+from comm.config import DispatchConfig, ParallelismConfig
+from comm.dispatch.registry import DISPATCHERS
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.progress import NO_PROGRESS, Progress
@@ -214,6 +215,7 @@ class GenerateCommandConfig:
     batch_size: int
     parallelism: ParallelismConfig
     schedule: ScheduleConfig
+    dispatch: Annotated[DispatchConfig, DISPATCHERS]
     cohorts: PositiveInt | None
     dtype: Literal["auto", "float32", "bf16"]
     device: Device
@@ -254,7 +256,9 @@ def main(overrides: Sequence[str]) -> int:
         check(job.source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
         # Without drafts, ranks do not read the MTP modules.
         source = job.source.without_mtp() if config.speculative is False else job.source
-        network = spread_over_ranks(source, config.dtype, config.device, config.parallelism, config.schedule)
+        network = spread_over_ranks(
+            source, config.dtype, config.device, config.parallelism, config.schedule, config.dispatch
+        )
         if network is not None and is_other_rank(os.environ):
             _generate_on_ranks(job, network)
             return 0

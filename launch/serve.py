@@ -22,7 +22,8 @@ from base.decode import decode
 from base.figures import bytes_text
 from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from base.refusal import ConfigError, broken
-from comm.config import ParallelismConfig
+from comm.config import DispatchConfig, ParallelismConfig
+from comm.dispatch.registry import DISPATCHERS
 from comm.exits import EXIT_LOST
 from data.chat.templates import template_of
 from dualpipe.registry import FALLBACK, ScheduleConfig
@@ -86,6 +87,7 @@ class ServeCommandConfig:
     drain_seconds: Annotated[float, Between(0, 29)]
     stall_seconds: PositiveFloat
     ranks: PositiveInt
+    dispatch: Annotated[DispatchConfig, DISPATCHERS]
     prefill_ranks: NonNegativeInt
     placement: str | None
     rebalance_seconds: PositiveFloat | None
@@ -129,7 +131,7 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
     mesh = ParallelismConfig(pipeline=1, data=ranks, expert=ranks)
     schedule = ScheduleConfig(kind=FALLBACK, chunks=None, pairing="sequential")
     shared = source.without_mtp() if config.speculative is False else source
-    network = spread_over_ranks(shared, config.dtype, config.device, mesh, schedule)
+    network = spread_over_ranks(shared, config.dtype, config.device, mesh, schedule, config.dispatch)
     num_experts = source.model.num_routed_experts
     if config.placement is None:
         return source, network, Placement.in_order(num_experts, ranks)

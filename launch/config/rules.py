@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 from base.refusal import ConfigError, broken, divisors, multiples
-from comm.config import ParallelismConfig
-from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError
+from comm.config import DispatchConfig, ParallelismConfig
+from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError, DispatchSite
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import ramp_sizes
 from data.registry import DATA_SOURCES
@@ -231,9 +231,10 @@ def _check_profile(config: TrainConfig) -> None:
             raise broken(key, "must name each at most once", _listed(chosen), _listed(dict.fromkeys(chosen)))
 
 
-def _check_exchange(config: TrainConfig) -> None:
+def check_exchange(dispatch: DispatchConfig, site: DispatchSite) -> None:
+    """Rejects a dispatcher that the ranks or the router cannot use."""
     try:
-        DISPATCHERS.get(config.dispatch.kind).check(config.dispatch, config.dispatch_site)
+        DISPATCHERS.get(dispatch.kind).check(dispatch, site)
     except DispatchRequirementError as error:
         raise ConfigError(str(error)) from error
 
@@ -463,7 +464,7 @@ _SIZE_RULES: tuple[Callable[[TrainConfig], None], ...] = (
     _check_ramp,
     _check_ranks,
     lambda config: check_experts(config.model, config.parallelism.expert),
-    _check_exchange,
+    lambda config: check_exchange(config.dispatch, config.dispatch_site),
     check_optim,
 )
 """Rules about sizes, each of which relies on those before it."""

@@ -17,10 +17,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from base.refusal import ConfigError, nearest
+from base.refusal import ConfigError, broken, nearest
 from base.registry import loaded_plugins
 from base.workers import end_with_parent
-from comm.config import ClusterConfig, ParallelismConfig
+from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.exits import EXIT_LOST, STOPPED_LOOKS, is_stopped
 from data.chat.encode import check_tokens
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
@@ -28,7 +28,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig, check_size
 from launch.config.compose import load_plugin_files, user_errors
-from launch.config.rules import check_expert_ranks, check_experts
+from launch.config.rules import check_exchange, check_expert_ranks, check_experts
 from launch.ranks.local import scratch_folder
 from launch.ranks.machine import apply_rank_environment, check_world_size, is_torchrun, local_rank_environment
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
@@ -50,6 +50,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
 _PRELOADED = ("train.post.pipeline", "launch.weights.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
+_DEFAULT_DISPATCH = "all_to_all"  # of the commands that have the group, also if one rank has all experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,15 +185,22 @@ def _check_memory(source: WeightsSource, weight_bytes: int) -> None:
 
 
 def spread_over_ranks(
-    source: WeightsSource, dtype: Dtype, device: Device, mesh: ParallelismConfig, schedule: ScheduleConfig
+    source: WeightsSource,
+    dtype: Dtype,
+    device: Device,
+    mesh: ParallelismConfig,
+    schedule: ScheduleConfig,
+    dispatch: DispatchConfig | None = None,
 ) -> InferenceConfig | None:
     """Returns how ranks hold the model together, checked, or None if one process holds the whole model."""
+    if mesh.expert == 1 and dispatch is not None and dispatch.kind not in (_DEFAULT_DISPATCH, "local"):
+        raise broken("dispatch", "needs ranks that share the experts", dispatch.kind, f"dispatch={_DEFAULT_DISPATCH}")
     if mesh.world_size == 1:
         return None
     if is_torchrun(os.environ):
         check_world_size(mesh, os.environ)
     kind, cut = _check_ranks(source.model, mesh, schedule)
-    return InferenceConfig(
+    network = InferenceConfig(
         ckpt=source.ckpt,
         weights=source.weights,
         model=source.model,
@@ -201,7 +209,11 @@ def spread_over_ranks(
         parallelism=mesh,
         kind=kind,
         cut=cut,
+        dispatch=dispatch,
     )
+    if dispatch is not None and mesh.expert > 1:
+        check_exchange(dispatch, network.dispatch_site)
+    return network
 
 
 def _check_ranks(

@@ -99,7 +99,10 @@ def test_concurrent_requests_get_the_texts_of_generate_and_a_lost_rank_is_named(
     loads.write_text(json.dumps({"step": 1, **rows}) + "\n")
     sizes = ["ranks=4", "ranks_per_node=4", "redundant=4", "groups=4", "layers=2", "format=json"]
     assert run_place([f"loads={loads}", *sizes, f"out={placement}"]) == 0
-    with started(run, "ranks=4", f"placement={placement}", "rebalance_seconds=0.2") as (server, url):
+    with started(run, "ranks=4", "dispatch=two_hop", f"placement={placement}", "rebalance_seconds=0.2") as (
+        server,
+        url,
+    ):
         order = rng.sample(range(50), 50)
         with ThreadPoolExecutor(16) as threads:
             answers = dict(
@@ -171,6 +174,8 @@ def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
     [
         ("ranks=3", ConfigError, ["num_routed_experts", "is 8"]),
         ("ranks=2 prefill_ranks=2", ConfigError, ["prefill_ranks", "less than ranks=2", "is 2", "valid: 1"]),
+        ("dispatch=two_hop", ConfigError, ["dispatch", "ranks that share the experts", "dispatch=all_to_all"]),
+        ("ranks=2 dispatch=local", ConfigError, ["dispatch", "needs parallelism.expert=1"]),
         ("rebalance_seconds=5", ConfigError, ["ranks", "at least 2"]),
         ("ranks=2 placement=FILE", PlacementError, ["placement", "ranks=2 and 8 experts", "for 4 and 8"]),
         ("ranks=4 placement=FILE", PlacementError, ["placement", "must place layers from", "is of layer 99"]),

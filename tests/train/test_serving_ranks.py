@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from comm.config import TwoHopDispatchConfig
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling, Speculative
 from infer.continuous import ContinuousEngine
@@ -24,6 +25,9 @@ from tests.train.test_decoding import Layout, config_of, foresee, opened
 NUM_RANKS = 4
 SHAPE = PlacementShape(num_experts=8, num_groups=4, num_ranks=NUM_RANKS, num_nodes=1, num_redundant=4, policy="global")
 PLACEMENT = Placement(shape=SHAPE, layers={}).rebalanced({1: np.array([90.0, 1, 1, 2, 50, 3, 2, 1])})
+TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=2, node_cap="verify", chunks=2, partial_sums="rows"
+)
 IN_ORDER = Placement(shape=replace(SHAPE, num_redundant=0), layers={})
 
 
@@ -60,12 +64,13 @@ class Variant:
     placement: Placement = IN_ORDER
     prefill_ranks: int = 0
     rebalance_seconds: float | None = None
+    two_hop: bool = False
 
 
 VARIANTS = (
     Variant(speculative=False, prefix_cache=False),
     Variant(speculative="auto", placement=PLACEMENT, rebalance_seconds=0.25),
-    Variant(speculative="auto", prefill_ranks=2),
+    Variant(speculative="auto", prefill_ranks=2, two_hop=True),
 )
 
 
@@ -81,7 +86,10 @@ class Served:
 def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
     served = []
     for variant in VARIANTS:
-        with opened(config_of(Layout(kind="1f1b", data=world_size, expert=world_size), folder)) as (_, pipeline):
+        config = config_of(Layout(kind="1f1b", data=world_size, expert=world_size), folder)
+        if variant.two_hop:
+            config = replace(config, dispatch=TWO_HOP, cluster=replace(config.cluster, ranks_per_node=2))
+        with opened(config) as (_, pipeline):
             pipeline.place_experts(variant.placement)
             engine = ContinuousEngine(
                 pipeline.model,

@@ -14,6 +14,7 @@ from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
 from evaluation.protocol import EVALUATION_TASKS, EvaluationTaskConfig
+from infer.cohorts import PROMPT_TOKENS
 from kernels.attention import ATTENTION
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
@@ -230,7 +231,8 @@ Precision = PrecisionConfig | Fp8PrecisionConfig
 class InferenceConfig:
     """Weights that ranks hold together to generate, under the placement of a kind of schedule.
 
-    `ckpt` is a Hugging Face folder, converted weights, a run's folder or a checkpoint.
+    `ckpt` is a Hugging Face folder, converted weights, a run's folder or a checkpoint. `dispatch`: None for one
+    all-to-all without a limit of nodes.
     """
 
     ckpt: str
@@ -241,6 +243,24 @@ class InferenceConfig:
     parallelism: ParallelismConfig
     kind: str
     cut: tuple[range, ...]
+    dispatch: DispatchConfig | None = None
+
+    @property
+    def dispatch_site(self) -> DispatchSite:
+        """The sizes of what a rank dispatches to experts that are in order, and the ranks that take part."""
+        model = self.model
+        tokens = TokenSizes(
+            max_tokens=PROMPT_TOKENS, hidden_size=model.hidden_size, num_choices=model.num_experts_per_token
+        )
+        return DispatchSite(
+            cluster=self.cluster,
+            parallelism=self.parallelism,
+            precision=self.dtype,
+            tokens=tokens,
+            num_experts=model.num_routed_experts,
+            num_groups=model.num_expert_groups,
+            num_limited_groups=model.num_limited_groups,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

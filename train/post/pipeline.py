@@ -21,7 +21,6 @@ from comm.config import AllToAllDispatchConfig, DispatchConfig, LocalDispatchCon
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import ExchangeGroup, Observers
-from comm.dispatch.registry import TokenSizes
 from comm.groups import start, stop
 from comm.layout import Layout
 from comm.protocol import Dispatcher
@@ -34,7 +33,7 @@ from dualpipe.runtime.execute import Execution, execute, open_clock
 from dualpipe.runtime.pairing import sequential
 from dualpipe.runtime.program import Lane, PipelineStage, Program
 from dualpipe.validate import validate
-from infer.cohorts import PROMPT_TOKENS, CohortSizes
+from infer.cohorts import CohortSizes
 from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined import PipelinedEngine
@@ -257,21 +256,16 @@ def _open_weights(config: InferenceConfig) -> HfReader | CheckpointReader:
 def _replica_config(config: InferenceConfig) -> ReplicaConfig:
     model = config.model
     products = products_of(config.dtype)
-    dispatch: DispatchConfig = (
-        AllToAllDispatchConfig(
-            kind="all_to_all", payload="full", max_nodes=config.parallelism.expert, node_cap="verify"
-        )
-        if config.parallelism.expert > 1
-        else LocalDispatchConfig(kind="local", payload="full")
-    )
+    dispatch: DispatchConfig = LocalDispatchConfig(kind="local", payload="full")
+    if (ranks := config.parallelism.expert) > 1:
+        unlimited = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=ranks, node_cap="verify")
+        dispatch = config.dispatch or unlimited
     return ReplicaConfig(
         model=model,
         computing=Computing(products=products),
         precision=PrecisionConfig(kind=config.dtype if config.dtype in ("float64", "float32") else "bf16"),
         dispatch=dispatch,
-        tokens=TokenSizes(
-            max_tokens=PROMPT_TOKENS, hidden_size=model.hidden_size, num_choices=model.num_experts_per_token
-        ),
+        tokens=config.dispatch_site.tokens,
         # Sizes of training, which is not run.
         batch=BatchConfig(
             sequence_length_tokens=1, global_sequences=1, ramp=None, micro_sequences=1, document_mask=False
