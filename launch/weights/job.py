@@ -195,6 +195,8 @@ def spread_over_ranks(
     """Returns how ranks hold the model together, checked, or None if one process holds the whole model."""
     if mesh.expert == 1 and dispatch is not None and dispatch.kind not in (_DEFAULT_DISPATCH, "local"):
         raise broken("dispatch", "needs ranks that share the experts", dispatch.kind, f"dispatch={_DEFAULT_DISPATCH}")
+    if mesh.expert == 1 and dispatch is not None and dispatch.payload != "full":
+        raise broken("dispatch.payload", "needs ranks that share the experts", dispatch.payload, "full")
     if mesh.world_size == 1:
         return None
     if is_torchrun(os.environ):

@@ -175,6 +175,7 @@ def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
         ("ranks=3", ConfigError, ["num_routed_experts", "is 8"]),
         ("ranks=2 prefill_ranks=2", ConfigError, ["prefill_ranks", "less than ranks=2", "is 2", "valid: 1"]),
         ("dispatch=two_hop", ConfigError, ["dispatch", "ranks that share the experts", "dispatch=all_to_all"]),
+        ("dispatch.payload=fp8", ConfigError, ["dispatch.payload", "ranks that share the experts", "valid: full"]),
         ("ranks=2 dispatch=local", ConfigError, ["dispatch", "needs parallelism.expert=1"]),
         ("rebalance_seconds=5", ConfigError, ["ranks", "at least 2"]),
         ("ranks=2 placement=FILE", PlacementError, ["placement", "ranks=2 and 8 experts", "for 4 and 8"]),
