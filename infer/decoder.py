@@ -317,10 +317,10 @@ class PartDecoder:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
         dispatcher = self._model.dispatcher
         wire = block.wire()
-        routing = attended.routing
+        routing = moe.choose_slots(attended.routing)
         base_1ND = attended.residual_BTD
         rows = attended.rows
-        handle = moe.plan(dispatcher, routing)
+        handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
         arrived = dispatcher.dispatch(wire.pack(rows), routing.weights_TK, handle).wait()
         routed_AD = moe.experts(wire.unpack(arrived.rows_AD, rows), arrived.weights_A, arrived.counts, None)
         if moe.shared_experts is not None:

@@ -1,17 +1,19 @@
 """Moves the weights of routed experts between ranks, to the slots of a placement.
 
 Shape legend: E experts, R ranks, K slots of a rank, C copies of an expert at most, N experts that are sent or arrive,
-W numbers of an expert.
+W numbers of an expert, S shared experts, M their columns, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infer.placement import Experts, Placement
+from infer.placement import Experts, Placement, PlacementShape
 from model.block import ExpertCopies, Moe
+from model.config import ModelConfig
 from model.transformer import Transformer, routers
 
 Exchange = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
@@ -32,7 +34,43 @@ def place_experts(model: Transformer, before: Placement, after: Placement, rank:
         after_RK = after.slots(layer)
         if not np.array_equal(before_RK, after_RK):
             _move(moe, before_RK, after_RK, rank, exchange)
-        moe.copies = _copies(after_RK, rank, moe.gate.weight.device)
+        num_shared = after.shape.num_experts - model.config.num_routed_experts
+        moe.copies = _copies(after_RK, rank, num_shared, moe.gate.weight.device)
+
+
+@torch.no_grad()
+def route_shared_experts(model: Transformer) -> None:
+    """Turns the shared experts of all MoE layers into routed ones, which follow the others on this rank."""
+    config = model.config
+    for layer in routers(model):
+        moe = model.block(layer).moe
+        assert moe is not None
+        assert moe.shared_experts is not None
+        # Columns of the network of all shared experts are those of one expert after the other: S experts of M columns.
+        shape = (config.num_shared_experts, config.expert_intermediate_size, config.hidden_size)
+        gate_SMD = moe.shared_experts.gate_proj.weight.view(shape)
+        up_SMD = moe.shared_experts.up_proj.weight.view(shape)
+        down_SDM = moe.shared_experts.down_proj.weight.T.reshape(shape).mT
+        experts = moe.experts
+        experts.gate_up_proj = nn.Parameter(torch.cat((experts.gate_up_proj, torch.cat((gate_SMD, up_SMD), 1))))
+        experts.down_proj = nn.Parameter(torch.cat((experts.down_proj, down_SDM)))
+        experts.experts = (*experts.experts, *_shared_numbers(config))
+        moe.shared_experts = None
+
+
+def loaded_placement(config: ModelConfig, held: Sequence[Sequence[int]], after: PlacementShape) -> Placement:
+    """Returns the placement before the first one, given the routed experts that each rank has loaded.
+
+    Each rank also has the shared experts, if those are placed.
+    """
+    shared = _shared_numbers(config) if after.num_experts > config.num_routed_experts else ()
+    slots_S = np.array([expert for experts in held for expert in (*experts, *shared)])
+    shape = replace(after, num_groups=1, num_nodes=1, policy="global", num_redundant=len(slots_S) - after.num_experts)
+    return Placement(shape=shape, layers=dict.fromkeys(range(config.num_layers + config.mtp_depth), slots_S))
+
+
+def _shared_numbers(config: ModelConfig) -> range:
+    return range(config.num_routed_experts, config.num_routed_experts + config.num_shared_experts)
 
 
 def expert_loads(model: Transformer) -> dict[int, Tensor]:
@@ -41,7 +79,7 @@ def expert_loads(model: Transformer) -> dict[int, Tensor]:
     return {layer: table.load_E for layer, table in copies.items() if table is not None}
 
 
-def _copies(experts_RK: Experts, rank: int, device: torch.device) -> ExpertCopies:
+def _copies(experts_RK: Experts, rank: int, num_shared: int, device: torch.device) -> ExpertCopies:
     """Returns the slots of each expert. Rows of experts with fewer copies repeat the first slot."""
     slots = [np.flatnonzero(experts_RK.ravel() == expert) for expert in range(int(experts_RK.max()) + 1)]
     widest = max(map(len, slots))
@@ -51,6 +89,7 @@ def _copies(experts_RK: Experts, rank: int, device: torch.device) -> ExpertCopie
         copies_E=torch.tensor([len(slots_C) for slots_C in slots], device=device),
         load_E=torch.zeros(len(slots), dtype=torch.int64, device=device),
         first=rank,
+        num_shared=num_shared,
     )
 
 

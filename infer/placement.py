@@ -76,16 +76,24 @@ class PlacementShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """The expert of each slot, S, of the layers that are placed. Other layers have `default_layer`."""
+    """The expert of each slot, S, of the layers that are placed.
+
+    Other layers have `default_layer`, or equal loads if nodes have whole groups.
+    """
 
     shape: PlacementShape
     layers: Mapping[int, Experts]
 
     @classmethod
     def in_order(cls, num_experts: int, num_ranks: int) -> Self:
-        """Returns the placement with an equal number of consecutive experts on each rank."""
+        """Returns the placement with consecutive experts on each rank; the first ones fill the last slots."""
         shape = PlacementShape(
-            num_experts=num_experts, num_groups=1, num_ranks=num_ranks, num_nodes=1, num_redundant=0, policy="global"
+            num_experts=num_experts,
+            num_groups=1,
+            num_ranks=num_ranks,
+            num_nodes=1,
+            num_redundant=-num_experts % num_ranks,
+            policy="global",
         )
         return cls(shape=shape, layers={})
 
@@ -121,7 +129,11 @@ class Placement:
 
     def slots(self, layer: int) -> Experts:
         """Returns the experts of each rank's slots of a layer, RK."""
-        slots_S = self.layers.get(layer, default_layer(self.shape))
+        slots_S = self.layers.get(layer)
+        if slots_S is None and self.shape.policy == "hierarchical":
+            slots_S = place_layer(np.ones(self.shape.num_experts), self.shape)  # copies stay on the node of their group
+        if slots_S is None:
+            slots_S = default_layer(self.shape)
         return slots_S.reshape(self.shape.num_ranks, -1)
 
     def rebalanced(self, loads: Mapping[int, Loads]) -> Self:

@@ -39,6 +39,7 @@ class PlaceCommandConfig:
     ranks: PositiveInt
     ranks_per_node: PositiveInt
     redundant: NonNegativeInt | None
+    shared: bool
     policy: Literal["auto", "hierarchical", "global"]
     groups: PositiveInt | None
     layers: PositiveInt | None
@@ -97,7 +98,20 @@ def read_measured(config: PlaceCommandConfig) -> MeasuredLoads:
         for layer, load_E in loads.items():
             weight = 1.0 if domains is None else domains.get(name, 0.0) / max(float(load_E.sum()), 1.0)
             total[layer] = total.get(layer, 0.0) + weight * load_E
+    if config.shared:
+        total = _with_shared(total, model, config)
     return MeasuredLoads(loads=total, title=f"{title}: {', '.join(domains)}" if domains else title, model=model)
+
+
+def _with_shared(loads: Mapping[int, Loads], model: ModelConfig | None, config: PlaceCommandConfig) -> dict[int, Loads]:
+    """Returns the loads followed by those of the shared experts: all tokens of the layer."""
+    if model is None or not model.num_shared_experts:
+        raise broken("shared", "needs the folder of a run whose model has shared experts", "true", "false")
+    if config.format in ("sglang", "vllm"):
+        raise broken("shared", f"must be false with format={config.format}, which has no such experts", "true", "false")
+    # The router counts each token once for each of its experts.
+    tokens = {layer: float(load_E.sum()) / model.num_experts_per_token for layer, load_E in loads.items()}
+    return {layer: np.append(load_E, [tokens[layer]] * model.num_shared_experts) for layer, load_E in loads.items()}
 
 
 def _read_run(file: Path, config: PlaceCommandConfig) -> tuple[dict[str, dict[int, Loads]], str, ModelConfig | None]:
@@ -158,7 +172,7 @@ def placement_shape(config: PlaceCommandConfig, measured: MeasuredLoads) -> Plac
         near = " or ".join(str(max(per_node, config.ranks // per_node * per_node + more)) for more in (0, per_node))
         raise broken("ranks", f"must be a multiple of ranks_per_node={per_node}", config.ranks, near)
     nodes = config.ranks // per_node
-    groups = config.groups or (1 if measured.model is None else measured.model.num_expert_groups)
+    groups = config.groups or (1 if measured.model is None or config.shared else measured.model.num_expert_groups)
     auto: Policy = "hierarchical" if groups % nodes == 0 else "global"
     policy = auto if config.policy == "auto" else config.policy
     redundant = config.redundant

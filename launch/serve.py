@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,16 +22,17 @@ from base.decode import decode
 from base.figures import bytes_text
 from base.ranges import Between, NonNegativeInt, PositiveFloat, PositiveInt
 from base.refusal import ConfigError, broken
-from comm.config import DispatchConfig, ParallelismConfig
+from comm.config import CappedDispatchConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS
 from comm.exits import EXIT_LOST
 from data.chat.templates import template_of
 from dualpipe.registry import FALLBACK, ScheduleConfig
 from infer.config import Speculative, check
-from infer.placement import Placement, PlacementError
+from infer.placement import Placement, PlacementError, PlacementShape
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.config.folder import read_folder
+from launch.config.rules import check_exchange
 from launch.ranks.machine import is_other_rank, is_torchrun
 from launch.weights.job import (
     Device,
@@ -131,14 +132,26 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
     mesh = ParallelismConfig(pipeline=1, data=ranks, expert=ranks)
     schedule = ScheduleConfig(kind=FALLBACK, chunks=None, pairing="sequential")
     shared = source.without_mtp() if config.speculative is False else source
-    network = spread_over_ranks(shared, config.dtype, config.device, mesh, schedule, config.dispatch)
+    network = spread_over_ranks(
+        shared, config.dtype, config.device, mesh, schedule, config.dispatch, places_experts=True
+    )
+    placement = _placement(config, source)
+    if network is not None:
+        check_nodes(config, network, placement.shape)
+    return source, network, placement
+
+
+def _placement(config: ServeCommandConfig, source: WeightsSource) -> Placement:
+    """Returns where the experts are: as the file says, or in order."""
+    ranks = config.ranks
     num_experts = source.model.num_routed_experts
     if config.placement is None:
-        return source, network, Placement.in_order(num_experts, ranks)
+        return Placement.in_order(num_experts, ranks)
     placement = Placement.read(read_json(Path(config.placement).expanduser()), "placement")
     sizes = (placement.shape.num_ranks, placement.shape.num_experts)
-    if sizes != (ranks, num_experts):
-        rule = f"must be for ranks={ranks} and {num_experts} experts"
+    with_shared = num_experts + source.model.num_shared_experts
+    if sizes[0] != ranks or sizes[1] not in (num_experts, with_shared):
+        rule = f"must be for ranks={ranks} and {num_experts} experts, or {with_shared} with the shared ones"
         near = f"python -m launch.place ranks={ranks} format=json"
         raise PlacementError.broken("placement", rule, f"for {sizes[0]} and {sizes[1]}", near)
     # MTP modules follow the layers. The size of those that are left out is not known.
@@ -147,7 +160,28 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
     if others := [layer for layer in placement.layers if layer not in layers]:
         rule = f"must place layers from {layers.start} to {layers.stop - 1}"
         raise PlacementError.broken("placement", rule, f"of layer {others[0]}", "a new placement")
-    return source, network, placement
+    return placement
+
+
+def check_nodes(config: ServeCommandConfig, network: InferenceConfig, shape: PlacementShape) -> None:
+    """Rejects a dispatcher whose limit of nodes a token may exceed with the placement."""
+    dispatch = config.dispatch
+    site = network.dispatch_site
+    nodes = -(-config.ranks // network.cluster.ranks_per_node)
+    if config.placement is None and config.rebalance_seconds is None and not shape.num_redundant:
+        check_exchange(dispatch, site)  # experts stay in order
+        return
+    if isinstance(dispatch, CappedDispatchConfig):
+        # A token's groups are on as many nodes if each node has whole groups, else its experts are anywhere.
+        sizes = (shape.num_nodes, shape.num_groups)
+        has_groups = shape.policy == "hierarchical" and sizes == (nodes, site.num_groups)
+        most = min(nodes, site.num_limited_groups) if has_groups else nodes
+        if dispatch.node_cap == "verify" and most > dispatch.max_nodes:
+            rule = f"a token may be sent to {most} nodes with this placement"
+            near = f"{most}, dispatch.node_cap=clip, or a placement with policy=hierarchical for {nodes} nodes"
+            raise broken("dispatch.max_nodes", rule, dispatch.max_nodes, near)
+        dispatch = replace(dispatch, max_nodes=nodes)
+    check_exchange(dispatch, replace(site, num_experts=shape.num_slots, num_groups=1, num_limited_groups=1))
 
 
 def describe_model(config: ServeCommandConfig, source: WeightsSource) -> "ServedModel":

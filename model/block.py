@@ -4,7 +4,7 @@ Shape legend: N = B T, A received rows in the experts' order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class ExpertCopies:
 
     Attributes:
         slots_EC: slots of each expert, of which the first `copies_E` count.
+        num_shared: last experts, which are the shared ones as routed experts of all tokens.
         load_E: tokens of each expert on this rank so far.
         first: copy that the first token of a pass takes. Ranks differ, so that a token on each uses all copies.
     """
@@ -38,12 +39,19 @@ class ExpertCopies:
     copies_E: Tensor
     load_E: Tensor
     first: int
+    num_shared: int
 
-    def choose(self, ids_TK: Tensor) -> Tensor:
-        """Counts the chosen experts, and returns a slot of each, TK. Neighboring tokens take other copies."""
+    def choose(self, routing: Routing) -> Routing:
+        """Counts the chosen experts, and returns slots in their place. Neighboring tokens take other copies."""
+        num_experts = len(self.copies_E)
+        # Shared experts follow the choices of the router, with weight 1: K grows by their number.
+        shared_S = torch.arange(num_experts - self.num_shared, num_experts, device=routing.ids_TK.device)
+        ids_TK = torch.cat((routing.ids_TK, shared_S.expand(len(routing.ids_TK), -1)), 1)
+        weights_TK = functional.pad(routing.weights_TK, (0, self.num_shared), value=1.0)
         self.load_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
         numbers_T1 = torch.arange(self.first, self.first + len(ids_TK), device=ids_TK.device)[:, None]
-        return self.slots_EC[ids_TK, numbers_T1 % self.copies_E[ids_TK]]
+        slots_TK = self.slots_EC[ids_TK, numbers_T1 % self.copies_E[ids_TK]]
+        return replace(routing, ids_TK=slots_TK, weights_TK=weights_TK)
 
 
 class Moe(nn.Module):
@@ -60,10 +68,9 @@ class Moe(nn.Module):
         self.experts = RoutedExperts(hidden, narrow, experts, dtype, linears)
         self.shared_experts = Mlp(hidden, shared * narrow, dtype, linears) if shared else None
 
-    def plan(self, dispatcher: Dispatcher, routing: Routing) -> Handle:
-        """Plans the exchange of the rows of routed tokens."""
-        ids_TK = routing.ids_TK if self.copies is None else self.copies.choose(routing.ids_TK)
-        return dispatcher.plan(ids_TK, routing.weights_TK)
+    def choose_slots(self, routing: Routing) -> Routing:
+        """Returns the routing to the slots of experts, which are the experts themselves unless they were placed."""
+        return routing if self.copies is None else self.copies.choose(routing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,19 +260,20 @@ def run_block(
     residual_BTD = attended.residual_BTD
     rows = attended.rows
     routing = attended.routing
-    handle = block.moe.plan(dispatcher, routing)
+    slots = block.moe.choose_slots(routing)
+    handle = dispatcher.plan(slots.ids_TK, slots.weights_TK)
     # All experts are here: rows are read by index instead of copied, and results summed by token.
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
         local = LocalRows(NormSource.of(residual_BTD, block.post_attention_layernorm), order)
-        summed_ND = block.moe.experts(rows, routing.weights_TK, counts, None, local)
+        summed_ND = block.moe.experts(rows, slots.weights_TK, counts, None, local)
         base_BTD = block.add_shared(residual_BTD, rows, None)
         return base_BTD + summed_ND.view_as(base_BTD), routing
     wire = block.wire()
     arrivals: list[tuple[Rows, tuple[int, ...]]] = []
     # Autograd sees only `values`; the counts and FP8 codes come through `arrivals`.
     values_AD, weights_A = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        rows.values, rows, routing.weights_TK, dispatcher, handle, wire, arrivals
+        rows.values, rows, slots.weights_TK, dispatcher, handle, wire, arrivals
     )
     ((received, counts),) = arrivals
     expert_input = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)

@@ -191,8 +191,13 @@ def spread_over_ranks(
     mesh: ParallelismConfig,
     schedule: ScheduleConfig,
     dispatch: DispatchConfig | None = None,
+    *,
+    places_experts: bool = False,
 ) -> InferenceConfig | None:
-    """Returns how ranks hold the model together, checked, or None if one process holds the whole model."""
+    """Returns how ranks hold the model together, checked, or None if one process holds the whole model.
+
+    If experts are placed, ranks need not divide them, and the dispatcher is checked with the placement.
+    """
     if mesh.expert == 1 and dispatch is not None and dispatch.kind not in (_DEFAULT_DISPATCH, "local"):
         raise broken("dispatch", "needs ranks that share the experts", dispatch.kind, f"dispatch={_DEFAULT_DISPATCH}")
     if mesh.expert == 1 and dispatch is not None and dispatch.payload != "full":
@@ -201,7 +206,7 @@ def spread_over_ranks(
         return None
     if is_torchrun(os.environ):
         check_world_size(mesh, os.environ)
-    kind, cut = _check_ranks(source.model, mesh, schedule)
+    kind, cut = _check_ranks(source.model, mesh, schedule, 1 if places_experts else mesh.expert)
     network = InferenceConfig(
         ckpt=source.ckpt,
         weights=source.weights,
@@ -213,13 +218,13 @@ def spread_over_ranks(
         cut=cut,
         dispatch=dispatch,
     )
-    if dispatch is not None and mesh.expert > 1:
+    if dispatch is not None and mesh.expert > 1 and not places_experts:
         check_exchange(dispatch, network.dispatch_site)
     return network
 
 
 def _check_ranks(
-    model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig
+    model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig, expert_parts: int
 ) -> tuple[str, tuple[range, ...]]:
     """Returns the kind of schedule that places the stages, and the layers of each stage."""
     if mesh.context > 1:
@@ -228,7 +233,7 @@ def _check_ranks(
             f"nearest valid: parallelism.context=1 parallelism.data={mesh.stage_ranks}"
         )
     check_expert_ranks(mesh)
-    check_experts(model, mesh.expert)
+    check_experts(model, expert_parts)
     kind = FALLBACK if schedule.kind == "auto" else schedule.kind
     check_size(kind, mesh.pipeline, 2 * mesh.pipeline, ranks_key="parallelism.pipeline")
     chunks = SCHEDULES.get(kind).chunk_choices(schedule.chunks)[0]

@@ -1,6 +1,7 @@
 """Tests of `launch.place`: the forms that servers read agree, and what cannot be placed is refused in one line."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from base.refusal import ConfigError
 from infer.placement import PlacementError, imbalance, rank_loads
+from launch.config.folder import read_folder, write_run_folder
+from launch.config.run import compose_run
 from launch.place import main
 from tests.refusals import assert_refused
 
@@ -74,6 +77,28 @@ def test_domains_of_a_run_are_those_of_its_validation(tmp_path: Path, capsys: py
     assert by_expert == pytest.approx({0: 3 * 0.75, 1: 3 * 0.25, 2: 0.5, 3: 0.5})
     for domains, part in (("{cod: 1}", "none has a weight"), ("{code: 1, cat: 1}", "did you mean")):
         assert_refused(ConfigError, ["domains", part], lambda name=domains: main([*command, f"domains={name}"]))  # type: ignore[misc]
+
+
+def test_shared_experts_are_placed_with_all_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run_folder(compose_run(["experiment=quickstart", f"out_dir={tmp_path}"]), datetime.now())
+    model = read_folder(tmp_path).model
+    load_E = [*range(model.num_routed_experts)]
+    (tmp_path / "loads.jsonl").write_text(json.dumps({"step": 1, "layer_1": load_E}) + "\n")
+    experts = model.num_routed_experts + model.num_shared_experts
+    command = [f"loads={tmp_path}", "shared=true", f"ranks={experts + 3}", f"ranks_per_node={experts + 3}"]
+    assert main([*command, "format=json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["num_experts"], values["num_groups"], values["num_redundant"]) == (experts, 1, 3)
+    # A rank has one expert, and the shared one, which all tokens choose, most copies.
+    counts = np.bincount(np.ravel(values["layers"]["layer_1"]["experts"]))
+    assert counts[model.num_routed_experts] == counts.max() > 1
+    layer = values["layers"]["layer_1"]
+    assert sum(layer["rank_loads"]) == pytest.approx(sum(load_E) * (1 + 1 / model.num_experts_per_token))
+    assert_refused(ConfigError, ["shared", "format=vllm"], lambda: main([*command, "format=vllm"]))
+    alone = tmp_path / "alone.jsonl"
+    (tmp_path / "loads.jsonl").rename(alone)
+    (tmp_path / "config.yaml").unlink()
+    assert_refused(ConfigError, ["shared", "folder of a run"], lambda: main([f"loads={alone}", *command[1:]]))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_placement_of_mtp_modules_is_accepted(overrides: tuple[str, ...], run: P
 
 @pytest.mark.long
 def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
-    with started(run, "ranks=2", "prefill_ranks=1") as (server, url), ThreadPoolExecutor(1) as threads:
+    with started(run, "ranks=3", "prefill_ranks=1") as (server, url), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(complete, url, prompt="def f", max_tokens=40, ignore_eos=True)
         time.sleep(0.1)
         os.kill(server.pid, signal.SIGTERM)
@@ -172,7 +172,6 @@ def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "parts"),
     [
-        ("ranks=3", ConfigError, ["num_routed_experts", "is 8"]),
         ("ranks=2 prefill_ranks=2", ConfigError, ["prefill_ranks", "less than ranks=2", "is 2", "valid: 1"]),
         ("dispatch=two_hop", ConfigError, ["dispatch", "ranks that share the experts", "dispatch=all_to_all"]),
         ("dispatch.payload=fp8", ConfigError, ["dispatch.payload", "ranks that share the experts", "valid: full"]),
@@ -190,6 +189,31 @@ def test_ranks_that_cannot_serve_are_refused(
     experts = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
     file.write_text(json.dumps({**sizes, "layers": {"layer_99": {"experts": experts}}}))
     assert_refused(error, parts, lambda: run_serve([f"ckpt={run}", *overrides.replace("FILE", str(file)).split()]))
+
+
+def test_node_limit_holds_for_placements(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*overrides: str) -> None:
+        _check(_decode([f"ckpt={run}", "dispatch=two_hop", *overrides]))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # each rank is a node
+    loads = tmp_path / "loads.jsonl"
+    loads.write_text('{"step": 1, "layer_1": [9, 1, 1, 2, 5, 3, 2, 1]}\n')
+    sizes = [f"loads={loads}", "ranks=4", "ranks_per_node=1", "format=json", "redundant=0"]
+    for policy in ("hierarchical", "global"):
+        assert run_place([*sizes, "groups=4", f"policy={policy}", f"out={tmp_path / policy}"]) == 0
+    # The router of 4 groups chooses 2 of them.
+    check("ranks=4", "dispatch.max_nodes=2")
+    check("ranks=4", "dispatch.max_nodes=2", f"placement={tmp_path / 'hierarchical'}", "rebalance_seconds=5")
+    check("ranks=3", "dispatch.max_nodes=3")
+    refused = ["dispatch.max_nodes", "may be sent to", "is 2", "dispatch.node_cap=clip"]
+    for overrides in (
+        ["ranks=4", "rebalance_seconds=5"],
+        ["ranks=4", f"placement={tmp_path / 'global'}"],
+        ["ranks=3"],
+    ):
+        check(*overrides, "dispatch.max_nodes=2", "dispatch.node_cap=clip")
+        assert_refused(ConfigError, refused, lambda: check(*overrides, "dispatch.max_nodes=2"))  # noqa: B023
+    assert_refused(ConfigError, ["dispatch.max_nodes", "2 nodes"], lambda: check("ranks=4", "dispatch.max_nodes=1"))
 
 
 @pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://a b"])

@@ -1,6 +1,7 @@
 """Tests of experts that are placed on ranks with copies: no logit changes, before and after they are placed again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,56 @@ def test_placed_experts_change_no_logit(tmp_path: Path) -> None:
         assert int(loads[4].sum()) == 4 * 3
     for number, layer_slots in ((1, PLACEMENT.slots(1)), (2, PLACEMENT.rebalanced({1: LOADS[::-1].copy()}).slots(1))):
         assert [seen[number][2] for seen in ranks] == layer_slots.tolist()
+
+
+FEW = replace(MODEL, num_routed_experts=4, num_expert_groups=2, num_experts_per_token=2)
+
+
+def copies(num_experts: int, num_ranks: int, num_redundant: int) -> Placement:
+    """Returns a placement of experts, shared ones last, with copies of those with the most tokens."""
+    sizes = {"num_experts": num_experts, "num_ranks": num_ranks, "num_redundant": num_redundant}
+    placement = Placement(shape=PlacementShape(**sizes, num_groups=1, num_nodes=1, policy="global"), layers={})
+    load_E = np.array([*range(1, num_experts), 30.0])
+    return placement.rebalanced({1: load_E, 3: load_E})
+
+
+UNITS = {
+    # As EP144: several experts a rank and copies of some, without and with the shared ones.
+    "3": (replace(MODEL, num_shared_experts=2), [Placement.in_order(8, 3), copies(10, 3, 2)]),
+    # As EP320: one expert a rank; the other ranks have copies, or the shared one.
+    "5": (FEW, [Placement.in_order(4, 5), copies(5, 5, 0)]),
+}
+"""Models and placements on ranks that do not divide the experts, by their number."""
+
+
+def serve_unit(rank: int, world_size: int, folder: Path, name: str) -> list[tuple[Tensor, list[int]]]:
+    """Returns a rank's logits and its experts of layer 1 with each placement of a unit."""
+    model, placements = UNITS[name]
+    config = replace(config_of(Layout(kind="1f1b", data=world_size, expert=world_size), folder), model=model)
+    seen = []
+    for placement in placements:
+        with opened(config) as (_, pipeline):
+            pipeline.place_experts(placement)
+            made = logits(pipeline.model, PROMPTS[rank % len(PROMPTS)])
+            moe = pipeline.model.block(1).moe
+            assert moe is not None
+            seen.append((made, list(moe.experts.experts)))
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNITS)
+def test_ranks_that_do_not_divide_the_experts_change_no_logit(name: str, tmp_path: Path) -> None:
+    config, placements = UNITS[name]
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float64)
+    initialize_weights(model, 7)
+    foresee(model)
+    ranks = run_ranks(int(name), serve_unit, tmp_path, name)
+    for rank, seen in enumerate(ranks):
+        expected = logits(model, PROMPTS[rank % len(PROMPTS)])
+        for (made, experts), placement in zip(seen, placements, strict=True):
+            torch.testing.assert_close(made, expected, atol=1e-10, rtol=0)
+            assert experts == placement.slots(1)[rank].tolist()
 
 
 def as_json(placement: Placement, **changes: object) -> object:

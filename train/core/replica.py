@@ -256,8 +256,9 @@ def open_replica(
     assert schedule.num_stages == len(cut)
     observers = world.observers()
     stage_numbers = {stage for _, stage in schedule.stages_of(world.pipeline_index)}
-    dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
-    experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
+    num_parts = world.layout.parallelism.expert
+    experts = held_experts(config.model, num_parts, world.layout.expert_index(world.rank))
+    dispatcher = world.open_dispatcher(config.dispatch, len(experts) * num_parts, observers, config.tokens)
     part = stage_part(config.model, stage_numbers, cut, experts)
     model = build_model(
         config, dispatcher, part, world.device, open_context(world.groups.context, world.layout, observers)

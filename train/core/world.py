@@ -316,9 +316,13 @@ def stage_part(model: ModelConfig, held: set[int], cut: Sequence[range], experts
 
 
 def held_experts(model: ModelConfig, num_parts: int, expert_index: int) -> range:
-    """Returns the routed experts of every layer on a rank, by its index in a group of `num_parts` ranks."""
-    per_rank = model.num_routed_experts // num_parts
-    return range(expert_index * per_rank, (expert_index + 1) * per_rank)
+    """Returns the routed experts of every layer on a rank, by its index in a group of `num_parts` ranks.
+
+    Ranks have equal numbers. If these do not divide the experts, neighbors have some in common, spread over all ranks.
+    """
+    per_rank = -(-model.num_routed_experts // num_parts)
+    first = expert_index * (model.num_routed_experts - per_rank) // max(1, num_parts - 1)
+    return range(first, first + per_rank)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:

@@ -38,7 +38,7 @@ from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined import PipelinedEngine
 from infer.engines.rounds import PipelinePlace, RoundFormat
-from infer.expert_moves import place_experts
+from infer.expert_moves import loaded_placement, place_experts, route_shared_experts
 from infer.placement import Placement
 from infer.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
 from model.config import Computing, products_of
@@ -47,7 +47,7 @@ from model.transformer import Transformer, named_tensors, whole
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, open_source, source_folder
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.core.replica import Replica, open_replica
-from train.core.world import PipelineLinks, ReplicaConfig, World, build_model, message_key, open_world
+from train.core.world import PipelineLinks, ReplicaConfig, World, build_model, held_experts, message_key, open_world
 
 ValueT = TypeVar("ValueT")
 
@@ -139,13 +139,21 @@ class ReplicaPipeline:
             return world.lane.submit(lambda: group.start(rows_NB, sent, received, "experts", None).wait()).wait()
 
         config = self.replica.config
-        before = self._placement or Placement.in_order(config.model.num_routed_experts, placement.shape.num_ranks)
+        before = self._placement
+        num_ranks = placement.shape.num_ranks
+        num_shared = placement.shape.num_experts - config.model.num_routed_experts
+        if before is None:
+            held = [held_experts(config.model, num_ranks, index) for index in range(num_ranks)]
+            before = loaded_placement(config.model, held, placement.shape)
+            if num_shared:
+                route_shared_experts(self.model)
         place_experts(self.replica.model, before, placement, group.index, exchange)
         self._placement = placement
         if self.model.dispatcher.num_local_experts != placement.num_local_slots:
             self.replica.dispatcher.close()
+            tokens = replace(config.tokens, num_choices=config.model.num_experts_per_token + num_shared)
             dispatcher = world.open_dispatcher(
-                config.dispatch, placement.shape.num_slots, self.replica.observers, config.tokens
+                config.dispatch, placement.shape.num_slots, self.replica.observers, tokens
             )
             self.replica = replace(self.replica, dispatcher=dispatcher)
             self.model.dispatcher = dispatcher
