@@ -69,7 +69,7 @@ class Moe(nn.Module):
         self.shared_experts = Mlp(hidden, shared * narrow, dtype, linears) if shared else None
 
     def choose_slots(self, routing: Routing) -> Routing:
-        """Returns the routing to the slots of experts, which are the experts themselves unless they were placed."""
+        """Returns the routing to slots of experts, which are the experts themselves if none was placed."""
         return routing if self.copies is None else self.copies.choose(routing)
 
 
