@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe_v
+from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Message, Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank
@@ -20,7 +21,6 @@ from dualpipe.runtime.execute import Execution, HostClock, execute
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Lane, PendingReceive, Program
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
-from tests.dualpipe.zb_h1 import zb_h1
 
 BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 PAIRINGS = [overlapped, sequential]
@@ -31,7 +31,7 @@ PUBLISHED = [
     *(build_schedule("1f1b", *sizes) for sizes in ((1, 2), (3, 5))),
     *(dualpipe_v(*sizes) for sizes in ((1, 2), (3, 7))),
     *(zb_v(*sizes) for sizes in ((1, 3), (3, 7), (4, 3))),
-    *(zb_h1(*sizes) for sizes in ((1, 3), (3, 7))),
+    *(zb1p(*sizes) for sizes in ((1, 3), (3, 7))),
 ]
 OFFLOADED = [
     *(offloaded(random_schedule(placement, 5, 0), seed) for seed, placement in enumerate(PLACEMENTS)),

@@ -15,6 +15,7 @@ from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved
 from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import v_half, v_min, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
@@ -23,7 +24,6 @@ from dualpipe.simulation import peak_activations, simulate
 from dualpipe.validate import validate
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped
-from tests.dualpipe.zb_h1 import zb_h1
 
 GOLDEN = Path(__file__).parent / "golden"
 SHA256: dict[str, str] = json.loads((GOLDEN / "dualpipe_sha256.json").read_text())
@@ -102,7 +102,7 @@ def test_published_kind_is_valid_within_its_activations(
 @pytest.mark.parametrize(
     ("make", "overhead", "peak"),
     [
-        (zb_h1, lambda num_ranks: num_ranks - 1, float),
+        (zb1p, lambda num_ranks: num_ranks - 1, float),
         (zb_v, lambda num_ranks: 0.5 * (num_ranks - 1), float),
         (v_half, lambda num_ranks: 1.5 * num_ranks - 2.5, half_of_1f1b),
         (v_min, lambda num_ranks: 2 * num_ranks - 2.5, third_of_1f1b),

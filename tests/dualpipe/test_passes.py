@@ -12,6 +12,7 @@ from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Schedule
 from dualpipe.passes import fuse, place_weights, split_backwards, ungroup
@@ -22,7 +23,6 @@ from dualpipe.validate import validate
 from tests.dualpipe.adding import PUBLISHED, lower, name_of
 from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES
 from tests.dualpipe.adding import SCHEDULES as UNGROUP_SCHEDULES
-from tests.dualpipe.zb_h1 import zb_h1
 
 SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 9)]
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
@@ -37,7 +37,7 @@ def test_split_dualpipe_meets_the_lower_bound(num_ranks: int) -> None:
 FUSE_SCHEDULES = [
     dualpipe(4, 8),
     split_backwards(dualpipe(4, 10)),
-    zb_h1(3, 7),
+    zb1p(3, 7),
     zb_v(3, 6),
     lockstep(empty(5, 9), paired=False),
 ]
@@ -91,7 +91,7 @@ def test_fused_split_dualpipe_reaches_the_promised_overhead(num_ranks: int, over
 def test_placing_fills_waits_of_any_length() -> None:
     # Without patience a rank is never idle while a W waits: at the start of each idle time no W is left.
     costs = uniform(Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0, latency=0.2), 4, 4)
-    placed = place_weights(zb_h1(4, 9), costs, 6.0)
+    placed = place_weights(zb1p(4, 9), costs, 6.0)
     assert placed is not None
     simulation = simulate(placed, costs)
     for groups, starts, ends in zip(placed.ranks, simulation.starts, simulation.ends, strict=True):

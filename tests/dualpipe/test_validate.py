@@ -11,13 +11,13 @@ import pytest
 from dualpipe.builder import build_schedule
 from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
+from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped
-from tests.dualpipe.zb_h1 import zb_h1
 
 Lists = list[list[list[Operation]]]
 Mutation = Callable[[Lists, random.Random], None]
@@ -29,7 +29,7 @@ def schedules() -> tuple[Schedule, ...]:
     """Yields schedules of all kinds, sizes and groups, including three forward-only ones."""
     published = [
         *(one_f_one_b(*size) for size in ((1, 2), (2, 3), (4, 6))),
-        *(zb_h1(*size) for size in ((2, 2), (3, 5), (4, 8))),
+        *(zb1p(*size) for size in ((2, 2), (3, 5), (4, 8))),
         *(zb_v(*size) for size in ((1, 3), (2, 3), (3, 7), (4, 4))),
         *(dualpipe(*size) for size in ((2, 4), (4, 8), (6, 14))),
         *(dualpipe_v(*size) for size in ((1, 2), (2, 5), (3, 7))),
@@ -286,7 +286,7 @@ def test_validator_keeps_the_memory_cap(schedule: Schedule, fits: float, too_lit
 
 
 def test_validator_names_the_rank_that_keeps_most() -> None:
-    schedule = zb_h1(3, 6)
+    schedule = zb1p(3, 6)
     weights_last = tuple(sorted(schedule.ranks[2], key=lambda group: group[0].kind is W))
     schedule = replace(schedule, ranks=(*schedule.ranks[:2], weights_last))
     with pytest.raises(ScheduleError, match=r"^rank 2: keeps 6 activations .* nearest that this schedule fits: 6$"):

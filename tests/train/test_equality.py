@@ -13,13 +13,13 @@ from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.costs import Costs, uniform
 from dualpipe.generate.dualpipe import dualpipe_v
+from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
 from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
-from tests.dualpipe.zb_h1 import zb_h1
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
@@ -243,19 +243,19 @@ def test_uneven_cut_equals_one_rank(
         pytest.param(1, lambda: [random_schedule(bidirectional(5), 7, 0, 1.0)], marks=pytest.mark.long),
         pytest.param(2, lambda: [random_schedule(bidirectional(2, 2), 5, 0, 1.0)], marks=pytest.mark.long),
         *exhaustive(
-            (1, lambda: [zb_v(1, 3), dualpipe_v(1, 2), zb_h1(1, 2), random_schedule(bidirectional(1), 3, 0)]),
+            (1, lambda: [zb_v(1, 3), dualpipe_v(1, 2), zb1p(1, 2), random_schedule(bidirectional(1), 3, 0)]),
             (1, lambda: [split(2, 4), random_schedule(bidirectional(2), 1, 0)]),
             (1, lambda: [dualpipe_v(2, 5), random_schedule(v_shaped(2), 3, 1)]),
             (2, lambda: [zb_v(2, 3), random_schedule(looped(2, 2), 3, 1)]),
             (1, lambda: [random_schedule(straight(4), 3, 0)]),
             (1, lambda: [random_schedule(bidirectional(3, 2), 5, 0), random_schedule(looped(3, 2), 4, 0)]),
-            (1, lambda: [random_schedule(straight(3), 4, 0), zb_h1(3, 5)]),
-            (1, lambda: [split(2, 3), zb_v(2, 3), zb_h1(2, 3)]),
+            (1, lambda: [random_schedule(straight(3), 4, 0), zb1p(3, 5)]),
+            (1, lambda: [split(2, 3), zb_v(2, 3), zb1p(2, 3)]),
             (1, lambda: [split(3, 5), split(3, 2)]),
             (1, lambda: [random_schedule(bidirectional(3), 5, 0, 1.0), random_schedule(v_shaped(3), 3, 0)]),
             (2, lambda: [split(3, 5), random_schedule(bidirectional(3), 5, 1)]),
             (1, lambda: [split(5, 7)]),
-            (2, lambda: [split(4, 9), zb_v(4, 3), zb_h1(4, 5)]),
+            (2, lambda: [split(4, 9), zb_v(4, 3), zb1p(4, 5)]),
             (1, lambda: [split(8, 8), split(8, 17)]),
         ),
     ],

@@ -3,24 +3,24 @@
 from dualpipe.ir import Op, Operation, Schedule, straight_placement
 
 
-def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
+def zb1p(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns 1F1B with split backwards. A rank keeps at most P activations, as in 1F1B. Any P, M >= 1.
 
     Rank r defers weight gradients by r micro-batches. It has r fewer micro-batches in flight than rank 0, so the
     deferred W need no additional memory. They fill the idle time at the end.
     """
     return Schedule(
-        kind="zb_h1",
+        kind="zb1p",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         placement=straight_placement(num_ranks),
         ranks=tuple(
-            tuple((op,) for op in _zb_h1_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)
+            tuple((op,) for op in _zb1p_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)
         ),
     )
 
 
-def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
+def _zb1p_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
     ahead = min(num_ranks - 1 - rank, num_micro_batches)
     num_deferred = min(rank, num_micro_batches)
     order = [Operation(Op.FORWARD, 0, rank, index) for index in range(ahead)]
