@@ -353,7 +353,7 @@ def _num_directions(kind: str) -> int:
 def _num_deferred(schedule: ScheduleConfig, pipeline: int) -> int:
     """Returns about how many micro-batches of a rank wait for W; searched orders defer nearly all."""
     spec = SCHEDULES.get(schedule.kind)
-    if schedule.kind == "zb_v":
+    if schedule.kind in ("zb_v", "zb1p"):
         return pipeline
     if spec.takes_costs and not is_closed_form(schedule.kind, schedule.chunks, schedule.slices):
         return pipeline if spec.is_bidirectional() else 2 * pipeline

@@ -1,6 +1,7 @@
-"""ZB-H1 (Zero Bubble Pipeline Parallelism, arXiv:2401.10241), to which other orders are compared."""
+"""Generates ZB-H1 (Zero Bubble Pipeline Parallelism, arXiv:2401.10241), which DeepSeek-V3's report calls ZB1P."""
 
 from dualpipe.ir import Op, Operation, Schedule, straight_placement
+from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
 def zb1p(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -14,9 +15,7 @@ def zb1p(num_ranks: int, num_micro_batches: int) -> Schedule:
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         placement=straight_placement(num_ranks),
-        ranks=tuple(
-            tuple((op,) for op in _zb1p_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)
-        ),
+        ranks=tuple(tuple((op,) for op in _zb1p_rank(rank, num_ranks, num_micro_batches)) for rank in range(num_ranks)),
     )
 
 
@@ -35,3 +34,20 @@ def _zb1p_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
         for index in range(num_micro_batches - num_deferred, num_micro_batches)
     ]
     return order
+
+
+SCHEDULES.register(
+    "zb1p",
+    ScheduleSpec(
+        name="zb1p",
+        summary="1f1b with split backwards and weight gradients in the idle time at its end, in a single direction",
+        generate=zb1p,
+        idle=IdleFormula(
+            text="(P-1)(F+B-2W)",
+            assumes="I >= W, no exchange and no latency",
+            value=lambda num_ranks, costs: (
+                (num_ranks - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
+            ),
+        ),
+    ),
+)
