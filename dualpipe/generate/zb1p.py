@@ -1,4 +1,4 @@
-"""Generates ZB-H1 (Zero Bubble Pipeline Parallelism, arXiv:2401.10241), which DeepSeek-V3's report calls ZB1P."""
+"""Generates ZB-H1 (arXiv:2401.10241), zero bubble 1F1B, which the report of DeepSeek-V3 calls ZB1P."""
 
 from dualpipe.ir import Op, Operation, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
