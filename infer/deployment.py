@@ -1,10 +1,11 @@
 """Sizes deployments: fewest GPUs that hold a model and its cache, and bounds of speed. No torch here.
 
 A role, prefill or decoding, has a set of GPUs. Routed experts are spread over all of them, with redundant copies if
-they do not divide. All else is divided over a group of GPUs by heads or columns, except norms, routers and projections
-to latents. Groups take different sequences; members of one cache the same latents, which have no heads. A pass takes at
-least the longest of three times, as if all else overlapped: to read weights and cache from memory, to send rows over
-links, to compute. Source of the layout: arXiv:2412.19437, section 3.4.
+they do not divide. In the published decoding, the shared experts are routed ones too, in slots of such copies, and each
+GPU of the published prefill has a redundant expert. All else is divided over a group of GPUs by heads or columns,
+except norms, routers and projections to latents. Groups take different sequences; members of one cache the same
+latents, which have no heads. A pass takes at least the longest of three times, as if all else overlapped: to read
+weights and cache from memory, to send rows over links, to compute. Source of the layout: arXiv:2412.19437, section 3.4.
 """
 
 import re
@@ -27,8 +28,11 @@ from model.size import count_parameters, training_flops_per_token
 Role = Literal["prefill", "decoding"]
 _MOST_GPUS = 4096
 _SMALLEST = "smallest"
+_AS_PUBLISHED = "as DeepSeek-V3"
 _PUBLISHED = {"prefill": 32, "decoding": 320}
 _PUBLISHED_ATTENTION = 4
+_PUBLISHED_REDUNDANT = {"prefill": 32, "decoding": 0}
+"""Redundant experts besides those that fill the last slots."""
 _RATES = (
     *("memory_bytes", "memory_bytes_per_second", "peak_flops"),
     *("inter_node_bytes_per_second", "intra_node_bytes_per_second"),
@@ -52,24 +56,26 @@ class DeploymentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedWeights:
-    """Bytes of weights: of an expert, of what a group divides, the embedding too, or replicates."""
+    """Bytes of weights: of an expert, of what a group divides (embedding and shared experts too), or replicates."""
 
     expert: float
     num_layers: int
     embedding: int
     divided: int
+    shared: int
     replicated: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuSet:
-    """A set of GPUs for a role. Bytes are those of a GPU, and tokens those of all."""
+    """A set of GPUs for a role. Bytes and experts are those of a GPU, tokens and copies of experts those of all."""
 
     role: Role
     name: str
     gpus: int
     attention: int
     experts: int
+    copies: int
     weight_bytes: float
     cached_tokens: int
     tokens_per_second: float
@@ -101,7 +107,7 @@ class Deployment:
         roles: tuple[Role, ...] = ("prefill", "decoding")
         sets = []
         for role in roles:
-            published = self._set(role, "as DeepSeek-V3", _PUBLISHED[role], _PUBLISHED_ATTENTION)
+            published = self._set(role, _AS_PUBLISHED, _PUBLISHED[role], _PUBLISHED_ATTENTION)
             sets += [gpus for gpus in (self._smallest(role), published) if gpus is not None]
         return sets
 
@@ -112,7 +118,7 @@ class Deployment:
             best = self._best("decoding", gpus)
             if best is not None and self._suffices(best):
                 break
-            least = min(self._weight_bytes(gpus, attention) for attention in self._attentions(gpus))
+            least = min(self._weight_bytes(self._slots(gpus), attention) for attention in self._attentions(gpus))
             subject = "weights need"
             if least <= self.room_bytes:  # and the rest holds no sequence
                 subject = "weights and one sequence need"
@@ -129,9 +135,11 @@ class Deployment:
         most = min(gpus, self._cluster.ranks_per_node)
         return [n for n in range(1, most + 1) if gpus % n == 0 and self._model.num_heads % n == 0]
 
-    def _weight_bytes(self, gpus: int, attention: int) -> float:
+    def _slots(self, gpus: int, redundant: int = 0) -> int:
+        return -(-(self._model.num_routed_experts + redundant) // gpus)
+
+    def _weight_bytes(self, experts: int, attention: int) -> float:
         weights = self._weights
-        experts = -(-self._model.num_routed_experts // gpus)
         return experts * weights.num_layers * weights.expert + weights.divided / attention + weights.replicated
 
     def _suffices(self, gpus: GpuSet) -> bool:
@@ -150,15 +158,18 @@ class Deployment:
 
     def _set(self, role: Role, name: str, gpus: int, attention: int) -> GpuSet | None:
         """Returns a set with the bound of its speed, or None if a group has no room for a sequence."""
-        weight_bytes = self._weight_bytes(gpus, attention)
+        is_published = name == _AS_PUBLISHED
+        experts = self._slots(gpus, _PUBLISHED_REDUNDANT[role] if is_published else 0)
+        routed_shared = self._model.num_shared_experts if is_published and role == "decoding" else 0
+        weight_bytes = self._weight_bytes(experts, attention)
+        weight_bytes -= self._weights.shared / attention if routed_shared else 0
         group_tokens = int((self.room_bytes - weight_bytes) // self.token_bytes)
         if group_tokens < self._config.context_tokens or self._model.num_heads % attention:
             return None
-        experts = -(-self._model.num_routed_experts // gpus)
         groups = gpus // attention
         sequences = group_tokens // self._config.context_tokens
         tokens = self._config.prefill_tokens if role == "prefill" else sequences / attention
-        times = self._pass_seconds(role, gpus, attention, tokens)
+        times = self._pass_seconds(role, gpus, attention, tokens, experts, routed_shared)
         limit = max(times, key=times.__getitem__)
         return GpuSet(
             role=role,
@@ -166,6 +177,7 @@ class Deployment:
             gpus=gpus,
             attention=attention,
             experts=experts,
+            copies=experts * gpus - self._model.num_routed_experts,
             weight_bytes=weight_bytes,
             cached_tokens=group_tokens * groups,
             tokens_per_second=tokens * gpus / times[limit],
@@ -173,16 +185,24 @@ class Deployment:
             limit=limit,
         )
 
-    def _pass_seconds(self, role: Role, gpus: int, attention: int, tokens: float) -> dict[str, float]:
-        """Returns the least times of a pass with this many tokens of each GPU, by what takes them."""
+    def _pass_seconds(
+        self, role: Role, gpus: int, attention: int, tokens: float, slots: int, routed_shared: int
+    ) -> dict[str, float]:
+        """Returns the least times of a pass with this many tokens of each GPU, by what takes them.
+
+        Args:
+            slots: experts of a GPU, with copies.
+            routed_shared: shared experts that are routed, and so are no part of what a group divides.
+        """
         model = self._model
         rates = self._rates
         weights = self._weights
         context = self._config.context_tokens
         # Memory: experts that at least one token chose, other weights but the embedding, and the cache of a group.
         chosen = 1 - (1 - model.num_experts_per_token / model.num_routed_experts) ** (tokens * gpus)
-        experts = -(-model.num_routed_experts // gpus) * weights.num_layers * weights.expert * chosen
-        others = (weights.divided - weights.embedding) / attention + weights.replicated
+        experts = slots * weights.num_layers * weights.expert * chosen
+        divided = weights.divided - weights.embedding - (weights.shared if routed_shared else 0)
+        others = divided / attention + weights.replicated
         cache = tokens * attention * self.token_bytes * (context if role == "decoding" else 1)
         # Computation: attention reads latents when it decodes, and keys and values of half the prompt in prefill.
         linear = 2 * count_parameters(model).active_without_embedding
@@ -192,7 +212,7 @@ class Deployment:
                 2 * model.num_layers * model.num_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim) * context
             )
         flops = linear / (2 if self._is_fp8 else 1) + scores
-        across, within = self._sent_bytes(gpus, attention)
+        across, within = self._sent_bytes(gpus, attention, routed_shared)
         return {
             "memory": (experts + others + cache) / rates["memory_bytes_per_second"],
             "links": tokens
@@ -200,7 +220,7 @@ class Deployment:
             "compute": tokens * flops / rates["peak_flops"],
         }
 
-    def _sent_bytes(self, gpus: int, attention: int) -> tuple[float, float]:
+    def _sent_bytes(self, gpus: int, attention: int, routed_shared: int) -> tuple[float, float]:
         """Returns the bytes that a GPU sends for each of its tokens to other nodes, and within its node.
 
         A token goes once to each node of its experts if nodes have whole groups of experts, else once to each expert.
@@ -208,7 +228,7 @@ class Deployment:
         model = self._model
         node = min(gpus, self._cluster.ranks_per_node)
         nodes = -(-gpus // node)
-        choices = model.num_experts_per_token
+        choices = model.num_experts_per_token + routed_shared
         visits = min(model.num_limited_groups, nodes) if model.num_expert_groups % nodes == 0 else choices
         dispatched = 1 + 4 / 128 if self._is_fp8 else _ROW_BYTES  # FP8 codes with a scale for 128 of them
         row = model.hidden_size * (dispatched + _ROW_BYTES) * (model.num_layers - model.num_dense_layers)
@@ -220,13 +240,14 @@ class Deployment:
 @cache
 def _served_weights(model: ModelConfig, dtype: StoredDtype, *, fp8: bool) -> ServedWeights:
     """Counts the bytes of an export's tensors, without those that MTP modules copy from the main model."""
-    sizes = {"expert": 0, "embedding": 0, "divided": 0, "replicated": 0}
+    sizes = {"expert": 0, "embedding": 0, "divided": 0, "shared": 0, "replicated": 0}
     for name, stored in stored_tensors(model, dtype=dtype, fp8=fp8).items():
         if copied_from(name) is not None:
             continue
         kind = "expert" if ".mlp.experts." in name else "replicated" if _REPLICATED.search(name) else "divided"
         size = stored.num_elements * ITEM_BYTES[stored.dtype]
         sizes[kind] += size
+        sizes["shared"] += size if ".mlp.shared_experts." in name else 0
         sizes["embedding"] += size if name == "model.embed_tokens.weight" else 0
     layers = model.num_layers - model.num_dense_layers + model.mtp_depth
     expert = sizes.pop("expert") / max(1, layers * model.num_routed_experts)
@@ -262,11 +283,18 @@ def deployment_text(values: Mapping[str, Any]) -> str:
     rows: list[Sequence[str]] = [_COLUMNS]
     for gpus in values["sets"]:
         speed = gpus["tokens_per_second"]
-        sizes = (gpus["role"], gpus["name"], f"{gpus['gpus']:,}", str(gpus["attention"]), str(gpus["experts"]))
+        more = gpus["copies"] // gpus["gpus"]
+        experts = f"{gpus['experts'] - more} + {more}" if more else str(gpus["experts"])
+        sizes = (gpus["role"], gpus["name"], f"{gpus['gpus']:,}", str(gpus["attention"]), experts)
         memory = (bytes_text(gpus["weight_bytes"]), f"{gpus['cached_tokens']:,}")
         times = (f"{speed:,.0f}", f"{speed / gpus['gpus']:,.0f}", f"{gpus['pass_seconds'] * 1e3:.0f} ms")
         rows.append((*sizes, *memory, *times, gpus["limit"]))
     lines += ["", *aligned(rows, text=[0, 1, 10])]
+    for gpus in values["sets"]:
+        if gpus["copies"] % gpus["gpus"]:
+            kinds = "redundant or shared" if gpus["name"] == _AS_PUBLISHED else "redundant"
+            slots = f"{gpus['experts'] * gpus['gpus']:,} experts of a layer on {gpus['gpus']:,} GPUs"
+            lines.append(f"{gpus['role']} {gpus['name']}: {slots}, {gpus['copies']:,} of them {kinds}")
     if not any(gpus["name"] == _SMALLEST and gpus["role"] == "decoding" for gpus in values["sets"]):
         lines.append(f"no set of up to {_MOST_GPUS:,} GPUs holds them")
     return "\n".join(lines)

@@ -98,6 +98,10 @@ def test_plan_prints_the_deployment(capsys: pytest.CaptureFixture[str]) -> None:
     for found in values["sets"]:
         assert f"{found['cached_tokens']:,}" in printed
     assert values["too_few"]["gpus"] == 4
+    # Section 3.4: 8 experts and a redundant one in prefill; 64 ranks of redundant and shared experts in decoding.
+    experts = {(found["role"], found["name"]): (found["experts"], found["copies"]) for found in values["sets"]}
+    assert (experts["prefill", "as DeepSeek-V3"], experts["decoding", "as DeepSeek-V3"]) == ((9, 32), (1, 64))
+    assert "320 GPUs, 64 of them redundant or shared" in printed
 
 
 def test_sequence_that_no_gpu_holds_is_the_reason(v3: tuple[ModelConfig, ClusterConfig]) -> None:
