@@ -56,7 +56,10 @@ class DeploymentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedWeights:
-    """Bytes of weights: of an expert, of what a group divides (embedding and shared experts too), or replicates."""
+    """Bytes of weights: of an expert, of what a group divides, or of what its members hold whole.
+
+    A group divides the embedding and the shared experts too.
+    """
 
     expert: float
     num_layers: int
@@ -68,7 +71,7 @@ class ServedWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuSet:
-    """A set of GPUs for a role. Bytes and experts are those of a GPU, tokens and copies of experts those of all."""
+    """A set of GPUs for a role. Bytes and experts are those of a GPU, tokens and copies those of all."""
 
     role: Role
     name: str
