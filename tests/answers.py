@@ -135,6 +135,9 @@ def _plain_kl(form: PolicyLossConfig, answer: OneAnswer) -> Tensor:
     assert answer.reference is not None
     log_q = answer.reference - answer.log_probs
     old = answer.log_probs.detach() if answer.old is None else answer.old
+    if form.kl == "forward_answer":
+        log_q = log_q.sum()
+        return ((log_q.exp() - log_q - 1) / len(answer.log_probs)).expand(len(answer.log_probs))
     third = log_q.exp() - log_q - 1
     match form.kl:
         case "reverse":

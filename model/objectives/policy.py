@@ -130,6 +130,7 @@ class AnswerTokens:
         old_R: the same under the old policy; None: it is the policy itself.
         reference_R: the same under the reference; None: there is none.
         ratio_R: ratio of the answer, the same for all its tokens; None: each token has its own ratio.
+        answer_log_q_R: log(reference / policy) of the answer, the same for all its tokens; None: tokens have their own.
         sampler_factor_R: weight of the answer for what its sampler was; None: each token has its own.
         has_surrogate_R: 0 for tokens of answers that are too far off the policy, else 1; None: 1 for all.
     """
@@ -142,6 +143,7 @@ class AnswerTokens:
     old_R: Tensor | None
     reference_R: Tensor | None
     ratio_R: Tensor | None = None
+    answer_log_q_R: Tensor | None = None
     sampler_factor_R: Tensor | None = None
     has_surrogate_R: Tensor | None = None
 
@@ -185,11 +187,15 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     means: dict[str, Tensor] = {}
     if tokens.reference_R is not None:
         log_q_R = tokens.reference_R - log_probs_R
-        # exp(x) - x - 1 is never negative, and expm1 keeps its digits near x = 0.
-        excess_R = (torch.expm1(log_q_R.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)) - log_q_R).clamp_min(0)
+        excess_R = _excess(log_q_R)
         means[KL] = own_ratio_R * excess_R
         if form.kl_weight and form.kl != "none":
-            divergence = _divergence(form, own_ratio_R, log_q_R, excess_R)
+            if tokens.answer_log_q_R is None:
+                divergence = _divergence(form, own_ratio_R, log_q_R, excess_R)
+            else:
+                # Equation 27 of V3's report: each of an answer's tokens has an equal share of its divergence.
+                log_q_R = tokens.answer_log_q_R
+                divergence = _Term(_excess(log_q_R) / tokens.length_R, 1 - bounded_exp(log_q_R))
             loss_R = loss_R + form.kl_weight * divergence.value_R
             slope_R = slope_R - form.kl_weight * divergence.slope_R
     means |= {
@@ -204,6 +210,12 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     if tokens.has_surrogate_R is not None:
         sums[OFF_POLICY] = (tokens.is_token_R * (1 - tokens.has_surrogate_R) / tokens.length_R).sum()
     return PolicyTerms(tokens.weight_R * slope_R, sums)
+
+
+def _excess(log_q: Tensor) -> Tensor:
+    """Returns q - log q - 1, which is never negative."""
+    # expm1 keeps the digits near log q = 0.
+    return (torch.expm1(log_q.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)) - log_q).clamp_min(0)
 
 
 def bounded_exp(logs: Tensor) -> Tensor:
@@ -342,7 +354,8 @@ class PolicyGradient:
         is_token_R = is_token_R.double()
         length_R = torch.ones_like(is_token_R)
         form = self.form
-        if form.normalizer == "answers" or form.ratio != "token" or form.off_policy_limit is not None:
+        needs_length = form.ratio != "token" or form.kl == "forward_answer" or form.off_policy_limit is not None
+        if form.normalizer == "answers" or needs_length:
             length_R = answers.sums(is_token_R).clamp_min(1)
         divisor: Tensor | float = 1.0
         if form.normalizer == "answers":
@@ -364,10 +377,11 @@ class PolicyGradient:
         )
 
     def _needs_answers(self, tokens: AnswerTokens) -> bool:
-        """Returns whether a token's slope depends on its answer: not if the policy is the old one."""
+        """Returns whether a token's slope depends on its answer; a ratio does not if the policy is the old one."""
         form = self.form
         has_ratio = form.ratio != "token" and (tokens.old_R is not None or self._has_sampler_factor)
-        return form.off_policy_limit is not None or has_ratio
+        has_divergence = form.kl == "forward_answer" and tokens.reference_R is not None
+        return form.off_policy_limit is not None or has_ratio or has_divergence
 
     @property
     def _has_sampler_factor(self) -> bool:
@@ -376,7 +390,7 @@ class PolicyGradient:
         return form.sampler_ratio_cap is not None and form.ratio != "token" and form.surrogate == "clipped"
 
     def _compare_answers(self, tokens: AnswerTokens, answers: AnswerIndex, log_probs_R: Tensor) -> AnswerTokens:
-        """Adds the ratio and sampler factor of each answer, and whether it is near enough to its sampler."""
+        """Adds ratios and sampler factor of each answer, and whether it is near enough to its sampler."""
         form = self.form
         log_probs_R = log_probs_R.double()
         if form.ratio != "token" and tokens.old_R is not None:
@@ -384,6 +398,8 @@ class PolicyGradient:
             if form.ratio == "sequence_mean":
                 log_ratio_R = log_ratio_R / tokens.length_R
             tokens = replace(tokens, ratio_R=bounded_exp(log_ratio_R))
+        if form.kl == "forward_answer" and tokens.reference_R is not None:
+            tokens = replace(tokens, answer_log_q_R=answers.sums(tokens.reference_R - log_probs_R))
         if form.sampler_ratio_cap is not None and self._has_sampler_factor:
             old_R = log_probs_R if tokens.old_R is None else tokens.old_R
             factor_R = sampler_factor(old_R, tokens.sampler_R, form.sampler_ratio_cap)

@@ -114,6 +114,31 @@ def test_policy_loss_is_its_definition_and_its_gradient_that_of_autograd(
     assert float(unrecorded.loss) == pytest.approx(expected[2], rel=1e-12, abs=1e-14)
 
 
+def test_loss_v3_is_equations_26_to_28_of_its_report() -> None:
+    """Written with probabilities of whole answers; advantages are those of the batch."""
+    form = replace(FORMS["v3"], kl_weight=0.05)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    batch = micro_batch(**near_policy(hidden, weight, micro_batch()))
+
+    def report(hidden: Tensor, weight: Tensor) -> Tensor:
+        objective = torch.zeros((), dtype=torch.float64)
+        answers = list(plain_answers(whole_log_probs(hidden, weight, batch), dict(batch.extras)))
+        for answer in answers:
+            assert answer.old is not None
+            assert answer.reference is not None
+            policy, old, reference = (each.exp().prod() for each in (answer.log_probs, answer.old, answer.reference))
+            ratio, q = policy / old, reference / policy
+            surrogate = torch.minimum(ratio * answer.advantage, ratio.clamp(0.8, 1.2) * answer.advantage)
+            objective = objective + surrogate - 0.05 * (q - q.log() - 1)
+        return -objective / len(answers)
+
+    found = policy_gradients(objective_of(form), hidden, weight, batch)
+    expected = gradients(report, hidden, weight)
+    assert found[2] == pytest.approx(expected[2], rel=1e-10)
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_answers_without_advantage_give_gradients_of_exactly_zero(name: str) -> None:
     """Even if the other models are so far away that their ratios are bounded."""
@@ -227,7 +252,7 @@ def test_head_is_computed_twice_only_if_slopes_depend_on_whole_answers(monkeypat
         given = {each: value for each, value in others.items() if has_old or each != "old_log_probs"}
         apply(objective_of(VARIANTS[name]), hidden, weight, micro_batch(**given))
         sweeps[name, has_old] = list(calls)
-    twice = {("gspo", True), ("v3", True), ("v3_2", True), ("v3_2", False)}
+    twice = {("gspo", True), ("v3", True), ("v3", False), ("v3_2", True), ("v3_2", False)}
     assert sweeps == {key: [False, True] if key in twice else [True] for key in sweeps}
 
 
