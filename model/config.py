@@ -248,8 +248,8 @@ class PolicyLossConfig:
         surrogate: min(ratio A, clip(ratio) A), or min(ratio, largest_ratio) A log p with a constant weight (CISPO).
         kl: estimator of the divergence from the reference, by its gradient on answers of the policy itself. With q =
             reference / policy: ratio (q - log q - 1) (reverse), (log q)^2 / 2 (reverse_squared), or q - log q - 1
-            (forward). It has each token's own ratio; forward_answer is forward with one q for the whole answer, the product over
-            its tokens (V3's report).
+            (forward). It has each token's own ratio; forward_answer is forward with one q for the whole answer, the
+            product over its tokens (V3's report).
         off_policy_limit: an answer with negative advantage has no surrogate if the mean over its tokens of
             log(sampler / policy) is above this (DeepSeek-V3.2).
         sampler_ratio_cap: bound of the ratio of old policy to sampler, which weighs the surrogate of each token.

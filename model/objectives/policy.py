@@ -377,7 +377,7 @@ class PolicyGradient:
         )
 
     def _needs_answers(self, tokens: AnswerTokens) -> bool:
-        """Returns whether a token's slope depends on its answer; a ratio does not if the policy is the old one."""
+        """Returns whether slopes depend on whole answers. Ratios do not if the policy is the old one."""
         form = self.form
         has_ratio = form.ratio != "token" and (tokens.old_R is not None or self._has_sampler_factor)
         has_divergence = form.kl == "forward_answer" and tokens.reference_R is not None
