@@ -3,12 +3,15 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from base.decode import decode
+from base.figures import aligned
 from base.ranges import PositiveInt
 from base.refusal import broken
 from base.registry import closest
@@ -16,7 +19,7 @@ from dualpipe.api import build, compare
 from dualpipe.bounds import Bound
 from dualpipe.builder import decode as decode_schedule
 from dualpipe.builder import schedules_folder
-from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, number, spread
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import decode_summary, grid, html, table
 from dualpipe.draw.trace import trace
@@ -32,6 +35,11 @@ from launch.config.compose import compose
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
 _MOST_COLUMNS = 160  # of a timeline in the terminal
+_REPORT_KINDS = ("1f1b", "zb1p", "dualpipe")
+_REPORT_MEANING = (
+    "bubble: idle time of a rank; B = I + W; F&B: both overlapped; parameters: copies of the weights; "
+    "activations: largest number of a rank, of model/P; simulated: least to greatest of all ranks"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +54,7 @@ class ScheduleCommandConfig:
     costs: ModelCosts
     memory_cap: float | None
     format: Literal["text", "json", "svg", "html", "trace", "torch"]
+    table: Literal["kinds", "report"]
     out: str
     cache_dir: str
     plugins: tuple[str, ...]
@@ -57,7 +66,7 @@ def main(overrides: Sequence[str]) -> int:
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
-    write_output(_shown(config), config.out)
+    write_output(_report_table(config) if config.table == "report" else _shown(config), config.out)
     return 0
 
 
@@ -146,6 +155,55 @@ def torch_csv(schedule: Schedule) -> str:
     """
     ranks = ungroup(schedule).ranks
     return "\n".join(",".join(f"{op.stage}{op.kind}{op.micro_batch}" for (op,) in groups) for groups in ranks)
+
+
+def _report_table(config: ScheduleCommandConfig) -> str:
+    """Returns table 2 of the report (arXiv:2412.19437): its formulas, next to simulated values of this size."""
+    rule = "must have its default with table=report, which compares " + ", ".join(_REPORT_KINDS)
+    for key, value, default in (
+        ("schedule", config.schedule.kind, "dualpipe_interleaved"),
+        ("schedule.chunks", config.schedule.chunks, None),
+        ("schedule.slices", config.schedule.slices, 1),
+        ("program", config.program, "train"),
+        ("format", config.format, "text"),
+        ("memory_cap", config.memory_cap, None),
+        ("costs.offload", config.costs.offload, None),
+    ):
+        if value != default:
+            raise broken(key, rule, value, "null" if default is None else default)
+    ranks = config.num_ranks
+    batches = config.num_micro_batches
+    costs = config.costs
+    holds = {
+        "no exchange": (costs.exchange == 0, "costs.exchange"),
+        "no latency": (costs.latency == 0, "costs.latency"),
+        "F = I >= W": (costs.forward == costs.backward_input >= costs.backward_weight, "costs of F, I and W"),
+        "W <= F": (costs.backward_weight <= costs.forward, "costs.backward_weight"),
+        "W <= I": (costs.backward_weight <= costs.backward_input, "costs.backward_weight"),
+        "equal stages": (not costs.stages, "costs.stages"),
+    }
+    header = ("schedule", "bubble", "= formula", "simulated", "parameters", "activations", "= formula", "simulated")
+    rows = [header]
+    notes = []
+    check_size("1f1b", ranks, batches)
+    for kind in _REPORT_KINDS:
+        limit = SCHEDULES.get(kind).limit(ranks, batches)
+        if limit is not None:
+            value = {"num_ranks": ranks, "num_micro_batches": batches}[limit.about]
+            raise broken(limit.about, f"schedule '{kind}' {limit.rule}", value, " or ".join(map(str, limit.nearest)))
+        built = build(kind, ranks=ranks, micro_batches=batches, costs=costs)
+        idle = SCHEDULES.get(kind).idle
+        assert idle is not None
+        directions = built.schedule.num_directions
+        formulas = idle.value(ranks, costs), ranks + directions - 1
+        simulated = built.simulation.idle, built.simulation.peaks
+        bubble, peak = ((number(value), spread(each)) for value, each in zip(formulas, simulated, strict=True))
+        rows.append((kind, idle.text, *bubble, f"{directions}x", "P" + "+1" * (directions - 1), *peak))
+        if any(number(value) != number(max(each)) for value, each in zip(formulas, simulated, strict=True)):
+            assumptions = [*re.split(r", | and ", idle.assumes), "equal stages"]
+            causes = [f"{text} (see {holds[text][1]})" for text in assumptions if not holds[text][0]]
+            notes.append(f"{kind}: simulated values differ, because the formulas assume {', '.join(causes)}")
+    return "\n".join([*aligned(rows, text=(0, 1, 4, 5), gap="  "), *notes, *textwrap.wrap(_REPORT_MEANING, 100)])
 
 
 def _shown_decoding(config: ScheduleCommandConfig) -> str:

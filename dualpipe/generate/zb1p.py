@@ -44,7 +44,7 @@ SCHEDULES.register(
         generate=zb1p,
         idle=IdleFormula(
             text="(P-1)(F+B-2W)",
-            assumes="I >= W, no exchange and no latency",
+            assumes="W <= F, W <= I, no exchange and no latency",
             value=lambda num_ranks, costs: (
                 (num_ranks - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
             ),

@@ -105,12 +105,37 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("format=torch schedule=1f1b schedule.slices=2", ConfigError, ["schedule.slices", "format=torch", "is 2"]),
         ("format=torch schedule=zb_v costs.offload=1", ConfigError, ["costs.offload", "format=torch", "is 1", "null"]),
         ("format=torch program=decode num_micro_batches=32", ConfigError, ["format", "program=decode", "json"]),
+        (
+            "table=report num_ranks=5",
+            ConfigError,
+            ["num_ranks", "'dualpipe' needs an even", "is 5", "nearest valid: 4 or 6"],
+        ),
+        ("table=report memory_cap=4", ConfigError, ["memory_cap", "table=report", "is 4", "null"]),
         ("schedule=dualpip", ConfigError, ["schedule: no option dualpip", "did you mean dualpipe"]),
         ("num_ranks=2.0", ConfigError, ["num_ranks", "write 2"]),
     ],
 )
 def test_schedule_rejects(override: str, error: type[ValueError], parts: list[str]) -> None:
     assert_refused(error, parts, lambda: main(override.split()))
+
+
+def test_table_of_the_report_has_its_formulas_and_says_why_simulated_values_differ(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = ["table=report", "num_ranks=8", "num_micro_batches=20"]
+    assert main(size) == 0
+    rows = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:4] == [
+        ["1f1b", "(P-1)(F+B)", "21", "21", "1x", "P", "8", "1 to 8"],
+        ["zb1p", "(P-1)(F+B-2W)", "7", "7", "1x", "P", "8", "8"],
+        ["dualpipe", "(P/2-1)(F&B+B-3W)", "6", "6", "2x", "P+1", "9", "9"],
+    ]
+    assert rows[4][0].startswith("bubble: ")
+    assert main([*size, "costs.exchange=1", "costs.backward_input=1.3"]) == 0
+    notes = [line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[4:7]]
+    assert [name for name, _ in notes] == ["1f1b", "zb1p", "dualpipe"]
+    assert "F = I >= W" in notes[2][1]
+    assert all("(see costs.exchange)" in note for _, note in notes[:2])
 
 
 def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
