@@ -157,7 +157,7 @@ def torch_csv(schedule: Schedule) -> str:
     return "\n".join(",".join(f"{op.stage}{op.kind}{op.micro_batch}" for (op,) in groups) for groups in ranks)
 
 
-def _report_table(config: ScheduleCommandConfig) -> str:
+    """Returns table 2 of the report (arXiv:2412.19437): its formulas, and simulated values of this size."""
     """Returns table 2 of the report (arXiv:2412.19437): its formulas, next to simulated values of this size."""
     rule = "must have its default with table=report, which compares " + ", ".join(_REPORT_KINDS)
     for key, value, default in (
