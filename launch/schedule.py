@@ -157,8 +157,8 @@ def torch_csv(schedule: Schedule) -> str:
     return "\n".join(",".join(f"{op.stage}{op.kind}{op.micro_batch}" for (op,) in groups) for groups in ranks)
 
 
-    """Returns table 2 of the report (arXiv:2412.19437): its formulas, and simulated values of this size."""
-    """Returns table 2 of the report (arXiv:2412.19437): its formulas, next to simulated values of this size."""
+def _report_table(config: ScheduleCommandConfig) -> str:
+    """Returns table 2 of the report (arXiv:2412.19437), as formulas and as simulated values."""
     rule = "must have its default with table=report, which compares " + ", ".join(_REPORT_KINDS)
     for key, value, default in (
         ("schedule", config.schedule.kind, "dualpipe_interleaved"),
