@@ -1,31 +1,35 @@
-"""Reads problems, and registers their sources: `.jsonl` files and reasoning-gym. Imports no torch.
+"""Reads problems, and registers their sources: `.jsonl` files, mixtures of them, and reasoning-gym. Imports no torch.
 
     {"prompt": ..., "answer": "..."}
     {"prompt": ..., "tests": "assert f(1) == 2"}
     {"prompt": ..., "tests": [{"stdin": "1", "stdout": "2"}]}
 
 A prompt is a string, or a list of messages. `domain` may name the kind of problem, such as maths. Other fields of the
-object are ignored. The samples of both sources are prompts. Source of reasoning-gym: arXiv:2505.24760.
+object are ignored. The samples of all sources are prompts. Source of reasoning-gym: arXiv:2505.24760.
 """
 
 import ast
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
-from base.ranges import NonNegativeInt, PositiveInt
+from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage, read_prompt, require_fields, user
 from data.chat.sources import ChatLines, lines_entry
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, describe, list_of, nearest_name, object_of, optional, refusal, text_of
+from data.mix.manifest import Manifest, parse_manifest
+from data.mix.mixture import Mixture, hold_out, single_order
 from data.pack import WEIGHTS
 from data.readers.sources import list_jsonl, read_json_lines
 from data.registry import (
@@ -64,6 +68,7 @@ class ProblemRecord:
     place: str  # file and line, or number, for errors
     origin: str | None = None  # from what a generator made the problem, as JSON text, if its own verifier must find it
     domain: str | None = None  # kind of problem, by which parts of a reward are chosen
+    source: str = ""  # name of the source of a mixture
 
     @property
     def prompt(self) -> str:
@@ -132,7 +137,7 @@ def _problems(source: ChatLines) -> Iterator[ProblemRecord]:
         yield from read_json_lines(file, read_problem, None, "problems")
 
 
-def _documents(source: ChatLines, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+def _documents(source: DataSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
     for record in read_json_lines(file, read_problem, limit_bytes, "problems"):
         text = "\n".join([*(message.content for message in record.messages), record.answer or ""])
         yield Document(key=record.key, text=text)
@@ -148,6 +153,87 @@ DATA_SOURCES.register(
         samples=lambda source, tokenizer: _prompt_samples(_problems(source), source.template, tokenizer),
         values=lambda source: (WEIGHTS,),
         problems=_problems,
+        has_targets=False,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightedProblems:
+    """A source of a mixture of problems."""
+
+    name: str  # differs from the other names
+    paths: tuple[str, ...]  # .jsonl files, and folders that are searched for them
+    weight: NonNegativeFloat  # share of the prompts, relative to the other weights
+    domain: str | None = None  # domain of the problems that name none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProblemMix(DataSource):
+    """Problems of several sources, which are drawn by weights. A source that is shorter than its share repeats."""
+
+    sources: tuple[WeightedProblems, ...]
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+
+    def __post_init__(self) -> None:
+        self.manifest()
+
+    def manifest(self) -> Manifest:
+        """Returns the sources as those of a mixture; raises DataError for names or weights that are not valid."""
+        sources = [
+            {"name": source.name, "paths": list(source.paths), "weight": source.weight} for source in self.sources
+        ]
+        return parse_manifest({"sources": sources}, "data", Path())
+
+    def plain_weights(self) -> list[object]:
+        """Returns what decides the order of prompts and the parts of the reward, without the names of files."""
+        return [[source.name, source.weight, source.domain] for source in self.sources]
+
+
+def _list_mix(source: ProblemMix) -> Iterator[tuple[WeightedProblems, CorpusFile]]:
+    names: dict[Path, str] = {}
+    for part in source.sources:
+        try:
+            files = list_jsonl(part.paths, "problems")
+        except DataError as error:
+            raise DataError(str(error).replace("data.paths", f"data.sources.{part.name}.paths")) from error
+        for file in files:
+            if (other := names.setdefault(file.path.resolve(), part.name)) != part.name:
+                raise DataError(f"data.sources: must name each file once, name {file.path} in {other} and {part.name}")
+            yield part, replace(file, key=f"{part.name}/{file.key}")
+
+
+def _mix_problems(source: ProblemMix) -> Iterator[ProblemRecord]:
+    for part, file in _list_mix(source):
+        for record in read_json_lines(file, read_problem, None, "problems"):
+            yield replace(record, source=part.name, domain=record.domain or part.domain)
+
+
+def order_problems(source: DataSource, problems: Sequence[ProblemRecord], seed: int) -> Mixture:
+    """Returns the order in which a run draws its problems, of which those of one source follow each other."""
+    if not isinstance(source, ProblemMix):
+        return single_order(len(problems), seed)
+    return Mixture(source.manifest(), Counter(problem.source for problem in problems), 1, seed)
+
+
+def take_turns(problems: Sequence[ProblemRecord], seed: int) -> list[ProblemRecord]:
+    """Returns problems of several sources in turns, each in a fixed permutation; those of one source as they are."""
+    counts = list(Counter(problem.source for problem in problems).values())
+    return [problems[row] for row in hold_out(counts, seed).rows_N] if len(counts) > 1 else list(problems)
+
+
+DATA_SOURCES.register(
+    "problem_mix",
+    lines_entry(
+        summary="problems of several .jsonl sources, of which the prompts are drawn by weights",
+        config=ProblemMix,
+        files=lambda source: tuple(file for _, file in _list_mix(source)),
+        read=_documents,
+        place=lambda source: "data.sources:",
+        settings=lambda source: [source.template, source.plain_weights()],
+        samples=lambda source, tokenizer: _prompt_samples(_mix_problems(source), source.template, tokenizer),
+        values=lambda source: (WEIGHTS,),
+        problems=_mix_problems,
         has_targets=False,
     ),
 )

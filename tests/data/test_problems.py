@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import WEIGHTS
 from data.prepare import check_config, prepare
-from data.problems import split_problems
+from data.problems import ProblemMix, WeightedProblems, order_problems, split_problems, take_turns
 from data.registry import DATA_SOURCES
 from data.shards.open import Prepared
 from data.tokenizer import Tokenizer
@@ -202,6 +204,51 @@ def test_problems_become_prompts_without_targets_and_split_as_their_samples(tmp_
     assert prepare(config, L).fingerprint == prepared.fingerprint
 
 
+def mix_of(folder: Path, **weights: float) -> ProblemMix:
+    """Returns a mixture of files with 40 problems each, of which the first has a domain."""
+    for name in weights:
+        lines = [{"prompt": f"{name} {n}", "answer": "a", "domain": None if n else "own"} for n in range(40)]
+        write_lines(folder / f"{name}.jsonl", lines)
+    sources = [
+        WeightedProblems(name=name, paths=(f"{folder}/{name}.jsonl",), weight=weight, domain=f"of {name}")
+        for name, weight in weights.items()
+    ]
+    return ProblemMix(kind="problem_mix", sources=tuple(sources), template="v3")
+
+
+def test_problems_of_a_mixture_are_drawn_by_weights_and_repeat(tmp_path: Path) -> None:
+    config = source_config(mix_of(tmp_path, maths=3, code=1, rest=0), tmp_path, chat_tokenizer())
+    check_config(config)
+    train, held_out = split_problems(config)
+    assert {each.domain for each in train if each.source == "maths"} - {"own"} == {"of maths"}
+    order = order_problems(config.source, train, seed=5)
+    drawn = [train[row] for row in order.range(0, 200).tolist()]
+    counts = Counter(each.source for each in drawn)
+    assert counts == {"maths": 150, "code": 50}
+    # Each pass over a source has each of its problems once; a later start has the same order.
+    maths = [each.key for each in drawn if each.source == "maths"]
+    size = sum(each.source == "maths" for each in train)
+    assert len(set(maths[:size])) == size < len(maths)
+    assert maths[:size] != maths[size : 2 * size]
+    assert [train[row] for row in order.range(150, 50).tolist()] == drawn[150:]
+    turns = [each.source for each in take_turns(held_out, seed=5)]
+    assert Counter(turns) == Counter(each.source for each in held_out)
+    assert set(turns[:3]) == set(turns)
+    assert prepare(config, L).counts["train"].kept == len(train)
+
+
+def test_mixture_of_problems_that_is_not_valid_is_refused(tmp_path: Path) -> None:
+    first, other = mix_of(tmp_path, maths=3, code=1).sources
+    for sources, rule in (
+        ((first, replace(other, name="maths")), r"data: sources\[1\].name: must differ from other names"),
+        ((replace(first, weight=0.0),), "data: sources: at least one weight must be above 0"),
+        ((first, replace(other, paths=first.paths)), r"must name each file once, name .*maths.jsonl in maths and code"),
+        ((first, replace(other, paths=("none.jsonl",))), r"data\.sources\.code\.paths: "),
+    ):
+        with pytest.raises(DataError, match=rule):
+            check_config(source_config(ProblemMix(kind="problem_mix", sources=sources, template="v3"), tmp_path))
+
+
 def test_arithmetic_problems_split_as_its_samples(tmp_path: Path) -> None:
     config = config_of(tmp_path, num_samples=300, num_digits=4)
     entry = DATA_SOURCES.get("arithmetic")
@@ -243,5 +290,5 @@ def test_split_refuses_sources_without_problems_and_an_empty_training_part(tmp_p
         split_problems(source_config(source_of(path), tmp_path, validation_fraction=0.9999))
     (tmp_path / "notes.txt").write_text(json.dumps("text"))
     files = DATA_SOURCES.get("files").config(kind="files", paths=(str(tmp_path),), text_field="text")  # type: ignore[call-arg]
-    with pytest.raises(DataError, match="a source with problems, is files; nearest valid: problems, reasoning_gym"):
+    with pytest.raises(DataError, match="a source with problems, is files; nearest valid: problems, problem_mix, "):
         split_problems(source_config(files, tmp_path))

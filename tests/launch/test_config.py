@@ -63,6 +63,7 @@ CHATS = {
     "data=chat": '{"prompt": "a", "answer": "b"}\n',
     "data=preferences": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
     "data=problems": '{"prompt": "a", "answer": "b"}\n',
+    "data=problem_mix": '{"prompt": "a", "answer": "b"}\n',
 }
 
 
@@ -74,7 +75,8 @@ def write_chats(folder: Path, choice: str) -> list[str]:
     """Writes a file of conversations or pairs, and returns the override that names it."""
     path = folder / f"{choice.removeprefix('data=')}.jsonl"
     path.write_text(CHATS[choice], "utf-8")
-    return [f"data.paths=['{path}']"]
+    is_mix = choice == "data=problem_mix"
+    return [f"data.sources=[{{name: a, weight: 1, paths: ['{path}']}}]" if is_mix else f"data.paths=['{path}']"]
 
 
 def place_weights(folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from base.decode import decode, encode
 from base.files import replace_file
 from base.refusal import ConfigError
+from data.problems import ProblemMix
 from model.config import InferencePrecision, ModelConfig
 from model.hf.checkpoint import LONGEST_NAME_BYTES
 from model.hf.config import parse_config, write_config
@@ -213,10 +214,11 @@ def shape_record(config: TrainConfig) -> dict[str, Any]:
     # The content of a given tokenizer is compared by the fingerprint of the samples.
     is_given = data.tokenizer is not None
     tokenizer = {"tokenizer": "given"} if is_given else {"tokenizer_vocab_size": data.tokenizer_vocab_size}
+    mix = {"sources": data.source.plain_weights()} if isinstance(data.source, ProblemMix) else {}
     shape = {
         "model": asdict(config.model),
         "precision": {"kind": config.precision.kind},
-        "data": {**tokenizer, "seed": data.seed},
+        "data": {**tokenizer, "seed": data.seed, **mix},
         "batch": {
             "global_sequences": batch.global_sequences,
             "ramp": None if batch.ramp is None else asdict(batch.ramp),

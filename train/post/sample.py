@@ -11,8 +11,8 @@ from typing import Any, Literal
 from base.refusal import ConfigError
 from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.mix.mixture import single_order
-from data.problems import ProblemRecord, split_problems
+from data.mix.mixture import Mixture
+from data.problems import ProblemRecord, split_problems, take_turns
 from data.shards.open import Prepared
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
@@ -47,12 +47,12 @@ class PromptForm:
 
 
 class PromptOrder:
-    """The order of prompts: a new permutation of all problems in each epoch."""
+    """The order of prompts: a new permutation of the problems of a source in each epoch, sources by their weights."""
 
-    def __init__(self, problems: Sequence[ProblemRecord], form: PromptForm, seed: int) -> None:
+    def __init__(self, problems: Sequence[ProblemRecord], form: PromptForm, order: Mixture) -> None:
         self._problems = problems
         self._form = form
-        self._order = single_order(len(problems), seed)
+        self._order = order
 
     def take(self, first: int, count: int) -> list[Group]:
         """Returns the prompts at `count` positions from `first` on, with the position as number."""
@@ -165,7 +165,7 @@ def read_problems(
             f"data.validation_fraction={config.data.validation_fraction:g} holds out {len(held_out)} problems, "
             f"{len(held_out) - len(fitting_held_out)} of them with too long prompts; nearest: a larger fraction"
         )
-    return fitting, fitting_held_out
+    return fitting, take_turns(fitting_held_out, config.data.seed)
 
 
 AdvantageKind = Literal["standardized", "centered"]

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from base.decode import encode
 from comm.agreement import broadcast_first
 from data.loader import Batch, Loader
+from data.problems import order_problems
 from data.shards.open import Prepared
 from infer.config import Sampling
 from infer.protocol import Group, Request, Sample
@@ -329,7 +330,7 @@ def _open_policy_sampler(
         rollouts,
         engine,
         RolloutRewards(reward, replica.world, open_model_parts(scored, replica, reference, engine, form)),
-        PromptOrder(train, form, config.data.seed),
+        PromptOrder(train, form, order_problems(config.data.source, train, config.data.seed)),
         form,
         advantage=config.task.loss.advantage,
         seed=config.seed,
