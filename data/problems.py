@@ -1,4 +1,4 @@
-"""Reads problems, and registers their sources: `.jsonl` files, mixtures of them, and reasoning-gym. Imports no torch.
+"""Reads problems, and registers their sources: `.jsonl` files and reasoning-gym. Imports no torch.
 
     {"prompt": ..., "answer": "..."}
     {"prompt": ..., "tests": "assert f(1) == 2"}
@@ -170,7 +170,7 @@ class WeightedProblems:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProblemMix(DataSource):
-    """Problems of several sources, which are drawn by weights. A source that is shorter than its share repeats."""
+    """Problems of several sources, drawn by weights. A source shorter than its share repeats."""
 
     sources: tuple[WeightedProblems, ...]
     template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
@@ -217,7 +217,7 @@ def order_problems(source: DataSource, problems: Sequence[ProblemRecord], seed: 
 
 
 def take_turns(problems: Sequence[ProblemRecord], seed: int) -> list[ProblemRecord]:
-    """Returns problems of several sources in turns, each in a fixed permutation; those of one source as they are."""
+    """Returns problems of several sources in turns, each permuted; those of one source as they are."""
     counts = list(Counter(problem.source for problem in problems).values())
     return [problems[row] for row in hold_out(counts, seed).rows_N] if len(counts) > 1 else list(problems)
 

@@ -47,7 +47,7 @@ class PromptForm:
 
 
 class PromptOrder:
-    """The order of prompts: a new permutation of the problems of a source in each epoch, sources by their weights."""
+    """The order of prompts: sources by weight, and a new permutation of a source in each epoch."""
 
     def __init__(self, problems: Sequence[ProblemRecord], form: PromptForm, order: Mixture) -> None:
         self._problems = problems
