@@ -11,9 +11,11 @@ from typing import Any
 
 from base.decode import encode
 from base.figures import aligned
+from comm.config import DeepEPDispatchConfig, TwoHopDispatchConfig
 from model.size import count_parameters, training_flops_per_token
 from planner.job_plan import JobPlan, PlannerConfig, layout_json
 from planner.scaling import shape_distance
+from train.config import TrainConfig
 from train.predict.fit import gigabytes, parts
 from train.predict.memory import RankMemory
 from train.predict.timing import TimedPlan
@@ -203,7 +205,31 @@ def _layout_texts(plan: JobPlan) -> dict[str, str]:
         "batch": f"{batch.global_sequences:,} sequences of {batch.sequence_length_tokens:,} tokens: in each pipeline "
         f"{config.num_micro_batches // config.schedule.slices} micro-batches of {batch.micro_sequences}",
         "cut": f"{' '.join(map(str, mesh.cut.layers))} layers in the stages",
-    }
+    } | hidden_experts(config)
+
+
+def hidden_experts(config: TrainConfig) -> dict[str, str]:
+    """Returns how many experts a token could have at the same exchange time (arXiv:2412.19437, section 3.2.2).
+
+    A row crosses to a node once. While it does, a faster link within the node sends it to several ranks there.
+    """
+    cluster = config.cluster
+    across = cluster.inter_node_bytes_per_second
+    within = cluster.intra_node_bytes_per_second
+    dispatch = config.dispatch
+    num_nodes = config.parallelism.expert // cluster.ranks_per_node
+    if not isinstance(dispatch, TwoHopDispatchConfig | DeepEPDispatchConfig):
+        return {}
+    if num_nodes < 2 or across is None or within is None:
+        return {}
+    nodes = min(dispatch.max_nodes, num_nodes)
+    per_node = min(within / across, config.model.num_routed_experts / num_nodes)
+    text = (
+        f"{nodes * per_node:.0f} for a token at the same cost: {nodes} nodes x {per_node:.1f}, as links of "
+        f"{within / _GB:.0f} GB/s within a node hide behind {across / _GB:.0f} GB/s between nodes; it has "
+        f"{config.model.num_experts_per_token}"
+    )
+    return {"experts": text}
 
 
 def _memory_lines(plan: JobPlan) -> list[str]:

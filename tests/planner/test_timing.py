@@ -12,7 +12,7 @@ from dualpipe.registry import FALLBACK
 from launch import plan
 from launch.config.compose import options
 from model.size import training_flops_per_token
-from planner.forms import plan_text, plan_values
+from planner.forms import hidden_experts, plan_text, plan_values
 from planner.job_plan import plan_job, require_time
 from planner.products import FLAT
 from planner.scaling import KernelRates, RowsPerToken, expert_rows, rows_per_token, shape_distance
@@ -323,6 +323,21 @@ def test_ranks_of_one_node_send_nothing_across() -> None:
     rows = rows_of("cluster.ranks_per_node=64", "dispatch=all_to_all")
     assert rows.across_nodes == 0
     assert rows.within_node == pytest.approx(8 * 63 / 64, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts"),
+    [
+        ([], "13 for a token at the same cost: 4 nodes x 3.2"),
+        (["dispatch.max_nodes=8", "model.num_limited_groups=8"], "26 for a token at the same cost: 8 nodes x 3.2"),
+        (["cluster.intra_node_bytes_per_second=100e9"], "8 for a token at the same cost: 4 nodes x 2.0"),
+        (["dispatch=all_to_all"], ""),
+    ],
+)
+def test_plan_says_how_many_experts_hide_behind_the_link_between_nodes(changes: list[str], experts: str) -> None:
+    """The 13 experts of the report, 3.2.2: 4 nodes x 160 / 50 GB/s; a copy for each expert hides none."""
+    config = request_of("experiment=v3_671b", *changes).config
+    assert hidden_experts(config).get("experts", "").partition(",")[0] == experts
 
 
 @pytest.mark.slow
