@@ -209,7 +209,7 @@ def _layout_texts(plan: JobPlan) -> dict[str, str]:
 
 
 def hidden_experts(config: TrainConfig) -> dict[str, str]:
-    """Returns how many experts a token could have at the same exchange time (arXiv:2412.19437, section 3.2.2).
+    """Returns how many experts a token could have at the same cost (arXiv:2412.19437, section 3.2.2).
 
     A row crosses to a node once. While it does, a faster link within the node sends it to several ranks there.
     """
