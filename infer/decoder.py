@@ -7,15 +7,16 @@ C values per token in the cache, T positions, P values of a rotation, A received
 L layers, K experts per token.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comm.protocol import RankLocalDispatcher
+from comm.protocol import RankLocalDispatcher, Work
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from kernels.few_rows import MOST_CHOICES, few_rows_linear, has_few_rows_forms
 from model.attention.cache import CacheView, KvCache, PromptView, StepView
@@ -23,8 +24,10 @@ from model.attention.form import rotation_table
 from model.block import Attended, Block, Mlp, Moe
 from model.config import BLOCK_TOKENS, ModelConfig
 from model.linear import widen
+from model.phases import CombinePhase, DispatchPhase, Exchange
 from model.router import expert_id_dtype
 from model.transformer import Transformer
+from model.values import ExpertOutput, Routed
 
 
 class RouteStore:
@@ -127,6 +130,21 @@ PassKind = Literal["parts", "step"]
 """New tokens of a pass: parts of prompts, the first ones of empty rows or a later one of one row, or a step."""
 
 
+Passage = Generator[Callable[[], Work[Any]], Any, Tensor]
+"""Layers as phases: yields a function that starts each exchange, and takes its result."""
+
+
+def run_passage(passage: Passage) -> Tensor:
+    """Runs the phases of a passage one after the other, and returns its result."""
+    try:
+        start = next(passage)
+        while True:
+            start = passage.send(start().wait())
+    except StopIteration as end:
+        result: Tensor = end.value
+        return result
+
+
 class PartDecoder:
     """Cached passes of a part of a model: embedding, some layers, final norm and head, MTP module.
 
@@ -217,18 +235,31 @@ class PartDecoder:
 
     def run_layers(self, hidden_ND: Tensor, views: Views) -> Tensor:
         """Runs the layers of this part; returns the last one's output, ND."""
-        for index, layer in enumerate(self._layers):
-            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(index), layer)
-        return hidden_ND
+        return run_passage(self.passage(hidden_ND, views))
 
     def run_idle_layers(self) -> None:
         """Runs the experts of the layers for other ranks, without any token of this rank."""
-        for layer in self._layers:
-            self._run_idle(self._model.block(layer))
+        run_passage(self.idle_passage())
 
     def run_idle_mtp(self) -> None:
         """Runs the experts of the MTP module for other ranks, without any token of this rank."""
-        self._run_idle(self._model.mtp_block(1))
+        run_passage(self._block(self._model.mtp_block(1), self._no_rows(), None))
+
+    def passage(self, hidden_ND: Tensor, views: Views | None) -> Passage:
+        """Runs the layers of this part as phases; returns the last one's output, ND."""
+        for index, layer in enumerate(self._layers):
+            view = None if views is None else views(index)
+            hidden_ND = yield from self._block(self._model.block(layer), hidden_ND, view, layer)
+        return hidden_ND
+
+    def idle_passage(self) -> Passage:
+        """Runs the experts of the layers for other ranks as phases, without any token of this rank."""
+        return self.passage(self._no_rows(), None)
+
+    @property
+    def num_exchanges(self) -> int:
+        """Exchanges of a passage: dispatch and combine of each MoE layer."""
+        return 2 * sum(self._model.block(layer).moe is not None for layer in self._layers)
 
     def final_norm(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the states for the MTP module and the states for the head, both ND, after the last layer."""
@@ -258,7 +289,7 @@ class PartDecoder:
     def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of the layers of this part in a pass."""
         if kind == "step":
-            return self._over_rows(self.main, range(len(rows)), counts[0])
+            return self._over_rows(self.main, range(rows[0], rows[0] + len(rows)), counts[0])
         return self._over_parts(self.main, rows, counts)
 
     def _over_parts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
@@ -289,10 +320,17 @@ class PartDecoder:
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)
         merged_1ND = block.merge(self.embed(next_tokens_N)[None], state_ND[None], None)
-        return self._run(block, merged_1ND[0], views(0))
+        return run_passage(self._block(block, merged_1ND[0], views(0)))
 
-    def _run(self, block: Block, hidden_ND: Tensor, view: CacheView, layer: int | None = None) -> Tensor:
-        """Runs one block over N tokens; returns ND. The experts of a numbered layer may be recorded."""
+    def _block(self, block: Block, hidden_ND: Tensor, view: CacheView | None, layer: int | None = None) -> Passage:
+        """Runs one block over N tokens; returns ND. The experts of a numbered layer may be recorded.
+
+        Without a view there are no tokens: the block takes part in the exchanges of others.
+        """
+        if view is None:
+            if isinstance(block.mlp, Moe):
+                yield from self._experts(block, block.mlp, block.route(hidden_ND[None]))
+            return hidden_ND
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
         if isinstance(block.mlp, Mlp):
             return block.mlp.decode(residual_ND, block.post_attention_layernorm)
@@ -304,28 +342,24 @@ class PartDecoder:
         attended = block.route(residual_ND[None])
         if layer is not None:
             self.recorder.write(layer, view, attended.routing.ids_TK)
-        return self._run_experts(block, block.mlp, attended)
+        return (yield from self._experts(block, block.mlp, attended))
 
-    def _run_idle(self, block: Block) -> None:
-        """Takes part in a block's exchange of rows, without any token of this rank."""
-        if isinstance(block.mlp, Mlp):
-            return
-        no_rows_ND = torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self.device)
-        self._run_experts(block, block.mlp, block.route(no_rows_ND[None]))
-
-    def _run_experts(self, block: Block, moe: Moe, attended: Attended) -> Tensor:
+    def _experts(self, block: Block, moe: Moe, attended: Attended) -> Passage:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
-        dispatcher = self._model.dispatcher
-        wire = block.wire()
+        exchange = Exchange(self._model.dispatcher, None, block.wire())
         routing = moe.choose_slots(attended.routing)
         base_1ND = attended.residual_BTD
-        rows = attended.rows
-        handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
-        arrived = dispatcher.dispatch(wire.pack(rows), routing.weights_TK, handle).wait()
-        routed_AD = moe.experts(wire.unpack(arrived.rows_AD, rows), arrived.weights_A, arrived.counts, None)
+        routed = Routed(base_1ND, attended.rows, routing.weights_TK, routing.ids_TK)
+        received = yield partial(DispatchPhase(exchange).forward, routed)
+        routed_AD = moe.experts(received.received, received.weights_A, received.counts, None)
         if moe.shared_experts is not None:
-            base_1ND = moe.shared_experts.decode(base_1ND, block.post_attention_layernorm, rows)
-        return base_1ND[0] + dispatcher.combine(routed_AD, handle).wait()
+            base_1ND = moe.shared_experts.decode(base_1ND, block.post_attention_layernorm, attended.rows)
+        combined = yield partial(CombinePhase(exchange).forward, ExpertOutput(routed_AD, base_1ND))
+        hidden_1ND: Tensor = combined.hidden_BTD
+        return hidden_1ND[0]
+
+    def _no_rows(self) -> Tensor:
+        return torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self.device)
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)

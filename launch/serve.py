@@ -16,7 +16,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from base.decode import decode
 from base.figures import bytes_text
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 API_KEY = "SERVE_API_KEY"
 _GRACE_SECONDS = 10.0  # after a rank is lost, for the answers that say so
 
+Overlap = Literal[True, False, "auto"]
+
 Serve = Callable[["ServingEngine"], int]
 """Serves with an engine, and returns the exit code."""
 
@@ -90,6 +92,7 @@ class ServeCommandConfig:
     ranks: PositiveInt
     dispatch: Annotated[DispatchConfig, DISPATCHERS]
     prefill_ranks: NonNegativeInt
+    overlap: Overlap
     placement: str | None
     rebalance_seconds: PositiveFloat | None
     dtype: Dtype
@@ -129,6 +132,8 @@ def _check(config: ServeCommandConfig) -> tuple[WeightsSource, InferenceConfig |
         raise broken("prefill_ranks", f"must be less than ranks={ranks}", config.prefill_ranks, ranks - 1)
     if ranks == 1 and (config.placement is not None or config.rebalance_seconds is not None):
         raise broken("ranks", "must be at least 2 if experts are placed", ranks, "the ranks of the placement")
+    if ranks == 1 and config.overlap is True:
+        raise broken("overlap", "needs ranks that share the experts", "true", "auto")
     mesh = ParallelismConfig(pipeline=1, data=ranks, expert=ranks)
     schedule = ScheduleConfig(kind=FALLBACK, chunks=None, pairing="sequential")
     shared = source.without_mtp() if config.speculative is False else source
@@ -308,6 +313,7 @@ def _serve_as_rank(
 ) -> int:
     """Serves as one rank until rank 0 ends; returns the exit code."""
     from infer.engines.expert_ranks import (
+        LEAST_OVERLAPPED,
         LostRankError,
         RankDecoder,
         RanksEngine,
@@ -322,7 +328,8 @@ def _serve_as_rank(
     seconds = network.cluster.timeout_seconds
     with open_ranks(network) as pipeline:
         pipeline.place_experts(placement)
-        engine = build_engine(config, pipeline.model, partial(RankDecoder, seconds))
+        least_overlapped = {"auto": LEAST_OVERLAPPED, True: 2, False: None}[config.overlap]
+        engine = build_engine(config, pipeline.model, partial(RankDecoder, seconds, least_overlapped))
         transfers = SequenceTransfers(engine, rank, config.ranks, config.prefill_ranks, seconds)
         serving = ServingRank(engine, placement, pipeline.place_experts, transfers)
         if rank == 0:

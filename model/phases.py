@@ -162,7 +162,7 @@ class Exchange:
     """Shared state of the three phases around one exchange: its plan and the form of its rows."""
 
     dispatcher: Dispatcher
-    label: Label
+    label: Label | None
     wire: Wire
     handle: Handle | None = None
 

@@ -74,12 +74,16 @@ class Run(Protocol):
 
 
 class ForwardOnlyRun:
-    """Base of runs of forward-only programs without exchange, which call none of its methods."""
+    """Base of runs of forward-only programs, which call none of its methods but `wait` after exchanges."""
 
     def _refuse(self, *arguments: object) -> NoReturn:
         raise AssertionError("a forward-only run has no exchange and no backward, and keeps nothing for it")
 
-    wait = set_output_gradient = input_gradient = backward = weight = _refuse
+    def wait(self) -> None:
+        """Is called by no program without exchange."""
+        self._refuse()
+
+    set_output_gradient = input_gradient = backward = weight = _refuse
     offload = release = reload = restore = _refuse
 
 

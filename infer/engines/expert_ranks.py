@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,10 +25,18 @@ from comm.config import ParallelismConfig
 from comm.exits import EXIT_LOST
 from comm.groups import is_peer_error, make_host_group
 from comm.layout import Layout
+from comm.protocol import Work
 from comm.transfers import MessageKey, PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
+from dualpipe.builder import DECODE_KIND
+from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.execute import execute, open_clock
+from dualpipe.runtime.pairing import overlapped
+from dualpipe.runtime.program import ForwardOnlyRun, Lane
+from dualpipe.validate import validate
 from infer.continuous import ContinuousEngine, MovedSequence, SequenceUpdate
-from infer.decoder import Decoder, PassKind
+from infer.decoder import Decoder, Passage, PassKind
 from infer.expert_moves import expert_loads
 from infer.placement import Placement
 from infer.protocol import NumberedPrompt, Request
@@ -49,19 +58,119 @@ class Pass(IntEnum):
     NONE = 4
 
 
+LEAST_OVERLAPPED = 2048
+"""Tokens of a rank from which two micro-batches take at most 1.1 times the CPU time of one, as measured."""
+_MOST_TOKENS = 2**32
+
+
+class PassageRun(ForwardOnlyRun):
+    """One micro-batch in a passage, phase by phase, as the interpreter of training runs it."""
+
+    def __init__(self, passage: Passage) -> None:
+        self._passage = passage
+        self._start: Callable[[], Work[Any]] | None = None
+        self._work: Work[Any] | None = None
+        self._arrived: Any = None
+        self.output_ND: Tensor | None = None
+
+    def forward(self, phase: int) -> None:
+        """Computes up to the next exchange, or starts that exchange."""
+        if self._start is not None:
+            self._work = self._start()
+            self._start = None
+            return
+        try:
+            self._start = self._passage.send(self._arrived)
+        except StopIteration as end:
+            self.output_ND = end.value
+
+    def wait(self) -> None:
+        """Completes the exchange that is running."""
+        assert self._work is not None
+        self._arrived = self._work.wait()
+        self._work = None
+
+    # No stage is before or after this one.
+    set_input = output = ForwardOnlyRun.input_gradient
+
+
+@dataclass(frozen=True, slots=True)
+class PassageStage:
+    """Two micro-batches as the only stage of a pipeline."""
+
+    lanes: Sequence[Lane]
+    runs: Sequence[PassageRun] = ()
+
+    def start(self, direction: int, micro_batch: int) -> PassageRun:
+        """Returns the run of a micro-batch."""
+        return self.runs[micro_batch]
+
+
+class NoLinks:
+    """Transport of a pipeline with one rank, which sends no message."""
+
+    def _refuse(self, *arguments: object) -> NoReturn:
+        raise AssertionError("a pipeline with one rank sends no message")
+
+    post_receive = send = _refuse
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+
+class OverlappedPassages:
+    """Program of two micro-batches in one group: computation of one hides the exchange of the other."""
+
+    def __init__(self, num_exchanges: int, device: torch.device) -> None:
+        """Compiles the program as training does, for passages with a number of exchanges."""
+        pair = tuple(Operation(Op.FORWARD, 0, 0, micro_batch) for micro_batch in range(2))
+        schedule = Schedule(kind=DECODE_KIND, num_ranks=1, num_micro_batches=2, placement=((0,),), ranks=((pair,),))
+        validate(schedule, forward_only=True)
+        lanes: tuple[Lane, ...] = (*(("compute", "comm") * num_exchanges), "compute")
+        self._stage = PassageStage(lanes)
+        self._program = compile_rank(schedule, 0, {0: lanes}, overlapped)
+        self._clock = open_clock(device)
+
+    def run(self, passages: Sequence[Passage]) -> Tensor:
+        """Returns the outputs of both micro-batches, the first one's before the other's; ND."""
+        runs = [PassageRun(passage) for passage in passages]
+        execute(self._program, {0: replace(self._stage, runs=runs)}, NoLinks(), self._clock)
+        return torch.cat([run.output_ND for run in runs if run.output_ND is not None])
+
+
 class RankDecoder(Decoder):
     """Decodes with experts that are spread over ranks, all of which take part in each pass."""
 
-    def __init__(self, seconds: float, *args: Any, **options: Any) -> None:
-        """Opens a group with a timeout, in which ranks agree. All ranks build one at the same point."""
+    def __init__(self, seconds: float, least_overlapped: int | None, *args: Any, **options: Any) -> None:
+        """Opens a group with a timeout, in which ranks agree. All ranks build one at the same point.
+
+        Args:
+            least_overlapped: tokens of a rank from which a pass of the main model is divided into two micro-batches
+                that overlap; None for never.
+        """
         super().__init__(*args, **options)
         self.group = make_host_group(timedelta(seconds=seconds))
+        self._least_overlapped = least_overlapped
+        self.num_divided = 0  # passes of this rank
+        self._overlapped = OverlappedPassages(self.num_exchanges, self.device)
 
-    def take_turn(self, wanted: Pass) -> None:
-        """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks."""
-        while (turn := smallest_over_ranks(wanted, self.group)) != wanted:
+    def take_turn(self, wanted: Pass, num_tokens: int = 0) -> bool:
+        """Waits for the turn of a kind of pass, and runs the experts in earlier passes of other ranks.
+
+        Returns whether the pass has two micro-batches, as it has if one rank has enough tokens.
+        """
+        while True:
+            # The first kind that a rank wants, and the most tokens of such a rank, in one number.
+            number = wanted * _MOST_TOKENS + _MOST_TOKENS - 1 - num_tokens
+            turn, rest = divmod(smallest_over_ranks(number, self.group), _MOST_TOKENS)
+            least = self._least_overlapped
+            is_divided = least is not None and turn in (Pass.STEP, Pass.PROMPTS) and _MOST_TOKENS - 1 - rest >= least
+            if turn == wanted:
+                return is_divided
             if turn in (Pass.PAIRS, Pass.DRAFT):
                 self.run_idle_mtp()
+            elif is_divided:
+                self._overlapped.run([self.idle_passage(), self.idle_passage()])
             else:
                 self.run_idle_layers()
 
@@ -78,8 +187,18 @@ class RankDecoder(Decoder):
     def _run_main(
         self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        self.take_turn(Pass.STEP if kind == "step" else Pass.PROMPTS)
-        return super()._run_main(kind, tokens_N, rows, counts)
+        if not self.take_turn(Pass.STEP if kind == "step" else Pass.PROMPTS, len(tokens_N)):
+            return super()._run_main(kind, tokens_N, rows, counts)
+        self.num_divided += 1
+        hidden_ND = self._enter(kind, tokens_N, rows, counts)
+        # Whole sequences, about half of the tokens. A single one leaves the second micro-batch empty.
+        ends = list(accumulate(counts))
+        first = 1 + min(range(len(ends)), key=lambda row: abs(2 * ends[row] - ends[-1]))
+        first_ND, other_ND = hidden_ND.tensor_split((ends[first - 1],))
+        passages = [self.passage(first_ND, self.views(kind, rows[:first], counts[:first])), self.idle_passage()]
+        if rows[first:]:
+            passages[1] = self.passage(other_ND, self.views(kind, rows[first:], counts[first:]))
+        return self.final_norm(self._overlapped.run(passages))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -160,7 +160,7 @@ def test_placement_of_mtp_modules_is_accepted(overrides: tuple[str, ...], run: P
 
 @pytest.mark.long
 def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
-    with started(run, "ranks=3", "prefill_ranks=1") as (server, url), ThreadPoolExecutor(1) as threads:
+    with started(run, "ranks=3", "prefill_ranks=1", "overlap=true") as (server, url), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(complete, url, prompt="def f", max_tokens=40, ignore_eos=True)
         time.sleep(0.1)
         os.kill(server.pid, signal.SIGTERM)
@@ -176,6 +176,7 @@ def test_sigterm_drains_ranks_with_roles(run: Path) -> None:
         ("dispatch=two_hop", ConfigError, ["dispatch", "ranks that share the experts", "dispatch=all_to_all"]),
         ("dispatch.payload=fp8", ConfigError, ["dispatch.payload", "ranks that share the experts", "valid: full"]),
         ("ranks=2 dispatch=local", ConfigError, ["dispatch", "needs parallelism.expert=1"]),
+        ("overlap=true", ConfigError, ["overlap", "ranks that share the experts", "valid: auto"]),
         ("rebalance_seconds=5", ConfigError, ["ranks", "at least 2"]),
         ("ranks=2 placement=FILE", PlacementError, ["placement", "ranks=2 and 8 experts", "for 4 and 8"]),
         ("ranks=4 placement=FILE", PlacementError, ["placement", "must place layers from", "is of layer 99"]),

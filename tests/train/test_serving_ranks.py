@@ -65,12 +65,13 @@ class Variant:
     prefill_ranks: int = 0
     rebalance_seconds: float | None = None
     two_hop: bool = False
+    least_overlapped: int | None = None
 
 
 VARIANTS = (
     Variant(speculative=False, prefix_cache=False),
     Variant(speculative="auto", placement=PLACEMENT, rebalance_seconds=0.25),
-    Variant(speculative="auto", prefill_ranks=2, two_hop=True),
+    Variant(speculative="auto", prefill_ranks=2, two_hop=True, least_overlapped=2),
 )
 
 
@@ -98,7 +99,7 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
                 chunk_tokens=32,
                 speculative=variant.speculative,
                 prefix_cache=variant.prefix_cache,
-                build_decoder=partial(RankDecoder, 60.0),
+                build_decoder=partial(RankDecoder, 60.0, variant.least_overlapped),
             )
             transfers = SequenceTransfers(engine, rank, world_size, variant.prefill_ranks, 60.0)
             serving = ServingRank(engine, variant.placement, pipeline.place_experts, transfers)
@@ -109,6 +110,8 @@ def serve(rank: int, world_size: int, folder: Path) -> list[Served]:
                 seconds = variant.rebalance_seconds
                 ranks = RanksEngine(serving, variant.prefill_ranks, seconds)
                 tokens = drive(ranks)
+            assert isinstance(engine.batch.decoder, RankDecoder)
+            assert (engine.batch.decoder.num_divided > 5) == (variant.least_overlapped is not None)
             is_placed_again = serving.placement is not variant.placement
             chosen = engine.counts()["tokens"]
             served.append(Served(num_tokens=chosen, is_placed_again=is_placed_again, tokens=tokens))
