@@ -28,9 +28,9 @@ from model.size import count_parameters, training_flops_per_token
 Role = Literal["prefill", "decoding"]
 _MOST_GPUS = 4096
 _SMALLEST = "smallest"
-_AS_PUBLISHED = "as DeepSeek-V3"
 _PUBLISHED = {"prefill": 32, "decoding": 320}
-_PUBLISHED_ATTENTION = 4
+_PUBLISHED_ATTENTION = {"as DeepSeek-V3": 4, "without groups": 1}
+"""GPUs of a group in sets of the published sizes, by name. The second set shows what groups save and cost."""
 _PUBLISHED_REDUNDANT = {"prefill": 32, "decoding": 0}
 """Redundant experts besides those that fill the last slots."""
 _RATES = (
@@ -106,12 +106,12 @@ class Deployment:
         self.room_bytes = config.memory_share * self._rates["memory_bytes"]
 
     def sets(self) -> list[GpuSet]:
-        """Returns the smallest and the published set for each role, without those that do not fit."""
+        """Returns the smallest and the published sets for each role, without those that do not fit."""
         roles: tuple[Role, ...] = ("prefill", "decoding")
         sets = []
         for role in roles:
-            published = self._set(role, _AS_PUBLISHED, _PUBLISHED[role], _PUBLISHED_ATTENTION)
-            sets += [gpus for gpus in (self._smallest(role), published) if gpus is not None]
+            published = (self._set(role, name, _PUBLISHED[role], size) for name, size in _PUBLISHED_ATTENTION.items())
+            sets += [gpus for gpus in (self._smallest(role), *published) if gpus is not None]
         return sets
 
     def refused(self) -> tuple[int, str] | None:
@@ -161,7 +161,7 @@ class Deployment:
 
     def _set(self, role: Role, name: str, gpus: int, attention: int) -> GpuSet | None:
         """Returns a set with the bound of its speed, or None if a group has no room for a sequence."""
-        is_published = name == _AS_PUBLISHED
+        is_published = name in _PUBLISHED_ATTENTION
         experts = self._slots(gpus, _PUBLISHED_REDUNDANT[role] if is_published else 0)
         routed_shared = self._model.num_shared_experts if is_published and role == "decoding" else 0
         weight_bytes = self._weight_bytes(experts, attention)
@@ -295,7 +295,7 @@ def deployment_text(values: Mapping[str, Any]) -> str:
     lines += ["", *aligned(rows, text=[0, 1, 10])]
     for gpus in values["sets"]:
         if gpus["copies"] % gpus["gpus"]:
-            kinds = "redundant or shared" if gpus["name"] == _AS_PUBLISHED else "redundant"
+            kinds = "redundant or shared" if gpus["name"] in _PUBLISHED_ATTENTION else "redundant"
             slots = f"{gpus['experts'] * gpus['gpus']:,} experts of a layer on {gpus['gpus']:,} GPUs"
             lines.append(f"{gpus['role']} {gpus['name']}: {slots}, {gpus['copies']:,} of them {kinds}")
     if not any(gpus["name"] == _SMALLEST and gpus["role"] == "decoding" for gpus in values["sets"]):
