@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -106,6 +107,11 @@ def text_of(value: object, place: str) -> str:
         near = '""' if value is None else shorten(json.dumps(json.dumps(value)))
         raise refusal(place, "must be a string", describe(value), near)
     return value
+
+
+def fill_fields(form: str, **values: str) -> str:
+    """Returns a text with values instead of `{name}`, in one pass, because a value may contain names."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), form)
 
 
 def list_of(

@@ -171,9 +171,9 @@ def score_judged(
     part: ScorerConfig, groups: Sequence[GroupT], score: Callable[[Sequence[GroupT]], Sequence[Sequence[Score]]]
 ) -> list[Sequence[Score]]:
     """Returns a part's scores by group, and skips the groups that it does not judge."""
-    judged = [group for group in groups if _judges(part, group.problem)]
+    judged = [group for group in groups if _applies(part, group.problem)]
     scores = iter(score(judged) if judged else ())
-    return [next(scores) if _judges(part, group.problem) else [SKIPPED] * len(group.answers) for group in groups]
+    return [next(scores) if _applies(part, group.problem) else [SKIPPED] * len(group.answers) for group in groups]
 
 
 def _join_scores(
@@ -246,9 +246,14 @@ def _judges(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
     return part.domains is None or problem.domain in part.domains
 
 
+def needed_field(part: ScorerConfig) -> str | None:
+    """Returns the field without which a part skips a problem: the answer, if the part's question contains it."""
+    return "answer" if "{expected}" in (getattr(part, "question", None) or "") else SCORERS.get(part.kind).needs
+
+
 def _applies(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
     """Returns whether a part judges the domain of a problem, which has the field that the part needs."""
-    field = SCORERS.get(part.kind).needs
+    field = needed_field(part)
     return _judges(part, problem) and (field is None or getattr(problem, field) is not None)
 
 
@@ -258,7 +263,7 @@ def check_problems(config: RewardConfig, problems: Callable[[], Iterable[Problem
     Parts of weight 0 do not count. The problems are read as far as needed.
     """
     parts = [part for part in config.parts if part.weight]
-    unused = [part for part in parts if part.domains is not None or SCORERS.get(part.kind).needs is not None]
+    unused = [part for part in parts if part.domains is not None or needed_field(part) is not None]
     judges_all = len(unused) < len(parts)
     unjudged = None
     for problem in problems():
@@ -271,7 +276,7 @@ def check_problems(config: RewardConfig, problems: Callable[[], Iterable[Problem
         raise ScoringError(_unused_problem(unused[0], list(problems())))
     if unjudged is not None:
         domain = "null" if unjudged.domain is None else unjudged.domain
-        fields = dict.fromkeys(f"{SCORERS.get(part.kind).needs}" for part in parts if _judges(part, unjudged))
+        fields = dict.fromkeys(f"{needed_field(part)}" for part in parts if _judges(part, unjudged))
         lacks = f", and it lacks {' and '.join(fields)}" if fields else ""
         raise ScoringError(
             f"{unjudged.place}: must be judged by a part of reward.parts with a weight, is judged by none: its domain "
@@ -293,7 +298,7 @@ def _unused_problem(part: ScorerConfig, problems: Sequence[ProblemRecord]) -> st
         if spec.needs is not None and any(getattr(problem, spec.needs) is not None for problem in problems)
     ]
     return (
-        f"{start} needs the field {SCORERS.get(part.kind).needs}, which none of the problems has; nearest valid: "
+        f"{start} needs the field {needed_field(part)}, which none of the problems has; nearest valid: "
         f"{', '.join(valid) or 'reward=python'}"
     )
 

@@ -74,6 +74,14 @@ class RewardModelScorerConfig(ScorerConfig):
     ckpt: str
     place: Literal["pipeline", "first_rank"]
     batch_size: PositiveInt
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.question is not None and "{prompt}" not in self.question:
+            rule = "question must contain {prompt}"
+            raise ScoringError.broken(
+                "reward.parts, kind reward_model", rule, repr(self.question), "{prompt} {expected}"
+            )
 
 
 def read_constitution(config: JudgeConfig) -> str:

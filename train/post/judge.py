@@ -4,7 +4,6 @@ A judge is any engine: in training, that of the policy, so that it judges itself
 section 5.4.2.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import ChatTemplate
+from data.corpus import fill_fields
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
@@ -57,7 +57,15 @@ class Judge:
             size = len(group.answers)
             finals = [final_text(answer.text).strip() for answer in group.answers]
             for first, second in self._pairs(finals):
-                text = self._question(group.problem.prompt, finals[first], finals[second])
+                # One pass, because an answer may contain the names of fields.
+                text = fill_fields(
+                    self.config.question,
+                    constitution=self.constitution,
+                    prompt=group.problem.prompt,
+                    expected=group.problem.answer or "",
+                    answer=finals[first],
+                    other=finals[second],
+                )
                 tokens = tuple(
                     encode_prompt([user(text)], self.template, self.tokenizer, thinking=self.config.thinking)
                 )
@@ -115,11 +123,6 @@ class Judge:
         for pair in compared:
             if len(pair) == 2:
                 yield from (pair, pair[::-1])
-
-    def _question(self, prompt: str, answer: str, other: str) -> str:
-        # One pass, because an answer may contain the names of fields.
-        values = {"constitution": self.constitution, "prompt": prompt, "answer": answer, "other": other}
-        return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self.config.question)
 
     def _vote(self, critique: Sample) -> bool | None:
         if critique.finish != "stop":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from base.refusal import ConfigError
 from data.chat.encode import encode_prompt
+from data.chat.messages import ChatMessage
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.mix.mixture import Mixture
 from data.problems import ProblemRecord, split_problems, take_turns
@@ -34,7 +35,11 @@ class PromptForm:
 
     def tokens(self, problem: ProblemRecord) -> tuple[int, ...]:
         """Returns the token ids of a problem, up to where the answer begins."""
-        return tuple(encode_prompt(problem.messages, self.template, self.tokenizer, thinking=self.thinking))
+        return self.encode(problem.messages)
+
+    def encode(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Returns the token ids of messages, up to where the answer begins."""
+        return tuple(encode_prompt(messages, self.template, self.tokenizer, thinking=self.thinking))
 
     def group(self, problem: ProblemRecord, number: int) -> Group:
         """Returns the group of a problem before its answers are sampled."""

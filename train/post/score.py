@@ -8,6 +8,8 @@ from typing import Protocol
 
 from comm.agreement import broadcast_first
 from comm.dispatch.local import LocalDispatcher
+from data.chat.messages import user
+from data.corpus import fill_fields
 from data.loader import Batch
 from data.tokenizer import Tokenizer
 from infer.protocol import Engine, Group, NumberedPrompt, Sample
@@ -140,6 +142,28 @@ def open_reward_model(
     return PipelinedRater(longest, replica, tokenizer.special.pad)
 
 
+@dataclass(frozen=True, slots=True)
+class QuestionedModel:
+    """A reward model that reads a question instead of the prompt, such as one with the expected answer."""
+
+    model: RewardModelPart
+    question: str
+    form: PromptForm
+
+    def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
+        """Implements `ModelPart.score`."""
+        return self.model.score([replace(group, tokens=self._tokens(group)) for group in groups], step)
+
+    def _tokens(self, group: Group) -> tuple[int, ...]:
+        problem = group.problem
+        text = fill_fields(self.question, prompt=problem.prompt, expected=problem.answer or "")
+        return self.form.encode([user(text)])
+
+    def close(self) -> None:
+        """Implements `ModelPart.close`."""
+        self.model.close()
+
+
 class ModelPart(Protocol):
     """Protocol of a part of a reward that all ranks compute."""
 
@@ -188,7 +212,8 @@ def open_model_parts(
             case JudgeConfig():
                 parts[name] = _open_judge(config, part, reference, engine, form)
             case RewardModelScorerConfig():
-                parts[name] = open_reward_model(config, part, policy, form.tokenizer)
+                opened = open_reward_model(config, part, policy, form.tokenizer)
+                parts[name] = opened if part.question is None else QuestionedModel(opened, part.question, form)
             case ScorerConfig():
                 pass
     return parts

@@ -138,6 +138,10 @@ def test_prompt_shows_constitution_question_and_answer_as_plain_text(tokenizer: 
     assert middle == tokenizer.encode(text)
     assert tokenizer.placed_names[assistant] == "<｜Assistant｜>"
     assert {begin, user, assistant}.isdisjoint(middle)
+    shown = TextGroup(problem=Problem(prompt="2+2", answer="{answer}"), answers=(TextAnswer(text="5", num_tokens=1),))
+    comparing = replace(CONFIG, question="{prompt}|{expected}|{answer}")
+    (found,) = open_judge(tokenizer, comparing).prompts([shown], [0])
+    assert list(found.prompt.tokens[2:-1]) == tokenizer.encode("2+2|{answer}|5")
 
 
 def test_share_of_yes_is_the_reward_of_each_answer(tokenizer: Tokenizer) -> None:

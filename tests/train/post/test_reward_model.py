@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
 from model.config import ModelConfig
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
-from score.reward import RewardConfig
+from score.reward import RewardConfig, score_judged
 from score.score import Problem, ScoringError
 from score.scorers import JudgeConfig, RewardModelScorerConfig
 from tests.covering import exhaustive
@@ -38,7 +39,14 @@ from train.config import TrainConfig
 from train.core.world import weight_dtype
 from train.post.judge import JUDGE_SEED
 from train.post.sample import PromptForm
-from train.post.score import RolloutRewards, open_model_parts, open_reward_model, with_constitutions
+from train.post.score import (
+    QuestionedModel,
+    RewardModelPart,
+    RolloutRewards,
+    open_model_parts,
+    open_reward_model,
+    with_constitutions,
+)
 
 REWARD_MODEL = replace(MODEL, hidden_size=24, num_heads=3, mtp_depth=0, head="score", initializer_range=0.4)
 
@@ -270,6 +278,28 @@ def test_all_ranks_have_the_scores_of_rules_judge_and_reward_model(tmp_path: Pat
         assert [answer.sheet.total for answer in group.answers] == [value / 2 for value in found]
     assert [group.dropped for group in modelled] == ["", "", "no verdict: unknown"]
     assert [group.dropped for group in voted] == [""] * 3
+
+
+class CountingModel(RewardModelPart):
+    """A reward model that scores a sequence by its tokens, as text."""
+
+    def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        return [float(TOKENIZER.decode(tokens, skip_special_tokens=True).replace("=", "")) for tokens in sequences]
+
+
+def test_a_reward_model_compares_with_the_expected_answer_where_there_is_one() -> None:
+    part = QuestionedModel(CountingModel(longest=60), "{prompt}={expected}=", FORM)
+    groups = [replace(group, answers=group.answers[:1]) for group in sampled_groups()]
+    groups[1] = replace(groups[1], problem=Problem(prompt="7"))
+    config = RewardModelScorerConfig(
+        kind="reward_model", weight=1, ckpt="", place="first_rank", batch_size=1, question=part.question
+    )
+    scored = score_judged(config, groups, partial(part.score, step=1))
+    expected = [float(f"21{group.problem.answer}{group.answers[0].text}") for group in groups[::2]]
+    assert [scores[0].value for scores in scored[::2]] == expected
+    assert scored[1][0].outcome == "skipped"
+    with pytest.raises(ScoringError, match=r"kind reward_model: question must contain \{prompt\}, is"):
+        replace(config, question="{expected}")
 
 
 def read_constitution_on_rank(rank: int, world_size: int, folder: Path, config: TrainConfig) -> tuple[str, str]:
