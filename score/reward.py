@@ -247,7 +247,7 @@ def _judges(part: ScorerConfig, problem: Problem | ProblemRecord) -> bool:
 
 
 def needed_field(part: ScorerConfig) -> str | None:
-    """Returns the field without which a part skips a problem: the answer, if the part's question contains it."""
+    """Returns the field without which a part skips a problem: the answer, if its question has it."""
     return "answer" if "{expected}" in (getattr(part, "question", None) or "") else SCORERS.get(part.kind).needs
 
 
