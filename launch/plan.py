@@ -47,6 +47,29 @@ from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainCo
 from train.predict.timing import SLICES, MeasuredRates
 from train.tasks.registry import TASKS
 
+# Two epochs of the report's 1.5M conversations of 1,000 tokens, which is a guess, in batches of 1,024 x 4,096 tokens.
+_SFT_STEPS = 715
+REPORT_PHASES: Mapping[str, tuple[int, tuple[str, ...], str]] = {
+    "pre-training": (
+        2_664_000,
+        ("v3_671b",),
+        "the recipe has another order and cut; schedule=dualpipe parallelism.cut=even plans those of the report",
+    ),
+    "context extension": (
+        119_000,
+        ("v3_32k", "v3_128k"),
+        "the published layout is unknown; to fit the memory, the recipes have memory_cap=12, which leaves few F and B "
+        "to overlap, and v3_128k recomputes layers",
+    ),
+    "post-training": (
+        5_000,
+        (f"v3_sft task.epochs=null task.steps={_SFT_STEPS}", "v3_grpo"),
+        "the published layout, steps and lengths are unknown; 1,000 tokens for each of 1.5M conversations are a guess, "
+        "and v3_grpo has the steps and samples of R1 and answers of the maximum length",
+    ),
+}
+"""By phase: GPU-hours of table 1 (arXiv:2412.19437), overrides of the recipes, and what a difference is due to."""
+
 
 def main(overrides: Sequence[str]) -> int:
     """Plans a run and prints the plan. Returns exit code 0, also if the run does not fit."""
@@ -76,6 +99,9 @@ def answer_request(request: PlanRequest) -> PlanAnswer:
         run = request.config
         sizes = deployment_values(run.model, run.cluster, run.precision.kind, request.options.deployment)
         return PlanAnswer(sizes, lambda: deployment_text(sizes))
+    if request.options.report_costs:
+        costs = report_costs()
+        return PlanAnswer(costs, lambda: "\n".join(forms.report_costs_text(costs)))
     if request.options.smallest:
         jobs = smallest_values(search_space(request), request.planner, check_rules)
         return PlanAnswer({"jobs": jobs}, lambda: "\n".join(smallest_text(jobs)))
@@ -87,6 +113,21 @@ def answer_request(request: PlanRequest) -> PlanAnswer:
     values = search_values(result) | {"notes": list(request.notes)}
     batches = (given.batch.global_sequences, result.config.batch.global_sequences)
     return PlanAnswer(values, lambda: "\n".join(search_text(values, *batches)))
+
+
+def report_costs() -> dict[str, Any]:
+    """Returns the GPU-hours of each phase of DeepSeek-V3: published, and planned with the recipes."""
+    phases = []
+    for name, (published, recipes, note) in REPORT_PHASES.items():
+        parts = {}
+        for recipe in recipes:
+            run = read_request(f"experiment={recipe}".split())
+            cost = plan_job(run.config, run.planner).cost
+            assert cost is not None
+            parts[recipe] = cost["stages"][0]["gpu_hours"]
+        row = {"name": name, "published_gpu_hours": published, "planned_gpu_hours": sum(parts.values())}
+        phases.append({**row, "recipes": parts, "note": note})
+    return {"phases": phases}
 
 
 def _planned(request: PlanRequest) -> PlanAnswer:

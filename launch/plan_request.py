@@ -67,6 +67,7 @@ class PlanOptions:
     run: str | None
     deployment: DeploymentConfig | None
     dry_run: bool
+    report_costs: bool
     format: Literal["text", "json", "html"]
     out: str
 
@@ -97,6 +98,8 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     output_keys = _output_keys()
     plan_options = decode(PlanOptions, {key: values[key] for key in output_keys})
     _check_modes(plan_options)
+    if plan_options.report_costs:
+        _check_report_costs(values["name"], plan_options.format, overrides)
     planned = {key: value for key, value in values.items() if key not in output_keys}
     run = {key: value for key, value in planned.items() if key not in PLANNER}
     notes = list(make_validation_whole(run))
@@ -142,6 +145,17 @@ def _check_modes(own: PlanOptions) -> None:
     for key in ("search", "smallest", "what_if", "advice"):
         if own.run is not None and getattr(own, key):
             raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
+
+
+def _check_report_costs(name: str, form: str, overrides: Sequence[str]) -> None:
+    """Rejects keys next to `report_costs`, which plans the recipes as they are."""
+    if form == "html":
+        raise broken("format", "must be text or json with report_costs=true", form, "text")
+    keys = ("experiment", "report_costs", "format", "out")
+    wrong = next((text for text in overrides if key_of(text) not in keys), None)
+    if wrong or name != "v3_671b":
+        rule = "goes with experiment=v3_671b and no other key, because it plans the recipes as they are"
+        raise broken("report_costs", rule, wrong or f"experiment={name}", "experiment=v3_671b report_costs=true")
 
 
 def make_validation_whole(run: dict[str, Any]) -> Iterator[str]:

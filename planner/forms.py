@@ -329,6 +329,20 @@ def _number(value: float | None, unit: float = 1.0, digits: int = 0) -> str:
     return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
+def report_costs_text(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a table of the report's phases, published and planned, and what is not explained."""
+    rows = [("phase", "published", "planned", "difference", "recipes")]
+    for phase in values["phases"]:
+        published, planned = phase["published_gpu_hours"], phase["planned_gpu_hours"]
+        recipes = ", ".join(f"{recipe.split()[0]} {_hours(hours)}" for recipe, hours in phase["recipes"].items())
+        rows.append((phase["name"], _hours(published), _hours(planned), f"{planned / published - 1:+.0%}", recipes))
+    yield from aligned(rows, text=(0, 4))
+    yield ""
+    for phase in values["phases"]:
+        rest = phase["planned_gpu_hours"] - phase["published_gpu_hours"]
+        yield from labeled("open", f"{phase['name']}, {rest:+,.0f} GPU-hours: {phase['note']}")
+
+
 def what_if_text(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a table of what-ifs in their order, or nothing if there are none."""
     lines = [_changed_line("what if", "step s", "speedup", "GPU-hours", "fits")] if rows else []

@@ -22,6 +22,7 @@ from launch.plan import main
 from launch.plan_request import read_request
 from launch.ranks import machine
 from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
+from planner import forms
 from planner.search import search_layouts
 from tests import ROOT
 from tests.commands import run_command, run_python
@@ -103,6 +104,19 @@ def test_a_closed_pipe_ends_silently() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
+def test_costs_of_the_report_stand_next_to_the_plans_of_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=v3_671b", "report_costs=true", "format=json"]) == 0
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    assert [phase["published_gpu_hours"] for phase in phases] == [2_664_000, 119_000, 5_000]
+    recipes = [name.split()[0] for phase in phases for name in phase["recipes"]]
+    assert recipes == ["v3_671b", "v3_32k", "v3_128k", "v3_sft", "v3_grpo"]
+    assert all(phase["planned_gpu_hours"] == sum(phase["recipes"].values()) > 0 for phase in phases)
+    lines = list(forms.report_costs_text({"phases": phases}))
+    assert [line.split()[0] for line in lines if line][:4] == ["phase", "pre-training", "context", "post-training"]
+    assert sum(line.startswith("open ") for line in lines) == 3
+
+
 def test_ctrl_c_is_one_line() -> None:
     with subprocess.Popen(
         [*COMMAND, *PUBLISHED, "advice=true"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
