@@ -65,6 +65,9 @@ Products = Literal["own", "fp8", "fp8_power_of_two"]
 """Precision of the products of linear maps: the weights' own type, or FP8 with scales of any value or only powers
 of two (arXiv:2412.19437, section 3.3)."""
 
+BalanceOver = Literal["sequence", "micro_batch"]
+"""Tokens over which the balance loss counts choices: each sequence's, or those of a micro-batch."""
+
 InferencePrecision = Literal["float64", "float32", "bf16", "fp8", "fp8_power_of_two"]
 """Type of weights that are not trained; with products in FP8 it is bf16."""
 
@@ -76,7 +79,7 @@ def products_of(precision: InferencePrecision) -> Products:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computing:
-    """Options for computing a model, which change results only by rounding.
+    """Options for computing a model: only `balance_over` changes results by more than rounding.
 
     Attributes:
         recomputed: what a backward computes again. Products in FP8 always recompute all but `layer`, and keep the
@@ -87,6 +90,7 @@ class Computing:
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
     attention: Annotated[str, ATTENTION] = "auto"
     products: Products = "own"
+    balance_over: BalanceOver = "sequence"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recomputed", all_recomputed(self.recomputed))

@@ -15,7 +15,7 @@ from comm.protocol import ALONE, ContextGroup, Label
 from kernels.attention.documents import Documents
 from kernels.router import route, route_backward
 from kernels.router.reference import RouteLimits
-from model.config import ModelConfig
+from model.config import BalanceOver, ModelConfig
 from model.linear import widen
 from model.slices import SliceContext
 
@@ -35,61 +35,65 @@ class Routing:
     weights_TK: Tensor
     scores_BTE: Tensor
 
-    def balance(self, documents: Documents | None = None, context: ContextGroup = ALONE) -> Tensor:
+    def balance(
+        self, documents: Documents | None = None, context: ContextGroup = ALONE, over: BalanceOver = "sequence"
+    ) -> Tensor:
         """Returns this rank's part of the sum over sequences of sum_i f_i P_i, unscaled.
 
         f comes from plain top-k of unbiased scores, without gradient. It counts the tokens of all ranks that share a
-        sequence. A document that is masked from others counts as a sequence; padding does not.
+        sequence. A document that is masked from others counts as a sequence; padding does not. Over a micro-batch, all
+        its tokens count as one sequence, times the number of its sequences (arXiv:2412.19437, section 4.5.3).
         """
+        if documents is None and over == "sequence" and not isinstance(context, SliceContext):
+            return self._balance_of_sequences(context)
+        scores_NE = self.scores_BTE.flatten(0, 1)
+        num_experts, num_chosen = self._sizes
+        numbers_N, lengths_S, num_sequences = self._token_sets(documents, context, over)
+        shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
+        counts_SE = self._count_choices(numbers_N, len(lengths_S))
+        # One factor 1 / T is f's, the other P's.
+        factor = num_experts / num_chosen * num_sequences
         if isinstance(context, SliceContext):
-            return self._balance_of_slice(documents, context)
-        if documents is not None:
-            return self._balance_of_documents(documents, context)
+            return context.balance(shares_NE, numbers_N, counts_SE, factor / lengths_S**2)
+        factors_SE = context.sum(counts_SE) * factor / lengths_S[:, None] ** 2
+        return (factors_SE[numbers_N] * shares_NE).sum()
+
+    def _balance_of_sequences(self, context: ContextGroup) -> Tensor:
         # f_i: how often the top k of a sequence contain an expert, times E / (K T): [B, E].
         scores_BTE = self.scores_BTE
-        num_experts_per_token = self.ids_TK.shape[1]
-        num_experts = scores_BTE.shape[2]
+        num_experts, num_chosen = self._sizes
         tokens = context.parts(scores_BTE.shape[1]).num_tokens
-        top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
+        top_BTK = scores_BTE.detach().topk(num_chosen, -1, sorted=False).indices
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
         )
-        slopes_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens**2))
+        slopes_BE = context.sum(counts_BE) * (num_experts / (num_chosen * tokens**2))
         # P_i: mean normalized score of an expert in a sequence. Only it has a gradient.
         balance: Tensor = _WeightedShares.apply(scores_BTE, slopes_BE)  # type: ignore[no-untyped-call]
         return balance
 
-    def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
-        scores_NE = self.scores_BTE.flatten(0, 1)
-        num_experts, num_chosen = self._sizes
-        # Padding counts as one further document until its factor is set to 0.
-        parts = context.parts(self.scores_BTE.shape[1])
-        numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
-        # Choices by document and expert: [documents, E].
-        counts = self._count_choices(numbers_N, documents.num_real + 1)
-        lengths = documents.lengths[:-1, None].to(counts.dtype)
-        # f / T of the token's document, without gradient; 0 for padding.
-        factors = context.sum(counts) * (num_experts / num_chosen)
-        factors = torch.cat((factors[:-1] / lengths**2, torch.zeros_like(factors[-1:])))
-        return (factors[numbers_N] * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
-
-    def _balance_of_slice(self, documents: Documents | None, context: SliceContext) -> Tensor:
-        scores_NE = self.scores_BTE.flatten(0, 1)
-        num_experts, num_chosen = self._sizes
-        parts = context.parts(self.scores_BTE.shape[1])
+    def _token_sets(
+        self, documents: Documents | None, context: ContextGroup, over: BalanceOver
+    ) -> tuple[Tensor, Tensor, int]:
+        """Returns each token's set, the number of tokens of each set, and the sequences that a set stands for."""
+        batch, tokens = self.scores_BTE.shape[:2]
+        parts = context.parts(tokens)
         if documents is None:
             # Without documents, each sequence of the micro-batch counts as one.
-            batch, tokens = self.scores_BTE.shape[:2]
-            numbers_N = torch.arange(batch, device=scores_NE.device).repeat_interleave(tokens)
-            lengths = scores_NE.new_full((batch,), parts.num_tokens)
+            numbers_N = torch.arange(batch, device=self.scores_BTE.device).repeat_interleave(tokens)
+            lengths_S = self.scores_BTE.new_full((batch,), parts.num_tokens)
         else:
             numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
             # The last one is all padding, which has no part in the loss.
-            lengths = torch.cat((documents.lengths[:-1].to(scores_NE), scores_NE.new_full((1,), torch.inf)))
-        counts = self._count_choices(numbers_N, len(lengths))
-        # One factor 1 / T is f's, the other P's.
-        slopes = (num_experts / num_chosen) / lengths**2
-        return context.balance(scores_NE / scores_NE.sum(-1, keepdim=True), numbers_N, counts, slopes)
+            lengths_S = documents.lengths.to(self.scores_BTE.dtype)
+            lengths_S[-1] = torch.inf
+        if over == "sequence":
+            return numbers_N, lengths_S, 1
+        num_sequences = batch if documents is None else documents.num_real
+        # Set 0 has all tokens, and set 1 the padding.
+        total = lengths_S[:num_sequences].sum().clamp(min=1)
+        lengths = torch.stack((total, torch.full_like(total, torch.inf)))
+        return (numbers_N >= num_sequences).long(), lengths, num_sequences
 
     @property
     def _sizes(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from comm.protocol import ALONE, ContextGroup, Dispatcher, Label, Work
 from kernels.attention.documents import Documents
 from model.block import Attended, Block
+from model.config import BalanceOver
 from model.linear import GradientStore, WeightSink
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.phases import (
@@ -48,10 +49,11 @@ Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 @dataclass(frozen=True, slots=True)
 class BalanceLoss:
-    """Factor of the balance loss in a step's loss, and the sums that take every layer's, unscaled."""
+    """Factor of the balance loss, the sums that take every layer's, unscaled, and its tokens."""
 
     factor: float
     sums: LossSums
+    over: BalanceOver = "sequence"
 
     def record(self, balance: Tensor) -> Tensor:
         """Records a layer's balance loss, and returns its part of the step's loss."""
@@ -145,7 +147,7 @@ class _BlockParts:
     def _routed(self, attended: Attended, loss: Callable[[Tensor], Tensor]) -> Computed[Routed]:
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_TK, routing.ids_TK)
-        return Computed(routed, loss(routing.balance(self.documents, self.context)))
+        return Computed(routed, loss(routing.balance(self.documents, self.context, self.balance.over)))
 
 
 class StageRun:
@@ -311,8 +313,8 @@ class Stage:
         """
         documents = None if batch is None else batch.documents
 
-        balance = BalanceLoss(objective.balance, sums)
         model = self._model
+        balance = BalanceLoss(objective.balance, sums, model.balance_over)
 
         def add_block(block: Block, layer: int) -> None:
             # The label names the exchange in logs, and the layer for recorded routes.

@@ -214,6 +214,7 @@ class Transformer(nn.Module):
         self.config = config
         self.context = context
         self._computing = computing
+        self.balance_over = computing.balance_over
         self.dispatcher = dispatcher
         part = part or whole(config)
         self._linears = build_linears(computing)
@@ -335,7 +336,7 @@ class Transformer(nn.Module):
             for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents, self.context)
                 if routing is not None:
-                    balance = routing.balance(batch.documents, self.context)
+                    balance = routing.balance(batch.documents, self.context, self.balance_over)
                     sums.add(BALANCE, balance)
                     if objective.balance:
                         total = total + objective.balance * balance

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from comm.dispatch.local import SortedChoices
 from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
 from model.block import RoutedExperts
-from model.config import Recomputed
+from model.config import BalanceOver, Recomputed
 from model.linear import WeightSink
 from model.norm import NormSource
 from model.precision.linears import LocalRows
@@ -84,17 +84,19 @@ def test_bias_update_follows_the_sign_of_the_shortfall() -> None:
     assert router.e_score_correction_bias.tolist() == [0, 0, 0.25, -0.25, 0, 0, -0.25, 0.25]
 
 
-def test_balance_loss_equals_plain_reading() -> None:
+@pytest.mark.parametrize("over", get_args(BalanceOver))
+def test_balance_loss_equals_plain_reading(over: BalanceOver) -> None:
     router = make_router()
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     expected = 0.0
-    for sequence in x:
+    # Over a micro-batch, all tokens are one sequence that counts for two.
+    for sequence in x if over == "sequence" else [x.flatten(0, 1)] * 2:
         scores = (sequence @ router.weight.T).sigmoid().detach()
         top = scores.topk(4).indices
         for expert in range(8):
-            frequency = 8 / (4 * 7) * int((top == expert).sum())
+            frequency = 8 / (4 * len(sequence)) * int((top == expert).sum())
             expected += frequency * float((scores[:, expert] / scores.sum(1)).mean())
-    assert float(router(x).balance().detach()) == pytest.approx(expected, rel=1e-12)
+    assert float(router(x).balance(over=over).detach()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_forced_ids_get_weights_from_their_own_scores() -> None:
@@ -167,8 +169,11 @@ class RecordedContext:
         return values if self.total is None else self.total
 
 
+@pytest.mark.parametrize("over", get_args(BalanceOver))
 @pytest.mark.parametrize(("size", "masked"), [(2, False), (4, True)])
-def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: int, masked: bool) -> None:
+def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(
+    size: int, masked: bool, over: BalanceOver
+) -> None:
     router, x = make_router(), randn(2, 16, 32, seed=4)
     # Uneven documents across the parts of ranks, and padding at the end of each sequence.
     lengths = ((5, 7, 1), (3, 9))
@@ -180,12 +185,12 @@ def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: i
             start += length
     documents = Documents.from_positions(positions) if masked else None  # type: ignore[assignment]
     whole = x.clone().requires_grad_()
-    expected = router(whole).balance(documents)
+    expected = router(whole).balance(documents, over=over)
     expected.backward()
 
     def part(index: int, parts: list[Tensor], total: Tensor | None) -> tuple[Tensor, Tensor]:
         own = take_held(x, index, size).clone().requires_grad_()
-        found = router(own).balance(documents, RecordedContext(size, index, parts, total))
+        found = router(own).balance(documents, RecordedContext(size, index, parts, total), over)
         found.backward()
         assert own.grad is not None
         return found.detach(), own.grad

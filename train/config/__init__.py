@@ -16,7 +16,7 @@ from dualpipe.registry import ScheduleConfig
 from evaluation.protocol import EVALUATION_TASKS, EvaluationTaskConfig
 from infer.cohorts import PROMPT_TOKENS
 from kernels.attention import ATTENTION
-from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
+from model.config import BalanceOver, Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from score.reward import RewardConfig
 from train.config.tasks import TASKS, RolloutConfig
@@ -271,6 +271,7 @@ class TaskConfig:
     steps: PositiveInt
     mtp_loss_weight: TokenSchedule
     balance_loss_weight: NonNegativeFloat
+    balance_over: BalanceOver = "sequence"
     bias_update_rate: TokenSchedule
 
 
@@ -454,7 +455,12 @@ class TrainConfig:
         products: Products = "own"
         if isinstance(self.precision, Fp8PrecisionConfig):
             products = "fp8_power_of_two" if self.precision.scales == "power_of_two" else "fp8"
-        return Computing(recomputed=frozenset(self.recompute), attention=self.attention, products=products)
+        return Computing(
+            recomputed=frozenset(self.recompute),
+            attention=self.attention,
+            products=products,
+            balance_over=self.task.balance_over,
+        )
 
     @property
     def batch_sizes(self) -> BatchSizes:
