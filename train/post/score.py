@@ -12,6 +12,7 @@ from data.chat.messages import user
 from data.corpus import fill_fields
 from data.loader import Batch
 from data.tokenizer import Tokenizer
+from evaluation.judge import Judge
 from infer.protocol import Engine, Group, NumberedPrompt, Sample
 from infer.reward import score_answers
 from model.objective import MicroBatch
@@ -25,7 +26,6 @@ from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_s
 from train.config import TrainConfig
 from train.core.replica import Replica, open_replica
 from train.core.world import ReplicaConfig, World, weight_dtype
-from train.post.judge import Judge
 from train.post.pack import BatchShape, fill, place_answers
 from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm

@@ -17,6 +17,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
 from data.chat.templates import CHAT_TEMPLATES
 from dualpipe.registry import ScheduleConfig
+from evaluation.judge import JUDGE_SEED
 from infer.config import Statistics
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
@@ -37,7 +38,6 @@ from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
 from train.checkpoint.sources import check_reward_model
 from train.config import TrainConfig
 from train.core.world import weight_dtype
-from train.post.judge import JUDGE_SEED
 from train.post.sample import PromptForm
 from train.post.score import (
     QuestionedModel,

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from data.chat.templates import CHAT_TEMPLATES
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from evaluation.judge import Judge, JudgePrompt, parse_verdict, score_votes
 from infer.config import Finish
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Sample
@@ -20,7 +21,6 @@ from score.score import Problem, Score, ScoringError, TextAnswer
 from score.scorers import JudgeConfig, read_constitution
 from tests.infer.models import SMALL, make_model
 from tests.score.groups import TextGroup
-from train.post.judge import Judge, JudgePrompt, parse_verdict, score_votes
 
 CONFIG = JudgeConfig(
     kind="judge",
