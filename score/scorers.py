@@ -39,7 +39,7 @@ _JUDGE = "reward.parts, kind judge"
 class JudgeConfig(ScorerConfig):
     """The configuration of a judge. Keys are explained in conf/reward/judge.yaml and judge_pairs.yaml."""
 
-    weights: Literal["policy", "reference"]
+    weights: str
     form: Literal["single", "pairs"]
     samples: PositiveInt
     constitution: str
@@ -51,6 +51,11 @@ class JudgeConfig(ScorerConfig):
     thinking: bool
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
+
+    @property
+    def ckpt(self) -> str | None:
+        """The folder of weights of its own, or None if the policy or the reference judges."""
+        return None if self.weights in ("policy", "reference") else self.weights
 
     def __post_init__(self) -> None:
         others = ("{other}",) if self.form == "pairs" else ()

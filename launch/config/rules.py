@@ -298,7 +298,7 @@ def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
     if judge.weights == "reference" and not TASKS.get(config.task.kind).has_reference(config.task):
         rule = "weights must be policy if the run has no reference"
         raise broken(key, rule, "reference", "policy, or task.loss.kl_weight above 0")
-    if judge.max_new_tokens >= most:
+    if judge.ckpt is None and judge.max_new_tokens >= most:
         rule = f"max_new_tokens must be below model.max_position_tokens={most}, which also hold the question"
         raise broken(key, rule, judge.max_new_tokens, most // 2)
     name = config.data.source.chat_template

@@ -39,6 +39,7 @@ LARGEST_FILE_BYTES = 5_000_000_000
 # The range of positions changes no weight's shape, and a later phase of training may extend it.
 _FREE_KEYS = ("max_position_tokens", "rope_scaling")
 REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
+JUDGE_KEY = "reward.parts, kind judge: weights"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,14 +301,52 @@ def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> No
         raise ConfigError(vocabulary_problem(config, reward_model, part.ckpt, REWARD_MODEL_KEY, "a reward model"))
 
 
-def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the run with the architecture of each reward model in its pipeline."""
-    parts = () if config.reward is None else config.reward.parts
-    return [
-        second_network_run(config, part.ckpt, REWARD_MODEL_KEY)
-        for part in parts
-        if isinstance(part, RewardModelScorerConfig) and part.place == "pipeline"
-    ]
+def check_judge(config: TrainConfig, part: JudgeConfig) -> None:
+    """Rejects a constitution that cannot be read, and weights that cannot judge or do not fit the run."""
+    read_constitution(part)
+    if part.ckpt is None:
+        return
+    model = judge_model(part.ckpt)
+    check_second_network(config, part.ckpt, JUDGE_KEY, "a judge")
+    if part.max_new_tokens >= model.max_position_tokens:
+        raise ConfigError(
+            f"reward.parts, kind judge: max_new_tokens must be below the {model.max_position_tokens} positions of "
+            f"{part.ckpt}, which also hold the question, is {part.max_new_tokens}; nearest valid: "
+            f"{model.max_position_tokens // 2}"
+        )
+
+
+def judge_model(ckpt: str) -> ModelConfig:
+    """Reads the architecture of a judge, or rejects weights that write no text."""
+    model = source_config(ckpt, JUDGE_KEY, drop_mtp=True)
+    if model.head != "tokens":
+        raise ConfigError(
+            f"{JUDGE_KEY}: must be policy, reference, or weights with a head for tokens, {ckpt} is a reward model; "
+            f"nearest valid: kind reward_model"
+        )
+    return model
+
+
+def scoring_runs(config: TrainConfig) -> list[TrainConfig]:
+    """Returns the run with the architecture of each reward model and judge in its pipeline."""
+    runs = []
+    for part in () if config.reward is None else config.reward.parts:
+        match part:
+            case RewardModelScorerConfig(place="pipeline"):
+                runs.append(second_network_run(config, part.ckpt, REWARD_MODEL_KEY))
+            case JudgeConfig(ckpt=str(ckpt)):
+                runs.append(second_network_run(config, ckpt, JUDGE_KEY))
+            case _:
+                pass
+    return runs
+
+
+def check_same_tokenizer(path: str, key: str, tokenizer: Tokenizer, nearest_valid: str) -> None:
+    """Raises `CheckpointError` if the weights of a reward model or judge have another tokenizer."""
+    if not is_same_tokenizer(source_folder(path, key), tokenizer):
+        raise CheckpointError(
+            f"{key}: must have the tokenizer of this run's data, {path} has another one; nearest valid: {nearest_valid}"
+        )
 
 
 def check_model_parts(config: TrainConfig) -> None:
@@ -317,7 +356,7 @@ def check_model_parts(config: TrainConfig) -> None:
             case RewardModelScorerConfig():
                 check_reward_model(config, part)
             case JudgeConfig():
-                read_constitution(part)
+                check_judge(config, part)
             case _:
                 pass
 

@@ -21,8 +21,13 @@ from model.transformer import Transformer, named_tensors
 from score.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts, score_judged
 from score.score import Score, ScorerConfig, ScoringError, failure
 from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
-from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.sources import REWARD_MODEL_KEY, is_same_tokenizer, open_source, second_network_run, source_folder
+from train.checkpoint.sources import (
+    JUDGE_KEY,
+    REWARD_MODEL_KEY,
+    check_same_tokenizer,
+    open_source,
+    second_network_run,
+)
 from train.config import TrainConfig
 from train.core.replica import Replica, open_replica
 from train.core.world import ReplicaConfig, World, weight_dtype
@@ -31,6 +36,8 @@ from train.post.pipeline import ReplicaEngine, TrainingEngine
 from train.post.sample import NO_VERDICT, PromptForm
 from train.predict.cut import run_cut
 from train.tasks.next_token import to_micro_batch
+
+_SAME_TOKENIZER = "that was trained from the policy's weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,25 +128,27 @@ def open_reward_model(
         CheckpointError: the reward model has another tokenizer.
         CheckpointError, HfError: a tensor's content cannot be read.
     """
-    if not is_same_tokenizer(source_folder(part.ckpt, REWARD_MODEL_KEY), tokenizer):
-        raise CheckpointError(
-            f"{REWARD_MODEL_KEY}: must have the tokenizer of this run's data, {part.ckpt} has another one; nearest "
-            f"valid: a reward model that was trained from the policy's weights"
-        )
-    run = second_network_run(config, part.ckpt, REWARD_MODEL_KEY)
-    source = open_source(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
+    check_same_tokenizer(part.ckpt, REWARD_MODEL_KEY, tokenizer, f"a reward model {_SAME_TOKENIZER}")
     if part.place == "first_rank":
+        run = second_network_run(config, part.ckpt, REWARD_MODEL_KEY)
         model = None
         if policy.world.rank == 0:
             dispatcher = LocalDispatcher(run.model.num_routed_experts)
             model = Transformer(run.model, dispatcher, weight_dtype(config.precision)).to(policy.world.device)
-            source.fill(named_tensors(model))
+            open_source(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True).fill(named_tensors(model))
         return WholeRater(run.model.max_position_tokens, policy.world, part.batch_size, model)
+    replica = _open_frozen(config, part.ckpt, REWARD_MODEL_KEY, policy)
+    longest = min(config.batch.sequence_length_tokens, replica.config.model.max_position_tokens)
+    return PipelinedRater(longest, replica, tokenizer.special.pad)
+
+
+def _open_frozen(config: TrainConfig, path: str, key: str, policy: Replica) -> Replica:
+    """Opens a second network on all ranks, under the policy's schedule, and loads its weights."""
+    run = second_network_run(config, path, key)
     cut = run_cut(run, policy.schedule.placement)
     replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
-    source.fill(named_tensors(replica.network))
-    longest = min(run.batch.sequence_length_tokens, run.model.max_position_tokens)
-    return PipelinedRater(longest, replica, tokenizer.special.pad)
+    open_source(path, key, drop_mtp=True).fill(named_tensors(replica.network))
+    return replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +194,7 @@ class JudgePart:
     seed: int
     stop: frozenset[int]
     opened: TrainingEngine | None = None
+    replica: Replica | None = None
 
     def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
         """Implements `ModelPart.score`."""
@@ -199,6 +209,8 @@ class JudgePart:
         """Implements `ModelPart.close`."""
         if self.opened is not None:
             self.opened.close()
+        if self.replica is not None:
+            self.replica.close()
 
 
 def open_model_parts(
@@ -210,7 +222,7 @@ def open_model_parts(
     for name, part in config.reward.named_parts.items():
         match part:
             case JudgeConfig():
-                parts[name] = _open_judge(config, part, reference, engine, form)
+                parts[name] = _open_judge(config, part, policy, reference, engine, form)
             case RewardModelScorerConfig():
                 opened = open_reward_model(config, part, policy, form.tokenizer)
                 parts[name] = opened if part.question is None else QuestionedModel(opened, part.question, form)
@@ -220,16 +232,28 @@ def open_model_parts(
 
 
 def _open_judge(
-    config: TrainConfig, part: JudgeConfig, reference: Replica | None, engine: Engine, form: PromptForm
+    config: TrainConfig,
+    part: JudgeConfig,
+    policy: Replica,
+    reference: Replica | None,
+    engine: Engine,
+    form: PromptForm,
 ) -> JudgePart:
-    longest = max(1, config.model.max_position_tokens - part.max_new_tokens)
+    """Opens a judge: the policy, its reference, or a second network, which is closed with the part."""
+    replica = None
+    if part.ckpt is not None:
+        check_same_tokenizer(part.ckpt, JUDGE_KEY, form.tokenizer, f"a judge {_SAME_TOKENIZER}")
+        replica = _open_frozen(config, part.ckpt, JUDGE_KEY, policy)
+    model = config.model if replica is None else replica.config.model
+    longest = max(1, model.max_position_tokens - part.max_new_tokens)
     judge = Judge(part, form.template, form.tokenizer, part.constitution, longest)
     stop = frozenset([form.tokenizer.special.eos])
     if part.weights == "policy":
         return JudgePart(judge=judge, engine=engine, seed=config.seed, stop=stop)
-    assert reference is not None
-    opened = ReplicaEngine(reference)
-    return JudgePart(judge=judge, engine=opened, seed=config.seed, stop=stop, opened=opened)
+    frozen = replica or reference
+    assert frozen is not None
+    opened = ReplicaEngine(frozen)
+    return JudgePart(judge=judge, engine=opened, seed=config.seed, stop=stop, opened=opened, replica=replica)
 
 
 def with_constitutions(config: RewardConfig, world: World) -> RewardConfig:

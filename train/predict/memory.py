@@ -24,7 +24,7 @@ from kernels.attention import pads_values
 from kernels.operation import CHUNK_NUMBERS, num_tiles
 from model.config import LAYER
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
-from train.checkpoint.sources import reward_model_runs
+from train.checkpoint.sources import scoring_runs
 from train.config import TrainConfig
 from train.predict.cut import run_cut, sized_run
 from train.predict.rank_bytes import (
@@ -296,14 +296,14 @@ def rank_memory(
 def _with_frozen_networks(
     memory: RankMemory, config: TrainConfig, schedule: Schedule, shapes: tuple[StageShape, ...]
 ) -> RankMemory:
-    """Adds the weights of a reference, a teacher, reward models and a copy for sampling.
+    """Adds the weights of a reference, a teacher, reward models, judges and a copy for sampling.
 
     A teacher also leaves its last hidden states on ranks that compute losses.
     """
     task = TASKS.get(config.task.kind)
     rank = memory.pipeline_rank
     batch = memory.batch
-    networks = [(run, stage_shapes(run_cut(run, schedule.placement))) for run in reward_model_runs(config)]
+    networks = [(run, stage_shapes(run_cut(run, schedule.placement))) for run in scoring_runs(config)]
     if task.has_reference(config.task):
         networks.append((replace(config, model=replace(config.model, mtp_depth=0)), shapes))
     if (teacher := task.teacher_run(config)) is not None:

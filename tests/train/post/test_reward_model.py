@@ -18,7 +18,8 @@ from data.arithmetic import arithmetic_tokenizer
 from data.chat.templates import CHAT_TEMPLATES
 from dualpipe.registry import ScheduleConfig
 from evaluation.judge import JUDGE_SEED
-from infer.config import Statistics
+from infer.config import Sampling, Statistics
+from infer.engines.local import LocalEngine
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
 from model.config import ModelConfig
@@ -35,11 +36,12 @@ from tests.train.job import configured_schedule, make_world, opened_replica
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
-from train.checkpoint.sources import check_reward_model
+from train.checkpoint.sources import check_model_parts, check_reward_model, scoring_runs
 from train.config import TrainConfig
 from train.core.world import weight_dtype
 from train.post.sample import PromptForm
 from train.post.score import (
+    JudgePart,
     QuestionedModel,
     RewardModelPart,
     RolloutRewards,
@@ -300,6 +302,46 @@ def test_a_reward_model_compares_with_the_expected_answer_where_there_is_one() -
     assert scored[1][0].outcome == "skipped"
     with pytest.raises(ScoringError, match=r"kind reward_model: question must contain \{prompt\}, is"):
         replace(config, question="{expected}")
+
+
+def continue_as_judge(
+    rank: int, world_size: int, config: TrainConfig, reward: RewardConfig, prompts: list[NumberedPrompt]
+) -> list[tuple[int, ...]]:
+    """Returns what the engine of a judge with weights of its own writes, and closes it."""
+    with opened_replica(config) as policy:
+        parts = open_model_parts(replace(config, reward=reward), policy, None, ScriptedJudge(), FORM)
+        judge = parts["judge"]
+        assert isinstance(judge, JudgePart)
+        made = judge.engine.generate(prompts, Request(samples=1, max_new_tokens=4, sampling=Sampling()))
+        dist.barrier()
+        judge.close()
+    return [sample.tokens for sample in made.rollouts]
+
+
+def test_a_judge_may_be_another_model(tmp_path: Path) -> None:
+    """Two ranks hold the judge under the policy's schedule; it continues prompts as the whole model does."""
+    ckpt = write_model(tmp_path / "judge", MODEL)
+    reward = reward_config({**JUDGE, "weights": ckpt})
+    config = replace(run_config(tmp_path, 2, 1, 1, "dualpipe_split"), reward=reward)
+    check_model_parts(config)
+    assert len(scoring_runs(config)) == 1
+    prompts = [NumberedPrompt(number=number, tokens=(0, 5, 6 + number)) for number in range(3)]
+    model = load_whole(replace(MODEL, mtp_depth=0), locate(ckpt).folder, weight_dtype(config.precision))
+    made = LocalEngine(model).generate(prompts, Request(samples=1, max_new_tokens=4, sampling=Sampling()))
+    expected = [sample.tokens for sample in made.rollouts]
+    assert run_ranks(2, continue_as_judge, config, reward, prompts) == [expected] * 2
+
+
+def test_weights_that_cannot_judge_are_refused_before_the_run(tmp_path: Path, ckpt: str) -> None:
+    config = run_config(tmp_path)
+    own = write_model(tmp_path / "judge", MODEL)
+    for changes, rule in (
+        ({"weights": ckpt}, "must be policy, reference, or weights with a head for tokens, .* is a reward model"),
+        ({"weights": str(tmp_path / "none")}, "^reward.parts, kind judge: weights: .*none"),
+        ({"weights": own, "max_new_tokens": 4096}, "max_new_tokens must be below the .* positions of"),
+    ):
+        with pytest.raises((ConfigError, CheckpointError), match=rule):
+            check_model_parts(replace(config, reward=reward_config({**JUDGE, **changes})))
 
 
 def read_constitution_on_rank(rank: int, world_size: int, folder: Path, config: TrainConfig) -> tuple[str, str]:
