@@ -37,8 +37,8 @@ from score.score import (
     failure,
     verdict,
 )
+from tests.evaluation.test_judge import CONFIG as JUDGE
 from tests.score.groups import TextGroup
-from tests.train.post.test_judge import CONFIG as JUDGE
 
 
 class FakeScorer(RatingScorer):
