@@ -16,9 +16,10 @@ from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.protocol import NumberedPrompt, Request, Sample
+from model.config import ModelConfig
 from score.reward import AnswerGroup
-from score.score import Score, failure, final_text
-from score.scorers import JudgeConfig
+from score.score import Score, ScoringError, failure, final_text
+from score.scorers import JUDGE, JudgeConfig
 
 JUDGE_SEED = 0x5851F42D4C957F2D
 """Added to the seed of a run, so that critiques and answers have different random numbers."""
@@ -129,6 +130,16 @@ class Judge:
             return None
         text = self.tokenizer.decode(critique.tokens[:-1])
         return parse_verdict(THINK + text if self.config.thinking else text, self.config)
+
+
+def check_critiques(config: JudgeConfig, model: ModelConfig, template: ChatTemplate) -> None:
+    """Rejects critiques that a model of a judge, or its chat template, cannot write."""
+    most = model.max_position_tokens
+    if config.max_new_tokens >= most:
+        rule = f"max_new_tokens must be below the judge's {most} positions, which also hold the question"
+        raise ScoringError.broken(JUDGE, rule, config.max_new_tokens, most // 2)
+    if config.thinking and template.thoughts is None:
+        raise ScoringError.broken(JUDGE, "thinking must be false with a template without thoughts", "true", "false")
 
 
 def parse_verdict(text: str, config: JudgeConfig) -> bool | None:

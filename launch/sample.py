@@ -7,9 +7,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
@@ -22,6 +24,7 @@ from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
+from evaluation.judge import Judge, check_critiques
 from evaluation.protocol import read_lines
 from infer.config import Sampling, Speculative, check
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
@@ -38,10 +41,15 @@ from launch.weights.scored_samples import (
     select,
     summary,
 )
-from score.reward import Reward, RewardConfig, check_problems, check_reward, model_part_problem
+from score.reward import Reward, RewardConfig, check_problems, check_reward, combine, host_parts, score_judged
 from score.score import SCORERS, problem_of
+from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
+from train.checkpoint.sources import JUDGE_KEY, REWARD_MODEL_KEY, check_same_tokenizer, judge_model, rating_model
+
+if TYPE_CHECKING:
+    from train.post.score import ModelPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +112,7 @@ class SamplingJob:
     problems: list[ProblemRecord]
     prompts: list[NumberedPrompt]
     request: Request
+    models: dict[str, WeightsSource]  # that score the answers, by the name of their part of the reward
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -120,7 +129,8 @@ def main(overrides: Sequence[str]) -> int:
         with SampleJournal(path.with_name(path.name + JOURNAL_SUFFIX), made_with) as journal:
             left = [prompt for prompt in job.prompts if prompt.number not in journal.samples]
             if left:
-                with Reward(config.reward) as reward:
+                host = host_parts(config.reward)
+                with nullcontext() if host is None else Reward(host) as reward:
                     _sample(config, job, left, journal, reward, made_with)
             selection = select(journal.samples, config.keep, job.template, thinking=job.thinking)
             with open_output(config.out) as file:
@@ -135,9 +145,6 @@ def main(overrides: Sequence[str]) -> int:
 
 def _read(overrides: Sequence[str]) -> SampleCommandConfig:
     config = decode(SampleCommandConfig, compose("sample", overrides))
-    for part in config.reward.parts:
-        if SCORERS.get(part.kind).needs_model:
-            raise ConfigError(model_part_problem(part.kind))
     has_verdict = any(SCORERS.get(part.kind).has_verdict for part in config.reward.parts)
     if not has_verdict and config.keep.min_reward is None:
         raise ConfigError(
@@ -153,7 +160,9 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
     tokenizer = source.needed_tokenizer("problems")
     template = find_template(config.chat, source.folder, tokenizer, thinking=config.thinking)
     thinking = template.thinks if config.thinking is None else config.thinking
-    check_reward(config.reward)
+    if (host := host_parts(config.reward)) is not None:
+        check_reward(host)
+    models = _find_models(config.reward, source, template, tokenizer)
     problems = load_problems(config.problems)
     _check_fields(config.reward, problems)
     tokens = [tuple(encode_prompt(problem.messages, template, tokenizer, thinking=thinking)) for problem in problems]
@@ -173,7 +182,39 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
             sampling=sampling,
             stop=frozenset(source.end_ids),
         ),
+        models=models,
     )
+
+
+def _find_models(
+    reward: RewardConfig, policy: WeightsSource, template: ChatTemplate, tokenizer: Tokenizer
+) -> dict[str, WeightsSource]:
+    """Locates the weights of judges and reward models, and rejects those that cannot score the answers."""
+    models = {}
+    for name, part in reward.named_parts.items():
+        match part:
+            case JudgeConfig(ckpt=None):
+                if part.weights == "reference":
+                    rule = "must be policy or a folder, because this command has no reference"
+                    raise ConfigError.broken(JUDGE_KEY, rule, part.weights, "policy")
+                key, models[name] = JUDGE_KEY, policy
+            case JudgeConfig(ckpt=str(ckpt)):
+                judge_model(ckpt)
+                key, models[name] = JUDGE_KEY, _find_scoring(ckpt)
+            case RewardModelScorerConfig(ckpt=ckpt):
+                rating_model(ckpt)
+                key, models[name] = REWARD_MODEL_KEY, _find_scoring(ckpt)
+            case _:
+                continue
+        check_same_tokenizer(models[name].ckpt, key, tokenizer, "a model that was trained from the weights of ckpt")
+        if isinstance(part, JudgeConfig):
+            read_constitution(part)
+            check_critiques(part, models[name].model, template)
+    return models
+
+
+def _find_scoring(ckpt: str) -> WeightsSource:
+    return find_weights(ckpt, "trained", drop_mtp=True, needs_tokenizer=True).without_mtp()
 
 
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
@@ -207,7 +248,33 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "sampling": asdict(job.request.sampling),
         "reward": encode(config.reward.parts),
+        **({"models": [str(source.folder) for source in job.models.values()]} if job.models else {}),
     }
+
+
+def _open_models(config: SampleCommandConfig, job: SamplingJob, engine: Engine) -> "dict[str, ModelPart]":
+    """Reads the weights of judges and reward models. A judge that is the policy uses its engine."""
+    from infer.engines.local import LocalEngine
+    from train.post.sample import PromptForm
+    from train.post.score import JudgePart, LocalRater, QuestionedModel
+
+    parts: dict[str, ModelPart] = {}
+    for name, source in job.models.items():
+        part = config.reward.named_parts[name]
+        model = None if source is job.source else load_model(source, config.dtype, config.device)
+        positions = source.model.max_position_tokens
+        if isinstance(part, RewardModelScorerConfig):
+            assert model is not None
+            rater = LocalRater(positions, part.batch_size, model)
+            form = PromptForm(template=job.template, tokenizer=job.tokenizer, thinking=job.thinking)
+            parts[name] = rater if part.question is None else QuestionedModel(rater, part.question, form)
+        elif isinstance(part, JudgeConfig):
+            longest = positions - part.max_new_tokens
+            judge = Judge(part, job.template, job.tokenizer, read_constitution(part), longest)
+            judging = engine if model is None else LocalEngine(model, batch_size=config.batch_size)
+            stop = frozenset(source.end_ids)
+            parts[name] = JudgePart(judge=judge, engine=judging, seed=config.seed, stop=stop)
+    return parts
 
 
 def _sample(
@@ -215,7 +282,7 @@ def _sample(
     job: SamplingJob,
     left: Sequence[NumberedPrompt],
     journal: SampleJournal,
-    reward: Reward,
+    reward: Reward | None,
     made_with: Mapping[str, Any],
 ) -> None:
     model = load_model(job.source, config.dtype, config.device)
@@ -225,6 +292,8 @@ def _sample(
     from infer.engines.local import LocalEngine
 
     engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)
+    models = _open_models(config, job, engine)
+    parts = config.reward.named_parts
     # The draws of a sample depend on its numbers alone, so the size of a block changes no sample.
     size = max(1, 4 * config.batch_size // config.num_samples)
     for first in range(0, len(left), size):
@@ -242,7 +311,10 @@ def _sample(
             )
             for at, prompt in enumerate(block)
         ]
-        for prompt, group, scored in zip(block, groups, reward.score_groups(groups), strict=True):
+        rules = None if reward is None else reward.score_groups(groups)
+        rated = {name: score_judged(parts[name], groups, partial(part.score, step=0)) for name, part in models.items()}
+        sheets = combine(config.reward, groups, rules, rated)
+        for prompt, group, scored in zip(block, groups, sheets, strict=True):
             pairs = zip(group.answers, scored.sheets, strict=True)
             samples = tuple(
                 ScoredSample(

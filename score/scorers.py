@@ -32,7 +32,7 @@ from score.score import (
     verdict,
 )
 
-_JUDGE = "reward.parts, kind judge"
+JUDGE = "reward.parts, kind judge"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +63,13 @@ class JudgeConfig(ScorerConfig):
             if name not in self.question:
                 rule = f"question must contain {name} with form={self.form}"
                 begin = f"{self.question[:40]!r}..."
-                raise ScoringError.broken(_JUDGE, rule, begin, f"{begin} with {name} added")
+                raise ScoringError.broken(JUDGE, rule, begin, f"{begin} with {name} added")
         for name in ("accept", "reject"):
             if not getattr(self, name).strip():
-                raise ScoringError.broken(_JUDGE, f"{name} must have text", repr(getattr(self, name)), name)
+                raise ScoringError.broken(JUDGE, f"{name} must have text", repr(getattr(self, name)), name)
         if self.accept.strip().casefold() == self.reject.strip().casefold():
             problem = f"accept and reject must differ, both are {self.accept!r}"
-            raise ScoringError(f"{_JUDGE}: {problem}; nearest valid: yes and no")
+            raise ScoringError(f"{JUDGE}: {problem}; nearest valid: yes and no")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ def read_constitution(config: JudgeConfig) -> str:
         return Path(config.constitution_path).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         problem = f"constitution_path must be a text file, {config.constitution_path!r} cannot be read ({error})"
-        raise ScoringError(f"{_JUDGE}: {problem}; nearest valid: null, with the text as constitution") from error
+        raise ScoringError(f"{JUDGE}: {problem}; nearest valid: null, with the text as constitution") from error
 
 
 VERIFIER = Path(__file__).with_name("gym_verifier.py")

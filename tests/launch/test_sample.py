@@ -10,6 +10,7 @@ import torch
 
 import launch.sample
 from base.refusal import ConfigError
+from comm.dispatch.local import LocalDispatcher
 from data.chat.encode import encode_prompt
 from data.chat.messages import read_conversation, user
 from data.chat.templates import CHAT_TEMPLATES
@@ -20,8 +21,10 @@ from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
 from launch.sample import main
 from launch.weights.scored_samples import KeepConfig, SampleJournal, ScoredSample, select, to_message
+from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
 from score.reward import ScoreSheet
 from score.score import Score
+from tests.launch.checkpoints import write_checkpoint
 from tests.refusals import assert_refused
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
@@ -146,6 +149,38 @@ def test_sample_refuses_to_mix_samples_made_otherwise(run: Path, tmp_path: Path,
     assert (tmp_path / "kept.jsonl.samples").read_bytes() == before
 
 
+def test_sample_is_scored_by_models_and_refuses_those_that_cannot(run: Path, tmp_path: Path) -> None:
+    """The policy's own weights judge alike from a folder; scores are those of the reward model."""
+    problems = write_problems(tmp_path / "p.jsonl", ["a"] * 3)
+    rated = tmp_path / "rated"
+    config = replace(read_model(locate(str(run)).folder), head="score", mtp_depth=0)
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
+    initialize_weights(model, 1)
+    with torch.no_grad():
+        named_tensors(model)[SCORE].copy_(torch.linspace(-1, 1, config.hidden_size))
+    write_checkpoint(rated, model)
+    question = "reward.parts.0.question='{prompt}{answer}'"
+    own = ["reward=judge", "keep.min_reward=0", question, "reward.parts.0.max_new_tokens=2"]
+    own += ["reward.parts.0.accept=a", "reward.parts.0.reject=b", "reward.parts.0.mark=''"]
+    rating = ["reward=reward_model", "keep.min_reward=-99", f"reward.parts.0.ckpt={rated}"]
+    records = []
+    for name, changes in (("policy", own), ("folder", [*own, f"reward.parts.0.weights={run}"]), ("rated", rating)):
+        assert main(overrides(run, problems, tmp_path / f"{name}.jsonl", *changes)) == 0
+        lines = (tmp_path / f"{name}.jsonl.samples").read_text("utf-8").splitlines()[1:]
+        records.append([sample["sheet"] for line in lines for sample in json.loads(line)["samples"]])
+    assert records[0] == records[1]
+    assert {sheet["outcome"] for sheet in records[0]} <= {"rated", "unknown", "missing"}
+    assert all(sheet["outcome"] == "rated" and sheet["total"] for sheet in records[2])
+    for changes, rule in (
+        (["reward.parts.0.weights=reference"], "must be policy or a folder"),
+        ([f"reward.parts.0.weights={tmp_path / 'none'}"], "reward.parts, kind judge: weights: .*none"),
+        ([f"reward.parts.0.weights={rated}"], "is a reward model; nearest valid: kind reward_model"),
+        (["reward.parts.0.max_new_tokens=9999"], "max_new_tokens must be below the judge's"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            main(overrides(run, problems, tmp_path / "refused.jsonl", *own, *changes))
+
+
 BROKEN = [
     ('{"prompt": "a"', "p.jsonl, line 2: must be a JSON object"),
     ("[1]", "p.jsonl, line 2: must be a JSON object, is a list"),
@@ -202,7 +237,7 @@ def test_sample_rejects_a_problem_by_file_line_and_field(run: Path, tmp_path: Pa
         ("keep.easy_rate=2", "keep.easy_rate: must be between 0 and 1"),
         ("reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]", "keep.min_reward: a value is needed"),
         ("max_new_tokens=0", "max_new_tokens: must be above 0"),
-        ("reward=judge", "reward.parts: kind judge needs a model on the ranks of a training run"),
+        ("reward=judge", "keep.min_reward: a value is needed if no part of the reward has a verdict"),
     ],
 )
 def test_sample_rejects_invalid_values_before_weights_are_read(

@@ -20,7 +20,7 @@ from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys
 from model.hf.files import read_json
 from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
-from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
+from score.scorers import JUDGE, JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.locate import CHECKPOINTS_NAME, differences, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
@@ -289,12 +289,7 @@ def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key:
 
 def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> None:
     """Rejects weights that are no reward model or do not fit the run."""
-    reward_model = source_config(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
-    if reward_model.head != "score":
-        raise ConfigError(
-            f"{REWARD_MODEL_KEY}: must be a reward model, which has a head for scores, {part.ckpt} has a head for "
-            f"{reward_model.head}; nearest valid: a checkpoint of task=reward_model, or kind judge"
-        )
+    reward_model = rating_model(part.ckpt)
     if part.place == "pipeline":
         check_second_network(config, part.ckpt, REWARD_MODEL_KEY, "a reward model")
     elif reward_model.vocab_size != config.model.vocab_size:
@@ -306,14 +301,11 @@ def check_judge(config: TrainConfig, part: JudgeConfig) -> None:
     read_constitution(part)
     if part.ckpt is None:
         return
-    model = judge_model(part.ckpt)
+    most = judge_model(part.ckpt).max_position_tokens
     check_second_network(config, part.ckpt, JUDGE_KEY, "a judge")
-    if part.max_new_tokens >= model.max_position_tokens:
-        raise ConfigError(
-            f"reward.parts, kind judge: max_new_tokens must be below the {model.max_position_tokens} positions of "
-            f"{part.ckpt}, which also hold the question, is {part.max_new_tokens}; nearest valid: "
-            f"{model.max_position_tokens // 2}"
-        )
+    if part.max_new_tokens >= most:
+        rule = f"max_new_tokens must be below the {most} positions of {part.ckpt}, which also hold the question"
+        raise ConfigError.broken(JUDGE, rule, part.max_new_tokens, most // 2)
 
 
 def judge_model(ckpt: str) -> ModelConfig:
@@ -323,6 +315,17 @@ def judge_model(ckpt: str) -> ModelConfig:
         raise ConfigError(
             f"{JUDGE_KEY}: must be policy, reference, or weights with a head for tokens, {ckpt} is a reward model; "
             f"nearest valid: kind reward_model"
+        )
+    return model
+
+
+def rating_model(ckpt: str) -> ModelConfig:
+    """Reads the architecture of a reward model, or rejects weights that give no scores."""
+    model = source_config(ckpt, REWARD_MODEL_KEY, drop_mtp=True)
+    if model.head != "score":
+        raise ConfigError(
+            f"{REWARD_MODEL_KEY}: must be a reward model, which has a head for scores, {ckpt} has a head for "
+            f"{model.head}; nearest valid: a checkpoint of task=reward_model, or kind judge"
         )
     return model
 

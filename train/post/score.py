@@ -105,6 +105,18 @@ class PipelinedRater(RewardModelPart):
 
 
 @dataclass(frozen=True, slots=True)
+class LocalRater(RewardModelPart):
+    """A whole model in a process without other ranks."""
+
+    batch_size: int
+    model: Transformer
+
+    def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Implements `RewardModelPart.rate`."""
+        return score_answers(self.model, sequences, self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
 class WholeRater(RewardModelPart):
     """A whole model on rank 0, None elsewhere, which broadcasts its scores."""
 
