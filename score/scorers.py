@@ -54,7 +54,7 @@ class JudgeConfig(ScorerConfig):
 
     @property
     def ckpt(self) -> str | None:
-        """The folder of weights of its own, or None if the policy or the reference judges."""
+        """The folder of separate weights, or None if the policy or the reference judges."""
         return None if self.weights in ("policy", "reference") else self.weights
 
     def __post_init__(self) -> None:

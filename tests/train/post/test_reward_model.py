@@ -307,7 +307,7 @@ def test_a_reward_model_compares_with_the_expected_answer_where_there_is_one() -
 def continue_as_judge(
     rank: int, world_size: int, config: TrainConfig, reward: RewardConfig, prompts: list[NumberedPrompt]
 ) -> list[tuple[int, ...]]:
-    """Returns what the engine of a judge with weights of its own writes, and closes it."""
+    """Returns what the engine of a judge with separate weights writes, and closes it."""
     with opened_replica(config) as policy:
         parts = open_model_parts(replace(config, reward=reward), policy, None, ScriptedJudge(), FORM)
         judge = parts["judge"]
