@@ -84,12 +84,14 @@ class Computing:
     Attributes:
         recomputed: what a backward computes again. Products in FP8 always recompute all but `layer`, and keep the
             products' inputs in FP8 instead.
+        gradient_blocks: products in FP8 read output gradients with a scale for each 128 x 128 numbers.
         products: precision of attention, feed-forward networks and experts; other products stay in the weights' type.
     """
 
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
     attention: Annotated[str, ATTENTION] = "auto"
     products: Products = "own"
+    gradient_blocks: bool = False
     balance_over: BalanceOver = "sequence"
 
     def __post_init__(self) -> None:

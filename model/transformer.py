@@ -52,7 +52,11 @@ def build_linears(computing: Computing) -> Linears:
     from model.precision.fp8_linears import Fp8Linears
 
     is_rounded = computing.products == "fp8_power_of_two"
-    return Fp8Linears(power_of_two=is_rounded, recomputes_layers=LAYER in computing.recomputed)
+    return Fp8Linears(
+        power_of_two=is_rounded,
+        recomputes_layers=LAYER in computing.recomputed,
+        gradient_blocks=computing.gradient_blocks,
+    )
 
 
 def whole(config: ModelConfig) -> Part:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from kernels.gemm import grouped_rows_fp8, grouped_weight_fp8
-from kernels.quantize import pack_e5m6, quantize_1x128, quantize_both, quantize_columns, requantize_columns, unpack_e5m6
+from kernels.quantize import pack_e5m6, quantize_1x128, quantize_columns, requantize_columns, unpack_e5m6
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
@@ -186,10 +186,15 @@ class Fp8Linears:
 
     decodes_as_trained = True
 
-    def __init__(self, *, power_of_two: bool, recomputes_layers: bool = False) -> None:
-        """Creates the products; `power_of_two`: all scales are powers of two, not only those of rows."""
+    def __init__(self, *, power_of_two: bool, recomputes_layers: bool = False, gradient_blocks: bool = False) -> None:
+        """Creates the products.
+
+        Args:
+            power_of_two: all scales are powers of two, not only those of rows.
+            gradient_blocks: output gradients have scales of 128 x 128 numbers, as weights have.
+        """
         self.recomputes_layers = recomputes_layers
-        self._maps = Fp8Maps(power_of_two=power_of_two)
+        self._maps = Fp8Maps(power_of_two=power_of_two, gradient_blocks=gradient_blocks)
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which every weight is quantized once and its codes are kept."""
@@ -257,7 +262,7 @@ class Fp8Linears:
 
     def wire(self) -> Fp8Wire:
         """Returns conversions to and from FP8."""
-        return Fp8Wire()
+        return Fp8Wire(gradient_blocks=self._maps.gradient_blocks)
 
     def compress_latents(
         self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions
@@ -392,7 +397,7 @@ class ExpertOptions:
         """Returns the gradient of the output in codes, in the experts' order, AB."""
         if self.slot is not None:
             return self.slot.take()
-        return _sort(pack_gradient(grad), self.order)
+        return _sort(pack_gradient(grad, blocks=self.maps.gradient_blocks), self.order)
 
 
 def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
@@ -453,9 +458,7 @@ class ExpertMlp(torch.autograd.Function):
         grad_AH, gated_AM, grad_weights_A = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), weights_A)
         # Codes by rows for the next product, and by columns for the weight gradients; the rest is converted when they
         # are computed.
-        grad_hidden, hidden_columns = quantize_both(
-            grad_AH, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX
-        )
+        grad_hidden, hidden_columns = maps.gradient_of_rows(grad_AH, counts)
         grad_rows = grouped_rows_fp8(grad_hidden, maps.codes(gate_up_EHD).backward, counts, dtype)
         gated_columns = quantize_columns(gated_AM, counts, power_of_two=power_of_two)
 

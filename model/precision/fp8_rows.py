@@ -56,10 +56,14 @@ class GradientCodes:
 
 
 class Fp8Maps:
-    """Products of FP8 operands for one model; scales that are powers of two are never rounded again."""
+    """Products of FP8 operands for one model; scales that are powers of two are never rounded again.
 
-    def __init__(self, *, power_of_two: bool) -> None:
+    With `gradient_blocks`, output gradients have a scale for every 128 x 128 in products for input gradients.
+    """
+
+    def __init__(self, *, power_of_two: bool, gradient_blocks: bool = False) -> None:
         self.power_of_two = power_of_two
+        self.gradient_blocks = gradient_blocks
         # The weights are held too, so that no other tensor can get their ids.
         self._cached: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
 
@@ -80,10 +84,18 @@ class Fp8Maps:
         pieces = self._pieces(weights_TK)
         options: dict[str, Any] = {"power_of_two": self.power_of_two, "min_amax": GRADIENTS_MIN_AMAX}
         if len(pieces) == 1:
-            rows, columns = quantize_both(dense_AN, counts, **options)
+            rows, columns = self.gradient_of_rows(dense_AN, counts)
             return GradientCodes((rows,), columns, grad_AN.dtype)
-        parts = [quantize_1x128(dense_AN[:, piece.outputs], **options) for piece in pieces]
+        quantize = quantize_in_blocks if self.gradient_blocks else quantize_1x128
+        parts = [quantize(dense_AN[:, piece.outputs], **options) for piece in pieces]
         return GradientCodes(parts, quantize_columns(dense_AN, counts, **options), grad_AN.dtype)
+
+    def gradient_of_rows(self, grad_AN: Tensor, counts: Sequence[int]) -> tuple[Quantized, QuantizedColumns]:
+        """Quantizes an output gradient for both products of a backward, given the rows of each group."""
+        options: dict[str, Any] = {"power_of_two": self.power_of_two, "min_amax": GRADIENTS_MIN_AMAX}
+        if self.gradient_blocks:
+            return quantize_in_blocks(grad_AN, **options), quantize_columns(grad_AN, counts, **options)
+        return quantize_both(grad_AN, counts, **options)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Returns the codes of one weight, NK or ENK."""
@@ -205,8 +217,9 @@ def as_fp8(rows: Rows) -> Fp8Rows:
 class Fp8Wire:
     """Sends rows and their output gradients to experts in FP8; what returns has the model's type."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gradient_blocks: bool) -> None:
         self._slot = GradientSlot()
+        self._gradient_blocks = gradient_blocks
 
     def pack(self, rows: Rows) -> Tensor:
         """Returns the codes, NB."""
@@ -220,7 +233,7 @@ class Fp8Wire:
 
     def pack_gradient(self, grad_ND: Tensor) -> Tensor:
         """Returns the gradient in codes, NB."""
-        return pack_gradient(grad_ND)
+        return pack_gradient(grad_ND, blocks=self._gradient_blocks)
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
         """Stores the codes in the slot; returns a placeholder, AD."""
@@ -253,9 +266,19 @@ def pack_rows(normal: Tensor) -> Fp8Rows:
     return Fp8Rows(*_Pack.apply(normal))  # type: ignore[no-untyped-call]
 
 
-def pack_gradient(grad_ND: Tensor) -> Tensor:
+def pack_gradient(grad_ND: Tensor, *, blocks: bool = False) -> Tensor:
     """Quantizes a gradient on its way to experts with power-of-two scales, NB."""
-    return pack(quantize_1x128(grad_ND.contiguous(), power_of_two=True, min_amax=GRADIENTS_MIN_AMAX))
+    quantize = quantize_in_blocks if blocks else quantize_1x128
+    return pack(quantize(grad_ND.contiguous(), power_of_two=True, min_amax=GRADIENTS_MIN_AMAX))
+
+
+def quantize_in_blocks(rows_ND: Tensor, *, power_of_two: bool, min_amax: float) -> Quantized:
+    """Quantizes rows with one scale for 128 x 128 numbers, which each of the 128 rows repeats.
+
+    This is what diverged in arXiv:2412.19437, appendix B.2.
+    """
+    codes, scales_MT = quantize_128x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
+    return Quantized(codes, scales_MT.repeat_interleave(TILE, 0)[: len(rows_ND)].contiguous())
 
 
 def repack(source: NormSource) -> Tensor:

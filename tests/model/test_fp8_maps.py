@@ -210,6 +210,20 @@ def test_a_weight_is_quantized_once_inside_the_context_and_again_afterwards() ->
     assert maps.codes(weight) is not maps.codes(weight)
 
 
+@pytest.mark.parametrize("outputs", [(40,), (72, 128)], ids=str)
+def test_gradient_blocks_share_a_scale_among_128_rows_in_the_product_for_the_input(outputs: tuple[int, ...]) -> None:
+    weights = [parameter(size, 200, seed=index) for index, size in enumerate(outputs)]
+    # The rows differ in size by a factor of a million, so that a block's scale loses the small ones.
+    grad = randn(140, sum(outputs), seed=3, dtype=torch.float32) * torch.logspace(0, -6, 140)[:, None]
+    tiles = Fp8Maps(power_of_two=False).gradient(grad, weights)
+    blocks = Fp8Maps(power_of_two=False, gradient_blocks=True).gradient(grad, weights)
+    assert all(torch.equal(*pair) for pair in zip(tiles.columns, blocks.columns, strict=True))
+    for by_row, by_block in zip(tiles.pieces, blocks.pieces, strict=True):
+        largest = torch.stack([rows.amax(0) for rows in by_row.scales.split(128)])
+        assert torch.equal(by_block.scales, largest.repeat_interleave(128, 0)[:140])
+        assert int((by_block.codes[:128].float() == 0).sum()) > int((by_row.codes[:128].float() == 0).sum())
+
+
 def test_a_cached_weight_is_not_confused_with_a_freed_one() -> None:
     maps = Fp8Maps(power_of_two=False)
     with maps.weights_unchanged():

@@ -222,6 +222,7 @@ class Fp8PrecisionConfig:
 
     kind: Literal["fp8"]
     scales: Literal["float32", "power_of_two"]
+    gradient_blocks: bool = False
 
 
 Precision = PrecisionConfig | Fp8PrecisionConfig
@@ -459,6 +460,7 @@ class TrainConfig:
             recomputed=frozenset(self.recompute),
             attention=self.attention,
             products=products,
+            gradient_blocks=isinstance(self.precision, Fp8PrecisionConfig) and self.precision.gradient_blocks,
             balance_over=self.task.balance_over,
         )
 
