@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.post.comparison import check_comparison
 from bench.post.policies import check_distill, check_grpo, check_rejection, check_sft, check_votes
 from bench.post.reward_model import check_reward_model
 
@@ -19,6 +20,7 @@ LAWS = {
     "grpo": check_grpo,
     "votes": check_votes,
     "reward_model": check_reward_model,
+    "comparison": check_comparison,
 }
 """Each prints what it measures in a folder with a seed, and returns what the law lacks."""
 
