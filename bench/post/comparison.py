@@ -12,11 +12,11 @@ from bench.post.recipes import LoadedRun, train_recipe
 from data.arithmetic import Domain, arithmetic_tokenizer, draws, problem_stream, problems, wrong_answer
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import fill_fields
+from evaluation.judge import Judge
 from infer.engines.local import LocalEngine
 from infer.protocol import Group, Sample
 from score.score import Problem
 from score.scorers import JudgeConfig
-from train.post.judge import Judge
 
 LEAST_AGREEMENT = 0.95
 DOMAINS: tuple[Domain, ...] = ("sort", "reverse")
