@@ -14,9 +14,8 @@ from data.chat.templates import ChatTemplate
 from data.corpus import fill_fields
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
-from infer.config import Sampling
+from infer.config import Finish, Sampling
 from infer.protocol import NumberedPrompt, Request, Sample
-from model.config import ModelConfig
 from score.reward import AnswerGroup
 from score.score import Score, ScoringError, failure, final_text
 from score.scorers import JUDGE, JudgeConfig
@@ -91,10 +90,20 @@ class Judge:
         self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Sample]
     ) -> list[list[Score]]:
         """Returns the scores of every group's answers, given the critiques prompt by prompt."""
+        spoken = [self.tokenizer.decode(critique.tokens[:-1]) for critique in critiques]
+        return self.count(
+            groups,
+            prompts,
+            [self.vote(text, critique.finish) for text, critique in zip(spoken, critiques, strict=True)],
+        )
+
+    def count(
+        self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], cast: Sequence[bool | None]
+    ) -> list[list[Score]]:
+        """Returns the scores of every group's answers, given the votes prompt by prompt."""
         votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
-        for number, critique in enumerate(critiques):
+        for number, vote in enumerate(cast):
             prompt = prompts[number // self.config.samples]
-            vote = self._vote(critique)
             votes[prompt.group, prompt.answer].append(vote)
             if prompt.other != prompt.answer:
                 votes[prompt.group, prompt.other].append(None if vote is None else not vote)
@@ -125,16 +134,15 @@ class Judge:
             if len(pair) == 2:
                 yield from (pair, pair[::-1])
 
-    def _vote(self, critique: Sample) -> bool | None:
-        if critique.finish != "stop":
+    def vote(self, text: str, finish: Finish) -> bool | None:
+        """Returns the vote of a critique without its end token; None if it was cut or has no clear verdict."""
+        if finish != "stop":
             return None
-        text = self.tokenizer.decode(critique.tokens[:-1])
         return parse_verdict(THINK + text if self.config.thinking else text, self.config)
 
 
-def check_critiques(config: JudgeConfig, model: ModelConfig, template: ChatTemplate) -> None:
-    """Rejects critiques that a model of a judge, or its chat template, cannot write."""
-    most = model.max_position_tokens
+def check_critiques(config: JudgeConfig, most: int, template: ChatTemplate) -> None:
+    """Rejects critiques that a judge of `most` positions, or its chat template, cannot write."""
     if config.max_new_tokens >= most:
         rule = f"max_new_tokens must be below the judge's {most} positions, which also hold the question"
         raise ScoringError.broken(JUDGE, rule, config.max_new_tokens, most // 2)

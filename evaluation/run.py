@@ -18,7 +18,7 @@ from typing import Any
 from base import journal
 from base.files import replace_text
 from data.corpus import decode_line, grouped
-from evaluation import answering, likelihood, retrieval
+from evaluation import answering, judging, likelihood, retrieval
 from evaluation.answers import Answerer, NumberedRequest
 from evaluation.protocol import (
     EVALUATION_TASKS,
@@ -282,6 +282,22 @@ _SPECS = {
         version=1,
         required=("path",),
         heads=("score",),
+    ),
+    "judge": EvaluationTaskSpec(
+        "votes of the weights as a judge for chosen answers, by subset",
+        judging.JudgedTaskConfig,
+        judging.build_judge,
+        version=1,
+        files=judging.judged_files,
+        required=("path",),
+    ),
+    "versus": EvaluationTaskSpec(
+        "votes of the weights as a judge between the answers of two systems",
+        judging.JudgedTaskConfig,
+        judging.build_versus,
+        version=1,
+        files=judging.judged_files,
+        required=("path",),
     ),
 }
 for _name, _spec in _SPECS.items():

@@ -209,7 +209,7 @@ def _find_models(
         check_same_tokenizer(models[name].ckpt, key, tokenizer, "a model that was trained from the weights of ckpt")
         if isinstance(part, JudgeConfig):
             read_constitution(part)
-            check_critiques(part, models[name].model, template)
+            check_critiques(part, models[name].model.max_position_tokens, template)
     return models
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from evaluation.answers import document_windows, encode_continuation, target_sequence
 from evaluation.protocol import ContinuationRequest, DocumentRequest, EvaluationError, Measure
-from evaluation.statistics import compare, estimate, mcnemar
+from evaluation.statistics import NoEstimateError, compare, estimate, length_controlled_rate, mcnemar, wilson_interval
 from infer.engines.local import LocalModel
 from infer.protocol import TargetScores, TargetSequence
 from infer.reward import score_answers
@@ -256,3 +257,31 @@ def test_bootstrap_finds_a_difference_only_if_there_is_one() -> None:
     assert same.p_value is not None
     assert same.p_value > 0.05
     assert same.standard_error == pytest.approx(0.1 / math.sqrt(60), rel=0.5)
+
+
+def test_wilson_interval_is_the_published_one() -> None:
+    """81 of 263: Newcombe, 1998, table I."""
+    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_win_rate_at_equal_lengths_is_that_of_the_model_that_made_the_preferences() -> None:
+    """Preferences are the model's own probabilities, so the regression must find its coefficients."""
+    differences = [-300, -90, -10, 0, 20, 150, 700, 60] * 5
+    scale = float(np.std(differences, ddof=1))
+    preferences = [1 / (1 + math.exp(-0.4 - 1.5 * math.tanh(each / scale))) for each in differences]
+    rate, low, high = length_controlled_rate(preferences, differences)
+    assert rate == pytest.approx(1 / (1 + math.exp(-0.4)), abs=1e-9)
+    assert low == pytest.approx(high) == pytest.approx(rate)
+    # Symmetric lengths and preferences say nothing about which system is better.
+    rate, low, high = length_controlled_rate([1, 0, 1, 0] * 10, [5, -5, -5, 5] * 10)
+    assert rate == pytest.approx(0.5)
+    assert low < 0.4 < 0.6 < high
+    for wins, lengths, reason in (
+        ([1, 0], [3, 4], "needs at least 30 pairs, there are 2"),
+        ([1] * 40, [3, 4] * 20, "same preference"),
+        ([1, 0] * 20, [4] * 40, "same difference"),
+        ([1, 0] * 20, [4, -4] * 20, "decides every preference"),
+    ):
+        with pytest.raises(NoEstimateError, match=reason):
+            length_controlled_rate(wins, lengths)
