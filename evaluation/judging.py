@@ -1,8 +1,9 @@
-"""Evaluates with votes of the evaluated model as a judge: pairs of answers, and two systems. Imports no torch.
+"""Evaluates weights as a judge, by votes on pairs of answers. Imports no torch.
 
 judge: `{"id": ..., "subset": ..., "prompt": ..., "chosen": ..., "rejected": ...}`, as RewardBench (arXiv:2403.13787).
 versus: `{"id": ..., "prompt": ..., "answer_a": ..., "answer_b": ..., "baseline": ...}`, as Arena-Hard
-(arXiv:2406.11939) and, with length control, AlpacaEval 2.0 (arXiv:2404.04475). Sources of the use: arXiv:2412.19437, tables 7 and 8.
+(arXiv:2406.11939) and, with length control, AlpacaEval 2.0 (arXiv:2404.04475). Source of both uses: arXiv:2412.19437,
+tables 7 and 8.
 """
 
 import math
