@@ -4,8 +4,9 @@
     {"prompt": ..., "tests": "assert f(1) == 2"}
     {"prompt": ..., "tests": [{"stdin": "1", "stdout": "2"}]}
 
-A prompt is a string, or a list of messages. `domain` may name the kind of problem, such as maths. Other fields of the
-object are ignored. The samples of all sources are prompts. Source of reasoning-gym: arXiv:2505.24760.
+A prompt is a string, or a list of messages. `domain` may name the kind of problem, such as maths, and `response` may be
+a whole answer from elsewhere, which `launch.sample` can write next to its own. Other fields of the object are ignored.
+The samples of all sources are prompts. Source of reasoning-gym: arXiv:2505.24760.
 """
 
 import ast
@@ -69,6 +70,7 @@ class ProblemRecord:
     origin: str | None = None  # from what a generator made the problem, as JSON text, if its own verifier must find it
     domain: str | None = None  # kind of problem, by which parts of a reward are chosen
     source: str = ""  # name of the source of a mixture
+    response: str | None = None  # a whole answer from elsewhere, such as the data that the problem is from
 
     @property
     def prompt(self) -> str:
@@ -87,7 +89,10 @@ def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answe
         raise refusal(f"{place}: answer", "must have text", json.dumps(answer), "leave the line out")
     tests = optional(read_tests)(values.get("tests"), f"{place}: tests")
     domain = optional(text_of)(values.get("domain"), f"{place}: domain")
-    return ProblemRecord(key=key, messages=messages, answer=answer, tests=tests, place=place, domain=domain)
+    response = optional(text_of)(values.get("response"), f"{place}: response")
+    return ProblemRecord(
+        key=key, messages=messages, answer=answer, tests=tests, place=place, domain=domain, response=response
+    )
 
 
 def read_tests(value: object, place: str) -> str | tuple[StdinTest, ...]:

@@ -25,7 +25,7 @@ from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from evaluation.judge import Judge, check_critiques
-from evaluation.protocol import read_lines
+from evaluation.protocol import checked_file, read_lines
 from infer.config import Sampling, Speculative, check
 from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from launch.cli.entry import command, open_output, preview_of
@@ -50,6 +50,8 @@ from train.checkpoint.sources import JUDGE_KEY, REWARD_MODEL_KEY, check_same_tok
 
 if TYPE_CHECKING:
     from train.post.score import ModelPart
+
+_SYSTEM_SUFFIXES = (".txt", ".md")  # of files with a system prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,7 @@ class SampleCommandConfig:
     problems: ProblemsConfig
     out: str
     chat: str
+    system: tuple[str, ...]
     thinking: bool | None
     num_samples: PositiveInt
     max_new_tokens: PositiveInt
@@ -113,6 +116,8 @@ class SamplingJob:
     prompts: list[NumberedPrompt]
     request: Request
     models: dict[str, WeightsSource]  # that score the answers, by the name of their part of the reward
+    system: list[str]  # system prompts, which problems take in turn
+    originals: list[ChatMessage]  # an answer to each problem, not sampled; empty if none are written
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -134,7 +139,7 @@ def main(overrides: Sequence[str]) -> int:
                     _sample(config, job, left, journal, reward, made_with)
             selection = select(journal.samples, config.keep, job.template, thinking=job.thinking)
             with open_output(config.out) as file:
-                for record in _records(job, journal.samples, selection, made_with):
+                for record in _records(config.keep, job, journal.samples, selection, made_with):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(summary(journal.samples, selection, config.keep.easy_rate), flush=True)
     warning = faults(journal.samples)
@@ -151,6 +156,8 @@ def _read(overrides: Sequence[str]) -> SampleCommandConfig:
             "keep.min_reward: a value is needed if no part of the reward has a verdict (exact, maths, code), is null; "
             "nearest valid: 0.9"
         )
+    if not config.keep.system and not config.system:
+        raise ConfigError.broken("keep.system", "must be true without system, which it leaves out", "false", "true")
     return config
 
 
@@ -165,7 +172,9 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
     models = _find_models(config.reward, source, template, tokenizer)
     problems = load_problems(config.problems)
     _check_fields(config.reward, problems)
-    tokens = [tuple(encode_prompt(problem.messages, template, tokenizer, thinking=thinking)) for problem in problems]
+    system = [_read_system(value, f"system.{at}") for at, value in enumerate(config.system)]
+    prompts = [(*_system_messages(system, at), *problem.messages) for at, problem in enumerate(problems)]
+    tokens = [tuple(encode_prompt(prompt, template, tokenizer, thinking=thinking)) for prompt in prompts]
     names = [field.name for field in fields(Sampling) if hasattr(config, field.name)]
     sampling = Sampling(**{name: getattr(config, name) for name in names})
     check(source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
@@ -183,6 +192,8 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
             stop=frozenset(source.end_ids),
         ),
         models=models,
+        system=system,
+        originals=[_original(problem) for problem in problems] if config.keep.originals else [],
     )
 
 
@@ -217,6 +228,28 @@ def _find_scoring(ckpt: str) -> WeightsSource:
     return find_weights(ckpt, "trained", drop_mtp=True, needs_tokenizer=True).without_mtp()
 
 
+def _read_system(value: str, key: str) -> str:
+    """Returns a system prompt, given its text or the path of a file."""
+    is_file = value.endswith(_SYSTEM_SUFFIXES) and len(value.split()) == 1
+    text = checked_file(key, value).read_text("utf-8") if is_file else value
+    if not text.strip():
+        raise ConfigError.broken(key, "must have text", repr(text), "a text, or the path of a .txt or .md file")
+    return text.strip()
+
+
+def _system_messages(system: Sequence[str], number: int) -> tuple[ChatMessage, ...]:
+    return (ChatMessage(role="system", content=system[number % len(system)]),) if system else ()
+
+
+def _original(problem: ProblemRecord) -> ChatMessage:
+    """Returns the answer that came with a problem as a message."""
+    answer = problem.answer if problem.response is None else problem.response
+    if answer is None:
+        rule = "must be given, because keep.originals writes it"
+        raise ConfigError(f"{problem.place}: response or answer: {rule}, is missing; nearest: keep.originals=false")
+    return ChatMessage(role="assistant", content=answer)
+
+
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
     """Rejects a problem to which no part of the reward with a verdict applies."""
     if any(part.domains is not None for part in reward.parts):
@@ -244,6 +277,8 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "problems": _digest_problems(job.problems),
         "chat": next(name for name, template in CHAT_TEMPLATES.items() if template is job.template),
         "thinking": job.thinking,
+        # Absent without system prompts, so that journals from before this key continue.
+        **({"system": job.system} if job.system else {}),
         "num_samples": config.num_samples,
         "max_new_tokens": config.max_new_tokens,
         "sampling": asdict(job.request.sampling),
@@ -334,16 +369,21 @@ def _text(answer: Sample, job: SamplingJob) -> str:
 
 
 def _records(
+    keep: KeepConfig,
     job: SamplingJob,
     samples: Mapping[int, Sequence[ScoredSample]],
     selection: SampleSelection,
     made_with: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Yields each selected sample as a conversation for supervised fine-tuning, with its provenance."""
+    """Yields conversations for supervised fine-tuning: own answers of problems if wanted, and selected samples."""
+    for number, original in enumerate(job.originals):
+        messages = (*job.problems[number].messages, original)
+        yield {"messages": [_to_plain(message) for message in messages], "provenance": {"prompt": number}}
     shared = {key: made_with[key] for key in ("ckpt", "step", "weights", "chat", "max_new_tokens", "sampling")}
     for selected in selection.kept:
         sample = samples[selected.problem][selected.sample]
-        messages = (*job.problems[selected.problem].messages, selected.message)
+        first = _system_messages(job.system, selected.problem) if keep.system else ()
+        messages = (*first, *job.problems[selected.problem].messages, selected.message)
         scores = {kind: score.value for kind, score in sample.sheet.parts.items()}
         yield {
             "messages": [_to_plain(message) for message in messages],

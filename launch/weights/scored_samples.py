@@ -108,6 +108,8 @@ class KeepConfig:
     easy_rate: Share
     easy_per_problem: PositiveInt
     min_reward: float | None
+    system: bool
+    originals: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

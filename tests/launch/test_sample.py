@@ -107,6 +107,41 @@ def test_sample_journal_holds_what_the_engine_generates_with_scores(
         assert read_conversation(record, "line").messages[-1].content == text
 
 
+def test_samples_of_system_prompts_are_written_with_or_without_them_and_next_to_original_answers(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "check.txt").write_text("Check your answer.\n", encoding="utf-8")
+    system = f"system=[Reflect first., {tmp_path / 'check.txt'}]"
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"p{at}", "answer": "a", "response": f"long {at}"}) for at in range(7))
+    )
+    rated = "reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]"  # keeps each answer that has ended
+    given = overrides(run, f"problems.path={tmp_path / 'p.jsonl'}", tmp_path / "kept.jsonl", rated, system)
+    given += ["keep.min_reward=-9", "keep.originals=true"]
+    written = {}
+    for keeps in ("true", "false"):
+        assert main([*given, f"keep.system={keeps}"]) == 0
+        records = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+        originals = [each["messages"] for each in records if "sample" not in each["provenance"]]
+        assert originals == [
+            [{"role": "user", "content": f"p{at}"}, {"role": "assistant", "content": f"long {at}"}] for at in range(7)
+        ]
+        written[keeps] = [each for each in records if "sample" in each["provenance"]]
+    assert len(written["true"]) > 1
+    for full, plain in zip(written["true"], written["false"], strict=True):
+        number = full["provenance"]["prompt"]
+        text = ("Reflect first.", "Check your answer.")[number % 2]
+        assert full["messages"] == [{"role": "system", "content": text}, *plain["messages"]]
+        assert [message["role"] for message in plain["messages"]] == ["user", "assistant"]
+    # The model reads the system prompts, and their samples are not mixed with others.
+    drawn = (tmp_path / "kept.jsonl.samples").read_bytes().splitlines()[1:]
+    plain_out = [each.replace("kept.jsonl", "plain.jsonl") for each in given if not each.startswith("system=")]
+    assert main(plain_out) == 0
+    assert (tmp_path / "plain.jsonl.samples").read_bytes().splitlines()[1:] != drawn
+    with pytest.raises(ConfigError, match=r"^system: must be as in"):
+        main([each for each in given if not each.startswith("system=")])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.97])
 def test_sample_that_was_interrupted_at_any_byte_ends_with_the_same_files(
@@ -237,6 +272,9 @@ def test_sample_rejects_a_problem_by_file_line_and_field(run: Path, tmp_path: Pa
         ("keep.easy_rate=2", "keep.easy_rate: must be between 0 and 1"),
         ("reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]", "keep.min_reward: a value is needed"),
         ("max_new_tokens=0", "max_new_tokens: must be above 0"),
+        ("system=[reflect.txt]", "system.0: must be a file, 'reflect.txt' does not exist"),
+        ("system=['  ']", "system.0: must have text"),
+        ("keep.system=false", "keep.system: must be true without system"),
         ("reward=judge", "keep.min_reward: a value is needed if no part of the reward has a verdict"),
     ],
 )
@@ -256,7 +294,8 @@ def sample(text: str, outcome: str = "correct", total: float = 1.0, *, is_finish
     return ScoredSample(text=text, num_tokens=len(text), is_finished=is_finished, sheet=sheet)
 
 
-KEEP = {"per_problem": 2, "easy_rate": 0.75, "easy_per_problem": 1, "min_reward": None}
+KEEP = {"per_problem": 2, "easy_rate": 0.75, "easy_per_problem": 1, "min_reward": None, "system": True}
+KEEP |= {"originals": False}
 # Samples of one problem, changes of the configuration, numbers of the kept ones, reasons of the others.
 SELECTIONS = [
     ([sample("a"), sample("b", "wrong")], {}, [0], {"wrong": 1}),
