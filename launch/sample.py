@@ -368,7 +368,7 @@ def _text(answer: Sample, job: SamplingJob) -> str:
     return THINK + text if job.thinking else text
 
 
-def _records(
+    """Yields conversations for fine-tuning: original answers if wanted, then selected samples."""
     keep: KeepConfig,
     job: SamplingJob,
     samples: Mapping[int, Sequence[ScoredSample]],
