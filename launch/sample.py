@@ -368,14 +368,14 @@ def _text(answer: Sample, job: SamplingJob) -> str:
     return THINK + text if job.thinking else text
 
 
-    """Yields conversations for fine-tuning: original answers if wanted, then selected samples."""
+def _records(
     keep: KeepConfig,
     job: SamplingJob,
     samples: Mapping[int, Sequence[ScoredSample]],
     selection: SampleSelection,
     made_with: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Yields conversations for supervised fine-tuning: own answers of problems if wanted, and selected samples."""
+    """Yields conversations for fine-tuning: original answers if wanted, then selected samples."""
     for number, original in enumerate(job.originals):
         messages = (*job.problems[number].messages, original)
         yield {"messages": [_to_plain(message) for message in messages], "provenance": {"prompt": number}}
