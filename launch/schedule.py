@@ -23,6 +23,7 @@ from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, num
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import decode_summary, grid, html, table
 from dualpipe.draw.trace import trace
+from dualpipe.export import TorchGroups, torch_csv
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, check_size, check_slices
@@ -54,6 +55,7 @@ class ScheduleCommandConfig:
     costs: ModelCosts
     memory_cap: float | None
     format: Literal["text", "json", "svg", "html", "trace", "torch"]
+    groups: TorchGroups
     table: Literal["kinds", "report"]
     out: str
     cache_dir: str
@@ -63,6 +65,8 @@ class ScheduleCommandConfig:
 def main(overrides: Sequence[str]) -> int:
     """Builds, validates and shows a schedule."""
     config = _read(overrides)
+    if config.groups != "none" and config.format != "torch":
+        raise broken("groups", f"must be none with format={config.format}", config.groups, "none, or format=torch")
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
@@ -111,7 +115,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         case "trace":
             return trace(built.schedule, built.simulation, built.costs)
         case "torch":
-            return torch_csv(schedule)
+            return torch_csv(schedule, config.groups)
         case "svg":
             return built.draw().render("svg")
     compared = compared or compare(**size)
@@ -146,15 +150,6 @@ def _check_torch(config: ScheduleCommandConfig) -> None:
     if config.costs.offload is not None:
         rule = "must be null with format=torch, which copies no activations"
         raise broken("costs.offload", rule, config.costs.offload, "null")
-
-
-def torch_csv(schedule: Schedule) -> str:
-    """Returns a line for each rank, with operations as cells: stage, kind, micro-batch.
-
-    `torch.distributed.pipelining` reads it. It runs one operation at a time, so groups become sequences.
-    """
-    ranks = ungroup(schedule).ranks
-    return "\n".join(",".join(f"{op.stage}{op.kind}{op.micro_batch}" for (op,) in groups) for groups in ranks)
 
 
 def _report_table(config: ScheduleCommandConfig) -> str:

@@ -104,6 +104,7 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("format=torch schedule=dualpipe_split num_ranks=1", ConfigError, ["is dualpipe_split", "schedule=dualpipe_v"]),
         ("format=torch schedule=1f1b schedule.slices=2", ConfigError, ["schedule.slices", "format=torch", "is 2"]),
         ("format=torch schedule=zb_v costs.offload=1", ConfigError, ["costs.offload", "format=torch", "is 1", "null"]),
+        ("format=json groups=all", ConfigError, ["groups", "format=json", "is all", "format=torch"]),
         ("format=torch program=decode num_micro_batches=32", ConfigError, ["format", "program=decode", "json"]),
         (
             "table=report num_ranks=5",
@@ -143,6 +144,18 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "\nauto: dualpipe_interleaved with 4 chunks: makespan 36.2, " in printed
     assert all(kind in printed for kind in candidates())
+
+
+def test_schedule_for_torch_keeps_pairs_or_all_groups_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    size = "schedule=dualpipe_v num_ranks=2 num_micro_batches=6 costs.exchange=0.5 format=torch"
+    cells = {}
+    for groups in ("none", "pairs", "all"):
+        assert main([*size.split(), f"groups={groups}"]) == 0
+        cells[groups] = re.findall(r"\(([^)]*)\)OVERLAP_F_B", capsys.readouterr().out)
+    kinds = {groups: {re.sub(r"[^FBIW]", "", cell) for cell in found} for groups, found in cells.items()}
+    assert not cells["none"]
+    assert kinds["pairs"] == {"FB"}
+    assert len(cells["all"]) >= len(cells["pairs"])
 
 
 def test_schedule_for_torch_is_a_line_for_each_rank_of_the_best_kind_of_one_direction(tmp_path: Path) -> None:

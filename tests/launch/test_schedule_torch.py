@@ -25,7 +25,8 @@ from tests.ranks import run_ranks
 P, M, ROWS, HIDDEN = 4, 8, 3, 8
 CHOICES = (
     *("schedule=1f1b", "schedule=interleaved_1f1b schedule.chunks=2", "schedule=interleaved_1f1b schedule.chunks=3"),
-    *("schedule=dualpipe_v", "schedule=zb_v", "schedule=v_half", "schedule=v_min"),
+    *("schedule=dualpipe_v groups=all", "schedule=dualpipe_v groups=pairs", "schedule=zb_v groups=all"),
+    *("schedule=interleaved_1f1b schedule.chunks=2 groups=all", "schedule=v_half", "schedule=v_min"),
 )
 CPU = torch.device("cpu")
 
@@ -104,9 +105,10 @@ def run_both(rank: int, world_size: int, paths: list[str], orders: list[str]) ->
 def test_torch_runs_the_orders_with_our_gradients(tmp_path: Path) -> None:
     paths, orders = [], []
     for index, choice in enumerate(CHOICES):
-        size = [*choice.split(), f"num_ranks={P}", f"num_micro_batches={M}", "costs.exchange=0.5"]
-        for form in ("torch", "json"):
-            assert main([*size, f"format={form}", f"out={tmp_path}/{index}.{form}"]) == 0
+        order, _, groups = choice.partition(" groups=")
+        size = [*order.split(), f"num_ranks={P}", f"num_micro_batches={M}", "costs.exchange=0.5"]
+        for form in (["format=torch", f"groups={groups or 'none'}"], ["format=json"]):
+            assert main([*size, *form, f"out={tmp_path}/{index}.{form[0].removeprefix('format=')}"]) == 0
         paths.append(f"{tmp_path}/{index}.torch")
         orders.append((tmp_path / f"{index}.json").read_text())
     for rank, differences in enumerate(run_ranks(P, run_both, paths, orders)):
