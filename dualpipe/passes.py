@@ -55,6 +55,17 @@ def split_backwards(schedule: Schedule) -> Schedule:
     return replace(schedule, ranks=tuple(_split(groups) for groups in schedule.ranks))
 
 
+def merge_backwards(schedule: Schedule) -> Schedule:
+    """Replaces every I by a full B and drops the W, for modules that cannot split their backward."""
+    return replace(schedule, ranks=tuple(_merge(groups) for groups in schedule.ranks))
+
+
+def _merge(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    merged = (tuple(op for op in group if op.kind is not Op.BACKWARD_WEIGHT) for group in groups)
+    backward = {Op.BACKWARD_INPUT: Op.BACKWARD}
+    return tuple(tuple(op.with_kind(backward.get(op.kind, op.kind)) for op in group) for group in merged if group)
+
+
 def _forwards(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     forwards = (tuple(op for op in group if op.kind is Op.FORWARD) for group in groups)
     return tuple(group for group in forwards if group)
