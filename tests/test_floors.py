@@ -98,6 +98,7 @@ def may_communicate(path: str) -> bool:
     return path.startswith(("comm/", "train/", "verify/")) or path in (
         "planner/fake_world.py",
         "dualpipe/runtime/execute.py",
+        "dualpipe/runtime/torch.py",
         "launch/ranks/local.py",
     )
 
