@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
-from dualpipe.api import BuiltSchedule
 from dualpipe.ir import (
     Link,
     Message,
@@ -55,6 +54,13 @@ _LEAST_TORCH = (2, 12)
 _REUSES_WEIGHTS = (2, 13)  # before it, W counts a weight twice that a stage uses twice (pytorch 180952)
 StageKey = tuple[int, int]
 """Direction and stage."""
+
+
+class _Built(Protocol):
+    """Result of `dualpipe.build`."""
+
+    @property
+    def schedule(self) -> Schedule: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,7 @@ class DualPipeStep(PipelineScheduleMulti):
 
     def __init__(
         self,
-        schedule: BuiltSchedule | Schedule | str,
+        schedule: _Built | Schedule | str,
         stages: Mapping[StageKey, nn.Module | PipelineStage],
         loss_fn: Callable[..., Tensor],
         *,
@@ -412,7 +418,7 @@ def _allocate(infos: Any, *, is_whole: bool) -> None:
             info.buffer = new.requires_grad_(old.requires_grad)
 
 
-def _order_of(schedule: BuiltSchedule | Schedule | str) -> Schedule:
+def _order_of(schedule: _Built | Schedule | str) -> Schedule:
     """Returns the order. Rejects what no training step over torch's stages runs."""
     order = from_json(schedule) if isinstance(schedule, str) else getattr(schedule, "schedule", schedule)
     if not isinstance(order, Schedule):
