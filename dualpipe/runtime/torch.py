@@ -79,13 +79,13 @@ class Member:
 
 
 def in_threads(members: Sequence[Member]) -> None:
-    """Runs the members of a group at once, each in a thread. On a GPU each thread needs a stream of its own."""
+    """Runs the members of a group at once, each in a thread. On a GPU each needs its own stream."""
     with ThreadPoolExecutor(len(members)) as pool:
         list(pool.map(lambda member: member.run(), members))
 
 
 class Kept(torch.autograd.Function):
-    """Identity for a tensor that later slices of its sequence read. Its backward adds the gradients of those."""
+    """Identity for a tensor that later slices read. Its backward adds their gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, late: list[Tensor]) -> Tensor:
@@ -100,7 +100,7 @@ class Kept(torch.autograd.Function):
 
 
 class _Unviewed(torch.autograd.Function):
-    """Identity with a result that is no view: torch's I detaches outputs in place, and `nn.Linear` can give a view."""
+    """Identity with a result that is no view, since torch's I detaches outputs in place."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -112,14 +112,14 @@ class _Unviewed(torch.autograd.Function):
 
 
 class DualPipeStep(PipelineScheduleMulti):
-    """Step of a trainer: `step(batch, target=..., losses=[])` on every pipeline rank; `eval` runs forwards only.
+    """Step of a trainer: `step(batch, target=..., losses=[])` on every rank; `eval` runs forwards only.
 
     All ranks pass the whole batch. Direction 0 takes its first micro-batches, direction 1 the others. Ranks with a last
     stage have the losses of its direction. Gradients are those of the mean loss, as torch's schedules scale them.
 
     With slices, micro-batch `k * slices + i` is slice i of sequence k. The module of a stage then takes the keyword
     `past`: a tuple of the tensors that earlier slices of the sequence kept, the oldest first. Its forward sets `kept`
-    to a list of its own ones as pairs: the result of `Kept.apply(tensor, late)`, and that list `late`, empty at first.
+    to a list of pairs for this slice: the result of `Kept.apply(tensor, late)`, and that list `late`, empty at first.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class DualPipeStep(PipelineScheduleMulti):
         sum_mirrors: bool = True,
         **options: Any,
     ) -> None:
-        """Proves the schedule on the first rank, and prepares this rank's stages and links. A collective call.
+        """Proves the schedule on the first rank, and prepares stages and links. A collective call.
 
         Args:
             schedule: result of `build`, its `schedule`, or its JSON; the same on all ranks.
@@ -198,7 +198,7 @@ class DualPipeStep(PipelineScheduleMulti):
         return None if value is None else message_of(self._order, value)
 
     def _place_receives(self, groups: Sequence[Sequence[Operation]]) -> list[list[Operation]]:
-        """Returns the operations with inputs to receive before each group: one group early, as the proof assumes."""
+        """Returns operations with inputs to receive before each group: one early, as the proof assumes."""
         posts: list[list[Operation]] = [[] for _ in groups]
         needed_at: dict[Link, list[int]] = defaultdict(list)
         for index, op in ((index, op) for index, group in enumerate(groups) for op in group):
@@ -262,7 +262,7 @@ class DualPipeStep(PipelineScheduleMulti):
             losses[:] = [self._values[index].detach() for index in sorted(self._values)]
 
     def _prepare(self, *example: Any) -> None:
-        """Has torch infer shapes, then gives each stage the micro-batches of its direction without their buffers."""
+        """Has torch infer shapes, then gives each stage the micro-batches of its direction."""
         if self._prepared == self._has_backward:
             return
         self._prepared = self._has_backward
@@ -292,7 +292,7 @@ class DualPipeStep(PipelineScheduleMulti):
         return [distributed.irecv(each.tensor, group=link, group_src=message.source) for each in ops]
 
     def _run(self, args: Any, kwargs: Any, targets: Any, loss_kwargs: Any, op: Operation) -> None:
-        """Computes one operation, and hands its result to the next stage if this rank holds that too."""
+        """Computes one operation. Its result goes to the next stage if this rank holds that too."""
         stage, m = self._stages_held[op[1:3]], op.micro_batch
         index = m + op.direction * len(self._order.micro_batches_of(0))
         if op.kind is Op.FORWARD:
@@ -325,14 +325,14 @@ class DualPipeStep(PipelineScheduleMulti):
             neighbor.set_local_bwd_input(stage.get_local_bwd_output(m), m)
 
     def _past_of(self, op: Operation) -> list[Tensor]:
-        """Returns what earlier slices of the sequence kept in this stage, and forgets the sequence before it."""
+        """Returns what earlier slices of the sequence kept in this stage."""
         key = op[1:3], op.micro_batch // self._slices
         if op.micro_batch % self._slices == 0:
             self._past[key] = []
         return self._past[key]
 
     def _keep(self, op: Operation, module: Any) -> None:
-        """Stores leaves for what the module kept. Gradients of later slices for them go to the module's lists."""
+        """Stores leaves for what the module kept. Their gradients go to the module's lists."""
         for value, late in module.kept:
             leaf = value.detach().requires_grad_()
             # torch adds to gradients in place, so that the list needs a copy.
@@ -340,9 +340,9 @@ class DualPipeStep(PipelineScheduleMulti):
             self._past[op[1:3], op.micro_batch // self._slices].append(leaf)
 
     def sum_mirror_gradients(self) -> None:
-        """Sums the gradients of both copies of each stage. Both ranks add the same two numbers, so copies stay equal.
+        """Sums the gradients of both copies of each stage.
 
-        A step does it unless `sum_mirrors` is False. It must then be called once, after the last step that accumulates,
+        Both ranks add the same two numbers, so copies stay equal. A step does it unless `sum_mirrors` is False. It must then be called once, after the last step that accumulates,
         since a second call would sum again.
         """
         for direction, stage, peer in self._mirrored():
@@ -360,7 +360,7 @@ class DualPipeStep(PipelineScheduleMulti):
                 shard.copy_(part.view_as(shard))
 
     def broadcast_copies(self) -> None:
-        """Gives direction 1's copy of each stage the parameters and buffers of direction 0's, before the first step."""
+        """Gives direction 1's copy of each stage the parameters and buffers of direction 0's."""
         for direction, stage, peer in self._mirrored():
             module = self._stages_held[direction, stage].submod
             link = self._links["activation", (self._rank < peer) == (direction == 0)]
@@ -373,13 +373,13 @@ class DualPipeStep(PipelineScheduleMulti):
                     _local(tensor.data).copy_(received)
 
     def counted_parameters(self) -> Iterator[nn.Parameter]:
-        """Yields parameters of this rank so that all ranks together yield each stage once, for norms of a model."""
+        """Yields parameters so that all ranks together yield each stage once, for norms of a model."""
         for (direction, _), stage in self._stages_held.items():
             if direction == 0:
                 yield from stage.submod.parameters()
 
     def gradient_norm(self) -> Tensor:
-        """Returns the norm of the whole model's gradient, each stage counted once, on every rank. A collective call."""
+        """Returns the norm of the whole model's gradient, each stage once. A collective call."""
         weights = [weight for weight in self.counted_parameters() if weight.grad is not None]
         squares = [_whole_square(weight.grad) for weight in weights]
         stage = next(iter(self._stages_held.values()))
@@ -388,7 +388,7 @@ class DualPipeStep(PipelineScheduleMulti):
         return total.sqrt()
 
     def _mirrored(self) -> Iterator[tuple[int, int, int]]:
-        """Yields direction, stage and the rank of the other copy, for this rank's stages with a copy elsewhere."""
+        """Yields direction, stage and the other copy's rank, for stages with a copy elsewhere."""
         for stage, (holder, mirror) in enumerate(zip(self._order.placement[0], self._order.placement[-1], strict=True)):
             if holder != mirror and self._rank in (holder, mirror):
                 yield (1, stage, holder) if self._rank == mirror else (0, stage, mirror)
@@ -410,7 +410,7 @@ def _whole_square(gradient: Any) -> Tensor:
 
 
 def _allocate(infos: Any, *, is_whole: bool) -> None:
-    """Gives inputs a buffer, or one element seen as a whole buffer: torch keeps a buffer for every micro-batch."""
+    """Gives inputs a buffer, or one element seen as one: torch keeps one for every micro-batch."""
     for info in infos:
         old = getattr(info, "buffer", None)
         if old is not None:
@@ -515,7 +515,7 @@ def _count_uses(key: StageKey, module: Any) -> list[Any]:
 
 @contextmanager
 def _watch_modules(stages: Mapping[StageKey, PipelineStage]) -> Iterator[None]:
-    """Rejects stages that checkpoint in a forward within it, and before torch 2.13 those that use a weight twice."""
+    """Rejects stages that checkpoint in a forward, and before torch 2.13 those that reuse a weight."""
     running: list[StageKey] = []
     handles = []
 
