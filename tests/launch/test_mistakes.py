@@ -5,6 +5,8 @@ import re
 import resource
 import shlex
 import sys
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -45,33 +47,33 @@ def test_advice_of_each_mistake_is_one_line_and_nothing_starts(
 def test_no_key_has_the_name_of_an_alias_and_what_they_recommend_composes() -> None:
     names = [command.name for command in find_commands()]
     known = {name: {*known_keys(name), *default_groups(name)} for name in names}
-    batches: dict[str, list[dict[str, str]]] = {name: [] for name in names}  # one command line has many keys
+    lines: dict[tuple[str, bool], list[dict[str, tuple[str, ...]]]] = defaultdict(list)
     for alias in aliases():
         key, _, value = re.sub(r"\[(.).*?\]|\*", lambda match: match[1] or "4", alias).partition("=")
         prefix, _, rest = key.partition(".")
         chosen = [prefix] if prefix in names and rest else ["train", *names]
         key = rest if chosen == [prefix] else key
-        advice = {name: alias_overrides(name, key, value or "5") for name in chosen}
-        name = next((name for name in advice if advice[name] is not None), None)
-        assert name is not None, alias
+        advice = ((name, found) for name in chosen if (found := alias_overrides(name, key, value or "5")))
+        name, (why, overrides) = next(advice, ("", ("", [])))
+        assert why, alias
         if not value:
             assert key not in known[name], alias
-        why, overrides = advice[name] or ("", [])
-        assert why
         if overrides[0] in ("--help", "python"):
             continue
-        keys = {text.partition("=")[0]: text for text in overrides}
-        if not keys.keys().isdisjoint(default_groups(name)):  # an option changes which keys there are
-            batches[name] += [keys] if keys not in batches[name] else []
-            continue
-        values = [line for line in batches[name] if line.keys().isdisjoint(default_groups(name))]
-        batch = next((line for line in values if all(line.get(key, keys[key]) == keys[key] for key in keys)), None)
-        if batch is None:
-            batches[name].append(batch := {})
-        batch |= keys
-    for name, lines in batches.items():
-        for line in lines:
-            compose_defaults(name, list(line.values()))
+        # A line has several advices if they set other keys, or those with options, if these are of other groups.
+        has_option = any(text.partition("=")[0] in default_groups(name) for text in overrides)
+        keys = [re.split("[=./]" if has_option else "=", text)[0] for text in overrides]
+        parts = dict.fromkeys(keys, tuple(overrides))
+        fitting = (
+            line for line in lines[name, has_option] if all(line.get(key, parts[key]) == parts[key] for key in keys)
+        )
+        line = next(fitting, None)
+        if line is None:
+            lines[name, has_option].append(line := {})
+        line |= parts
+    for (name, _), same in lines.items():
+        for line in same:
+            compose_defaults(name, list(dict.fromkeys(chain.from_iterable(line.values()))))
 
 
 @pytest.mark.slow
