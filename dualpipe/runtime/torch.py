@@ -342,8 +342,8 @@ class DualPipeStep(PipelineScheduleMulti):
     def sum_mirror_gradients(self) -> None:
         """Sums the gradients of both copies of each stage.
 
-        Both ranks add the same two numbers, so copies stay equal. A step does it unless `sum_mirrors` is False. It must then be called once, after the last step that accumulates,
-        since a second call would sum again.
+        Both ranks add the same two numbers, so copies stay equal. A step does it unless `sum_mirrors` is False. It must
+        then be called once, after the last step that accumulates, since a second call would sum again.
         """
         for direction, stage, peer in self._mirrored():
             module = self._stages_held[direction, stage].submod
