@@ -222,7 +222,7 @@ def test_reward_outcome_is_the_first_in_the_order_of_precedence(outcomes: list, 
     ("parts", "message"),
     [
         ([], "reward.parts: must have at least one part"),
-        ([{**PARTS[0], "domains": []}], "kind exact: domains must name at least one, is \\[\\]"),
+        ([{**PARTS[0], "domains": []}], "kind exact: domains must name at least one domain, is \\[\\]"),
         ([{**PARTS[0], "kind": "exakt"}], "must be one of exact, maths, code, .* is 'exakt'; did you mean exact"),
         ([{**PARTS[1], "buffer_tokens": 11}], r"length: buffer_tokens must be at most limit_tokens \(10\), is 11"),
         ([{**PARTS[2], "language": "latn"}], "language: must be one of latin, .*; did you mean latin"),
