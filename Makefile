@@ -22,7 +22,7 @@ LONG = $(filter-out $(LONG_ALONE) $(LONG_ALONE:%=%/%),$(sort $(shell grep -rl --
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: faults train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
+.PHONY: faults wheel train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
 	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
 
 train: .venv/installed
@@ -35,6 +35,10 @@ post: .venv/installed
 # From text to answers: pre-training, fine-tuning, reinforcement learning, distillation, evaluation and export, offline.
 life: .venv/installed
 	.venv/bin/python -m launch.workflow workflow=life $(ARGS)
+
+# The schedules alone, for other trainers: dist/dualpipe_schedules-VERSION-py3-none-any.whl.
+wheel: .venv/installed-dev
+	.venv/bin/python -m dualpipe.wheel.build $(ARGS)
 
 # mypy runs next to the tests, which mostly wait; its output follows theirs.
 test: .venv/installed-dev

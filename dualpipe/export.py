@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from dualpipe.ir import Group, Op, Schedule
+from dualpipe.ir import Group, Op, Schedule, ScheduleError
 from dualpipe.passes import order_members
 
 TorchGroups = Literal["none", "pairs", "all"]
@@ -20,6 +20,13 @@ def torch_csv(schedule: Schedule, groups: TorchGroups = "none") -> str:
             torchtitan overlaps. all: every group stays.
     """
     return "\n".join(",".join(_cell(group, groups) for group in rank_groups) for rank_groups in schedule.ranks)
+
+
+def check_for_torch(schedule: Schedule) -> None:
+    """Raises ScheduleError for an order that torch's runtime has no operations for."""
+    if schedule.num_directions > 1 or schedule.slices > 1 or schedule.has_offload:
+        rule = "must have one direction, whole sequences and no offload for torch's runtime"
+        raise ScheduleError(f"kind: {rule}, is {schedule.kind}; nearest: zb_v or dualpipe_v")
 
 
 def _cell(group: Group, groups: TorchGroups) -> str:

@@ -1,0 +1,1 @@
+"""The schedules as a package for other trainers: `make wheel`."""
