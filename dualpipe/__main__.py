@@ -8,7 +8,7 @@ from pathlib import Path
 
 from base.registry import UnknownNameError
 from dualpipe.api import ScheduleComparison, build, compare
-from dualpipe.export import check_for_torch, torch_csv
+from dualpipe.export import torch_csv
 from dualpipe.ir import ScheduleError, to_json
 from dualpipe.registry import ModelCosts
 
@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(result if isinstance(result, ScheduleComparison) else result.draw())
         elif out.suffix in (".json", ".csv"):
             order = (result.best if isinstance(result, ScheduleComparison) else result).schedule
-            if out.suffix == ".csv":
-                check_for_torch(order)
             out.write_text((to_json if out.suffix == ".json" else torch_csv)(order) + "\n", "utf-8")
         else:
             result.draw().save(out)

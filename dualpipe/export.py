@@ -15,18 +15,17 @@ def torch_csv(schedule: Schedule, groups: TorchGroups = "none") -> str:
     unless the trainer has registered a function for it.
 
     Args:
-        schedule: a valid schedule of one direction, of whole sequences and without offload.
+        schedule: a valid schedule.
         groups: none: a group becomes a sequence. pairs: only a forward and a full backward stay a group, which is what
             torchtitan overlaps. all: every group stays.
+
+    Raises:
+        ScheduleError: for two directions, slices or offload, which torch's runtime has no operations for.
     """
-    return "\n".join(",".join(_cell(group, groups) for group in rank_groups) for rank_groups in schedule.ranks)
-
-
-def check_for_torch(schedule: Schedule) -> None:
-    """Raises ScheduleError for an order that torch's runtime has no operations for."""
     if schedule.num_directions > 1 or schedule.slices > 1 or schedule.has_offload:
         rule = "must have one direction, whole sequences and no offload for torch's runtime"
         raise ScheduleError(f"kind: {rule}, is {schedule.kind}; nearest: zb_v or dualpipe_v")
+    return "\n".join(",".join(_cell(group, groups) for group in rank_groups) for rank_groups in schedule.ranks)
 
 
 def _cell(group: Group, groups: TorchGroups) -> str:
