@@ -143,9 +143,7 @@ class Judge:
 
 def check_critiques(config: JudgeConfig, most: int, template: ChatTemplate) -> None:
     """Rejects critiques that a judge of `most` positions, or its chat template, cannot write."""
-    if config.max_new_tokens >= most:
-        rule = f"max_new_tokens must be below the judge's {most} positions, which also hold the question"
-        raise ScoringError.broken(JUDGE, rule, config.max_new_tokens, most // 2)
+    config.check_room(most, f"the judge's {most} positions")
     if config.thinking and template.thoughts is None:
         raise ScoringError.broken(JUDGE, "thinking must be false with a template without thoughts", "true", "false")
 

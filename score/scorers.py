@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
+from base.refusal import RuleError
 from score import ratings
 from score.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
 from score.programs import CodeConfig, CodeScorer
@@ -70,6 +71,12 @@ class JudgeConfig(ScorerConfig):
         if self.accept.strip().casefold() == self.reject.strip().casefold():
             problem = f"accept and reject must differ, both are {self.accept!r}"
             raise ScoringError(f"{JUDGE}: {problem}; nearest valid: yes and no")
+
+    def check_room(self, most: int, place: str, error: type[RuleError] = ScoringError) -> None:
+        """Rejects critiques that leave no room for the question in the judge's positions, which `place` names."""
+        if self.max_new_tokens >= most:
+            rule = f"max_new_tokens must be below {place}, which also hold the question"
+            raise error.broken(JUDGE, rule, self.max_new_tokens, most // 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC, AttentionKernel
 from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomputed
-from score.scorers import JudgeConfig
+from score.scorers import JUDGE, JudgeConfig
 from train.config import TrainConfig
 from train.config.tasks import TASKS
 from train.optim.learning_rate import RateError, check_schedule
@@ -293,18 +293,16 @@ def _check_source(config: TrainConfig) -> None:
 
 
 def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
-    key = "reward.parts, kind judge"
     most = config.model.max_position_tokens
     if judge.weights == "reference" and not TASKS.get(config.task.kind).has_reference(config.task):
         rule = "weights must be policy if the run has no reference"
-        raise broken(key, rule, "reference", "policy, or task.loss.kl_weight above 0")
-    if judge.ckpt is None and judge.max_new_tokens >= most:
-        rule = f"max_new_tokens must be below model.max_position_tokens={most}, which also hold the question"
-        raise broken(key, rule, judge.max_new_tokens, most // 2)
+        raise broken(JUDGE, rule, "reference", "policy, or task.loss.kl_weight above 0")
+    if judge.ckpt is None:
+        judge.check_room(most, f"model.max_position_tokens={most}", ConfigError)
     name = config.data.source.chat_template
     if judge.thinking and name is not None and CHAT_TEMPLATES.get(name).thoughts is None:
         rule = f"thinking must be false with data.template={name}, which has no thoughts"
-        raise broken(key, rule, "true", "false")
+        raise broken(JUDGE, rule, "true", "false")
 
 
 def _check_rollout_sizes(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from model.hf.checkpoint import ITEM_BYTES, open_checkpoint
 from model.hf.config import CONFIG_NAME, unknown_keys
 from model.hf.files import read_json
 from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
-from score.scorers import JUDGE, JudgeConfig, RewardModelScorerConfig, read_constitution
+from score.scorers import JudgeConfig, RewardModelScorerConfig, read_constitution
 from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.locate import CHECKPOINTS_NAME, differences, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
@@ -303,9 +303,7 @@ def check_judge(config: TrainConfig, part: JudgeConfig) -> None:
         return
     most = judge_model(part.ckpt).max_position_tokens
     check_second_network(config, part.ckpt, JUDGE_KEY, "a judge")
-    if part.max_new_tokens >= most:
-        rule = f"max_new_tokens must be below the {most} positions of {part.ckpt}, which also hold the question"
-        raise ConfigError.broken(JUDGE, rule, part.max_new_tokens, most // 2)
+    part.check_room(most, f"the {most} positions of {part.ckpt}", ConfigError)
 
 
 def judge_model(ckpt: str) -> ModelConfig:
