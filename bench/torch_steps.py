@@ -90,6 +90,9 @@ def errors_of(schedule: Schedule, *, in_turn: bool, group: Any = None, mesh: Any
     for module in modules.values() if mesh else ():
         fully_shard(module, mesh=mesh)
     held = {key: modules[key[1]] for key in schedule.stages_of(rank)}
+    for (direction, stage), module in held.items():
+        if direction == 1 and schedule.rank_of(0, stage) != rank:
+            nn.init.zeros_(_local(module.up.bias))  # until the copies are broadcast
     # Two copies of a stage on one rank share their gradients, so threads may not run them at once.
     is_shared = len(modules) < len(held)
     overlap = None if in_turn or is_shared else in_threads
@@ -116,6 +119,10 @@ def errors_of(schedule: Schedule, *, in_turn: bool, group: Any = None, mesh: Any
         norm=abs(float(step.gradient_norm() / expected) - 1),
         loss=float((held_losses - wanted_losses).abs().max()),
     )
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole(gradient: Any) -> Tensor:

@@ -147,15 +147,17 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
 
 
 def test_schedule_for_torch_keeps_pairs_or_all_groups_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    size = "schedule=dualpipe_v num_ranks=2 num_micro_batches=6 costs.exchange=0.5 format=torch"
+    size = "num_ranks=2 num_micro_batches=6 costs.exchange=0.5 format=torch"
     cells = {}
-    for groups in ("none", "pairs", "all"):
-        assert main([*size.split(), f"groups={groups}"]) == 0
+    for groups, kind in (("none", "dualpipe_v"), ("pairs", "dualpipe_v"), ("all", "interleaved_1f1b")):
+        assert main([*size.split(), f"schedule={kind}", f"groups={groups}"]) == 0
         cells[groups] = re.findall(r"\(([^)]*)\)OVERLAP_F_B", capsys.readouterr().out)
     kinds = {groups: {re.sub(r"[^FBIW]", "", cell) for cell in found} for groups, found in cells.items()}
     assert not cells["none"]
     assert kinds["pairs"] == {"FB"}
-    assert len(cells["all"]) >= len(cells["pairs"])
+    assert kinds["all"] > {"FIW"}
+    assert main([*size.split(), "schedule=interleaved_1f1b", "groups=pairs"]) == 0
+    assert "OVERLAP_F_B" not in capsys.readouterr().out
 
 
 def test_schedule_for_torch_is_a_line_for_each_rank_of_the_best_kind_of_one_direction(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.linear import GradientStore, WeightQueue, WeightSink
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8_linears import Fp8Linears
-from model.precision.fp8_rows import Fp8Maps, pack_rows
+from model.precision.fp8_rows import Fp8Maps, pack_gradient, pack_rows
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomize
 from tests.model.fp8_plain import Gate, InFp8, Normed, expect, in_12_bits
@@ -222,6 +222,9 @@ def test_gradient_blocks_share_a_scale_among_128_rows_in_the_product_for_the_inp
         largest = torch.stack([rows.amax(0) for rows in by_row.scales.split(128)])
         assert torch.equal(by_block.scales, largest.repeat_interleave(128, 0)[:140])
         assert int((by_block.codes[:128].float() == 0).sum()) > int((by_row.codes[:128].float() == 0).sum())
+    sent = [unpack(pack_gradient(grad, blocks=blocks), sum(outputs)).scales[:128] for blocks in (False, True)]
+    assert torch.equal(sent[1], sent[0].amax(0).expand_as(sent[1]))
+    assert not torch.equal(*sent)
 
 
 def test_a_cached_weight_is_not_confused_with_a_freed_one() -> None:
