@@ -147,7 +147,7 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
 
 
 def test_schedule_for_torch_keeps_pairs_or_all_groups_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    size = "num_ranks=2 num_micro_batches=6 costs.exchange=0.5 format=torch"
+    size = "num_ranks=4 num_micro_batches=8 costs.exchange=0.5 format=torch"
     cells = {}
     for groups, kind in (("none", "dualpipe_v"), ("pairs", "dualpipe_v"), ("all", "interleaved_1f1b")):
         assert main([*size.split(), f"schedule={kind}", f"groups={groups}"]) == 0
