@@ -1,14 +1,20 @@
 """Adapts a model to lm-evaluation-harness, an optional package (`pip install '.[lm-eval]'`).
 
 Its tasks then run on the project's own checkpoints, with the numbers that its `hf` model has on the exported folder.
-Source: EleutherAI/lm-evaluation-harness 0.4.13, `lm_eval/api/model.py`.
+Chats are rendered by the project's templates: the package passes their text around, and the adapter reads their token
+ids. Source: EleutherAI/lm-evaluation-harness 0.4.13, `lm_eval/api/model.py`.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 
+from base.decode import decode
+from data.chat.encode import encode_any_prompt
+from data.chat.messages import ChatMessage
+from data.chat.templates import ChatTemplate, template_jinja
 from data.tokenizer import Tokenizer
 from evaluation.answers import Answerer
 from evaluation.protocol import (
@@ -30,14 +36,24 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A model with its tokenizer, as the package's tasks use it."""
+    """A model with its tokenizer, as the package's tasks use it. Without a template it refuses chats."""
 
-    def __init__(self, answerer: Answerer, tokenizer: Tokenizer, *, seed: int = 0, name: str = "") -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 0,
+        name: str = "",
+        template: ChatTemplate | None = None,
+    ) -> None:
         super().__init__()
         self._answerer = answerer
         self._tokenizer = tokenizer
         self._seed = seed
         self._name = name
+        self._template = template
+        self._chats: dict[str, tuple[int, ...]] = {}  # token ids of rendered chats, by their text
 
     @property
     def eot_token_id(self) -> int:
@@ -52,8 +68,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """A name that differs for different tokenizers, for the package's caches."""
-        return self._tokenizer.fingerprint
+        """A name that differs for different tokenizers and chat templates, for the package's caches."""
+        template = "" if self._template is None else template_jinja(self._template)
+        return hashlib.sha256((self._tokenizer.fingerprint + template).encode()).hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the package writes into its results."""
@@ -105,11 +122,46 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("generate_until", request.args, results[-1])
         return results
 
+    def chat_template(self, chat_template: bool | str = False) -> str:  # noqa: FBT001, FBT002
+        """Returns the chat template as Jinja, or nothing if chats are off, for the package's results."""
+        return template_jinja(self._chat_template()) if chat_template else ""
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
-        """Refuses, because text never contains special tokens here."""
-        rule = "must be false, as special tokens are placed by id and not by text"
-        near = "the tasks maths and code of launch.evaluate with chat_template"
-        raise EvaluationError.broken("apply_chat_template", rule, "true", near)
+        """Returns the text of a chat, of which requests read the token ids.
+
+        Special tokens are placed by id, so text that spells one stays text.
+        """
+        messages = [decode(ChatMessage, message, f"messages[{n}]") for n, message in enumerate(chat_history)]
+        template = self._chat_template()
+        ids = encode_any_prompt(messages, template, self._tokenizer, continues=not add_generation_prompt)
+        text = self._tokenizer.decode(ids)
+        if self._chats.setdefault(text, tuple(ids)) != tuple(ids):
+            rule = "must not spell special tokens, as two chats with different tokens have the same text"
+            raise EvaluationError.broken("apply_chat_template", rule, text[:100], "other documents")
+        return text
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            rule = "must be false with weights of which no chat template is known"
+            raise EvaluationError.broken("apply_chat_template", rule, "true", "chat=NAME of a template")
+        return self._template
+
+    def _chat_ids(self, text: str) -> tuple[int, ...] | None:
+        """Returns the token ids of a rendered chat, or None for plain text."""
+        if self._template is not None and text not in self._chats and self._is_rendered(text):
+            rule = "must be false with chat templates, as cached requests have no token ids"
+            raise EvaluationError.broken("cache_requests", rule, "true", "false")
+        return self._chats.get(text)
+
+    def _is_rendered(self, text: str) -> bool:
+        begin = self._tokenizer.token_names["bos_token"]
+        return begin is not None and text.startswith(begin)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        ids = self._chat_ids(context)
+        if ids is None:
+            return super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
+        return list(ids), self._tokenizer.encode(continuation)
 
     def _generation(self, prompt: str, settings: Mapping[str, Any]) -> GenerationRequest:
         left = dict(settings)
@@ -124,7 +176,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             raise EvaluationError(f"generation_kwargs: {problem}; nearest valid: without")
         temperature = float(values.pop("temperature", 1.0))
         return GenerationRequest(
-            prompt=prompt,
+            prompt=self._chat_ids(prompt) or prompt,
             max_new_tokens=int(lengths[0]) if lengths else MAX_NEW_TOKENS,
             stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
             sampling=Sampling(**values, temperature=temperature if samples else 0.0, seed=self._seed),

@@ -23,7 +23,7 @@ from infer.config import check as check_generation
 from launch.config.compose import compose, system_errors
 from launch.config.folder import check_folder, locked_run_folder
 from launch.config.run import check, compose_run
-from launch.evaluate import evaluate, job_of, open_answerer
+from launch.evaluate import check_harness_weights, evaluate, harness_model, job_of, open_answerer
 from launch.generate import Transcript, continue_prompts, encode_job, read_values
 from launch.plan import PlanAnswer, answer_request
 from launch.plan_request import read_request
@@ -256,6 +256,7 @@ def open_harness_model(
     device: Device = "cpu",
     batch_size: int = 32,
     seed: int = 0,
+    chat: str = "auto",
 ) -> "HarnessModel":
     """Returns a model for `lm_eval.simple_evaluate(model=...)`.
 
@@ -263,17 +264,14 @@ def open_harness_model(
         ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
         weights: trained, or ema: the average of a run with `ema.decay`.
         batch_size: maximum number of sequences that are computed together. It changes no result.
+        chat: name of the chat template for `apply_chat_template=True`; auto: that of the weights.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval: must be installed, is not; run pip install '.[lm-eval]'")
     with system_errors():
         source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
-    tokenizer = source.needed_tokenizer("tasks")
-    if source.model.head != "tokens":
-        raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
-    model = load_model(source, dtype, device)
-    from evaluation.harness import HarnessModel
+    check_harness_weights(source, chat)
     from infer.engines.local import LocalModel
 
-    answerer = open_answerer(source, LocalModel(model, batch_size))
-    return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder))
+    model = LocalModel(load_model(source, dtype, device), batch_size)
+    return harness_model(source, open_answerer(source, model), seed=seed, chat=chat)

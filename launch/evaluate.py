@@ -21,6 +21,7 @@ from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
 from base.refusal import ConfigError
 from comm.config import ParallelismConfig
+from data.chat.templates import ChatTemplate, template_of
 from dualpipe.registry import ScheduleConfig
 from evaluation.answers import Answerer
 from evaluation.protocol import EVALUATION_TASKS, EvaluatedModel, Record, TaskContext
@@ -45,6 +46,7 @@ from launch.weights.job import (
     Device,
     Dtype,
     WeightsSource,
+    find_template,
     find_weights,
     load_model,
     local_cluster,
@@ -59,6 +61,7 @@ from train.config import EvaluationTasksConfig, InferenceConfig
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
 if TYPE_CHECKING:
+    from evaluation.harness import HarnessModel
     from model.transformer import Transformer
 
 FORMAT = 1
@@ -333,6 +336,25 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer
 def open_answerer(source: WeightsSource, model: EvaluatedModel) -> Answerer:
     """Returns what answers the requests of tasks with a model of the weights."""
     return Answerer(model, source.needed_tokenizer("tasks"), source.end_ids, source.model.max_position_tokens)
+
+
+def check_harness_weights(source: WeightsSource, chat: str) -> ChatTemplate | None:
+    """Rejects weights that are no language model. Returns the chat template, or None if `auto` finds none."""
+    tokenizer = source.needed_tokenizer("tasks")
+    if source.model.head != "tokens":
+        raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
+    if chat == "auto" and template_of(source.folder) is None:
+        return None
+    return find_template(chat, source.folder, tokenizer, thinking=None)
+
+
+def harness_model(source: WeightsSource, answerer: Answerer, *, seed: int, chat: str) -> "HarnessModel":
+    """Returns the model of lm-evaluation-harness, which must be installed, that asks an answerer."""
+    from evaluation.harness import HarnessModel
+
+    template = check_harness_weights(source, chat)
+    tokenizer = source.needed_tokenizer("tasks")
+    return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder), template=template)
 
 
 def _evaluate_here(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.decode import decode
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -146,12 +147,36 @@ def test_harness_refuses_settings_that_the_engine_lacks(export: Path) -> None:
     with pytest.raises(EvaluationError, match=r"generation_kwargs: must be some of until, .*, has 'num_beams'"):
         model._generation("a", {"until": ["b"], "num_beams": 2})
     with pytest.raises(EvaluationError, match="apply_chat_template: must be false"):
-        model.apply_chat_template([])
+        model.apply_chat_template([{"role": "user", "content": "a"}])
     assert isinstance(model, HarnessModel)
     request = model._generation("a", {"until": "b", "do_sample": True, "temperature": 0.5, "max_new_tokens": 3})
     assert (request.stop, request.max_new_tokens, request.sampling.temperature) == (("b",), 3, 0.5)
     assert model._generation("a", {"until": ["b"], "temperature": 0.0}).sampling.temperature == 0
     assert model._generation("a", {"until": ["b"], "do_sample": False, "temperature": 1.0}).sampling.temperature == 0
+
+
+@needs_harness
+@pytest.mark.slow
+def test_harness_reads_chats_as_the_template_places_them(export: Path) -> None:
+    from data.chat.encode import encode_any_prompt
+    from data.chat.messages import ChatMessage
+    from data.chat.templates import CHAT_TEMPLATES
+
+    model = open_harness_model(str(export), chat="v3")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A fish <｜User｜>?"}]
+    text = model.apply_chat_template(chat)
+    messages = [decode(ChatMessage, message) for message in chat]
+    ids = encode_any_prompt(messages, CHAT_TEMPLATES.get("v3"), model._tokenizer)
+    assert list(model._generation(text, {"until": ["b"]}).prompt) == ids
+    assert model._encode_pair(text, " red") == (ids, model._tokenizer.encode(" red"))
+    with pytest.raises(EvaluationError, match="apply_chat_template: must not spell special tokens"):
+        model.apply_chat_template([chat[0], {"role": "user", "content": "A fish "}, {"role": "user", "content": "?"}])
+    begun = model.apply_chat_template([*chat, {"role": "assistant", "content": "It is"}], add_generation_prompt=False)
+    assert list(model._chat_ids(begun) or ()) == [*ids, *model._tokenizer.encode("It is")]
+    with pytest.raises(EvaluationError, match="cache_requests: must be false"):
+        model._generation(text + "never rendered", {"until": ["b"]})
+    assert "User" in model.chat_template("v3")
+    assert model.tokenizer_name != open_harness_model(str(export)).tokenizer_name
 
 
 def test_harness_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
