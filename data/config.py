@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from base.ranges import NonNegativeInt, PositiveInt, PositiveShare
+from base.ranges import NonNegativeInt, PositiveInt, PositiveShare, Share
 from data.corpus import hash_unit, is_validation
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Document, Part, TrainingSample
@@ -41,10 +41,18 @@ class DataConfig:
     fim_rate: float
     seed: NonNegativeInt  # seed of the validation split and of the order of samples
     cache_dir: str  # folder for prepared data
+    # share of the tokens of punctuation and line breaks that is split in training documents; None: 0, or that of a
+    # prepared folder.
+    punctuation_newline_split: Share | None = None
     # up-sampling of long documents; None: every document is read once per epoch.
     long_documents: LongDocumentsConfig | None = None
     # files and folders that are held out, all others being trained on; None: `validation_fraction` of the source is.
     validation_paths: tuple[str, ...] | None = None
+
+    @property
+    def split_settings(self) -> list[float]:
+        """What the split adds to names in the cache: nothing without one, as before the key existed."""
+        return [self.punctuation_newline_split] if self.punctuation_newline_split else []
 
     @property
     def validation_source(self) -> DataSource | None:

@@ -11,6 +11,7 @@ from data.progress import NO_PROGRESS, Progress
 from data.readers.files import compression_of, format_of
 from data.readers.sources import check_source, list_files, read_beginning, size_bytes
 from data.registry import DATA_SOURCES, DataSource
+from data.shards.encode import none_to_split
 from data.shards.format import FORMAT_VERSION
 from data.shards.open import MixtureSource, Prepared, open_documents, open_mixture
 from data.shards.samples import open_samples
@@ -38,12 +39,15 @@ def check_config(config: DataConfig) -> int:
             f"data.fim_rate: must be between 0 and 1, got {config.fim_rate}; "
             f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
         )
-    if config.long_documents is not None and entry.samples is not None:
-        raise DataError(
-            f"data.long_documents: must be null with data.kind={config.source.kind}, which has samples instead of "
-            f"documents; nearest: null"
-        )
+    for key in ("long_documents", "punctuation_newline_split"):
+        if getattr(config, key) is not None and entry.samples is not None:
+            raise DataError(
+                f"data.{key}: must be null with data.kind={config.source.kind}, which has samples instead of "
+                f"documents; nearest: null"
+            )
     tokenizer = find_tokenizer(config)
+    if tokenizer is not None:
+        none_to_split(tokenizer, config.punctuation_newline_split)  # rejects a tokenizer that cannot be split
     _check_source(config.source, tokenizer)
     _check_validation_paths(config, tokenizer)
     return config.tokenizer_vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -166,5 +170,6 @@ def _cache_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
         config.seed,
         files,
         *([len(held_out)] if held_out else []),
+        *config.split_settings,
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]

@@ -20,11 +20,19 @@ from data.config import BatchSizes
 from data.mix.manifest import read_manifest
 from data.mix.mixture import Mixture
 from data.readers.megatron import write_megatron
+from data.shards.encode import none_to_split
 from data.shards.format import PARTS, open_shards
 from data.shards.run import build_folder
 from data.shards.work import BuildSettings
 from data.special_tokens import SpecialNames
-from data.tokenizer import NEWLINE_SPLIT_128K, SPECIAL_TOKENS, TRAIN_128K, Tokenizer, check_vocab_size
+from data.tokenizer import (
+    NEWLINE_SPLIT_128K,
+    SPECIAL_TOKENS,
+    TOKENIZER_NAME,
+    TRAIN_128K,
+    Tokenizer,
+    check_vocab_size,
+)
 from dualpipe.draw.style import document
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
@@ -47,6 +55,7 @@ class PrepareDataConfig:
     validation_fraction: ShareBelowOne
     fim_rate: Share
     seed: NonNegativeInt
+    punctuation_newline_split: Share | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +68,6 @@ class PrepareCommandConfig:
     sequence_length_tokens: Annotated[int, AtLeast(2)]
     order_steps: NonNegativeInt
     global_sequences: PositiveInt
-    punctuation_newline_split: Share | None
     unit_bytes: PositiveInt | None
     megatron: str | None
     plugins: tuple[str, ...]
@@ -70,6 +78,7 @@ def main(overrides: Sequence[str]) -> int:
     config = _read(overrides)
     data = config.data
     tokenizer = _load_tokenizer(data)
+    split = _newline_split(data)
     settings = BuildSettings(
         manifest=str(Path(data.manifest).expanduser().absolute()),
         tokenizer=_tokenizer_values(data, tokenizer),
@@ -77,7 +86,7 @@ def main(overrides: Sequence[str]) -> int:
         fim_rate=data.fim_rate,
         seed=data.seed,
         sequence_length_tokens=config.sequence_length_tokens,
-        newline_split=_newline_split(config),
+        newline_split=split,
         unit_bytes=config.unit_bytes,
     )
     folder = Path(config.out).expanduser()
@@ -88,6 +97,8 @@ def main(overrides: Sequence[str]) -> int:
         if config.order_steps:
             _write_order(config, folder, report)
         print(_summary(report), flush=True)
+        if line := none_to_split(Tokenizer.load(folder / TOKENIZER_NAME), split):
+            print(f"tokenizer: {line}", flush=True)
         if config.megatron is not None:
             _export(folder, Path(config.megatron).expanduser(), report)
     print(page)
@@ -162,9 +173,8 @@ def _read(overrides: Sequence[str]) -> PrepareCommandConfig:
     with system_errors():
         read_manifest(Path(config.data.manifest))
         tokenizer = _load_tokenizer(config.data)
-        if tokenizer is not None and config.punctuation_newline_split and not tokenizer.is_byte_level:
-            rule = "must be 0 with a tokenizer whose vocabulary does not spell bytes"
-            raise broken("punctuation_newline_split", rule, config.punctuation_newline_split, 0)
+        if tokenizer is not None:
+            none_to_split(tokenizer, config.data.punctuation_newline_split)  # rejects what cannot be split
         if tokenizer is None and config.data.tokenizer is None:
             check_vocab_size(config.data.tokenizer_vocab_size, len(SPECIAL_TOKENS))
     return config
@@ -184,9 +194,9 @@ def _tokenizer_values(data: PrepareDataConfig, tokenizer: Tokenizer | None) -> d
     return {"recipe": TRAIN_128K} if data.tokenizer == TRAIN_128K else {"vocab_size": data.tokenizer_vocab_size}
 
 
-def _newline_split(config: PrepareCommandConfig) -> float:
-    default = NEWLINE_SPLIT_128K if config.data.tokenizer == TRAIN_128K else 0.0
-    return default if config.punctuation_newline_split is None else config.punctuation_newline_split
+def _newline_split(data: PrepareDataConfig) -> float:
+    default = NEWLINE_SPLIT_128K if data.tokenizer == TRAIN_128K else 0.0
+    return default if data.punctuation_newline_split is None else data.punctuation_newline_split
 
 
 def _export(folder: Path, out: Path, report: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from data.quality.words import mix_bits
 from data.registry import Document
 from data.tokenizer import Tokenizer
 
+SPLIT_KEY = "data.punctuation_newline_split"
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,7 +45,7 @@ class NewlineSplitter:
     def __init__(self, tokenizer: Tokenizer, share: float, seed: int) -> None:
         self._limit = np.uint64(int(share * 2**53))
         self._seed = seed
-        self._parts = _joint_tokens(tokenizer)
+        self._parts = joint_tokens(tokenizer)
         self._is_joint = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_joint[list(self._parts)] = True
 
@@ -68,12 +69,10 @@ class NewlineSplitter:
         return EncodedStrings(ids=ids, offsets=encoded.offsets + added)
 
 
-def _joint_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
+def joint_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
     """Returns the tokens of punctuation and of line breaks for each token that joins both."""
     if not tokenizer.is_byte_level:
-        raise DataError(
-            "punctuation_newline_split: must be 0 with a tokenizer whose vocabulary does not spell bytes; nearest: 0"
-        )
+        raise DataError(f"{SPLIT_KEY}: must be 0 with a tokenizer whose vocabulary does not spell bytes; nearest: 0")
     special = {*tokenizer.special.all_ids, *tokenizer.placed_names}
     parts = {}
     for token, spelling in tokenizer.spellings().items():
@@ -86,6 +85,13 @@ def _joint_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
         if marks and "\ufffd" not in marks and all(unicodedata.category(mark)[0] in "PS" for mark in marks):
             parts[token] = [*tokenizer.encode(punctuation), *tokenizer.encode(text[len(punctuation) :])]
     return parts
+
+
+def none_to_split(tokenizer: Tokenizer, share: float | None) -> str:
+    """Returns that a share has no effect, because the tokenizer joins no punctuation; empty if it has one."""
+    if not share or joint_tokens(tokenizer):
+        return ""
+    return f"it has no tokens of punctuation and line breaks, so {SPLIT_KEY}={share:g} leaves none to split"
 
 
 def check_token_ids(document: Document, vocab_size: int) -> None:

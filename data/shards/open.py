@@ -31,6 +31,7 @@ from data.pack import SampleCounts, entropy_nats
 from data.progress import Progress
 from data.readers.sources import read_documents
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Part
+from data.shards.encode import SPLIT_KEY
 from data.shards.format import (
     ANY_LENGTH,
     PARTS,
@@ -43,6 +44,7 @@ from data.shards.format import (
     read_report,
     read_unit,
 )
+from data.shards.units import SETTINGS_NAME
 from data.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
@@ -257,6 +259,7 @@ def open_mixture(
         folder = _prepare_in_cache(config, source.manifest, tokenizer, length, progress)
     else:
         folder = Path(source.folder).expanduser()
+        _check_split(config.punctuation_newline_split, folder)
     opened = open_folder(folder, source.manifest, length)
     stored = Tokenizer.load(folder / TOKENIZER_NAME)
     if stored.vocab_size != opened.report["vocab_size"]:
@@ -273,6 +276,20 @@ def open_mixture(
         local = copy_locally(folder, Path(source.local_cache).expanduser(), opened.report)
         opened = replace(opened, folder=local)
     return replace(_open(opened, tokenizer or stored, config.seed), is_mixture=True)
+
+
+def _check_split(share: float | None, folder: Path) -> None:
+    """Rejects another share of split tokens than that of a prepared folder."""
+    if share is None:
+        return
+    path = folder / SETTINGS_NAME
+    try:
+        stored = read_json(path).get("punctuation_newline_split", 0.0)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.folder: {path} must be JSON of launch.prepare, is not: {error}") from error
+    if share != stored:
+        rule = f"must be the share that {str(folder)!r} was prepared with"
+        raise DataError(f"{SPLIT_KEY}: {rule}, is {share}; nearest: {stored}, or null")
 
 
 def open_folder(folder: Path, manifest: str | None, length: int) -> ShardFolder:
@@ -305,6 +322,7 @@ def _prepare_in_cache(
     sources = [replace(item, weight=1.0, max_epochs=None) for item in manifest.sources]
     text = replace(manifest, sources=tuple(sources), phases=()).plain()  # weights and phases change no token
     decides = [text, settings.tokenizer, config.validation_fraction, config.fim_rate, config.seed]
+    decides += config.split_settings
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(config.cache_dir).expanduser() / f"mix-{key}"
     build_folder(settings, tokenizer, folder, len(os.sched_getaffinity(0)), progress)
@@ -367,6 +385,7 @@ def _settings(config: DataConfig, manifest: str, tokenizer: Tokenizer | None, le
         fim_rate=config.fim_rate,
         seed=config.seed,
         sequence_length_tokens=length,
+        newline_split=config.punctuation_newline_split or 0.0,
         folder_key="data.cache_dir",
     )
 

@@ -149,7 +149,13 @@ def test_another_version_of_the_order_is_another_fingerprint(
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokenizer_vocab_size": 290}, {"validation_fraction": 0.3}, {"fim_rate": 0.9}, {"seed": 1}],
+    [
+        {"tokenizer_vocab_size": 290},
+        {"validation_fraction": 0.3},
+        {"fim_rate": 0.9},
+        {"seed": 1},
+        {"punctuation_newline_split": 0.5},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_that_matters_changes_the_cache(config: DataConfig, change: dict[str, int | float]) -> None:

@@ -77,7 +77,7 @@ def test_command_writes_the_public_files_and_a_second_start_does_nothing(argumen
         ("workers=0", ["workers", "above 0", "0"]),
         ("sequence_length_tokens=1", ["sequence_length_tokens", "2"]),
         ("data.tokenizer_vocab_size=100", ["data.tokenizer_vocab_size", "100", "nearest"]),
-        ("punctuation_newline_split=1.5", ["punctuation_newline_split", "1.5"]),
+        ("data.punctuation_newline_split=1.5", ["data.punctuation_newline_split", "1.5"]),
         ("data.tokenizer=train_256k", ["data.tokenizer", "train_256k"]),
         ("data.manifest=mixx.yaml", ["data.manifest", "mixx.yaml"]),
     ],

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from data.problems import split_problems
+from data.tokenizer import Tokenizer
 from tests import ROOT
 from tests.covering import exhaustive
+from tests.data.published_tokenizers import write_family
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
+from tests.tiny import data_config, tiny_config, write_text
 from train.records.display import Display, PhaseLines, folded, open_console, step_line
 from train.records.reporter import corpus_lines
 from train.start.corpus import prepare_corpus
@@ -274,3 +277,16 @@ def test_epochs_of_a_run_that_answers_problems_count_its_prompts(tmp_path: Path)
     assert line == (
         f"problems: {size} for training; an epoch is {size / 4:.1f} steps, 12 steps are {12 * 4 / size:.2f} epochs"
     )
+
+
+@pytest.mark.parametrize("has_joint_tokens", [False, True])
+def test_a_tokenizer_that_joins_no_punctuation_says_that_none_is_split(tmp_path: Path, has_joint_tokens: bool) -> None:
+    write_text(tmp_path, num_files=12)
+    tokenizer = tmp_path / "tokenizer.json" if has_joint_tokens else write_family("gpt2", tmp_path)
+    if has_joint_tokens:
+        Tokenizer.train(["f(x);\n"] * 50, 300).save(tokenizer)
+    data = data_config(tmp_path, tokenizer=str(tokenizer), punctuation_newline_split=0.5)
+    config = replace(tiny_config(tmp_path), data=data)
+    (line,) = (line for line in corpus_lines(config, prepare_corpus(config)) if line.startswith("tokenizer: "))
+    none = "it has no tokens of punctuation and line breaks, so data.punctuation_newline_split=0.5 leaves none to split"
+    assert line.endswith(none) != has_joint_tokens

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import distributed as dist
 
 from data.registry import DATA_SOURCES
+from data.shards.encode import none_to_split
 from data.shards.open import Prepared
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
@@ -325,16 +326,18 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns how documents begin and end under a given tokenizer, as the end of a line."""
+    """Returns how documents begin and end, and which settings have no effect, as the end of a line."""
+    split = none_to_split(prepared.tokenizer, config.data.punctuation_newline_split)
+    split = split and f"; {split}"
     if config.data.tokenizer is None:
-        return ""
+        return split
     names = prepared.tokenizer.token_names
     special = prepared.tokenizer.special
     begin = "nothing" if special.bos is None else repr(names["bos_token"])
     notes = f"; a document begins with {begin} and ends with {names['eos_token']!r}"
     if special.fim is None and config.data.fim_rate > 0:
         notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} has no effect"
-    return notes
+    return notes + split
 
 
 def _long_documents(prepared: Prepared) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
 from data.prepare import prepare
+from data.readers.sources import FilesSource
 from data.shards.open import MixtureSource, Prepared, open_folder
+from data.tokenizer import Tokenizer
 from tests.tiny import data_config
 
 pytestmark = pytest.mark.slow
@@ -141,3 +144,25 @@ def test_a_folder_that_does_not_fit_is_refused(text: Path, prepared: Prepared, t
     config = replace(config_of(text, folder=str(folder_of(text))), tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"data\.tokenizer: must be the tokenizer that .* was prepared with"):
         prepare(config, L)
+
+
+def test_files_and_a_prepared_folder_split_the_same_tokens(tmp_path: Path) -> None:
+    text = 'f(x);\n\nif a:\n\treturn {1: 2},\r\n "quoted."\n\n'
+    rows = [json.dumps({"text": text * (number % 5 + 1)}) for number in range(60)]
+    for name in ("prose", "code"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    Tokenizer.train([text * 50], 400).save(tmp_path / "tokenizer.json")
+    source = FilesSource(kind="files", paths=(str(tmp_path / "prose.jsonl"),), text_field="text")
+    given: dict[str, Any] = {"tokenizer": str(tmp_path / "tokenizer.json"), "punctuation_newline_split": 0.5}
+    files = replace(config_of(tmp_path), source=source, **given)
+    manifest = write_manifest(tmp_path, "mix.yaml", (1.0, 0.0))
+    prepare(replace(config_of(tmp_path, manifest=manifest), **given), L)
+    folder = str(folder_of(tmp_path))
+    first, second = prepare(files, L), prepare(config_of(tmp_path, folder=folder, manifest=manifest), L)
+    tokens = first.train.tokens_NL[:]
+    assert (tokens == second.train.tokens_NL[: len(tokens)]).all()
+    for plain in (None, 0.0):
+        assert prepare(replace(files, punctuation_newline_split=plain), L).train.num_tokens < first.train.num_tokens
+    assert len(list((tmp_path / "cache").glob("documents-*"))) == 2  # no split is the same folder as a split of 0
+    with pytest.raises(DataError, match=r"^data\.punctuation_newline_split: .* is 0\.4; nearest: 0\.5, or null$"):
+        prepare(replace(config_of(tmp_path, folder=folder), punctuation_newline_split=0.4), L)
