@@ -21,7 +21,7 @@ from score.score import Score, ScoringError, failure, final_text
 from score.scorers import JUDGE, JudgeConfig
 
 JUDGE_SEED = 0x5851F42D4C957F2D
-"""Added to the seed of a run, so that critiques and answers have different random numbers."""
+"""Added to the seed of a run for each part of a reward, so that answers and critiques of two judges are independent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +39,17 @@ class JudgePrompt:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Builds the prompts of a judge, of at most `max_tokens`, and reads its verdicts. It owns no model."""
+    """Builds the prompts of a judge, of at most `max_tokens`, and reads its verdicts. It owns no model.
+
+    `part` is the judge's position in the reward, which decides its random numbers.
+    """
 
     config: JudgeConfig
     template: ChatTemplate
     tokenizer: Tokenizer
     constitution: str
     max_tokens: int
+    part: int = 0
 
     def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
         """Returns the prompts of all groups, in order, given the numbers of the groups' prompts in the job.
@@ -77,7 +81,7 @@ class Judge:
 
     def request(self, seed: int, step: int, stop: frozenset[int]) -> Request:
         """Returns how an engine continues the prompts."""
-        sampling = Sampling(temperature=self.config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
+        sampling = Sampling(temperature=self.config.temperature, seed=(seed + JUDGE_SEED * (1 + self.part)) % 2**63)
         return Request(
             samples=self.config.samples,
             max_new_tokens=self.config.max_new_tokens,

@@ -294,8 +294,9 @@ def _open_models(config: SampleCommandConfig, job: SamplingJob, engine: Engine) 
     from train.post.score import JudgePart, LocalRater, QuestionedModel
 
     parts: dict[str, ModelPart] = {}
-    for name, source in job.models.items():
-        part = config.reward.named_parts[name]
+    for number, (name, part) in enumerate(config.reward.named_parts.items()):
+        if (source := job.models.get(name)) is None:
+            continue
         model = None if source is job.source else load_model(source, config.dtype, config.device)
         positions = source.model.max_position_tokens
         if isinstance(part, RewardModelScorerConfig):
@@ -305,7 +306,7 @@ def _open_models(config: SampleCommandConfig, job: SamplingJob, engine: Engine) 
             parts[name] = rater if part.question is None else QuestionedModel(rater, part.question, form)
         elif isinstance(part, JudgeConfig):
             longest = positions - part.max_new_tokens
-            judge = Judge(part, job.template, job.tokenizer, read_constitution(part), longest)
+            judge = Judge(part, job.template, job.tokenizer, read_constitution(part), longest, number)
             judging = engine if model is None else LocalEngine(model, batch_size=config.batch_size)
             stop = frozenset(source.end_ids)
             parts[name] = JudgePart(judge=judge, engine=judging, seed=config.seed, stop=stop)

@@ -231,10 +231,10 @@ def open_model_parts(
     """Opens the parts of a run's reward that need models, by name. All ranks call it."""
     assert config.reward is not None
     parts: dict[str, ModelPart] = {}
-    for name, part in config.reward.named_parts.items():
+    for number, (name, part) in enumerate(config.reward.named_parts.items()):
         match part:
             case JudgeConfig():
-                parts[name] = _open_judge(config, part, policy, reference, engine, form)
+                parts[name] = _open_judge(config, part, number, policy, reference, engine, form)
             case RewardModelScorerConfig():
                 opened = open_reward_model(config, part, policy, form.tokenizer)
                 parts[name] = opened if part.question is None else QuestionedModel(opened, part.question, form)
@@ -246,6 +246,7 @@ def open_model_parts(
 def _open_judge(
     config: TrainConfig,
     part: JudgeConfig,
+    number: int,
     policy: Replica,
     reference: Replica | None,
     engine: Engine,
@@ -258,7 +259,7 @@ def _open_judge(
         replica = _open_frozen(config, part.ckpt, JUDGE_KEY, policy)
     model = config.model if replica is None else replica.config.model
     longest = max(1, model.max_position_tokens - part.max_new_tokens)
-    judge = Judge(part, form.template, form.tokenizer, part.constitution, longest)
+    judge = Judge(part, form.template, form.tokenizer, part.constitution, longest, number)
     stop = frozenset([form.tokenizer.special.eos])
     if part.weights == "policy":
         return JudgePart(judge=judge, engine=engine, seed=config.seed, stop=stop)

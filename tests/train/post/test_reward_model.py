@@ -259,18 +259,27 @@ def score_on_rank(
 def test_all_ranks_have_the_scores_of_rules_judge_and_reward_model(tmp_path: Path) -> None:
     ckpt = write_model(tmp_path / "rm", REWARD_MODEL)
     scorer = {"kind": "reward_model", "weight": 0.5, "ckpt": ckpt, "place": "pipeline", "batch_size": 4}
-    rewards = [reward_config(JUDGE, EXACT, PLURALITY), reward_config(scorer), reward_config(PLURALITY)]
+    rewards = [
+        reward_config(JUDGE, EXACT, PLURALITY),
+        reward_config(scorer),
+        reward_config(PLURALITY),
+        reward_config(EXACT, JUDGE, JUDGE),
+    ]
     config = run_config(tmp_path, 2, 1, 1, "dualpipe_split")
     results = run_ranks(2, score_on_rank, config, rewards)
     assert results[0] == results[1]
-    (judged, modelled, voted), asked = results[0]
+    (judged, modelled, voted, _), asked = results[0]
     # Judge and plurality; exact has weight 0 but its outcome shows.
     totals = [[answer.sheet.total for answer in group.answers] for group in judged]
     assert totals == [[3.0, 3.0, 0.0], [1.0, 0.0, 1.0], [2.0, 3.0, 3.0]]
     assert [list(answer.sheet.parts) for answer in judged[0].answers] == [["judge", "exact", "plurality"]] * 3
     assert [group.dropped for group in judged] == ["", "no verdict: unknown", ""]
     assert [answer.sheet.outcome for answer in judged[0].answers] == ["wrong", "wrong", "correct"]
-    assert {(each.step, each.sampling.seed - config.seed) for each in asked} == {(7, JUDGE_SEED), (8, JUDGE_SEED)}
+    # Each judge of a reward has its own random numbers.
+    seeds = [(each.step, each.sampling.seed - config.seed) for each in asked]
+    assert seeds[:2] == [(7, JUDGE_SEED), (8, JUDGE_SEED)]
+    assert len(set(seeds[2:])) == 4
+    assert {7, 8} == {step for step, _ in seeds[2:]}
     # The reward model reads token ids up to the end of each answer; one answer is too long for it.
     model = load_whole(REWARD_MODEL, locate(ckpt).folder, weight_dtype(config.precision))
     sequences = [[(*group.tokens, *each.tokens) for each in group.answers] for group in sampled_groups()]
