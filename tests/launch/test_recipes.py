@@ -98,6 +98,14 @@ def test_recipe_after_fine_tuning_starts_from_random_weights_only_if_told(name: 
     assert read_request([f"experiment={name}"]).config.init_from is None
 
 
+@pytest.mark.parametrize("name", [*ON_REWARDS, "v3_grpo"])
+def test_a_chosen_loss_keeps_nothing_of_the_loss_of_its_recipe(name: str) -> None:
+    """Neither the divergence nor its weight, which no line would show."""
+    given = ["data.paths=[a]", "data.tokenizer=null"] if name == "v3_grpo" else []
+    composed = compose("train", [f"experiment={name}", *given, "task/loss=v3"])
+    assert composed["task"]["loss"] == compose("train", ["task=grpo", "task/loss=v3"])["task"]["loss"]
+
+
 def test_recipe_distils_into_a_fresh_student_and_says_so(folder: Path) -> None:
     student = build(folder, "arithmetic_distill")
     assert (student.init_from, student.initial_weights) == ("random", None)

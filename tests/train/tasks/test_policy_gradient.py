@@ -212,7 +212,7 @@ def test_every_variant_is_valid_and_says_whether_it_has_a_reference(tmp_path: Pa
         assert config.task.advantage == form.advantage
         if TASKS.get("grpo").has_reference(config.task):
             has_reference.append(name)
-    assert has_reference == ["grpo", "r1", "v3", "v3_2"]
+    assert has_reference == ["dapo_kl", "grpo", "r1", "v3", "v3_2"]
 
 
 @pytest.mark.parametrize("task", ["dpo", "reward_model"])
