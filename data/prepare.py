@@ -13,7 +13,7 @@ from data.readers.sources import check_source, list_files, read_beginning, size_
 from data.registry import DATA_SOURCES, DataSource
 from data.shards.encode import none_to_split
 from data.shards.format import FORMAT_VERSION
-from data.shards.open import MixtureSource, Prepared, open_documents, open_mixture
+from data.shards.open import MixtureSource, Prepared, check_split, open_documents, open_mixture
 from data.shards.samples import open_samples
 from data.special_tokens import SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
@@ -49,6 +49,8 @@ def check_config(config: DataConfig) -> int:
     if tokenizer is not None:
         none_to_split(tokenizer, config.punctuation_newline_split)  # rejects a tokenizer that cannot be split
     _check_source(config.source, tokenizer)
+    if isinstance(config.source, MixtureSource) and config.source.folder is not None:
+        check_split(config.punctuation_newline_split, Path(config.source.folder).expanduser())
     _check_validation_paths(config, tokenizer)
     return config.tokenizer_vocab_size if tokenizer is None else tokenizer.vocab_size
 

@@ -132,8 +132,8 @@ class MixtureSource(DataSource):
 def _check_mixture(source: MixtureSource, tokenizer: Tokenizer | None) -> None:
     if source.manifest is None and source.folder is None:
         raise DataError(
-            "data.manifest: a value is needed with data=mix; write data.manifest=MIX.yaml, or data.folder=FOLDER of "
-            "launch.prepare"
+            "data.folder: a value is needed with data=mix; write data.folder=FOLDER, which python -m launch.prepare "
+            "data.manifest=MIX.yaml out=FOLDER makes, or data.manifest=MIX.yaml"
         )
     if source.manifest is not None:
         read_manifest(Path(source.manifest))
@@ -259,7 +259,7 @@ def open_mixture(
         folder = _prepare_in_cache(config, source.manifest, tokenizer, length, progress)
     else:
         folder = Path(source.folder).expanduser()
-        _check_split(config.punctuation_newline_split, folder)
+        check_split(config.punctuation_newline_split, folder)
     opened = open_folder(folder, source.manifest, length)
     stored = Tokenizer.load(folder / TOKENIZER_NAME)
     if stored.vocab_size != opened.report["vocab_size"]:
@@ -278,7 +278,7 @@ def open_mixture(
     return replace(_open(opened, tokenizer or stored, config.seed), is_mixture=True)
 
 
-def _check_split(share: float | None, folder: Path) -> None:
+def check_split(share: float | None, folder: Path) -> None:
     """Rejects another share of split tokens than that of a prepared folder."""
     if share is None:
         return

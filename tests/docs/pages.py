@@ -1,10 +1,13 @@
 """Reads the pages of the documentation: headings, links, and code blocks with the comments that say how they run."""
 
+import json
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests import ROOT
 from tests.data.released_tokenizer import write_released
@@ -68,12 +71,23 @@ def blocks(page: Path) -> list[Block]:
 
 
 def make_stand_ins(folder: Path) -> None:
-    """Makes what pages name and tests lack: terabytes of text in `corpus`, and the tokenizer of `DeepSeek-V3`."""
+    """Makes what pages name and tests lack: terabytes of text and tokens, and the tokenizer of `DeepSeek-V3`."""
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.txt").touch()
     os.truncate(folder / "corpus" / "a.txt", 3 * 10**12)  # sparse
     (folder / "DeepSeek-V3").mkdir()
     write_released(folder / "DeepSeek-V3" / "tokenizer.json", ["some text"], highest_id=128_814)
+    write_prepared(folder / "v3_tokens", folder / "DeepSeek-V3" / "tokenizer.json", 128_815)
+
+
+def write_prepared(folder: Path, tokenizer: Path, vocab_size: int) -> None:
+    """Writes what a start reads of a folder that launch.prepare made for `v3_671b`: it has no tokens."""
+    source: dict[str, Any] = {"units": [], "train": {}, "validation": {}}
+    report = {"sources": {"web": source}, "vocab_size": vocab_size, "token_dtype": "<u4"}
+    folder.mkdir()
+    (folder / "prepare.json").write_text(json.dumps(report), "utf-8")
+    (folder / "settings.json").write_text('{"punctuation_newline_split": 0.05}', "utf-8")
+    shutil.copy(tokenizer, folder / "tokenizer.json")
 
 
 def runners_of(page: Path) -> list[str]:

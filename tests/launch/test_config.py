@@ -164,6 +164,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(number: 
     recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
     recipes -= {name for name in recipes if name.startswith("arithmetic")}
     needs |= {f"experiment={name}": needs["data=files_and_tokenizer"] for name in recipes}
+    needs["experiment=v3_671b"] = [*needs["data=mix"], f"data.tokenizer={given}"]
     groups, random, passed, refusals = list(default_groups("train")), Random(0), 0, []
     for _ in range(number):
         chosen = [f"{group}={random.choice(options(group))}" for group in random.sample(groups, 4)]

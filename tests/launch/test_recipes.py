@@ -24,6 +24,7 @@ from launch.train import preview
 from model.config import YarnRope
 from tests.covering import exhaustive
 from tests.data.released_tokenizer import write_released
+from tests.docs.pages import write_prepared
 from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
 from train.config import TrainConfig
@@ -69,6 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Real text as far as a start reads it; the rest is sparse.
     (folder / "text" / "a.txt").write_text("some text to train on\n" * 400_000, encoding="utf-8")
     os.truncate(folder / "text" / "a.txt", 3 * T)  # sparse: as many bytes as DeepSeek-V3's corpus needs at least
+    manifest = "dedup: {kind: minhash}\nfilters: {}\nsources: [{name: web, paths: [text], weight: 1}]\n"
+    (folder / "v3.yaml").write_text(manifest, "utf-8")
     write_stand_in(folder / "teacher", compose_run(["model=arithmetic"]).model)
     for name, size in GIVEN.items():
         write_released(folder / f"{name}.json", ["some text to train on"], highest_id=size - 1)
@@ -78,6 +81,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
     """Returns the overrides of a recipe, with placeholders for the values that the user must set."""
     paths = [] if name in LAPTOP else [f"data.paths=[{folder / 'text'}]"]
+    if name == "v3_671b":
+        paths = [f"data.manifest={folder / 'v3.yaml'}"]
     given = [f"data.tokenizer={folder / name}.json"] if name in GIVEN else []
     given += [f"task.teacher={folder / 'teacher'}"] if name == "arithmetic_distill" else []
     return compose_run([f"experiment={name}", *paths, *given, *overrides])
@@ -150,7 +155,20 @@ def test_recipe_for_gpus_is_a_real_run(folder: Path, name: str) -> None:
     assert config.cluster.memory_bytes is not None
 
 
-@pytest.mark.parametrize(("name", "keys"), [("v3_671b", ("paths", "tokenizer")), ("ladder_1b", ("paths",))])
+def test_recipe_v3_reads_a_prepared_mixture_with_its_split(folder: Path, tmp_path: Path) -> None:
+    given = ["experiment=v3_671b", f"data.folder={tmp_path / 'tokens'}"]
+    prepare = r"python -m launch\.prepare data\.manifest=MIX\.yaml out="
+    with pytest.raises(DataError, match=rf"^data\.folder: a value is needed .*{prepare}FOLDER"):
+        check_data(compose_run(given[:1]))
+    with pytest.raises(DataError, match=rf"^data\.folder: .* has no readable prepare\.json; nearest: {prepare}"):
+        check_data(compose_run(given))
+    write_prepared(tmp_path / "tokens", folder / "v3_671b.json", 129_280)
+    assert check_data(compose_run(given)) == 129_280
+    with pytest.raises(DataError, match=r"^data\.punctuation_newline_split: .*, is 0\.1; nearest: 0\.05, or null$"):
+        check_data(compose_run([*given, "data.punctuation_newline_split=0.1"]))
+
+
+@pytest.mark.parametrize(("name", "keys"), [("v3_32k", ("paths", "tokenizer")), ("ladder_1b", ("paths",))])
 def test_recipe_says_what_its_user_must_give(folder: Path, name: str, keys: tuple[str, ...]) -> None:
     for key in keys:
         given = [f"data.{other}=[{folder / 'text'}]" for other in keys if other != key]
@@ -171,7 +189,7 @@ def test_recipe_v3_is_the_published_run(folder: Path) -> None:
     assert (model.rope_scaling.kind, model.max_position_tokens, model.initializer_range) == ("plain", 4096, 0.006)
     assert (batch.sequence_length_tokens, batch.micro_sequences, batch.document_mask) == (4096, 1, False)
     assert task.balance_loss_weight == 1e-4
-    assert config.data.fim_rate == 0.1
+    assert (config.data.fim_rate, config.data.punctuation_newline_split) == (0.1, 0.05)
     assert batch.ramp == BatchRamp(start_sequences=3072, end_tokens=469 * 10**9, num_sizes=5)
     sizes = config.batch_sizes
     assert (sizes.sequences(0), sizes.sequences(task.steps - 1)) == (3072, 15_360)
@@ -258,6 +276,8 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         text = "sources: [{name: one, paths: [text], weight: 1}, {name: two, paths: [text/a.txt], weight: 2}]"
         (folder / "MIX.yaml").write_text(text, encoding="utf-8")
         overrides.append(f"data.manifest={folder / 'MIX.yaml'}")
+    elif name == "v3_671b":
+        overrides.append(f"data.manifest={folder / 'v3.yaml'}")
     elif name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
         overrides.append(f"data.paths=[{folder / 'text'}]")
     if name in GIVEN or name in EXTENSIONS:
@@ -288,7 +308,7 @@ def test_recipe_with_a_small_tokenizer_or_corpus_must_be_confirmed(
     """Every command that starts or plans a run checks both. Memory, which takes seconds, is checked elsewhere."""
     (tmp_path / "a.txt").write_text("A line of text for a corpus.\n" * 1400, "utf-8")
     small = write_released(tmp_path / "small.json", ["A line of text"], highest_id=100_000)
-    given = ["experiment=v3_671b", f"data.paths=[{tmp_path / 'a.txt'}]"]
+    given = ["experiment=v3_671b", "data=files_and_tokenizer", f"data.paths=[{tmp_path / 'a.txt'}]"]
     monkeypatch.setattr("launch.config.run.check_memory", lambda config, check: None)
     monkeypatch.setattr(plan, "plan_job", lambda *arguments: pytest.fail("is planned"))
     rule = "must have tokens for at least 90 % of model.vocab_size=129280, as other rows learn nothing"

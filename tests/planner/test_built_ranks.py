@@ -35,8 +35,6 @@ from train.predict.measured import TimesScope, layer_parameters
 from train.predict.memory import predict_memory, rank_memory
 from train.predict.timing import MeasuredRates, planning_schedule
 
-NO_FILES = ["data.paths=[corpus]", "data.tokenizer=null"]
-
 PRESETS = tuple(name for name in options("model") if name != "of_checkpoint")
 
 PIPELINES = (1, 2, 4, 8, 16)
@@ -125,7 +123,7 @@ def test_arithmetic_equals_built_ranks(cases: Sequence[tuple[str, int, str]], at
 
 @pytest.mark.long
 def test_distinct_ranks_of_2048_hold_what_the_plan_says() -> None:
-    config = fitted_config(compose_run(["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]))
+    config = fitted_config(compose_run(["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]))
     built = build_ranks(config)
     assert not distributed.is_initialized()
     assert [each["pipeline_ranks"][0] for each in built] == list(range(8))
@@ -141,7 +139,7 @@ def test_distinct_ranks_of_2048_hold_what_the_plan_says() -> None:
 @pytest.mark.long
 def test_building_of_distinct_ranks_of_2048_takes_seconds_and_less_than_a_gigabyte() -> None:
     """Both are measured in a process with no other children."""
-    arguments = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]
+    arguments = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
     code = (
         "import resource\n"
         "from launch.config.run import compose_run\n"
