@@ -18,6 +18,7 @@ from base.refusal import ConfigError, broken
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
+from dualpipe.export import flag_lines, megatron_flags, megatron_layout
 from dualpipe.registry import ScheduleConfig, candidates
 from infer.deployment import deployment_text, deployment_values
 from launch.cli.entry import command, preview_of, write_output
@@ -44,6 +45,7 @@ from planner.search import search_layouts
 from planner.search_forms import search_text, search_values
 from planner.smallest import smallest_text, smallest_values
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
+from train.predict.cut import run_cut
 from train.predict.timing import SLICES, MeasuredRates
 from train.tasks.registry import TASKS
 
@@ -70,6 +72,10 @@ REPORT_PHASES: Mapping[str, tuple[int, tuple[str, ...], str]] = {
 }
 """By phase: GPU-hours of table 1 (arXiv:2412.19437), overrides of the recipes, and what a difference is due to."""
 
+_MEGATRON_PARTS = {"norm": "layernorm", "mla_up": "mla_up_proj", "swiglu": "moe_act"}
+_MEGATRON_LAYER = ("layernorm", "mla_up_proj", "mlp", "moe")
+"""Megatron-Core's names of what is recomputed, one by one, or of all of a layer but attention."""
+
 
 def main(overrides: Sequence[str]) -> int:
     """Plans a run and prints the plan. Returns exit code 0, also if the run does not fit."""
@@ -86,10 +92,11 @@ def main(overrides: Sequence[str]) -> int:
 class PlanAnswer(Drawing):
     """Plan of a run, or layouts that a search found: values, printed text, and a page in notebooks."""
 
-    def __init__(self, values: dict[str, Any], lines: Callable[[], str], page: Callable[[], str] | None = None) -> None:
-        """Stores values and functions that return the other forms; a search has no page."""
-        writers = {"text": lines, "json": lambda: json.dumps(values, indent=1)}
-        super().__init__(writers if page is None else writers | {"html": page})
+    def __init__(
+        self, values: dict[str, Any], lines: Callable[[], str], others: Mapping[str, Callable[[], str]] | None = None
+    ) -> None:
+        """Stores values and functions that return the other forms; only the plan of one run has more than two."""
+        super().__init__({"text": lines, "json": lambda: json.dumps(values, indent=1), **(others or {})})
         self.values = values
 
 
@@ -147,7 +154,43 @@ def _planned(request: PlanRequest) -> PlanAnswer:
         asked["dry_run"] = compare_built_ranks(plan.config)
     values = forms.plan_values(plan, request.planner) | {"notes": list(request.notes)} | asked
     page = partial(plan_page, values, plan.timed, request.config.name)
-    return PlanAnswer(values, lambda: _plan_lines(plan, values, asked), page)
+    pages = {"megatron": partial(_megatron_flags, plan), "html": page}
+    return PlanAnswer(values, lambda: _plan_lines(plan, values, asked), pages)
+
+
+def _megatron_flags(plan: JobPlan) -> str:
+    """Returns the flags of Megatron-Core for the layout, the cut and the recomputed parts of a plan.
+
+    Raises:
+        ConfigError, ScheduleError: if Megatron-Core cannot run the plan.
+    """
+    config = plan.config
+    model = config.model
+    sizes = config.parallelism
+    schedule = require_time(plan).schedule
+    layout = megatron_layout([len(layers) for layers in run_cut(config, schedule.placement)], model.mtp_depth)
+    flags = megatron_flags(schedule, layout)
+    if config.memory_cap is not None:
+        raise broken("memory_cap", "must be null for Megatron, whose order has its own peak", config.memory_cap, "null")
+    flags |= {"expert-model-parallel-size": sizes.expert, "context-parallel-size": sizes.context}
+    dense = model.num_dense_layers
+    flags |= {"num-layers": model.num_layers, "moe-layer-freq": f"([0]*{dense}+[1]*{model.num_layers - dense})"}
+    flags |= {"mtp-num-layers": model.mtp_depth} if model.mtp_depth else {}
+    flags |= {"micro-batch-size": config.batch.micro_sequences, "global-batch-size": config.batch.global_sequences}
+    # The interleaved order is planned with overlapped exchange, for which Megatron has conditions.
+    if schedule.kind != "1f1b" and sizes.expert > 1:
+        rule = "with schedule=interleaved_1f1b for Megatron, which overlaps no exchange of others"
+        for key, value, is_wrong, near in (
+            ("precision", config.precision.kind, config.precision.kind == "float32", "bf16"),
+            ("model.mtp_depth", model.mtp_depth, model.mtp_depth > 1, "1"),
+            ("recompute", [*config.recompute], "layer" in config.recompute, "[norm, mla_up, swiglu]"),
+        ):
+            if is_wrong:
+                raise broken(key, f"must be another one {rule}", value, near)
+        flags |= {"overlap-moe-expert-parallel-comm": "", "delay-wgrad-compute": ""}
+    parts = _MEGATRON_LAYER if "layer" in config.recompute else [_MEGATRON_PARTS[part] for part in config.recompute]
+    recompute = f"--recompute-granularity selective\n--recompute-modules {' '.join(parts)}"
+    return "\n".join([flag_lines(flags), *([recompute] if parts else [])])
 
 
 def with_advice(plan: JobPlan) -> JobPlan:

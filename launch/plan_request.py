@@ -44,6 +44,8 @@ UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
 
 _CHANGEABLE = ("cluster", "cost", "plan")
 """Sections of a run's configuration that describe devices and prices, which a comparison may change."""
+_PLAN_FORMATS = ("html", "megatron")
+"""Formats that only the plan of one run has."""
 _PLANNED = (
     *("model", "parallelism", "schedule", "batch", "precision", "dispatch", "recompute", "costs"),
     *("memory_cap", "attention", "optim"),
@@ -68,7 +70,7 @@ class PlanOptions:
     deployment: DeploymentConfig | None
     dry_run: bool
     report_costs: bool
-    format: Literal["text", "json", "html"]
+    format: Literal["text", "json", "html", "megatron"]
     out: str
 
 
@@ -128,7 +130,7 @@ def _check_modes(own: PlanOptions) -> None:
     others = ("search", "smallest", "what_if", "advice", "run", "dry_run")
     if own.deployment is not None and (key := next((key for key in others if getattr(own, key)), None)):
         raise broken(key, "must not be set with deployment", getattr(own, key), "deployment=null")
-    if own.deployment is not None and own.format == "html":
+    if own.deployment is not None and own.format in _PLAN_FORMATS:
         raise broken("format", "must be text or json with deployment", own.format, "text")
     if own.search and own.smallest:
         raise broken("smallest", "must be false with search=true", "true", "search=false")
@@ -140,7 +142,7 @@ def _check_modes(own: PlanOptions) -> None:
         for key in ("what_if", "advice", "dry_run"):
             if value := getattr(own, key):
                 raise broken(key, rule, value, f"{mode}=false")
-        if own.format == "html":
+        if own.format in _PLAN_FORMATS:
             raise broken("format", f"must be text or json with {mode}=true", own.format, "text")
     for key in ("search", "smallest", "what_if", "advice"):
         if own.run is not None and getattr(own, key):
@@ -149,7 +151,7 @@ def _check_modes(own: PlanOptions) -> None:
 
 def _check_report_costs(name: str, form: str, overrides: Sequence[str]) -> None:
     """Rejects keys next to `report_costs`, which plans the recipes as they are."""
-    if form == "html":
+    if form in _PLAN_FORMATS:
         raise broken("format", "must be text or json with report_costs=true", form, "text")
     keys = ("experiment", "report_costs", "format", "out")
     wrong = next((text for text in overrides if key_of(text) not in keys), None)

@@ -23,7 +23,7 @@ from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, kind_of, num
 from dualpipe.draw.svg import svg
 from dualpipe.draw.text import decode_summary, grid, html, table
 from dualpipe.draw.trace import trace
-from dualpipe.export import TorchGroups, torch_csv
+from dualpipe.export import MEGATRON_KINDS, TorchGroups, flag_lines, megatron_flags, torch_csv
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, ModelCosts, ScheduleConfig, check_size, check_slices
@@ -36,6 +36,11 @@ from launch.config.compose import compose
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
 _MOST_COLUMNS = 160  # of a timeline in the terminal
+_EXPORTS = {
+    "torch": "have one direction with format=torch, as torch holds a stage once",
+    "megatron": "be a kind of Megatron's with format=megatron, as Megatron reads no order from a file",
+}
+"""Formats that other programs run, each with the rule for a kind."""
 _REPORT_KINDS = ("1f1b", "zb1p", "dualpipe")
 _REPORT_MEANING = (
     "bubble: idle time of a rank; B = I + W; F&B: both overlapped; parameters: copies of the weights; "
@@ -54,7 +59,7 @@ class ScheduleCommandConfig:
     num_micro_batches: int
     costs: ModelCosts
     memory_cap: float | None
-    format: Literal["text", "json", "svg", "html", "trace", "torch"]
+    format: Literal["text", "json", "svg", "html", "trace", "torch", "megatron"]
     groups: TorchGroups
     table: Literal["kinds", "report"]
     out: str
@@ -83,8 +88,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
     if config.program == "decode":
         return _shown_decoding(config)
     kind = config.schedule.kind
-    if config.format == "torch":
-        _check_torch(config)
+    _check_export(config)
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
     check_slices(kind, config.num_micro_batches, config.schedule.slices)
     if config.schedule.slice_by != "work":
@@ -101,8 +105,9 @@ def _shown(config: ScheduleCommandConfig) -> str:
         "cache_dir": schedules_folder(config.cache_dir),
     }
     compared = compare(**size) if kind == "auto" else None
-    if compared is not None and config.format == "torch":
-        compared = replace(compared, rows=tuple(row for row in compared.rows if kind_of(row) in _torch_kinds()))
+    if compared is not None:
+        rows = tuple(row for row in compared.rows if kind_of(row) in _export_kinds(config.format))
+        compared = replace(compared, rows=rows)
     built = build(kind, **size) if compared is None else compared.best
     schedule = built.schedule
     validate(schedule)
@@ -116,6 +121,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
             return trace(built.schedule, built.simulation, built.costs)
         case "torch":
             return torch_csv(schedule, config.groups)
+        case "megatron":
+            return flag_lines(megatron_flags(schedule))
         case "svg":
             return built.draw().render("svg")
     compared = compared or compare(**size)
@@ -131,25 +138,38 @@ def _shown(config: ScheduleCommandConfig) -> str:
     return "\n".join([table(rows, min(window or 100, 100)), *reason, "", built.draw(window).render("text")])
 
 
-def _torch_kinds() -> list[str]:
-    """Returns the kinds that torch can run: it holds each stage on one rank."""
-    return [name for name, spec in SCHEDULES.items() if not spec.is_bidirectional()]
+def _export_kinds(form: str) -> list[str]:
+    """Returns the kinds that a format can have; torch holds each stage on one rank."""
+    if form == "megatron":
+        return list(MEGATRON_KINDS)
+    return [name for name, spec in SCHEDULES.items() if form != "torch" or not spec.is_bidirectional()]
 
 
-def _check_torch(config: ScheduleCommandConfig) -> None:
-    """Rejects what torch's runtime has no operations for."""
+def _check_export(config: ScheduleCommandConfig) -> None:
+    """Rejects what the program of a format has no operations for."""
+    if config.format not in _EXPORTS:
+        return
     kind = config.schedule.kind
-    if kind != "auto" and SCHEDULES.current_name(kind) not in _torch_kinds():
-        limits = {name: SCHEDULES.get(name).limit for name in _torch_kinds()}
+    form = config.format
+    kinds = _export_kinds(form)
+    if kind != "auto" and SCHEDULES.current_name(kind) not in kinds:
+        limits = {name: SCHEDULES.get(name).limit for name in kinds}
         valid = [name for name, limit in limits.items() if limit(config.num_ranks, config.num_micro_batches) is None]
         near = " or ".join(f"schedule={name}" for name in (*(closest(kind, valid) or valid)[:1], "auto"))
-        raise broken("schedule", "must have one direction with format=torch, as torch holds a stage once", kind, near)
+        raise broken("schedule", f"must {_EXPORTS[form]}", kind, near)
     if config.schedule.slices > 1:
-        rule = "must be 1 with format=torch, which runs whole sequences"
-        raise broken("schedule.slices", rule, config.schedule.slices, 1)
+        raise broken(
+            "schedule.slices", f"must be 1 with format={form}, whose sequences are whole", config.schedule.slices, 1
+        )
     if config.costs.offload is not None:
-        rule = "must be null with format=torch, which copies no activations"
+        rule = f"must be null with format={form}, which copies no activations"
         raise broken("costs.offload", rule, config.costs.offload, "null")
+    if form == "megatron" and config.memory_cap is not None:
+        rule = "must be null with format=megatron, as Megatron's order has its own peak"
+        raise broken("memory_cap", rule, config.memory_cap, "null")
+    if form == "megatron" and config.costs.stages:
+        rule = "must be empty with format=megatron, as only a plan has layers to cut"
+        raise broken("costs.stages", rule, [*config.costs.stages], "[], or python -m launch.plan format=megatron")
 
 
 def _report_table(config: ScheduleCommandConfig) -> str:
@@ -211,8 +231,9 @@ def _shown_decoding(config: ScheduleCommandConfig) -> str:
             return to_json(schedule)
         case "trace":
             return trace(schedule, simulation, costs)
-        case "torch":
-            raise broken("format", "must be another one with program=decode, which torch cannot run", "torch", "json")
+        case "torch" | "megatron":
+            rule = "must be another one with program=decode, which other programs cannot run"
+            raise broken("format", rule, config.format, "json")
         case "text":
             return "\n".join([grid(schedule, simulation), decode_summary(schedule, simulation)])
     work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)

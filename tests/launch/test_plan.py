@@ -26,6 +26,7 @@ from planner import forms
 from planner.search import search_layouts
 from tests import ROOT
 from tests.commands import run_command, run_python
+from tests.dualpipe.test_export import read_layout
 from tests.planner.measured.runs import write_run, write_times
 from tests.planner.planned import PUBLISHED, SMALL
 from tests.refusals import assert_refused, read_table
@@ -81,6 +82,20 @@ def test_a_plan_is_written_into_a_folder_that_does_not_exist_yet(tmp_path: Path)
     path = tmp_path / "new" / "plan.html"
     assert plan.main([*SMALL, "format=html", f"out={path}"]) == 0
     assert path.read_text().startswith("<!doctype html>")
+
+
+def test_megatron_gets_the_cut_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*SMALL, "schedule=interleaved_1f1b", "schedule.chunks=2", "parallelism.cut=[3,4,3,3,4,3,4,3]"]
+    assert plan.main([*run, "format=megatron"]) == 0
+    flags = dict(line.removeprefix("--").partition(" ")[::2] for line in capsys.readouterr().out.splitlines())
+    stages = read_layout(shlex.split(flags["pipeline-model-parallel-layout"])[0])
+    assert stages == ["Ettt", "tttt", "ttt", "ttt", "tttt", "ttt", "tttt", "tttmL"]
+    assert flags["pipeline-model-parallel-size"] == "4"
+    assert "num-virtual-stages-per-pipeline-rank" not in flags  # Megatron takes one of both
+    assert (flags["num-layers"], flags["expert-model-parallel-size"]) == ("27", "2")
+    assert eval(shlex.split(flags["moe-layer-freq"])[0]) == [0] + 26 * [1]
+    assert flags["recompute-modules"] == "layernorm mla_up_proj moe_act"
+    assert {"overlap-moe-expert-parallel-comm", "delay-wgrad-compute"} <= flags.keys()
 
 
 def test_config_only_prints_a_configuration_that_plans_the_same() -> None:

@@ -95,7 +95,7 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("schedule=dualpipe schedule.chunks=3", ScheduleError, ["schedule.chunks", "is 3", "nearest: 1"]),
         ("costs.forward=quick", ConfigError, ["costs.forward", "'quick'"]),
         ("cost.forward=1", ConfigError, ["cost.forward", "costs.forward"]),
-        ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace, torch", "'yaml'"]),
+        ("format=yaml", ConfigError, ["format", "text, json, svg, html, trace, torch, megatron", "'yaml'"]),
         (
             "format=torch",
             ConfigError,
@@ -105,6 +105,13 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("format=torch schedule=1f1b schedule.slices=2", ConfigError, ["schedule.slices", "format=torch", "is 2"]),
         ("format=torch schedule=zb_v costs.offload=1", ConfigError, ["costs.offload", "format=torch", "is 1", "null"]),
         ("format=json groups=all", ConfigError, ["groups", "format=json", "is all", "format=torch"]),
+        (
+            "format=megatron",
+            ConfigError,
+            ["schedule: ", "Megatron", "is dualpipe_interleaved", "schedule=interleaved_1f1b"],
+        ),
+        ("format=megatron schedule=1f1b memory_cap=2", ConfigError, ["memory_cap", "format=megatron", "is 2", "null"]),
+        ("format=megatron schedule=1f1b costs.stages=[1,2]", ConfigError, ["costs.stages", "format=megatron", "plan"]),
         ("format=torch program=decode num_micro_batches=32", ConfigError, ["format", "program=decode", "json"]),
         (
             "table=report num_ranks=5",
