@@ -106,8 +106,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
     }
     compared = compare(**size) if kind == "auto" else None
     if compared is not None:
-        rows = tuple(row for row in compared.rows if kind_of(row) in _export_kinds(config.format))
-        compared = replace(compared, rows=rows)
+        kinds = _export_kinds(config.format)
+        compared = replace(compared, rows=tuple(row for row in compared.rows if kind_of(row) in kinds))
     built = build(kind, **size) if compared is None else compared.best
     schedule = built.schedule
     validate(schedule)
