@@ -187,7 +187,7 @@ class WeightQueue:
             while self._waiting:
                 weight, gradient = self._waiting.popleft()
                 if isinstance(gradient, WeightProduct):
-                    gradient.compute(store.gradient(weight))
+                    gradient.compute(store.open_sum(weight))
                 else:
                     store.add(weight, gradient())
 
@@ -195,7 +195,8 @@ class WeightQueue:
 class GradientStore:
     """Sums of gradients over a step's micro-batches, at least float32 for any type of weights.
 
-    A hook moves gradients that autograd accumulates (norms, router) here. All others arrive through `add`.
+    A hook moves gradients that autograd accumulates (norms, router) here. All others arrive through `add`. Once a sum
+    is complete, its owner seals it, and a gradient that arrives later raises RuntimeError.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -204,14 +205,20 @@ class GradientStore:
             parameter: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for parameter in parameters
         }
+        self._sealed: set[int] = set()
         # The hook must not hold the store, and with it the parameter: torch never collects hooks, so neither would be
         # freed.
         for parameter, total in self._sums.items():
-            parameter.register_post_accumulate_grad_hook(partial(_move, total))
+            parameter.register_post_accumulate_grad_hook(partial(_move, total, self._sealed))
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds one gradient of `parameter`, with the same shape."""
-        self._sums[parameter].add_(gradient)
+        self.open_sum(parameter).add_(gradient)
+
+    def open_sum(self, parameter: Tensor) -> Tensor:
+        """Returns the sum of `parameter` to add to. Raises RuntimeError if it is sealed."""
+        _check_unsealed(self._sealed, parameter)
+        return self._sums[parameter]
 
     def gradient(self, parameter: Tensor) -> Tensor:
         """Returns the sum so far, zeros if nothing arrived. This is the store's own tensor, not a copy."""
@@ -221,14 +228,26 @@ class GradientStore:
         """Returns all sums so far."""
         return list(self._sums.values())
 
+    def seal(self, parameters: Iterable[Tensor]) -> None:
+        """Takes the sums of some parameters for complete until they are cleared."""
+        self._sealed.update(map(id, parameters))
+
     def clear(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Sets the sums of some parameters, by default of all, to zero."""
         for parameter in self._sums if parameters is None else parameters:
             self._sums[parameter].zero_()
+            self._sealed.discard(id(parameter))
 
 
-def _move(total: Tensor, parameter: Tensor) -> None:
+def _check_unsealed(sealed: set[int], parameter: Tensor) -> None:
+    if id(parameter) in sealed:
+        shape = "x".join(map(str, parameter.shape))
+        raise RuntimeError(f"a gradient of a parameter of {shape} arrived after the reduction of its stage had started")
+
+
+def _move(total: Tensor, sealed: set[int], parameter: Tensor) -> None:
     if parameter.grad is not None:
+        _check_unsealed(sealed, parameter)
         # Without this, autograd would keep a second sum in the parameter's type.
         total.add_(parameter.grad)
         parameter.grad = None

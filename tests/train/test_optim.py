@@ -182,6 +182,12 @@ def sharded_steps(rank: int, world_size: int, configs: list[tuple[OptimConfig, t
             background.updates.wait_all()
         weights = {name: parameter.detach() for name, parameter in named.items()}
         results.append({"weights": weights, "norms": norms, "state": optimizer.state(), "sent": sent})
+        optimizer.reduce(1)
+        with pytest.raises(RuntimeError, match="parameter of 41 arrived after the reduction"):
+            store.add(named["norm"], named["norm"].detach())
+        store.add(named["matrix"], named["matrix"].detach())
+        optimizer.discard()
+        store.add(named["norm"], named["norm"].detach())
         optimizer.close()
     return results
 

@@ -167,6 +167,7 @@ class StagedAdamW:
 
     def _start_next(self) -> None:
         unit, optimizer = self._units[len(self._reducing)]
+        self._store.seal(unit.parameters)
         self._reducing.append(self._background.lane.submit(partial(self._reduce, unit, optimizer)))
 
     def _reduce(self, unit: Unit, optimizer: UnitOptimizer) -> _Reduced:
