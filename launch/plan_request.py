@@ -27,6 +27,7 @@ from launch.config.rules import check_rules
 from launch.config.run import check_data, check_text, read_config, read_run, write_config
 from planner.job_plan import PlannerConfig
 from planner.scaling import Rates
+from train.checkpoint.sources import LIKE_POLICY
 from train.config import Acceptance, TrainConfig
 from train.predict.timing import EfficiencyConfig, with_chunks
 from train.report.plan_comparison import run_rates
@@ -39,7 +40,12 @@ PLANNER = (_RATES, _EFFICIENCY)
 """Groups of a plan that a run does not have."""
 _MOST_BYTES = 2**26
 _UNREAD = "unread"
-UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
+UNREAD: Mapping[str, Any] = {
+    "data.paths": [_UNREAD],
+    "data.sources": [{"name": _UNREAD, "paths": [_UNREAD], "weight": 1, "domain": None}],
+    "data.tokenizer": _UNREAD,
+    "reward.parts.*.ckpt": LIKE_POLICY,
+}
 """Values without which a run cannot start, and which a plan can do without."""
 
 _CHANGEABLE = ("cluster", "cost", "plan")
@@ -105,6 +111,8 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     planned = {key: value for key, value in values.items() if key not in output_keys}
     run = {key: value for key, value in planned.items() if key not in PLANNER}
     notes = list(make_validation_whole(run))
+    if any(part.get("ckpt") == LIKE_POLICY for part in (run.get("reward") or {}).get("parts") or ()):
+        notes.append("reward.parts: a reward model without a ckpt is planned with the sizes of the policy")
     if plan_options.search or plan_options.smallest:
         notes += _adapt_to_search(run, overrides)
     if plan_options.smallest and run["task"].get("steps", 1) is None:  # they change no memory

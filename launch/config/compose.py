@@ -68,13 +68,12 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
 
     Args:
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
-        unread: values for dotted keys that the command does not read, used if they have none.
+        unread: values for dotted keys that the command does not read, used if they have none. `*` is an item's number.
     """
     config = _checked(command, overrides).config
-    for key, value in (unread or {}).items():
-        group, _, name = key.rpartition(".")
-        if group in config and OmegaConf.is_missing(config[group], name):
-            config[group][name] = value
+    for key in [key for key, value in _raw_keys(config).items() if unread and value == MISSING]:
+        if (pattern := re.sub(r"\.\d+\.", ".*.", key)) in (unread or {}):
+            OmegaConf.update(config, key, (unread or {})[pattern])
     raw = _raw_keys(config)
     try:
         values = _string_keys(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))

@@ -27,6 +27,7 @@ from tests.data.released_tokenizer import write_released
 from tests.docs.pages import write_prepared
 from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
+from train.checkpoint.sources import scoring_runs
 from train.config import TrainConfig
 from train.core.step import rates_of
 from train.optim.learning_rate import schedule_warnings
@@ -116,6 +117,16 @@ def test_recipe_distils_into_a_fresh_student_and_says_so(folder: Path) -> None:
     assert (student.init_from, student.initial_weights) == ("random", None)
     with pytest.raises(ConfigError, match=r"^init_from: must name trained weights with task=distill, is null"):
         check(build(folder, "arithmetic_distill", "init_from=null"))
+
+
+@pytest.mark.slow
+def test_v3_rl_is_planned_with_a_reward_model_of_the_sizes_of_the_policy() -> None:
+    request = read_request(["experiment=v3_rl"])
+    assert request.notes == ("reward.parts: a reward model without a ckpt is planned with the sizes of the policy",)
+    (second,) = scoring_runs(request.config)
+    assert second.model == replace(request.config.model, head="score", mtp_depth=0)
+    with pytest.raises(ConfigError, match=r"^data.sources and reward.parts.2.ckpt: a value is needed"):
+        compose_run(["experiment=v3_rl"])
 
 
 def test_a_folder_that_is_called_random_has_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +282,17 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         (tmp_path / "samples.jsonl").write_text(lines, "utf-8")
         given = [f"data.paths=[{tmp_path / 'samples.jsonl'}]", "data.tokenizer=null", "validation.sequences=0"]
         given += ["init_from=random"] if name == "v3_grpo" else []
+        return [*overrides, *given]
+    if name == "v3_rl":
+        lines = "\n".join(f'{{"prompt": "{number}", "answer": "1", "tests": ["1"]}}' for number in range(300))
+        sources = []
+        for domain in ("maths", "code", "writing"):
+            (tmp_path / f"{domain}.jsonl").write_text(lines, "utf-8")
+            path = tmp_path / f"{domain}.jsonl"
+            sources.append(f"{{name: {domain}, paths: [{path}], weight: 1, domain: {domain}}}")
+        judge = replace(compose_run(["model=v3_671b"]).model, head="score", mtp_depth=0)
+        given = [f"data.sources=[{','.join(sources)}]", "data.tokenizer=null", "validation.sequences=0"]
+        given += [f"reward.parts.2.ckpt={write_stand_in(folder / 'judge', judge)}", "init_from=random"]
         return [*overrides, *given]
     if name == "quickstart_mix":
         text = "sources: [{name: one, paths: [text], weight: 1}, {name: two, paths: [text/a.txt], weight: 2}]"

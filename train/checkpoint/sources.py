@@ -39,6 +39,8 @@ LARGEST_FILE_BYTES = 5_000_000_000
 # The range of positions changes no weight's shape, and a later phase of training may extend it.
 _FREE_KEYS = ("max_position_tokens", "rope_scaling")
 REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
+LIKE_POLICY = "a reward model of the policy's sizes"
+"""A path without weights, with which a run can be planned and not started."""
 JUDGE_KEY = "reward.parts, kind judge: weights"
 
 
@@ -254,7 +256,8 @@ class CheckpointReader:
 
 def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
     """Returns the run with the architecture of a second network, without MTP modules."""
-    model = source_config(path, key, drop_mtp=True)
+    like_policy = replace(config.model, head="score", mtp_depth=0)
+    model = like_policy if path == LIKE_POLICY else source_config(path, key, drop_mtp=True)
     # The cut of the run's own layers does not fit other layers.
     return replace(config, model=model, parallelism=replace(config.parallelism, cut=Cut("even")))
 
