@@ -10,7 +10,7 @@ from types import FrameType
 
 EXIT_CONFIGURATION = 2  # refused; no step was made
 EXIT_OTHER = 1  # another rank failed with an error
-EXIT_UNVERIFIED = 3  # a check of `launch.verify` failed
+EXIT_UNVERIFIED = 3  # a check of `launch.verify` failed, or weights differ in `launch.convert check=`
 EXIT_PREEMPTED = 75  # preempted after saving
 EXIT_HANG = 76  # a rank did not reach a collective within the timeout
 EXIT_NON_FINITE = 77  # the guard stopped the run

@@ -147,8 +147,10 @@ class Checkpoint:
     unknown: tuple[str, ...]
 
 
-def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path, *, drop_mtp: bool = False, checks_tensors: bool = True) -> Checkpoint:
     """Reads `config.json`, the index if there is one, and the header of every file.
+
+    Without `checks_tensors`, the files may hold other tensors than the architecture requires.
 
     Raises:
         HfError: something is missing, truncated, superfluous, outside the folder, or of another shape or type than the
@@ -166,11 +168,12 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
         entries = {name: entry for name, entry in entries.items() if not _is_mtp_tensor(name, config)}
     if not any(_is_mtp_tensor(name, config) and not is_rotary(name) for name in entries):
         config = replace(config, mtp_depth=0)
-    _check_names(folder, config, entries)
-    allowed = _allowed_dtypes(keys, path)
-    for name, shape in weights(config):
-        if name in entries:
-            _check_tensor(name, shape, entries, allowed, is_fp8=is_fp8)
+    if checks_tensors:
+        _check_names(folder, config, entries)
+        allowed = _allowed_dtypes(keys, path)
+        for name, shape in weights(config):
+            if name in entries:
+                _check_tensor(name, shape, entries, allowed, is_fp8=is_fp8)
     return Checkpoint(
         folder=folder, config=config, entries=entries, carried=carried_keys(keys), unknown=unknown_keys(keys)
     )

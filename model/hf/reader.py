@@ -106,8 +106,7 @@ class HfReader:
         """Returns stored frequencies, [R / 2], if `config.json` determines them, plain or interpolated."""
         entry = self._entry(name)
         config = self.config
-        with _open(entry.file) as file:
-            stored = torch.cat([rows for _, rows in _read_runs(file, entry, name)])
+        stored = read_tensor(entry, name)
         plain = inverse_frequencies(replace(config, rope_scaling=PlainRope(kind="plain")))
         # A computed power is exact to a few roundings of the stored type.
         tolerance = 8 * torch.finfo(stored.dtype).eps
@@ -152,17 +151,7 @@ class HfReader:
     def _scales(self, name: str) -> Tensor:
         entry = self._entry(scale_name(name))
         scaled = scale_name(name)
-        with _open(entry.file) as file:
-            runs = [rows for _, rows in _read_runs(file, entry, scaled)]
-        scales_MT = torch.cat(runs).float()  # E8M0 exponents become powers of two, exactly
-        good = scales_MT.isfinite() & (scales_MT > 0)
-        if not good.all():
-            where = (~good).nonzero()[0].tolist()
-            value = scales_MT[tuple(where)].item()
-            raise HfError(
-                entry.file, scaled, f"must hold finite numbers above 0, holds {format_value(value)} at {where}"
-            )
-        return scales_MT
+        return checked_scales(read_tensor(entry, scaled), entry.file, scaled)
 
     def _check_copies(self, named: Collection[str]) -> None:
         for copy, original in self._copies:
@@ -176,6 +165,24 @@ class HfReader:
                 )
                 if any(ours != theirs for ours, theirs in pairs):
                     raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
+
+
+def checked_scales(stored_MT: Tensor, path: Path, name: str) -> Tensor:
+    """Returns stored scales in float32, or raises an `HfError` if one is not a finite number above 0."""
+    scales_MT = stored_MT.float()  # E8M0 exponents become powers of two, exactly
+    good = scales_MT.isfinite() & (scales_MT > 0)
+    if not good.all():
+        where = (~good).nonzero()[0].tolist()
+        value = scales_MT[tuple(where)].item()
+        raise HfError(path, name, f"must hold finite numbers above 0, holds {format_value(value)} at {where}")
+    return scales_MT
+
+
+def read_tensor(entry: TensorEntry, name: str) -> Tensor:
+    """Returns a whole tensor in the type in which it is stored."""
+    with _open(entry.file) as file:
+        runs = [rows for _, rows in _read_runs(file, entry, name)]
+    return torch.cat(runs) if runs else torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
 
 
 def all_finite(values: Tensor) -> bool:

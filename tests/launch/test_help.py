@@ -12,7 +12,7 @@ import yaml
 
 import launch.config.compose
 from base.refusal import ConfigError
-from launch import redraw, submit, train
+from launch import convert, redraw, submit, train
 from launch.cli.entry import command
 from launch.cli.help import find_commands, help_text, listing, other_options, read_options, unknown_command
 from launch.config.compose import (
@@ -66,7 +66,7 @@ def test_commands_examples_compose() -> None:
             words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
             assert words[:3] == ["python", "-m", f"launch.{found.name}"]
             overrides = [word for word in words[3:] if not word.startswith(("config_only=", "dry_run=", "prompt="))]
-            compose(found.name, overrides, UNREAD if found.name == "plan" else None)
+            compose(found.name, overrides, {"plan": UNREAD, "convert": convert.UNREAD}.get(found.name))
 
 
 @pytest.mark.slow
