@@ -42,7 +42,7 @@ from model.hf.reader import TORCH_DTYPES, all_finite, checked_scales, read_tenso
 from train.checkpoint.layer_outputs import LayerSource, compare_outputs
 from train.checkpoint.locate import differences
 from train.checkpoint.sources import CheckpointReader, is_hf_folder, source_folder
-from train.checkpoint.tensor_faults import Values, agree, describe_fault
+from train.checkpoint.tensor_faults import StoredValues, agree, describe_fault
 
 _UNUSED_KEYS = ("initializer_range", "mtp_depth")  # no forward pass reads the first; tensors show the second
 MOST_DESCRIBED = 10  # faults that a report describes; to describe one may read all tensors of a layer
@@ -84,7 +84,7 @@ class OpenedWeights:
     read: Callable[[str], Tensor]
     left_out: str | None = None
 
-    def values(self, name: str) -> Values:
+    def values(self, name: str) -> StoredValues:
         """Reads a tensor in float32, dequantized, or raises an `HfError` if a value is not finite."""
         raw = self.read(name)
         scales = None
@@ -95,7 +95,7 @@ class OpenedWeights:
         if not all_finite(values):
             where = (~values.isfinite()).nonzero()[0].tolist()
             raise HfError(self.folder, name, f"must hold finite numbers, holds {values[tuple(where)]} at {where}")
-        return Values(values, self.stored[name].dtype, scales)
+        return StoredValues(values, self.stored[name].dtype, scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def open_weights(path: str, key: str, *, drop_mtp: bool, like: ModelConfig | Non
     )
 
 
-class Comparison:
+class WeightsComparison:
     """Collects what differs between weights and others, or the names, shapes and types of an architecture."""
 
     def __init__(self, ours: OpenedWeights, theirs: OpenedWeights | None, expected: ModelConfig) -> None:
@@ -255,7 +255,7 @@ class Comparison:
         dtype = self._ours.stored[name].dtype
         return f"has another type: {dtype} instead of {usual}" if _bits(dtype) > _bits(usual) else ""
 
-    def _others(self, name: str) -> Iterator[tuple[str, Values]]:
+    def _others(self, name: str) -> Iterator[tuple[str, StoredValues]]:
         """Reads expected tensors of the same shape, first those of the same layer."""
         assert self._theirs is not None
         tail = name.rsplit(".", 2)[1:]
@@ -298,7 +298,7 @@ def check_weights(config: CheckConfig, released: ModelConfig | None) -> tuple[li
     elif drop_mtp:
         expected = replace(expected, mtp_depth=0)
     ours = open_weights(config.check, "check", drop_mtp=drop_mtp, like=expected)
-    comparison = Comparison(ours, theirs, expected)
+    comparison = WeightsComparison(ours, theirs, expected)
     comparison.run()
     faults = comparison.faults
     skipped = [ours.left_out] if ours.left_out else ["MTP modules (mtp=drop)"] if drop_mtp else []
@@ -322,7 +322,7 @@ def check_weights(config: CheckConfig, released: ModelConfig | None) -> tuple[li
 
 
 def _compare_outputs(
-    config: CheckConfig, comparison: "Comparison", ours: OpenedWeights, theirs: OpenedWeights
+    config: CheckConfig, comparison: WeightsComparison, ours: OpenedWeights, theirs: OpenedWeights
 ) -> tuple[str, list[Fault]]:
     """Returns a line about logits and layers, and the first part of the network whose output differs."""
     unreadable = [name for name in comparison.unreadable if copied_from(name) is None]

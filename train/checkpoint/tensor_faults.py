@@ -23,7 +23,7 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class StoredValues:
     """A tensor in float32, the type in which it is stored, and the scales of FP8 in float32, [M, T]."""
 
     tensor: Tensor
@@ -36,7 +36,7 @@ class Values:
         return torch.finfo(TORCH_DTYPES[self.dtype]).eps
 
 
-def agree(ours: Values, theirs: Values) -> bool:
+def agree(ours: StoredValues, theirs: StoredValues) -> bool:
     """Returns whether two tensors are the same up to one rounding to the coarser of their types.
 
     With FP8, each value must be within its error, and the mean ratio of each block must be 1 within what is left of
@@ -52,7 +52,11 @@ def agree(ours: Values, theirs: Values) -> bool:
 
 
 def describe_fault(
-    name: str, ours: Values, theirs: Values, config: ModelConfig, others: Callable[[], Iterable[tuple[str, Values]]]
+    name: str,
+    ours: StoredValues,
+    theirs: StoredValues,
+    config: ModelConfig,
+    others: Callable[[], Iterable[tuple[str, StoredValues]]],
 ) -> str:
     """Returns how a tensor differs from the expected one of the same shape, as the end of a sentence.
 
@@ -92,7 +96,7 @@ def describe_fault(
     )
 
 
-def _near(ours: Values, theirs: Values, expected: Tensor) -> Tensor:
+def _near(ours: StoredValues, theirs: StoredValues, expected: Tensor) -> Tensor:
     """Returns which values are the expected ones within the error of the stored types."""
     allowed = torch.zeros_like(expected)
     for side in (ours, theirs):
@@ -123,7 +127,7 @@ def _block_ratios(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     return ratios_MT, _BLOCK_ERROR + _VALUE_ERROR / counts_MT.sqrt()
 
 
-def _describe_scale(ours: Values, theirs: Values) -> str:
+def _describe_scale(ours: StoredValues, theirs: StoredValues) -> str:
     """Returns which blocks have another scale, or an empty text if that is not all that differs."""
     if ours.scales_MT is None:
         return ""
@@ -146,7 +150,7 @@ def _describe_scale(ours: Values, theirs: Values) -> str:
     )
 
 
-def _permutation(ours: Values, theirs: Values, axis: int) -> Tensor | None:
+def _permutation(ours: StoredValues, theirs: StoredValues, axis: int) -> Tensor | None:
     """Returns which expected row or column each one holds, or None if that is not what differs."""
     a, b = (side.tensor.movedim(axis, 0) for side in (ours, theirs))
     if a.ndim == 1:
