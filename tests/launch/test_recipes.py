@@ -119,6 +119,15 @@ def test_recipe_distils_into_a_fresh_student_and_says_so(folder: Path) -> None:
         check(build(folder, "arithmetic_distill", "init_from=null"))
 
 
+def test_arithmetic_v3_rl_passes_the_whole_check(folder: Path) -> None:
+    """Each of its domains has a judge, and its loss is that of equations 26 to 28."""
+    given = ["experiment=arithmetic_v3_rl", "init_from=random", *small_reward_model(folder)]
+    config = compose_run(given)
+    check(config)
+    assert isinstance(config.task, GrpoConfig)
+    assert (config.task.loss.ratio, config.task.loss.kl) == ("sequence_product", "forward_answer")
+
+
 @pytest.mark.slow
 def test_v3_rl_is_planned_with_a_reward_model_of_the_sizes_of_the_policy() -> None:
     request = read_request(["experiment=v3_rl"])
@@ -268,6 +277,11 @@ def test_recipe_is_the_same_run_for_train_plan_and_submit(
     assert expected["task.steps"] < 2**40
 
 
+def small_reward_model(folder: Path) -> list[str]:
+    model = replace(compose_run(["model=arithmetic"]).model, head="score", mtp_depth=0)
+    return [f"reward.parts.2.ckpt={write_stand_in(folder / 'small_judge', model)}"]
+
+
 def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
     """Returns the overrides of a recipe with stand-ins for all that its user must give."""
     name, _, variant = name.partition(" ")
@@ -300,6 +314,8 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         overrides.append(f"data.manifest={folder / 'MIX.yaml'}")
     elif name == "v3_671b":
         overrides.append(f"data.manifest={folder / 'v3.yaml'}")
+    elif name == "arithmetic_v3_rl":
+        overrides += [*small_reward_model(folder), "init_from=random"]
     elif name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
         overrides.append(f"data.paths=[{folder / 'text'}]")
     if name in GIVEN or name in EXTENSIONS:

@@ -155,7 +155,9 @@ class ForkedCommand:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         few = ["rollout.held_out=8", "rollout.held_out_samples=1"]
-        self._done = run_command([*arguments, *(few if "experiment=arithmetic_grpo" in arguments else [])])
+        self._done = run_command(
+            [*arguments, *(few if {"experiment=arithmetic_grpo", "experiment=arithmetic_v3_rl"} & {*arguments} else [])]
+        )
 
     def wait(self) -> int:
         assert self._done.returncode == 0, self._done.stdout + self._done.stderr
