@@ -100,6 +100,11 @@ def truncate(tensors: dict[str, Tensor]) -> None:
             tensors[name] = (tensor.view(torch.int32) >> 16 << 16).view(torch.float32).bfloat16()
 
 
+def flip_last_bit(codes: Tensor) -> Tensor:
+    codes.view(torch.uint8)[7, 7] ^= 1
+    return codes
+
+
 def change(name: str, function: Callable[[Tensor], Tensor]) -> Edit:
     return lambda tensors: tensors.update({name: function(tensors[name].clone())})
 
@@ -136,6 +141,7 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
         change(UP + "_scale_inv", lambda scales: scales * 1.04),
         f"{UP} has wrong scales in 2 blocks: that of [0, 0] is 1.0",
     ),
+    ("fp8", "fp8", change(UP, flip_last_bit), f"{UP} differs in 1 of 3264 values"),
     ("fp8", "bf16", lambda t: t.pop(UP + "_scale_inv"), f"{UP} needs scales [2, 1]: {UP}_scale_inv are missing"),
     (
         "float32",
@@ -217,6 +223,8 @@ def test_check_names_a_tokenizer_of_another_model(
     code, out = check(capsys, copy, folders / "float32")
     assert code == 3
     assert "different: tokenizer is another one: " in out
+    edit_json(copy / "config.json", lambda keys: keys.update(eos_token_id=2))
+    assert "config.eos_token_id is 1 there and 2 here" in check(capsys, copy, folders / "float32")[1]
 
 
 def test_check_names_the_first_layer_whose_output_differs(

@@ -8,9 +8,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,6 +96,16 @@ class OpenedWeights:
             raise HfError(self.folder, name, f"must hold finite numbers, holds {values[tuple(where)]} at {where}")
         return StoredValues(values, self.stored[name].dtype, scales)
 
+    def tensor(self, name: str) -> Tensor:
+        """Reads a tensor in float32, as `values` does."""
+        return self.values(name).tensor
+
+    def keys(self) -> dict[str, Any]:
+        """Returns what is compared of the architecture, and ids of special tokens that `config.json` names."""
+        path = self.folder / CONFIG_NAME
+        named = read_json(path) if path.is_file() else {}
+        return _compared(self.config) | {key: named[key] for key in TOKEN_ID_KEYS if named.get(key) is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -173,11 +182,11 @@ class WeightsComparison:
 
     def run(self) -> None:
         """Compares architecture, names, shapes, types and, if there are other weights, values."""
-        left_out = dict.fromkeys(_UNUSED_KEYS)
-        before, now = (asdict(config) | left_out for config in (self._config, self._ours.config))
-        for line in differences("config", before, now):
-            key, _, problem = line.partition(" ")
-            self.faults.append(Fault(key, problem))
+        before = self._theirs.keys() if self._theirs else _compared(self._config)
+        now = {key: value for key, value in self._ours.keys().items() if key in before}
+        # A run's checkpoint names no token ids.
+        lines = differences("config", {key: before[key] for key in now}, now)
+        self.faults += [Fault(*line.split(" ", 1)) for line in lines]
         for name, shape in self._shapes.items():
             outcome, problem = self._compare(name, shape)
             self._counts[self._part(name)][outcome] += 1
@@ -309,7 +318,6 @@ def check_weights(config: CheckConfig, released: ModelConfig | None) -> tuple[li
     if theirs is None:
         skipped += ["values", "tokenizer", "outputs"]
     else:
-        faults += compare_token_ids(ours.folder, theirs.folder)
         tokenizer = compare_tokenizers(ours.folder, theirs.folder)
         rows.append(("tokenizer", str(tokenizer)))
         faults += [tokenizer] if isinstance(tokenizer, Fault) else []
@@ -335,7 +343,7 @@ def _compare_outputs(
         rule = f"must be at least {theirs.config.mtp_depth + 2} ids below {vocab}"
         raise ConfigError(f"ids: {rule}, is {list(ids)}; nearest valid: null")
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    our_source, their_source = (LayerSource(side.config, partial(_values, side), dtype) for side in (ours, theirs))
+    our_source, their_source = (LayerSource(side.config, side.tensor, dtype) for side in (ours, theirs))
     report = compare_outputs(our_source, their_source, ids)
     is_fp8 = any(stored.dtype == "F8_E4M3" for side in (ours, theirs) for stored in side.stored.values())
     allowed = config.tolerance or (_EXACT if not comparison.has_rounded else _FP8 if is_fp8 else _ROUNDED)
@@ -349,10 +357,6 @@ def _compare_outputs(
         f"of {part} differ by {value:.3g} for the same input, more than {allowed:g}: the first of {len(wrong)} parts"
     )
     return f"{text}; first in {part}", [Fault(OUTPUTS, problem)]
-
-
-def _values(side: OpenedWeights, name: str) -> Tensor:
-    return side.values(name).tensor
 
 
 def compare_tokenizers(ours: Path, theirs: Path) -> Fault | str:
@@ -375,17 +379,8 @@ def compare_tokenizers(ours: Path, theirs: Path) -> Fault | str:
     return Fault("tokenizer", f"has the same tokens and other rules: {', '.join(keys)}") if keys else "the same rules"
 
 
-def compare_token_ids(ours: Path, theirs: Path) -> list[Fault]:
-    """Returns which ids of special tokens differ between two files `config.json`, if both name them."""
-    if not all((folder / CONFIG_NAME).is_file() for folder in (ours, theirs)):
-        return []
-    now, before = (read_json(folder / CONFIG_NAME) for folder in (ours, theirs))
-    named = [key for key in TOKEN_ID_KEYS if None not in (now.get(key), before.get(key))]
-    return [
-        Fault(f"config.{key}", f"is {before[key]} there and {now[key]} here")
-        for key in named
-        if now[key] != before[key]
-    ]
+def _compared(config: ModelConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key not in _UNUSED_KEYS}
 
 
 def _bits(dtype: StoredDtype) -> float:

@@ -14,8 +14,7 @@ from model.config import ModelConfig
 from model.hf.names import BLOCK, StoredDtype
 from model.hf.reader import TORCH_DTYPES
 
-_FP8_STEP = 1 / 16  # largest relative rounding error of E4M3, which has three bits behind the point
-_FP8_LEAST = 2.0**-10  # largest absolute one, in units of the scale: half of the smallest number
+_FP8_LEAST = 2.0**-10  # largest absolute rounding error in units of the scale: half of the smallest number
 _BLOCK_ERROR = 0.004  # of a block's mean ratio, by which rounding may move it, plus the next by the number of values
 _VALUE_ERROR = 0.2
 _PROBES = 16
@@ -39,12 +38,14 @@ class StoredValues:
 def agree(ours: StoredValues, theirs: StoredValues) -> bool:
     """Returns whether two tensors are the same up to one rounding to the coarser of their types.
 
-    With FP8, each value must be within its error, and the mean ratio of each block must be 1 within what is left of
-    these errors: the scale of another block may be nearly the right one.
+    With FP8 on one side, or with other scales on each, each value must be within its error, and the mean ratio of each
+    block must be 1 within what is left of these errors: the scale of another block may be nearly the right one.
     """
+    if ours.dtype == theirs.dtype and (
+        ours.scales_MT is None or theirs.scales_MT is None or torch.equal(ours.scales_MT, theirs.scales_MT)
+    ):
+        return torch.equal(ours.tensor, theirs.tensor)
     if ours.scales_MT is None and theirs.scales_MT is None:
-        if ours.dtype == theirs.dtype:
-            return torch.equal(ours.tensor, theirs.tensor)
         coarse = TORCH_DTYPES[max(ours, theirs, key=lambda side: side.bits).dtype]
         return torch.equal(ours.tensor.to(coarse), theirs.tensor.to(coarse))
     ratios_MT, allowed_MT = _block_ratios(ours.tensor, theirs.tensor)
@@ -84,7 +85,7 @@ def describe_fault(
     if ((a - b) - (a - b).flatten()[0]).abs().max() <= 1e-6 * b.abs().max():
         return f"is {(a - b).flatten()[0]:+.4g} off in each element"
     ratio = float((a.double() * b.double()).sum() / b.double().square().sum().clamp_min(1e-300))
-    if ratio and _near(ours, theirs, b * ratio).all():
+    if ratio and not _near(ours, theirs, b).all() and _near(ours, theirs, b * ratio).all():
         return f"is {ratio:.4g} times the expected values"
     wrong = ~_near(ours, theirs, b)
     wrong = wrong if wrong.any() else a != b
@@ -98,16 +99,21 @@ def describe_fault(
 
 def _near(ours: StoredValues, theirs: StoredValues, expected: Tensor) -> Tensor:
     """Returns which values are the expected ones within the error of the stored types."""
-    allowed = torch.zeros_like(expected)
-    for side in (ours, theirs):
+    sides = (ours, theirs)
+    share = 0.0 if ours.scales_MT is None and ours.dtype == theirs.dtype else sum(side.bits / 2 for side in sides)
+    allowed = expected.abs() * share
+    for side in sides:
         if side.scales_MT is not None:
-            scales = side.scales_MT.repeat_interleave(BLOCK, 0)[: len(side.tensor)]
-            scales = scales.repeat_interleave(BLOCK, 1)[:, : side.tensor.shape[1]]
-            least = scales if scales.shape == expected.shape else side.scales_MT.max()
-            allowed += _FP8_STEP * expected.abs() + _FP8_LEAST * least
-        elif ours.dtype != theirs.dtype:
-            allowed += side.bits / 2 * expected.abs()
-    return (ours.tensor - expected).abs() <= allowed
+            is_aligned = side.tensor.shape == expected.shape
+            least = _spread(side.scales_MT, side.tensor) if is_aligned else side.scales_MT.max()
+            allowed.add_(least, alpha=_FP8_LEAST)
+    return (ours.tensor - expected).abs_() <= allowed
+
+
+def _spread(blocks_MT: Tensor, values_ND: Tensor) -> Tensor:
+    """Returns the number of the block of each value, ND."""
+    rows, columns = values_ND.shape
+    return blocks_MT.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
 
 def _block_ratios(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +121,18 @@ def _block_ratios(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
     def block_sums(values_ND: Tensor) -> Tensor:
         rows, columns = values_ND.shape
-        padded = functional.pad(values_ND, (0, -columns % BLOCK, 0, -rows % BLOCK))
-        return padded.view(len(padded) // BLOCK, BLOCK, -1, BLOCK).sum((1, 3))
+        if rows % BLOCK or columns % BLOCK:
+            values_ND = functional.pad(values_ND, (0, -columns % BLOCK, 0, -rows % BLOCK))
+        return values_ND.view(len(values_ND) // BLOCK, BLOCK, -1, BLOCK).sum((1, 3))
 
     largest = theirs.abs().max().clamp_min(1e-30)  # so that fourth powers stay in range
-    a, b = ours / largest, theirs / largest
-    squares_MT = block_sums(b * b)
-    ratios_MT = torch.where(squares_MT > 0, block_sums(a * b) / squares_MT, 1.0)
+    b = theirs / largest
+    products_MT = block_sums(ours * b) / largest
+    squares = b.square_()
+    squares_MT = block_sums(squares)
+    ratios_MT = torch.where(squares_MT > 0, products_MT / squares_MT, 1.0)
     # Number of values that count: one if a single one is much larger than all others.
-    counts_MT = (squares_MT**2 / block_sums(b**4)).nan_to_num(1.0).clamp_min(1.0)
+    counts_MT = (squares_MT**2 / block_sums(squares.square_())).nan_to_num(1.0).clamp_min(1.0)
     return ratios_MT, _BLOCK_ERROR + _VALUE_ERROR / counts_MT.sqrt()
 
 
@@ -133,9 +142,8 @@ def _describe_scale(ours: StoredValues, theirs: StoredValues) -> str:
         return ""
     ratios_MT, allowed_MT = _block_ratios(ours.tensor, theirs.tensor)
     wrong_MT = (ratios_MT - 1).abs() > allowed_MT
-    spread = torch.where(wrong_MT, ratios_MT, 1.0).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    rows, columns = ours.tensor.shape
-    if not wrong_MT.any() or not _near(ours, theirs, theirs.tensor * spread[:rows, :columns]).all():
+    expected = theirs.tensor * _spread(torch.where(wrong_MT, ratios_MT, 1.0), theirs.tensor)
+    if not wrong_MT.any() or not _near(ours, theirs, expected).all():
         return ""
     block = wrong_MT.nonzero()[0].tolist()
     ratio = float(ratios_MT[tuple(block)])
