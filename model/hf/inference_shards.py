@@ -45,7 +45,10 @@ _COLUMNS = frozenset(("o_proj", "down_proj"))
 
 @dataclass(frozen=True, slots=True)
 class RankTensor:
-    """A tensor's parts in the order of the ranks: slices along a dimension, or equal copies if it is None."""
+    """A tensor's parts in the order of the ranks: slices along a dimension, or equal copies if it is None.
+
+    A routed expert has one part, the whole.
+    """
 
     parts: tuple[TensorEntry, ...]
     dimension: int | None
@@ -105,6 +108,4 @@ def _released_name(name: str) -> str:
 
 def _split_dimension(name: str) -> int | None:
     key = name.split(".")[-2] if "." in name else ""
-    if ".mlp.experts." in name:
-        return None
     return 0 if key in _ROWS else 1 if key in _COLUMNS else None

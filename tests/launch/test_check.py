@@ -14,6 +14,8 @@ from torch import Tensor
 from base.decode import decode
 from base.refusal import ConfigError
 from data.tokenizer import Tokenizer
+from kernels.quantize.layout import QuantizedBlocks
+from kernels.quantize.reference import dequantize_128x128, quantize_128x128
 from launch.config.compose import read_option
 from launch.convert import main
 from model.config import ModelConfig
@@ -23,6 +25,7 @@ from model.hf.files import HfError
 from model.hf.names import stored_tensors
 from tests.model import hf_damage
 from tests.model.hf_checkpoints import edit_json, read_tensors, reference_model, save_checkpoint, write_tensors
+from train.checkpoint.tensor_faults import StoredValues, agree
 
 Edit = Callable[[dict[str, Tensor]], object]
 SIZES: dict[str, Any] = {
@@ -182,6 +185,18 @@ def test_check_names_the_fault(
     line = next(line for line in out.splitlines() if line.startswith("different: "))
     assert code == 3
     assert words in line
+
+
+@pytest.mark.parametrize(("factor", "is_right"), [(1.0, True), (1.01, False), (0.99, False)])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_check_sees_a_scale_that_is_one_percent_off(factor: float, is_right: bool, power_of_two: bool) -> None:
+    for seed in range(5):
+        values = (torch.randn(256, 128, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16().float()
+        codes, scales = quantize_128x128(values, power_of_two=power_of_two)
+        scales[1] *= factor
+        stored = StoredValues(dequantize_128x128(QuantizedBlocks(codes, scales), torch.float32), "F8_E4M3", scales)
+        assert agree(stored, StoredValues(values, "BF16")) == is_right
+        assert agree(StoredValues(values, "BF16"), stored) == is_right
 
 
 @pytest.mark.slow
