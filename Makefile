@@ -143,7 +143,7 @@ docs: .venv/installed
 # Compares the adapter to lm-evaluation-harness with the package's own model. The first run installs 620 MB of packages.
 harness-test: .venv/installed-dev
 	$(INSTALL) -e '.[lm-eval]' accelerate
-	$(PYTEST) tests/evaluation/test_harness.py
+	$(PYTEST) tests/evaluation/test_harness.py tests/evaluation/test_benchmarks.py
 
 # What running needs. torch alone comes from its index, so that no other package can come from there.
 .venv/installed: pyproject.toml

@@ -28,7 +28,7 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
-    (`base.ranges`) must lie in that range.
+    (`base.ranges`) must lie in that range. `Any` is any plain value.
     """
     return _decode(cls, values, place)  # type: ignore[no-any-return]
 
@@ -89,6 +89,8 @@ def _decode(hint: Any, value: object, place: str) -> Any:
         return _decode_union(get_args(hint), value, place)
     if origin is Annotated:
         return _decode_annotated(hint, value, place)
+    if hint is Any:
+        return value
     if origin is Literal:
         return _decode_choice(get_args(hint), value, place)
     if origin is tuple:

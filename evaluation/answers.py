@@ -6,7 +6,8 @@ The rules for token ids are those of lm-evaluation-harness (EleutherAI, `Templat
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -135,6 +136,32 @@ class Answerer:
             finishes=tuple(rollout.finish for rollout in rollouts),
             num_dropped=len(self._prompt_tokens(request)) - len(prompts[0].tokens) if prompts else 0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAnswerer:
+    """An answerer on several ranks, of which only rank 0 has requests.
+
+    `broadcast` returns the value of rank 0 on all ranks, which all call it.
+    """
+
+    answerer: Answerer
+    broadcast: Callable[[Sequence[NumberedRequest] | None], Sequence[NumberedRequest] | None]
+
+    def answer(self, requests: Sequence[NumberedRequest]) -> list[EvaluationAnswer]:
+        """Returns the answers as `Answerer`. Only rank 0 calls it; the other ranks call `follow`."""
+        self.broadcast(requests)
+        return self.answerer.answer(requests)
+
+    def follow(self) -> None:
+        """Answers the requests of rank 0 on another rank, until rank 0 calls `end`."""
+        while (requests := self.broadcast(None)) is not None:
+            with suppress(EvaluationError):  # rank 0 raises it, too, and reports it
+                self.answerer.answer(requests)
+
+    def end(self) -> None:
+        """Ends `follow` on the other ranks. Only rank 0 calls it."""
+        self.broadcast(None)
 
 
 def _likelihood(request: EvaluationRequest, scores: Sequence[TargetScores], num_dropped: int) -> LikelihoodAnswer:

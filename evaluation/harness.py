@@ -16,7 +16,7 @@ from data.chat.encode import encode_any_prompt
 from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate, template_jinja
 from data.tokenizer import Tokenizer
-from evaluation.answers import Answerer
+from evaluation.answers import Answerer, SharedAnswerer
 from evaluation.protocol import (
     ContinuationRequest,
     DocumentRequest,
@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        answerer: Answerer,
+        answerer: Answerer | SharedAnswerer,
         tokenizer: Tokenizer,
         *,
         seed: int = 0,

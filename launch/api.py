@@ -1,6 +1,5 @@
 """Python interface: plans, training and weights, in a script, a notebook, or a rank of torchrun."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from comm.config import ClusterConfig
 from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from dualpipe.api import Drawing
+from evaluation.benchmarks import require_harness
 from evaluation.run import RESULTS_NAME
 from infer.config import check as check_generation
 from launch.config.compose import compose, system_errors
@@ -221,7 +221,7 @@ class LoadedModel:
         """
         with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
             folder = Path(out or scratch).expanduser()
-            values = self._values("evaluate", options, tasks=list(tasks), out=str(folder))
+            values = self._values("evaluate", options, tasks=list(tasks), out=str(folder), set=None)
             text = evaluate(job_of(values, self.source.without_mtp()), self.model)
             results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
             return EvaluationReport(results, text, (folder / EVALUATION_PAGE_NAME).read_text(encoding="utf-8"))
@@ -266,8 +266,7 @@ def open_harness_model(
         batch_size: maximum number of sequences that are computed together. It changes no result.
         chat: name of the chat template for `apply_chat_template=True`; auto: that of the weights.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("lm_eval: must be installed, is not; run pip install '.[lm-eval]'")
+    require_harness()
     with system_errors():
         source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
     check_harness_weights(source, chat)

@@ -23,8 +23,18 @@ from base.refusal import ConfigError
 from comm.config import ParallelismConfig
 from data.chat.templates import ChatTemplate, template_of
 from dualpipe.registry import ScheduleConfig
-from evaluation.answers import Answerer
-from evaluation.protocol import EVALUATION_TASKS, EvaluatedModel, Record, TaskContext
+from evaluation.answers import Answerer, SharedAnswerer
+from evaluation.benchmarks import (
+    BenchmarkRun,
+    open_manager,
+    read_set,
+    require_harness,
+    run_lines,
+    set_table,
+    skipped_lines,
+    table_text,
+)
+from evaluation.protocol import EVALUATION_TASKS, EvaluatedModel, EvaluationError, Record, TaskContext
 from evaluation.run import (
     IDENTITY_NAME,
     RESULTS_NAME,
@@ -77,6 +87,9 @@ class EvaluateCommandConfig:
     weights: WeightsKind
     out: str
     compare: str | None
+    set: str | None
+    set_limit: PositiveInt | None
+    allow_unsafe_code: bool
     seed: NonNegativeInt
     batch_size: PositiveInt
     parallelism: ParallelismConfig
@@ -93,6 +106,7 @@ class EvaluationJob:
     config: EvaluateCommandConfig
     tasks: EvaluationTasksConfig
     source: WeightsSource
+    benchmarks: BenchmarkRun | None = None
 
     def open_tasks(self) -> list[OpenTask]:
         """Builds the tasks, which check all of their files."""
@@ -126,13 +140,28 @@ def job_of(values: dict[str, Any], source: WeightsSource | None = None) -> Evalu
     names = [name for name in ("tasks", *EVALUATION_TASKS.names()) if name in values]
     tasks = EvaluationTasksConfig.from_plain({name: values.pop(name) for name in names})
     config = decode(EvaluateCommandConfig, values)
-    if not tasks.tasks:
+    benchmarks = None
+    if config.set is not None:
+        if tasks.tasks or config.compare is not None:
+            key = "tasks" if tasks.tasks else "compare"
+            raise ConfigError(f"{key}: must be left out with set={config.set}; nearest valid: another command")
+        require_harness()
+        benchmarks = BenchmarkRun(
+            benchmarks=read_set(config.set), limit=config.set_limit, allows_code=config.allow_unsafe_code
+        )
+    elif not tasks.tasks:
         raise ConfigError(f"tasks: must name at least one task, is []; valid: {', '.join(EVALUATION_TASKS.names())}")
     if not config.out:
         raise ConfigError("out: a value is needed, is empty; write out=FOLDER")
     if source is None:  # no task uses MTP modules
         source = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True).without_mtp()
-    return EvaluationJob(config=config, tasks=tasks, source=source)
+    if benchmarks is not None:
+        chat = benchmarks.benchmarks.chat_template
+        if check_harness_weights(source, chat or "auto") is None and chat is not None:
+            raise ConfigError(
+                f"set.chat_template: must be the name of a template, as {source.folder} has none, is {chat}"
+            )
+    return EvaluationJob(config=config, tasks=tasks, source=source, benchmarks=benchmarks)
 
 
 def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +180,12 @@ def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
             for name in job.tasks.tasks
             for path in EVALUATION_TASKS.get(name).files(job.tasks.settings[name])
         },
+        **({} if job.benchmarks is None else _identity_of_set(job.benchmarks)),
     }
+
+
+def _identity_of_set(run: BenchmarkRun) -> dict[str, Any]:
+    return {"set": _sum(encode(run.benchmarks))["sha256"], "set_limit": run.limit, "lm_eval": _version("lm_eval")}
 
 
 def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
@@ -168,7 +202,7 @@ def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
     return {"folder": folder, "kind": "checkpoint", "step": step, "weights": source.weights, **_sum(hashes)}
 
 
-def _sum(hashes: dict[str, str]) -> dict[str, str]:
+def _sum(hashes: Mapping[str, Any]) -> dict[str, str]:
     return {"sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}
 
 
@@ -313,6 +347,8 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer
     if network is not None and is_other_rank(os.environ):
         run_on_ranks(partial(_evaluate_as_rank, job, network, None), network, _PRELOADED)
         return ""
+    if job.benchmarks is not None:
+        return _evaluate_set(job, job.benchmarks, network, model)
     checkpoint = describe_checkpoint(job.source)
     path = Path(job.config.out).expanduser()
     with EvaluationFolder(path, identity(job, checkpoint)) as folder:
@@ -326,11 +362,66 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask], model: "Transformer
             folder.append(name, fresh)
             records[name].extend(fresh)
 
-        if network is None:
-            _evaluate_here(job, tasks, done, write, model)
-        else:
-            run_on_ranks(partial(_evaluate_as_rank, job, network, done), network, _PRELOADED, write)
+        _run(job, network, tasks, done, write, model)
         return write_outcome(job, tasks, records, checkpoint, folder)
+
+
+_SET = "set"  # the name under which the records of a set are kept
+
+
+def _evaluate_set(
+    job: EvaluationJob, run: BenchmarkRun, network: InferenceConfig | None, model: "Transformer | None"
+) -> str:
+    """Runs the lines of a set that have no record, and returns the table of all lines."""
+    lines = run.benchmarks.lines
+    reasons = skipped_lines(run, open_manager(run.benchmarks))
+    if len(reasons) == len(lines):
+        print(table_text(set_table(run, {}, reasons)), flush=True)
+        raise ConfigError(f"set: must have a line that can run, {job.config.set} has none; the table has the reasons")
+    checkpoint = describe_checkpoint(job.source)
+    with EvaluationFolder(Path(job.config.out).expanduser(), identity(job, checkpoint)) as folder:
+        records = {str(record["id"]): record for record in folder.read(_SET)}
+
+        def write(name: str, fresh: list[Record]) -> None:
+            for record in fresh:
+                print(f"{record['id']}: {record.get('failed') or record['value']}", file=sys.stderr, flush=True)
+                records[record["id"]] = record
+            folder.append(name, [record for record in fresh if "failed" not in record])
+
+        done = {_SET: {*records, *reasons}}
+        if len(done[_SET]) < len(lines):
+            _run(job, network, (), done, write, model)
+        rows = set_table(run, records, reasons)
+        facts = {"set": run.benchmarks.source, "limit": run.limit, "checkpoint": checkpoint, "seed": job.config.seed}
+        software = {name: _version(name) for name in ("lm_eval", *_PACKAGES)}
+        results = {**facts, "software": software, "date": time.time(), "lines": rows}
+        folder.write(RESULTS_NAME, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    text = table_text(rows)
+    if failed := [name for name, record in records.items() if "failed" in record]:
+        print(text, flush=True)
+        raise EvaluationError(f"set: all lines must run, failed: {', '.join(failed)}; the same command repeats them")
+    return text
+
+
+def _run(
+    job: EvaluationJob,
+    network: InferenceConfig | None,
+    tasks: Sequence[OpenTask],
+    done: Done,
+    write: Write,
+    model: "Transformer | None",
+) -> None:
+    if network is None:
+        _evaluate_here(job, tasks, done, write, model)
+    else:
+        run_on_ranks(partial(_evaluate_as_rank, job, network, done), network, _PRELOADED, write)
+
+
+def _run_set(
+    job: EvaluationJob, run: BenchmarkRun, answerer: Answerer | SharedAnswerer, done: Done, write: Write
+) -> None:
+    model = harness_model(job.source, answerer, seed=job.config.seed, chat=run.benchmarks.chat_template or "auto")
+    run_lines(run, model, done[_SET], lambda record: write(_SET, [record]))
 
 
 def open_answerer(source: WeightsSource, model: EvaluatedModel) -> Answerer:
@@ -348,7 +439,9 @@ def check_harness_weights(source: WeightsSource, chat: str) -> ChatTemplate | No
     return find_template(chat, source.folder, tokenizer, thinking=None)
 
 
-def harness_model(source: WeightsSource, answerer: Answerer, *, seed: int, chat: str) -> "HarnessModel":
+def harness_model(
+    source: WeightsSource, answerer: Answerer | SharedAnswerer, *, seed: int, chat: str
+) -> "HarnessModel":
     """Returns the model of lm-evaluation-harness, which must be installed, that asks an answerer."""
     from evaluation.harness import HarnessModel
 
@@ -369,12 +462,16 @@ def _evaluate_here(
         model = load_model(source, job.config.dtype, job.config.device)
     from infer.engines.local import LocalModel
 
-    run_tasks(tasks, open_answerer(source, LocalModel(model, job.config.batch_size)), done, write)
+    answerer = open_answerer(source, LocalModel(model, job.config.batch_size))
+    if job.benchmarks is None:
+        run_tasks(tasks, answerer, done, write)
+    else:
+        _run_set(job, job.benchmarks, answerer, done, write)
 
 
 def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:
     """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
-    from train.listeners.evaluation import PipelinedModel, share_done
+    from train.listeners.evaluation import PipelinedModel, share
 
     tasks = job.open_tasks()
     try:
@@ -382,14 +479,27 @@ def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done |
             world = pipeline.replica.world
             model = PipelinedModel(pipeline.replica, job.config.batch_size, lambda: pipeline)
             answerer = open_answerer(job.source, model)
-            run_tasks(tasks, answerer, share_done(world, done), write if world.rank == 0 else None)
+            done = share(world, done, "samples that have a record") or {}
+            if job.benchmarks is None:
+                run_tasks(tasks, answerer, done, write if world.rank == 0 else None)
+                return
+            shared = SharedAnswerer(answerer, lambda requests: share(world, requests, "requests"))
+            if world.rank == 0:
+                _run_set(job, job.benchmarks, shared, done, write)
+                shared.end()
+            else:
+                shared.follow()
     finally:
         _close(tasks)
 
 
-preview = preview_of(
-    "evaluate", read_job, lambda job: _close(job.open_tasks()), lambda job: {**encode(job.config), **encode(job.tasks)}
-)
+def _check(job: EvaluationJob) -> None:
+    _close(job.open_tasks())
+    if job.benchmarks is not None:
+        open_manager(job.benchmarks.benchmarks)
+
+
+preview = preview_of("evaluate", read_job, _check, lambda job: {**encode(job.config), **encode(job.tasks)})
 
 if __name__ == "__main__":
     sys.exit(command("evaluate", main, preview, quiet=is_other_rank(os.environ)))

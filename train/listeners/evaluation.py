@@ -5,11 +5,11 @@ Shape legend: B sequences of a micro-batch, T tokens, C recorded values, D hidde
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from train.listeners.listener import Listener, Moment, RunParts
 from train.post.pipeline import ReplicaPipeline
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
+T = TypeVar("T")
 FOLDER_NAME = "evaluations"
 _BATCH_SIZE = 32
 
@@ -279,9 +280,9 @@ class _Batches:
         return part.to(replica.world.device)
 
 
-def share_done(world: World, done: Mapping[str, Collection[str | int]] | None) -> Mapping[str, Collection[str | int]]:
-    """Returns on every rank the ids that rank 0 has records of, by task. All ranks call it."""
-    shared = [done if world.rank == 0 else None]
-    with world.phase("samples that have a record"):
+def share(world: World, value: T | None, name: str) -> T | None:
+    """Returns on every rank the value of rank 0, in a phase with the name. All ranks call it."""
+    shared = [value if world.rank == 0 else None]
+    with world.phase(name):
         dist.broadcast_object_list(shared, src=0, group=world.groups.world)
-    return shared[0] or {}
+    return shared[0]
