@@ -22,21 +22,26 @@ from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]
-Domain = Literal["sort", "reverse"]  # what to do with the digits of a number
+Domain = Literal["sort", "reverse", "parity"]  # what to do with the digits of a number
 # How the user's text shows the digits, and the order of the answer's.
 _DOMAINS: Mapping[Domain, tuple[str, Callable[[str], Iterable[str]]]] = {
     "sort": ("{}=", sorted),
     "reverse": ("={}", reversed),
+    "parity": ("={}=", lambda digits: str(sum(map(int, digits)) % 2)),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticProblem:
-    """A problem: the user's text, the only right answer, and what to do with the digits."""
+    """A problem: the user's text, the only right answer, and what to do with the digits.
+
+    `steps` are the digits, each followed by the answer for the digits up to it.
+    """
 
     prompt: str
     answer: str
     domain: Domain
+    steps: str
 
     def record(self, place: str) -> ProblemRecord:
         """Returns the problem as one of a data set, with its place for errors."""
@@ -68,7 +73,8 @@ def problem_stream(
         while not prompt or is_held_out(prompt) != (part == "held_out"):
             digits = "".join(map(str, (generator.random_raw(num_digits) % 10).tolist()))
             prompt = form.format(digits)
-        yield ArithmeticProblem(prompt=prompt, answer="".join(arrange(digits)), domain=domain)
+        steps = "".join(digits[at] + "".join(arrange(digits[: at + 1])) for at in range(num_digits))
+        yield ArithmeticProblem(prompt=prompt, answer="".join(arrange(digits)), domain=domain, steps=steps)
 
 
 def problems(
@@ -120,7 +126,7 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticSource(DataSource):
-    """Problems of sorting or reversing digits, generated from a seed."""
+    """Problems of sorting or reversing digits or of the parity of their sum, generated from a seed."""
 
     # demonstrations: one answer each; preferences: the right answer and one with a wrong digit.
     form: Literal["demonstrations", "preferences"]
@@ -129,6 +135,7 @@ class ArithmeticSource(DataSource):
     num_digits: Annotated[int, AtLeast(4)]  # digits of a problem
     num_samples: PositiveInt  # number of problems, held-out validation included
     wrong_share: Share  # share of demonstrations with one wrong digit
+    thoughts: bool = False  # whether answers think first, step by step
     generator_seed: NonNegativeInt  # seed of the problems and the wrong digits
 
 
@@ -154,7 +161,8 @@ def _chat_samples(source: ArithmeticSource) -> Iterator[ChatSample]:
         wrong = wrong_answer(problem.answer, next(numbers))
         is_pair = source.form == "preferences"
         answers = (problem.answer, wrong) if is_pair else (wrong if is_wrong else problem.answer,)
-        views = tuple(Conversation(messages=(user(problem.prompt), assistant(answer))) for answer in answers)
+        thoughts = problem.steps if source.thoughts else None
+        views = tuple(Conversation(messages=(user(problem.prompt), assistant(answer, thoughts))) for answer in answers)
         yield ChatSample(key=problem.prompt, views=views, margin=0.0 if is_pair else None)
 
 

@@ -19,7 +19,7 @@ from base.refusal import ConfigError
 from data.arithmetic import Domain, check_domains
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
-from data.chat.messages import ChatMessage
+from data.chat.messages import ChatMessage, assistant
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
@@ -193,7 +193,9 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
         ),
         models=models,
         system=system,
-        originals=[_original(problem) for problem in problems] if config.keep.originals else [],
+        originals=[original_answer(problem, thinking=thinking) for problem in problems]
+        if config.keep.originals
+        else [],
     )
 
 
@@ -241,13 +243,16 @@ def _system_messages(system: Sequence[str], number: int) -> tuple[ChatMessage, .
     return (ChatMessage(role="system", content=system[number % len(system)]),) if system else ()
 
 
-def _original(problem: ProblemRecord) -> ChatMessage:
-    """Returns the answer that came with a problem as a message."""
+def original_answer(problem: ProblemRecord, *, thinking: bool) -> ChatMessage:
+    """Returns the answer that came with a problem as a message.
+
+    Its thoughts are empty if the prompt of the samples begins thoughts (`thinking`).
+    """
     answer = problem.answer if problem.response is None else problem.response
     if answer is None:
         rule = "must be given, because keep.originals writes it"
         raise ConfigError(f"{problem.place}: response or answer: {rule}, is missing; nearest: keep.originals=false")
-    return ChatMessage(role="assistant", content=answer)
+    return assistant(answer, "" if thinking else None)
 
 
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:

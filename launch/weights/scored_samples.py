@@ -15,7 +15,7 @@ from typing import Any
 
 from base import journal
 from base.figures import aligned
-from base.ranges import PositiveInt, Share
+from base.ranges import NonNegativeInt, Share
 from base.refusal import ConfigError, broken
 from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
@@ -104,9 +104,9 @@ def _to_sample(values: Mapping[str, Any]) -> ScoredSample:
 class KeepConfig:
     """The configuration of the selection. `conf/sample.yaml` explains the keys."""
 
-    per_problem: PositiveInt
+    per_problem: NonNegativeInt
     easy_rate: Share
-    easy_per_problem: PositiveInt
+    easy_per_problem: NonNegativeInt
     min_reward: float | None
     system: bool
     originals: bool

@@ -11,15 +11,17 @@ import torch
 import launch.sample
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
-from data.chat.encode import encode_prompt
-from data.chat.messages import read_conversation, user
+from data.arithmetic import arithmetic_tokenizer
+from data.arithmetic import problems as arithmetic_problems
+from data.chat.encode import encode_conversations, encode_prompt
+from data.chat.messages import Conversation, assistant, read_conversation, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
-from launch.sample import main
+from launch.sample import main, original_answer
 from launch.weights.scored_samples import KeepConfig, SampleJournal, ScoredSample, select, to_message
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
 from score.reward import ScoreSheet
@@ -105,6 +107,22 @@ def test_sample_journal_holds_what_the_engine_generates_with_scores(
         assert is_finished
         assert text.split() == answers[number].split()
         assert read_conversation(record, "line").messages[-1].content == text
+
+
+def test_an_original_answer_ends_the_thoughts_that_the_prompt_of_samples_begins() -> None:
+    """Both kinds of samples answer the same prompt, and an answer with thoughts begins with it, too."""
+    (made,) = arithmetic_problems(0, 1, domains=("parity",))
+    problem, tokenizer = made.record("here"), arithmetic_tokenizer()
+    assert int(made.answer) == sum(map(int, made.prompt.strip("="))) % 2
+    assert (made.steps[0::2], made.steps[-1]) == (made.prompt.strip("="), made.answer)
+    for template, thoughts in ((R1, ""), (R1, made.steps), (V3, None)):
+        original = original_answer(problem, thinking=template.thinks)
+        last = assistant(made.answer, thoughts) if thoughts else original
+        (chat,) = encode_conversations([Conversation(messages=(*problem.messages, last))], template, tokenizer)
+        prompt = encode_prompt(problem.messages, template, tokenizer)
+        assert chat.ids[: len(prompt)] == prompt
+        assert tokenizer.decode(chat.ids[len(prompt) : -1]).startswith(thoughts or "")
+        assert chat.is_target == [False] * len(prompt) + [True] * (len(chat.ids) - len(prompt))
 
 
 def test_samples_of_system_prompts_are_written_with_or_without_them_and_next_to_original_answers(
