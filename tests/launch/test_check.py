@@ -257,6 +257,17 @@ def test_check_names_the_first_layer_whose_output_differs(
     assert "outputs of layer 0 differ by" in out
 
 
+def test_check_is_not_led_by_sizes_that_a_file_claims(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = edited(folders, tmp_path, "float32", lambda _: None)
+    edit_json(copy / "config.json", lambda keys: keys.update(num_hidden_layers=10**9))
+    code, out = check(capsys, copy, folders / "float32")
+    assert code == 3
+    assert "different: config.num_layers is 3 there and 1000000000 here" in out
+    assert "outputs       not compared: " in out
+
+
 def write_inference_shards(folder: Path, tensors: dict[str, Tensor], num_ranks: int, num_experts: int) -> None:
     """Writes the files of DeepSeek's inference code, spelled a second time."""
     short = {

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,8 +335,9 @@ def _compare_outputs(
 ) -> tuple[str, list[Fault]]:
     """Returns a line about logits and layers, and the first part of the network whose output differs."""
     unreadable = [name for name in comparison.unreadable if copied_from(name) is None]
-    sizes = [dict(weights(replace(side.config, mtp_depth=0))) for side in (ours, theirs)]
-    if unreadable or sizes[0] != sizes[1]:
+    # One by one: a file may claim any number of layers.
+    pairs = zip_longest(*(weights(replace(side.config, mtp_depth=0)) for side in (ours, theirs)))
+    if unreadable or any(first != second for first, second in pairs):
         return f"not compared: {unreadable[0] if unreadable else 'sizes of config.json'} differs", []
     vocab = theirs.config.vocab_size
     ids = config.ids or tuple((7919 * index + 1) % vocab for index in range(_NUM_IDS))
