@@ -84,6 +84,23 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     return replace(compared, difference=difference, standard_error=error, p_value=p_value, interval=interval)
 
 
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 0.975 quantiles of 1, 2, ... degrees
+MOST_PAIRED = len(_STUDENT) + 1
+
+
+def mean_and_half_width(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Returns a mean and half the width of its interval of 95 % by Student's t; None for one difference.
+
+    There may be at most `MOST_PAIRED` differences.
+    """
+    number = len(differences)
+    mean = math.fsum(differences) / number
+    if number < 2:
+        return mean, None
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (number - 1)
+    return mean, _STUDENT[number - 2] * math.sqrt(variance / number)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test: a fair coin decides each sample that differs."""
     number = gained + lost

@@ -21,6 +21,7 @@ from base.refusal import ConfigError, broken
 from launch import signals_handled
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
+from launch.grid import Grid, check_grid, write_grid
 from launch.weights.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from score.ratings import PassRates
 
@@ -30,9 +31,12 @@ _NUM_COLUMNS = 3  # columns of each evaluation in the table: pass@1, maj@n and t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkflowPart:
-    """A part of a workflow: a command, and whether the weights in the part's folder are evaluated."""
+    """A part of a workflow: a command, and whether the weights in the part's folder are evaluated.
 
-    command: Literal["convert", "generate", "redraw", "sample", "score_teacher", "train"]
+    The command `grid` is all training runs of the workflow's grid, with the overrides of the part.
+    """
+
+    command: Literal["convert", "generate", "grid", "prepare", "redraw", "sample", "score_teacher", "train"]
     overrides: tuple[str, ...]
     evaluate: bool
 
@@ -42,6 +46,7 @@ class Workflow:
     """The parts of a workflow by name, in order, and evaluations, which are overrides of `launch.sample`."""
 
     name: str
+    grid: Grid | None
     evaluations: Mapping[str, tuple[str, ...]]
     parts: Mapping[str, WorkflowPart]
 
@@ -124,6 +129,8 @@ def main(overrides: Sequence[str]) -> int:
                 print(f"{line.name} ended with exit code {code}; the same command continues there", file=sys.stderr)
                 return code
         print("\n" + workflow_table(config, lines, progress), flush=True)
+        if config.workflow.grid is not None:
+            print("\n" + write_grid(config.workflow.grid, config.workflow.name, Path(config.out_dir).expanduser()))
     return 0
 
 
@@ -147,7 +154,14 @@ def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
 
 def read_workflow(overrides: Sequence[str]) -> WorkflowCommandConfig:
     """Composes and decodes the configuration of the command."""
-    return decode(WorkflowCommandConfig, compose("workflow", overrides))
+    config = decode(WorkflowCommandConfig, compose("workflow", overrides))
+    grid = config.workflow.grid
+    if (grid is not None) != any(part.command == "grid" for part in config.workflow.parts.values()):
+        rule = "must be there if and only if a part has the command grid"
+        raise broken("workflow.grid", rule, "null" if grid is None else "there", "workflow=ablations")
+    if grid is not None:
+        check_grid(grid)
+    return config
 
 
 def workflow_commands(config: WorkflowCommandConfig) -> list[WorkflowCommand]:
@@ -155,6 +169,11 @@ def workflow_commands(config: WorkflowCommandConfig) -> list[WorkflowCommand]:
     commands = []
     further = {"train": config.train, "sample": config.sample}
     for name, part in config.workflow.parts.items():
+        if part.command == "grid" and config.workflow.grid is not None:
+            for run, variant, overrides in config.workflow.grid.runs(config.out_dir):
+                arguments = ("launch.train", *part.overrides, *overrides, *config.train)
+                commands.append(WorkflowCommand(name=run, part=variant, evaluation=None, arguments=arguments))
+            continue
         arguments = (f"launch.{part.command}", *part.overrides, *further.get(part.command, ()))
         commands.append(WorkflowCommand(name=name, part=name, evaluation=None, arguments=arguments))
         for evaluation, overrides in config.workflow.evaluations.items() if part.evaluate else ():
@@ -171,7 +190,10 @@ def evaluation_file(config: WorkflowCommandConfig, part: str, evaluation: str) -
 
 
 def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowCommand], progress: WorkflowProgress) -> str:
-    """Returns pass rates and numbers of tokens after each part, and the seconds of all commands."""
+    """Returns pass rates and numbers of tokens after each part, and the seconds of all commands.
+
+    A variant of a grid has one row for all its seeds.
+    """
     rates = dict[tuple[str, str], PassRates]()
     for line in lines:
         if line.evaluation is not None:
@@ -181,10 +203,10 @@ def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowComman
     num_samples = next((str(rate.num_samples) for rate in rates.values()), "n")
     columns = ("pass@1", f"maj@{num_samples}", "tokens")
     rows = [["part", *(f"{name} {column}" for name in names for column in columns), "seconds"]]
-    for line in lines:
-        if line.evaluation is None:
-            cells = [cell for name in names for cell in _cells(rates.get((line.part, name)))]
-            rows.append([line.part, *cells, f"{progress.seconds(line):.0f}"])
+    for part in dict.fromkeys(line.part for line in lines):
+        cells = [cell for name in names for cell in _cells(rates.get((part, name)))]
+        seconds = sum(progress.seconds(line) for line in lines if (line.part, line.evaluation) == (part, None))
+        rows.append([part, *cells, f"{seconds:.0f}"])
     empty = [""] * (_NUM_COLUMNS * len(names))
     evaluating = sum(progress.seconds(line) for line in lines if line.evaluation is not None)
     rows.append(["evaluations", *empty, f"{evaluating:.0f}"])

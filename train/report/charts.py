@@ -24,7 +24,7 @@ from dualpipe.draw.style import document
 from evaluation.protocol import ResultGrid
 from evaluation.run import TaskResult
 from evaluation.statistics import PairedComparison
-from train.report.source import History, Mark
+from train.report.source import History, Loads, Mark
 
 _SECTIONS = Path(__file__).with_name("charts.yaml")
 _DIGITS = 6
@@ -54,6 +54,10 @@ _STYLE = """
 svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-width:100%;height:auto}
 .table{border:0}.table table{width:auto}figure{margin:8px 0 18px;border:0}figcaption{font-weight:600;margin-bottom:6px}
 """
+
+
+DomainLoads = Mapping[str, Loads]
+"""Loads of the experts of each layer, by domain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,8 +245,11 @@ def overview(history: History, name: str = "") -> str:
     every = -(-rows // _MOST_NAMES)
     names = [_name(layer) if row % every == 0 else "" for row, layer in enumerate(layers)]
     heat = _heat(relative_shades(share_RC), height, names, is_fixed=True)
-    ends = f'<div class="ends"><span>expert 0</span><span>expert {experts - 1}</span></div>'
-    return f"<figure><h3>Load of each expert, {steps}{escape(name)}</h3>{heat}{ends}</figure>"
+    return f"<figure><h3>Load of each expert, {steps}{escape(name)}</h3>{heat}{_ends(experts)}</figure>"
+
+
+def _ends(experts: int) -> str:
+    return f'<div class="ends"><span>expert 0</span><span>expert {experts - 1}</span></div>'
 
 
 def card(charts: ChartWriter, history: History, layer: str) -> str:
@@ -286,6 +293,14 @@ def palette() -> list[tuple[int, int, int]]:
 def legend_gradient() -> str:
     """The palette for CSS, from left to right."""
     return "linear-gradient(to right," + ",".join(f"rgb({red},{green},{blue})" for red, green, blue in palette()) + ")"
+
+
+def scale() -> str:
+    """Returns the legend of maps of loads."""
+    return (
+        f'<div class="scale">load over the mean: a quarter or less <i style="background:{legend_gradient()}"></i> '
+        "four times or more</div>"
+    )
 
 
 def png(shades_RC: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]]) -> bytes:
@@ -344,6 +359,27 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 def _mixed(start: tuple[int, int, int], end: tuple[int, int, int], share: float) -> tuple[int, int, int]:
     red, green, blue = (round(first + (last - first) * share) for first, last in zip(start, end, strict=True))
     return red, green, blue
+
+
+def load_maps_page(
+    title: str, tables: Sequence[tuple[str, str, str]], maps_title: str, runs: Mapping[str, DomainLoads]
+) -> str:
+    """Returns a page of tables, each with a title, HTML and a note, and maps of domains by experts for each layer."""
+    parts = [f"<h1>{escape(title)}</h1>"]
+    parts += [f"<h2>{escape(name)}</h2>{html}<p>{escape(note)}</p>" for name, html, note in tables]
+    layers = sorted({layer for run in runs.values() for loads in run.values() for layer in loads}, key=len)
+    if layers:
+        parts.append(f"<h2>{escape(maps_title)}</h2>{scale()}")
+    for layer in layers:
+        figures = []
+        for name, run in runs.items():
+            share_RC = np.stack([_share(loads[layer]) for loads in run.values()])
+            heat = _heat(relative_shades(share_RC), len(run) * _MOST_ROW, [*run], is_fixed=True)
+            heading = escape(f"{_name(layer)}, {name}")
+            figures.append(f"<figure><h3>{heading}</h3>{heat}{_ends(share_RC.shape[1])}</figure>")
+        parts.append(block(figures))
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return document(title, f"<main>{''.join(parts)}</main>", style, has_images=True)
 
 
 def evaluation_page(

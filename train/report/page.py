@@ -19,7 +19,7 @@ from dualpipe.draw.style import STYLE, document
 from train.config import TrainConfig
 from train.files.run_files import LOG_FOLDER, find_errors, read_status, redact, redact_values
 from train.predict.measured import MEASURED_NAME, PROBE_NAME
-from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, legend_gradient, overview
+from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, overview, scale
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, compared_run, comparison_notes, comparison_rows
 from train.report.source import History, RunSource
 from train.report.viewer import VIEWER_NAME, RolloutViewer, has_journals, read_answers
@@ -243,11 +243,7 @@ def _experts(charts: ChartWriter) -> str:
     parts += charts.figures("Experts")
     if len(histories) == 1:
         parts += [card(charts, histories[0], layer) for layer in sorted(layers, key=lambda layer: (len(layer), layer))]
-    scale = (
-        f'<div class="scale">load over the mean: a quarter or less <i style="background:{legend_gradient()}"></i> '
-        "four times or more</div>"
-    )
-    return (scale if any(history.layers() for history in histories) else "") + block(parts)
+    return (scale() if any(history.layers() for history in histories) else "") + block(parts)
 
 
 def _exchange(charts: ChartWriter, last: Mapping[str, Any]) -> str:
