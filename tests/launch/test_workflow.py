@@ -164,6 +164,15 @@ class ForkedCommand:
         return 0
 
 
+SMALL_GRID = [
+    *(f"~workflow.grid.variants.{name}" for name in ("mtp", "batch_loss", "fp8", "fp8_blocks")),
+    *(f"~workflow.grid.tables.{name}" for name in ("mtp", "batch_wise", "fp8", "gradient_blocks")),
+    *("workflow.grid.seeds=[0]", "workflow.parts.report.overrides=['run=[${out_dir}/base_seed0]']"),
+    'train=["task.steps=2","validation.sequences=16"]',
+]
+"""Overrides that leave two short runs of the ablations, with one seed."""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", options("workflow"))
 def test_workflow_runs_with_two_steps_in_each_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +183,8 @@ def test_workflow_runs_with_two_steps_in_each_part(name: str, tmp_path: Path, mo
     sizes.append("reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]")
     folder = tmp_path / "workflow"
     given = [f"workflow={name}", f"out_dir={folder}", f"train={json.dumps(steps)}", f"sample={json.dumps(sizes)}"]
-    one_evaluation = ["~workflow.evaluations.reverse"] if name == "post" else []
-    assert main([*given, *one_evaluation]) == 0
+    fewer = {"post": ["~workflow.evaluations.reverse"], "ablations": SMALL_GRID}.get(name, [])
+    assert main([*given, *fewer]) == 0
+    assert name != "ablations" or (folder / "ablations.html").read_text().count("data:image/png") == 4
     assert all(record["is_done"] for record in json.loads((folder / STATE_NAME).read_text()).values())
-    assert len(list(folder.glob("*/comparison.html"))) == 1
+    assert len(list(folder.glob("*/comparison.html"))) == (name != "ablations")
