@@ -35,7 +35,7 @@ _NO_DIFFERENCE = "no difference shown at this size"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Directions:
-    """What the report says of a variant next to the baseline, by measure; None: the table leaves the measure out.
+    """What the report says of a variant by measure; None: the table leaves the measure out.
 
     Measures are of held-out text after the last step: the loss in nats per token; MaxVio, the largest load of an expert
     over the mean, minus 1, as a mean over layers; and the largest load over the mean within one domain, as a mean over
@@ -97,11 +97,11 @@ def check_grid(grid: Grid) -> None:
 def write_grid(grid: Grid, name: str, folder: Path) -> str:
     """Writes the page of all tables and maps into the folder, and returns the tables as text."""
     results = {(each, seed): _read(folder / run_name(each, seed)) for each in grid.variants for seed in grid.seeds}
-    texts = []
+    lines = []
     parts = []
     for each in grid.tables.values():
         rows = [_COLUMNS, *_rows(each, results, grid.seeds)]
-        texts += [each.title, *aligned(rows, text=_TEXT_COLUMNS), f"report: {each.report}", ""]
+        lines += [each.title, *aligned(rows, text=_TEXT_COLUMNS), f"report: {each.report}", ""]
         parts.append((each.title, table(rows[0], rows[1:], text=[7]), f"Report: {each.report}"))
     seed = grid.seeds[0]
     title = f"Loads of experts by domain, seed {seed} (figure 9 of the report)"
@@ -110,12 +110,12 @@ def write_grid(grid: Grid, name: str, folder: Path) -> str:
     page.write_text(load_maps_page(name, parts, title, maps), encoding="utf-8")
     number = len(grid.seeds)
     note = f"{number} seeds; intervals are Student's t for differences by seed" if number > 1 else _ONE_SEED
-    return "\n".join([*texts, f"{note}; page: {page}"])
+    return "\n".join([*lines, f"{note}; page: {page}"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridResult:
-    """What a run measured after its last step, by measure, and the loads of its experts by domain and layer."""
+    """Measures of a run after its last step, and the loads of its experts by domain and layer."""
 
     measures: Mapping[str, float]
     loads: DomainLoads

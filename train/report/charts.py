@@ -364,7 +364,7 @@ def _mixed(start: tuple[int, int, int], end: tuple[int, int, int], share: float)
 def load_maps_page(
     title: str, tables: Sequence[tuple[str, str, str]], maps_title: str, runs: Mapping[str, DomainLoads]
 ) -> str:
-    """Returns a page of tables, each with a title, HTML and a note, and maps of domains by experts for each layer."""
+    """Returns a page of tables (title, HTML, note), and maps of domains by experts for each layer."""
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f"<h2>{escape(name)}</h2>{html}<p>{escape(note)}</p>" for name, html, note in tables]
     layers = sorted({layer for run in runs.values() for loads in run.values() for layer in loads}, key=len)
