@@ -24,7 +24,7 @@ def grid_of(seeds: Sequence[int]) -> Grid:
 def write_run(folder: Path, loss: float, loads: dict[str, list[int]]) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "validation_loss": loss}) + "\n")
-    by_source = {domain: {"layer_1": row} for domain, row in loads.items()}
+    by_source = {domain: {f"layer_{layer}": row for layer in (1, 2, 3)} for domain, row in loads.items()}
     earlier = json.dumps({"step": 1, "validation_by_source": {"code": {"layer_1": [9, 1]}}})
     (folder / "loads.jsonl").write_text(
         f"{earlier}\n" + json.dumps({"step": 2, "validation_by_source": by_source}) + "\n"
@@ -52,9 +52,10 @@ def test_tables_have_paired_differences_with_students_interval(tmp_path: Path) -
     assert rows[4].endswith("1.0000 1.6000 +0.6000 (+60.00%) +0.6000 to +0.6000 higher higher")
     assert all("the same numbers" in line for line in printed.splitlines()[5:8])
     page = (tmp_path / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 6
     assert "no difference shown at this size" in page
-    assert "layer 1, better" in page
+    places = [page.index(f"layer {layer}, better") for layer in (1, 2, 3)]
+    assert places == sorted(places)
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:

@@ -367,7 +367,8 @@ def load_maps_page(
     """Returns a page of tables (title, HTML, note), and maps of domains by experts for each layer."""
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f"<h2>{escape(name)}</h2>{html}<p>{escape(note)}</p>" for name, html, note in tables]
-    layers = sorted({layer for run in runs.values() for loads in run.values() for layer in loads}, key=len)
+    names = {layer for run in runs.values() for loads in run.values() for layer in loads}
+    layers = sorted(names, key=lambda layer: (len(layer), layer))
     if layers:
         parts.append(f"<h2>{escape(maps_title)}</h2>{scale()}")
     for layer in layers:
