@@ -179,7 +179,7 @@ def _reason(line: BenchmarkLine, run: BenchmarkRun, manager: "TaskManager") -> s
     try:
         tasks = manager.load([line.request(manager)])["tasks"]
     except Exception as error:  # by code of the task: no data set, no network, a missing package
-        return f"cannot be opened: {_first_line(error)}"
+        return f"cannot be opened: {_one_line(error)}"
     if not line.runs_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
         return "runs generated programs, so that the line must have runs_code: true"
     return ""
@@ -197,7 +197,7 @@ def run_lines(
             except RuntimeError:
                 raise  # by torch or a lost rank: no other line can run
             except Exception as error:  # by code of the task, which is no reason to stop the others
-                result = {"failed": f"failed: {_first_line(error)}"}
+                result = {"failed": f"failed: {_one_line(error)}"}
             write({"id": line.line, **result})
 
 
@@ -230,9 +230,8 @@ def _run_line(line: BenchmarkLine, run: BenchmarkRun, model: "HarnessModel", man
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def set_table(run: BenchmarkRun, records: Mapping[str, Record], reasons: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -253,7 +252,8 @@ def table_text(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         first, *others = row["tasks"] or [""]
         name = f"{first} and {len(others)} others" if others else first
-        numbers = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("value", "published")]
+        value = "" if row["value"] is None else f"{row['value']:.2f}"
+        published = "" if row["published"] is None else f"{row['published']:g}"
         shots = "" if row["shots"] is None else str(row["shots"])
-        cells.append((row["line"], name, shots, row["metric"] or "", *numbers, row["reason"] or ""))
+        cells.append((row["line"], name, shots, row["metric"] or "", value, published, row["reason"] or ""))
     return "\n".join(aligned(cells, text=(0, 1, 3, 6)))

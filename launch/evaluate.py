@@ -158,9 +158,8 @@ def job_of(values: dict[str, Any], source: WeightsSource | None = None) -> Evalu
     if benchmarks is not None:
         chat = benchmarks.benchmarks.chat_template
         if check_harness_weights(source, chat or "auto") is None and chat is not None:
-            raise ConfigError(
-                f"set.chat_template: must be the name of a template, as {source.folder} has none, is {chat}"
-            )
+            rule = f"must name a template, because {source.folder} has none that is known"
+            raise ConfigError.broken("set.chat_template", rule, chat, "a copy of the set with a name")
     return EvaluationJob(config=config, tasks=tasks, source=source, benchmarks=benchmarks)
 
 
