@@ -23,7 +23,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .ve
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: faults wheel train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
-	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
+	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test titan-test
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -144,6 +144,18 @@ docs: .venv/installed
 harness-test: .venv/installed-dev
 	$(INSTALL) -e '.[lm-eval]' accelerate
 	$(PYTEST) tests/evaluation/test_harness.py tests/evaluation/test_benchmarks.py
+
+# Trains torchtitan's debug model on four CPU ranks in our orders, with its own trainer. It is not part of the other tests,
+# as it downloads torchtitan (60 MB) into its own environment, which sees the packages of the project's. Takes minutes.
+TITAN := .cache/titan
+
+titan-test: .venv/installed-dev
+	test -x $(TITAN)/bin/python || .venv/bin/python -m venv --without-pip $(TITAN)
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(TITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	.venv/bin/python -m pip --python $(TITAN)/bin/python install --disable-pip-version-check --no-deps --ignore-installed \
+		-r bench/titan.txt
+	OMP_NUM_THREADS=1 $(TITAN)/bin/python -m bench.titan
 
 # What running needs. torch alone comes from its index, so that no other package can come from there.
 .venv/installed: pyproject.toml
