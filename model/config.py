@@ -5,7 +5,7 @@ Imports no torch: commands read this and reject an invalid split before any proc
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated, Literal
 
@@ -104,6 +104,9 @@ class Computing:
         return tuple(sorted(names))
 
 
+RELEASED_GROUP_SCORES = 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A DeepSeek-V3-class architecture.
@@ -139,6 +142,20 @@ class ModelConfig:
     mtp_hidden: Literal["post_norm", "pre_norm"]
     initializer_range: PositiveFloat
     head: HeadKind
+    # biased scores that add up to a group's; None: K / M for K experts per token from M groups.
+    group_score_experts: PositiveInt | None = None
+
+    @property
+    def num_group_scores(self) -> int:
+        """Number of biased scores that add up to a group's (arXiv:2412.19437, section 2.1.2)."""
+        return self.group_score_experts or max(1, self.num_experts_per_token // self.num_limited_groups)
+
+    @property
+    def is_released_routing(self) -> bool:
+        """Whether the released code, which always adds two scores of a group, chooses the same experts."""
+        size = self.num_routed_experts // self.num_expert_groups
+        is_limited = self.num_limited_groups < self.num_expert_groups
+        return not is_limited or min(self.num_group_scores, size) == min(RELEASED_GROUP_SCORES, size)
 
     @property
     def num_head_rows(self) -> int:
@@ -149,6 +166,11 @@ class ModelConfig:
     def qk_head_dim(self) -> int:
         """Number of values per head in a query or key: the part without position and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+def with_released_routing(config: ModelConfig) -> ModelConfig:
+    """Returns an architecture that chooses experts as the released code does."""
+    return config if config.is_released_routing else replace(config, group_score_experts=RELEASED_GROUP_SCORES)
 
 
 _WIDTH = 64

@@ -173,6 +173,7 @@ class Router(nn.Module):
             config.num_expert_groups,
             config.num_limited_groups,
             config.routed_scaling_factor,
+            config.num_group_scores,
         )
         self.weight = nn.Parameter(torch.empty(config.num_routed_experts, config.hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_routed_experts))

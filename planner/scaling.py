@@ -389,15 +389,16 @@ def rows_per_token(config: TrainConfig) -> RowsPerToken:
     expert = config.parallelism.expert
     if expert == 1 or model.num_dense_layers == model.num_layers:
         return RowsPerToken(across_nodes=0.0, within_node=0.0)
-    choices = (model.num_routed_experts, model.num_experts_per_token, model.num_expert_groups, model.num_limited_groups)
+    choices = (
+        *(model.num_routed_experts, model.num_experts_per_token),
+        *(model.num_expert_groups, model.num_limited_groups, model.num_group_scores),
+    )
     sends_once = config.dispatch.kind in ("two_hop", "deepep")
     return _count_rows(choices, expert, config.cluster.ranks_per_node, sends_once=sends_once)
 
 
 @lru_cache(maxsize=1024)
-def _count_rows(
-    choices: tuple[int, int, int, int], num_ranks: int, ranks_per_node: int, *, sends_once: bool
-) -> RowsPerToken:
+def _count_rows(choices: tuple[int, ...], num_ranks: int, ranks_per_node: int, *, sends_once: bool) -> RowsPerToken:
     """Routes random tokens and counts their rows."""
     tokens = numpy.arange(_TOKENS)
     rank_TK = _route(*choices) // (choices[0] // num_ranks)
@@ -419,14 +420,14 @@ def _count_rows(
     return RowsPerToken(across_nodes=float(away.sum(1).mean()), within_node=float(near.sum(1).mean()))
 
 
-def _route(num_experts: int, num_chosen: int, num_groups: int, num_kept: int) -> NDArray[numpy.int64]:
+def _route(num_experts: int, num_chosen: int, num_groups: int, num_kept: int, num_scores: int) -> NDArray[numpy.int64]:
     """Returns the experts of random tokens under the router's limit of groups."""
     scores_TE = 1 / (1 + numpy.exp(-numpy.random.default_rng(_SEED).standard_normal((_TOKENS, num_experts))))
     if num_kept < num_groups:
-        # A group's score is the sum of its two best experts (arXiv:2412.19437, section 2.1.2).
+        # A group's score is the sum of its best experts (arXiv:2412.19437, section 2.1.2).
         by_group = scores_TE.reshape(_TOKENS, num_groups, -1)
-        best_two = numpy.sort(by_group, axis=2)[:, :, -2:].sum(2)
-        dropped = numpy.argsort(best_two, axis=1)[:, : num_groups - num_kept]
+        sums = numpy.sort(by_group, axis=2)[:, :, -num_scores:].sum(2)
+        dropped = numpy.argsort(sums, axis=1)[:, : num_groups - num_kept]
         numpy.put_along_axis(by_group, dropped[:, :, None], values=-1.0, axis=1)
     chosen = numpy.argpartition(scores_TE, num_experts - num_chosen, axis=1)[:, num_experts - num_chosen :]
     return chosen.astype(numpy.int64)

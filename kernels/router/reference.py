@@ -5,29 +5,29 @@ of E / G consecutive experts.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.
-GROUP_SCORE_EXPERTS = 2
 # Added to the sum of chosen scores, as in the released code.
 SMALLEST_SUM = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
 class RouteLimits:
-    """How many experts a token has, from how many of the groups, and the factor of their weights."""
+    """Limits of a token's experts and groups, the factor of their weights, and what a group's score adds."""
 
     num_chosen: int
     num_groups: int
     num_limited_groups: int
     factor: float
+    group_score_experts: int  # biased scores that add up to a group's, or as many as it has experts
 
     def num_per_group(self, num_experts: int) -> int:
         """Returns how many experts' scores add up to a group's."""
-        return min(GROUP_SCORE_EXPERTS, num_experts // self.num_groups)
+        return min(self.group_score_experts, num_experts // self.num_groups)
 
 
 class Chosen(NamedTuple):
@@ -88,9 +88,9 @@ def route_backward(
 def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, num_per_group: int) -> Tensor:
     """Returns a mask of the experts in each token's best groups. Source: arXiv:2412.19437, section 2.1.2.
 
-    A group's score is the sum of its `num_per_group` best biased scores, K / M for K experts per token among M groups.
-    Biased scores may be negative, so experts outside the mask must be set to -inf, never to 0. Raises ValueError if the
-    counts do not fit the number of experts.
+    A group's score is the sum of its `num_per_group` best biased scores, K / M for K experts per token among M groups,
+    added from the best one on, so that all implementations round alike. Biased scores may be negative, so experts
+    outside the mask must be set to -inf, never to 0. Raises ValueError if the counts do not fit the number of experts.
     """
     num_experts = biased_TE.shape[-1]
     if num_groups < 1 or num_experts % num_groups:
@@ -101,7 +101,8 @@ def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, nu
     if not 1 <= num_per_group <= size:
         raise ValueError(f"node_limit: num_per_group must lie in 1..{size}, is {num_per_group}")
     # Score of each group: the sum of its best experts, TG.
-    scores_TG = biased_TE.unflatten(-1, (num_groups, size)).topk(num_per_group, -1).values.sum(-1)
+    best_TGS = biased_TE.unflatten(-1, (num_groups, size)).topk(num_per_group, -1).values
+    scores_TG = reduce(torch.add, best_TGS.unbind(-1))
     # The best groups of each token, TM, as a mask over groups, TG, then over experts, TE.
     mask_TG = torch.zeros_like(scores_TG, dtype=torch.bool)
     mask_TG.scatter_(-1, top_ids(scores_TG, num_limited_groups), value=True)

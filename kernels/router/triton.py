@@ -38,12 +38,12 @@ def _in_best_groups(
     """Returns the mask of the places in each row's best groups, rows x P; padding is -inf."""
     SIZE: tl.constexpr = biased.shape[1] // GROUPS
     values = tl.reshape(biased, (ROWS, GROUPS, SIZE))
-    # A group's score: its best expert, and the best of the others.
+    # A group's score: its best expert, and again and again the best of the others.
     totals = tl.max(values, axis=2)
-    if PER_GROUP == 2:
+    for _ in tl.static_range(PER_GROUP - 1):
         first = tl.argmax(values, axis=2, tie_break_left=True)
-        others = tl.where(tl.arange(0, SIZE)[None, None, :] == first[:, :, None], float("-inf"), values)
-        totals += tl.max(others, axis=2)
+        values = tl.where(tl.arange(0, SIZE)[None, None, :] == first[:, :, None], float("-inf"), values)
+        totals += tl.max(values, axis=2)
     # One group after the other; its score is removed once it is chosen.
     group = tl.arange(0, GROUPS)[None, :]
     is_best = group < 0

@@ -368,7 +368,11 @@ def check_experts(model: ModelConfig, expert: int) -> None:
         raise broken("model.num_expert_groups", rule, groups, divisors(experts, groups))
     if limit > groups:
         raise broken("model.num_limited_groups", f"must be at most model.num_expert_groups={groups}", limit, groups)
-    most = limit * (experts // groups)
+    size = experts // groups
+    if (model.group_score_experts or 1) > size:
+        rule = f"must be at most {size}, the experts of a group"
+        raise broken("model.group_score_experts", rule, model.group_score_experts, size)
+    most = limit * size
     if top_k > most:
         within = f"{limit} of {groups} groups (model.num_limited_groups, model.num_expert_groups)"
         raise broken("model.num_experts_per_token", f"must be at most {most}, the experts in {within}", top_k, most)

@@ -12,10 +12,19 @@ unless its value is neutral. Any other unknown key is copied, and commands repor
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
-from model.config import HeadKind, ModelConfig, PlainRope, RopeScaling, YarnRope, yarn_temperature
+from model.config import (
+    HeadKind,
+    ModelConfig,
+    PlainRope,
+    RopeScaling,
+    YarnRope,
+    with_released_routing,
+    yarn_temperature,
+)
 from model.hf.files import ConfigValues, format_value, read_json
 from model.hf.names import BLOCK, StoredDtype
 
@@ -96,6 +105,8 @@ def write_config(
             keys.pop("pad_token_id", None)
     if config.mtp_hidden != "post_norm":
         keys["mtp_hidden"] = config.mtp_hidden
+    if not config.is_released_routing:
+        keys["group_score_experts"] = config.num_group_scores
     if fp8:
         usual = {
             "quant_method": "fp8",
@@ -139,7 +150,7 @@ def _read(values: ConfigValues) -> ModelConfig:
     max_position = values.whole_number("max_position_embeddings", 1)
     theta, scaling = read_rope(values, max_position)
     num_layers = values.whole_number("num_hidden_layers", 1)
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=values.whole_number("vocab_size", 1),
         hidden_size=values.whole_number("hidden_size", 1),
         num_layers=num_layers,
@@ -168,6 +179,10 @@ def _read(values: ConfigValues) -> ModelConfig:
         head=_head(values),
         initializer_range=0.02 if values.get("initializer_range") is None else values.number("initializer_range"),
     )
+    if values.get("group_score_experts") is None:
+        return with_released_routing(config)
+    number = values.whole_number("group_score_experts", 1)
+    return config if number == config.num_group_scores else replace(config, group_score_experts=number)
 
 
 def _head(values: ConfigValues) -> HeadKind:
@@ -374,8 +389,9 @@ READ_KEYS = _words(
     qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim head_dim n_routed_experts num_local_experts num_experts
     n_shared_experts num_experts_per_tok moe_intermediate_size n_group topk_group routed_scaling_factor rms_norm_eps
     max_position_embeddings original_max_position_embeddings num_nextn_predict_layers num_mtp_layers mtp_hidden
-    initializer_range rope_theta rope_scaling rope_parameters partial_rotary_factor rope_interleave attention_bias
-    attention_dropout hidden_act norm_topk_prob scoring_func topk_method moe_layer_freq tie_word_embeddings
+    group_score_experts initializer_range rope_theta rope_scaling rope_parameters partial_rotary_factor rope_interleave
+    attention_bias attention_dropout hidden_act norm_topk_prob scoring_func topk_method moe_layer_freq
+    tie_word_embeddings
     """
 )
 """Keys that describe the architecture or the stored types: exports write them from the model, never copy them."""

@@ -165,7 +165,7 @@ PERMUTE = [
     ),
 ]
 
-LIMITS = RouteLimits(TOP, 8, 4, 2.5)
+LIMITS = RouteLimits(TOP, 8, 4, 2.5, 2)
 SCORES = (TOKENS, ROUTED_EXPERTS)
 # Ids of 8 bytes and weights of the chosen.
 CHOSEN_BYTES = 12 * TOKENS * TOP

@@ -16,12 +16,12 @@ from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import near, randn
 
 LIMITS = [
-    (RouteLimits(8, 8, 4, 2.5), 256),
-    (RouteLimits(6, 8, 3, 16.0), 160),
-    (RouteLimits(2, 3, 2, 1.0), 12),
-    (RouteLimits(3, 6, 4, 1.0), 6),
-    (RouteLimits(1, 1, 1, 1.0), 5),
-    (RouteLimits(4, 4, 4, 1.5), 4),
+    (RouteLimits(8, 8, 4, 2.5, 2), 256),
+    (RouteLimits(6, 8, 3, 16.0, 5), 160),
+    (RouteLimits(2, 3, 2, 1.0, 1), 12),
+    (RouteLimits(3, 6, 4, 1.0, 2), 6),
+    (RouteLimits(1, 1, 1, 1.0, 1), 5),
+    (RouteLimits(4, 4, 4, 1.5, 1), 4),
 ]
 
 
@@ -89,5 +89,5 @@ def test_top_ids_prefer_the_lower_of_equal_scores(count: int) -> None:
     expected = [sorted(range(8), key=lambda expert: (-row[expert], expert))[:count] for row in scores_TE.tolist()]
     assert top_ids(scores_TE, count).tolist() == expected
     assert limit_groups(torch.ones(1, 8), 4, 2, 2).tolist() == [[True] * 4 + [False] * 4]
-    forced = route(scores_TE, torch.zeros(8), RouteLimits(count, 1, 1, 1.0), None, top_ids(scores_TE, count))
+    forced = route(scores_TE, torch.zeros(8), RouteLimits(count, 1, 1, 1.0, 2), None, top_ids(scores_TE, count))
     assert torch.equal(forced.weights_TK, route(scores_TE, torch.zeros(8), replace(LIMITS[4][0], num_chosen=count))[1])

@@ -256,6 +256,7 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> Non
             ["model.num_routed_experts", "parallelism.expert=2", "is 15", "14 or 16", "parallelism.expert=1 or 3"],
         ),
         (["model.num_expert_groups=3"], ["model.num_expert_groups", "model.num_routed_experts=16", "is 3", "2 or 4"]),
+        (["model.group_score_experts=5"], ["model.group_score_experts", "at most 4", "is 5", "valid: 4"]),
         (["model.num_limited_groups=5"], ["model.num_limited_groups", "num_expert_groups=4", "is 5", "valid: 4"]),
         (["model.num_experts_per_token=10"], ["model.num_experts_per_token", "at most 8", "is 10"]),
         (["model.num_experts_per_token=32"], ["model.num_experts_per_token", "at most 8", "is 32"]),

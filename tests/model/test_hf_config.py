@@ -54,6 +54,22 @@ def test_the_released_file_is_the_preset(tmp_path: Path) -> None:
     assert read_config(written(tmp_path, RELEASED)) == replace(preset, initializer_range=0.02)
 
 
+@pytest.mark.parametrize(
+    ("choices", "limit", "scores"), [(8, 4, None), (9, 4, None), (6, 4, 2), (8, 2, 2), (6, 8, None)]
+)
+def test_released_models_add_two_scores_of_a_group_for_any_number_of_choices(
+    choices: int, limit: int, scores: int | None, tmp_path: Path
+) -> None:
+    keys = {**RELEASED, "num_experts_per_tok": choices, "topk_group": limit}
+    config = read_config(written(tmp_path, keys))
+    assert config.group_score_experts == scores
+    # As in the report, K / M scores: another choice is written, and is read again.
+    for model in (config, replace(config, group_score_experts=None)):
+        again = write_config(model, dtype="BF16", fp8=False)
+        assert ("group_score_experts" in again) == (not model.is_released_routing)
+        assert read_config(written(tmp_path, again)) == model
+
+
 @pytest.mark.parametrize("keys", [{}, {"num_nextn_predict_layers": 3}, {"num_mtp_layers": 3}], ids=str)
 def test_both_names_of_the_mtp_depth_are_read(keys: dict[str, int], tmp_path: Path) -> None:
     plain = {key: value for key, value in RELEASED.items() if key != "num_nextn_predict_layers"}

@@ -164,6 +164,19 @@ def test_manifest_a_run_without_steps_left_is_refused(tmp_path: Path) -> None:
     check_compatible(folder, build("task.steps=121"))
 
 
+def test_manifest_from_before_the_key_adds_two_scores_of_a_group(tmp_path: Path) -> None:
+    two, as_before = "model.num_experts_per_token=2", "model.group_score_experts=2"
+    for number, overrides in enumerate([(), (two,)]):
+        folder = save(tmp_path, number, *overrides)
+        values = json.loads((folder / "manifest.json").read_text())
+        assert values["model"].pop("group_score_experts") is None
+        (folder / "manifest.json").write_text(json.dumps(values))
+    check_compatible(tmp_path / "checkpoints" / "step-00000000", build())
+    check_compatible(folder, build(two, as_before))
+    with pytest.raises(CheckpointError, match=r"model\.group_score_experts is 2 there and None here"):
+        check_compatible(folder, build(two))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 99, "step": 1}', '{"format_version": 1}', "3"])
 def test_manifest_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)

@@ -106,6 +106,9 @@ def convert(conversion: Conversion, say: Say) -> str:
         source = replace(source, preserved=replace(source.preserved, files=files))
         for name in left_out:
             say(f"{name}: its chat template is not known and left out; accept_template=true copies it")
+    if conversion.target == "hf" and not source.config.is_released_routing:
+        number = source.config.num_group_scores
+        say(f"model.group_score_experts: is {number}; other programs add 2 scores of a group, and choose other experts")
     shards = _Shards(conversion, source, say)
     write = _write_checkpoint if conversion.target == "checkpoint" else _write_hf
     write(conversion, source, shards)

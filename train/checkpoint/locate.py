@@ -19,6 +19,7 @@ from train.checkpoint.manifest import (
     digest,
     is_file_name,
     layout_record,
+    model_record,
     read_manifest,
     record_hash,
     shape_record,
@@ -157,7 +158,7 @@ def check_compatible(
 
 
 def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
-    model = differences("model", manifest.get("model"), shape["model"])
+    model = differences("model", model_record(manifest), shape["model"])
     if model:
         raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
     others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]

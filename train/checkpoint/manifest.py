@@ -8,6 +8,7 @@ own hash. `train.checkpoint.locate` compares the files with it.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from base.decode import decode, encode
 from base.files import replace_file
 from base.refusal import ConfigError
 from data.problems import ProblemMix
-from model.config import InferencePrecision, ModelConfig
+from model.config import InferencePrecision, ModelConfig, with_released_routing
 from model.hf.checkpoint import LONGEST_NAME_BYTES
 from model.hf.config import parse_config, write_config
 from model.hf.files import HfError, check_kind, format_value, read_json
@@ -173,10 +174,20 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
     return model
 
 
+def model_record(manifest: Mapping[str, Any]) -> object:
+    """Returns the values of a manifest's architecture; without a newer key, they route as before it."""
+    model = manifest.get("model")
+    if isinstance(model, dict) and "group_score_experts" not in model:
+        with suppress(ConfigError):
+            released = with_released_routing(decode(ModelConfig, model))
+            return {**model, "group_score_experts": released.group_score_experts}
+    return model
+
+
 def architecture_of(manifest: Mapping[str, Any], place: str) -> ModelConfig:
     """Returns the architecture in a manifest, by the rules between sizes of released checkpoints."""
     try:
-        model = decode(ModelConfig, manifest.get("model"), "model")
+        model = decode(ModelConfig, model_record(manifest), "model")
         parse_config(write_config(model, dtype="F32", fp8=False), Path("model"))
     except (ConfigError, HfError) as error:
         raise CheckpointError(f"{place} must hold an architecture: {shorten(error)}") from error
