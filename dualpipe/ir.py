@@ -190,7 +190,7 @@ def from_json(text: str) -> Schedule:
     """
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise ScheduleError(f"schedule: not JSON: {error}") from error
     record = _read_object(record)
     placement = tuple(

@@ -35,6 +35,8 @@ def changed(**changes: Any) -> str:
     ("text", "place"),
     [
         ("{", "schedule: not JSON"),
+        ("[" * 200_000, "schedule: not JSON"),
+        ("1" * 5_000, "schedule: not JSON"),
         ("[]", "schedule: must be an object"),
         (json.dumps({key: value for key, value in good().items() if key != "ranks"}), "key 'ranks' is missing"),
         (changed(extra=1), "key 'extra' is unknown"),
