@@ -67,13 +67,13 @@ class Grid:
     tables: Mapping[str, GridTable]
     maps: tuple[str, ...]
 
-    def runs(self, out_dir: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yields a name, the name of the variant and the overrides of each run, one seed after another."""
+    def runs(self, out_dir: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yields a name and the overrides of each run, one seed after another."""
         for seed in self.seeds:
             for variant, overrides in self.variants.items():
                 name = run_name(variant, seed)
                 places = (f"seed={seed}", f"data.seed={seed}", f"name={name}", f"out_dir={out_dir}/{name}")
-                yield name, variant, (*overrides, *places, "resume=auto")
+                yield name, (*overrides, *places, "resume=auto")
 
 
 def run_name(variant: str, seed: int) -> str:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +129,9 @@ def main(overrides: Sequence[str]) -> int:
                 print(f"{line.name} ended with exit code {code}; the same command continues there", file=sys.stderr)
                 return code
         print("\n" + workflow_table(config, lines, progress), flush=True)
-        if config.workflow.grid is not None:
-            print("\n" + write_grid(config.workflow.grid, config.workflow.name, Path(config.out_dir).expanduser()))
+        grid = config.workflow.grid
+        if grid is not None and (grid.tables or grid.maps):
+            print("\n" + write_grid(grid, config.workflow.name, Path(config.out_dir).expanduser()))
     return 0
 
 
@@ -168,12 +169,7 @@ def workflow_commands(config: WorkflowCommandConfig) -> list[WorkflowCommand]:
     """Returns the commands of all parts and evaluations, in order."""
     commands = []
     further = {"train": config.train, "sample": config.sample}
-    for name, part in config.workflow.parts.items():
-        if part.command == "grid" and config.workflow.grid is not None:
-            for run, variant, overrides in config.workflow.grid.runs(config.out_dir):
-                arguments = ("launch.train", *part.overrides, *overrides, *config.train)
-                commands.append(WorkflowCommand(name=run, part=variant, evaluation=None, arguments=arguments))
-            continue
+    for name, part in _single_parts(config):
         arguments = (f"launch.{part.command}", *part.overrides, *further.get(part.command, ()))
         commands.append(WorkflowCommand(name=name, part=name, evaluation=None, arguments=arguments))
         for evaluation, overrides in config.workflow.evaluations.items() if part.evaluate else ():
@@ -184,16 +180,23 @@ def workflow_commands(config: WorkflowCommandConfig) -> list[WorkflowCommand]:
     return commands
 
 
+def _single_parts(config: WorkflowCommandConfig) -> Iterator[tuple[str, WorkflowPart]]:
+    """Yields the parts by name, with a part for each run of a grid."""
+    for name, part in config.workflow.parts.items():
+        if part.command == "grid" and config.workflow.grid is not None:
+            for run, overrides in config.workflow.grid.runs(config.out_dir):
+                yield run, replace(part, command="train", overrides=(*part.overrides, *overrides))
+        else:
+            yield name, part
+
+
 def evaluation_file(config: WorkflowCommandConfig, part: str, evaluation: str) -> str:
     """Returns the file of the right answers of an evaluation; all answers are in its journal."""
     return f"{config.out_dir}/evaluations/{part}_{evaluation}.jsonl"
 
 
 def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowCommand], progress: WorkflowProgress) -> str:
-    """Returns pass rates and numbers of tokens after each part, and the seconds of all commands.
-
-    A variant of a grid has one row for all its seeds.
-    """
+    """Returns pass rates and numbers of tokens after each part, and the seconds of all commands."""
     rates = dict[tuple[str, str], PassRates]()
     for line in lines:
         if line.evaluation is not None:
@@ -203,10 +206,10 @@ def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowComman
     num_samples = next((str(rate.num_samples) for rate in rates.values()), "n")
     columns = ("pass@1", f"maj@{num_samples}", "tokens")
     rows = [["part", *(f"{name} {column}" for name in names for column in columns), "seconds"]]
-    for part in dict.fromkeys(line.part for line in lines):
-        cells = [cell for name in names for cell in _cells(rates.get((part, name)))]
-        seconds = sum(progress.seconds(line) for line in lines if (line.part, line.evaluation) == (part, None))
-        rows.append([part, *cells, f"{seconds:.0f}"])
+    for line in lines:
+        if line.evaluation is None:
+            cells = [cell for name in names for cell in _cells(rates.get((line.part, name)))]
+            rows.append([line.part, *cells, f"{progress.seconds(line):.0f}"])
     empty = [""] * (_NUM_COLUMNS * len(names))
     evaluating = sum(progress.seconds(line) for line in lines if line.evaluation is not None)
     rows.append(["evaluations", *empty, f"{evaluating:.0f}"])
