@@ -23,11 +23,12 @@ from infer.config import check as check_generation
 from launch.config.compose import compose, system_errors
 from launch.config.folder import check_folder, locked_run_folder
 from launch.config.run import check, compose_run
-from launch.evaluate import check_harness_weights, evaluate, harness_model, job_of, open_answerer
+from launch.evaluate import evaluate, job_of
 from launch.generate import Transcript, continue_prompts, encode_job, read_values
 from launch.plan import PlanAnswer, answer_request
 from launch.plan_request import read_request
 from launch.ranks.machine import apply_rank_environment, check_driver, check_packages, is_other_rank, is_torchrun
+from launch.weights.answerer import check_harness_weights, harness_model, open_answerer
 from launch.weights.job import Device, Dtype, WeightsSource, find_weights, load_model
 from model.size import count_parameters
 from train.callbacks import Callbacks

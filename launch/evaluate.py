@@ -21,7 +21,6 @@ from base.decode import decode, encode
 from base.ranges import NonNegativeInt, PositiveInt
 from base.refusal import ConfigError
 from comm.config import ParallelismConfig
-from data.chat.templates import ChatTemplate, template_of
 from dualpipe.registry import ScheduleConfig
 from evaluation.answers import Answerer, SharedAnswerer
 from evaluation.benchmarks import (
@@ -34,7 +33,7 @@ from evaluation.benchmarks import (
     skipped_lines,
     table_text,
 )
-from evaluation.protocol import EVALUATION_TASKS, EvaluatedModel, EvaluationError, Record, TaskContext
+from evaluation.protocol import EVALUATION_TASKS, EvaluationError, Record, TaskContext
 from evaluation.run import (
     IDENTITY_NAME,
     RESULTS_NAME,
@@ -52,11 +51,11 @@ from evaluation.statistics import PairedComparison, compare
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.ranks.machine import apply_rank_environment, is_other_rank, is_torchrun
+from launch.weights.answerer import check_harness_weights, harness_model, open_answerer
 from launch.weights.job import (
     Device,
     Dtype,
     WeightsSource,
-    find_template,
     find_weights,
     load_model,
     local_cluster,
@@ -71,7 +70,6 @@ from train.config import EvaluationTasksConfig, InferenceConfig
 from train.report.charts import EVALUATION_PAGE_NAME, evaluation_page
 
 if TYPE_CHECKING:
-    from evaluation.harness import HarnessModel
     from model.transformer import Transformer
 
 FORMAT = 1
@@ -421,32 +419,6 @@ def _run_set(
 ) -> None:
     model = harness_model(job.source, answerer, seed=job.config.seed, chat=run.benchmarks.chat_template or "auto")
     run_lines(run, model, done[_SET], lambda record: write(_SET, [record]))
-
-
-def open_answerer(source: WeightsSource, model: EvaluatedModel) -> Answerer:
-    """Returns what answers the requests of tasks with a model of the weights."""
-    return Answerer(model, source.needed_tokenizer("tasks"), source.end_ids, source.model.max_position_tokens)
-
-
-def check_harness_weights(source: WeightsSource, chat: str) -> ChatTemplate | None:
-    """Rejects weights that are no language model. Returns the chat template, or None if `auto` finds none."""
-    tokenizer = source.needed_tokenizer("tasks")
-    if source.model.head != "tokens":
-        raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
-    if chat == "auto" and template_of(source.folder) is None:
-        return None
-    return find_template(chat, source.folder, tokenizer, thinking=None)
-
-
-def harness_model(
-    source: WeightsSource, answerer: Answerer | SharedAnswerer, *, seed: int, chat: str
-) -> "HarnessModel":
-    """Returns the model of lm-evaluation-harness, which must be installed, that asks an answerer."""
-    from evaluation.harness import HarnessModel
-
-    template = check_harness_weights(source, chat)
-    tokenizer = source.needed_tokenizer("tasks")
-    return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder), template=template)
 
 
 def _evaluate_here(
