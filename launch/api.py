@@ -270,8 +270,8 @@ def open_harness_model(
     require_harness()
     with system_errors():
         source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
-    check_harness_weights(source, chat)
+    template = check_harness_weights(source, chat)
     from infer.engines.local import LocalModel
 
     model = LocalModel(load_model(source, dtype, device), batch_size)
-    return harness_model(source, open_answerer(source, model), seed=seed, chat=chat)
+    return harness_model(source, open_answerer(source, model), template, seed=seed)

@@ -417,7 +417,8 @@ def _run(
 def _run_set(
     job: EvaluationJob, run: BenchmarkRun, answerer: Answerer | SharedAnswerer, done: Done, write: Write
 ) -> None:
-    model = harness_model(job.source, answerer, seed=job.config.seed, chat=run.benchmarks.chat_template or "auto")
+    template = check_harness_weights(job.source, run.benchmarks.chat_template or "auto")
+    model = harness_model(job.source, answerer, template, seed=job.config.seed)
     run_lines(run, model, done[_SET], lambda record: write(_SET, [record]))
 
 

@@ -28,11 +28,10 @@ def check_harness_weights(source: WeightsSource, chat: str) -> ChatTemplate | No
 
 
 def harness_model(
-    source: WeightsSource, answerer: Answerer | SharedAnswerer, *, seed: int, chat: str
+    source: WeightsSource, answerer: Answerer | SharedAnswerer, template: ChatTemplate | None, *, seed: int
 ) -> "HarnessModel":
     """Returns the model of lm-evaluation-harness, which must be installed, that asks an answerer."""
     from evaluation.harness import HarnessModel
 
-    template = check_harness_weights(source, chat)
     tokenizer = source.needed_tokenizer("tasks")
     return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder), template=template)
