@@ -280,16 +280,39 @@ def open_mixture(
 
 def check_split(share: float | None, folder: Path) -> None:
     """Rejects another share of split tokens than that of a prepared folder."""
-    if share is None:
-        return
-    path = folder / SETTINGS_NAME
-    try:
-        stored = read_json(path).get("punctuation_newline_split", 0.0)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.folder: {path} must be JSON of launch.prepare, is not: {error}") from error
-    if share != stored:
+    if share is not None and share != (stored := _stored_settings(folder).get("punctuation_newline_split", 0.0)):
         rule = f"must be the share that {str(folder)!r} was prepared with"
         raise DataError(f"{SPLIT_KEY}: {rule}, is {share}; nearest: {stored}, or null")
+
+
+def unused_settings(config: DataConfig) -> str:
+    """Returns which shares have no effect because a folder was prepared with others; empty if all are equal."""
+    source = config.source
+    if not isinstance(source, MixtureSource) or source.folder is None:
+        return ""
+    folder = Path(source.folder).expanduser()
+    stored = _stored_settings(folder)
+    try:
+        rates = {each["fim_rate"] for each in stored[SOURCES_NAME].values()}
+        prepared = {"validation_fraction": {stored["validation_fraction"]}, "fim_rate": rates}
+        return "; ".join(
+            f"data.{key}={getattr(config, key):g} has no effect, as data.folder was prepared with "
+            + " and ".join(f"{value:g}" for value in sorted(values))
+            for key, values in prepared.items()
+            if getattr(config, key) not in values
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"data.folder: {folder / SETTINGS_NAME} must be one of launch.prepare, lacks {error}"
+        ) from error
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_NAME
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.folder: {path} must be JSON of launch.prepare, is not: {error}") from error
 
 
 def open_folder(folder: Path, manifest: str | None, length: int) -> ShardFolder:

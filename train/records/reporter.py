@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from data.registry import DATA_SOURCES
 from data.shards.encode import none_to_split
-from data.shards.open import Prepared
+from data.shards.open import Prepared, unused_settings
 from train.checkpoint.locate import other_layout
 from train.config import TrackConfig, TrainConfig
 from train.core.replica import Replica
@@ -314,6 +314,8 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     trained = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = trained if tokenizer_name is None else f"from {tokenizer_name}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
+    if unused := unused_settings(config.data):
+        yield f"data: {unused}"
     num_held_out = len(prepared.validation.tokens_NL)
     wanted = config.validation.sequences
     if wanted and not num_held_out:

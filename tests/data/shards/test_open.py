@@ -14,7 +14,7 @@ from data.corpus import DataError
 from data.loader import Loader
 from data.prepare import prepare
 from data.readers.sources import FilesSource
-from data.shards.open import MixtureSource, Prepared, open_folder
+from data.shards.open import MixtureSource, Prepared, open_folder, unused_settings
 from data.tokenizer import Tokenizer
 from tests.tiny import data_config
 
@@ -166,3 +166,8 @@ def test_files_and_a_prepared_folder_split_the_same_tokens(tmp_path: Path) -> No
     assert len(list((tmp_path / "cache").glob("documents-*"))) == 2  # no split is the same folder as a split of 0
     with pytest.raises(DataError, match=r"^data\.punctuation_newline_split: .* is 0\.4; nearest: 0\.5, or null$"):
         prepare(replace(config_of(tmp_path, folder=folder), punctuation_newline_split=0.4), L)
+    opened = config_of(tmp_path, folder=folder)
+    assert unused_settings(opened) == ""
+    assert unused_settings(replace(opened, fim_rate=0.75)) == (
+        f"data.fim_rate=0.75 has no effect, as data.folder was prepared with {opened.fim_rate:g}"
+    )
