@@ -286,7 +286,7 @@ def check_split(share: float | None, folder: Path) -> None:
 
 
 def unused_settings(config: DataConfig) -> str:
-    """Returns which shares have no effect because a folder was prepared with others; empty if all are equal."""
+    """Returns which shares have no effect, as a folder was prepared with others; empty if all have."""
     source = config.source
     if not isinstance(source, MixtureSource) or source.folder is None:
         return ""

@@ -1,4 +1,4 @@
-"""Opens what answers the requests of evaluation tasks with weights, here and for lm-evaluation-harness."""
+"""Opens what answers requests of evaluation tasks with weights, here and for lm-evaluation-harness."""
 
 from typing import TYPE_CHECKING
 

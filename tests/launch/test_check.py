@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
@@ -316,7 +317,12 @@ def test_check_reads_the_files_of_deepseeks_inference_code(
     assert f"{EXPERT.format(0, 'up')} has swapped experts" in out
     with pytest.raises(HfError, match=r"config.json: must be there in like, is not; nearest: this folder as check"):
         main([f"check={folders / 'fp8'}", f"like={tmp_path / 'mp2'}"])
-    (tmp_path / "mp2" / "model1-mp2.safetensors").unlink()
+    second = tmp_path / "mp2" / "model1-mp2.safetensors"
+    copies = load_file(second)
+    save_file(copies | {"norm.weight": 2 * copies["norm.weight"]}, second)
+    with pytest.raises(HfError, match=r"model.norm.weight: must equal the copy in model0-mp2.safetensors, differs"):
+        main([f"check={tmp_path / 'mp2'}", f"like={folders / 'fp8'}"])
+    second.unlink()
     with pytest.raises(HfError, match=r"model1-mp2.safetensors: must be there"):
         main([f"check={tmp_path / 'mp2'}", f"like={folders / 'fp8'}"])
 

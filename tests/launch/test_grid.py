@@ -9,7 +9,7 @@ import pytest
 from base.decode import decode
 from base.refusal import ConfigError
 from launch.grid import Grid, run_name, write_grid
-from launch.workflow import read_workflow
+from launch.workflow import read_workflow, workflow_commands
 
 DIRECTIONS = {"validation_loss": "lower", "max_violation": "not stated", "domain_load": "higher"}
 
@@ -72,6 +72,14 @@ def test_a_run_without_validation_is_refused(tmp_path: Path) -> None:
     (tmp_path / run_name("better", 0) / "loads.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"^train: must leave validation .*better_seed0 has no loads"):
         write_grid(grid_of([0]), "study", tmp_path)
+
+
+def test_runs_of_a_seed_have_its_weights_and_data_and_are_evaluated_like_parts() -> None:
+    lines = {line.name: line.arguments for line in workflow_commands(read_workflow(["workflow=distillation"]))}
+    for variant in ("plain", "both"):
+        run = lines[run_name(variant, 2)]
+        assert {"seed=2", "data.seed=2", f"out_dir=outputs/distillation/{variant}_seed2", "resume=auto"} <= {*run}
+        assert f"ckpt=outputs/distillation/{variant}_seed2" in lines[f"{variant}_seed2/parity"]
 
 
 @pytest.mark.parametrize(

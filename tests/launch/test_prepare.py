@@ -70,6 +70,15 @@ def test_command_writes_the_public_files_and_a_second_start_does_nothing(argumen
         main(arguments)
 
 
+def test_command_says_that_no_token_is_split(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Rows without line breaks train no token that joins one.
+    assert main([*arguments, "data.punctuation_newline_split=0.5", f"out={tmp_path / 'split'}"]) == 0
+    line = "tokenizer: it has no tokens of punctuation and line breaks, so data.punctuation_newline_split=0.5"
+    assert line in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -1,6 +1,7 @@
 """Output of a run on a terminal and in a pipe, and output that breaks."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from data.problems import split_problems
+from data.shards.open import MixtureSource
 from data.tokenizer import Tokenizer
 from tests import ROOT
 from tests.covering import exhaustive
@@ -290,3 +292,18 @@ def test_a_tokenizer_that_joins_no_punctuation_says_that_none_is_split(tmp_path:
     (line,) = (line for line in corpus_lines(config, prepare_corpus(config)) if line.startswith("tokenizer: "))
     none = "it has no tokens of punctuation and line breaks, so data.punctuation_newline_split=0.5 leaves none to split"
     assert line.endswith(none) != has_joint_tokens
+
+
+def test_shares_that_a_prepared_folder_does_not_have_are_named(tmp_path: Path) -> None:
+    write_text(tmp_path, num_files=12)
+    config = replace(tiny_config(tmp_path), data=data_config(tmp_path))
+    prepared = prepare_corpus(config)
+    settings = {"validation_fraction": 0.2, "sources": {"a": {"fim_rate": 0.25}, "b": {"fim_rate": 0.5}}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    source = MixtureSource(kind="mix", manifest=None, folder=str(tmp_path), local_cache=None)
+    config = replace(config, data=replace(config.data, source=source))
+    lines = [line for line in corpus_lines(config, prepared) if line.startswith("data: ")]
+    assert lines == ["data: data.fim_rate=0 has no effect, as data.folder was prepared with 0.25 and 0.5"]
+    settings["sources"]["a"]["fim_rate"] = 0.0  # type: ignore[index]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert not any(line.startswith("data: ") for line in corpus_lines(config, prepared))

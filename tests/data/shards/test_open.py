@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from data.config import BatchSizes, DataConfig
 from data.corpus import DataError
 from data.loader import Loader
-from data.prepare import prepare
+from data.prepare import check_config, prepare
 from data.readers.sources import FilesSource
 from data.shards.open import MixtureSource, Prepared, open_folder, unused_settings
 from data.tokenizer import Tokenizer
@@ -164,8 +165,10 @@ def test_files_and_a_prepared_folder_split_the_same_tokens(tmp_path: Path) -> No
     for plain in (None, 0.0):
         assert prepare(replace(files, punctuation_newline_split=plain), L).train.num_tokens < first.train.num_tokens
     assert len(list((tmp_path / "cache").glob("documents-*"))) == 2  # no split is the same folder as a split of 0
-    with pytest.raises(DataError, match=r"^data\.punctuation_newline_split: .* is 0\.4; nearest: 0\.5, or null$"):
-        prepare(replace(config_of(tmp_path, folder=folder), punctuation_newline_split=0.4), L)
+    other = replace(config_of(tmp_path, folder=folder), punctuation_newline_split=0.4)
+    for refuses in (check_config, partial(prepare, sequence_length_tokens=L)):
+        with pytest.raises(DataError, match=r"^data\.punctuation_newline_split: .* is 0\.4; nearest: 0\.5, or null$"):
+            refuses(other)
     opened = config_of(tmp_path, folder=folder)
     assert unused_settings(opened) == ""
     assert unused_settings(replace(opened, fim_rate=0.75)) == (
