@@ -200,7 +200,17 @@ def test_own_set_runs_skips_with_reasons_and_has_the_same_values_on_two_ranks(
     assert "HF_ALLOW_CODE_EVAL=1" in _rows(tmp_path / "one")["Program"]["reason"]
     with pytest.raises(EvaluationError, match="set_limit: must be as in"):
         main([*command, f"out={tmp_path}/one", "set_limit=2"])
+    # As a chat, the same questions have other values; a limit leaves the first ones.
     values = yaml.safe_load(own_set.read_text())
+    text = [line for line in values["lines"] if line["line"] == "Text"]
+    limited = {}
+    for template in ("v3", None):
+        own_set.write_text(yaml.safe_dump({**values, "lines": text, "chat_template": template}))
+        main([*command, f"out={tmp_path}/chat_{template}", "set_limit=5"])
+        limited[template] = _rows(tmp_path / f"chat_{template}")["Text"]
+    assert [row["num_samples"] for row in limited.values()] == [5, 5]
+    assert limited["v3"]["value"] != pytest.approx(limited[None]["value"], rel=1e-3)
+
     own_set.write_text(yaml.safe_dump({**values, "lines": values["lines"][6:]}))
     with pytest.raises(ConfigError, match="set: must have a line that can run"):
         main([*command, f"out={tmp_path}/none"])
