@@ -71,9 +71,10 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
         unread: values for dotted keys that the command does not read, used if they have none. `*` is an item's number.
     """
     config = _checked(command, overrides).config
-    for key in [key for key, value in _raw_keys(config).items() if unread and value == MISSING]:
-        if (pattern := re.sub(r"\.\d+\.", ".*.", key)) in (unread or {}):
-            OmegaConf.update(config, key, (unread or {})[pattern])
+    if unread:
+        for key in [key for key, value in _raw_keys(config).items() if value == MISSING]:
+            if (pattern := re.sub(r"\.\d+\.", ".*.", key)) in unread:
+                OmegaConf.update(config, key, unread[pattern])
     raw = _raw_keys(config)
     try:
         values = _string_keys(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
