@@ -99,6 +99,7 @@ def may_communicate(path: str) -> bool:
         "planner/fake_world.py",
         "dualpipe/runtime/execute.py",
         "dualpipe/runtime/torch.py",
+        "dualpipe/runtime/torch_checks.py",
         "launch/ranks/local.py",
     )
 

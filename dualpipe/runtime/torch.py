@@ -8,8 +8,7 @@ Undocumented names of torch in use (2.12 and 2.13): of `PipelineScheduleMulti` `
 `_initialize_stages`, `_check_inputs`, `_n_microbatches`, `_has_backward`, `_loss_fn`; of `PipelineStage`
 `forward_one_chunk`, `backward_one_chunk`, `backward_weight_one_chunk`, `get_fwd_recv_ops`, `get_bwd_recv_ops`,
 `get_fwd_send_ops`, `get_bwd_send_ops`, `set_local_fwd_input`, `set_local_bwd_input`, `get_local_bwd_output`, `chunks`,
-`perform_reduce_grad`, `stage_index_to_group_rank`, `args_recv_info`, `grad_recv_info`; `_checkpoint_hook` of
-`torch.utils.checkpoint`.
+`perform_reduce_grad`, `stage_index_to_group_rank`, `args_recv_info`, `grad_recv_info`.
 """
 
 import copy
@@ -17,20 +16,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 from dualpipe.ir import (
@@ -48,12 +44,8 @@ from dualpipe.ir import (
     to_json,
 )
 from dualpipe.passes import forward_only, order_members
+from dualpipe.runtime.torch_checks import StageKey, check_module, check_stages, check_torch_version, watch_modules
 from dualpipe.validate import validate_passes
-
-_LEAST_TORCH = (2, 12)
-_REUSES_WEIGHTS = (2, 13)  # before it, W counts a weight twice that a stage uses twice (pytorch 180952)
-StageKey = tuple[int, int]
-"""Direction and stage."""
 
 
 class _Built(Protocol):
@@ -153,12 +145,12 @@ class DualPipeStep(PipelineScheduleMulti):
             ScheduleError: if the schedule is invalid or differs between ranks, or torch cannot split the backward of a
                 module into I and W.
         """
-        _check_torch_version()
+        check_torch_version()
         order = _order_of(schedule)
         self._rank, size = distributed.get_rank(group), distributed.get_world_size(group)
         _prove(order, group, self._rank, size)
         held = order.stages_of(self._rank)
-        _check_stages(held, stages)
+        check_stages(held, stages)
         self._slices = order.slices
         self._past: dict[tuple[StageKey, int], list[Tensor]] = {}
         # The order was proven with its slices. From here on, each slice is a micro-batch.
@@ -174,7 +166,7 @@ class DualPipeStep(PipelineScheduleMulti):
             if not isinstance(stage, PipelineStage):
                 stage = make_stage(stage, key[1])
             if self._splits:
-                _check_module(stage.submod, key)
+                check_module(stage.submod, key)
             self._stages_held[key] = stage
         super().__init__([*self._stages_held.values()], order.num_micro_batches, loss_fn, **options)
         for (direction, _), stage in self._stages_held.items():
@@ -222,7 +214,7 @@ class DualPipeStep(PipelineScheduleMulti):
         batch = arg_mbs, kwarg_mbs, target_mbs, losses
         is_first = self._has_backward and self._splits and not self._is_watched
         self._is_watched |= is_first
-        with _watch_modules(self._stages_held) if is_first else nullcontext():
+        with watch_modules(self._stages_held) if is_first else nullcontext():
             self._run_groups(*batch, return_outputs, loss_kwargs)
         self._past.clear()
         if self._has_backward:
@@ -457,89 +449,3 @@ def _prove(order: Schedule, group: distributed.ProcessGroup | None, rank: int, s
         raise ScheduleError(
             f"schedule: must be equal on all ranks, differs on rank {other}; nearest: the JSON of rank 0's"
         )
-
-
-def _check_torch_version() -> None:
-    if _version() < _LEAST_TORCH:
-        raise ScheduleError(f"torch: must be at least 2.12, is {torch.__version__}; nearest: 2.12")
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
-
-
-def _check_stages(held: Sequence[StageKey], stages: Mapping[StageKey, Any]) -> None:
-    for key in held:
-        if key not in stages:
-            have = ", ".join(map(str, stages)) or "none"
-            raise ScheduleError(f"stages: must have (direction, stage) {key} on this rank, has {have}; nearest: {held}")
-    for number in {stage for _, stage in held}:
-        copies = [stages[key] for key in held if key[1] == number]
-        modules = {id(stage.submod if isinstance(stage, PipelineStage) else stage) for stage in copies}
-        if len(modules) > 1:
-            raise ScheduleError(
-                f"stages: both directions of stage {number} are on this rank and must be one module, are two; "
-                "nearest: the same module twice"
-            )
-
-
-def _check_module(module: Any, key: StageKey) -> None:
-    """Rejects wrappers with which torch's I and W give wrong gradients or fail."""
-    for part in module.modules():
-        if isinstance(part, DistributedDataParallel):
-            _refuse(
-                key, "must not be in DistributedDataParallel, which reduces no gradients after I and W (pytorch 144530)"
-            )
-        if isinstance(part, OptimizedModule):
-            _refuse(key, "must not be compiled, since torch.compile gives up buffers between I and W")
-
-
-def _count_uses(key: StageKey, module: Any) -> list[Any]:
-    """Rejects forwards of a stage that use a weight twice. Returns the handles of its hooks."""
-    rule = "must use each weight once before torch 2.13, whose W counts it twice (pytorch 180952)"
-    used: set[int] = set()
-
-    def count(weights: Sequence[int]) -> None:
-        if used.intersection(weights):
-            _refuse(key, rule)
-        used.update(weights)
-
-    handles = [module.register_forward_pre_hook(lambda *_: used.clear())]
-    for part in module.modules():
-        if isinstance(part, nn.RNNBase):
-            _refuse(key, rule)
-        weights = [id(weight) for weight in part.parameters(recurse=False)]
-        handles.append(part.register_forward_pre_hook(lambda *_, weights=weights: count(weights)))
-    return handles
-
-
-@contextmanager
-def _watch_modules(stages: Mapping[StageKey, PipelineStage]) -> Iterator[None]:
-    """Rejects stages that checkpoint in a forward, and before torch 2.13 those that reuse a weight."""
-    running: list[StageKey] = []
-    handles = []
-
-    def refuse_checkpoint(*_: Any, **__: Any) -> NoReturn:
-        _refuse(running[-1], "must not be checkpointed, since torch recomputes it in I and again for weights in W")
-
-    for key, stage in {id(stage.submod): (key, stage) for key, stage in stages.items()}.values():
-        handles.append(stage.submod.register_forward_pre_hook(lambda *_, key=key: running.append(key)))
-        handles += _count_uses(key, stage.submod) if _version() < _REUSES_WEIGHTS else []
-    # What every way to checkpoint calls in a forward.
-    places: Any = ((checkpoint._checkpoint_hook, "__init__"), (checkpoint.CheckpointFunction, "forward"))
-    originals = [vars(owner)[name] for owner, name in places]
-    for owner, name in places:
-        setattr(owner, name, refuse_checkpoint if name == "__init__" else staticmethod(refuse_checkpoint))
-    try:
-        yield
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
-        for handle in handles:
-            handle.remove()
-
-
-def _refuse(key: StageKey, rule: str) -> NoReturn:
-    raise ScheduleError(
-        f"stages: stage {key[1]} {rule}; nearest: full backwards, as merge_backwards(schedule) has them"
-    )
