@@ -10,15 +10,18 @@ from typing import Any
 from base.decode import encode
 from base.figures import aligned, plain
 from base.files import replace_text
+from train.config import TaskConfig
 from train.files.run_files import redact
 from train.start.startup import identity_of, is_version
+from train.tasks.registry import TASKS
 from verify.checks import CheckEntry, Failure, Outcome, Verification
+from verify.layouts import takes_task
 
 JSON_NAME = "certificate.json"
 TEXT_NAME = "certificate.txt"
 _NOT_CHECKED = (
     "arithmetic that one rank and many share: attention, rotation, router, losses (launch.golden compares it)",
-    "tasks other than pretraining: frozen networks, rollouts, loss weights",
+    "rollouts and their answers, a teacher as a network, and tasks other than pretraining in random layouts",
     "FP8 products, and kernels that only the configured sizes choose",
     "rates of transfers and of the dispatcher, and a token over dispatch.max_nodes with dispatch=deepep",
 )
@@ -40,7 +43,7 @@ class Certificate:
             "layout": encode(config.parallelism),
             "cluster": encode(config.cluster),
             "layouts": [f"{trial.name}: {trial}" for trial in verification.trials],
-            "not_checked": list(_NOT_CHECKED),
+            "not_checked": [*_NOT_CHECKED, *missing_task(config.task)],
         }
 
     def add(self, outcome: Outcome) -> None:
@@ -72,6 +75,12 @@ class Certificate:
         text = redact(json.dumps(values, indent=1))
         replace_text(self._verification.folder / JSON_NAME, f"{text}\n")
         replace_text(self._verification.folder / TEXT_NAME, f"{_text_of(json.loads(text))}\n")
+
+
+def missing_task(task: TaskConfig) -> list[str]:
+    """Returns what a certificate says of a task that small runs cannot take; nothing for others."""
+    values = ", ".join(TASKS.get(task.kind).values)
+    return [] if takes_task(task) else [f"task={task.kind}, which reads {values} of tokens; small runs pretrain"]
 
 
 def _text_of(values: dict[str, Any]) -> str:

@@ -33,7 +33,6 @@ from verify.steps import (
     ratio_of,
     relative_error,
     run_step,
-    start_biases,
     tensor_differences,
 )
 
@@ -103,7 +102,6 @@ class _Comparison:
         config = self._trial.config
         before = self._plain.initial
         with opened_learner(self._verification, config) as learner:
-            start_biases(learner.replica.model)
             held = {name: tensor.cpu() for name, tensor in named_tensors(learner.replica.model).items()}
             initial = tensor_differences("initial weight", held, before, self._tolerance)
             failures = self._gather("before the first step", initial)
@@ -140,7 +138,6 @@ class _Comparison:
         """Runs the steps as training does, with late updates, and yields weights and averages that differ."""
         config = self._trial.config
         with opened_learner(self._verification, config) as learner:
-            start_biases(learner.replica.model)
             for step in range(COMPARED_STEPS):
                 train_step(learner, config.task, self._loader, step, _LateUpdates(learner))
             weights = {name: weight.cpu() for name, weight in named_tensors(learner.replica.model).items()}
@@ -198,9 +195,9 @@ class _Comparison:
         for width in dict.fromkeys((1, config.parallelism.expert)):
             size = num_sequences // config.parallelism.data * width
             batch = task.read(self._loader.batch(0, self._rank // width * size, size), self._verification.device)
-            model = PlainModel(config, 0, self._verification.device).model
-            model.loss(batch, objective, LossSums(task.names)).backward()
-            gradients = by_released_name(model, lambda parameter: parameter.grad)
+            plain = PlainModel(config, 0, self._verification.device)
+            plain.model.loss(plain.compared(batch), objective, LossSums(task.names)).backward()
+            gradients = by_released_name(plain.model, lambda parameter: parameter.grad)
             is_experts = width > 1
             parts |= {name: gradients[name].cpu() for name in names if not is_experts or _EXPERTS in name}
         return parts
@@ -295,7 +292,6 @@ def check_overlap(verification: Verification) -> Findings:
         config = replace(trial.config, schedule=replace(trial.config.schedule, pairing=pairing))
         with opened_learner(verification, config) as learner:
             is_exact = keeps_sums(learner.replica.schedule, has_mtp=config.model.mtp_depth > 0)
-            start_biases(learner.replica.model)
             loader = loader_of(config)
             steps[pairing] = [run_step(learner, config, loader, step).on_host() for step in range(COMPARED_STEPS)]
     tolerance = 0.0 if is_exact else tolerance_of(trial.config)

@@ -1,17 +1,18 @@
 """Chooses the small runs to compare with one rank.
 
-They add one axis at a time, then follow the configured layout, then random ones. All of them use every rank of the
-job, and the backend, dispatcher, recomputation and seed of the configured run. No torch here.
+They add one axis at a time, then the task, then follow the configured layout, then random ones. All of them use every
+rank of the job, and the backend, dispatcher, recomputation and seed of the configured run. No torch here.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import gcd, lcm
 from typing import Literal
 
 from base.refusal import ConfigError
 from comm.config import AllToAllDispatchConfig, Cut, DispatchConfig, LocalDispatchConfig, ParallelismConfig
+from data.pack import PAIR, SCORE, WEIGHTS
 from dualpipe.costs import Costs
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
@@ -23,13 +24,15 @@ from train.config import (
     EmaConfig,
     PrecisionConfig,
     SamplesConfig,
+    TaskConfig,
     TokenSchedule,
     TrainConfig,
     ValidationConfig,
 )
 from train.optim.learning_rate import ConstantRate, Duration
 from train.predict.cut import num_stages
-from train.tasks.pretrain import PretrainConfig
+from train.tasks.pretrain import PretrainConfig, build_pretrain
+from train.tasks.registry import TASKS
 
 CONFIGURED = "configured layout"
 OPTIMIZER = "configured optimizer"
@@ -58,9 +61,10 @@ class Trial:
     def __str__(self) -> str:
         run = self.config
         mesh = run.parallelism
+        task = "" if is_pretraining(run.task) else f", {run.task.kind}"
         return (
             f"{mesh.axes()} x expert {mesh.expert}, {run.schedule.kind} with {run.num_micro_batches} micro-batches, "
-            f"MTP {run.model.mtp_depth}, {run.dispatch.kind}"
+            f"MTP {run.model.mtp_depth}, {run.dispatch.kind}{task}"
         )
 
 
@@ -73,6 +77,9 @@ def choose_trials(config: TrainConfig, num_sampled: int, check: Check) -> list[T
     base = _small_run(config)
     trials = [trial for trial in _axes(base) if _is_valid(trial.config, check)]
     configured = _configured(config, base, check)
+    if takes_task(config.task) and not is_pretraining(config.task):
+        trials.append(Trial(name="task axis", axis="task", config=_with_task(config.task, base)))
+        configured = _with_task(config.task, configured)
     trials.append(Trial(name=CONFIGURED, axis="", config=configured))
     trials.append(Trial(name=OPTIMIZER, axis="optimizer", config=_with_optimizer(config, configured)))
     generator = random.Random(f"{config.seed} {config.parallelism.axes()}")
@@ -83,6 +90,16 @@ def choose_trials(config: TrainConfig, num_sampled: int, check: Check) -> list[T
         if _is_valid(drawn, check) and drawn not in [trial.config for trial in trials]:
             trials.append(Trial(name=f"sampled layout {len(trials)}", axis="", config=drawn))
     return trials
+
+
+def is_pretraining(task: TaskConfig) -> bool:
+    """Returns whether a task is next-token prediction on documents, under any name."""
+    return TASKS.get(task.kind).build is build_pretrain
+
+
+def takes_task(task: TaskConfig) -> bool:
+    """Returns whether small runs can take a task: they have the values of tokens that it reads."""
+    return {WEIGHTS, PAIR, SCORE}.issuperset(TASKS.get(task.kind).values)
 
 
 def _is_valid(config: TrainConfig, check: Check) -> bool:
@@ -220,6 +237,14 @@ def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
     ema = EmaConfig(decay=None if config.ema.decay is None else 0.7)
     precision = PrecisionConfig(kind="float32") if run.precision.kind == "float64" else run.precision
     return replace(run, optim=optim, ema=ema, precision=precision)
+
+
+def _with_task(task: TaskConfig, run: TrainConfig) -> TrainConfig:
+    """Returns a small run with the configured task, for the length and with the weights of other small runs."""
+    same = {field.name: getattr(run.task, field.name) for field in fields(TaskConfig) if field.name != "kind"}
+    head = TASKS.get(task.kind).head
+    depth = run.model.mtp_depth if head == "tokens" else 0
+    return replace(run, task=replace(task, **same), model=replace(run.model, head=head, mtp_depth=depth))
 
 
 def _exchange(config: TrainConfig, expert: int) -> DispatchConfig:

@@ -18,7 +18,7 @@ from verify.checks import Failure, Findings, Verification
 from verify.equality import COMPARED_STEPS, tolerance_of
 from verify.layouts import OPTIMIZER
 from verify.runs import PlainRuns, corpus_of, loader_of, loss_names, opened_learner
-from verify.steps import rank_differences, run_step, start_biases, tensor_differences
+from verify.steps import rank_differences, run_step, tensor_differences
 
 FOLDER = "checkpoint_check"
 
@@ -33,7 +33,6 @@ def check_checkpoint(verification: Verification) -> Findings:
         root.mkdir()
     saved = replace(saved, out_dir=str(root))
     with opened_learner(verification, saved) as learner:
-        start_biases(learner.replica.model)
         loader = loader_of(saved)
         for step in range(COMPARED_STEPS):
             run_step(learner, saved, loader, step)

@@ -5,7 +5,8 @@ does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -17,14 +18,16 @@ from comm.protocol import Dispatcher
 from data.config import BatchSizes
 from data.loader import Loader
 from model.block import RoutedExperts
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import BALANCE, LossSums, MicroBatch, Objective
+from model.objectives.pairs import REFERENCE
+from model.objectives.policy import TokenLogProbs
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.config import TrainConfig
 from train.core.learner import Learner
 from train.core.step import accumulate, rates_of, update_router_bias
 from train.core.world import weight_dtype
 from train.optim.adamw import MOMENTS, group_parameters
-from train.tasks.registry import open_task
+from train.tasks.registry import TASKS, open_task
 from verify.checks import Failure
 
 TINY = 1e-30  # least size of the largest expected value by which differences are divided
@@ -111,7 +114,7 @@ def local_dispatcher(config: TrainConfig) -> Dispatcher:
 
 
 class PlainModel:
-    """The whole model of a run in one process, with its optimizer."""
+    """The whole model of a run in one process, with its optimizer and its task's reference."""
 
     def __init__(self, config: TrainConfig, starved: int = 0, device: torch.device | None = None) -> None:
         """Builds the model with the run's initial weights; `starved` as for `start_biases`."""
@@ -119,6 +122,8 @@ class PlainModel:
             self.model = Transformer(config.model, local_dispatcher(config), weight_dtype(config.precision))
         initialize_weights(self.model, config.seed)
         start_biases(self.model, starved)
+        has_reference = TASKS.get(config.task.kind).has_reference(config.task)
+        self._reference = deepcopy(self.model) if has_reference else None
         groups = group_parameters(self.model)
         self._config = config
         self._optimizer = torch.optim.AdamW(
@@ -132,6 +137,19 @@ class PlainModel:
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
         )
+
+    @torch.no_grad()
+    def compared(self, batch: MicroBatch) -> MicroBatch:
+        """Returns a micro-batch with its targets' log-probabilities under the reference, if the task has one.
+
+        They are bit by bit those of equal weights in training, as counts of pairs with a positive margin need.
+        """
+        if self._reference is None:
+            return batch
+        sums = LossSums((BALANCE,), {})
+        self._reference.loss(batch, TokenLogProbs(), sums)
+        assert sums.log_probs is not None
+        return replace(batch, extras={**batch.extras, REFERENCE: sums.log_probs[0, 0]})
 
     def step(
         self,
@@ -148,7 +166,7 @@ class PlainModel:
         objective = adapt(task.objective(counts, rates))
         sums = LossSums(task.names)
         for batch in batches:
-            self.model.loss(batch, objective, sums).backward()
+            self.model.loss(self.compared(batch), objective, sums).backward()
         gradients = by_released_name(self.model, lambda parameter: parameter.grad)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm))
         for options in self._optimizer.param_groups:
@@ -162,6 +180,9 @@ class PlainModel:
         for router in routers(self.model).values():
             router.update_bias(router.load, rates.bias_update)
             router.load.zero_()
+        interval = TASKS.get(config.task.kind).reference_interval(config.task)
+        if self._reference is not None and interval is not None and (step + 1) % interval == 0:
+            self._reference = deepcopy(self.model)
         means = dict(zip(task.names, (sums.settle() / counts).tolist(), strict=True))
         weights = {name: tensor.clone() for name, tensor in named_tensors(self.model).items()}
         return StepValues([*means.values(), task.total(means, rates)], norm, gradients, gradients, weights)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,10 +16,8 @@ from data.shards.open import Prepared
 from dualpipe.builder import build_schedule
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
-from kernels.cross_entropy import linear_cross_entropy
 from model.objective import LossSums, MicroBatch, Objective
 from model.objectives.distillation import TEACHER_STATES, Distillation
-from model.objectives.pairs import REFERENCE
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.sources import open_source
@@ -36,7 +33,7 @@ from train.predict.timing import nominal_costs
 from train.start.corpus import prepare_corpus
 from train.start.plan import ramp_schedules
 from train.tasks.distill import DistillConfig, is_scores_folder
-from train.tasks.registry import TASKS, StepRates, Task, open_task
+from train.tasks.registry import StepRates, Task, open_task
 from verify.steps import PlainModel, StepValues, local_dispatcher, run_step, start_biases
 
 
@@ -159,9 +156,8 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[StepVal
     """The whole model in this process under ordinary autograd and torch's own optimizer and clipping."""
     plain, loader = PlainModel(config, starved), open_loader(config)
     hook = plain_hook(config, plain.model)
-    has_reference = TASKS.get(config.task.kind).has_reference(config.task)
-    reference = deepcopy(plain.model) if has_reference else load_teacher(config)
-    return [_plain_step(config, plain, loader, step, reference, hook) for step in range(num_steps)]
+    teacher = load_teacher(config)
+    return [_plain_step(config, plain, loader, step, teacher, hook) for step in range(num_steps)]
 
 
 class PlainEngine(LocalEngine):
@@ -195,33 +191,20 @@ def with_states(batch: MicroBatch, teacher: Transformer) -> MicroBatch:
     return replace(batch, extras={**batch.extras, TEACHER_STATES: states_BTS})
 
 
-@torch.no_grad()
-def with_reference(batch: MicroBatch, reference: Transformer) -> MicroBatch:
-    """Returns the micro-batch with the targets' log-probabilities of the plain reference.
-
-    They are bit by bit those of equal weights in training, as counts of pairs with a positive margin need.
-    """
-    states_BTS, targets_BT = reference.final_states(batch.inputs_BT[0], batch.documents), batch.targets_BT[0]
-    rows_ND, targets_N = states_BTS.flatten(0, 1), targets_BT.flatten()
-    scores = linear_cross_entropy(rows_ND, reference.head_weight, targets_N, wants_rows=False, wants_head=False)
-    return replace(batch, extras={**batch.extras, REFERENCE: scores.log_probs_N.view_as(targets_BT)})
-
-
 def _plain_step(
-    config: TrainConfig, plain: PlainModel, loader: Loader, step: int, reference: Transformer | None, hook: TaskHook
+    config: TrainConfig, plain: PlainModel, loader: Loader, step: int, teacher: Transformer | None, hook: TaskHook
 ) -> StepValues:
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
     (read,) = hook.prepare(loader, step).reads
     batches = [task.read(read(first, size), device) for first in reads]
-    if reference is not None:
-        scored = with_reference if TASKS.get(config.task.kind).has_reference(config.task) else with_states
-        batches = [scored(batch, reference) for batch in batches]
+    if teacher is not None:
+        batches = [with_states(batch, teacher) for batch in batches]
 
     def adapt(objective: Objective) -> Objective:
-        if isinstance(objective, Distillation) and reference is not None:
-            return replace(objective, teacher_head_VS=reference.head_weight.detach())
+        if isinstance(objective, Distillation) and teacher is not None:
+            return replace(objective, teacher_head_VS=teacher.head_weight.detach())
         return objective
 
     return plain.step(batches, loader.sizes, step, adapt)

@@ -22,6 +22,7 @@ from train.core import learner, step, world
 from train.core.replica import BatchReader, Replica
 from train.optim import staged
 from train.optim.adamw import EMBEDDING, ReplicatedAdamW
+from train.post import comparison
 from train.start import startup
 from verify import places, rates, resuming, runs, steps
 
@@ -419,3 +420,16 @@ PLANTED: dict[str, Planted] = {
         cause="in step 1 .*the data axis",
     ),
 }
+
+
+def next_reference(original: Any, reader: BatchReader, name: str, found: Any) -> None:
+    keys = list(found)
+    original(reader, name, dict(zip(keys, [found[key] for key in (*keys[1:], keys[0])], strict=True)))
+
+
+TASK_FAULTS: dict[str, Plant] = {
+    "reference has other weights": wrapped(comparison.Reference, "follow", lambda original, own, policy: None, (1,)),
+    "reference of another micro-batch": wrapped(BatchReader, "add_extras", next_reference, (1,)),
+    "local number of pairs or answers": unsummed(0, num_losses=8),
+}
+"""Faults of runs with a frozen network or another loss, each of which the task axis names."""

@@ -2,8 +2,9 @@
 
 import re
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,17 @@ from dualpipe.registry import ScheduleConfig
 from launch.config.rules import check_rules
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
+from tests.rollouts import GRPO
 from tests.tiny import tiny_config
 from tests.verify.edited_faults import EDITS
-from tests.verify.planted_faults import PLANTED
+from tests.verify.planted_faults import PLANTED, TASK_FAULTS
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
+from train.tasks.pretrain import PretrainConfig
+from train.tasks.registry import TASKS
+from verify.certificate import missing_task
 from verify.checks import Outcome, Place, Verification, run_checks
-from verify.layouts import OPTIMIZER, choose_trials
+from verify.equality import check_equality
+from verify.layouts import CONFIGURED, OPTIMIZER, choose_trials
 from verify.places import misplaced
 from verify.rates import below_preset, partners, slow_places
 from verify.run import CHECKS
@@ -137,6 +143,61 @@ def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
     assert (run.optim.sharding, run.optim.offload, run.ema.decay is None) == ("zero1", "torch", False)
     assert all(trial.batch.document_mask for trial in trials.values())
     assert {"directions axis", "slices axis"} <= set(trials)
+
+
+def task_config(folder: Path, kind: str) -> TrainConfig:
+    """Returns a run of a task with the values of its example, as the task's checks of rollouts are not those here."""
+    config = run_config(folder)
+    spec = TASKS.get(kind)
+    values: dict[str, Any] = {field.name: getattr(config.task, field.name) for field in fields(PretrainConfig)}
+    values |= {**spec.example, "kind": kind}
+    task = replace(GRPO, reference_every_steps=1) if kind == "grpo" else spec.config(**values)
+    return replace(config, task=task, batch=replace(config.batch, document_mask=True))
+
+
+def task_failures(rank: int, world_size: int, runs: list[tuple[TrainConfig, str]]) -> list[list[str]]:
+    """Returns the failures of this rank in the small run of each configured task, with a fault."""
+    failures = []
+    for config, fault in runs:
+        trials = [trial for trial in choose_trials(config, 0, check_rules) if trial.name in ("task axis", CONFIGURED)]
+        device = torch.device("cpu")
+        job = Verification(
+            config=config, device=device, log=CollectiveLog(), trials=trials, folder=Path(config.out_dir)
+        )
+        with ExitStack() as stack:
+            if fault != NONE:
+                TASK_FAULTS[fault](rank, stack)
+            failures.append([str(failure) for failure in check_equality(job).failures])
+    return failures
+
+
+def test_small_runs_take_the_configured_task_or_the_certificate_says_that_they_do_not(tmp_path: Path) -> None:
+    for kind in ("sft", "dpo", "reward_model", "distill", "grpo", "long_context"):
+        config = task_config(tmp_path, kind)
+        trials = {trial.name: trial.config.task.kind for trial in choose_trials(config, 1, check_rules)}
+        taken = "pretrain" if kind == "long_context" else kind
+        assert (trials[CONFIGURED], trials[OPTIMIZER], trials.get("task axis", "pretrain")) == (taken, taken, taken)
+        assert missing_task(config.task) == []
+    TASKS.register("heights", replace(TASKS.get("sft"), values=("heights",)))
+    try:
+        plugin = replace(task_config(tmp_path, "sft"), task=replace(task_config(tmp_path, "sft").task, kind="heights"))
+        assert {trial.config.task.kind for trial in choose_trials(plugin, 1, check_rules)} == {"pretrain"}
+        assert missing_task(plugin.task) == ["task=heights, which reads heights of tokens; small runs pretrain"]
+    finally:
+        TASKS.remove(["heights"])
+
+
+@pytest.mark.long
+def test_small_runs_of_each_task_equal_one_rank_and_name_the_task_if_it_is_at_fault(tmp_path: Path) -> None:
+    pair = ParallelismConfig(pipeline=2, data=1, expert=1)
+    kinds = ("sft", "dpo", "reward_model", "distill", "grpo")
+    runs = [(replace(task_config(tmp_path, kind), parallelism=pair), NONE) for kind in kinds]
+    runs += [(runs[1][0], fault) for fault in TASK_FAULTS]
+    ranks = run_ranks(2, task_failures, runs, timeout_seconds=300)
+    for (config, fault), first, second in zip(runs, *ranks, strict=True):
+        failures = [*first, *second]
+        assert bool(failures) == (fault != NONE), (config.task.kind, fault, failures)
+        assert all("the task axis" in failure for failure in failures), (fault, failures)
 
 
 @pytest.mark.slow
