@@ -240,7 +240,7 @@ def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
 
 
 def _with_task(task: TaskConfig, run: TrainConfig) -> TrainConfig:
-    """Returns a small run with the configured task, for the length and with the weights of other small runs."""
+    """Returns a small run with the configured task, whose losses have the weights of other small runs."""
     same = {field.name: getattr(run.task, field.name) for field in fields(TaskConfig) if field.name != "kind"}
     head = TASKS.get(task.kind).head
     depth = run.model.mtp_depth if head == "tokens" else 0

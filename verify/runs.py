@@ -82,9 +82,10 @@ def small_corpus(length: int, vocab_size: int, num_sequences: int, *, has_values
 def _values(
     positions_NL: NDArray[np.int32], generator: np.random.Generator, vocab_size: int, *, has_rollouts: bool
 ) -> dict[str, NDArray[np.generic]]:
-    """Returns the values of tokens that tasks read. Each document is an answer after a prompt of one or two tokens.
+    """Returns the values of tokens that tasks read.
 
-    Neighbors are the chosen and the rejected answer of a pair. The last document of a sequence may have no neighbor.
+    Each document is an answer after a prompt of one or two tokens. Neighbors are the chosen and the rejected answer of
+    a pair. The last document of a sequence may have no neighbor.
     """
     shape = positions_NL.shape
     number_NL = np.cumsum(positions_NL == 0, axis=1)
