@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from base.decode import decode, encode
 from base.refusal import ConfigError, broken
 from comm.config import DispatchConfig
@@ -40,6 +42,17 @@ from planner.job_plan import (
 )
 from planner.layouts import MOST_RANKS, SearchSpace, adapted_run, recompute_sets
 from planner.page import plan_page
+from planner.published_runs import (
+    PublishedFit,
+    PublishedRun,
+    fitted_values,
+    halves,
+    overrides_of,
+    published_fit,
+    published_runs,
+    published_text,
+    row_values,
+)
 from planner.rollouts import compare_rollouts
 from planner.search import search_layouts
 from planner.search_forms import search_text, search_values
@@ -109,6 +122,8 @@ def answer_request(request: PlanRequest) -> PlanAnswer:
     if request.options.report_costs:
         costs = report_costs()
         return PlanAnswer(costs, lambda: "\n".join(forms.report_costs_text(costs)))
+    if request.options.published is not None:
+        return _published(request.options.published)
     if request.options.smallest:
         jobs = smallest_values(search_space(request), request.planner, check_rules)
         return PlanAnswer({"jobs": jobs}, lambda: "\n".join(smallest_text(jobs)))
@@ -135,6 +150,35 @@ def report_costs() -> dict[str, Any]:
         row = {"name": name, "published_gpu_hours": published, "planned_gpu_hours": sum(parts.values())}
         phases.append({**row, "recipes": parts, "note": note})
     return {"phases": phases}
+
+
+def _published(name: str) -> PlanAnswer:
+    """Returns published runs next to their plans, or the factors that fit the plans of one half of them."""
+    fit = published_fit()
+    rows = [plan_published(key, run, fit) for key, run in published_runs(name).items()]
+    if name == "fit":
+        fitted = fitted_values(rows)
+        return PlanAnswer(fitted, lambda: yaml.safe_dump(fitted, sort_keys=False).rstrip())
+    values = {"runs": rows, "halves": [*halves(rows)]}
+    return PlanAnswer(values, lambda: "\n".join(published_text(values)))
+
+
+def plan_published(name: str, run: PublishedRun, fit: PublishedFit) -> dict[str, Any]:
+    """Returns a published run next to its plan; an error names the run."""
+    try:
+        request = read_request(overrides_of(run, fit))
+        time = require_time(plan_job(request.config, request.planner)).time
+    except compose.user_errors() as error:
+        raise ConfigError(f"published/{name}.yaml: {error}") from error
+    config = request.config
+    if config.parallelism.world_size != run.gpus:
+        raise broken(
+            f"published/{name}.yaml: gpus", "must be those of overrides", run.gpus, config.parallelism.world_size
+        )
+    # A published step has all updates on the answers of one round.
+    steps = 1 if config.rollout is None else config.rollout.updates
+    tokens = time.tokens_per_second_per_gpu * time.step * run.gpus * steps
+    return row_values(name, run, fit, tokens, time.step * steps)
 
 
 def _planned(request: PlanRequest) -> PlanAnswer:

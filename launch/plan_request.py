@@ -76,6 +76,7 @@ class PlanOptions:
     deployment: DeploymentConfig | None
     dry_run: bool
     report_costs: bool
+    published: str | None
     format: Literal["text", "json", "html", "megatron"]
     out: str
 
@@ -108,6 +109,10 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     _check_modes(plan_options)
     if plan_options.report_costs:
         _check_report_costs(values["name"], plan_options.format, overrides)
+    if plan_options.published is not None:
+        _check_alone(
+            "published", plan_options.published, plan_options.format, overrides, ("published", "format", "out")
+        )
     planned = {key: value for key, value in values.items() if key not in output_keys}
     run = {key: value for key, value in planned.items() if key not in PLANNER}
     notes = list(make_validation_whole(run))
@@ -159,13 +164,19 @@ def _check_modes(own: PlanOptions) -> None:
 
 def _check_report_costs(name: str, form: str, overrides: Sequence[str]) -> None:
     """Rejects keys next to `report_costs`, which plans the recipes as they are."""
+    _check_alone("report_costs", "true", form, overrides, ("experiment", "report_costs", "format", "out"))
+    if name != "v3_671b":
+        rule = "goes with experiment=v3_671b, because it plans the recipes as they are"
+        raise broken("report_costs", rule, f"experiment={name}", "experiment=v3_671b report_costs=true")
+
+
+def _check_alone(mode: str, value: str, form: str, overrides: Sequence[str], keys: Sequence[str]) -> None:
+    """Rejects keys and formats that would have no effect next to a mode with runs of its own."""
     if form in _PLAN_FORMATS:
-        raise broken("format", "must be text or json with report_costs=true", form, "text")
-    keys = ("experiment", "report_costs", "format", "out")
-    wrong = next((text for text in overrides if key_of(text) not in keys), None)
-    if wrong or name != "v3_671b":
-        rule = "goes with experiment=v3_671b and no other key, because it plans the recipes as they are"
-        raise broken("report_costs", rule, wrong or f"experiment={name}", "experiment=v3_671b report_costs=true")
+        raise broken("format", f"must be text or json with {mode}={value}", form, "text")
+    if wrong := next((text for text in overrides if key_of(text) not in keys), None):
+        rule = f"goes with no keys but {', '.join(keys)}, because it plans other runs as they are"
+        raise broken(mode, rule, wrong, f"{mode}={value}")
 
 
 def make_validation_whole(run: dict[str, Any]) -> Iterator[str]:

@@ -1,71 +1,87 @@
-"""Published runs of other frameworks against their plans. docs/plan.md explains each difference."""
+"""Runs of other frameworks next to their plans, and the files that hold them."""
 
-from math import exp, log, sqrt
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from launch.plan import plan_what_if
-from launch.plan_request import changed_run
-from planner.job_plan import plan_job, require_time
-from planner.scaling import KernelRates
-from tests.planner.planned import plan_of, request_of
+from base.refusal import ConfigError
+from launch.plan import plan_published
+from planner.published_runs import (
+    FOLDER,
+    fitted_values,
+    half_of,
+    halves,
+    published_fit,
+    published_runs,
+    published_text,
+    read_published,
+)
 
-COMMON = ("task.steps=100", "validation.sequences=0", "samples.prompt=", "samples.tokens=0", "plan.check=false",
-          "efficiency.unexplained=1")  # fmt: skip
-SNOWBALL = ("model=v2_lite_16b", "cluster=h100", "precision=bf16", "model.hidden_size=2560", "model.num_layers=26",
-            "model.num_dense_layers=0", "model.num_heads=20", "model.num_routed_experts=256",
-            "model.num_experts_per_token=4", "model.num_shared_experts=2", "model.expert_intermediate_size=1280",
-            "model.vocab_size=128256", "model.max_position_tokens=8192", "parallelism.pipeline=8",
-            "parallelism.data=8", "parallelism.expert=8", "schedule=dualpipe_v", "dispatch=all_to_all",
-            "batch.sequence_length_tokens=8192", "batch.global_sequences=256", "batch.micro_sequences=1",
-            "recompute=[layer]")  # fmt: skip
-"""marin-community/marin, issue 7024 and experiments/grug/moe_pipeline/README.md: PP 8 x EP 8, all recomputed."""
-TITAN = ("model=v3_671b", "model.mtp_depth=0", "cluster=b200", "parallelism.pipeline=1", "parallelism.data=256",
-         "parallelism.expert=64", "schedule=1f1b", "dispatch=deepep", "batch.sequence_length_tokens=4096",
-         "batch.global_sequences=2048", "batch.micro_sequences=8")  # fmt: skip
-"""NVIDIA/dgxc-benchmarking, deepseek_v3/pretrain/torchtitan: 671B on 256 B200, DP 256, EP 64, 8 sequences a GPU."""
-VERL = ("experiment=v3_grpo", "cluster=h20", "precision=bf16", "model.mtp_depth=0", "parallelism.pipeline=12",
-        "parallelism.data=8", "parallelism.expert=8", "parallelism.cut=auto", "schedule=1f1b", "dispatch=all_to_all",
-        "memory_cap=null", "recompute=[layer]", "rollout.prompts=96", "rollout.samples=8", "rollout.updates=3",
-        "rollout.max_new_tokens=9632", "rollout.length_penalty_tokens=4096", "rollout.max_draws=1",
-        "batch.sequence_length_tokens=11680", "batch.global_sequences=64")  # fmt: skip
-"""verl, examples/grpo_trainer/run_deepseek671b_math_megatron_96gb.sh with PP 12, TP 8 (here data), EP 8."""
-VERL_MEAN_TOKENS = 1960
+MOONLIGHT = "bridge_moonlight_16_h100_bf16"
+
+
+def test_files_have_known_software_and_shapes_and_two_halves_of_enough_runs() -> None:
+    fit = published_fit()
+    runs = published_runs("all")
+    assert len(runs) >= 25
+    assert {run.shape for run in runs.values()} == {*fit.shapes}
+    fitted = {run.software for name, run in runs.items() if half_of(name) == "fitted"}
+    assert {*fit.factors} == fitted
+    assert 0.35 < sum(half_of(name) == "fitted" for name in runs) / len(runs) < 0.65
+
+
+def test_half_depends_on_the_name_alone() -> None:
+    assert [half_of(name) for name in ("a", "b", "c", MOONLIGHT)] == ["held out", "held out", "fitted", "fitted"]
 
 
 @pytest.mark.parametrize(
-    ("run", "published", "most"),
+    ("change", "message"),
     [
-        (SNOWBALL, 603_327 / 64, 1.3),
-        ((*TITAN, "precision=bf16", "recompute=[layer]"), 859, 1.7),
+        ({"gpus": None}, "gpus: "),
+        ({"gpus": "many"}, "gpus: "),
+        ({"hardwear": "H100"}, "hardwear"),
+        ({"sources": []}, "sources: must name where"),
+        ({"speed": {"unit": "tokens_per_second_per_gpu", "value": -1}}, "speed.value: "),
+        ({"routing": "even"}, "routing: "),
+        ("- [", "must be YAML"),
     ],
-    ids=["marin", "torchtitan"],
 )
-def test_published_speed_is_that_of_the_plan_or_lower(run: tuple[str, ...], published: float, most: float) -> None:
-    """Rates are those of DeepSeek's kernels, so a plan bounds a run with others from above."""
-    planned = require_time(plan_of(*run, *COMMON)).time.tokens_per_second_per_gpu
-    assert 0.9 < planned / published < most
+def test_wrong_file_ends_in_one_line(change: Any, message: str, tmp_path: Path) -> None:
+    values = yaml.safe_load((FOLDER / f"{MOONLIGHT}.yaml").read_text())
+    path = tmp_path / "run.yaml"
+    path.write_text(change if isinstance(change, str) else yaml.safe_dump(values | change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_published(path)
+    assert str(caught.value).startswith(f"{tmp_path.name}/run.yaml: ")
+    assert "\n" not in str(caught.value)
 
 
-def test_products_of_the_experts_in_fp8_gain_as_much_as_published() -> None:
-    """Of torchtitan's products, only those are in FP8: 918 in place of 859 tokens per second and GPU."""
-    request = request_of(*TITAN, "precision=bf16", "recompute=[layer]", *COMMON)
-    rates = request.planner.rates
-    assert isinstance(rates, KernelRates)
-    passes = ("forward", "backward_input", "backward_weight")
-    seconds = {name: getattr(rates.experts, name).products / rates.bf16_over_fp8 for name in passes}
-    faster = changed_run(request, " ".join(f"rates.experts.{name}.products={seconds[name]}" for name in passes))
-    gain = plan_what_if(request, plan_job(request.config, request.planner), faster)["speedup"]
-    assert gain == pytest.approx(918 / 859, rel=0.02)
+def test_name_without_a_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"published: must be all, fit or .*did you mean {MOONLIGHT}"):
+        published_runs("bridge_moonlight_16_h100")
 
 
-def test_published_rollouts_take_the_planned_time_or_longer() -> None:
-    """verl, docs/perf/dpsk.md: 1,050 s of 1,700 s a step are rollouts, with 1,960 tokens an answer in the mean."""
-    sigma = sqrt(2 * log(VERL_MEAN_TOKENS / 1500))
-    lengths = f"plan.answer_tokens={{median: 1500, sigma: {sigma:.4f}}}"
-    plan = plan_of(*VERL, *COMMON, lengths)
-    assert plan.rollouts is not None
-    assert plan.rollouts.mean_tokens == pytest.approx(1500 * exp(sigma**2 / 2), rel=0.05)
-    assert plan.rollouts.sampling_seconds is not None
-    assert 0.3 < plan.rollouts.sampling_seconds / 1050 < 1.1
-    assert 0.4 < 3 * require_time(plan).time.step / 1700 < 1.1
+def test_published_run_is_planned_within_its_bar() -> None:
+    """Megatron-Bridge trains Moonlight at 22,528 tokens per second and GPU."""
+    row = plan_published(MOONLIGHT, published_runs(MOONLIGHT)[MOONLIGHT], published_fit())
+    assert row["published"] == 22_528
+    assert row["least"] < 22_528 < row["most"]
+    assert row["inside"]
+    lines = [*published_text({"runs": [row], "halves": [*halves([row])]})]
+    assert f"{row['predicted']:,.0f}" in lines[1]
+    assert lines[-1].endswith("1 of 1 runs within their bars")
+
+
+def test_factors_are_fitted_on_one_half_alone() -> None:
+    def row(half: str, software: str, factor: float) -> dict[str, Any]:
+        return {"half": half, "software": software, "log_factor": math.log(factor)}
+
+    rows = [row("fitted", "a", 1.0), row("fitted", "a", 4.0), row("fitted", "b", 2.0)]
+    fitted = fitted_values(rows)
+    assert fitted["factors"] == {"a": 2.0, "b": 2.0}
+    assert fitted["other_factor"] == 2.0
+    assert fitted["spread"] == pytest.approx(math.log(4), abs=1e-3)
+    assert fitted_values([*rows, row("held out", "a", 9.0), row("held out", "c", 9.0)]) == fitted
