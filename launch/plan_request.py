@@ -171,7 +171,7 @@ def _check_report_costs(name: str, form: str, overrides: Sequence[str]) -> None:
 
 
 def _check_alone(mode: str, value: str, form: str, overrides: Sequence[str], keys: Sequence[str]) -> None:
-    """Rejects keys and formats that would have no effect next to a mode with runs of its own."""
+    """Rejects keys and formats that would have no effect next to a mode that plans other runs."""
     if form in _PLAN_FORMATS:
         raise broken("format", f"must be text or json with {mode}={value}", form, "text")
     if wrong := next((text for text in overrides if key_of(text) not in keys), None):

@@ -141,12 +141,11 @@ def overrides_of(run: PublishedRun, fit: PublishedFit) -> list[str]:
     """Returns the overrides of `launch.plan` that express a run."""
     if run.shape not in fit.shapes:
         raise ConfigError(f"shape: must be one of {_FIT.name}, is {run.shape!r}; {nearest(run.shape, fit.shapes)}")
-    texts = (*fit.shapes[run.shape], *run.overrides, *fit.common)
-    return [part for text in texts for part in text.split()]
+    return [part for text in (*fit.shapes[run.shape], *run.overrides, *fit.common) for part in text.split()]
 
 
 def row_values(name: str, run: PublishedRun, fit: PublishedFit, tokens: float, seconds: float) -> dict[str, Any]:
-    """Returns a run next to the plan of its step, as plain values. `log_factor` is without the fitted factor."""
+    """Returns a run next to the plan of its step; `log_factor` is without the fitted factor."""
     published = _speed(run, tokens)
     planned = tokens / seconds / run.gpus
     factor = fit.factors.get(run.software, fit.other_factor)
