@@ -136,7 +136,7 @@ def plan_rows(counts_RE: Ints, nodes: Sequence[int], *, slots: int, mode: Balanc
 
 
 def _copy_across_nodes(loads: _Loads, counts_RE: Ints, costs: BalanceCosts) -> int:
-    """Moves rows from the fullest node to the emptiest until they are even; returns the bytes that this adds."""
+    """Moves rows from the fullest node to the emptiest; returns the bytes that this adds."""
     num_ranks, num_experts = counts_RE.shape
     num_local = num_experts // num_ranks
     counts_NE = {node: counts_RE[ranks].sum(0).tolist() for node, ranks in loads.members.items()}
@@ -193,7 +193,7 @@ def _copy_inside_node(loads: _Loads, ranks: Sequence[int]) -> None:
 def _rows_of_copies(
     copies: Sequence[tuple[int, int, int]], num_across: int, counts_RE: Ints, nodes_R: Ints
 ) -> Iterator[Ints]:
-    """Yields the rows that each copy takes from each source rank; the first `num_across` copies are across nodes."""
+    """Yields the rows of each copy by source rank; the first `num_across` copies are across nodes."""
     num_ranks, num_experts = counts_RE.shape
     left_RE = counts_RE.copy() if num_across else counts_RE
     for expert, rank, rows in copies[:num_across]:
