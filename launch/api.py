@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.decode import flatten
 from base.refusal import ConfigError, nearest
 from comm.config import ClusterConfig
 from comm.exits import SIGNALS
@@ -21,7 +22,7 @@ from evaluation.benchmarks import require_harness
 from evaluation.run import RESULTS_NAME
 from infer.config import check as check_generation
 from launch.config.compose import compose, system_errors
-from launch.config.folder import check_folder, locked_run_folder
+from launch.config.folder import CONFIG_NAME, check_folder, locked_run_folder
 from launch.config.run import check, compose_run
 from launch.evaluate import evaluate, job_of
 from launch.generate import Transcript, continue_prompts, encode_job, read_values
@@ -34,6 +35,7 @@ from model.size import count_parameters
 from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig
+from train.files.json_lines import METRICS_NAME, read_lines
 from train.report.charts import EVALUATION_PAGE_NAME
 
 if TYPE_CHECKING:
@@ -148,6 +150,30 @@ def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
             for added in [active for active in logging.getLogger().handlers if active not in log_handlers]:
                 logging.getLogger().removeHandler(added)
                 added.close()
+
+
+def metrics(run: str | Path) -> Any:
+    """Returns the records of a run's steps as columns: `metrics(run)["step_time.bubble_seconds"]`.
+
+    Names are the dotted keys of `metrics.jsonl`. A value is None (NaN in pandas) where a step has no such number.
+
+    Returns:
+        A pandas DataFrame if pandas is installed, else a dict of lists.
+
+    Raises:
+        ConfigError: `run` is no run's folder.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        raise ConfigError(f"run: must be a run's folder, {str(run)!r} holds no {CONFIG_NAME}")
+    records = [dict(flatten(record)) for record in read_lines(folder / METRICS_NAME)]
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: [record.get(name) for record in records] for name in names}
+    try:
+        import pandas  # type: ignore[import-untyped]
+    except ImportError:
+        return columns
+    return pandas.DataFrame(columns)
 
 
 def plan(*overrides: str) -> PlanAnswer:

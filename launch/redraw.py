@@ -3,7 +3,6 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,10 @@ from base.decode import decode, encode
 from base.refusal import ConfigError
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
-from launch.config.folder import CONFIG_NAME, read_folder
+from launch.config.folder import CONFIG_NAME, read_folder, with_listed_runs
 from train.config import TrainConfig
 
 _MOST_RUNS = 6
-_SEVERAL = re.compile(r"^run=([^\[\]{}()'\"\s]+,[^\[\]{}()'\"\s]+)$")
-"""Runs with a comma between them, which Hydra's grammar takes for a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +40,7 @@ def main(overrides: Sequence[str]) -> int:
 
 def _decode(overrides: Sequence[str]) -> RedrawConfig:
     """Decodes the configuration; `run=A`, `run=[A,B]` and `run=A,B` are all lists of folders."""
-    values = compose("redraw", [_SEVERAL.sub(r"run=[\1]", text) for text in overrides])
+    values = compose("redraw", with_listed_runs(overrides))
     runs = values["run"]
     chosen = decode(RedrawConfig, {**values, "run": runs if isinstance(runs, list) else [runs]})
     if not 1 <= len(chosen.run) <= _MOST_RUNS:

@@ -30,14 +30,13 @@ from launch.config.compose import (
     own_keys,
     system_errors,
 )
-from launch.config.folder import check_folder, locked_run_folder
+from launch.config.folder import SCRIPT_NAME, check_folder, locked_run_folder
 from launch.config.run import check, read_run, write_config
 from launch.plan_request import planner_config
 from planner.job_plan import JobPlan, plan_job
 from train.config import TrainConfig
 from train.predict.fit import gigabytes, memory_lines
 
-SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"
 LOG_FOLDER = "log"
 _LOCAL_CLUSTERS = ("laptop", "one_gpu")

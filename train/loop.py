@@ -171,6 +171,7 @@ class TrainingLoop:
             yield record
         finally:
             self._reporter.record(record, outcome.result.balance)
+            self._status.measured(record)
 
     def _validate_if_missing(self) -> None:
         """Repeats the validation of the last step if it was interrupted before this run resumed."""

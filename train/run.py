@@ -281,7 +281,8 @@ class _TrainingRank:
         out_dir = Path(config.out_dir)
         is_first = dist.get_rank() == 0
         self._crash_reporter.out_dir = out_dir
-        status = StatusFile(out_dir, is_writer=is_first)
+        ranks = config.parallelism.world_size
+        status = StatusFile(out_dir, is_writer=is_first, num_steps=config.task.steps, num_ranks=ranks)
         status.starting()
         if is_first:
             report_breaks(lambda text: try_append_event(out_dir, "output_broken", status.step, text))
@@ -347,7 +348,8 @@ class CrashReporter:
         if self._files.rank in (0, verdict.judge):
             # If rank 0 is lost, the rank that detected it writes the status.
             with suppress(OSError):
-                write_end(self.out_dir, "lost", verdict.code, verdict.text)
+                missing = sorted(verdict.culprits)[:_MAX_LISTED]
+                write_end(self.out_dir, "lost", verdict.code, verdict.text, missing)
         # A deleted folder is not created again, and an error here must not keep the watchdog from ending the process.
         with suppress(OSError):
             self._write_files(self.out_dir, verdict)

@@ -301,7 +301,7 @@ _PATHS = {
     **dict.fromkeys(("evaluate", "generate", "sample", "serve"), "if it is a folder with weights; ckpt={value}"),
     "convert": "if it is the folder with weights; path={value}",
     "place": "if it is the run's folder; loads={value}",
-    "redraw": "if it is the run's folder; run={value}",
+    **dict.fromkeys(("redraw", "status"), "if it is the run's folder; run={value}"),
 }
 """For each command, the advice for a path without a key, written as in `advice.yaml`."""
 

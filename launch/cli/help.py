@@ -204,6 +204,7 @@ _CONFIGS = {
     "sample": "launch.sample SampleCommandConfig",
     "schedule": "launch.schedule ScheduleCommandConfig",
     "serve": "launch.serve ServeCommandConfig",
+    "status": "launch.status StatusCommandConfig",
     "workflow": "launch.workflow WorkflowCommandConfig",
 }
 """Modules and dataclasses of the commands whose keys are not those of a run."""

@@ -1,9 +1,10 @@
 """Creates, checks and locks a run's folder, and stores the resolved configuration that its ranks read."""
 
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -23,7 +24,10 @@ from train.files.run_files import is_node_folder
 from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
 
 CONFIG_NAME = "config.yaml"
+SCRIPT_NAME = "job.sbatch"
 _LARGEST_BYTES = 2**20
+_SEVERAL = re.compile(r"^run=([^\[\]{}()'\"\s]+,[^\[\]{}()'\"\s]+)$")
+"""Runs with a comma between them, which Hydra's grammar takes for a sweep."""
 _FILES = frozenset(
     [
         CONFIG_NAME,
@@ -38,7 +42,7 @@ _FILES = frozenset(
         "trace.json",
         "probe.json",
         "measured.json",
-        "job.sbatch",
+        SCRIPT_NAME,
         "overrides.txt",
         "lock.json",
         "certificate.json",
@@ -129,6 +133,11 @@ def _make(config: TrainConfig, now: datetime) -> Path:
             candidate.mkdir()
             return candidate
     raise AssertionError("unreachable: candidates never end")
+
+
+def with_listed_runs(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides with `run=A,B` as `run=[A,B]`."""
+    return [_SEVERAL.sub(r"run=[\1]", text) for text in overrides]
 
 
 def read_folder(folder: Path) -> TrainConfig:

@@ -272,6 +272,8 @@ def test_a_foreign_file_in_a_run_is_ignored(name: str, spoil: Callable[[Path], o
         '{"state": "done", "step": 1, "unknown": 2}',
         '{"state": "stopped", "exit_code": 99999}',
         '{"state": "done", "checkpoint": {"a": 1}}',
+        '{"state": "done", "missing_ranks": ["a"]}',
+        '{"state": "done", "seconds_left": 1e999}',
     ],
 )
 def test_a_hostile_status_is_none(content: str, tmp_path: Path) -> None:

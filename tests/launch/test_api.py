@@ -1,14 +1,17 @@
 """Tests of plans, generation and evaluation from Python: they return what the commands print and write."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launch.api import LoadedModel, load, plan
+from base.refusal import ConfigError
+from launch.api import LoadedModel, load, metrics, plan
 from launch.evaluate import main as evaluate
 from launch.generate import main as generate
 from launch.plan import main as plan_command
@@ -81,3 +84,19 @@ def test_evaluation_is_that_of_the_command(model: LoadedModel, run: Path, tmp_pa
 )
 def test_what_is_not_valid_is_refused(act: Callable[[LoadedModel], Any], parts: list[str], model: LoadedModel) -> None:
     assert_refused(ValueError, parts, lambda: act(model))
+
+
+def test_metrics_are_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml"):
+        metrics(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: toy\n")
+    lines = [
+        {"step": 1, "step_time": {"bubble": 0.5}},
+        {"step": 2, "step_time": {"bubble": 0.25}, "validation_loss": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 3')
+    columns = metrics(tmp_path)
+    assert columns == {"step": [1, 2], "step_time.bubble": [0.5, 0.25], "validation_loss": [None, 3.0]}
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda columns: ("frame", columns)))
+    assert metrics(tmp_path) == ("frame", columns)

@@ -5,10 +5,13 @@ No torch here. Secrets are found by their names and values.
 
 import json
 import logging
+import math
 import os
 import re
+import socket
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -24,6 +27,9 @@ LOG_FOLDER = "log"
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 """Exit codes of ranks that have detected which rank is missing."""
 _LARGEST_BYTES = 2**20
+_RECENT_STEPS = 20
+_FIGURES = ("loss", "validation_loss", "reward", "tokens_per_second")
+"""Numbers of a step's record that the status has."""
 LOGGER = logging.getLogger("train")
 State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
 HIDDEN = "***"
@@ -66,7 +72,8 @@ class Status:
     """The status of a run.
 
     `state` is `stopped` by the guard, an error or the user, and `lost` if a rank ended or did not respond.
-    `checkpoint` is the newest one; `exit_code` is None while the run continues; `time` is in seconds since 1970.
+    `checkpoint` is the newest one; `exit_code` is None while the run continues; `time` and `started` are in seconds
+    since 1970. Losses, reward and speed are the last ones that were measured, in this attempt or an earlier one.
     """
 
     state: State
@@ -75,6 +82,16 @@ class Status:
     exit_code: int | None = None
     reason: str = ""
     time: float = 0.0
+    num_steps: int | None = None
+    num_ranks: int | None = None
+    missing_ranks: tuple[int, ...] = ()
+    loss: float | None = None
+    validation_loss: float | None = None
+    reward: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    host: str = ""
+    started: float | None = None
 
 
 def write_status(out_dir: Path, status: Status) -> None:
@@ -97,8 +114,9 @@ def read_status(out_dir: Path) -> Status | None:
         # The file may have been replaced by one that is too large for memory.
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
             return None
-        status = Status(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        status = Status(**{**values, "missing_ranks": tuple(values.get("missing_ranks", ()))})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return status if _has_types(status) else None
 
@@ -107,28 +125,44 @@ def _has_types(status: Status) -> bool:
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
     is_dated = type(status.time) in (int, float) and 0 <= status.time < 2**33
-    strings = (status.reason, "" if status.checkpoint is None else status.checkpoint)
+    strings = (status.reason, status.host, "" if status.checkpoint is None else status.checkpoint)
     is_text = all(type(text) is str for text in strings)
-    return is_code and is_step and is_dated and is_text and status.state in get_args(State)
+    counts = [count for count in (status.num_steps, status.num_ranks, *status.missing_ranks) if count is not None]
+    is_counted = all(type(count) is int and 0 <= count < 2**53 for count in counts)
+    measured = (getattr(status, name) for name in (*_FIGURES, "seconds_left", "started"))
+    is_measured = all(value is None or (type(value) in (int, float) and abs(value) < 1e300) for value in measured)
+    is_named = is_text and status.state in get_args(State)
+    return is_code and is_step and is_dated and is_counted and is_measured and is_named
 
 
-def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:
-    """Writes how a run ended, and keeps the step and checkpoint of the present status."""
+def write_end(out_dir: Path, state: State, exit_code: int, reason: str, missing_ranks: Sequence[int] = ()) -> None:
+    """Writes how a run ended, and keeps the step, checkpoint and figures of the present status."""
     with _STATUS_LOCK:
         status = read_status(out_dir) or Status(state=state)
-        write_status(out_dir, replace(status, state=state, exit_code=exit_code, reason=reason))
+        missing = tuple(missing_ranks) or status.missing_ranks
+        ended = replace(status, state=state, exit_code=exit_code, reason=reason, seconds_left=None)
+        write_status(out_dir, replace(ended, missing_ranks=missing))
 
 
 class StatusFile:
     """The file `status.json` of a running job. Rank 0 writes it, but not over a verdict."""
 
-    def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        *,
+        is_writer: bool,
+        every_seconds: float = 5.0,
+        num_steps: int | None = None,
+        num_ranks: int | None = None,
+    ) -> None:
         """Opens nothing yet. New steps alone are written at most every `every_seconds`."""
         self._out_dir = out_dir
         self._is_writer = is_writer
         self._every_seconds = every_seconds
         self._written_at = 0.0
-        self._status = Status(state="starting")
+        self._status = Status(state="starting", num_steps=num_steps, num_ranks=num_ranks)
+        self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)
         self._has_failed = False
 
     @property
@@ -137,9 +171,25 @@ class StatusFile:
         return self._status.step
 
     def starting(self) -> None:
-        """Writes that the run starts, and keeps step and checkpoint of an earlier attempt."""
+        """Writes that the run starts, and keeps step, checkpoint and figures of an earlier attempt."""
         before = read_status(self._out_dir) or self._status
-        self._write(replace(self._status, step=before.step, checkpoint=before.checkpoint), is_first=True)
+        kept = {name: getattr(before, name) for name in ("step", "checkpoint", *_FIGURES)}
+        here = replace(self._status, host=socket.gethostname(), started=time.time())
+        self._write(replace(here, **kept), is_first=True)
+
+    def measured(self, record: Mapping[str, Any]) -> None:
+        """Keeps the figures of a step's record for the next write, and the time that the remaining steps take."""
+        figures = {**record.get("rollouts", {}), **record}
+        news = {name: figures[name] for name in _FIGURES if math.isfinite(figures.get(name, math.nan))}
+        step = record["step"]
+        if self._times and step <= self._times[-1][0]:  # the run has rolled back
+            self._times.clear()
+        self._times.append((step, time.monotonic()))
+        first, began = self._times[0]
+        pace = (self._times[-1][1] - began) / (step - first) if step > first else record["step_seconds"]
+        num_steps = self._status.num_steps
+        left = None if num_steps is None else pace * (num_steps - step)
+        self._status = replace(self._status, seconds_left=left, **news)
 
     def running(self, step: int, checkpoint: str | None = None) -> None:
         """Writes the number of steps done, and a new checkpoint if there is one."""
@@ -151,7 +201,7 @@ class StatusFile:
 
     def ended(self, state: State, exit_code: int, reason: str = "") -> None:
         """Writes how the run ended."""
-        self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason))
+        self._write(replace(self._status, state=state, exit_code=exit_code, reason=reason, seconds_left=None))
 
     def _write(self, status: Status, *, is_first: bool = False) -> None:
         self._status = status
