@@ -1,4 +1,7 @@
-"""Shows how runs are going: `python -m launch.status`. It reads their folders alone, so it can run on any machine."""
+"""Shows how runs are going: `python -m launch.status`.
+
+It only reads their folders, so it works on any machine that sees them.
+"""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
@@ -50,7 +53,7 @@ class StatusCommandConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankHealth:
-    """What a rank's log shows: the last step, the age of its last line, and whether the rank is missing or failed."""
+    """What a rank's log shows: the last step, and the age of its last line."""
 
     rank: int
     step: int | None
@@ -245,7 +248,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _job_of(folder: Path) -> str | None:
-    """Returns the Slurm job of a folder that `launch.submit` wrote: its number, state, nodes and time left."""
+    """Returns number, state, nodes and time left of a folder's job in Slurm, if it has one."""
     script = folder.absolute() / SCRIPT_NAME
     squeue = shutil.which(_SQUEUE[0])
     if squeue is None or not script.is_file():
@@ -287,7 +290,7 @@ def _text(views: Sequence[RunView], form: Literal["text", "json"] = "text") -> s
 
 
 def _watch(folders: Sequence[Path]) -> None:
-    """Shows the runs until all have ended: in place on a terminal, elsewhere one text per change of a status."""
+    """Shows the runs until all have ended: on a terminal in place, elsewhere a text for each change."""
     console = open_console(sys.stdout)
     views = [_view(folder) for folder in folders]
     if console.is_terminal:
