@@ -8,7 +8,7 @@ from typing import Literal
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
 from dualpipe.passes import order_members
 
-MEGATRON_KINDS = ("1f1b", "interleaved_1f1b")
+MEGATRON_KINDS = ("1f1b", "interleaved_1f1b", "megatron_1f1b")
 """Kinds with the order of Megatron-Core, which has stage s on rank s mod P and reads no order from a file."""
 
 TorchGroups = Literal["none", "pairs", "all"]

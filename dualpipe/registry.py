@@ -51,6 +51,7 @@ class ScheduleSpec:
         placement: function of the numbers of ranks and chunks.
         chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
+        is_fixed: whether `generate` takes costs only for the number of stages, and has one order for all of them.
         grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
     """
@@ -64,6 +65,7 @@ class ScheduleSpec:
     takes_costs: bool = False
     takes_slices: bool = False
     may_be_chosen: bool = True
+    is_fixed: bool = False
     grows: bool = False
     idle: IdleFormula | None = None
 

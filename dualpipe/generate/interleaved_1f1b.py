@@ -12,13 +12,14 @@ from dualpipe.bounds import lower_bound
 from dualpipe.costs import CostModel
 from dualpipe.generate.greedy import POLICIES, ChunkOrder, GreedyRun, InterleavedPipeline, Policy, change
 from dualpipe.generate.search import check_cap, in_sequence
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, straight_placement
+from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError, straight_placement
 from dualpipe.passes import place_weights
 from dualpipe.registry import SCHEDULES, ScheduleSpec
-from dualpipe.simulation import simulate
+from dualpipe.simulation import peak_memory, simulate
 from dualpipe.validate import validate
 
 KIND = "interleaved_1f1b"
+MEGATRON_KIND = "megatron_1f1b"
 _EFFORT = 25_000
 _LEAST_EFFORT = 20
 _LEAST_POLICIES = 3
@@ -51,6 +52,35 @@ def interleaved_1f1b(
         cap = (chunks + 1) * num_ranks * max(stage.activation for stage in costs.stages)
     check_cap(shape, costs, cap)
     return _PolicySearch(shape, costs, cap).run()
+
+
+def megatron_1f1b(
+    num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
+) -> Schedule:
+    """Returns Megatron-LM's interleaved order with overlapped exchange: F and B in pairs, whose W is not deferred.
+
+    The warm-up has one forward more than without overlap (`--overlap-moe-expert-parallel-comm`). One stage per rank
+    gives 1F1B in pairs, which Megatron-LM also runs without a pipeline.
+
+    Raises:
+        MemoryCapError: if the peak of this order is above the memory cap.
+    """
+    placement = straight_placement(num_ranks, len(costs.stages) // num_ranks)
+    shape = Schedule(
+        kind=MEGATRON_KIND,
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=placement,
+        ranks=((),) * num_ranks,
+    )
+    pipeline = InterleavedPipeline(shape, costs, float("inf"))
+    groups = (_fixed_rank(pipeline, rank, num_ranks, 1, is_whole=True) for rank in range(num_ranks))
+    schedule = replace(shape, ranks=tuple(map(tuple, groups)))
+    least = max(peak_memory(schedule, costs))
+    if memory_cap is not None and least > memory_cap + _TOLERANCE:
+        rule = f"schedule '{MEGATRON_KIND}' keeps {least:g} live activations on a rank"
+        raise MemoryCapError(f"{rule}, the cap is {memory_cap:g}; nearest: {least:g}, or schedule={KIND}", least)
+    return schedule
 
 
 class _PolicySearch:
@@ -161,10 +191,12 @@ def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Sched
     return schedules
 
 
-def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int) -> Iterator[Group]:
+def _fixed_rank(
+    pipeline: InterleavedPipeline, rank: int, size: int, ahead: int, *, is_whole: bool = False
+) -> Iterator[Group]:
     """Yields a rank's groups: the forwards of the warm-up, F and I, then the remaining I, each with its W.
 
-    With `ahead`, the warm-up has one more forward, with which F and I form pairs.
+    With `ahead`, the warm-up has one more forward, with which F and I form pairs. `is_whole`: B in place of I and W.
     """
     ranks = pipeline.shape.num_ranks
     count = pipeline.shape.num_micro_batches
@@ -184,9 +216,9 @@ def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int)
     groups = forwards[:num_first]
     for index, step in enumerate(order.backwards):
         forward = forwards[num_first + index] if num_first + index < len(forwards) else ()
-        backward = group(Op.BACKWARD_INPUT, step)
+        backward = group(Op.BACKWARD if is_whole else Op.BACKWARD_INPUT, step)
         groups += [forward + backward] if ahead else [forward, backward]
-        groups.append(group(Op.BACKWARD_WEIGHT, step))
+        groups.append(() if is_whole else group(Op.BACKWARD_WEIGHT, step))
     yield from filter(None, groups)
 
 
@@ -206,5 +238,17 @@ SCHEDULES.register(
         generate=interleaved_1f1b,
         chunks=range(1, 65),
         takes_costs=True,
+    ),
+)
+SCHEDULES.register(
+    MEGATRON_KIND,
+    ScheduleSpec(
+        name=MEGATRON_KIND,
+        summary="Megatron-LM's interleaved 1F1B with overlapped exchange: F and whole B in pairs",
+        generate=megatron_1f1b,
+        chunks=range(1, 65),
+        takes_costs=True,
+        may_be_chosen=False,
+        is_fixed=True,
     ),
 )

@@ -44,7 +44,7 @@ def test_flags_of_a_schedule_and_what_megatron_cannot_run() -> None:
     ]
     assert megatron_flags(built("1f1b", 3, 4), "x") == {"pipeline-model-parallel-size": 3, LAYOUT: "x"}
     for schedule, parts in (
-        (built("dualpipe", 2, 4), ["schedule", "is dualpipe", "1f1b or interleaved_1f1b"]),
+        (built("dualpipe", 2, 4), ["schedule", "is dualpipe", "1f1b or interleaved_1f1b or megatron_1f1b"]),
         (built("zb_v", 2, 4), ["schedule", "is zb_v"]),
         (built("zb1p", 2, 4), ["schedule", "is zb1p"]),
         (built("1f1b", 2, 4, slices=2), ["schedule", "whole sequences"]),

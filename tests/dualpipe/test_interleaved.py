@@ -258,3 +258,17 @@ def test_split_keeps_small_caps_with_a_longer_makespan() -> None:
     schedule = dualpipe_interleaved(4, 9, costs, cap)
     validate(schedule, cap)
     assert simulate(schedule, costs).makespan > 3 * 9 + 1
+
+
+@pytest.mark.parametrize(("num_ranks", "chunks", "num_micro_batches"), [(1, 1, 4), (4, 1, 8), (4, 3, 8), (4, 2, 10)])
+def test_megatron_1f1b_pairs_forwards_with_whole_backwards(num_ranks: int, chunks: int, num_micro_batches: int) -> None:
+    """A rank's warm-up has one forward more than without overlap, so that no exchange of the middle is exposed."""
+    model = uniform(costs_of(0.5), num_ranks, num_ranks * chunks)
+    schedule = build_schedule("megatron_1f1b", num_ranks, num_micro_batches, model)
+    validate(schedule)
+    for rank, groups in enumerate(schedule.ranks):
+        warm_up = min(2 * (num_ranks - 1 - rank) + (chunks - 1) * num_ranks + 1, chunks * num_micro_batches)
+        pairs = chunks * num_micro_batches - warm_up
+        kinds = [{op.kind for op in group} for group in groups]
+        assert kinds.count({Op.FORWARD, Op.BACKWARD}) == pairs
+        assert kinds.count({Op.FORWARD}) == kinds.count({Op.BACKWARD}) == warm_up

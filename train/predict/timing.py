@@ -306,7 +306,7 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     pipeline = config.parallelism.pipeline
     # An order that the list builder finds keeps other activations for another number of micro-batches.
     is_known = is_closed_form(kind, config.schedule.chunks, config.schedule.slices)
-    is_whole = spec.grows or (spec.takes_costs and not is_known)
+    is_whole = spec.grows or (spec.takes_costs and not (is_known or spec.is_fixed))
     few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches, config.schedule.slices)
     costs = nominal_costs(config, kind)
     if is_known and _is_published_order(config, num_micro_batches, costs):
