@@ -57,7 +57,7 @@ def interleaved_1f1b(
 def megatron_1f1b(
     num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
 ) -> Schedule:
-    """Returns Megatron-LM's interleaved order with overlapped exchange: F and B in pairs, whose W is not deferred.
+    """Returns Megatron-LM's interleaved order with overlapped exchange: F and whole B in pairs.
 
     The warm-up has one forward more than without overlap (`--overlap-moe-expert-parallel-comm`). One stage per rank
     gives 1F1B in pairs, which Megatron-LM also runs without a pipeline.
