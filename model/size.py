@@ -33,6 +33,19 @@ def stage_shapes(cut: Sequence[range]) -> tuple[StageShape, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageMatrices:
+    """Linear maps of a stage as stacks of equal matrices: number, outputs, inputs; experts are apart."""
+
+    dense: tuple[tuple[int, int, int], ...]
+    experts: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_dense(self) -> int:
+        """Number of weights without routed experts."""
+        return sum(number * rows * columns for number, rows, columns in self.dense)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeldParameters:
     """Weights on a rank.
 
@@ -43,6 +56,7 @@ class HeldParameters:
         num_blocks: number of layers and MTP modules.
         num_routers: number of those that have a router.
         code_bytes: bytes of all linear maps in FP8, each in the two orders that products read.
+        matrices: linear maps of each stage.
     """
 
     ordinary: int
@@ -51,6 +65,7 @@ class HeldParameters:
     num_blocks: int
     num_routers: int
     code_bytes: int
+    matrices: tuple[StageMatrices, ...] = ()
 
     @property
     def total(self) -> int:
@@ -93,7 +108,22 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
         num_blocks=dense + sparse,
         num_routers=sparse,
         code_bytes=codes,
+        matrices=tuple(_stage_matrices(config, stage, num_local_experts) for stage in stages),
     )
+
+
+def _stage_matrices(config: ModelConfig, stage: StageShape, num_local_experts: int) -> StageMatrices:
+    hidden = config.hidden_size
+    modules = config.mtp_depth * stage.is_last
+    dense = max(0, min(stage.layers.stop, config.num_dense_layers) - stage.layers.start)
+    sparse = len(stage.layers) - dense + modules
+    shared = mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
+    maps = [*attention_maps(config) * (dense + sparse), *dense_maps(config) * dense, *shared * sparse]
+    maps += [(hidden, 2 * hidden)] * modules
+    gate = (config.expert_intermediate_size, hidden)
+    down = gate[::-1]
+    experts = [(num_local_experts * count, *shape) for count, shape in ((2, gate), (1, down))]
+    return StageMatrices(dense=tuple((1, *shape) for shape in maps), experts=tuple(experts * sparse))
 
 
 def attention_parameters(config: ModelConfig) -> int:

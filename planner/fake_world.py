@@ -31,6 +31,8 @@ from train.core.world import (
 )
 from train.optim.adamw import MOMENTS, Unit, build_adamw, moments_of, units_of
 from train.optim.learning_rate import OptimConfig
+from train.optim.matrices import split_unit, stack_of
+from train.optim.registry import OPTIMIZERS, most_owned
 from train.predict.cut import run_cut
 from train.predict.timing import planning_schedule
 
@@ -98,6 +100,26 @@ def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
 
 
 def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:
+    """Returns the bytes of state of a unit on the device, for the rank that owns most matrices."""
+    rule = OPTIMIZERS.get(config.kind).matrices
+    if rule is None:
+        return _adamw_bytes(unit, config)
+    whole, others = split_unit(unit)
+    total = _adamw_bytes(others, config)
+    for parameters, group in (
+        (whole.groups.matrices, unit.replicas.dense),
+        (whole.groups.experts, unit.replicas.experts),
+    ):
+        stacks = [stack_of(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
+        owned = most_owned(stacks, distributed.get_world_size(group), lambda rows, columns: rows * columns)
+        for dtype in {parameter.dtype for parameter in parameters.values()}:
+            wide = torch.promote_types(dtype, torch.float32)
+            buffers = len(rule.buffers) * (2 if config.moments == "bf16" else wide.itemsize)
+            total += int(owned) * (buffers + (0 if wide is dtype else wide.itemsize))
+    return total
+
+
+def _adamw_bytes(unit: Unit, config: OptimConfig) -> int:
     """Returns the bytes of this rank's state of a unit on the device, as the configured AdamW makes it."""
     if config.offload:
         return 0

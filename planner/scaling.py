@@ -36,7 +36,7 @@ from train.config import TrainConfig
 from train.predict.cut import run_cut
 from train.predict.layer_times import LayerTimes, PartTimes
 from train.predict.memory import rank_parameters
-from train.predict.rank_bytes import count_replicas, host_update_seconds
+from train.predict.rank_bytes import count_replicas, host_update_seconds, matrix_flops
 from train.predict.timing import MeasuredRates, RateSource, communication_share
 
 _VALUE_BYTES = 2
@@ -107,8 +107,10 @@ class KernelRates:
         most = 0.0
         for rank in range(schedule.num_ranks):
             held = rank_parameters(config, schedule, rank, shapes)
+            replicas = count_replicas(config, schedule, rank)
             seconds = self.optimizer_seconds * held.total / self.reference.parameters_per_rank
-            most = max(most, seconds + host_update_seconds(config, held, count_replicas(config, schedule, rank)))
+            seconds += matrix_flops(config, held, replicas) / self.head_flops_per_second
+            most = max(most, seconds + host_update_seconds(config, held, replicas))
         return most
 
 

@@ -16,6 +16,7 @@ from planner.layouts import SearchSpace, adapted_run, divisors
 from planner.search import FoundLayout, Rules, Search
 from planner.search_forms import layout_overrides
 from train.config import TrainConfig
+from train.optim.registry import AdamWConfig
 from train.predict.fit import gigabytes, parts
 from train.predict.rank_bytes import state_bytes
 
@@ -40,13 +41,17 @@ def smallest_values(space: SearchSpace, planner: PlannerConfig, rules: Rules) ->
     kept["schedules"] = tuple(schedule for schedule in space.schedules if schedule.slices == 1)
     space = replace(space, recomputes=((LAYER,),), most_micro_sequences=1, **kept)
     jobs = []
-    for offload in (False, True) if config.optim.sharding == "zero1" else (False,):
-        run = replace(config, optim=replace(config.optim, offload=offload))
+    optim = config.optim
+    runs = [config]
+    if isinstance(optim, AdamWConfig):
+        choices = (False, True) if optim.sharding == "zero1" else (False,)
+        runs = [replace(config, optim=replace(optim, offload=offload)) for offload in choices]
+    for run in runs:
         refused, found = _first_job(replace(space, config=run), planner, rules)
         groups = [list(group) for _, group in groupby(refused, key=lambda tried: tried["proven"])]
         values = {} if found is None else _job_values(found, run)
         smaller = [{"from": group[0]["ranks"], "to": group[-1]["ranks"], **group[-1]} for group in groups]
-        jobs.append({"offload": offload, "ranks": None, **values, "smaller": smaller})
+        jobs.append({"offload": run.optim.offload, "ranks": None, **values, "smaller": smaller})
     return jobs
 
 
@@ -84,6 +89,8 @@ def _host_shortage(run: TrainConfig, ranks: int) -> str:
 
 def _job_values(found: FoundLayout, run: TrainConfig) -> dict[str, Any]:
     ranks = found.config.parallelism.world_size
+    has_key = isinstance(run.optim, AdamWConfig)
+    offload = [f"optim.offload={str(run.optim.offload).lower()}"] if has_key else []
     return {
         "ranks": ranks,
         "layout": layout_json(found.config),
@@ -92,7 +99,7 @@ def _job_values(found: FoundLayout, run: TrainConfig) -> dict[str, Any]:
         "parts": parts(found.memory.worst),
         "node_bytes": max(rank.host for rank in found.memory.ranks) * min(ranks, run.cluster.ranks_per_node),
         "node_capacity_bytes": run.cluster.host_memory_bytes,
-        "overrides": [f"optim.offload={str(run.optim.offload).lower()}", *layout_overrides(found.config, run)],
+        "overrides": [*offload, *layout_overrides(found.config, run)],
     }
 
 

@@ -1,6 +1,6 @@
 """Small configurations for tests, with every feature on."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from train.config import (
     ValidationConfig,
 )
 from train.optim.learning_rate import DecayedRate, Duration, OptimConfig
+from train.optim.muon import MuonConfig
+from train.optim.registry import AdamWConfig
 from train.tasks.pretrain import PretrainConfig
 
 MODEL = ModelConfig(
@@ -55,7 +57,7 @@ MODEL = ModelConfig(
     head="tokens",
 )
 
-OPTIM = OptimConfig(
+OPTIM = AdamWConfig(
     kind="adamw",
     learning_rate=1e-2,
     schedule=DecayedRate(
@@ -73,6 +75,13 @@ OPTIM = OptimConfig(
     sharding="replicated",
     moments="float32",
     bucket_elements=50_000_000,
+)
+
+MUON = MuonConfig(
+    kind="muon",
+    momentum=0.95,
+    update_rms=0.2,
+    **{field.name: getattr(OPTIM, field.name) for field in fields(OptimConfig) if field.name != "kind"},
 )
 
 TASK = PretrainConfig(

@@ -30,6 +30,7 @@ from train.config import (
     ValidationConfig,
 )
 from train.optim.learning_rate import ConstantRate, Duration
+from train.optim.registry import AdamWConfig
 from train.predict.cut import num_stages
 from train.tasks.pretrain import PretrainConfig, build_pretrain
 from train.tasks.registry import TASKS
@@ -133,8 +134,9 @@ def _small_run(config: TrainConfig) -> TrainConfig:
         clip_norm=1.0,
         sharding="zero1" if kind == "bf16" else "replicated",
         moments="float32",
-        offload=config.optim.offload if kind == "bf16" else False,
     )
+    if isinstance(optim, AdamWConfig) and kind != "bf16":
+        optim = replace(optim, offload=False)
     return replace(
         config,
         resume=None,
@@ -230,7 +232,7 @@ def _sliced(run: TrainConfig) -> TrainConfig:
 
 def _with_optimizer(config: TrainConfig, run: TrainConfig) -> TrainConfig:
     """Returns a small run with the configured optimizer and average, in float32 instead of float64."""
-    names = ("sharding", "offload", "moments", "bucket_elements")
+    names = ["sharding", "moments", "bucket_elements", *(["offload"] if isinstance(run.optim, AdamWConfig) else [])]
     # A larger epsilon keeps the sign of a rounded gradient near zero from deciding an update.
     optim = replace(run.optim, eps=1e-4, **{name: getattr(config.optim, name) for name in names})
     # An average with the run's decay would hardly change in two steps.

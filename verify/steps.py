@@ -27,6 +27,8 @@ from train.core.learner import Learner
 from train.core.step import accumulate, rates_of, update_router_bias
 from train.core.world import weight_dtype
 from train.optim.adamw import MOMENTS, group_parameters
+from train.optim.matrices import stack_of
+from train.optim.registry import OPTIMIZERS, is_updated_whole
 from train.tasks.registry import TASKS, open_task
 from verify.checks import Failure
 
@@ -68,7 +70,8 @@ def run_step(learner: Learner, config: TrainConfig, loader: Loader, step: int) -
     learner.hook.finish()
     gradients = by_released_name(model, learner.store.gradient)
     norm = learner.optimizer.norm()
-    keeps_sums = config.optim.sharding == "replicated"
+    # Sums that only owners have are not compared.
+    keeps_sums = config.optim.sharding == "replicated" and OPTIMIZERS.get(config.optim.kind).matrices is None
     reduced = by_released_name(model, learner.store.gradient) if keeps_sums else {}
     learner.optimizer.update(rates.learning_rate)
     update_router_bias(learner.replica, rates.bias_update)
@@ -126,10 +129,15 @@ class PlainModel:
         self._reference = deepcopy(self.model) if has_reference else None
         groups = group_parameters(self.model)
         self._config = config
+        self._rule = OPTIMIZERS.get(config.optim.kind).matrices
+        matrices = groups.matrices | groups.experts
+        whole = {name for name in matrices if self._rule is not None and is_updated_whole(name)}
+        self._whole = {name: matrices[name] for name in whole}
+        self._buffers: dict[str, dict[str, Tensor]] = {name: {} for name in whole}
         self._optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [*groups.matrices.values(), *groups.experts.values()],
+                    "params": [matrices[name] for name in matrices.keys() - whole],
                     "weight_decay": config.optim.weight_decay,
                 },
                 {"params": list(groups.vectors.values()), "weight_decay": 0.0},
@@ -176,7 +184,8 @@ class PlainModel:
             for state in self._optimizer.state.values():
                 for name in MOMENTS:
                     state[name].copy_(state[name].bfloat16())
-        self._optimizer.zero_grad()
+        self._update_matrices(rates.learning_rate)
+        self.model.zero_grad()
         for router in routers(self.model).values():
             router.update_bias(router.load, rates.bias_update)
             router.load.zero_()
@@ -186,6 +195,22 @@ class PlainModel:
         means = dict(zip(task.names, (sums.settle() / counts).tolist(), strict=True))
         weights = {name: tensor.clone() for name, tensor in named_tensors(self.model).items()}
         return StepValues([*means.values(), task.total(means, rates)], norm, gradients, gradients, weights)
+
+    @torch.no_grad()
+    def _update_matrices(self, learning_rate: float) -> None:
+        """Updates what the optimizer's rule for matrices updates, each weight with all its matrices at once."""
+        optim = self._config.optim
+        for name, weight in self._whole.items():
+            assert self._rule is not None, name
+            assert weight.grad is not None, name
+            weights = weight.view(stack_of(name, tuple(weight.shape)))
+            gradients = weight.grad.view(weights.shape).to(torch.promote_types(weight.dtype, torch.float32))
+            dtype = torch.bfloat16 if optim.moments == "bf16" else gradients.dtype
+            buffers = self._buffers[name]
+            for key in self._rule.buffers:
+                buffers.setdefault(key, torch.zeros_like(gradients, dtype=dtype))
+            move = self._rule.update(weights, gradients, buffers, optim)
+            weights.mul_(1 - learning_rate * optim.weight_decay).sub_(move, alpha=learning_rate)
 
 
 Kind = Literal[

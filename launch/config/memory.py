@@ -7,6 +7,7 @@ from dataclasses import replace
 from base.refusal import ConfigError, broken
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
+from train.optim.registry import AdamWConfig
 from train.predict.fit import context_sizes, fitted_config, gigabytes, parts, shortage
 from train.predict.memory import JobMemory, predict_memory
 
@@ -126,7 +127,7 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 def _host(config: TrainConfig) -> Iterator[Change]:
     """Yields what moves between the device and the host, and a run without a moving average."""
     optim = config.optim
-    if optim.offload or optim.sharding == "zero1":
+    if isinstance(optim, AdamWConfig) and (optim.offload or optim.sharding == "zero1"):
         offload = not optim.offload
         yield f"optim.offload={str(offload).lower()}", replace(config, optim=replace(optim, offload=offload))
     if config.ema.decay is not None:

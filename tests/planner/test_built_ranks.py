@@ -27,6 +27,7 @@ from planner.job_plan import build_ranks, compared_kind, plan_job, require_time,
 from planner.scaling import KernelRates, context_seconds
 from tests.planner.planned import PUBLISHED, SMALL, request_of
 from tests.ranks import fork_context
+from tests.tiny import MUON
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.predict.cut import run_cut
 from train.predict.fit import context_sizes, fitted_config
@@ -62,7 +63,9 @@ def make_config(base: TrainConfig, pipeline: int, kind: str, number: int) -> Tra
         Fp8PrecisionConfig(kind="fp8", scales="float32"),
     )
     optim = replace(
-        base.optim, sharding="zero1" if number % 3 else "replicated", moments="bf16" if number % 3 == 2 else "float32"
+        MUON if number // 3 % 2 else base.optim,
+        sharding="zero1" if number % 3 else "replicated",
+        moments="bf16" if number % 3 == 2 else "float32",
     )
     return replace(
         base,

@@ -21,7 +21,7 @@ from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
+from tests.tiny import BATCH, MODEL, MUON, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 from train.predict.cut import with_cut
@@ -144,6 +144,16 @@ def test_many_ranks_equal_one_rank(
 ) -> None:
     config = layout_config(folder, pipeline, data, expert)
     assert_starved_equal_one_rank(config, starved, repeats=len(starved) > 1)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "data", "expert"),
+    [pytest.param(2, 2, 1, marks=pytest.mark.slow), *exhaustive((1, 4, 2), (1, 3, 1), (4, 2, 2))],
+)
+def test_whole_matrices_of_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, expert: int) -> None:
+    """Muon; four ranks hold the same experts, so that a rank owns one or two matrices of a stack."""
+    config = replace(layout_config(folder, pipeline, data, expert), optim=MUON)
+    assert_starved_equal_one_rank(config, (4,), repeats=False)
 
 
 @pytest.mark.slow

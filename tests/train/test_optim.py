@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,11 @@ from launch.config.run import compose_run
 from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, MUON, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint.load import load
+from train.checkpoint.locate import check_compatible
+from train.checkpoint.manifest import CheckpointError
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.core.learner import Learner, ParameterEma
 from train.core.step import train_step
@@ -45,6 +48,8 @@ from train.optim.adamw import (
     split_into_units,
 )
 from train.optim.learning_rate import OptimConfig
+from train.optim.muon import muon_update
+from train.optim.registry import divide_matrices, most_owned
 from train.optim.staged import Background, StagedAdamW, WeightUpdates, build_optimizer
 
 CONFIG = replace(OPTIM, moments="bf16", clip_norm=1e9)
@@ -315,7 +320,8 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 def test_checkpoint_resumes_bitwise_on_device_and_host_and_other_moments_are_converted(folder: Path) -> None:
     config = config_of(folder, "bf16", "bf16", data=2)
-    optims = [config.optim, replace(config.optim, offload=True), replace(config.optim, moments="float32")]
+    optim = replace(OPTIM, sharding="zero1", moments="bf16")
+    optims = [optim, replace(optim, offload=True), replace(optim, moments="float32")]
     for uninterrupted, *same, wide in run_ranks(2, go_on, config, optims):
         saved = uninterrupted["loaded"]
         assert {str(value.dtype) for name, value in saved.items() if "exp_avg" in name} == {"torch.bfloat16"}
@@ -327,11 +333,113 @@ def test_checkpoint_resumes_bitwise_on_device_and_host_and_other_moments_are_con
                 assert_equal(resumed[key], uninterrupted[key])
 
 
+def saved_or_loaded(
+    rank: int, world_size: int, runs: list[tuple[TrainConfig, Path | None]]
+) -> list[tuple[Path, dict[str, Slice | Tensor], float]]:
+    """Saves each run after two steps, or resumes it; returns the folder, the optimizer's state and the third loss."""
+    seen = []
+    for config, saved in runs:
+        loader, prepared = open_loader(config), prepare(config.data, config.batch.sequence_length_tokens)
+        job = open_job(config)
+        if saved is None:
+            for step in range(2):
+                train_step(job, config.task, loader, step)
+            saved = save_checkpoint(config, job, 2, prepared)
+        else:
+            load(job, saved)
+        state = deepcopy(job.optimizer.state())
+        seen.append((saved, state, train_step(job, config.task, loader, 2).losses.total))
+        close_job(job)
+    return seen
+
+
+def whole_state(ranks: list[dict[str, Slice | Tensor]]) -> dict[str, Tensor]:
+    """Joins the slices of all ranks."""
+    whole: dict[str, Tensor] = {}
+    for state in ranks:
+        for name, held in state.items():
+            if isinstance(held, Slice):
+                flat = whole.setdefault(name, torch.full((held.whole,), torch.nan, dtype=held.local.dtype))
+                flat[held.offset : held.offset + held.local.numel()] = held.local
+    return whole
+
+
+@pytest.mark.slow
+def test_state_of_whole_matrices_moves_bitwise_to_another_layout(folder: Path) -> None:
+    """Muon in float64, and in bf16 with masters and bf16 momentum; from two ranks to one."""
+    kinds: list[tuple[Literal["float64", "bf16"], OptimConfig]] = [
+        ("float64", MUON),
+        ("bf16", replace(MUON, sharding="zero1", moments="bf16")),
+    ]
+    configs = {
+        size: [
+            tiny_config(
+                folder,
+                out_dir=str(folder / f"{kind}_{size}"),
+                parallelism=ParallelismConfig(pipeline=1, data=size, expert=1),
+                batch=replace(BATCH, global_sequences=8, micro_sequences=4),
+                precision=PrecisionConfig(kind=kind),
+                optim=optim,
+            )
+            for kind, optim in kinds
+        ]
+        for size in (2, 1)
+    }
+    written = run_ranks(2, saved_or_loaded, [(config, None) for config in configs[2]])
+    read = run_ranks(1, saved_or_loaded, [(config, run[0]) for config, run in zip(configs[1], written[0], strict=True)])
+    for index, tolerance in enumerate((1e-10, 2e-2)):
+        expected = whole_state([rank[index][1] for rank in written])
+        found = whole_state([rank[index][1] for rank in read])
+        assert {key.rpartition(".")[2] for key in found} >= {"momentum", "exp_avg", "exp_avg_sq"}
+        assert not any(value.isnan().any() for value in found.values())
+        assert_equal(found, expected)
+        assert read[0][index][2] == pytest.approx(written[0][index][2], rel=tolerance)
+    with pytest.raises(
+        CheckpointError, match=r"^optim\.kind: must be muon, the optimizer of .*nearest valid: optim=muon"
+    ):
+        check_compatible(read[0][0][0], replace(configs[1][0], optim=OPTIM))
+
+
+def test_muon_moves_matrices_along_their_singular_vectors() -> None:
+    """Of every shape, in one stack or alone; an expert without tokens does not move."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, columns in ((8, 8), (24, 6), (5, 40)):
+        gradients = torch.randn(4, rows, columns, generator=generator, dtype=torch.float64)
+        gradients[2] = 0
+        momentum = torch.zeros_like(gradients)
+        for _ in range(2):
+            move = muon_update(gradients, gradients, {"momentum": momentum}, MUON)
+        torch.testing.assert_close(momentum, 1.95 * gradients, rtol=1e-14, atol=0)
+        (alone,) = muon_update(gradients[3:], gradients[3:], {"momentum": gradients[3:].clone()}, MUON)
+        torch.testing.assert_close(alone, move[3], rtol=0, atol=1e-12)
+        assert not move[2].any()
+        for one, gradient in ((move[0], gradients[0]), (move[1], gradients[1])):
+            left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+            near = left.mT @ one @ right.mT / (MUON.update_rms * max(rows, columns) ** 0.5)
+            singular = near.diagonal()[values > 0.05 * values.norm()]
+            assert ((singular > 0.65) & (singular < 1.25)).all(), singular
+            assert (near - near.diagonal().diag()).abs().max() < 1e-12
+            assert 0.1 < one.square().mean().sqrt() < 0.25
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_every_matrix_has_one_owner_and_ranks_differ_by_at_most_one_matrix(num_ranks: int) -> None:
+    stacks = [(1, 16, 32), (1, 32, 48), (7, 8, 8), (16, 4, 4), (1, 20, 32), (1, 16, 32)]
+    owned = divide_matrices(stacks, num_ranks)
+    assert [sum(counts) for counts in owned] == [number for number, _, _ in stacks]
+    loads = [
+        sum(count * rows * columns for count, (_, rows, columns) in zip(rank, stacks, strict=True))
+        for rank in zip(*owned, strict=True)
+    ]
+    assert max(loads) - min(loads) <= max(rows * columns for _, rows, columns in stacks)
+    assert max(loads) == most_owned(stacks, num_ranks, lambda rows, columns: rows * columns)
+
+
 @pytest.mark.slow
 def test_host_state_resumes_bitwise_on_the_device(folder: Path) -> None:
     """Saved from host memory, loaded to it and to the device; torch's update on a CPU is the same there."""
     config = config_of(folder, "float32", "bf16")
-    host = replace(config.optim, offload="torch")
+    host = replace(OPTIM, sharding="zero1", offload="torch")
     ((uninterrupted, *resumed),) = run_ranks(1, go_on, replace(config, optim=host), [host, config.optim])
     for run in resumed:
         assert run["loss"] == uninterrupted["loss"]
@@ -361,7 +469,7 @@ def test_cpu_adam_of_deepspeed_is_that_of_torch_but_for_roundings_and_resumes_bi
                 moments_of(optimizer, ours[name])[key].copy_(exact)
             ours[name].data.copy_(parameter)
     config = config_of(folder, "float32", "bf16")
-    offloaded = replace(config.optim, offload=True)
+    offloaded = replace(OPTIM, sharding="zero1", offload=True)
     ((uninterrupted, resumed),) = run_ranks(1, go_on, replace(config, optim=offloaded), [offloaded])
     for key in ("loaded", "later"):
         assert_equal(resumed[key], uninterrupted[key])

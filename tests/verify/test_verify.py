@@ -17,7 +17,7 @@ from launch.config.rules import check_rules
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.rollouts import GRPO
-from tests.tiny import tiny_config
+from tests.tiny import MUON, OPTIM, tiny_config
 from tests.verify.edited_faults import EDITS
 from tests.verify.planted_faults import PLANTED, TASK_FAULTS
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
@@ -135,7 +135,7 @@ def test_ranks_on_wrong_devices_and_hosts_are_named() -> None:
 
 def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    optim = replace(config.optim, sharding="zero1", offload="torch")
+    optim = replace(OPTIM, sharding="zero1", offload="torch")
     config = replace(config, optim=optim, batch=replace(config.batch, document_mask=True))
     config = replace(config, precision=PrecisionConfig(kind="float32"))
     trials = {trial.name: trial.config for trial in choose_trials(config, 0, check_rules)}
@@ -143,6 +143,9 @@ def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
     assert (run.optim.sharding, run.optim.offload, run.ema.decay is None) == ("zero1", "torch", False)
     assert all(trial.batch.document_mask for trial in trials.values())
     assert {"directions axis", "slices axis"} <= set(trials)
+    muon = replace(config, optim=replace(MUON, sharding="zero1", momentum=0.8))
+    configured = [trial.config.optim for trial in choose_trials(muon, 0, check_rules)]
+    assert {(optim.kind, getattr(optim, "momentum", None)) for optim in configured} == {("muon", 0.8)}
 
 
 def task_config(folder: Path, kind: str) -> TrainConfig:

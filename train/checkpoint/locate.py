@@ -123,7 +123,7 @@ def _check_file(folder: Path, name: str, listed: Digest, *, hashes: bool) -> Non
 def check_compatible(
     folder: Path, config: TrainConfig, *, data_fingerprint: str | None = None, may_be_done: bool = False
 ) -> None:
-    """Refuses to resume from a checkpoint of another task, architecture, precision or order of samples.
+    """Refuses a checkpoint of another task, optimizer, architecture, precision or order of samples.
 
     The layout, schedule and sharding under which it was written may differ.
 
@@ -142,6 +142,12 @@ def check_compatible(
         raise CheckpointError(
             f"task.kind: must be {task}, the task of {folder}, because optimizer state belongs to a task, "
             f"is {config.task.kind}; nearest valid: task={task}, or init_from={folder}, which starts a new run"
+        )
+    optimizer = manifest.get("optimizer", "adamw")
+    if optimizer != config.optim.kind:
+        raise CheckpointError(
+            f"optim.kind: must be {optimizer}, the optimizer of {folder}, because its state is another, "
+            f"is {config.optim.kind}; nearest valid: optim={optimizer}, or init_from={folder}, which starts a new run"
         )
     _check_shape(folder, manifest, shape)
     if config.task.steps <= manifest["step"] and not may_be_done:

@@ -112,6 +112,7 @@ def write_manifest(
         "step": step,
         "data_fingerprint": data_fingerprint,
         "task": config.task.kind,
+        "optimizer": config.optim.kind,
         "products": config.computing.products,
         **shape_record(config),
         "layout": layout_record(config),

@@ -21,6 +21,7 @@ from model.size import slice_lengths
 from score.reward import RewardConfig
 from train.config.tasks import TASKS, RolloutConfig
 from train.optim.learning_rate import OptimConfig
+from train.optim.registry import OPTIMIZERS
 
 _SCHEDULE_RULE = "must be a number, or a list of {from_tokens, value} whose first has from_tokens: 0"
 
@@ -428,7 +429,7 @@ class TrainConfig:
     samples: SamplesConfig
     rollout: RolloutConfig | None
     reward: RewardConfig | None
-    optim: OptimConfig
+    optim: Annotated[OptimConfig, OPTIMIZERS]
     ema: EmaConfig
     precision: Precision
     schedule: ScheduleConfig

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -338,7 +339,8 @@ class ReplicatedAdamW:
         dense = groups.matrices | groups.vectors
         for parameters, group in ((dense, self._replicas.dense), (groups.experts, self._replicas.experts)):
             gradients = [self._store.gradient(parameter) for parameter in parameters.values()]
-            _sum_over(gradients, group, self._bucket_elements)
+            if dist.get_world_size(group) > 1:
+                in_buckets(gradients, self._bucket_elements, partial(dist.all_reduce, group=group))
             for gradient in gradients:
                 squares += sum_of_squares(gradient) / dist.get_world_size(group)
         return squares
@@ -383,10 +385,8 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square().sum()
 
 
-def _sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup, most_elements: int) -> None:
-    """Sums tensors over a group in place, by all-reduces of so many elements, or of one larger tensor."""
-    if dist.get_world_size(group) == 1:
-        return
+def in_buckets(tensors: Sequence[Tensor], most_elements: int, collective: Callable[[Tensor], object]) -> None:
+    """Runs a collective in place over buckets of so many elements, or of one larger tensor."""
     buckets: list[list[Tensor]] = []
     num_elements = most_elements
     for tensor in tensors:
@@ -397,7 +397,7 @@ def _sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup, most_elements
         buckets[-1].append(tensor.view(-1))
     for bucket in buckets:
         flat = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
-        dist.all_reduce(flat, group=group)
+        collective(flat)
         if len(bucket) > 1:
-            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(total)
+            for tensor, result in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(result)

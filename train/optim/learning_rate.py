@@ -145,15 +145,16 @@ LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", (__name__,))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The configuration of AdamW.
+    """The configuration that all optimizers share.
 
-    `sharding`: `zero1` shards the state over ranks with the same parameters (DeepSpeed); `replicated` does not (torch).
-    `offload`: true keeps the shard in host memory and updates it there by DeepSpeed's CPU Adam, `torch` by torch's.
-    `moments`: `float32` means float64 for float64 weights, which require `replicated`. Norms have no weight decay.
-    A run may resume with another type of moments: bf16 rounds float32 moments, and float32 keeps bf16 ones.
+    AdamW updates what an optimizer does not update by a rule for matrices.
+
+    `sharding`: `zero1` shards AdamW's state over ranks with the same parameters (DeepSpeed); `replicated` does not
+    (torch). `moments`: `float32` means float64 for float64 weights, which require `replicated`. Norms have no weight
+    decay. A run may resume with another type of moments: bf16 rounds float32 moments, and float32 keeps bf16 ones.
     """
 
-    kind: Literal["adamw"]
+    kind: str
     learning_rate: PositiveFloat
     schedule: Annotated[RateSchedule, LR_SCHEDULES]
     beta1: ShareBelowOne
@@ -164,7 +165,11 @@ class OptimConfig:
     sharding: Literal["zero1", "replicated"]
     moments: Literal["float32", "bf16"]
     bucket_elements: PositiveInt
-    offload: Literal[False, True, "torch"] = False
+
+    @property
+    def offload(self) -> Literal[False, True, "torch"]:
+        """Whether the state is in host memory; only AdamW has a key for it."""
+        return False
 
 
 def learning_rate(config: OptimConfig, sizes: BatchSizes, num_steps: int, step: int) -> float:

@@ -14,6 +14,8 @@ from comm.watchdog.collective_log import CollectiveLog
 from model.linear import GradientStore
 from train.optim.adamw import ReplicatedAdamW, Slice, Unit
 from train.optim.learning_rate import OptimConfig
+from train.optim.matrices import ADAMW_BY_SHARDING, MatrixOptimizer
+from train.optim.registry import OPTIMIZERS
 from train.optim.zero1 import Zero1AdamW
 
 
@@ -47,7 +49,7 @@ class WeightUpdates:
         work.wait()
 
 
-UnitOptimizer = ReplicatedAdamW | Zero1AdamW
+UnitOptimizer = ReplicatedAdamW | Zero1AdamW | MatrixOptimizer
 """Optimizer of one unit. A step calls `reduce`, then either `update` or, if the step is refused, `discard`."""
 
 
@@ -194,7 +196,7 @@ def build_optimizer(
     units: Sequence[Unit], store: GradientStore, world: dist.ProcessGroup, config: OptimConfig, background: Background
 ) -> StagedAdamW:
     """Builds the optimizer of a rank from its units in the order of their reductions. All ranks call it."""
-    kinds: dict[str, Callable[[Unit, GradientStore, OptimConfig], UnitOptimizer]]
-    kinds = {"zero1": Zero1AdamW, "replicated": ReplicatedAdamW}
-    build = kinds[config.sharding]
+    rule = OPTIMIZERS.get(config.kind).matrices
+    build: Callable[[Unit, GradientStore, OptimConfig], UnitOptimizer]
+    build = ADAMW_BY_SHARDING[config.sharding] if rule is None else MatrixOptimizer
     return StagedAdamW([(unit, build(unit, store, config)) for unit in units], store, world, background)

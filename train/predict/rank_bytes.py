@@ -1,8 +1,8 @@
 """Counts the bytes of one rank: static ones, and the peak of a step's passes. No torch here."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, assert_never
 
@@ -14,11 +14,14 @@ from kernels.attention import makes_dense_masks
 from model.config import Computing, ModelConfig
 from model.size import HeldParameters
 from train.config import Precision, TrainConfig
+from train.optim.registry import OPTIMIZERS, most_owned
 
 PartName = Literal["embedding", "dense", "moe", "head"]
 """A part of a stage; a head includes all MTP modules behind it."""
 PhaseKind = Literal["compute", "dispatch", "combine"]
 _MASTER_BYTES = 4
+_MATRIX_COPIES = 5
+"""Copies in the weights' type that Newton-Schulz holds: input, iterate, next iterate, and at most two for squares."""
 _ID_BYTES = 8
 
 
@@ -385,14 +388,45 @@ def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas
 
 
 def state_bytes(config: TrainConfig, num_elements: int) -> int:
-    """Returns the bytes of master weights and moments of some sharded weights."""
-    return num_elements * (_MASTER_BYTES + 2 * (2 if config.optim.moments == "bf16" else 4))
+    """Returns the bytes of master weights and moments of some sharded weights.
+
+    With a rule for matrices these are its buffers, and AdamW's second moments of other weights are left out.
+    """
+    rule = OPTIMIZERS.get(config.optim.kind).matrices
+    buffers = 2 if rule is None else len(rule.buffers)
+    return num_elements * (_MASTER_BYTES + buffers * (2 if config.optim.moments == "bf16" else 4))
 
 
 def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
+    rule = OPTIMIZERS.get(config.optim.kind).matrices
+    if rule is None:
+        return _adamw_bytes(config, held, sizes, replicas)
+    others = replace(held, ordinary=held.ordinary - sum(stage.num_dense for stage in held.matrices), routed=0)
+    buffers = len(rule.buffers) * (2 if config.optim.moments == "bf16" else sizes.wide_bytes)
+    masters = sizes.wide_bytes if sizes.value_bytes < sizes.wide_bytes else 0
+    owned = int(_most_owned(held, replicas, lambda rows, columns: rows * columns))
+    return owned * (buffers + masters) + _adamw_bytes(config, others, sizes, replicas)
+
+
+def _most_owned(held: HeldParameters, replicas: ReplicaCounts, size: Callable[[int, int], float]) -> float:
+    """Returns the sizes of whole matrices on a rank that owns most in each stage; others own less."""
+    return sum(
+        most_owned(stage.dense, replicas.dense, size) + most_owned(stage.experts, replicas.experts, size)
+        for stage in held.matrices
+    )
+
+
+def matrix_flops(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
+    """Returns the operations of the optimizer's rule for matrices on a rank; 0 without a rule."""
+    rule = OPTIMIZERS.get(config.optim.kind).matrices
+    return 0.0 if rule is None else _most_owned(held, replicas, rule.flops)
+
+
+def _adamw_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
     if config.optim.sharding == "replicated":
         return held.total * 2 * (2 if config.optim.moments == "bf16" else sizes.wide_bytes)
-    return state_bytes(config, _shard_elements(held, replicas))
+    moments = 2 * (2 if config.optim.moments == "bf16" else 4)
+    return _shard_elements(held, replicas) * (_MASTER_BYTES + moments)
 
 
 def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
@@ -429,7 +463,8 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
     """Returns the bytes of the optimizer step's temporary tensors.
 
     Gradients are summed bucket by bucket and written back. With `zero1` a bucket is filled, and what one rank owns of
-    it flattened again; with `replicated` it is one flat copy. The update itself works in place.
+    it flattened again; with `replicated` it is one flat copy. AdamW works in place; a rule for matrices has copies of
+    what it updates at a time.
 
     Args:
         held: numbers of parameters on the rank.
@@ -437,9 +472,21 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
     """
     parts = _parts(held, replicas)
     bucket = min(config.optim.bucket_elements, held.total)
+    copies = 0
+    if OPTIMIZERS.get(config.optim.kind).matrices is not None:
+        copies = _most_updated(held, replicas) * (sizes.wide_bytes + _MATRIX_COPIES * sizes.value_bytes)
     if config.optim.sharding == "replicated":
-        return min(bucket, max((count for count, group in parts if group > 1), default=0)) * sizes.wide_bytes
-    return _MASTER_BYTES * (bucket + min(bucket, max(count for count, _ in parts)))
+        flat = min(bucket, max((count for count, group in parts if group > 1), default=0)) * sizes.wide_bytes
+    else:
+        flat = _MASTER_BYTES * (bucket + min(bucket, max(count for count, _ in parts)))
+    return max(flat, copies)
+
+
+def _most_updated(held: HeldParameters, replicas: ReplicaCounts) -> int:
+    """Returns the largest number of elements of a stack of matrices that one rank updates at a time."""
+    stacks = [(stack, replicas.dense) for stage in held.matrices for stack in stage.dense]
+    stacks += [(stack, replicas.experts) for stage in held.matrices for stack in stage.experts]
+    return max((ceil(number / ranks) * rows * columns for (number, rows, columns), ranks in stacks), default=0)
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:

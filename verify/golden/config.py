@@ -12,7 +12,7 @@ from base.ranges import NonNegativeInt, PositiveInt
 from comm.config import ParallelismConfig
 from model.config import ModelConfig
 from train.config import BatchConfig, EmaConfig
-from train.optim.learning_rate import OptimConfig
+from train.optim.registry import AdamWConfig
 from train.tasks.samples import SftConfig
 
 Precision = Literal["float64", "float32", "bf16", "fp8"]
@@ -36,7 +36,7 @@ class GoldenConfig:
     model: ModelConfig
     batch: BatchConfig
     task: SftConfig
-    optim: OptimConfig
+    optim: AdamWConfig
     ema: EmaConfig
     axes: Mapping[str, GoldenRun]
 

@@ -94,7 +94,7 @@ def _optimizer_bytes(learner: Learner) -> tuple[int, int]:
     """Returns the bytes of DeepSpeed's own tensors, and their number."""
     masters: list[tuple[object, Tensor]] = []
     for _, unit in learner.optimizer._units:
-        optimizer = unit._optimizer
+        optimizer = unit._optimizer  # type: ignore[union-attr]
         masters += [(optimizer.optimizer, master) for master in optimizer.single_partition_of_fp32_groups]  # type: ignore[union-attr]
     moments = [moments_of(optimizer, master)[name] for optimizer, master in masters for name in MOMENTS]  # type: ignore[arg-type]
     held = [master for _, master in masters] + moments
