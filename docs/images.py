@@ -4,15 +4,17 @@
 gloo ranks ran it. The stages of that run sleep for the time of each operation, so that 8 ranks do not compete for the
 cores of one machine; schedule, interpreter and transfers are those of training. `ends-*.svg` shows the same two
 schedules on 4 ranks. `pair-*.svg` shows the phases of a forward and a backward on two lanes, in the order that
-`dualpipe/runtime/pairing.py` gives them. `architecture-*.svg` shows the layers of the project. A name as argument
-draws that picture alone.
+`dualpipe/runtime/pairing.py` gives them. `architecture-*.svg` shows the layers of the project. `published-*.svg` shows
+the plans of `launch.plan published=all` over published speeds. A name as argument draws that picture alone.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,6 +28,8 @@ from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action
 from dualpipe.simulation import simulate
+from launch.plan import answer_request
+from launch.plan_request import read_request
 from model.stage import block_lanes
 
 FOLDER = Path(__file__).parent / "images"
@@ -248,6 +252,51 @@ def draw_architecture(theme: Theme) -> str:
     return _svg(WIDTH, y + 4, "Layers of the project", parts, theme)
 
 
+_SPEEDS = (10.0, 100_000.0)
+"""Limits of both axes of published runs, in tokens per second and GPU."""
+
+
+def draw_published(theme: Theme) -> str:
+    """Returns predicted over published speeds of public runs, with bars, on logarithmic axes."""
+    left, top, size = 96.0, 84.0, WIDTH - 340.0
+    low, high = map(math.log10, _SPEEDS)
+
+    def place(speed: float) -> float:
+        return size * (math.log10(speed) - low) / (high - low)
+
+    title = "Speed of public runs, tokens/s per GPU"
+    parts = [_text(16, 34, title, theme.text, 21, "600"), _box(left, top, size, size, theme.box, theme.soft)]
+    parts += [_text(left - 10, top - 14, "predicted", theme.soft, 15, anchor="end")]
+    parts += [_text(left + size, top + size + 46, "published", theme.soft, 15, anchor="end")]
+    parts.append(_line(left, top + size, left + size, top, theme.soft))
+    for power in range(round(low), round(high) + 1):
+        parts.append(
+            _text(left - 10, top + size - place(10**power) + 5, f"{10**power:,}", theme.soft, 14, anchor="end")
+        )
+        parts.append(_text(left + place(10**power), top + size + 22, f"{10**power:,}", theme.soft, 14, anchor="middle"))
+    inks = {"fitted": theme.kinds["F"][0], "held out": theme.kinds["F"][1], "outside": theme.kinds["B"][0]}
+    for row in sorted(_published_rows(), key=lambda row: row["half"]):
+        x = left + place(row["published"])
+        ink = inks[row["half"] if row["inside"] else "outside"]
+        least, center, most = (top + size - place(row[key]) for key in ("least", "predicted", "most"))
+        parts += [_line(x, least, x, most, ink, 2), f'<circle cx="{x:.1f}" cy="{center:.1f}" r="4.5" fill="{ink}"/>']
+    labels = {"fitted": "fitted half", "held out": "held-out half", "outside": "published is outside"}
+    for index, (name, label) in enumerate(labels.items()):
+        parts.append(_box(left + size + 28, top + 8 + 28 * index, 18, 18, inks[name]))
+        parts.append(_text(left + size + 54, top + 22 + 28 * index, label, theme.soft, 15))
+    return _svg(WIDTH, top + size + 64, title, parts, theme)
+
+
+@cache
+def _published_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = answer_request(read_request(["published=all"])).values["runs"]
+    return rows
+
+
+def _line(x: float, y: float, to_x: float, to_y: float, color: str, width: float = 1) -> str:
+    return f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}" stroke="{color}" stroke-width="{width}"/>'
+
+
 def _text(x: float, y: float, text: str, color: str, size: float, weight: str = "400", anchor: str = "start") -> str:
     style = f'font-size="{size:g}" font-weight="{weight}" fill="{color}" text-anchor="{anchor}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
@@ -281,7 +330,13 @@ def _run_panels() -> tuple[Panel, ...]:
     return simulated_panel("1f1b"), simulated_panel("dualpipe"), measured_panel("dualpipe")
 
 
-PICTURES = {"pipeline": draw_run, "ends": draw_ends, "pair": draw_pair, "architecture": draw_architecture}
+PICTURES = {
+    "pipeline": draw_run,
+    "ends": draw_ends,
+    "pair": draw_pair,
+    "architecture": draw_architecture,
+    "published": draw_published,
+}
 
 
 def main() -> None:

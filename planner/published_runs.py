@@ -189,6 +189,8 @@ def _wider(run: PublishedRun, fit: PublishedFit) -> Iterator[tuple[float, str]]:
         yield fit.widths["routing"], "routing is not forced" if run.routing == "learned" else "routing is unknown"
     if run.differs:
         yield fit.widths["differs"], "; ".join(run.differs)
+    if any("rollout." in text for text in run.overrides):
+        yield fit.widths["rollouts"], "the plan of sampling is a bound"
 
 
 def fitted_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
