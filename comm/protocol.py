@@ -118,6 +118,29 @@ class RankLocalDispatcher(Protocol):
         ...
 
 
+@runtime_checkable
+class CopyingDispatcher(Protocol):
+    """Dispatcher that may send rows to copies of experts, as `comm.dispatch.balanced` does.
+
+    Copies differ for every plan. The counts of arrived rows have S more parts, for the copies in this rank's slots.
+    Every rank of the expert group must make the same calls in the same order.
+    """
+
+    num_slots: int
+
+    def has_copies(self, handle: Handle) -> bool:
+        """Returns whether any rank has a copy; waits on the host until the lane has planned."""
+        ...
+
+    def copy_weights(self, weights: Sequence[Tensor], slots: Sequence[Tensor], handle: Handle) -> Work[None]:
+        """Sends parts of experts, by expert (L), to the slots of their copies, by slot (S)."""
+        ...
+
+    def return_gradients(self, gradient: Tensor, handle: Handle) -> Work[list[tuple[int, Tensor]]]:
+        """Sends gradients of S copies to their experts; returns sums by local expert, in a fixed order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """Rows that arrived at their experts' rank, sorted by local expert.
