@@ -109,7 +109,7 @@ class EmulatedStage:
             routed_AD = _sleep(received.received.values, received.weights_A, ffn, sink)
             return Computed(ExpertOutput(routed_AD, received.residual_BTD))
 
-        exchange = Exchange(self._dispatcher, label, PlainWire())
+        exchange = Exchange(self._dispatcher, label, PlainWire(), lambda dispatcher, handle: None)
         return [
             ComputePhase(attend, self._store),
             DispatchPhase(exchange),

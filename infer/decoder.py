@@ -346,12 +346,12 @@ class PartDecoder:
 
     def _experts(self, block: Block, moe: Moe, attended: Attended) -> Passage:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
-        exchange = Exchange(self._model.dispatcher, None, block.wire())
+        exchange = Exchange(self._model.dispatcher, None, block.wire(), moe.experts.open_copies)
         routing = moe.choose_slots(attended.routing)
         base_1ND = attended.residual_BTD
         routed = Routed(base_1ND, attended.rows, routing.weights_TK, routing.ids_TK)
         received = yield partial(DispatchPhase(exchange).forward, routed)
-        routed_AD = moe.experts(received.received, received.weights_A, received.counts, None)
+        routed_AD = moe.experts.of_received(received, None)
         if moe.shared_experts is not None:
             base_1ND = moe.shared_experts.decode(base_1ND, block.post_attention_layernorm, attended.rows)
         combined = yield partial(CombinePhase(exchange).forward, ExpertOutput(routed_AD, base_1ND))

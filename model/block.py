@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.protocol import ALONE, ContextGroup, Dispatcher, Handle, RankLocalDispatcher
+from comm.protocol import ALONE, ContextGroup, CopyingDispatcher, Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
 from kernels.few_rows import few_rows_experts, few_rows_linear
 from kernels.swiglu.reference import swiglu
 from model.attention.form import Attention
 from model.config import ModelConfig
+from model.copies import CopiedExperts
 from model.linear import Projection, WeightSink, join_storage, widen
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linears import ExpertWeights, Linears, LocalRows, Rows, Wire
@@ -179,10 +180,7 @@ class Block(nn.Module):
     def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
         """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
         assert isinstance(self.mlp, Moe)
-        rows = received.received
-        weights_A = received.weights_A
-        counts = received.counts
-        routed_AD = self.mlp.experts(rows, weights_A, counts, sink, for_backward=for_backward)
+        routed_AD = self.mlp.experts.of_received(received, sink, for_backward=for_backward)
         base_BTD = self.add_shared(received.residual_BTD, received.local, sink, for_backward=for_backward)
         return ExpertOutput(routed_AD, base_BTD)
 
@@ -351,8 +349,43 @@ class RoutedExperts(nn.Module):
         for_backward: bool = False,
     ) -> Tensor:
         """Returns the experts' results times their routing weights, as `Linears.experts`."""
-        experts = ExpertWeights(self.gate_up_proj, self.down_proj)
-        return self._linears.experts(rows, weights, experts, counts, sink, local, for_backward=for_backward)
+        return self._linears.experts(rows, weights, self.weights, counts, sink, local, for_backward=for_backward)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The stacked weights."""
+        return ExpertWeights(self.gate_up_proj, self.down_proj)
+
+    def of_received(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
+        """Returns the weighted results of received rows, AD: of this rank's experts, then of copies on it."""
+        rows = received.received
+        weights_A = received.weights_A
+        num_experts = len(self.gate_up_proj)
+        counts = received.counts[:num_experts]
+        copies = received.copies
+        if copies is None or not copies.are_used:
+            out_AD: Tensor = self(rows, weights_A, counts, sink, for_backward=for_backward)
+            return out_AD
+        # Every rank computes its copies, even without rows, because all exchange their gradients.
+        num_rows = sum(counts)
+        own_rows, copied_rows = rows.split(num_rows)
+        own_weights, copied_weights = weights_A.split([num_rows, len(weights_A) - num_rows])
+        own_AD = self(own_rows, own_weights, counts, sink, for_backward=for_backward)
+        copied_AD = self._linears.experts(
+            copied_rows,
+            copied_weights,
+            copies.weights,
+            received.counts[num_experts:],
+            copies.sink(sink),
+            for_backward=for_backward,
+        )
+        return torch.cat((own_AD, copied_AD))
+
+    def open_copies(self, dispatcher: Dispatcher, handle: Handle) -> CopiedExperts | None:
+        """Returns the slots for copies of other ranks' experts in one micro-batch, if the dispatcher has any."""
+        if isinstance(dispatcher, CopyingDispatcher):
+            return CopiedExperts(dispatcher, handle, self._linears, self.weights)
+        return None
 
     def per_expert(self) -> list[tuple[str, Tensor]]:
         """Returns (released name below `experts.`, view of its matrix) for each expert of this rank."""

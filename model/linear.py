@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from comm.protocol import Work
 from kernels.operation import runs_as_on_cuda
 
 
@@ -46,6 +47,28 @@ class WeightProduct:
     def __call__(self) -> Tensor:
         """Returns the gradient."""
         return self.compute(None)
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedProduct:
+    """The gradient of copies of parts of a weight, which is added where the weight itself is.
+
+    `send` sends it there, and returns sums by index of the weight's first axis.
+    """
+
+    product: WeightProduct
+    shape: torch.Size
+    send: Callable[[Tensor], Work[list[tuple[int, Tensor]]]]
+
+    def __call__(self) -> Tensor:
+        """Returns the gradient of the copies."""
+        return self.product()
+
+    def start(self, total: Tensor) -> Work[list[tuple[int, Tensor]]]:
+        """Computes the gradient in the type of the weight's sum, and starts to send it."""
+        gradient = total.new_zeros(self.shape)
+        self.product.compute(gradient)
+        return self.send(gradient)
 
 
 def outer_product(grad_AN: Tensor, rows_AK: Tensor, total_NK: Tensor | None) -> Tensor:
@@ -188,6 +211,8 @@ class WeightQueue:
                 weight, gradient = self._waiting.popleft()
                 if isinstance(gradient, WeightProduct):
                     gradient.compute(store.open_sum(weight))
+                elif isinstance(gradient, CopiedProduct):
+                    store.add_later(weight, gradient.start(store.open_sum(weight)))
                 else:
                     store.add(weight, gradient())
 
@@ -206,6 +231,7 @@ class GradientStore:
             for parameter in parameters
         }
         self._sealed: set[int] = set()
+        self._arriving: deque[tuple[Tensor, Work[list[tuple[int, Tensor]]]]] = deque()
         # The hook must not hold the store, and with it the parameter: torch never collects hooks, so neither would be
         # freed.
         for parameter, total in self._sums.items():
@@ -214,6 +240,20 @@ class GradientStore:
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds one gradient of `parameter`, with the same shape."""
         self.open_sum(parameter).add_(gradient)
+
+    def add_later(self, parameter: Tensor, parts: Work[list[tuple[int, Tensor]]]) -> None:
+        """Adds gradients by index of the first axis when they have arrived, or the sum is sealed."""
+        # Both weights of one layer's experts may be under way, so that memory is bounded.
+        self._arriving.append((parameter, parts))
+        self.receive(2)
+
+    def receive(self, num_left: int = 0) -> None:
+        """Adds gradients of `add_later`, in order, until few are left."""
+        while len(self._arriving) > num_left:
+            parameter, parts = self._arriving.popleft()
+            total = self.open_sum(parameter)
+            for index, gradient in parts.wait():
+                total[index].add_(gradient)
 
     def open_sum(self, parameter: Tensor) -> Tensor:
         """Returns the sum of `parameter` to add to. Raises RuntimeError if it is sealed."""
@@ -230,6 +270,7 @@ class GradientStore:
 
     def seal(self, parameters: Iterable[Tensor]) -> None:
         """Takes the sums of some parameters for complete until they are cleared."""
+        self.receive()
         self._sealed.update(map(id, parameters))
 
     def clear(self, parameters: Iterable[Tensor] | None = None) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
+from comm.protocol import Arrived, CompletedWork, Dispatcher, Handle, Label, MappedWork, Work
+from model.copies import CopiedExperts
 from model.linear import GradientStore, WeightQueue, WeightSink
 from model.precision.linears import Rows, Wire
 from model.values import (
@@ -164,12 +165,24 @@ class Exchange:
     dispatcher: Dispatcher
     label: Label | None
     wire: Wire
+    open_copies: Callable[[Dispatcher, Handle], CopiedExperts | None]
     handle: Handle | None = None
+    copies: CopiedExperts | None = None
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> Handle:
         """Starts the exchange of counts."""
         self.handle = self.dispatcher.plan(ids_TK, weights_TK, self.label)
+        self.copies = self.open_copies(self.dispatcher, self.handle)
         return self.handle
+
+    def fetch_copies(self) -> Work[None]:
+        """Starts to send the weights of copied experts, before their forward or backward."""
+        return CompletedWork(None) if self.copies is None else self.copies.fetch()
+
+    def free_copies(self) -> None:
+        """Frees the weights of copied experts, after their forward or backward."""
+        if self.copies is not None:
+            self.copies.free()
 
     def planned(self) -> Handle:
         """Returns the handle created by `plan`."""
@@ -187,13 +200,19 @@ class DispatchPhase:
         """Starts the exchange of rows and routing weights."""
         # Counts travel first: the exchange of rows needs their split sizes.
         wire = self._exchange.wire
-        handle = self._exchange.plan(routed.ids_TK, routed.weights_TK)
+        exchange = self._exchange
+        handle = exchange.plan(routed.ids_TK, routed.weights_TK)
+        work = exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle)
+        weights_work = exchange.fetch_copies()
 
         def finish(arrived: Arrived) -> Received:
+            weights_work.wait()
             received = wire.unpack(arrived.rows_AD, routed.rows)
-            return Received(routed.residual_BTD, routed.rows, received, arrived.weights_A, arrived.counts)
+            return Received(
+                routed.residual_BTD, routed.rows, received, arrived.weights_A, arrived.counts, exchange.copies
+            )
 
-        return MappedWork(self._exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle), finish)
+        return MappedWork(work, finish)
 
     def send_again(self, routed: Routed) -> Work[Rows]:
         """Starts another exchange of the same rows, before the backward, if those that arrived were not kept."""
@@ -204,6 +223,7 @@ class DispatchPhase:
 
     def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
         """Starts the return of the gradients of rows and weights to their tokens."""
+        self._exchange.free_copies()
         residual_BTD = gradients.residual_BTD
         local_BTD = gradients.local_BTD
 
@@ -226,6 +246,7 @@ class CombinePhase:
 
     def forward(self, output: ExpertOutput) -> Work[Hidden]:
         """Starts the return of each token's rows."""
+        self._exchange.free_copies()
         # Residual and shared experts of the rank's own tokens stay here.
         base_BTD = output.base_BTD
         work = self._exchange.dispatcher.combine(output.routed_AD, self._exchange.planned())
@@ -239,11 +260,15 @@ class CombinePhase:
         # The gradient of the base is the same tensor, so nothing is copied for it.
         grad_ND = grad_BTD.flatten(0, 1)
 
+        packed = exchange.wire.pack_gradient(grad_ND)
+        work = exchange.dispatcher.combine_backward(packed, exchange.planned())
+        weights_work = exchange.fetch_copies()
+
         def finish(received: Tensor) -> ExpertGradients:
+            weights_work.wait()
             return ExpertGradients(exchange.wire.unpack_gradient(received, grad_ND), grad_BTD)
 
-        packed = exchange.wire.pack_gradient(grad_ND)
-        return MappedWork(exchange.dispatcher.combine_backward(packed, exchange.planned()), finish)
+        return MappedWork(work, finish)
 
 
 class HostMemoryLink(Protocol):

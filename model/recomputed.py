@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comm.protocol import MappedWork, Work
 from model.attention.core import recompute_result, recomputes_result
+from model.copies import CopiedExperts
 from model.linear import GradientStore, WeightSink
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Out, Recording, record
 from model.precision.linears import Rows
@@ -161,6 +162,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         self._again = again
         self._weights_A: Tensor | None = None
         self._counts: tuple[int, ...] = ()
+        self._copies: CopiedExperts | None = None
         self._received: Received | None = None
 
     def forward(self, values: Received) -> ExpertOutput:
@@ -168,6 +170,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         # Routing weights of received rows would need another exchange; the rows are sent again.
         self._weights_A = values.weights_A
         self._counts = values.counts
+        self._copies = values.copies
         with torch.no_grad():
             return self._function(values, None).values
 
@@ -177,7 +180,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         weights_A = self._weights_A
         self._weights_A = None
         # Everything that `forward` saw, in the order of the first exchange.
-        self._received = Received(routed.residual_BTD, routed.rows, received, weights_A, self._counts)
+        self._received = Received(routed.residual_BTD, routed.rows, received, weights_A, self._counts, self._copies)
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Computes the experts again, and returns the gradients of their input."""

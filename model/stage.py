@@ -91,7 +91,7 @@ def block_phases(
             else RecomputedPhase(parts.mix, parts.add_mlp, parts.add_mlp_again, again)
         ]
     # Dispatch plans the exchange; combine and both backwards use the same plan.
-    exchange = Exchange(dispatcher, label, block.wire())
+    exchange = Exchange(dispatcher, label, block.wire(), block.moe.experts.open_copies)
     dispatch = DispatchPhase(exchange)
     if again is None:
         return [ComputePhase(parts.attend, store), dispatch, ComputePhase(parts.experts, store), CombinePhase(exchange)]

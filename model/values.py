@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from model.copies import CopiedExperts
 from model.precision.linears import Rows
 
 
@@ -119,6 +120,7 @@ class Received:
     received: Rows
     weights_A: Tensor
     counts: tuple[int, ...]
+    copies: CopiedExperts | None = None  # copies in this rank's slots, which the last rows are for
     gradients: ClassVar[type[Gradients]] = ReceivedGradients
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -128,8 +130,12 @@ class Received:
     def with_tensors(self, tensors: Iterable[Tensor]) -> "Received":
         """Returns the same counts with other tensors."""
         residual_BTD, local, received, weights_A = tensors
-        return Received(
-            residual_BTD, self.local.with_values(local), self.received.with_values(received), weights_A, self.counts
+        return replace(
+            self,
+            residual_BTD=residual_BTD,
+            local=self.local.with_values(local),
+            received=self.received.with_values(received),
+            weights_A=weights_A,
         )
 
 

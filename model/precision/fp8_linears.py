@@ -18,7 +18,7 @@ from torch import Tensor
 from comm.protocol import RowOrder
 from kernels.gemm import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize import pack_e5m6, quantize_1x128, quantize_columns, requantize_columns, unpack_e5m6
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, unpack
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, QuantizedBlocks, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.linear import WeightProduct, WeightSink, deliver_gradient, deliver_parts
@@ -259,6 +259,15 @@ class Fp8Linears:
             codes.values.flatten(0, -2), codes.packed, weights, *experts, options, *norm
         )
         return out
+
+    def parts_to_copy(self, experts: ExpertWeights) -> Sequence[Tensor]:
+        """Returns codes and scales of both weights."""
+        return tuple(part for weight in experts for part in self._maps.codes(weight).forward)
+
+    def copied_experts(self, parts: Sequence[Tensor], like: ExpertWeights) -> ExpertWeights:
+        """Returns placeholders for the codes and scales of `parts_to_copy`."""
+        codes = (QuantizedBlocks(*parts[:2]), QuantizedBlocks(*parts[2:]))
+        return ExpertWeights(*(self._maps.copied(blocks, weight) for blocks, weight in zip(codes, like, strict=True)))
 
     def wire(self) -> Fp8Wire:
         """Returns conversions to and from FP8."""

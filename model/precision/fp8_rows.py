@@ -6,13 +6,15 @@ gradient in their place, and rounding counts as the identity (arXiv:2412.19437, 
 tokens or outputs, A received rows, K inputs, B bytes of a packed row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.gemm import gemm_fp8, gemm_fp8_columns
 from kernels.quantize import (
@@ -66,6 +68,8 @@ class Fp8Maps:
         self.gradient_blocks = gradient_blocks
         # The weights are held too, so that no other tensor can get their ids.
         self._cached: dict[tuple[int, ...], tuple[Sequence[Tensor], list[_Piece]]] | None = None
+        # Codes of copies of experts, which arrive at each use.
+        self._copied = WeakTensorKeyDictionary()
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
@@ -97,8 +101,17 @@ class Fp8Maps:
             return quantize_in_blocks(grad_AN, **options), quantize_columns(grad_AN, counts, **options)
         return quantize_both(grad_AN, counts, **options)
 
+    def copied(self, codes: QuantizedBlocks, like: Tensor) -> Tensor:
+        """Returns a weight without memory, ENK, that stands for codes which arrive at each use."""
+        weight = placeholder(codes.codes.shape, like.detach()).requires_grad_(like.requires_grad)
+        self._copied[weight] = codes
+        return weight
+
     def codes(self, weight: Tensor) -> WeightCodes:
         """Returns the codes of one weight, NK or ENK."""
+        if weight in self._copied:
+            codes = self._copied[weight]
+            return WeightCodes(codes, transpose_blocks(codes))
         # Blocks of 128 x 128 in one layout and its transpose: [N, K] and [K, N].
         (piece,) = self._pieces((weight,))
         return piece.codes
@@ -182,6 +195,11 @@ class GradientSlot:
     def __init__(self) -> None:
         self._packed_AB: Tensor | None = None
 
+    def split(self, num_first: int) -> "tuple[GradientSlot, GradientSlot]":
+        """Returns slots of the gradients of the first rows, and of all others."""
+        whole = cache(self.take)
+        return _GradientPart(lambda: whole()[:num_first]), _GradientPart(lambda: whole()[num_first:])
+
     def put(self, packed_AB: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
         """Stores the packed gradient; returns the placeholder that autograd gets, AD."""
         self._packed_AB = packed_AB
@@ -195,6 +213,17 @@ class GradientSlot:
         return packed_AB
 
 
+class _GradientPart(GradientSlot):
+    """Some rows of the gradient in another slot."""
+
+    def __init__(self, part: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._part = part
+
+    def take(self) -> Tensor:
+        return self._part()
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Rows:
     """Codes and power-of-two scales, uint8 NB or AB; `values` takes the gradient, `slot` the output's."""
@@ -206,6 +235,13 @@ class Fp8Rows:
     def with_values(self, values: Tensor) -> "Fp8Rows":
         """Returns the same codes with another tensor that takes the gradient."""
         return replace(self, values=values)
+
+    def split(self, num_first: int) -> "tuple[Fp8Rows, Fp8Rows]":
+        """Returns the first rows, and all others, as views."""
+        sizes = [num_first, len(self.packed) - num_first]
+        slots = (None, None) if self.slot is None else self.slot.split(num_first)
+        first, others = zip(self.values.split(sizes), self.packed.split(sizes), slots, strict=True)
+        return Fp8Rows(*first), Fp8Rows(*others)
 
 
 def as_fp8(rows: Rows) -> Fp8Rows:

@@ -124,6 +124,9 @@ class Rows(Protocol):
     def with_values(self, values: Tensor) -> Self:
         """Returns the same rows with another tensor that takes the gradient."""
 
+    def split(self, num_first: int) -> tuple[Self, Self]:
+        """Returns the first rows, and all others."""
+
 
 class Wire(Protocol):
     """Format of the rows of dispatch and combine, for one layer and micro-batch; created for each."""
@@ -201,6 +204,12 @@ class Linears(Protocol):
 
         With `local`, all experts are on this rank and read rows and weights by token; results are summed, ND.
         """
+
+    def parts_to_copy(self, experts: ExpertWeights) -> Sequence[Tensor]:
+        """Returns what a copy of an expert is made of; the first axis has all experts."""
+
+    def copied_experts(self, parts: Sequence[Tensor], like: ExpertWeights) -> ExpertWeights:
+        """Returns weights of copies that read `parts` at each use, with the type of `like`."""
 
     def wire(self) -> Wire:
         """Returns the conversions of one layer's exchange for one micro-batch."""

@@ -43,6 +43,11 @@ class PlainRows:
         """Returns rows with other numbers."""
         return PlainRows(values)
 
+    def split(self, num_first: int) -> "tuple[PlainRows, PlainRows]":
+        """Returns the first rows, and all others, as views."""
+        first, others = self.values.split([num_first, len(self.values) - num_first])
+        return PlainRows(first), PlainRows(others)
+
 
 class PlainWire:
     """Sends rows and gradients unchanged."""
@@ -237,6 +242,15 @@ class PlainLinears:
             rows.values.flatten(0, -2), weights, *experts, options
         )
         return out
+
+    def parts_to_copy(self, experts: ExpertWeights) -> Sequence[Tensor]:
+        """Returns the weights."""
+        return tuple(weight.detach() for weight in experts)
+
+    def copied_experts(self, parts: Sequence[Tensor], like: ExpertWeights) -> ExpertWeights:
+        """Returns the copied weights."""
+        gate_up_EHD, down_EDM = (part.requires_grad_(like.gate_up_EHD.requires_grad) for part in parts)
+        return ExpertWeights(gate_up_EHD, down_EDM)
 
     def wire(self) -> PlainWire:
         """Returns conversions that change nothing."""

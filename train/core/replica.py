@@ -107,7 +107,9 @@ class Replica:
         """Runs forward and backward of a global batch; `reduce` starts to reduce the gradients of a stage."""
         stages = self.bind_stages(batches, objective, sums, store, routes)
         with self.network.weights_unchanged():
-            return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow, reduce)
+            execution = execute(self.train_program, stages, self.links, open_clock(self.world.device), follow, reduce)
+            store.receive()
+        return execution
 
     def forward(
         self, batches: Batches, objective: Objective, sums: LossSums, routes: Routes | None = None
