@@ -1,6 +1,6 @@
 """Defines the configuration of the cluster, of the ranks' layout and of dispatch. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -118,6 +118,10 @@ class DispatchConfig:
     kind: str  # name in `comm.dispatch.registry.DISPATCHERS`
     payload: Payload  # format of rows that are sent to experts
 
+    def without_copies(self) -> Self:
+        """Returns the configuration of the dispatcher without copies of experts for each micro-batch."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CappedDispatchConfig(DispatchConfig):
@@ -137,14 +141,27 @@ class LocalDispatchConfig(DispatchConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AllToAllDispatchConfig(CappedDispatchConfig):
+class BalancedDispatchConfig(CappedDispatchConfig):
+    """Configuration of a dispatcher that can send rows to copies of hot experts."""
+
+    # where copies may be: nowhere, on the node of their expert, or on any node.
+    balance: Literal["none", "node", "exact"] = "none"
+    balance_slots: PositiveInt = 4  # copies that a rank can hold of other ranks' experts in one layer
+
+    def without_copies(self) -> Self:
+        """Returns the configuration with `balance` none."""
+        return replace(self, balance="none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllToAllDispatchConfig(BalancedDispatchConfig):
     """Configuration of one all-to-all over the expert group each way, with one copy of a row per expert."""
 
     kind: Literal["all_to_all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TwoHopDispatchConfig(CappedDispatchConfig):
+class TwoHopDispatchConfig(BalancedDispatchConfig):
     """Configuration of a dispatch that sends rows once per node, then within it (arXiv:2412.19437, 3.2.2)."""
 
     kind: Literal["two_hop"]

@@ -169,8 +169,11 @@ def _placement(config: ServeCommandConfig, source: WeightsSource) -> Placement:
 
 
 def check_nodes(config: ServeCommandConfig, network: InferenceConfig, shape: PlacementShape) -> None:
-    """Rejects a dispatcher whose limit of nodes a token may exceed with the placement."""
+    """Rejects copies for a micro-batch, and a limit of nodes that a token may exceed with the placement."""
     dispatch = config.dispatch
+    if dispatch != dispatch.without_copies():
+        rule = "a server balances experts by their placement (rebalance_seconds), not for every micro-batch"
+        raise broken("dispatch.balance", rule, getattr(dispatch, "balance", None), "none")
     site = network.dispatch_site
     nodes = -(-config.ranks // network.cluster.ranks_per_node)
     if config.placement is None and config.rebalance_seconds is None and not shape.num_redundant:

@@ -251,7 +251,9 @@ def _with_task(task: TaskConfig, run: TrainConfig) -> TrainConfig:
 
 def _exchange(config: TrainConfig, expert: int) -> DispatchConfig:
     """Returns the run's dispatcher, or one that works with this number of expert ranks."""
-    if expert == 1 or config.dispatch.kind != "local":
+    if expert == 1:
+        return config.dispatch.without_copies()
+    if config.dispatch.kind != "local":
         return config.dispatch
     return AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
 

@@ -10,11 +10,11 @@ to the expert's rank, which sums them in a fixed order.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from comm.balance.rows import Ints, RowPlan
 from comm.dispatch.all_to_all import num_local_experts
 from comm.dispatch.local import count_choices
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
@@ -23,23 +23,8 @@ from comm.dispatch.traffic import Spread, Traffic
 from comm.lane import Lane
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Work, own_handle
 
-
-class RowPlan(Protocol):
-    """Copies of experts for one micro-batch of one layer, and their rows."""
-
-    @property
-    def slot_expert_RS(self) -> Sequence[Sequence[int]]:
-        """Expert in each slot for copies, -1 if the slot is free."""
-        ...
-
-    @property
-    def rows_RSR(self) -> Sequence[Sequence[Sequence[int]]]:
-        """Rows that each slot takes from each source rank. The expert itself takes all others."""
-        ...
-
-
-PlanRows = Callable[[Tensor], RowPlan]
-"""Plans copies from the counts of each source rank, RE on the host; the same on all ranks."""
+PlanRows = Callable[[Ints], RowPlan]
+"""Plans copies from the counts of each source rank, RE; the same on all ranks."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -107,7 +92,7 @@ class SlotLayout:
             for copy in round_copies:
                 slot = copy.rank * self.per_rank + self.num_local + num_arrived[copy.rank]
                 num_arrived[copy.rank] += 1
-                places.setdefault(copy.expert, []).append((slot, plan.rows_RSR[copy.rank][copy.slot][index]))
+                places.setdefault(copy.expert, []).append((slot, int(plan.rows_RSR[copy.rank, copy.slot, index])))
         most = max(map(len, places.values()), default=0)
         bounds_EC = torch.zeros(len(self.home_E), most, dtype=torch.int64)
         slots_EC = self.home_E[:, None].repeat(1, most + 1)
@@ -200,7 +185,7 @@ class BalancedDispatcher:
         def run() -> None:
             counts_E = count_choices(ids_TK, len(self._layout.home_E))[1:]
             counts_RE = self._group.exchange_numbers(counts_E.repeat(self._layout.num_ranks, 1), label)
-            plan = self._plan_rows(counts_RE.cpu())  # host sync
+            plan = self._plan_rows(counts_RE.cpu().numpy())  # host sync
             handle.route = self._layout.route(plan, self._group.index)
             slots_TK.copy_(self._layout.choose(ids_TK, handle.route))
 

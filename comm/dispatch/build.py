@@ -3,16 +3,19 @@
 # Shape legend: A arrived rows, B bytes of a packed row.
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.config import CappedDispatchConfig, DispatchConfig
+from comm.balance.rows import BalanceCosts, plan_rows
+from comm.config import BalancedDispatchConfig, CappedDispatchConfig, DispatchConfig
+from comm.dispatch.balanced import BalancedDispatcher, SlotLayout
 from comm.dispatch.local import dense
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
-from comm.dispatch.process_group import Observers
+from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.registry import DISPATCHERS, TokenSizes
 from comm.groups import EXCHANGING, GroupKernels
 from comm.lane import Lane, StreamLane, ThreadLane
@@ -51,6 +54,8 @@ def open_lane(device: torch.device, name: str = "comm") -> Lane:
 
 def build_dispatcher(config: DispatchConfig, parts: DispatcherParts) -> Dispatcher:
     """Builds the dispatcher of `config`, wrapped to clip or quantize. All ranks call it at the same point."""
+    if isinstance(config, BalancedDispatchConfig) and config.balance != "none":
+        return _build_balanced(config, parts)
     dispatcher = DISPATCHERS.get(config.kind).build(config, parts)
     if isinstance(config, CappedDispatchConfig) and config.node_cap == "clip":
         nodes = [parts.layout.node_of(rank) for rank in distributed.get_process_group_ranks(parts.group)]
@@ -62,6 +67,18 @@ def build_dispatcher(config: DispatchConfig, parts: DispatcherParts) -> Dispatch
     if config.payload == "fp8":
         dispatcher = Fp8Dispatcher(dispatcher)
     return dispatcher
+
+
+def _build_balanced(config: BalancedDispatchConfig, parts: DispatcherParts) -> Dispatcher:
+    """Builds a dispatcher of slots, and the wrapper that plans which experts they hold copies of."""
+    group = ExchangeGroup("expert", parts.group, parts.layout, parts.observers)
+    max_nodes = config.max_nodes if config.balance == "exact" else None
+    layout = SlotLayout(parts.num_experts, group.nodes, config.balance_slots, max_nodes)
+    inner = build_dispatcher(config.without_copies(), replace(parts, num_experts=layout.num_all))
+    costs = BalanceCosts(copy=parts.tokens.copy_bytes, row=parts.tokens.row_bytes)
+    assert config.balance != "none"
+    plan = partial(plan_rows, nodes=group.nodes, slots=config.balance_slots, mode=config.balance, costs=costs)
+    return BalancedDispatcher(inner, group, layout, plan, parts.lane, parts.observers.traffic)
 
 
 class Fp8Dispatcher:

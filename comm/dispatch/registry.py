@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from base.registry import Registry
 from comm.config import (
     AllToAllDispatchConfig,
+    BalancedDispatchConfig,
     CappedDispatchConfig,
     ClusterConfig,
     DispatchConfig,
@@ -36,6 +37,9 @@ class TokenSizes:
     max_tokens: int  # maximum number of tokens
     hidden_size: int  # width of a row
     num_choices: int  # experts per token
+    row_bytes: int = 0  # of a row to an expert and back, in forward and backward
+    # of the weights of an expert to its copy, in forward and backward, and of their gradient back.
+    copy_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +87,28 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
             f"{site.num_limited_groups} of {site.num_groups} groups of experts, parallelism.expert="
             f"{parallelism.expert} ranks, cluster.ranks_per_node={ranks_per_node}), is {config.max_nodes}; "
             f"nearest valid: {most}, or a smaller model.num_limited_groups, or dispatch.node_cap=clip"
+        )
+
+
+def require_balance(config: BalancedDispatchConfig, site: DispatchSite) -> None:
+    """Raises DispatchRequirementError if no rank can hold copies, or they change what a cap removes."""
+    if config.balance == "none":
+        return
+    num_others = site.num_experts - site.num_experts // site.parallelism.expert
+    if site.parallelism.expert == 1:
+        raise DispatchRequirementError(
+            f"dispatch.balance: copies of experts need parallelism.expert > 1, is {config.balance} with "
+            f"parallelism.expert=1; nearest valid: none"
+        )
+    if config.balance_slots > num_others:
+        raise DispatchRequirementError(
+            f"dispatch.balance_slots: must be at most the {num_others} experts of other ranks, is "
+            f"{config.balance_slots}; nearest valid: {num_others}"
+        )
+    if config.balance == "exact" and config.node_cap == "clip":
+        raise DispatchRequirementError(
+            "dispatch.balance: copies across nodes would change which choices node_cap=clip removes, is exact; "
+            "nearest valid: node, or dispatch.node_cap=verify"
         )
 
 
@@ -268,7 +294,7 @@ DISPATCHERS.register(
         summary="a copy of each token's row to each of its experts, directly to the expert's rank",
         config=AllToAllDispatchConfig,
         build=_build,
-        requirements=(require_node_cap,),
+        requirements=(require_node_cap, require_balance),
         memory=_memory,
         contract=Contract(
             settings={

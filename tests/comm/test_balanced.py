@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed
 
+from comm.balance.rows import Ints, RowPlan
 from comm.dispatch.balanced import BalancedDispatcher, SlotLayout
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import LayerTraffic
@@ -21,17 +23,10 @@ NUM_SLOTS = 2
 NUM_TOKENS = 40
 
 
-@dataclass(frozen=True)
-class EvenPlan:
-    """Copies of the hottest experts in every slot; all copies and the expert take equal parts of each source's rows."""
-
-    slot_expert_RS: Sequence[Sequence[int]]
-    rows_RSR: Sequence[Sequence[Sequence[int]]]
-
-
-def plan_evenly(counts_RE: Tensor, nodes: Sequence[int], num_slots: int, *, across: bool) -> EvenPlan:
+def plan_evenly(counts_RE: Ints, nodes: Sequence[int], num_slots: int, *, across: bool) -> RowPlan:
+    """Copies the hottest experts into every slot; all copies and the expert take equal parts of a source's rows."""
     num_local = counts_RE.shape[1] // len(nodes)
-    hottest = counts_RE.sum(0).argsort(descending=True, stable=True).tolist()
+    hottest = (-counts_RE.sum(0)).argsort(kind="stable").tolist()
     slots = []
     for rank, node in enumerate(nodes):
         homes = {expert: expert // num_local for expert in hottest if counts_RE[:, expert].any()}
@@ -40,7 +35,7 @@ def plan_evenly(counts_RE: Tensor, nodes: Sequence[int], num_slots: int, *, acro
     shares = {expert: 1 + sum(expert in row for row in slots) for row in slots for expert in row}
     counts = counts_RE.tolist()
     rows = [[[0 if e < 0 else source[e] // shares[e] for source in counts] for e in row] for row in slots]
-    return EvenPlan(slots, rows)
+    return RowPlan(slots, np.array(rows), [], 0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def test_copies_across_nodes_keep_each_token_within_the_cap() -> None:
     layout = SlotLayout(NUM_EXPERTS, NODES, NUM_SLOTS, 1)
     ids_TK = torch.tensor([[0, 1], [0, -1], [-1, 0], [2, 0]])
     none = [[0] * 4] * 2
-    plan = EvenPlan([[-1, -1], [-1, -1], [-1, 0], [-1, -1]], [none, none, [[0] * 4, [3] * 4], none])
+    plan = RowPlan([[-1, -1], [-1, -1], [-1, 0], [-1, -1]], np.array([none, none, [[0] * 4, [3] * 4], none]), [], 0)
     slots_TK = layout.choose(ids_TK, layout.route(plan, 0))
     # Three rows of expert 0 go to rank 2, whose first slot for copies is its third: 2 * 4 + 2.
     assert slots_TK.tolist() == [[0, 1], [10, -1], [-1, 10], [4, 0]]

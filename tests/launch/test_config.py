@@ -244,6 +244,15 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> Non
         (["cluster=a100", "precision=fp8"], ["precision", "cluster.has_fp8", "nearest valid: bf16"]),
         (["dispatch=deepep", "cluster=h800"], ["dispatch", "precision=bf16", "precision=float32", "two_hop"]),
         (["dispatch.node_cap=clipp"], ["dispatch.node_cap", "did you mean clip"]),
+        (["dispatch=all_to_all", "dispatch.balance=node"], ["dispatch.balance", "expert > 1", "is node", "none"]),
+        (
+            ["experiment=four_nodes", "dispatch.balance=exact", "dispatch.node_cap=clip"],
+            ["dispatch.balance", "node_cap=clip", "is exact", "nearest valid: node"],
+        ),
+        (
+            ["experiment=four_nodes", "dispatch.balance=exact", "dispatch.balance_slots=99"],
+            ["dispatch.balance_slots", "experts of other ranks", "is 99", "nearest valid"],
+        ),
         (
             ["experiment=four_nodes", "dispatch.max_nodes=1"],
             ["dispatch.max_nodes", "2 nodes", "num_limited_groups=2", "is 1", "valid: 2", "dispatch.node_cap=clip"],

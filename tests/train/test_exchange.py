@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -42,20 +42,26 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "expert", "ranks_per_node", "payload", "starved"),
+    ("pipeline", "expert", "ranks_per_node", "payload", "starved", "balance"),
     [
-        pytest.param(1, 4, 2, "fp8", 2, marks=pytest.mark.slow),
-        pytest.param(2, 2, 1, "full", 0, marks=pytest.mark.slow),
-        pytest.param(2, 4, 2, "full", 2, marks=pytest.mark.long),
-        *exhaustive((2, 4, 1, "full", 2), (1, 4, 2, "fp8", 0), (2, 2, 1, "full", 4)),
+        pytest.param(1, 4, 2, "fp8", 2, "exact", marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, "full", 0, "none", marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, "full", 2, "node", marks=pytest.mark.long),
+        *exhaustive((2, 4, 1, "full", 2, "none"), (1, 4, 2, "fp8", 0, "none"), (2, 2, 1, "full", 4, "none")),
     ],
 )
 def test_training_in_two_hops_equals_one_rank(
-    folder: Path, pipeline: int, expert: int, ranks_per_node: int, payload: Payload, starved: int
+    folder: Path,
+    pipeline: int,
+    expert: int,
+    ranks_per_node: int,
+    payload: Payload,
+    starved: int,
+    balance: Literal["none", "node", "exact"],
 ) -> None:
-    """Without tokens: no expert, or every expert of a rank."""
+    """Without tokens: no expert, or every expert of a rank. With a balance, ranks hold copies of hot experts."""
     config = over_nodes(folder, pipeline, expert, ranks_per_node)
-    config = replace(config, dispatch=replace(TWO_HOP, payload=payload))
+    config = replace(config, dispatch=replace(TWO_HOP, payload=payload, balance=balance))
     assert_starved_equal_one_rank(config, [starved], repeats=pipeline > 1)
 
 

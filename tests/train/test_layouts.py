@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.config import Cut, ParallelismConfig
+from comm.config import BalancedDispatchConfig, Cut, ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
 from data.config import BatchRamp
 from dualpipe.builder import build_schedule
@@ -129,6 +129,8 @@ def sliced_config(
         link_depth=2,
     )
     config = tiny_config(folder, parallelism=mesh, schedule=schedule)
+    assert isinstance(config.dispatch, BalancedDispatchConfig)
+    config = replace(config, dispatch=replace(config.dispatch, balance="node"))
     batch = replace(
         config.batch,
         document_mask=document_mask,

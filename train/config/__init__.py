@@ -505,6 +505,10 @@ class TrainConfig:
     def dispatch_site(self) -> DispatchSite:
         """The sizes of what a rank dispatches to experts, and the ranks that take part."""
         model = self.model
+        number_bytes = {"float64": 8, "float32": 4}.get(self.precision.kind, 2)
+        is_fp8 = self.precision.kind == "fp8"
+        sent_bytes = 1 if is_fp8 or self.dispatch.payload == "fp8" else number_bytes
+        expert_weights = 3 * model.hidden_size * model.expert_intermediate_size
         return DispatchSite(
             cluster=self.cluster,
             parallelism=self.parallelism,
@@ -513,6 +517,8 @@ class TrainConfig:
                 max_tokens=self.batch.micro_sequences * self.rank_sequence_tokens,
                 hidden_size=model.hidden_size,
                 num_choices=model.num_experts_per_token,
+                row_bytes=2 * model.hidden_size * (sent_bytes + number_bytes),
+                copy_bytes=expert_weights * (2 * (1 if is_fp8 else number_bytes) + max(4, number_bytes)),
             ),
             num_experts=model.num_routed_experts,
             num_groups=model.num_expert_groups,

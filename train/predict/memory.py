@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+from comm.config import BalancedDispatchConfig
 from comm.dispatch.registry import DISPATCHERS, INDEX_BYTES, RowBytes
 from comm.layout import num_kept_ranks
 from dualpipe.builder import write_if_possible
@@ -275,6 +276,8 @@ def rank_memory(
     replicas = count_replicas(config, schedule, rank)
     parameters = rank_parameters(config, schedule, rank, shapes)
     weights, gradients, optimizer = static_bytes(config, parameters, sizes, replicas)
+    copies = _copies_bytes(config)
+    passes, cool_down = (replace(peak, exchange=peak.exchange + copies) for peak in peaks)
     ends = {0, schedule.num_stages - 1}
     has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
     return RankMemory(
@@ -285,12 +288,23 @@ def rank_memory(
         optimizer=optimizer,
         weight_codes=parameters.code_bytes if sizes.is_fp8 else 0,
         batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
-        pipeline=peaks[0],
-        cool_down=peaks[1],
+        pipeline=passes,
+        cool_down=cool_down,
         update=update_bytes(config, parameters, sizes, replicas),
         reserve=config.cluster.memory_reserve_bytes,
         host=host_bytes(config, parameters, sizes, replicas),
     )
+
+
+def _copies_bytes(config: TrainConfig) -> int:
+    """Returns the bytes of copies of other ranks' experts, in slots and on their way."""
+    dispatch = config.dispatch
+    if not isinstance(dispatch, BalancedDispatchConfig) or dispatch.balance == "none":
+        return 0
+    number_bytes = value_bytes(config.precision)
+    # Slots of a forward and of a backward next to it, and weights to send. Gradients of copies, as sent and as arrived.
+    per_weight = 3 * number_bytes + 2 * max(4, number_bytes)
+    return dispatch.balance_slots * 3 * config.model.hidden_size * config.model.expert_intermediate_size * per_weight
 
 
 def _with_frozen_networks(

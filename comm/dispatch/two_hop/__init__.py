@@ -12,6 +12,7 @@ from comm.dispatch.registry import (
     DispatchMemory,
     DispatchSite,
     RowBytes,
+    require_balance,
     require_node_cap,
 )
 
@@ -56,7 +57,7 @@ DISPATCHERS.register(
         summary="a token's row once to each node of its experts, and from there to the experts",
         config=TwoHopDispatchConfig,
         build=_build,
-        requirements=(require_node_cap,),
+        requirements=(require_node_cap, require_balance),
         memory=_memory,
         contract=Contract(
             fields={"chunks": 1, "partial_sums": "rows"},
