@@ -262,7 +262,7 @@ def draw_published(theme: Theme) -> str:
     low, high = map(math.log10, _SPEEDS)
 
     def place(speed: float) -> float:
-        return size * (math.log10(speed) - low) / (high - low)
+        return size * (math.log10(max(speed, _SPEEDS[0])) - low) / (high - low)
 
     title = "Speed of public runs, tokens/s per GPU"
     parts = [_text(16, 34, title, theme.text, 21, "600"), _box(left, top, size, size, theme.box, theme.soft)]
