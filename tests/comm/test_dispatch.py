@@ -30,6 +30,7 @@ from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.laws import LAWS, check_laws
+from tests.commands import run_command
 from tests.host_reads import Reads
 from tests.inline_lane import InlineLane
 from tests.ranks import run_ranks
@@ -286,9 +287,8 @@ def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
     text = counting.read_text("utf-8")
     counting.write_text(text.replace("inner.dispatch(rows_TD", f"inner.dispatch(rows_TD{change}"), "utf-8")
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--plugins={counting}"]
-    command = [sys.executable, "-m", "pytest", *options]
     tests = ["tests/comm/test_dispatch.py", "-m", "not slow", "-k", "counting"]
-    done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_command(["python", "-m", "pytest", *options, *tests], timeout=300)
     assert done.returncode == (1 if num_broken else 0), done.stdout + done.stderr
     counts = done.stdout.splitlines()[-1]
     assert int(counts.split(" passed")[0].split()[-1]) == len(LAWS) + 4 - num_broken, done.stdout
@@ -296,10 +296,8 @@ def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
 
 @pytest.mark.exhaustive
 def test_run_takes_a_dispatcher_from_a_file_outside(counting: Path) -> None:
-    command = [sys.executable, "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
-    done = subprocess.run(
-        [*command, "dispatch.print_every=7"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = ["python", "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
+    done = run_command([*command, "dispatch.print_every=7"], timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kind: counting" in done.stdout
     assert "print_every: 7" in done.stdout

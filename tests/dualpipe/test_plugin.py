@@ -1,14 +1,13 @@
 """The schedule of docs/extend.md, a file outside the checkout, passes all tests of schedules."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dualpipe.ir import from_json
 from tests import ROOT
+from tests.commands import run_command
 
 SUITES = ["tests/dualpipe/test_registered.py", "tests/train/test_equality.py", "tests/train/start/test_plan.py"]
 
@@ -28,8 +27,7 @@ def gpipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_suite(plugin: Path, words: str, files: list[str]) -> str:
     options = ["-q", "-m", "not exhaustive", "-p", "no:cacheprovider", "--plugins", str(plugin), "-k", words]
-    command = [sys.executable, "-m", "pytest", *options, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_command(["python", "-m", "pytest", *options, *files], timeout=300)
     return done.stdout + done.stderr
 
 
@@ -53,17 +51,16 @@ def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_pa
     assert "failed" in output, output
 
 
-def run_command(*arguments: str) -> str:
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def printed(*arguments: str) -> str:
+    done = run_command(["python", "-m", *arguments])
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
 def test_schedule_of_a_plugin_is_drawn_by_the_command(gpipe: Path) -> None:
-    drawn = run_command("launch.schedule", f"plugins=[{gpipe}]", "schedule=gpipe", "num_ranks=3", "num_micro_batches=4")
+    drawn = printed("launch.schedule", f"plugins=[{gpipe}]", "schedule=gpipe", "num_ranks=3", "num_micro_batches=4")
     assert "gpipe, 3 ranks, 4 micro-batches" in drawn
     assert "(P-1)(F+B) = 6" in drawn
     by_kind = (f"plugins=[{gpipe}]", "schedule.kind=gpipe", "num_ranks=3", "num_micro_batches=4", "format=json")
-    assert from_json(run_command("launch.schedule", *by_kind)).kind == "gpipe"
+    assert from_json(printed("launch.schedule", *by_kind)).kind == "gpipe"

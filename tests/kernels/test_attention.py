@@ -1,6 +1,5 @@
 """Every implementation of causal attention against a reading query by query, and attention by blocks."""
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from kernels.attention.block_kernels import REFERENCE, BlockKernel
 from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from tests import ROOT
+from tests.commands import run_command
 from tests.kernels.flash_attn_emulation import PACKAGES, Calls
 from tests.kernels.plain import near, randn
 
@@ -301,9 +301,8 @@ def test_unknown_kernel_is_rejected_with_the_nearest_name() -> None:
 def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extend.md").read_text("utf-8").partition("## An attention kernel")[2]
     (tmp_path / "plain.py").write_text(page.partition("```python\n")[2].partition("```")[0])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--plugins", str(tmp_path / "plain.py")]
-    command += ["-k", "query_by_query and plain", "tests/kernels/test_attention.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--plugins", str(tmp_path / "plain.py")]
+    done = run_command([*command, "-k", "query_by_query and plain", "tests/kernels/test_attention.py"], timeout=300)
     assert done.returncode == 0, done.stdout
     assert "20 passed" in done.stdout
 

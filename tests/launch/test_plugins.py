@@ -197,12 +197,9 @@ def test_extend_has_an_example_of_each_kind() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("command", [command for command in COMMANDS if " pytest " in command])
 def test_extend_suites_have_tests_of_the_plugin_in_its_folder(command: str, folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    shell = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    line = f"{command} --collect-only -q -p no:cacheprovider"
-    done = subprocess.run(["bash", "-c", line], cwd=folder, env=shell, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert re.search(r"\n\d+(/\d+)? tests? collected", done.stdout), done.stdout[-500:]
+    expanded = command.replace('"$PYTHONPATH"', str(ROOT))
+    shown = run_in_folder(f"{expanded} --collect-only -q -p no:cacheprovider", folder)
+    assert re.search(r"\n\d+(/\d+)? tests? collected", shown), shown[-500:]
 
 
 @pytest.mark.long
