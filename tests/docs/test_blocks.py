@@ -50,9 +50,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("is_whole", [False, *exhaustive(True)], ids=["", "whole"])
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
 def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path, trained, is_whole=is_whole)
+
+
+def run_page(page: Path, folder: Path, trained: Path, *, is_whole: bool = False) -> None:
+    """Runs the blocks of a page in a folder. `trained` holds the results of trainings by command."""
     shell = make_shell()
     program = ""
-    make_stand_ins(tmp_path)
+    make_stand_ins(folder)
     to_run = [
         block
         for block in blocks(page)
@@ -65,27 +70,27 @@ def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, t
             case "bash" if block.mode == "not run":
                 for command in block.commands():
                     if is_whole or not LEFT_OUT.search(command):
-                        compose(block, command, tmp_path, shell)
+                        compose(block, command, folder, shell)
             case "bash" if block.mode == "shortened":
                 for command in block.commands():
                     if is_whole or not (REPEATED.search(command) or LEFT_OUT.search(command)):
-                        run_shortened(block, command, tmp_path, shell, trained)
+                        run_shortened(block, command, folder, shell, trained)
                     elif not LEFT_OUT.search(command):
-                        run(block, _checked(command), tmp_path, shell)
+                        run(block, _checked(command), folder, shell)
             case "bash":
                 for command in block.commands():
                     if is_whole or not LEFT_OUT.search(command):
-                        run(block, _checked(command) if block.mode == "checked" else command, tmp_path, shell)
+                        run(block, _checked(command) if block.mode == "checked" else command, folder, shell)
             case "console":
                 for command, expected in sessions(block):
                     if is_whole or not LEFT_OUT.search(command):
-                        compare(block, run(block, command, tmp_path, shell, codes=(0, 2)), expected)
+                        compare(block, run(block, command, folder, shell, codes=(0, 2)), expected)
             case "python":
-                program += with_times(block.text, tmp_path) + "\n"
+                program += with_times(block.text, folder) + "\n"
                 # Blocks that follow each other run once, as one program.
                 if following is None or following.language != "python":
-                    (tmp_path / "program.py").write_text(program, "utf-8")
-                    run(block, "python program.py", tmp_path, shell)
+                    (folder / "program.py").write_text(program, "utf-8")
+                    run(block, "python program.py", folder, shell)
 
 
 def test_readme_pasted_top_to_bottom_works_where_nothing_is_set_up(tmp_path: Path) -> None:
