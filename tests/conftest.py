@@ -1,13 +1,18 @@
 """Fixtures and hooks of all tests."""
 
 import gc
+import importlib
 import signal
 import threading
 from collections import defaultdict
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from base.registry import PluginError, load_plugins
+from tests import ROOT
 from tests.covering import covering
 from tests.stopping import Stop, make_folder
 
@@ -18,6 +23,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Installs the signal handlers again, because a command that the last test called may have replaced them."""
     if _STOP in item.config.stash:
         item.config.stash[_STOP].install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Collects without garbage collections, which took a fifth of the time of imports.
+
+    Every second worker imports the last files first, so that in a fresh checkout each worker compiles one half.
+    """
+    worker: dict[str, str] = getattr(session.config, "workerinput", {"workerid": "gw0"})
+    gc.disable()
+    try:
+        if worker["workerid"].endswith(("1", "3", "5", "7", "9")):
+            import_backwards(session.config.args)
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def import_backwards(arguments: Sequence[str]) -> None:
+    """Imports the test files of pytest's arguments, the last one first. Collecting reports those that fail."""
+    for argument in reversed(arguments):
+        path = Path(argument.partition("::")[0]).resolve()
+        for file in sorted(path.rglob("test_*.py") if path.is_dir() else [path], reverse=True):
+            with suppress(Exception, pytest.skip.Exception):
+                importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
 
 
 @pytest.hookimpl(tryfirst=True)

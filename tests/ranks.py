@@ -21,22 +21,6 @@ from typing import Any
 
 from tests.rank_worker import Call, serve
 
-_PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "numpy",
-    "pytest",
-    "torch._dynamo",
-    "setuptools",  # extends the search path, and DeepSpeed imports it for an optimizer
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "train.run",
-    "launch.config.compose",
-    "launch.ranks.local",
-    "tests.train.job",
-    "tests.comm.laws",
-    "tests.short_pictures",
-]
 _GRACE_SECONDS = 0.3
 _MOST_IDLE_RANKS = 8
 """Ranks that this process keeps between calls; each holds some 100 MB of its own after a training step."""
@@ -49,7 +33,7 @@ class RanksFailedError(AssertionError):
 def fork_context() -> ForkServerContext:
     """Starts the server from which ranks and commands of tests are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 
