@@ -31,7 +31,7 @@ from comm.watchdog.messages import (
     encode_addresses,
 )
 from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
-from comm.watchdog.verdict import MAX_CULPRITS, MainThread, RankState, Verdict, Wait
+from comm.watchdog.verdict import MAX_CULPRITS, MainThread, RankState, Started, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.wire import Kind, SocketAddress
 from tests.comm.watched_ranks import full_book
@@ -66,6 +66,7 @@ def longest_messages(num_ranks: int) -> dict[Kind, int]:
         place=_random_text(noise, 256),
         last=_random_text(noise, 512),
         idle_seconds=noise.random() * 1e6,
+        log=tuple(Started(group=name, number=2**40, name=_random_text(noise, 64)) for name in groups[:36]),
     )
     text = _random_text(noise, wire.MAX_TEXT_CHARACTERS)
     verdict = Verdict(code=78, text=text, judge=num_ranks - 1, culprits=RankSet.of(squares).first(MAX_CULPRITS))

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from base.decode import encode
@@ -146,10 +147,18 @@ class Inquiry:
             if departure.end != "done" or any(rank in ranks for ranks in missed)
         }
 
-    def result(self, rank: int, state: RankState, lost: Mapping[int, str], silent: Collection[int]) -> InquiryResult:
-        """Returns the result for `rank`, which includes its own state."""
+    def result(
+        self,
+        rank: int,
+        state: RankState,
+        lost: Mapping[int, str],
+        silent: Collection[int],
+        departed: Mapping[int, Departure] = MappingProxyType({}),
+    ) -> InquiryResult:
+        """Returns the result for `rank`, which includes its own state and the logs of ranks that left the job."""
         states = {asked_rank: reply for asked_rank, reply in self.replies.items() if asked_rank not in lost}
-        return InquiryResult(judge=rank, states=states | {rank: state}, lost=lost, silent=silent)
+        logs = {departed_rank: departure.log for departed_rank, departure in departed.items()}
+        return InquiryResult(judge=rank, states=states | {rank: state}, lost=lost, silent=silent, left=logs)
 
     def outcome(self, result: InquiryResult, deadline_seconds: float) -> Verdict | Wait | None:
         """Returns a verdict, the wait to follow next, or None if no rank is missing."""
@@ -180,7 +189,7 @@ class Inquiry:
             elsewhere = Wait(text="another collective", group="", number=0, ranks=wait.ranks, seconds=0.0)
             self._waiting = RankState.of_reached(elsewhere, is_waiting=True)
             if self._short:
-                request = StateRequest(wait.group, wait.number)
+                request = StateRequest(wait.group, wait.number, wait.text)
         self._request = encode(request)
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from base.decode import encode
 from comm.exits import EXIT_OTHER
 from comm.watchdog.ranks import FANOUT, MAX_TURNS, RankSet, RankTree
-from comm.watchdog.verdict import RankState, Verdict
+from comm.watchdog.verdict import Log, RankState, Started, Verdict
 from comm.watchdog.wire import (
     MAX_DATAGRAM_BYTES,
     Datagram,
@@ -43,14 +43,18 @@ _RELAY = "relay"
 
 @dataclass(frozen=True, slots=True)
 class StateRequest:
-    """Request for a rank's state, or only for whether it has reached the collective `number` of a group."""
+    """Request for a rank's state, or only for whether it has reached the collective `text`."""
 
     group: Name | None = None
     number: int = 0
+    text: Text = ""
 
     def short_reply(self, state: RankState) -> "Reached | None":
         """Returns the short reply of a rank in this state, or None if it must reply its whole state."""
         if self.group is None or state.is_busy or state.started.get(self.group, 0) <= self.number:
+            return None
+        own = Started.of(self.group, self.number, self.text)
+        if any((one.group, one.number) == (own.group, own.number) and one != own for one in state.log):
             return None
         is_waiting = any((wait.group, wait.number) == (self.group, self.number) for wait in state.waits)
         return Reached(self.group, self.number, is_waiting)
@@ -100,6 +104,7 @@ class Departure:
 
     end: End
     text: Text
+    log: Log = ()
 
     def verdict_on(self, rank: int) -> Verdict:
         """Returns the verdict with which all other ranks end if `rank` failed with an error."""

@@ -6,8 +6,9 @@ A state says what a rank waits for, and whether its main thread computes.
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,9 @@ _MAX_WAITS = 8
 _MAX_GROUPS = 64
 _MAX_LINE_CHARACTERS = 256
 _MAX_WAIT_CHARACTERS = 512
+_MAX_LINE_NAME_CHARACTERS = 64
+_MAX_STARTED = 36
+_STARTED_PER_GROUP = 6
 
 
 class MainThread:
@@ -107,6 +111,37 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Collective that a rank has started, as a line of its log."""
+
+    group: Name
+    number: int
+    name: Annotated[str, _MAX_LINE_NAME_CHARACTERS]
+
+    @classmethod
+    def of(cls, group: str, number: int, text: str) -> Self:
+        """Returns the line of a collective that is printed as `text`."""
+        name = text.rpartition(" (number ")[0]
+        return cls(
+            group=printable(group, MAX_NAME_CHARACTERS), number=number, name=printable(name, _MAX_LINE_NAME_CHARACTERS)
+        )
+
+
+Log = Annotated[tuple[Started, ...], _MAX_STARTED]
+"""Last collectives of some groups of a rank."""
+
+
+def last_started(recent: Sequence[tuple[float, Collective]], first_groups: Sequence[str] = ()) -> Log:
+    """Returns the last collectives of each group, by default of the groups that a rank used last."""
+    groups = [*first_groups, *(collective.group for _, collective in reversed(recent))]
+    by_group: dict[str, list[Started]] = {group: [] for group in groups}
+    for _, collective in recent:
+        started = Started.of(collective.group, collective.number, str(collective))
+        by_group[collective.group].append(started)
+    return tuple(one for lines in by_group.values() for one in lines[-_STARTED_PER_GROUP:])[:_MAX_STARTED]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
     """State of a rank, as it reports it to other watchdogs."""
 
@@ -116,6 +151,7 @@ class RankState:
     place: Annotated[str, _MAX_LINE_CHARACTERS]  # line of the program that its main thread executes
     last: Annotated[str, _MAX_WAIT_CHARACTERS]  # the collective that it started last
     idle_seconds: float  # time since that start
+    log: Log  # last collectives of the groups that it used last
 
     @classmethod
     def of(cls, log: CollectiveLog, thread: MainThread) -> Self:
@@ -135,6 +171,7 @@ class RankState:
             last=printable(str(recent[-1][1]), _MAX_WAIT_CHARACTERS) if recent else "nothing",
             # The wall clock can go backwards.
             idle_seconds=max(0.0, now - recent[-1][0]) if recent else 0.0,
+            log=last_started(recent, [wait.group for wait in waits]),
         )
 
     @classmethod
@@ -147,6 +184,7 @@ class RankState:
             place="",
             last="",
             idle_seconds=0.0,
+            log=(Started.of(wait.group, wait.number, wait.text),),
         )
 
     def has_reached(self, wait: Wait) -> bool:
@@ -184,6 +222,7 @@ class InquiryResult:
     states: Mapping[int, RankState]  # states of the ranks that replied, and the judge's own
     lost: Mapping[int, str]  # ranks whose processes have ended, with the reasons
     silent: Collection[int]  # ranks that did not respond
+    left: Mapping[int, Log] = field(default_factory=dict)  # logs of ranks that have left the job
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
         """Returns the longest wait for a collective that includes a culprit; the judge's own waits come first."""
@@ -213,8 +252,11 @@ def judge_wait(
 
     `followed` holds the longest wait of the judge, then that of a rank that has not reached it, and so on. Returns a
     verdict on the missing ranks, the wait of a missing rank to follow next, or None if no rank is missing and no
-    deadline has passed.
+    deadline has passed. Ranks with different collectives under one number are named before a lost one, because those
+    make other ranks fail.
     """
+    if (differing := _judge_order(result)) is not None:
+        return differing
     if result.lost:
         why = f"lost: {' or '.join(sorted(set(result.lost.values())))}"
         return _verdict_on(EXIT_LOST, result, sorted(result.lost), f"{_are(result.lost)} {why}")
@@ -233,6 +275,38 @@ def judge_wait(
     return _judge_late(result, followed, deadline_seconds) if followed else None
 
 
+def _judge_order(result: InquiryResult) -> Verdict | None:
+    """Returns a verdict on the ranks whose logs have another collective in the first place where logs differ."""
+    logs = {**result.left, **{rank: state.log for rank, state in result.states.items()}}
+    ranks_by_name: dict[tuple[str, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank in sorted(logs):
+        for started in logs[rank]:
+            ranks_by_name[started.group, started.number][started.name].append(rank)
+    places = [place for place, names in ranks_by_name.items() if len(names) > 1]
+    if not places:
+        return None
+    group, number = min(places, key=lambda place: (place[0] != places[0][0], place[1]))
+    names = ranks_by_name[group, number]
+    # Most ranks are right. Of equal numbers of ranks, those are that repeat what followed in an earlier step.
+    before = {
+        earlier: next(iter(ranks_by_name[group, earlier]), "") for earlier in range(number - _STARTED_PER_GROUP, number)
+    }
+    repeated = [
+        before[one + 1]
+        for one in range(number - 2, number - _STARTED_PER_GROUP, -1)
+        if before.get(one) == before[number - 1]
+    ]
+    right = max(names, key=lambda name: (len(names[name]), name == next(iter(repeated), None)))
+    culprits = sorted(rank for name, ranks in names.items() if name != right for rank in ranks)
+    wrong = next(name for name in names if name != right)
+    why = (
+        f"{name_ranks(culprits)} started {wrong} as number {number} of group {group}, where {name_ranks(names[right])} "
+        f"started {right}: {name_ranks(culprits)} skipped {right}, or ranks have different orders"
+    )
+    culprit_set = RankSet.of(culprits).first(MAX_CULPRITS)
+    return Verdict(code=EXIT_HANG, text=printable(why), judge=result.judge, culprits=culprit_set)
+
+
 def _judge_late(result: InquiryResult, followed: Sequence[Wait], deadline_seconds: float) -> Verdict | Wait:
     """Judges the ranks of the last wait, which are all alive: if one does not wait, it is late."""
     wait = followed[-1]
@@ -242,6 +316,10 @@ def _judge_late(result: InquiryResult, followed: Sequence[Wait], deadline_second
     # If all have started it, it is a phase in which some ranks wait for others that compute.
     missing = missing or [rank for rank, state in states.items() if state.is_busy]
     if not missing:
+        # In a phase that all have started, ranks may wait for each other in its collectives.
+        within = [inner for state in states.values() for inner in state.waits if _missing(result, inner)]
+        if within:
+            return _judge_cycle(result, within, deadline_seconds)
         why = f"no rank is missing, but the collective did not finish within {deadline_seconds:g} s"
         return _make_verdict(EXIT_HANG, result, (), why, wait)
     late = [rank for rank in missing if states[rank].is_busy or not states[rank].waits]
@@ -254,9 +332,25 @@ def _judge_late(result: InquiryResult, followed: Sequence[Wait], deadline_second
         return _make_verdict(EXIT_HANG, result, late, f"{name_ranks(late)} {why}", wait)
     onward = next(wait for rank in missing for wait in states[rank].waits[:1] if wait.group)
     if any(onward.is_of(earlier) for earlier in followed):
-        why = f"{_missed(deadline_seconds)}: ranks wait for each other in a cycle, here for {onward.text}"
-        return _make_verdict(EXIT_HANG, result, missing, f"{name_ranks(missing)} {why}", wait)
+        unreached = [one for one in reversed(followed) if _missing(result, one)]
+        return _judge_cycle(result, unreached, deadline_seconds)
     return onward
+
+
+def _judge_cycle(result: InquiryResult, unreached: Sequence[Wait], deadline_seconds: float) -> Verdict:
+    """Returns a verdict on ranks that wait elsewhere, for the collective for which most others wait."""
+    wait = max(unreached, key=lambda one: len(result.waiters(one)))
+    missing = _missing(result, wait)
+    waits = result.states[missing[0]].waits
+    onward = next((one for one in waits if _missing(result, one)), waits[0])
+    why = f"{_missed(deadline_seconds)}: ranks wait for each other in a cycle, here for {onward.text}"
+    return _make_verdict(EXIT_HANG, result, missing, f"{name_ranks(missing)} {why}", wait)
+
+
+def _missing(result: InquiryResult, wait: Wait) -> list[int]:
+    """Returns the ranks of a collective that wait for others before they have reached it."""
+    states = {rank: result.states[rank] for rank in wait.ranks if rank in result.states}
+    return [rank for rank, state in states.items() if state.waits and not state.has_reached(wait)]
 
 
 def _missed(deadline_seconds: float) -> str:

@@ -34,7 +34,7 @@ from comm.watchdog.messages import (
     WatchdogSocket,
     decode_message,
 )
-from comm.watchdog.verdict import MainThread, RankState, Reason, Verdict, Wait
+from comm.watchdog.verdict import MainThread, RankState, Reason, Verdict, Wait, last_started
 from comm.watchdog.wire import Datagram, Kind, MessageError, printable
 
 SIGNALLED = 128 + signal.SIGTERM
@@ -272,7 +272,7 @@ class Watchdog:
             self._end_inquiry(inquiry, None)  # the wait ended in the meantime
             return
         state = RankState.of(self._log, self._main_thread)
-        result = inquiry.result(self._rank, state, lost, inquiry.silent(gone))
+        result = inquiry.result(self._rank, state, lost, inquiry.silent(gone), self._departed)
         if lost and now - inquiry.begun < PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
             # Another rank will soon wait for it in a collective, which the verdict can then name.
             inquiry.ask_again(gone, self._socket, now)
@@ -307,7 +307,7 @@ class Watchdog:
 
     def _send_departure(self, end: End, text: str) -> None:
         """Announces the departure: an error to all ranks, and another end to those of this rank's block."""
-        self._departure = Departure(end, text)
+        self._departure = Departure(end, text, last_started(self._log.recent()))
         send = self._relay.broadcast if end == "error" else self._relay.send_to_block
         for _ in range(2):
             send("departure", self._departure)

@@ -115,6 +115,15 @@ def misses_one_that_has_finished(rank: int, log: CollectiveLog, mark_failure: Ma
         reduce(log, WORLD, "one too many")
 
 
+def skips(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
+    """The sums of rank 1 meet the losses of the others, and at the end it has left."""
+    reduce(log, WORLD)
+    mark_failure()
+    if rank != 1:
+        reduce(log, WORLD, "losses")
+    reduce(log, WORLD, "sums")
+
+
 def idle(rank: int, log: CollectiveLog, mark_failure: MarkFailure) -> None:
     reduce(log, WORLD)
     mark_failure()
@@ -141,6 +150,7 @@ def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
         "cycle": _job(in_a_cycle),
         "absent": _job(never_starts, absent=(1,)),
         "left": _job(misses_one_that_has_finished),
+        "skipped": _job(skips),
     }
     ends = run_jobs(jobs, {"stopped": 1})
     dispatch = "dispatch of layer 4, direction 1, micro-batch 2 (number 2 of group world [0, 1, 2])"
@@ -166,6 +176,10 @@ def test_watchdog_names_the_missing_rank_and_the_collective() -> None:
     assert "crosswise (number 0 of group pair [0, 1])" in text
     text = _without_waiters(same_verdict(ends["left"], (0, 2), 78, (1,)))
     assert text == "rank 1 is lost: it left the job after finishing; one too many (number 2 of group world [0, 1, 2])"
+    assert same_verdict(ends["skipped"], (0, 2), 76, (1,)) == (
+        "rank 1 started sums as number 2 of group world [0, 1, 2], where ranks 0 and 2 started losses: "
+        "rank 1 skipped losses, or ranks have different orders"
+    )
     text = same_verdict(ends["absent"], (0, 2), 76, (1,))
     assert text == "rank 1 is absent: not joined within 2 s; ranks 0 and 2 waited for start of the job"
 

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -9,7 +11,17 @@ from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import Inquiry, InquiryTurn
 from comm.watchdog.messages import AddressBook, Notice, Reached, Relay, StateRequest
 from comm.watchdog.ranks import RankSet, RankTree, name_ranks
-from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
+from comm.watchdog.verdict import (
+    InquiryResult,
+    MainThread,
+    RankState,
+    Reason,
+    Started,
+    Verdict,
+    Wait,
+    judge,
+    judge_wait,
+)
 from comm.watchdog.watchdog import Watchdog
 from tests.comm.watched_ranks import full_book, open_sockets, wait_until
 
@@ -21,7 +33,9 @@ def _wait(num_ranks: int) -> Wait:
 
 
 def _state(*waits: Wait, started: int = 5, is_busy: bool = False) -> RankState:
-    return RankState(waits=waits, started={"world": started}, is_busy=is_busy, place="x", last="y", idle_seconds=7.0)
+    return RankState(
+        waits=waits, started={"world": started}, is_busy=is_busy, place="x", last="y", idle_seconds=7.0, log=()
+    )
 
 
 def test_addresses_of_all_ranks_come_down_the_tree_even_if_leaders_are_lost() -> None:
@@ -139,7 +153,7 @@ def test_rank_without_a_known_address_is_not_asked_and_not_named() -> None:
 
 def test_short_reply_is_given_only_if_the_collective_is_reached_and_the_rank_does_not_compute() -> None:
     wait = _wait(3)
-    request = StateRequest("world", 4)
+    request = StateRequest("world", 4, "sum")
     assert request.short_reply(_state(wait)) == Reached("world", 4, is_waiting=True)
     assert request.short_reply(_state(started=6)) == Reached("world", 4, is_waiting=False)
     assert request.short_reply(_state(started=4)) is None
@@ -158,7 +172,10 @@ def wait(name: str, ranks: tuple[int, ...], number: int = 0, seconds: float = 9.
 
 def state(*waits: Wait, reached: tuple[Wait, ...] = (), is_busy: bool = False) -> RankState:
     started = {each.group: each.number + 1 for each in (*waits, *reached)}
-    return RankState(waits=waits, started=started, is_busy=is_busy, place="a.py, line 1, f", last="x", idle_seconds=8.0)
+    log = tuple(Started.of(each.group, each.number, each.text) for each in (*reached, *waits))
+    return RankState(
+        waits=waits, started=started, is_busy=is_busy, place="a.py, line 1, f", last="x", idle_seconds=8.0, log=log
+    )
 
 
 def conclude(
@@ -270,6 +287,51 @@ def test_verdict_describes_a_cycle_a_phase_and_a_collective_without_missing_rank
     assert verdict.text == (
         f"no rank is missing, but the collective did not finish within 5 s; ranks 0 to 3 waited for {REDUCE.text}"
     )
+
+
+def of_world(name: str, number: int) -> Wait:
+    return replace(REDUCE, text=f"{name} (number {number} of group {REDUCE.group})", number=number)
+
+
+def test_verdict_names_the_rank_that_skipped_a_collective_before_lost_ranks() -> None:
+    """Collectives of one number differ, also if ranks then fail, wait elsewhere, or have left the job."""
+    skipped, following = of_world("sum", 7), of_world("norm", 7)
+    others = {rank: state(skipped) for rank in (0, 2, 3)}
+    text = (
+        f"rank 1 started norm as number 7 of group {skipped.group}, where ranks 0, 2 and 3 started sum: "
+        f"rank 1 skipped sum, or ranks have different orders"
+    )
+    for reason in Reason:
+        for lost, silent in (({}, ()), ({4: "its process has ended"}, ()), ({}, (4,))):
+            verdict = conclude(reason, {**others, 1: state(following)}, lost, silent, judged_by=2)
+            assert verdict is not None
+            assert (verdict.code, tuple(verdict.culprits), verdict.text) == (76, (1,), text)
+    result = InquiryResult(judge=0, states=others, lost={1: "it left"}, silent=(), left={1: state(following).log})
+    left = judge(Reason.DEADLINE, result, 5.0)
+    assert left is not None
+    assert left.text == text
+    # Of two ranks, the second one repeats an earlier step.
+    earlier = tuple(of_world(name, number) for number, name in enumerate(("loss", "sum", "norm", "loss"), 3))
+    pair = {rank: state(last, reached=earlier) for rank, last in enumerate((following, skipped))}
+    verdict = conclude(Reason.ERROR, pair)
+    assert verdict is not None
+    assert tuple(verdict.culprits) == (0,)
+
+
+def test_verdict_in_a_cycle_names_the_rank_that_most_others_wait_for() -> None:
+    counts, phase = wait("counts", (0, 1)), wait("check", VERDICT_WORLD, seconds=20.0)
+    for judged_by, outer in product(VERDICT_WORLD, ((), (phase,))):
+        states = {rank: state(*outer, counts if rank == 1 else REDUCE) for rank in VERDICT_WORLD}
+        verdict = conclude(Reason.DEADLINE, states, judged_by=judged_by)
+        assert verdict is not None
+        assert tuple(verdict.culprits) == (1,)
+        assert verdict.text.endswith(f"here for {counts.text}; ranks 0, 2 and 3 waited for {REDUCE.text}")
+
+
+def test_short_reply_is_refused_by_a_rank_with_another_collective_of_the_number() -> None:
+    started = state(REDUCE)
+    assert StateRequest(REDUCE.group, 0, REDUCE.text).short_reply(started) is not None
+    assert StateRequest(REDUCE.group, 0, "norm (number 0 of the group)").short_reply(started) is None
 
 
 def test_verdict_is_none_if_no_rank_is_missing() -> None:
