@@ -276,7 +276,7 @@ def judge_wait(
 
 
 def _judge_order(result: InquiryResult) -> Verdict | None:
-    """Returns a verdict on the ranks whose logs have another collective in the first place where logs differ."""
+    """Returns a verdict on the ranks with another collective in the first place where logs differ."""
     logs = {**result.left, **{rank: state.log for rank, state in result.states.items()}}
     ranks_by_name: dict[tuple[str, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank in sorted(logs):
