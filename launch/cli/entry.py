@@ -323,6 +323,10 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
             return f"{key}: {_sentence(f'{why}, not {value}', overrides)}"
         if _is_hub_name(key, value):
             return f"{key}: {_hub_advice(key, value)}"
+        # A value that other trainers have as a key.
+        meant = alias_overrides(command, value, "...") if key in default_groups(command) and value else None
+        if meant is not None and "did you mean" not in text and not any("..." in override for override in meant[1]):
+            return f"{key}: no option {value}; {_sentence(*meant)}"
         return text
     return text
 

@@ -208,6 +208,12 @@ _CONFIGS = {
     "workflow": "launch.workflow WorkflowCommandConfig",
 }
 """Modules and dataclasses of the commands whose keys are not those of a run."""
+_FILLERS = re.compile(
+    "(max|min|initial|init|peak|base|num|n|number|total|use|enabled?|train|training|target|global)_|_enabled?$"
+)
+"""Words of a key that change no meaning if the rest is known."""
+_KINDS = re.compile("path|name|type|kind|file|arch|architecture|preset|value|id")
+"""Ends of a key that say what its value is."""
 _EXAMPLE = "# Example: "
 _COMMON = "# Most used: "
 
@@ -448,16 +454,11 @@ def _advice(*names: str) -> str | None:
 
 def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
     """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
-    name = key.lower().replace("-", "_")
     settable = settable_keys(command)
-    parts = name.split(".")
-    ends = [".".join(parts[index:]) for index in range(len(parts))]
-    same = [text for text in settable if text.rpartition(".")[2] == parts[-1]]
-    own = [f"{command}.{end}" for end in ends]
-    advice = _advice(*own, *(f"{end}={value}".lower() for end in ends), *ends)
-    if advice is None and len(same) != 1:
+    advice = next(filter(None, _readings(command, key.lower().replace("-", "_").split("."), value)), None)
+    if advice is None:
         return None
-    why, overrides = fill_advice(advice or f"{same[0]}={{value}}", value)
+    why, overrides = fill_advice(advice, value)
     for index, text in enumerate(overrides):
         written, _, meant = text.partition("=")
         better = fill_advice(value_advice(written, meant) or "", meant)[1]
@@ -469,6 +470,34 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
         return why, overrides
     is_of_job = command == "train" and written in settable_keys("submit")
     return (why, ["python", "-m", "launch.submit", *overrides]) if is_of_job else None
+
+
+def _readings(command: str, parts: Sequence[str], value: str) -> Iterator[str | None]:
+    """Yields the advice for what the words of an unknown key can mean, the most exact meaning first."""
+    settable = settable_keys(command)
+    ends = [".".join(parts[index:]) for index in range(len(parts))]
+    joined = [end.replace(".", "_") for end in ends[:-1]]
+    values = [f"{end}={value}".lower() for end in (*ends, *joined)]
+    yield _advice(*(f"{command}.{end}" for end in ends), *values, *ends[:-1], *joined)
+    # A key of the same group with these words, then of any group, then without words that name no other key.
+    group, last = ".".join(parts[:-1]), parts[-1]
+    within = [text for text in settable if text.rpartition(".")[0] == group and 0 <= _more_words(text, last) <= 1]
+    yield f"{within[0]}={{value}}" if group and len(within) == 1 else None
+    yield _advice(last)
+    same = [text for text in settable if text.rpartition(".")[2] == last]
+    yield f"{same[0]}={{value}}" if len(same) == 1 else None
+    if (plain := _FILLERS.sub("", last)) != last:
+        yield from _readings(command, [*parts[:-1], plain], value)
+    if group in default_groups(command) and _KINDS.fullmatch(last):
+        yield f"{group}={{value}}" if value in options(group) or value_advice(group, value) else None
+    elif group and group not in settable and _KINDS.fullmatch(last):
+        yield from _readings(command, parts[:-1], value)
+
+
+def _more_words(key: str, name: str) -> int:
+    """Returns how many more words a key has than a name, -1 if it misses one."""
+    words, own = ({word.removesuffix("s") for word in text.rpartition(".")[2].split("_")} for text in (key, name))
+    return len(words - own) if own <= words else -1
 
 
 def _plain_number(override: str, settable: Mapping[str, Any]) -> str:
