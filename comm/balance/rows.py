@@ -148,6 +148,7 @@ def _copy_across_nodes(loads: _Loads, counts_RE: Ints, costs: BalanceCosts) -> i
     )
     budget = int(MAX_EXTRA_BYTES * (total - stay) * costs.row)
     extra = 0
+    sent = [0] * num_ranks
     open_nodes = set(loads.members)
     while len(open_nodes) > 1:
         full = max(loads.members, key=lambda node: loads.above_mean(node) / len(loads.members[node]))
@@ -159,9 +160,12 @@ def _copy_across_nodes(loads: _Loads, counts_RE: Ints, costs: BalanceCosts) -> i
         if rank is None:
             open_nodes.remove(empty)
             continue
-        most, expert = loads.largest(loads.members[full], rank)
-        # A copy of more rows than a rank's share would make its rank the fullest.
-        rows = int(min(excess, lack, most, total // num_ranks))
+        # A copy of more rows than a rank's share would make its rank the fullest. Of the homes with an expert of as
+        # many rows as can move, the one that has sent the fewest copies sends: all ranks wait for the busiest link.
+        limit = int(min(excess, lack, total // num_ranks))
+        best = [(*loads.largest([home], rank), home) for home in loads.members[full]]
+        most, expert, home = max(best, key=lambda each: (min(each[0], limit), -sent[each[2]], each[0]))
+        rows = min(most, limit)
         if rows == 0:
             break
         # Rows from the copy's node need not leave it; rows from the expert's node, which come last, now do.
@@ -171,7 +175,8 @@ def _copy_across_nodes(loads: _Loads, counts_RE: Ints, costs: BalanceCosts) -> i
         if extra + added > budget:
             break
         extra += added
-        loads.move(expert, expert // num_local, rank, rows)
+        sent[home] += 1
+        loads.move(expert, home, rank, rows)
     return extra
 
 
