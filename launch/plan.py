@@ -17,6 +17,7 @@ import yaml
 
 from base.decode import decode, encode
 from base.refusal import ConfigError, broken
+from comm.balance.rows import Ints
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.api import Drawing
@@ -25,12 +26,14 @@ from dualpipe.registry import ScheduleConfig, candidates
 from infer.deployment import deployment_text, deployment_values
 from launch.cli.entry import command, preview_of, write_output
 from launch.config import compose
+from launch.config.folder import read_folder
 from launch.config.memory import check_memory
 from launch.config.rules import check_rules
 from launch.config.run import write_config
 from launch.plan_request import PlanRequest, changed_run, read_request
 from planner import forms
 from planner.advice import link_balance, plan_with_order, wishes
+from planner.balance import GivenLoads, balance_text, balance_values, read_counts
 from planner.job_plan import (
     JobPlan,
     compare_built_ranks,
@@ -60,6 +63,7 @@ from planner.smallest import smallest_text, smallest_values
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.predict.cut import run_cut
 from train.predict.timing import SLICES, MeasuredRates
+from train.report.micro_batches import read_micro_batch_loads
 from train.tasks.registry import TASKS
 
 # Two epochs of the report's 1.5M conversations of 1,000 tokens, which is a guess, in batches of 1,024 x 4,096 tokens.
@@ -194,12 +198,22 @@ def _planned(request: PlanRequest) -> PlanAnswer:
     asked["what_if"] = [plan_what_if(request, plan, run) for run in changed]
     if request.options.advice:
         asked["advice"] = advise_hardware(request, plan)
+    if request.options.loads is not None:
+        asked["balance"] = balance_values(plan, request.planner, open_loads(request.options.loads))
     if request.options.dry_run:
         asked["dry_run"] = compare_built_ranks(plan.config)
     values = forms.plan_values(plan, request.planner) | {"notes": list(request.notes)} | asked
     page = partial(plan_page, values, plan.timed, request.config.name)
     pages = {"megatron": partial(_megatron_flags, plan), "html": page}
     return PlanAnswer(values, lambda: _plan_lines(plan, values, asked), pages)
+
+
+def open_loads(loads: GivenLoads) -> float | Iterator[tuple[int, Ints]]:
+    """Returns a MaxVio, or layer and rows of each micro-batch in the folder of a run or a file of counts."""
+    if isinstance(loads.value, float):
+        return loads.value
+    path = Path(loads.value)
+    return read_micro_batch_loads(path, read_folder(path)) if path.is_dir() else read_counts(path)
 
 
 def _megatron_flags(plan: JobPlan) -> str:
@@ -253,6 +267,7 @@ def _plan_lines(plan: JobPlan, values: Mapping[str, Any], asked: Mapping[str, An
         "compared": forms.comparison_text,
         "what_if": forms.what_if_text,
         "advice": forms.advice_text,
+        "balance": balance_text,
         "dry_run": forms.built_text,
     }
     parts = [forms.plan_text(plan, values), *(formats[key](part) for key, part in asked.items())]

@@ -25,6 +25,7 @@ from launch.config.compose import (
 from launch.config.folder import CONFIG_NAME, read_folder
 from launch.config.rules import check_rules
 from launch.config.run import check_data, check_text, read_config, read_run, write_config
+from planner.balance import GivenLoads
 from planner.job_plan import PlannerConfig
 from planner.scaling import Rates
 from train.checkpoint.sources import LIKE_POLICY
@@ -77,6 +78,7 @@ class PlanOptions:
     dry_run: bool
     report_costs: bool
     published: str | None
+    loads: GivenLoads | None
     format: Literal["text", "json", "html", "megatron"]
     out: str
 
@@ -140,9 +142,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
 
 def _check_modes(own: PlanOptions) -> None:
     """Rejects options that would have no effect next to others."""
-    others = ("search", "smallest", "what_if", "advice", "run", "dry_run")
+    others = ("search", "smallest", "what_if", "advice", "run", "dry_run", "loads")
     if own.deployment is not None and (key := next((key for key in others if getattr(own, key)), None)):
-        raise broken(key, "must not be set with deployment", getattr(own, key), "deployment=null")
+        raise broken(key, "must not be set with deployment", encode(getattr(own, key)), "deployment=null")
     if own.deployment is not None and own.format in _PLAN_FORMATS:
         raise broken("format", "must be text or json with deployment", own.format, "text")
     if own.search and own.smallest:
@@ -152,9 +154,9 @@ def _check_modes(own: PlanOptions) -> None:
     if own.search or own.smallest:
         mode = "search" if own.search else "smallest"
         rule = f"must not be set with {mode}=true, which plans many runs"
-        for key in ("what_if", "advice", "dry_run"):
+        for key in ("what_if", "advice", "dry_run", "loads"):
             if value := getattr(own, key):
-                raise broken(key, rule, value, f"{mode}=false")
+                raise broken(key, rule, encode(value), f"{mode}=false")
         if own.format in _PLAN_FORMATS:
             raise broken("format", f"must be text or json with {mode}=true", own.format, "text")
     for key in ("search", "smallest", "what_if", "advice"):

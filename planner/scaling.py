@@ -38,6 +38,7 @@ from train.predict.layer_times import LayerTimes, PartTimes
 from train.predict.memory import rank_parameters
 from train.predict.rank_bytes import count_replicas, host_update_seconds, matrix_flops
 from train.predict.timing import MeasuredRates, RateSource, communication_share
+from train.report.micro_batches import expert_bytes
 
 _VALUE_BYTES = 2
 _WIDE_BYTES = 4
@@ -49,6 +50,25 @@ _PHASES: tuple[Phase, ...] = ("F", "I", "W")
 _TOKENS = 8192
 """Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
 _SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLoad:
+    """The busiest ranks of a micro-batch, for which all others wait; means over micro-batches.
+
+    `rank` and `node` are the rows of the fullest one over the mean. `copies` and `copies_across` are the copies of
+    experts that the busiest rank sends or receives within its node and between nodes; `slots` are the most copies with
+    which a rank computes.
+    """
+
+    rank: float = 1.0
+    node: float = 1.0
+    copies: float = 0.0
+    copies_across: float = 0.0
+    slots: float = 0.0
+
+
+FORCED_BALANCE = ExpertLoad()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,18 +95,27 @@ class KernelRates:
     sources: tuple[RateSource, ...]
 
     def part_seconds(
-        self, config: TrainConfig, attended_tokens: int | None = None, index: int | None = None
+        self,
+        config: TrainConfig,
+        attended_tokens: int | None = None,
+        index: int | None = None,
+        load: ExpertLoad = FORCED_BALANCE,
     ) -> LayerTimes:
         """Returns the seconds of the parts of a run's model for one micro-batch; see `LayerRates`."""
-        scale = _Scale(self, config, attended_tokens or config.batch.sequence_length_tokens, index)
+        scale = _Scale(self, config, attended_tokens or config.batch.sequence_length_tokens, index, load)
         again = LAYER in config.computing.recomputed
+        exchange = scale.exchange
+        weight_bytes, gradient_bytes = expert_bytes(config.model, is_fp8=config.precision.kind == "fp8")
+        moe = scale.attention + scale.experts
         moe = replace(
-            scale.attention + scale.experts,
-            forward_exchange=scale.exchange.dispatch + scale.exchange.combine,
+            moe,
+            # Gradients of copies travel while the next layers' W compute.
+            backward_weight=max(moe.backward_weight, scale.over_links(0.0, gradient_bytes)),
+            forward_exchange=scale.over_links(exchange.dispatch + exchange.combine, weight_bytes),
             # A recomputed layer sends its rows once more.
-            backward_exchange=scale.exchange.dispatch_backward
-            + scale.exchange.combine_backward
-            + again * scale.exchange.dispatch,
+            backward_exchange=scale.over_links(
+                exchange.dispatch_backward + exchange.combine_backward + again * exchange.dispatch, weight_bytes
+            ),
         )
         return LayerTimes(
             dense=scale.attention + scale.dense,
@@ -189,6 +218,7 @@ class _Scale:
     config: TrainConfig
     sequence_tokens: int
     index: int | None
+    load: ExpertLoad
 
     @cached_property
     def part(self) -> float:
@@ -249,9 +279,13 @@ class _Scale:
         """One layer's experts, shared ones included."""
         model = self.config.model
         local = model.num_routed_experts // self.config.parallelism.expert
-        uses = model.num_experts_per_token
+        uses = float(model.num_experts_per_token)
         rows = max(1.0, expert_rows(self.config) * self.part / self.config.mean_part_tokens)
-        routed = products_of(expert_maps(model), rows, uses=uses, copies=local, is_grouped=True)
+        # The fullest rank computes more rows, with the weights of its copies in addition to its own.
+        uses *= self.load.rank
+        copies = local + self.load.slots
+        rows *= self.load.rank * local / copies
+        routed = products_of(expert_maps(model), rows, uses=uses, copies=copies, is_grouped=True)
         shared = mlp_maps(model.hidden_size, model.num_shared_experts * model.expert_intermediate_size)
         active = (uses + model.num_shared_experts) * model.expert_intermediate_size
         return self._mlp((*routed, *products_of(shared, self.rows)), self.rates.reference.experts, active, 1.0)
@@ -284,14 +318,9 @@ class _Scale:
 
     @cached_property
     def exchange(self) -> ExchangeTimes:
+        """Seconds of an exchange that sends as many rows between nodes as the reference's, over the same links."""
         rates = self.rates.exchange
-        reference = self.rates.reference
-        rows = rows_per_token(self.config)
-        scale = self.tokens * self.width
-        nodes = rows.across_nodes / reference.rows_across_nodes * self.device.inter_node
-        within = rows.within_node / reference.rows_across_nodes * self.device.intra_node
-        # Both links work at the same time, one part of a micro-batch after the other.
-        both = max(nodes, within) * scale * self.rates.receive_imbalance
+        both = self.tokens * self.width * self.rates.receive_imbalance
         is_fp8 = self.config.precision.kind == "fp8" or self.config.dispatch.payload == "fp8"
         payload = 1.0 if is_fp8 else 2 / (1 + _SCALE_BYTES / _TILE)
         return ExchangeTimes(
@@ -301,7 +330,23 @@ class _Scale:
             combine_backward=rates.combine_backward * both * payload,
         )
 
-    def _mlp(self, products: Products, reference: Products, active_width: int, kind: float) -> PartTimes:
+    def over_links(self, seconds: float, copy_bytes: float) -> float:
+        """Returns the time of an exchange, given that of the reference's rows and the bytes of a copy of an expert."""
+        load = self.load
+        reference = self.rates.reference
+        rows = rows_per_token(self.config)
+        # Rows of two_hop reach a node over all its links, those of all_to_all over the link of their rank.
+        fullest = load.node if self.config.dispatch.kind in ("two_hop", "deepep") else load.rank
+        across = rows.across_nodes / reference.rows_across_nodes * fullest * seconds
+        within = rows.within_node / reference.rows_across_nodes * load.rank * seconds
+        per_byte = copy_bytes / reference.inter_node_bytes_per_second
+        # Both links work at the same time, one part of a micro-batch after the other.
+        return max(
+            (across + load.copies_across * per_byte) * self.device.inter_node,
+            (within + load.copies * per_byte) * self.device.intra_node,
+        )
+
+    def _mlp(self, products: Products, reference: Products, active_width: float, kind: float) -> PartTimes:
         share = active_width / self.rates.reference.active_expert_width
         part = self._part(self.rates.experts, products, reference, scores=0.0, others=share * self.width)
         part *= kind

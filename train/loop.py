@@ -27,6 +27,7 @@ from train.config import GuardConfig, TrainConfig
 from train.config.tasks import RolloutConfig
 from train.core.guard import Figures, Guard, RolloutGuard, read_figures, read_loss_and_norm, to_json_values
 from train.core.learner import Learner, LearnersByBatchSize
+from train.core.micro_batch_loads import MicroBatchLoads
 from train.core.step import Done, RolledBack, Skipped, train_step
 from train.errors import RefusedStepError, StepRefusal, StoppedError, UnscoredError
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
@@ -67,6 +68,7 @@ class TrainingLoop:
         self._callbacks = callbacks or Callbacks()
         self._loader = Loader(prepared, sizes=config.batch_sizes)
         self._by_source = open_by_source(config, prepared, world.device)
+        self._micro_batch_loads = MicroBatchLoads(config, world.rank, first_step)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
         parts = RunParts(
             config=config,
@@ -119,6 +121,7 @@ class TrainingLoop:
                 self._status.running(self.num_done)
         for listener in self._measuring + self._listeners:
             listener.close()
+        self._micro_batch_loads.close()
         if self._samples.is_due(self.num_done):  # they come from the last checkpoint, which is complete now
             replica = self._learners.last.replica
             self._samples.run(Moment(num_done=self.num_done, outcome=Skipped(), replica=replica))
@@ -133,7 +136,14 @@ class TrainingLoop:
         try:
             with self._profiler.step(step + 1):
                 result = train_step(
-                    learner, self._config.task, self._loader, step, guard, self._first_progress, self._by_source
+                    learner,
+                    self._config.task,
+                    self._loader,
+                    step,
+                    guard,
+                    self._first_progress,
+                    self._by_source,
+                    self._micro_batch_loads,
                 )
         except RefusedStepError as refused:
             self._checkpoints.wait()  # the run may roll back to the one that is being written
@@ -142,6 +152,7 @@ class TrainingLoop:
             return outcome
         self._first_progress = None
         self._recovery.note_accepted(step)
+        self._micro_batch_loads.record(step + 1)
         LOGGER.info("step %d: loss %.6f, %.3f s", step + 1, result.losses.total, result.seconds)
         return Done(result)
 
@@ -151,6 +162,7 @@ class TrainingLoop:
         self._checkpoints.roll_back()
         self._learners.last.hook.roll_back(to_step)
         self._reporter.roll_back(to_step)
+        self._micro_batch_loads.roll_back(to_step)
 
     @contextmanager
     def _recorded(self, moment: Moment) -> Iterator[dict[str, Any]]:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from base.refusal import ConfigError
+from launch.config.folder import read_folder
 from launch.config.run import check, compose_run
 from tests.commands import run_command
 from tests.covering import exhaustive
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, TrainConfig
+from train.report.micro_batches import read_micro_batch_loads
 
 SMALL = (
     *("experiment=arithmetic_sft", "parallelism=one_rank", "batch.global_sequences=4", "batch.micro_sequences=2"),
@@ -119,6 +121,7 @@ FLOAT64 = ("precision=float64", "optim.sharding=replicated", "validation.every_s
 def four_ranks(folder: Path) -> str:
     """Returns the output of the run `files` of three steps in float64 on four ranks."""
     choices = ("task.steps=3", "checkpointing.every_steps=2", "samples.prompt=a1 b2", "track=wandb_offline")
+    choices += ("track.micro_batch_loads_every_steps=2",)
     done = run_train(folder, "files", *choices, "profile.steps=[2]", "profile.ranks=[0,3]", *FLOAT64)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -150,9 +153,17 @@ def test_run_writes_the_documented_files(folder: Path, four_ranks: str) -> None:
         assert "bias_std" in line["router"]["layer_1"]  # type: ignore[index]
         assert "bytes_within_nodes" in line["exchange"]["layer_1"]  # type: ignore[index]
     assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
-    assert len((run / "loads.jsonl").read_text().splitlines()) == 3
+    loads = [json.loads(line) for line in (run / "loads.jsonl").read_text().splitlines()]
+    assert len(loads) == 3
+    # All micro-batches of a step together are its loads.
+    summed = dict.fromkeys(range(1, 5), np.zeros(8, np.int64))
+    for layer, counts_RE in read_micro_batch_loads(run, read_folder(run)):
+        assert counts_RE.shape == (2, 8)
+        summed[layer] = summed[layer] + counts_RE.sum(0)
+    assert {f"layer_{layer}": rows.tolist() for layer, rows in summed.items()}.items() <= loads[1].items()
     page = (run / "report.html").read_text()
     assert all(f"<h2>{part}</h2>" in page for part in ("Learning", "Pipeline", "Experts", "Checkpoints and events"))
+    assert "Rows of each rank in a typical micro-batch" in page
     # The page has the style of pictures.
     assert re.sub(r"(?s)<style>.*?</style>", "", (run / "schedule.svg").read_text()).strip() in page
     assert "validation loss" in four_ranks

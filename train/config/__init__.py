@@ -330,6 +330,7 @@ class TrackConfig:
     log_every_steps: PositiveInt
     picture_every_steps: NonNegativeInt
     loads_every_steps: NonNegativeInt
+    micro_batch_loads_every_steps: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ Shape legend: L layers with routers, in order; E experts; S statistics of a bias
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from train.core.guard import (
     describe_refusal,
 )
 from train.core.learner import Learner
+from train.core.micro_batch_loads import MicroBatchLoads
 from train.core.replica import BatchReader, Replica, StepBatch
 from train.errors import RefusedStepError
 from train.optim.learning_rate import OptimConfig, learning_rate
@@ -153,6 +154,7 @@ def train_step(
     guard: Guard | None = None,
     progress: Progress | None = None,
     by_source: SumsBySource | None = None,
+    micro_batch_loads: MicroBatchLoads | None = None,
 ) -> StepResult:
     """Runs forward and backward of the global batch, then updates weights, router bias and average.
 
@@ -167,6 +169,8 @@ def train_step(
     try:
         # The task prepares the step's batches: it reads data, or samples answers and scores them.
         batch = guard.judged_batch(learner.hook, loader, step)
+        if micro_batch_loads is not None:
+            batch = replace(batch, routes=micro_batch_loads.count(step + 1, batch.routes))
         passes = accumulate(learner, task, batch, rates, progress, learner.optimizer.reduce, by_source)
         part_seconds = learner.hook.finish(passes.earlier_seconds)
         passed = time.perf_counter()

@@ -18,7 +18,8 @@ LOGGER = logging.getLogger("train")
 METRICS_NAME = "metrics.jsonl"
 LOADS_NAME = "loads.jsonl"
 EVENTS_NAME = "events.jsonl"
-"""Files of a run's folder: records of steps, loads of experts, and events other than steps."""
+MICRO_BATCH_LOADS = "micro_batch_loads"
+"""Files of a run's folder: records of steps, loads of experts, events other than steps, and the ranks' loads."""
 LONGEST_LINE_BYTES = 2**24
 _LARGEST_STEP = 2**53
 _MOST_WAITING = 10_000

@@ -14,12 +14,23 @@ import numpy as np
 from base.decode import encode, flatten
 from base.figures import bytes_text, count, percent, plain, seconds, short, table
 from base.files import replace_text
+from base.refusal import ConfigError
 from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.style import STYLE, document
 from train.config import TrainConfig
+from train.files.json_lines import MICRO_BATCH_LOADS
 from train.files.run_files import LOG_FOLDER, find_errors, read_status, redact, redact_values
 from train.predict.measured import MEASURED_NAME, PROBE_NAME
 from train.report.charts import Chart, ChartedRun, ChartWriter, block, card, overview, scale
+from train.report.micro_batches import (
+    MODES,
+    balance_costs,
+    expert_nodes,
+    grouped_loads,
+    middle_batch,
+    read_micro_batch_loads,
+    replay,
+)
 from train.report.plan_comparison import COMPARED_HEADER, Comparison, compared_run, comparison_notes, comparison_rows
 from train.report.source import History, RunSource
 from train.report.viewer import VIEWER_NAME, RolloutViewer, has_journals, read_answers
@@ -43,6 +54,8 @@ _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("nic_imbalance", "NIC imbalance", plain),
     ("clipped_tokens", "clipped tokens", plain),
 )
+_MOST_LOAD_BYTES = 2**26
+"""Recorded loads of micro-batches from which the figure of a report is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +66,7 @@ class DrawnRun:
     name: str
     about: str
     comparison: Comparison | None = None
+    balance: str = ""
 
 
 class Report:
@@ -100,7 +114,30 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
 
 
 def _describe_run(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
-    return DrawnRun(source=source, name=redact(name), about=redact(about(config)), comparison=comparison_of(config))
+    return DrawnRun(
+        source=source,
+        name=redact(name),
+        about=redact(about(config)),
+        comparison=comparison_of(config),
+        balance=balance_text(config, source.folder),
+    )
+
+
+def balance_text(config: TrainConfig, folder: Path) -> str:
+    """Returns the rows of each rank in a recorded micro-batch, without copies of experts and with; empty if none is."""
+    num_bytes = sum(path.stat().st_size for path in (folder / MICRO_BATCH_LOADS).rglob("*.jsonl"))
+    if not num_bytes or config.parallelism.expert == 1:
+        return ""
+    if num_bytes > _MOST_LOAD_BYTES:
+        return f"{MICRO_BATCH_LOADS} is too large for a figure: python -m launch.plan run=RUN loads=RUN reads it"
+    try:
+        loads = grouped_loads(read_micro_batch_loads(folder, config), config.parallelism.expert)
+        batches = replay(loads, expert_nodes(config), balance_costs(config))
+    except ConfigError as error:  # a file of another run, or one that was changed
+        return str(error)
+    middle = middle_batch(batches) if batches else None
+    lines = [] if middle is None else [f"{mode:<6}{middle.bars(mode)}  {middle.fullest(mode):.3f}" for mode in MODES]
+    return "\n".join(lines)
 
 
 def comparison_of(config: TrainConfig) -> Comparison | None:
@@ -162,7 +199,7 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         _section("Predicted and measured", predicted_tables([(run.name, run.comparison) for run in drawn])),
         _section("Speed and memory", block(charts.figures("Speed and memory"))),
         _section("Pipeline", _pipeline(drawn)),
-        _section("Experts", _experts(charts)),
+        _section("Experts", _experts(charts) + "".join(map(_balance, drawn))),
         _section("Exchange", _exchange(charts, drawn[0].source.last if len(drawn) == 1 else {})),
         _section("Answers to held-out prompts", _answers(drawn)),
         _section("Checkpoints and events", _events(charts.runs)),
@@ -244,6 +281,14 @@ def _experts(charts: ChartWriter) -> str:
     if len(histories) == 1:
         parts += [card(charts, histories[0], layer) for layer in sorted(layers, key=lambda layer: (len(layer), layer))]
     return (scale() if any(history.layers() for history in histories) else "") + block(parts)
+
+
+def _balance(run: DrawnRun) -> str:
+    """Returns the rows of each rank with and without copies of experts, if micro-batches were recorded."""
+    if not run.balance:
+        return ""
+    title = "Rows of each rank in a typical micro-batch by dispatch.balance, and those of the fullest over the mean"
+    return f"<figure><h3>{title}, {escape(run.name)}</h3><pre>{escape(run.balance)}</pre></figure>"
 
 
 def _exchange(charts: ChartWriter, last: Mapping[str, Any]) -> str:
