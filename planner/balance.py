@@ -1,4 +1,4 @@
-"""Compares the modes of copies of hot experts for a run: rows on the fullest rank, bytes, and time. No torch here.
+"""Compares modes of copies of hot experts: rows on the fullest rank, bytes, time. No torch here.
 
 Shape legend: R ranks of an expert group, E experts.
 """
@@ -79,7 +79,7 @@ class LoadedRates:
 
 
 def synthetic_loads(max_violation: float, config: TrainConfig) -> Iterator[Ints]:
-    """Yields rows [R, E] of random micro-batches whose most popular expert has 1 + `max_violation` times the mean.
+    """Yields rows [R, E] of random micro-batches; the largest load is 1 + `max_violation` means.
 
     The logarithms of popularities are normal; the same experts are popular on all ranks.
 

@@ -318,7 +318,7 @@ class _Scale:
 
     @cached_property
     def exchange(self) -> ExchangeTimes:
-        """Seconds of an exchange that sends as many rows between nodes as the reference's, over the same links."""
+        """Seconds of an exchange with as many rows between nodes as the reference's, and its links."""
         rates = self.rates.exchange
         both = self.tokens * self.width * self.rates.receive_imbalance
         is_fp8 = self.config.precision.kind == "fp8" or self.config.dispatch.payload == "fp8"
@@ -331,7 +331,7 @@ class _Scale:
         )
 
     def over_links(self, seconds: float, copy_bytes: float) -> float:
-        """Returns the time of an exchange, given that of the reference's rows and the bytes of a copy of an expert."""
+        """Returns the time of an exchange, given that of the reference's rows and the bytes of a copy."""
         load = self.load
         reference = self.rates.reference
         rows = rows_per_token(self.config)

@@ -1,4 +1,4 @@
-"""Reads the rows of micro-batches that a run recorded, and replays them through the planner of copies. No torch here.
+"""Reads recorded rows of micro-batches, and replays them with copies of experts. No torch here.
 
 Shape legend: R ranks of an expert group, E experts.
 """
@@ -113,7 +113,9 @@ def _by_micro_batch(folder: Path, lines: Sequence[dict[str, Any]], num_experts: 
 
 
 def grouped_loads(loads: Iterable[tuple[int, Ints]], num_ranks: int) -> Iterator[Ints]:
-    """Yields rows [R, E] for a number of ranks; consecutive micro-batches of a layer are the sources of a larger group.
+    """Yields rows [R, E] for a number of ranks.
+
+    Consecutive micro-batches of a layer are the sources of a larger group.
 
     Raises:
         ConfigError: `num_ranks` is not a multiple of the recorded number of source ranks.
@@ -130,7 +132,10 @@ def grouped_loads(loads: Iterable[tuple[int, Ints]], num_ranks: int) -> Iterator
 
 
 def balance_costs(config: TrainConfig, sent_share: float = 1.0) -> BalanceCosts:
-    """Returns the bytes of a copy and of a row; a dispatcher sends `sent_share` of the rows that leave their node."""
+    """Returns the bytes of a copy and of a row.
+
+    A dispatcher sends `sent_share` of the rows that leave their node.
+    """
     model = config.model
     is_fp8 = config.precision.kind == "fp8"
     wide = 2 * model.hidden_size

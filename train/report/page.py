@@ -124,7 +124,7 @@ def _describe_run(config: TrainConfig, source: RunSource, name: str) -> DrawnRun
 
 
 def balance_text(config: TrainConfig, folder: Path) -> str:
-    """Returns the rows of each rank in a recorded micro-batch, without copies of experts and with; empty if none is."""
+    """Returns the rows of each rank in a recorded micro-batch under each mode; empty if none is."""
     num_bytes = sum(path.stat().st_size for path in (folder / MICRO_BATCH_LOADS).rglob("*.jsonl"))
     if not num_bytes or config.parallelism.expert == 1:
         return ""
