@@ -121,8 +121,8 @@ FLOAT64 = ("precision=float64", "optim.sharding=replicated", "validation.every_s
 def four_ranks(folder: Path) -> str:
     """Returns the output of the run `files` of three steps in float64 on four ranks."""
     choices = ("task.steps=3", "checkpointing.every_steps=2", "samples.prompt=a1 b2", "track=wandb_offline")
-    choices += ("track.micro_batch_loads_every_steps=2",)
-    done = run_train(folder, "files", *choices, "profile.steps=[2]", "profile.ranks=[0,3]", *FLOAT64)
+    loads = "track.micro_batch_loads_every_steps=2"
+    done = run_train(folder, "files", *choices, loads, "profile.steps=[2]", "profile.ranks=[0,3]", *FLOAT64)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
