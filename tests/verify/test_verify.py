@@ -24,7 +24,7 @@ from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.tasks.pretrain import PretrainConfig
 from train.tasks.registry import TASKS
 from verify.certificate import missing_task
-from verify.checks import Outcome, Place, Verification, run_checks
+from verify.checks import CheckEntry, Outcome, Place, Verification, run_checks
 from verify.equality import check_equality
 from verify.layouts import CONFIGURED, OPTIMIZER, choose_trials
 from verify.places import misplaced
@@ -61,8 +61,15 @@ def verify(
             log = CollectiveLog()
             device = torch.device("cpu")
             verification = Verification(config=config, device=device, log=log, trials=trials, folder=folder)
-            outcomes.append(list(run_checks(CHECKS, verification)))
+            outcomes.append(list(run_checks(checks_for(fault), verification)))
     return outcomes
+
+
+def checks_for(fault: str) -> list[CheckEntry]:
+    """Leaves out the checks that take nine tenths of the time, for a fault with which they pass."""
+    named = PLANTED[fault].check if fault in PLANTED else "equality"
+    left_out = set() if named in ("equality", "copies") else {"equality", "checkpoint"} - {named}
+    return [entry for entry in CHECKS if entry.name not in left_out]
 
 
 def assert_named(fault: str, outcomes: list[Outcome]) -> None:
