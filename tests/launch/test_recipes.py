@@ -37,7 +37,7 @@ from train.start.corpus import prepare_corpus
 from train.tasks.grpo import GrpoConfig
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
-LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
+LAPTOP = ("quickstart", "quickstart_muon", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
 ON_PAIRS = ("arithmetic_rm", "arithmetic_dpo")
 ON_REWARDS = ("arithmetic_grpo", "arithmetic_self_reward")
 GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
