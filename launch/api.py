@@ -36,6 +36,7 @@ from train.callbacks import Callbacks
 from train.checkpoint.index import WeightsKind
 from train.config import TrainConfig
 from train.files.json_lines import METRICS_NAME, read_lines
+from train.files.run_end import report_end
 from train.report.charts import EVALUATION_PAGE_NAME
 
 if TYPE_CHECKING:
@@ -104,7 +105,14 @@ def _run(config: TrainConfig, callbacks: Callbacks | None) -> Path:
     from train.run import main
 
     apply_rank_environment(config.cluster)
-    code = main(config, callbacks=callbacks)
+    try:
+        code = main(config, callbacks=callbacks)
+    except Exception as error:
+        if config.out_dir:
+            report_end(config.track.on_end, Path(config.out_dir), error)
+        raise
+    if config.out_dir and not is_other_rank(os.environ):
+        report_end(config.track.on_end, Path(config.out_dir))
     if code:
         raise RunEndedError(config.out_dir, code)
     return Path(config.out_dir)

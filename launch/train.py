@@ -40,6 +40,7 @@ from train.checkpoint.manifest import MANIFEST_NAME
 from train.config import TrainConfig
 from train.config.tasks import TASKS
 from train.files.json_lines import try_append_event
+from train.files.run_end import is_last_attempt, report_end
 from train.files.run_files import read_status
 from train.optim.learning_rate import schedule_warnings
 from train.predict.cut import ramp_notices
@@ -154,7 +155,10 @@ def _run_local(config: TrainConfig) -> int:
         prepare_corpus(config, progress_on())
         with locked_run_folder(config, datetime.now()) as (config, _):
             report_breaks(partial(_log_broken_output, Path(config.out_dir)))
-            return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+            code = run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
+            # From the command line, not from the folder's file, because that could name another command.
+            report_end(config.track.on_end, Path(config.out_dir))
+            return code
     finally:
         stop_fork_server()
 
@@ -197,8 +201,13 @@ def _run_as_rank(config: TrainConfig) -> int:
 
 def _train_as_rank(config: TrainConfig) -> int:
     try:
-        return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
+        code = train_rank(config, reports_on_stderr=True)
+        if config.out_dir and not is_other_rank(os.environ):
+            report_end(config.track.on_end, Path(config.out_dir))
+        return export_exit_code(code, os.environ)
     except Exception as error:
+        if config.out_dir and is_last_attempt(os.environ):
+            report_end(config.track.on_end, Path(config.out_dir), error)
         if not is_out_of_memory(error):
             raise
         line = out_of_memory_line(config, check_rules, int(os.environ["RANK"]), str(error))

@@ -13,7 +13,19 @@ from tests import ROOT
 PROJECT = "dualpipe-trainer"
 CPU_TORCH_BYTES = 160_289_084
 """Size of torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl, which is on torch's own index alone."""
-EXTRAS = ("score", "serve", "structured", "reasoning", "triton", "dev", "lm-eval", "datatrove", "docs", "bench")
+EXTRAS = (
+    "score",
+    "serve",
+    "structured",
+    "tensorboard",
+    "reasoning",
+    "triton",
+    "dev",
+    "lm-eval",
+    "datatrove",
+    "docs",
+    "bench",
+)
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(40, 4, -1)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 _TAGS = {*cpython_tags((3, 11), platforms=_PLATFORMS), *compatible_tags((3, 11), "cp311", _PLATFORMS)}

@@ -34,6 +34,7 @@ from train.core.replica import open_replica
 from train.core.world import ReplicaConfig, World, open_world
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
 from train.files.json_lines import try_append_event
+from train.files.run_end import is_last_attempt, report_end
 from train.files.run_files import LOG_FOLDER, ExitReason, RankFiles, State, StatusFile, write_end, write_error
 from train.loop import TrainingLoop
 from train.optim.adamw import load_cpu_adam
@@ -97,6 +98,7 @@ def run_in_job(config: TrainConfig, run: Callable[[JoinedRank], int], *, reports
         RankFiles(member.rank, config.parallelism.world_size, config.cluster.ranks_per_node),
         log,
         reports_on_stderr=reports_on_stderr,
+        on_end=config.track.on_end,
     )
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
     lines = PhaseLines(partial(print, flush=True) if member.rank == 0 else None)
@@ -328,8 +330,11 @@ class CrashReporter:
 
     out_dir: Path | None
 
-    def __init__(self, files: RankFiles, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
-        """Writes nothing yet. Without `reports_on_stderr`, the launcher prints the report."""
+    def __init__(
+        self, files: RankFiles, log: CollectiveLog, *, reports_on_stderr: bool, on_end: str | None = None
+    ) -> None:
+        """Writes nothing yet. Without `reports_on_stderr`, the launcher prints the report and calls `on_end`."""
+        self._on_end = on_end if reports_on_stderr else None
         self.out_dir = None
         self._files = files
         self._log = log
@@ -353,6 +358,8 @@ class CrashReporter:
         # A deleted folder is not created again, and an error here must not keep the watchdog from ending the process.
         with suppress(OSError):
             self._write_files(self.out_dir, verdict)
+        if self._files.rank in (0, verdict.judge) and is_last_attempt(os.environ):
+            report_end(self._on_end, self.out_dir)
 
     def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from base.prometheus import Gauges
 from infer.serve.answers import Reply
 from infer.serve.calls import CONVERSIONS, Endpoint, ServedModel, convert, read_call
 from infer.serve.engine import EngineThread, Subscription
@@ -61,8 +62,7 @@ class Metrics:
     def text(self, counts: Mapping[str, int]) -> bytes:
         """Returns all samples, with the counts of an engine."""
         engine = CollectorRegistry()
-        for name, value in counts.items():
-            Gauge(f"serve_engine_{name}", f"Of the engine: {name}.", registry=engine).set(value)
+        engine.register(Gauges("serve_engine", "Of the engine", counts, {}))
         return generate_latest(self._registry) + generate_latest(engine)
 
 

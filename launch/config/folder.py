@@ -49,7 +49,7 @@ _FILES = frozenset(
         "certificate.txt",
     ]
 )
-_FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb", "checkpoint_check"))
+_FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb", "tensorboard", "checkpoint_check"))
 
 
 def check_folder(config: TrainConfig) -> None:

@@ -30,9 +30,11 @@ from kernels.attention import ATTENTION, AUTO, DETERMINISTIC
 from launch.config.memory import check_memory
 from launch.config.rules import check_rules
 from score.reward import check_reward, host_parts
-from train.config import TrainConfig
+from train.config import TrackConfig, TrainConfig
+from train.files.run_end import words_of
 from train.predict.fit import fitted_config
 from train.predict.memory import predict_memory
+from train.records.trackers import split_address
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _NO_GPU = "nearest valid: cluster=laptop, or config_only=true to check the configuration alone"
@@ -147,8 +149,8 @@ def check_environment(config: TrainConfig, environment: Mapping[str, str]) -> No
 
 def check_packages(config: TrainConfig) -> None:
     """Rejects a kernel or dispatcher without its package, and a tracker without a login."""
-    if config.track.wandb == "online" and not is_other_rank(os.environ):
-        _check_wandb_login()
+    if not is_other_rank(os.environ):
+        _check_trackers(config.track)
     if config.dispatch.kind == "deepep":
         try:
             check_available()
@@ -167,6 +169,44 @@ def check_packages(config: TrainConfig) -> None:
             f"attention: {name} needs the package {ATTENTION.get(name).package}, which is not installed, is {name}; "
             "nearest valid: attention=auto"
         )
+
+
+def _check_trackers(config: TrackConfig) -> None:
+    """Rejects a tracker without its package, login or place, and an end that cannot be called."""
+    if config.wandb == "online":
+        _check_wandb_login()
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise MachineError(
+            "track.tensorboard: needs the package tensorboard, which is not installed, is true; nearest valid: "
+            "pip install '.[tensorboard]', or track=none"
+        )
+    if config.prometheus is not None:
+        _check_prometheus(config.prometheus)
+    if config.on_end is not None:
+        words_of(config.on_end)
+
+
+def _check_prometheus(place: str) -> None:
+    if find_spec("prometheus_client") is None:
+        raise MachineError(
+            f"track.prometheus: needs the package prometheus-client, which is not installed, is {place}; nearest "
+            "valid: pip install '.[serve]', or track.prometheus=null"
+        )
+    address = split_address(place)
+    path = Path(place).expanduser()
+    if address is None and (path.suffix != ".prom" or not path.parent.is_dir()):
+        raise MachineError(
+            f"track.prometheus: must be HOST:PORT, or a file NAME.prom of a folder that exists, is {place}; nearest "
+            "valid: 127.0.0.1:9400"
+        )
+    if address is not None:
+        try:
+            socket.create_server(address).close()
+        except OSError as error:
+            raise MachineError(
+                f"track.prometheus: must be an address and a free port of this machine, is {place}: {error}; nearest "
+                "valid: another port"
+            ) from error
 
 
 def _check_wandb_login() -> None:

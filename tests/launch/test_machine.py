@@ -281,3 +281,17 @@ def test_rank_of_torchrun_whose_device_has_too_little_memory_says_so_in_one_line
     monkeypatch.setenv("RANK", "3")
     assert train._train_as_rank(build()) == 79
     assert capsys.readouterr().err == "error: memory: rank 3: CUDA out of memory. Tried to allocate 2.00 GiB\n"
+
+
+def test_trackers_are_checked_before_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_packages(build(f"track.prometheus={tmp_path}/train.prom", "track.on_end='echo done'"))
+    for place in ("9400x", "nohost:99999", f"{tmp_path}/none/train.prom"):
+        with pytest.raises(MachineError, match=r"^track\.prometheus: must be HOST:PORT, or .*127\.0\.0\.1:9400$"):
+            check_packages(build(f"track.prometheus='{place}'"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MachineError, match="a free port of this mach"):
+        check_packages(build(f"track.prometheus='127.0.0.1:{taken.getsockname()[1]}'"))
+    with pytest.raises(ConfigError, match=r"^track\.on_end: must be a command on PATH"):
+        check_packages(build("track.on_end=no-such-command-47"))
+    monkeypatch.setattr("launch.ranks.machine.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"^track\.tensorboard: needs the package tensorboard, .*track=none$"):
+        check_packages(build("track=tensorboard"))

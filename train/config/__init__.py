@@ -331,6 +331,12 @@ class TrackConfig:
     picture_every_steps: NonNegativeInt
     loads_every_steps: NonNegativeInt
     micro_batch_loads_every_steps: NonNegativeInt = 0
+    tensorboard: bool = False
+    layers: bool = False
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    prometheus: str | None = None
+    on_end: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,8 @@ from base.files import replace_text
 from comm.exits import EXIT_HANG, EXIT_LOST
 
 STATUS_NAME = "status.json"
+ON_END_NAME = "on_end"
+"""Empty file in the folder of logs that says that `track.on_end` was called in this attempt."""
 LOG_FOLDER = "log"
 """Folder of a run with the logs of ranks."""
 
@@ -172,6 +175,9 @@ class StatusFile:
 
     def starting(self) -> None:
         """Writes that the run starts, and keeps step, checkpoint and figures of an earlier attempt."""
+        if self._is_writer:
+            with suppress(OSError):
+                (self._out_dir / LOG_FOLDER / ON_END_NAME).unlink()
         before = read_status(self._out_dir) or self._status
         kept = {name: getattr(before, name) for name in ("step", "checkpoint", *_FIGURES)}
         here = replace(self._status, host=socket.gethostname(), started=time.time())

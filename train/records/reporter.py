@@ -3,10 +3,10 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import distributed as dist
 
@@ -14,92 +14,22 @@ from data.registry import DATA_SOURCES
 from data.shards.encode import none_to_split
 from data.shards.open import Prepared, unused_settings
 from train.checkpoint.locate import other_layout
-from train.config import TrackConfig, TrainConfig
+from train.config import TrainConfig
 from train.core.replica import Replica
 from train.core.step import Balance
 from train.files.json_lines import LOADS_NAME, METRICS_NAME, JsonLines
-from train.files.run_files import LOG_FOLDER, RankFiles, redact, redact_values
+from train.files.run_files import LOG_FOLDER, RankFiles, redact
 from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.predict.cut import ramp_notices, with_cut
 from train.predict.fit import summary_line
 from train.predict.memory import predict_memory
 from train.records.display import Display, open_console
 from train.records.step_record import profile_notice
+from train.records.trackers import Recorder, open_trackers
 from train.report.page import Report
 from train.start.plan import Plan
 
 LOGGER = logging.getLogger("train")
-Record = Mapping[str, Any]
-
-
-class Recorder(Protocol):
-    """The protocol of an output for the metrics of steps."""
-
-    def record(self, values: Record) -> None:
-        """Records the metrics of one step, including the key `step`."""
-        ...
-
-    def roll_back(self, step: int) -> None:
-        """Removes the records of steps after this one, which will be repeated."""
-        ...
-
-    def amend(self, values: Record) -> None:
-        """Replaces the record of the last step by one with further values."""
-        ...
-
-    def close(self) -> None:
-        """Writes pending records and closes the output."""
-        ...
-
-
-class Wandb:
-    """A wandb run, offline unless configured otherwise, with its files in the run's folder."""
-
-    def __init__(self, config: TrackConfig, name: str, out_dir: Path, resolved: Record) -> None:
-        import wandb
-
-        # wandb records the command line from sys.argv, so secrets are hidden there.
-        sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]
-        self._run = wandb.init(
-            project=config.project,
-            name=redact(name),
-            dir=out_dir,
-            mode="online" if config.wandb == "online" else "offline",
-            settings=wandb.Settings(silent=True, disable_git=True),
-        )
-        self._run.config.update(redact_values(resolved))
-        self._last_step = 0
-        self._has_failed = False
-
-    def record(self, values: Record) -> None:
-        """Logs a step, unless wandb already has it, because wandb cannot replace it."""
-        if values["step"] > self._last_step:
-            self._last_step = values["step"]
-            self._log(values)
-
-    def roll_back(self, step: int) -> None:
-        """Does nothing, because a wandb run cannot remove steps."""
-
-    def amend(self, values: Record) -> None:
-        """Logs the record again with further values, also in a wandb run that was started after the step."""
-        self._last_step = max(self._last_step, values["step"])
-        self._log(values)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self._try(self._run.finish)
-
-    def _log(self, values: Record) -> None:
-        self._try(lambda: self._run.log(dict(values), step=values["step"]))
-
-    def _try(self, act: Callable[[], Any]) -> None:
-        """Calls wandb. An error of wandb is logged once and does not end the run."""
-        try:
-            act()
-        except Exception as error:
-            if not self._has_failed:
-                LOGGER.warning("wandb: %s: %s", type(error).__name__, error)
-            self._has_failed = True
 
 
 class LoadLines:
@@ -226,8 +156,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
         return Reporter(None, [])
     display = Display(open_console(sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
     recorders: list[Recorder] = [JsonLines(out_dir / METRICS_NAME, first_step), display]
-    if config.track.wandb != "disabled":
-        recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
+    recorders += open_trackers(config.track, config.name, out_dir, first_step, dataclasses.asdict(config))
     loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
     return Reporter(display, recorders, loads, Report(config))
 
