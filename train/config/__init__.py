@@ -331,6 +331,7 @@ class TrackConfig:
     picture_every_steps: NonNegativeInt
     loads_every_steps: NonNegativeInt
     micro_batch_loads_every_steps: NonNegativeInt = 0
+    report_minutes: NonNegativeFloat = 5.0
     tensorboard: bool = False
     layers: bool = False
     entity: str | None = None

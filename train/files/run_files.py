@@ -127,12 +127,13 @@ def read_status(out_dir: Path) -> Status | None:
 def _has_types(status: Status) -> bool:
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
-    is_dated = type(status.time) in (int, float) and 0 <= status.time < 2**33
+    times = (status.time, 0.0 if status.started is None else status.started)
+    is_dated = all(type(seconds) in (int, float) and 0 <= seconds < 2**33 for seconds in times)
     strings = (status.reason, status.host, "" if status.checkpoint is None else status.checkpoint)
     is_text = all(type(text) is str for text in strings)
     counts = [count for count in (status.num_steps, status.num_ranks, *status.missing_ranks) if count is not None]
     is_counted = all(type(count) is int and 0 <= count < 2**53 for count in counts)
-    measured = (getattr(status, name) for name in (*_FIGURES, "seconds_left", "started"))
+    measured = (getattr(status, name) for name in (*_FIGURES, "seconds_left"))
     is_measured = all(value is None or (type(value) in (int, float) and abs(value) < 1e300) for value in measured)
     is_named = is_text and status.state in get_args(State)
     return is_code and is_step and is_dated and is_counted and is_measured and is_named

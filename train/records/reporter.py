@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from train.predict.memory import predict_memory
 from train.records.display import Display, open_console
 from train.records.step_record import profile_notice
 from train.records.trackers import Recorder, open_trackers
-from train.report.page import Report
+from train.report.page import REPORT_NAME, Report
 from train.start.plan import Plan
 
 LOGGER = logging.getLogger("train")
@@ -70,11 +71,14 @@ class Reporter:
         recorders: Sequence[Recorder],
         loads: LoadLines | None = None,
         report: Report | None = None,
+        report_seconds: float = 0.0,
     ) -> None:
         self._display = display
         self._recorders = recorders
         self._loads = loads
         self._report = report
+        self._report_seconds = report_seconds
+        self._drawn_at = time.monotonic()
 
     def say(self, line: str) -> None:
         """Prints a line for people, in several lines if it is long."""
@@ -96,6 +100,8 @@ class Reporter:
             self._loads.record(values["step"], balance)
         for recorder in self._recorders:
             recorder.record(values)
+        if self._report_seconds and time.monotonic() - self._drawn_at >= self._report_seconds:
+            self.draw()
 
     def add_loads(self, loads: Mapping[str, Any]) -> None:
         """Adds further loads of experts to the line of the step that is recorded next."""
@@ -115,6 +121,7 @@ class Reporter:
         """Writes the report of the run up to now."""
         if self._report is not None:
             self._report.try_to_write()
+        self._drawn_at = time.monotonic()
 
     def roll_back(self, step: int) -> None:
         """Removes the records of steps after this one, which will be repeated."""
@@ -158,7 +165,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     recorders: list[Recorder] = [JsonLines(out_dir / METRICS_NAME, first_step), display]
     recorders += open_trackers(config.track, config.name, out_dir, first_step, dataclasses.asdict(config))
     loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)
-    return Reporter(display, recorders, loads, Report(config))
+    return Reporter(display, recorders, loads, Report(config), 60 * config.track.report_minutes)
 
 
 def print_run_summary(
@@ -174,6 +181,9 @@ def print_run_summary(
     reason = f"; {planned.reason}" if config.schedule.kind == "auto" else ""
     reporter.say(f"schedule: {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step{reason}")
     reporter.say(f"folder: {config.out_dir}")
+    if minutes := config.track.report_minutes:
+        now = f"python -m launch.redraw run={config.out_dir} draws it now"
+        reporter.say(f"report: {REPORT_NAME} in it, drawn again every {minutes:g} min; {now}")
     if replica.schedule.num_stages > 1:
         reporter.say(f"cut: {','.join(str(len(layers)) for layers in replica.cut)} layers in the pipeline's stages")
     for notice in ramp_notices(config):

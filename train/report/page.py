@@ -222,7 +222,14 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
 def _about(run: DrawnRun, number: int) -> str:
     name = f'<i class="swatch p{number}"></i><b>{escape(run.name)}</b>: ' if number else ""
     failure = _failure(run.source.folder, run.name if number else "This run")
-    return f"{failure}<p>{name}{escape(run.about)}</p>"
+    status = read_status(run.source.folder)
+    started = "" if status is None or status.started is None else _date(status.started)
+    place = f"; started {started} on {status.host}" if status is not None and started else ""
+    return f"{failure}<p>{name}{escape(run.about + place)}</p>"
+
+
+def _date(seconds_since_1970: float) -> str:
+    return datetime.fromtimestamp(seconds_since_1970, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _failure(folder: Path, name: str) -> str:
@@ -230,7 +237,7 @@ def _failure(folder: Path, name: str) -> str:
     status = read_status(folder)
     if status is None or status.exit_code in (None, 0, EXIT_PREEMPTED):
         return ""
-    ended = datetime.fromtimestamp(status.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    ended = _date(status.time)
     heading = f"{name} failed with exit code {status.exit_code} after step {status.step:,}, {ended}."
     files = [path.relative_to(folder).as_posix() for path in find_errors(folder)[:_MOST_ERRORS]] or [f"{LOG_FOLDER}/"]
     advice = f"See {', '.join(files)}. Newest checkpoint: {status.checkpoint or 'none'}."

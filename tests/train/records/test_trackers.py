@@ -11,6 +11,7 @@ import pytest
 
 from tests.tiny import tiny_config
 from train.config import TrackConfig
+from train.records.reporter import Reporter
 from train.records.trackers import Prometheus, TensorBoard, Wandb, series, split_address
 
 _TOP = (
@@ -103,3 +104,16 @@ def test_prometheus_reads_a_file_and_a_port(tmp_path: Path) -> None:
         assert answer.read().decode().splitlines() == lines
     for tracker in (file, port):
         tracker.close()
+
+
+def test_a_report_is_drawn_again_after_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    now = [0.0]
+    monkeypatch.setattr("train.records.reporter.time", SimpleNamespace(monotonic=lambda: now[0]))
+    report: Any = SimpleNamespace(try_to_write=lambda: drawn.append(now[0]))
+    balance: Any = None
+    reporter = Reporter(None, [], None, report, 60.0)
+    for seconds in (0.0, 59.0, 60.0, 119.0, 121.0):
+        now[0] = seconds
+        reporter.record({"step": 1}, balance)
+    assert drawn == [60.0, 121.0]
