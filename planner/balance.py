@@ -115,7 +115,7 @@ def read_counts(path: Path) -> Iterator[tuple[int, Ints]]:
     if not path.is_file() or path.suffix not in (".npy", ".json") or path.stat().st_size > _MOST_BYTES:
         raise broken("loads", rule, repr(str(path)), "4")
     try:
-        counts = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
+        counts = np.load(path) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
         if counts.ndim < 2 or counts.dtype.kind not in "iu" or not counts.size or counts.min() < 0:
             raise ValueError(f"it has {counts.dtype} {list(counts.shape)}")
     except (OSError, ValueError, RecursionError) as error:
