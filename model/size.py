@@ -34,15 +34,39 @@ def stage_shapes(cut: Sequence[range]) -> tuple[StageShape, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMatrices:
-    """Linear maps of a stage as stacks of equal matrices: number, outputs, inputs; experts are apart."""
+    """Linear maps of a stage, listed on use: a hostile configuration can claim 10^9 layers."""
 
-    dense: tuple[tuple[int, int, int], ...]
-    experts: tuple[tuple[int, int, int], ...]
+    config: ModelConfig
+    stage: StageShape
+    num_local_experts: int
+
+    @property
+    def dense(self) -> list[tuple[int, int, int]]:
+        """Stacks of equal matrices without routed experts: number, outputs, inputs."""
+        config = self.config
+        num_dense, num_sparse = self._num_layers()
+        maps = [*attention_maps(config) * (num_dense + num_sparse), *dense_maps(config) * num_dense]
+        maps += mlp_maps(config.hidden_size, config.num_shared_experts * config.expert_intermediate_size) * num_sparse
+        maps += [(config.hidden_size, 2 * config.hidden_size)] * (config.mtp_depth * self.stage.is_last)
+        return [(1, *shape) for shape in maps]
+
+    @property
+    def experts(self) -> list[tuple[int, int, int]]:
+        """Stacks of equal matrices of routed experts: number, outputs, inputs."""
+        gate = (self.config.expert_intermediate_size, self.config.hidden_size)
+        stacks = [(2 * self.num_local_experts, *gate), (self.num_local_experts, *gate[::-1])]
+        return stacks * self._num_layers()[1]
 
     @property
     def num_dense(self) -> int:
         """Number of weights without routed experts."""
         return sum(number * rows * columns for number, rows, columns in self.dense)
+
+    def _num_layers(self) -> tuple[int, int]:
+        """Returns the number of dense layers, and of layers and MTP modules with routed experts."""
+        layers = self.stage.layers
+        dense = max(0, min(layers.stop, self.config.num_dense_layers) - layers.start)
+        return dense, len(layers) - dense + self.config.mtp_depth * self.stage.is_last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,22 +132,10 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
         num_blocks=dense + sparse,
         num_routers=sparse,
         code_bytes=codes,
-        matrices=tuple(_stage_matrices(config, stage, num_local_experts) for stage in stages),
+        matrices=tuple(
+            StageMatrices(config=config, stage=stage, num_local_experts=num_local_experts) for stage in stages
+        ),
     )
-
-
-def _stage_matrices(config: ModelConfig, stage: StageShape, num_local_experts: int) -> StageMatrices:
-    hidden = config.hidden_size
-    modules = config.mtp_depth * stage.is_last
-    dense = max(0, min(stage.layers.stop, config.num_dense_layers) - stage.layers.start)
-    sparse = len(stage.layers) - dense + modules
-    shared = mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
-    maps = [*attention_maps(config) * (dense + sparse), *dense_maps(config) * dense, *shared * sparse]
-    maps += [(hidden, 2 * hidden)] * modules
-    gate = (config.expert_intermediate_size, hidden)
-    down = gate[::-1]
-    experts = [(num_local_experts * count, *shape) for count, shape in ((2, gate), (1, down))]
-    return StageMatrices(dense=tuple((1, *shape) for shape in maps), experts=tuple(experts * sparse))
 
 
 def attention_parameters(config: ModelConfig) -> int:
