@@ -32,6 +32,7 @@ class ClusterConfig:
     # time that ranks of the built-in launcher have to save a checkpoint before it ends them.
     grace_seconds: PositiveFloat
     max_restarts: NonNegativeInt  # how often the built-in launcher restarts all ranks after one was lost
+    has_mx: bool = False  # whether it multiplies MXFP8 and NVFP4, for plans
     has_fp8: bool = True  # whether the device multiplies matrices in the FP8 format of `precision=fp8`
     # streaming multiprocessors of a rank's device; None as those of the planner's rates.
     num_sms: PositiveInt | None = None
@@ -80,13 +81,16 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """Axes of the device mesh: world = pipeline x data x context; expert divides data x context."""
+    """Axes of the device mesh: world = pipeline x data x context x tensor; expert divides all but pipeline."""
 
     pipeline: PositiveInt  # pipeline ranks
     data: PositiveInt  # groups of ranks that read different sequences
     expert: PositiveInt  # ranks that share the experts of a layer
     cut: Cut = Cut("auto")  # layers of each pipeline stage
     context: PositiveInt = 1  # ranks that share each sequence; every one holds an equal part of its tokens
+    # ranks that split heads, widths and the rows between layers, as in Megatron-LM with sequence parallelism. Only a
+    # plan may have more than one.
+    tensor: PositiveInt = 1
 
     @property
     def world_size(self) -> int:
@@ -95,12 +99,18 @@ class ParallelismConfig:
 
     @property
     def stage_ranks(self) -> int:
-        """Number of ranks at one index of the pipeline, data x context, which hold the same stages."""
-        return self.data * self.context
+        """Number of ranks at one index of the pipeline, data x context x tensor, which hold the same stages."""
+        return self.data * self.sequence_ranks
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Number of ranks that each hold an equal part of a sequence's rows, context x tensor."""
+        return self.context * self.tensor
 
     def axes(self, separator: str = " ") -> str:
         """Returns the axes that multiply to the number of ranks, as in `pipeline 2 x data 4`."""
-        sizes = {"pipeline": self.pipeline, "data": self.data} | ({"context": self.context} if self.context > 1 else {})
+        sizes = {"pipeline": self.pipeline, "data": self.data}
+        sizes |= {name: size for name in ("context", "tensor") if (size := getattr(self, name)) > 1}
         return " x ".join(f"{name}{separator}{size}" for name, size in sizes.items())
 
 

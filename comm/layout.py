@@ -54,7 +54,7 @@ class Layout:
     def rank(self, pipeline_index: int, data_index: int, context_index: int = 0) -> int:
         """Returns the rank at these coordinates of the mesh."""
         mesh = self.parallelism
-        return (pipeline_index * mesh.data + data_index) * mesh.context + context_index
+        return pipeline_index * mesh.stage_ranks + data_index * mesh.context + context_index
 
     def pipeline_index(self, rank: int) -> int:
         """Returns the index along the pipeline axis."""

@@ -231,6 +231,7 @@ def _megatron_flags(plan: JobPlan) -> str:
     if config.memory_cap is not None:
         raise broken("memory_cap", "must be null for Megatron, whose order has its own peak", config.memory_cap, "null")
     flags |= {"expert-model-parallel-size": sizes.expert, "context-parallel-size": sizes.context}
+    flags |= {"tensor-model-parallel-size": sizes.tensor, "sequence-parallel": ""} if sizes.tensor > 1 else {}
     dense = model.num_dense_layers
     flags |= {"num-layers": model.num_layers, "moe-layer-freq": f"([0]*{dense}+[1]*{model.num_layers - dense})"}
     flags |= {"mtp-num-layers": model.mtp_depth} if model.mtp_depth else {}

@@ -126,6 +126,9 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         run["task"] = {**run["task"], "steps": 1000}
     if plan_options.run is None:
         config = run_config(run)
+        if only := config.planned_only:
+            keys = ", ".join(f"{key}={value}" for key, (value, _) in only.items())
+            notes.append(f"planned, not run: {keys}; launch.train refuses them")
         _check_known_files(config, _unread(run))
     else:
         config = with_chunks(_measured_config(_require_run(Path(plan_options.run)), run, overrides))

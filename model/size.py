@@ -96,6 +96,23 @@ class HeldParameters:
         """Number of all weights."""
         return self.ordinary + self.routed
 
+    def split(self, config: ModelConfig, ranks: int) -> "HeldParameters":
+        """Returns the weights of each of several ranks that split heads and widths, but no routed expert.
+
+        Each holds all norms, routers and projections to latents, as in Megatron-LM.
+        """
+        if ranks == 1:
+            return self
+        latents = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim
+        whole = config.hidden_size * (self.num_blocks * (latents + 2) + self.num_routers * config.num_routed_experts)
+        routed_codes = min(self.code_bytes, 2 * self.routed)
+        return replace(
+            self,
+            ordinary=whole + (self.ordinary - whole) // ranks,
+            embedding=self.embedding // ranks,
+            code_bytes=routed_codes + (self.code_bytes - routed_codes) // ranks,
+        )
+
 
 def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local_experts: int) -> HeldParameters:
     """Counts the weights of some stages.
@@ -113,7 +130,7 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     attention = attention_maps(config)
     mlp = dense_maps(config)
     expert = expert_maps(config)
-    shared = mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
+    shared = shared_maps(config)
 
     ordinary = (dense + sparse) * (attention_parameters(config) + 2 * hidden) + dense * _num_weights(mlp)
     ordinary += sparse * (_num_weights(shared) + hidden * config.num_routed_experts)
@@ -166,6 +183,11 @@ def dense_maps(config: ModelConfig) -> list[tuple[int, int]]:
 def expert_maps(config: ModelConfig) -> list[tuple[int, int]]:
     """Returns outputs and inputs of the linear maps of one expert."""
     return mlp_maps(config.hidden_size, config.expert_intermediate_size)
+
+
+def shared_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    """Returns outputs and inputs of the linear maps of a layer's shared experts together."""
+    return mlp_maps(config.hidden_size, config.num_shared_experts * config.expert_intermediate_size)
 
 
 def mlp_maps(hidden: int, width: int) -> list[tuple[int, int]]:

@@ -201,16 +201,9 @@ def require_time(plan: JobPlan) -> TimedPlan:
 def untimed_reason(config: TrainConfig, rates: Rates) -> str:
     """Returns why the time of a run cannot be predicted from rates, or nothing if it can."""
     if isinstance(rates, KernelRates):
-        if config.cluster.peak_flops is None:
-            rule = "must be known for rates of another device, is null"
-            near = "cluster=h800, or rates=RUN"
-            if config.cluster.device == "cpu":
-                near = "launch.train with the same keys and task.steps=20, and then rates= with that run's folder"
-            return f"cluster.peak_flops: {rule}; nearest: {near}"
-        kind = config.precision.kind
-        if kind not in ("fp8", "bf16"):
-            return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
-        return ""
+        return _kernels_reason(config)
+    for key, (value, near) in config.planned_only.items():
+        return f"{key}: is planned with rates of kernels alone, is {value}; nearest: {near}"
     scope = rates.scope
     parameters = layer_parameters(config.model)
     mesh = config.parallelism
@@ -232,6 +225,20 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
     if scope.recomputed not in (None, names):
         measured = f"recompute=[{','.join(scope.recomputed or ())}]"
         return f"rates: must be of a run with recompute=[{','.join(names)}], are of {measured}; nearest: {measured}"
+    return ""
+
+
+def _kernels_reason(config: TrainConfig) -> str:
+    """Returns why rates of kernels do not apply to a run, or nothing if they do."""
+    if config.cluster.peak_flops is None:
+        rule = "must be known for rates of another device, is null"
+        near = "cluster=h800, or rates=RUN"
+        if config.cluster.device == "cpu":
+            near = "launch.train with the same keys and task.steps=20, and then rates= with that run's folder"
+        return f"cluster.peak_flops: {rule}; nearest: {near}"
+    kind = config.precision.kind
+    if kind not in ("fp8", "bf16"):
+        return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
     return ""
 
 
@@ -327,6 +334,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
         "pipeline": mesh.pipeline,
         "data": mesh.data,
         "context": mesh.context,
+        "tensor": mesh.tensor,
         "expert": mesh.expert,
         "schedule": config.schedule.kind,
         "chunks": len(mesh.cut.layers) // mesh.pipeline,

@@ -150,6 +150,18 @@ class PassTimes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FormatSpeeds:
+    """Time of a layer's products in bf16 over that in a format of `plan.products`, conversions included."""
+
+    mxfp8: PositiveFloat
+    nvfp4: PositiveFloat
+
+    def speed(self, name: Literal["mxfp8", "nvfp4"] | None) -> float:
+        """Returns the speed of a format; None is bf16."""
+        return 1.0 if name is None else {"mxfp8": self.mxfp8, "nvfp4": self.nvfp4}[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeTimes:
     """Seconds of one layer's exchanges."""
 

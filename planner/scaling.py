@@ -14,13 +14,14 @@ import numpy
 from numpy.typing import NDArray
 
 from base.ranges import AtLeast, NonNegativeFloat, PositiveFloat
-from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from dualpipe.ir import Schedule
 from model.config import LAYER
-from model.size import attention_maps, dense_maps, expert_maps, mlp_maps, stage_shapes
+from model.size import attention_maps, dense_maps, expert_maps, shared_maps, stage_shapes
+from planner.axes import context_seconds, tensor_seconds, with_gathers
 from planner.products import (
     FLAT,
     ExchangeTimes,
+    FormatSpeeds,
     KernelTimes,
     PassTimes,
     Phase,
@@ -89,6 +90,7 @@ class KernelRates:
     recomputed: RecomputedTimes
     dense_over_experts: PositiveFloat
     bf16_over_fp8: PositiveFloat
+    formats: FormatSpeeds
     head_flops_per_second: PositiveFloat
     latency_seconds: NonNegativeFloat
     optimizer_seconds: NonNegativeFloat
@@ -117,8 +119,9 @@ class KernelRates:
                 exchange.dispatch_backward + exchange.combine_backward + again * exchange.dispatch, weight_bytes
             ),
         )
+        moe = with_gathers(moe, config, self.reference, shared_maps(config.model), with_experts=True)
         return LayerTimes(
-            dense=scale.attention + scale.dense,
+            dense=with_gathers(scale.attention + scale.dense, config, self.reference, dense_maps(config.model)),
             moe=moe,
             embedding=PartTimes(),
             head=scale.head,
@@ -261,18 +264,35 @@ class _Scale:
         ranks = self.config.parallelism.context * self.sequence_tokens / self.config.batch.sequence_length_tokens
         shared = ranks * (self.before + self.part) / self.part
         # Without slices, tokens attend to half of their sequence in the mean.
-        attended = ranks * (2 * self.before + self.part)
+        attended = ranks * self.tensor * (2 * self.before + self.part)
         expanded = (model.num_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
         again = products_of([expanded], self.rows * shared, uses=shared - 1, copies=0)
+        latents = {model.q_lora_rank, model.kv_lora_rank + model.qk_rope_head_dim}
+        maps = attention_maps(model)
+        # Each tensor rank projects its rows to latents, and all rows for its heads.
+        down = products_of([each for each in maps if each[0] in latents], self.rows)
         part = self._part(
             self.rates.attention,
-            (*products_of(attention_maps(model), self.rows), *again),
+            (*down, *self._split([each for each in maps if each[0] not in latents]), *again),
             reference.attention,
             scores=score_width * attended / reference.score_width / reference.sequence_length_tokens,
             others=self.width,
         )
         part = self._with_layer(self._without_recomputation(part, ("norm", "mla_up")), self._residual_again)
-        return part + context_seconds(self.config, reference)
+        gathered = model.hidden_size if model.q_lora_rank is None else sum(filter(None, latents))
+        return part + context_seconds(self.config, reference) + self._tensor_seconds(gathered)
+
+    @property
+    def tensor(self) -> int:
+        return self.config.parallelism.tensor
+
+    def _split(self, maps: list[tuple[int, int]]) -> Products:
+        """Returns the products of all rows of a tensor group with a rank's share of the weights."""
+        outputs = [(rows // self.tensor, columns) for rows, columns in maps]
+        return products_of(outputs, self.rows * self.tensor, uses=self.tensor)
+
+    def _tensor_seconds(self, gathered_width: int) -> PartTimes:
+        return tensor_seconds(self.config, self.rates.reference, self.rows, gathered_width)
 
     @property
     def experts(self) -> PartTimes:
@@ -286,22 +306,23 @@ class _Scale:
         copies = local + self.load.slots
         rows *= self.load.rank * local / copies
         routed = products_of(expert_maps(model), rows, uses=uses, copies=copies, is_grouped=True)
-        shared = mlp_maps(model.hidden_size, model.num_shared_experts * model.expert_intermediate_size)
         active = (uses + model.num_shared_experts) * model.expert_intermediate_size
-        return self._mlp((*routed, *products_of(shared, self.rows)), self.rates.reference.experts, active, 1.0)
+        part = self._mlp((*routed, *self._split(shared_maps(model))), self.rates.reference.experts, active, 1.0)
+        return part + self._tensor_seconds(model.hidden_size) * bool(shared_maps(model))
 
     @property
     def dense(self) -> PartTimes:
         width = self.config.model.dense_intermediate_size
-        dense = products_of(dense_maps(self.config.model), self.rows)
-        return self._mlp(dense, self.rates.reference.dense, width, self.rates.dense_over_experts)
+        dense = self._split(dense_maps(self.config.model))
+        part = self._mlp(dense, self.rates.reference.dense, width, self.rates.dense_over_experts)
+        return part + self._tensor_seconds(self.config.model.hidden_size)
 
     @property
     def head(self) -> PartTimes:
         """An output head, in bf16."""
         model = self.config.model
         reference = self.rates.reference
-        products = products_of([(model.num_head_rows, model.hidden_size)], self.rows)
+        products = self._split([(model.num_head_rows, model.hidden_size)])
         measured = 2 * reference.tokens * held_weights(reference.head) / self.rates.head_flops_per_second
         sizes = (_VALUE_BYTES, _VALUE_BYTES)
         forward, backward, weight = (
@@ -388,7 +409,9 @@ class _Scale:
         weight = (1.0 if phase == "W" else curve.exposed_reads) / REFERENCE_MEMORY_BYTES_PER_SECOND
         sizes = (curve.gradient_bytes,) * 2 if phase == "W" else weight_bytes
         multiplied = max(0.0, measured - weight * sizes[0] * held_weights(reference))
-        slower = self.rates.bf16_over_fp8 if weight_bytes[1] > weight_bytes[0] else 1.0
+        slower = 1.0
+        if weight_bytes[1] > weight_bytes[0]:
+            slower = self.rates.bf16_over_fp8 / self.rates.formats.speed(self.config.plan.products)
         work = curve.work(products, phase) / curve.work(reference, phase)
         moved = weight * sizes[1] * held_weights(products) * self.device.memory
         return multiplied * work * slower * self.tokens * self.device.products + moved
@@ -478,33 +501,3 @@ def _route(num_experts: int, num_chosen: int, num_groups: int, num_kept: int, nu
         numpy.put_along_axis(by_group, dropped[:, :, None], values=-1.0, axis=1)
     chosen = numpy.argpartition(scores_TE, num_experts - num_chosen, axis=1)[:, num_experts - num_chosen :]
     return chosen.astype(numpy.int64)
-
-
-def context_seconds(config: TrainConfig, reference: RateReference) -> PartTimes:
-    """Returns the time of a layer's exchange over its context group, as computation that nothing hides.
-
-    The forward sends latents, the backward their gradients. Links within a node and between nodes work at the same
-    time. What the cluster does not say is as on the reference.
-    """
-    size = config.parallelism.context
-    cluster = config.cluster
-    model = config.model
-    if size == 1:
-        return PartTimes()
-    width = model.kv_lora_rank + model.qk_rope_head_dim
-    sent = forecast_context_bytes(
-        size=size,
-        num_tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
-        row_bytes=width * _VALUE_BYTES,
-        gradient_bytes=width * _VALUE_BYTES,
-        wide_gradient_bytes=width * _WIDE_BYTES,
-        is_ring=size > MOST_GATHERED_RANKS,
-        slices=config.schedule.slices,
-    )
-    # A context group is a run of ranks, so it fills nodes one after the other.
-    away = max(0, size - cluster.ranks_per_node) / (size - 1)
-    inter = cluster.inter_node_bytes_per_second or reference.inter_node_bytes_per_second
-    intra = cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second
-    per_byte = max(away / inter, (1 - away) / intra)
-    per_slice = per_byte / config.schedule.slices
-    return PartTimes(forward=sent.forward * per_slice, backward_input=sent.backward * per_slice)

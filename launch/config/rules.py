@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from math import gcd
 
 from base.refusal import ConfigError, broken, divisors, multiples
 from comm.config import DispatchConfig, ParallelismConfig
@@ -81,6 +82,10 @@ def _check_batch(config: TrainConfig) -> None:
             "sequence holds two equal parts of it"
         )
         raise broken(_LENGTH, rule, length, multiples(length, 2 * context))
+    tensor = config.parallelism.tensor
+    if (unit := gcd(model.num_heads, length // context)) % tensor:
+        rule = f"must divide the model's {model.num_heads} heads and the {length // context} tokens of a context rank"
+        raise broken("parallelism.tensor", rule, tensor, divisors(unit, tensor))
     if length <= model.mtp_depth:
         raise broken(_LENGTH, f"must be above model.mtp_depth={model.mtp_depth}", length, model.mtp_depth + 1)
     if sequences % batch.global_sequences:
@@ -210,6 +215,9 @@ def _check_ranks(config: TrainConfig) -> None:
         raise broken("recompute", rule, _listed(parts), _listed(RECOMPUTED))
     if config.precision.kind == "fp8" and not cluster.has_fp8:
         raise broken("precision", "fp8 needs cluster.has_fp8, which this device has not", "fp8", "bf16")
+    if config.plan.products is not None and not (cluster.has_mx and config.precision.kind == "bf16"):
+        rule = f"needs cluster.has_mx=true and precision=bf16, has {cluster.has_mx} and {config.precision.kind}".lower()
+        raise broken("plan.products", rule, config.plan.products, "null, or cluster=b200 precision=bf16")
     if cluster.backend == "nccl" and cluster.device != "cuda":
         value = f"nccl with cluster.device={cluster.device}"
         raise broken("cluster.backend", "nccl needs cluster.device=cuda", value, "gloo")
@@ -382,8 +390,8 @@ def check_expert_ranks(mesh: ParallelismConfig) -> None:
     """Rejects a number of expert ranks that does not divide the ranks of a stage."""
     if mesh.stage_ranks % mesh.expert:
         divided = f"parallelism.data={mesh.data}"
-        if mesh.context > 1:
-            divided = f"parallelism.data x parallelism.context = {mesh.stage_ranks}"
+        if mesh.sequence_ranks > 1:
+            divided = f"parallelism.data x parallelism.context x parallelism.tensor = {mesh.stage_ranks}"
         near = divisors(mesh.stage_ranks, mesh.expert)
         raise broken("parallelism.expert", f"must divide {divided}", mesh.expert, near)
 

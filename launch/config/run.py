@@ -117,6 +117,8 @@ def write_config(config: TrainConfig) -> dict[str, Any]:
 
 def check(config: TrainConfig, *, checks_weights: bool = True) -> None:
     """Rejects an invalid configuration before any process starts. A plan and a sample need no weights."""
+    for key, (value, run_value) in config.planned_only.items():
+        raise broken(key, "is planned by launch.plan and not run", value, run_value)
     _check_values(config, checks_weights=checks_weights)
     check_memory(config, check_rules)
     check_files(config)

@@ -21,10 +21,11 @@ from launch.config.run import compose_run
 from launch.plan import search_space
 from model.config import CutError
 from model.size import stage_shapes
+from planner.axes import context_seconds
 from planner.fake_world import build_distinct_ranks
 from planner.forms import built_text
 from planner.job_plan import build_ranks, compared_kind, plan_job, require_time, untimed_reason
-from planner.scaling import KernelRates, context_seconds
+from planner.scaling import KernelRates
 from tests.planner.planned import PUBLISHED, SMALL, request_of
 from tests.ranks import fork_context
 from tests.tiny import MUON

@@ -270,6 +270,7 @@ def test_published_plan_has_the_published_sizes() -> None:
         "pipeline": 16,
         "data": 128,
         "context": 1,
+        "tensor": 1,
         "expert": 64,
         "schedule": "dualpipe",
         "chunks": 1,

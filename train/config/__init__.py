@@ -386,10 +386,15 @@ class AnswerLengths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanCheckConfig:
-    """What is planned before a run starts: see `plan` in `conf/train.yaml`."""
+    """What is planned before a run starts: see `plan` in `conf/train.yaml`.
+
+    No run executes `fsdp` or `products`; they describe runs of other programs.
+    """
 
     check: bool = True
     answer_tokens: AnswerLengths | None = None
+    fsdp: bool = False
+    products: Literal["mxfp8", "nvfp4"] | None = None
 
 
 # Configurations of runs from before these keys existed use the defaults.
@@ -493,12 +498,12 @@ class TrainConfig:
     @property
     def mean_part_tokens(self) -> float:
         """The number of tokens of each sequence that a micro-batch has on a rank, as a mean over slices."""
-        return self.batch.sequence_length_tokens / (self.parallelism.context * self.schedule.slices)
+        return self.batch.sequence_length_tokens / (self.parallelism.sequence_ranks * self.schedule.slices)
 
     @property
     def part_lengths(self) -> tuple[int, ...]:
         """The tokens of each slice of a sequence that a rank holds."""
-        context = self.parallelism.context
+        context = self.parallelism.sequence_ranks
         lengths = slice_lengths(
             self.model,
             self.batch.sequence_length_tokens,
@@ -508,6 +513,15 @@ class TrainConfig:
             context=context,
         )
         return tuple(length // context for length in lengths)
+
+    @property
+    def planned_only(self) -> dict[str, tuple[object, str]]:
+        """The keys that no run executes, each with its value and that of a run."""
+        plan = self.plan
+        keys: dict[str, tuple[object, str]] = {}
+        keys |= {"parallelism.tensor": (self.parallelism.tensor, "1")} if self.parallelism.tensor > 1 else {}
+        keys |= {"plan.fsdp": ("true", "false")} if plan.fsdp else {}
+        return keys | ({"plan.products": (plan.products, "null")} if plan.products is not None else {})
 
     @property
     def dispatch_site(self) -> DispatchSite:

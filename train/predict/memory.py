@@ -393,7 +393,8 @@ def rank_parameters(config: TrainConfig, schedule: Schedule, rank: int, shapes: 
     """Returns the numbers of parameters that a rank holds of a network with these stages."""
     stages = sorted({stage for _, stage in schedule.stages_of(rank)})
     experts = config.model.num_routed_experts // config.parallelism.expert
-    return held_parameters(config.model, [shapes[stage] for stage in stages], experts)
+    held = held_parameters(config.model, [shapes[stage] for stage in stages], experts)
+    return held.split(config.model, config.parallelism.tensor)
 
 
 def sizes_folder(cache_dir: str) -> Path:

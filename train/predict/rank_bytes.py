@@ -349,9 +349,10 @@ def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) 
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     mirrored = is_mirrored(schedule)
     rank = layout.rank(pipeline_rank, 0)
+    tensor = config.parallelism.tensor
     return ReplicaCounts(
-        dense=len(layout.stage_group(rank, mirrored=mirrored)),
-        embedding=len(layout.ranks_at(embedding_ranks(schedule, config.model.mtp_depth))),
+        dense=len(layout.stage_group(rank, mirrored=mirrored)) // tensor,
+        embedding=len(layout.ranks_at(embedding_ranks(schedule, config.model.mtp_depth))) // tensor,
         experts=len(layout.expert_data_group(rank, mirrored=mirrored)),
     )
 
@@ -366,7 +367,12 @@ def static_bytes(
         replicas: numbers of ranks that hold the same parameters.
     """
     state = 0 if config.optim.offload else _state_bytes(config, held, sizes, replicas)
-    return weight_bytes(config, held, sizes), held.total * sizes.wide_bytes, state
+    weights = weight_bytes(config, held, sizes)
+    if not config.plan.fsdp:
+        return weights, held.total * sizes.wide_bytes, state
+    # A shard of all, and two layers: the next one arrives while one computes.
+    kept = min(held.total, _shard_elements(held, replicas) + 2 * held.total // max(1, held.num_blocks))
+    return weights - (held.total - kept) * sizes.value_bytes, kept * sizes.wide_bytes, state
 
 
 def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
