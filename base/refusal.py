@@ -59,7 +59,10 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
     parent, _, last = key.rpartition(".")
     siblings = [choice for choice in choices if choice.rpartition(".")[0] == parent]
     elsewhere = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    close = get_close_matches(key, siblings, n=2, cutoff=0.75) or elsewhere[:2] or closest(key, choices)
+    # A common prefix makes all keys of a group alike.
+    by_last = {choice.rpartition(".")[2]: choice for choice in siblings}
+    close = [by_last[name] for name in get_close_matches(last, by_last, n=2, cutoff=0.75)] or elsewhere[:2]
+    close = close or closest(key, choices, cutoff=0.85 if parent and siblings else 0.65)
     if close:
         return f"did you mean {' or '.join(close)}?"
     if siblings:

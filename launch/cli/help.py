@@ -209,11 +209,20 @@ _CONFIGS = {
 }
 """Modules and dataclasses of the commands whose keys are not those of a run."""
 _FILLERS = re.compile(
-    "(max|min|initial|init|peak|base|num|n|number|total|use|enabled?|train|training|target|global)_|_enabled?$"
+    "(max|min|initial|init|peak|base|num|n|number|total|use|enabled?|train|training|target|global)_"
+    "|_(enabled?|size|degree|count|value|rate)$"
 )
 """Words of a key that change no meaning if the rest is known."""
 _KINDS = re.compile("path|name|type|kind|file|arch|architecture|preset|value|id")
 """Ends of a key that say what its value is."""
+_LEAST_WORD = 8  # characters of a part of another trainer's key
+_SYNONYMS = {
+    "interval": "every_steps",
+    "freq": "every_steps",
+    "frequency": "every_steps",
+    "iterations": "steps",
+    "epsilon": "eps",
+}
 _EXAMPLE = "# Example: "
 _COMMON = "# Most used: "
 
@@ -454,10 +463,13 @@ def _advice(*names: str) -> str | None:
 
 def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
     """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
+    readings = _readings(command, key.lower().replace("-", "_").split("."), value)
+    return next((meant for advice in readings if advice and (meant := _meant(command, advice, value))), None)
+
+
+def _meant(command: str, advice: str, value: str) -> tuple[str, list[str]] | None:
+    """Returns advice with its value, and that of better values; None if it is for another command."""
     settable = settable_keys(command)
-    advice = next(filter(None, _readings(command, key.lower().replace("-", "_").split("."), value)), None)
-    if advice is None:
-        return None
     why, overrides = fill_advice(advice, value)
     for index, text in enumerate(overrides):
         written, _, meant = text.partition("=")
@@ -475,23 +487,26 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
 def _readings(command: str, parts: Sequence[str], value: str) -> Iterator[str | None]:
     """Yields the advice for what the words of an unknown key can mean, the most exact meaning first."""
     settable = settable_keys(command)
+    group, last = ".".join(parts[:-1]), parts[-1]
+    if group in default_groups(command) and (value in options(group) or _KINDS.fullmatch(last)):
+        yield f"{group}={{value}}" if value in options(group) else value_advice(group, value)
     ends = [".".join(parts[index:]) for index in range(len(parts))]
     joined = [end.replace(".", "_") for end in ends[:-1]]
     values = [f"{end}={value}".lower() for end in (*ends, *joined)]
     yield _advice(*(f"{command}.{end}" for end in ends), *values, *ends[:-1], *joined)
-    # A key of the same group with these words, then of any group, then without words that name no other key.
-    group, last = ".".join(parts[:-1]), parts[-1]
+    # A key of the same group with these words, then of any group, then without fillers.
     within = [text for text in settable if text.rpartition(".")[0] == group and 0 <= _more_words(text, last) <= 1]
     yield f"{within[0]}={{value}}" if group and len(within) == 1 else None
     yield _advice(last)
     same = [text for text in settable if text.rpartition(".")[2] == last]
     yield f"{same[0]}={{value}}" if len(same) == 1 else None
-    if (plain := _FILLERS.sub("", last)) != last:
+    if (plain := _SYNONYMS.get(last) or _FILLERS.sub("", last)) != last:
         yield from _readings(command, [*parts[:-1], plain], value)
-    if group in default_groups(command) and _KINDS.fullmatch(last):
-        yield f"{group}={{value}}" if value in options(group) or value_advice(group, value) else None
-    elif group and group not in settable and _KINDS.fullmatch(last):
+    if group and group not in settable and _KINDS.fullmatch(last):
         yield from _readings(command, parts[:-1], value)
+    names = [name for name in aliases() if len(last) >= _LEAST_WORD and "=" not in name]
+    longer = {aliases()[name] for name in names if _more_words(name, last) == 1}
+    yield longer.pop() if len(longer) == 1 else None
 
 
 def _more_words(key: str, name: str) -> int:
@@ -506,6 +521,8 @@ def _plain_number(override: str, settable: Mapping[str, Any]) -> str:
     number, space, unit = value.partition(" ")
     if isinstance(settable.get(key, ""), str) and unit != "steps":
         return override
+    if key.endswith("_bytes") and number.isdecimal() and len(number) < 5:  # no device has so few
+        number += "GB"
     near = nearest_number(number, key).removeprefix("nearest valid: ")
     return f"{near}{space}{unit}" if near else override
 
