@@ -81,7 +81,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """Axes of the device mesh: world = pipeline x data x context x tensor; expert divides all but pipeline."""
+    """Axes of the device mesh, pipeline x data x context x tensor; expert divides all but pipeline."""
 
     pipeline: PositiveInt  # pipeline ranks
     data: PositiveInt  # groups of ranks that read different sequences

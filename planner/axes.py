@@ -1,4 +1,4 @@
-"""Times of communication between ranks that share a layer: context, tensor and sharded data parallelism. No torch here.
+"""Times of communication between ranks that share a layer. Imports no torch.
 
 Tensor parallelism and sharded weights are planned for runs of other programs; none of this project's has them.
 """
@@ -16,14 +16,14 @@ _WIDE_BYTES = 4
 
 
 def link_rates(config: TrainConfig, reference: RateReference) -> tuple[float, float]:
-    """Returns bytes per second of a rank's links between and within nodes, or those of the reference if unknown."""
+    """Returns bytes per second of a rank's links between and within nodes; unknown: the reference's."""
     cluster = config.cluster
     inter = cluster.inter_node_bytes_per_second or reference.inter_node_bytes_per_second
     return inter, cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second
 
 
 def tensor_seconds(config: TrainConfig, reference: RateReference, rows: float, gathered_width: int) -> PartTimes:
-    """Returns the time in which a tensor group gathers its rows and sums those that return; nothing hides it.
+    """Returns the time of a tensor group's gathers and sums of rows; nothing hides it.
 
     The backward sends the same, and gathers the inputs again for the gradients of weights.
 
@@ -47,7 +47,7 @@ def with_gathers(
     *,
     with_experts: bool = False,
 ) -> PartTimes:
-    """Returns a layer's times with what `plan.fsdp` adds: gathers of weights, and sums of float32 gradients.
+    """Adds gathers of weights and sums of float32 gradients to a layer's times, for `plan.fsdp`.
 
     They run next to the layer's computation, and only their rest is exchange. Ranks of a node share the links to other
     nodes for weights that all ranks of a stage hold; ranks that hold the same experts are on different nodes.
