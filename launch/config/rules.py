@@ -389,9 +389,10 @@ def check_experts(model: ModelConfig, expert: int) -> None:
 def check_expert_ranks(mesh: ParallelismConfig) -> None:
     """Rejects a number of expert ranks that does not divide the ranks of a stage."""
     if mesh.stage_ranks % mesh.expert:
+        axes = ["data", *(name for name in ("context", "tensor") if getattr(mesh, name) > 1)]
         divided = f"parallelism.data={mesh.data}"
-        if mesh.sequence_ranks > 1:
-            divided = f"parallelism.data x parallelism.context x parallelism.tensor = {mesh.stage_ranks}"
+        if len(axes) > 1:
+            divided = f"{' x '.join(f'parallelism.{name}' for name in axes)} = {mesh.stage_ranks}"
         near = divisors(mesh.stage_ranks, mesh.expert)
         raise broken("parallelism.expert", f"must divide {divided}", mesh.expert, near)
 

@@ -49,7 +49,7 @@ def test_compose_gives_plain_values() -> None:
     values = compose("train", ["experiment=quickstart", "task.steps=7", "name=x"])
     assert values["task"]["steps"] == 7
     assert values["name"] == "x"
-    assert values["parallelism"] == {"pipeline": 4, "data": 2, "expert": 2, "cut": "auto", "context": 1}
+    assert values["parallelism"] == {"pipeline": 4, "data": 2, "expert": 2, "cut": "auto", "context": 1, "tensor": 1}
     assert type(values["parallelism"]) is dict
     assert compose("train", ["name=run-${seed}", "seed=5"])["name"] == "run-5"
 
