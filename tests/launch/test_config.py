@@ -174,7 +174,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(number: 
             passed += 1
         except user_errors() as error:
             refusals.append(str(error))
-    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.0-9]+: .+", text)]
+    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.0-9]+(( and |, )[a-z_.0-9]+)*: .+", text)]
     assert number / 6 < passed < number
 
 
