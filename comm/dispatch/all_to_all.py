@@ -206,7 +206,7 @@ class AllToAllDispatcher:
             route.order.copy_rows(rows_TD, form.part(bytes_SB, 0))
             form.part(bytes_SB, 1).copy_(weights_S1)
             # Arrived rows, AB, then sorted by local expert.
-            bytes_AB = self._send("dispatch", routing, form, bytes_SB)
+            bytes_AB = self._exchange("dispatch", routing, form, bytes_SB)
             rows_AD = _reorder(form.part(bytes_AB, 0), route.sorted_A)
             weights_A1 = _reorder(form.part(bytes_AB, 1), route.sorted_A)
             return Arrived(rows_AD, weights_A1.view(-1), route.counts)
@@ -224,7 +224,7 @@ class AllToAllDispatcher:
         def run() -> Tensor:
             route = routing.route(self._planner.complete)
             form = RowFormat.of(rows_AD)
-            bytes_SB = self._send_back("combine", routing, form, bytes_of(_reorder(rows_AD, route.arrival_A)))
+            bytes_SB = self._exchange("combine", routing, form, bytes_of(_reorder(rows_AD, route.arrival_A)), back=True)
             return route.order.sum_rows(form.part(bytes_SB, 0))
 
         return self._lane.submit(run)
@@ -241,7 +241,7 @@ class AllToAllDispatcher:
             bytes_AB = form.allocate(len(grad_rows_AD), grad_rows_AD.device)
             _reorder(grad_rows_AD, route.arrival_A, form.part(bytes_AB, 0))
             _reorder(grad_weights_A[:, None], route.arrival_A, form.part(bytes_AB, 1))
-            bytes_SB = self._send_back("dispatch backward", routing, form, bytes_AB)
+            bytes_SB = self._exchange("dispatch backward", routing, form, bytes_AB, back=True)
             grad_weights_TK = route.order.restore_weights(form.part(bytes_SB, 1).reshape(-1))
             return route.order.sum_rows(form.part(bytes_SB, 0)), grad_weights_TK
 
@@ -260,34 +260,21 @@ class AllToAllDispatcher:
         def run() -> Tensor:
             route = routing.route(self._planner.complete)
             form = RowFormat.of(rows_TD)
-            bytes_AB = self._send(name, routing, form, bytes_of(route.order.copy_rows(rows_TD)))
+            bytes_AB = self._exchange(name, routing, form, bytes_of(route.order.copy_rows(rows_TD)))
             return _reorder(form.part(bytes_AB, 0), route.sorted_A)
 
         return self._lane.submit(run)
 
-    def _send(self, name: str, routing: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
-        """Sends copies of tokens to their experts' ranks; AB."""
-        route = routing.route(self._planner.complete)
-        return self._exchange(name, routing, form, bytes_SB, route.sent, route.received)
-
-    def _send_back(self, name: str, routing: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
-        """Sends rows back to their tokens' ranks; SB."""
-        route = routing.route(self._planner.complete)
-        return self._exchange(name, routing, form, bytes_AB, route.received, route.sent)
-
     def _exchange(
-        self,
-        name: str,
-        routing: AllToAllHandle,
-        form: RowFormat,
-        bytes_NB: Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
+        self, name: str, routing: AllToAllHandle, form: RowFormat, bytes_NB: Tensor, *, back: bool = False
     ) -> Tensor:
+        """Sends copies of tokens to their experts' ranks, or back to their tokens' ranks."""
+        route = routing.route(self._planner.complete)
+        sent, received = (route.received, route.sent) if back else (route.sent, route.received)
         group = self._group
-        least = routing.route(self._planner.complete).min_rows_across_nodes
         layer = None if routing.label is None else routing.label.layer
-        self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.index), form.bytes_per_row, least)
+        spread = Spread.of(sent, group.nodes, group.index)
+        self._traffic.add_predicted(layer, spread, form.bytes_per_row, route.min_rows_across_nodes)
         return group.start(bytes_NB, sent, received, name, routing.label).wait()
 
 
