@@ -250,10 +250,6 @@ def _build_local(config: LocalDispatchConfig, parts: "DispatcherParts") -> "Disp
     return LocalDispatcher(parts.num_experts)
 
 
-def _local_memory(config: LocalDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
-    return DispatchMemory(routing=order_bytes(site, rows), to_experts=0, from_experts=0)
-
-
 DISPATCHERS.register(
     "local",
     DispatcherEntry(
@@ -262,7 +258,7 @@ DISPATCHERS.register(
         config=LocalDispatchConfig,
         build=_build_local,
         requirements=(require_one_expert_rank,),
-        memory=_local_memory,
+        memory=lambda config, site, rows: DispatchMemory(routing=order_bytes(site, rows), to_experts=0, from_experts=0),
         contract=Contract(settings={"1": ContractSetting(nodes=(0,))}),
     ),
 )

@@ -178,7 +178,6 @@ def rotate_(
             BLOCK_HEADS=block_heads,
             BLOCK_ROPE=triton.next_power_of_2(rope),
             num_warps=num_warps,
-            enable_fp_fusion=False,
         )
 
 
@@ -214,7 +213,6 @@ def fill_keys_and_values(
             BLOCK_KEY=triton.next_power_of_2(key_width),
             BLOCK_VALUE=triton.next_power_of_2(value.shape[-1]),
             num_warps=num_warps,
-            enable_fp_fusion=False,
         )
 
 
@@ -247,7 +245,6 @@ def keys_and_values_gradient(
             BLOCK_NOPE=triton.next_power_of_2(nope),
             BLOCK_WIDTH=triton.next_power_of_2(width),
             num_warps=num_warps,
-            enable_fp_fusion=False,
         )
     return grad_NE
 

@@ -190,7 +190,7 @@ class TwoHopDispatcher:
         """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
         route = routing.route(self._planner.complete)
         rows = dense(rows_AD)
-        dtype = self._sum_dtype(rows_AD.dtype)
+        dtype = torch.float32 if self._partial_sums == "float32" and rows_AD.itemsize < 4 else rows_AD.dtype
         # Positions of each arriving row's copies among the experts' rows, by message.
         places = routing.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
@@ -218,9 +218,6 @@ class TwoHopDispatcher:
 
     def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> ExpertOrder:
         return self._router.expand(shifted_XK, route.by_source_X, sum(route.counts.counts))
-
-    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype
 
 
 Pack = Callable[[int], Tensor]  # returns the bytes of the message with a number
