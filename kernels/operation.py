@@ -115,7 +115,8 @@ def check_operand(
         raise ValueError(f"{subject} must be {dtype}, as the other operands are, got {operand.dtype}")
 
 
-def check_columns(subject: str, matrix: Tensor) -> None:
-    """Raises ValueError if numbers of the last dimension, along which kernels read, are not adjacent."""
-    if matrix.numel() and matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")
+def check_columns(subject: str, **matrices: Tensor) -> None:
+    """Raises ValueError if numbers of a last dimension, along which kernels read, are not adjacent."""
+    for name, matrix in matrices.items():
+        if matrix.numel() and matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+            raise ValueError(f"{subject}: {name} must be contiguous along its columns, got strides {matrix.stride()}")

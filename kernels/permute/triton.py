@@ -108,8 +108,7 @@ def permute(
         out_AD = rows_ND.new_empty(num_sources, num_columns)
     if num_sources == 0 or num_columns == 0:
         return out_AD
-    check_columns("permute: rows_ND", rows_ND)
-    check_columns("permute: out_AD", out_AD)
+    check_columns("permute", rows_ND=rows_ND, out_AD=out_AD)
     # The widest words by which all rows can be moved.
     granularity = _granularity(rows_ND, out_AD)
     word = WORDS[granularity]
@@ -146,7 +145,7 @@ def unpermute(
     out_ND = rows_AD.new_empty(num_tokens, num_columns, dtype=dtype or rows_AD.dtype)
     if num_tokens == 0 or num_columns == 0:
         return out_ND
-    check_columns("unpermute: rows_AD", rows_AD)
+    check_columns("unpermute", rows_AD=rows_AD)
     block_columns = min(block_columns, triton.next_power_of_2(num_columns))
     launch_kernel(
         unpermute_kernel,
@@ -159,7 +158,6 @@ def unpermute(
         BLOCK_TOKENS=block_tokens,
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     return out_ND
 

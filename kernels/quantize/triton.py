@@ -159,7 +159,7 @@ def quantize_1x128(
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     quantized = empty_quantized(rows_ND, num_rows, num_columns)
-    check_columns("quantize_1x128: rows_ND", rows_ND)
+    check_columns("quantize_1x128", rows_ND=rows_ND)
     launch_kernel(
         quantize_kernel,
         (rows_ND, *quantized),
@@ -178,8 +178,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
     rows_ND = codes_ND.new_empty(num_rows, num_columns, dtype=dtype)
-    check_columns("dequantize_1x128: codes", codes_ND)
-    check_columns("dequantize_1x128: scales", scales_NT)
+    check_columns("dequantize_1x128", codes=codes_ND, scales=scales_NT)
     tensors = (codes_ND, scales_NT, rows_ND)
     launch_kernel(dequantize_kernel, tensors, (num_rows, num_columns), (block_rows, TILE), num_warps=num_warps)
     return rows_ND
@@ -276,7 +275,7 @@ def quantize_128x128(
     *leading, num_rows, num_columns = values.shape
     codes = values.new_empty(values.shape, dtype=torch.float8_e4m3fn)
     scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
-    check_columns("quantize_128x128: values", values)
+    check_columns("quantize_128x128", values=values)
     _launch_blocks(
         quantize_blocks_kernel,
         values,
@@ -293,7 +292,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
     check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
     values = codes.new_empty(codes.shape, dtype=dtype)
-    check_columns("dequantize_128x128: codes", codes)
+    check_columns("dequantize_128x128", codes=codes)
     _launch_blocks(dequantize_blocks_kernel, codes, (scales.contiguous(), values), num_warps=num_warps)
     return values
 
@@ -303,7 +302,7 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
     check_quantized_blocks("transpose_blocks", *quantized)
     codes, scales = quantized
     transposed = codes.new_empty(codes.mT.shape)
-    check_columns("transpose_blocks: codes", codes)
+    check_columns("transpose_blocks", codes=codes)
     results = (transposed.view(torch.uint8),)
     _launch_blocks(transpose_blocks_kernel, codes.view(torch.uint8), results, num_warps=num_warps)
     return QuantizedBlocks(transposed, scales.mT.contiguous())

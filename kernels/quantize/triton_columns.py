@@ -169,7 +169,7 @@ def quantize_columns(
     num_rows, num_columns = rows_ND.shape
     check_counts("quantize_columns", counts, num_rows)
     quantized = _empty(rows_ND, counts)
-    check_columns("quantize_columns: rows_ND", rows_ND)
+    check_columns("quantize_columns", rows_ND=rows_ND)
     tiles = quantized.scales.shape[1]
     launch_kernel(
         quantize_columns_kernel,
@@ -223,8 +223,7 @@ def requantize_columns(
     num_rows, num_columns = codes_ND.shape
     check_counts("requantize_columns", counts, num_rows)
     transposed = _empty(codes_ND, counts)
-    check_columns("requantize_columns: codes", codes_ND)
-    check_columns("requantize_columns: scales", scales_NT)
+    check_columns("requantize_columns", codes=codes_ND, scales=scales_NT)
     tiles = transposed.scales.shape[1]
     launch_kernel(
         requantize_columns_kernel,

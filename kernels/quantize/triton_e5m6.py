@@ -115,7 +115,7 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
     tiles = num_tiles(num_columns)
     codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
     scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
-    check_columns("pack_e5m6: rows_ND", rows_ND)
+    check_columns("pack_e5m6", rows_ND=rows_ND)
     launch_kernel(
         pack_kernel,
         (rows_ND, codes_NB, scales_NT),
@@ -135,8 +135,7 @@ def unpack_e5m6(
     codes_NB, scales_NT = packed
     num_rows = codes_NB.shape[0]
     rows_ND = codes_NB.new_empty(num_rows, num_columns, dtype=dtype)
-    check_columns("unpack_e5m6: codes", codes_NB)
-    check_columns("unpack_e5m6: scales", scales_NT)
+    check_columns("unpack_e5m6", codes=codes_NB, scales=scales_NT)
     sizes = (num_rows, num_columns, num_pairs(num_columns))
     launch_kernel(unpack_kernel, (codes_NB, scales_NT, rows_ND), sizes, (block_rows, TILE), num_warps=num_warps)
     return rows_ND

@@ -157,7 +157,7 @@ def rms_norm(
     if x.numel() == 0:
         return normal, inverse.fill_(torch.nan)
     x_AD = x.reshape(-1, num_columns)
-    check_columns("rms_norm: x", x_AD)
+    check_columns("rms_norm", x=x_AD)
     shares = tiling("rms_norm: x", num_columns, block_rows, num_warps)
     launch_kernel(
         rms_norm_kernel,
@@ -189,8 +189,7 @@ def normalize_backward(
         return grad_x, torch.zeros_like(weight_D)
     grad_AD = grad.reshape(-1, num_columns)
     x_AD = x.reshape(-1, num_columns)
-    check_columns("normalize_backward: grad", grad_AD)
-    check_columns("normalize_backward: x", x_AD)
+    check_columns("normalize_backward", grad=grad_AD, x=x_AD)
     shares = tiling("normalize_backward: x", num_columns, block_rows, num_warps, has_sums=True)
     programs = min(num_programs or shares.num_programs, triton.cdiv(len(x_AD), shares.block_rows))
     sums_PD = scale.new_empty(programs, num_columns)
@@ -340,7 +339,7 @@ def rms_norm_quantize(
     inverse_A1 = x_AD.new_empty(size, 1, dtype=torch.float32)
     if x_AD.numel() == 0:
         return normal, inverse_A1.fill_(torch.nan)
-    check_columns("rms_norm_quantize: x_AD", x_AD)
+    check_columns("rms_norm_quantize", x_AD=x_AD)
     shares = tiling("rms_norm_quantize: x_AD", num_columns, block_rows, num_warps)
     launch_kernel(
         rms_norm_quantize_kernel,
@@ -373,8 +372,7 @@ def rms_norm_backward_from_codes(
     grad_x_AD = grad_AD.new_empty(size, num_columns)
     if grad_AD.numel() == 0:
         return grad_x_AD, grad_AD.new_zeros(num_columns, dtype=torch.float32)
-    for name, matrix in (("grad_AD", grad_AD), ("codes", normal.codes), ("scales", normal.scales)):
-        check_columns(f"rms_norm_backward_from_codes: {name}", matrix)
+    check_columns("rms_norm_backward_from_codes", grad_AD=grad_AD, codes=normal.codes, scales=normal.scales)
     shares = tiling("rms_norm_backward_from_codes: grad_AD", num_columns, block_rows, num_warps, has_sums=True)
     programs = min(num_programs or shares.num_programs, triton.cdiv(size, shares.block_rows))
     sums_PD = grad_AD.new_empty(programs, num_columns, dtype=torch.float32)

@@ -108,8 +108,7 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
         return out
     gate_AM = gate.reshape(-1, num_columns)
     up_AM = up.reshape(-1, num_columns)
-    check_columns("swiglu: gate", gate_AM)
-    check_columns("swiglu: up", up_AM)
+    check_columns("swiglu", gate=gate_AM, up=up_AM)
     blocks = (block_rows, min(block_columns, triton.next_power_of_2(num_columns)))
     launch_kernel(swiglu_kernel, (gate_AM, up_AM, out), (len(gate_AM), num_columns), blocks, num_warps=num_warps)
     return out
@@ -123,8 +122,7 @@ def swiglu_backward(
     out_AH = torch.empty_like(hidden_AH, memory_format=torch.contiguous_format)
     if out_AH.numel() == 0:
         return out_AH
-    check_columns("swiglu_backward: grad_AM", grad_AM)
-    check_columns("swiglu_backward: hidden_AH", hidden_AH)
+    check_columns("swiglu_backward", grad_AM=grad_AM, hidden_AH=hidden_AH)
     blocks = (block_rows, min(block_columns, triton.next_power_of_2(grad_AM.shape[1])))
     launch_kernel(swiglu_backward_kernel, (grad_AM, hidden_AH, out_AH), grad_AM.shape, blocks, num_warps=num_warps)
     return out_AH
@@ -261,7 +259,7 @@ def swiglu_quantize(
     check_weights("swiglu_quantize", weights_A, hidden_AH)
     gated = empty_quantized(hidden_AH, size, width)
     cached = empty_quantized(hidden_AH, size, hidden)
-    check_columns("swiglu_quantize: hidden_AH", hidden_AH)
+    check_columns("swiglu_quantize", hidden_AH=hidden_AH)
     launch_kernel(
         swiglu_quantize_kernel,
         (hidden_AH, cached.scales if weights_A is None else weights_A, *gated, *cached),
@@ -286,8 +284,7 @@ def swiglu_backward_from_codes(
     grad_hidden_AH = grad_AM.new_empty(size, 2 * width)
     gated_AM = grad_AM.new_empty(size, width)
     sums_AT = None if weights_A is None else grad_AM.new_empty(size, num_tiles(width), dtype=torch.float32)
-    for name, matrix in (("grad_AM", grad_AM), ("codes", hidden.codes), ("scales", hidden.scales)):
-        check_columns(f"swiglu_backward_from_codes: {name}", matrix)
+    check_columns("swiglu_backward_from_codes", grad_AM=grad_AM, codes=hidden.codes, scales=hidden.scales)
     weights = hidden.scales if weights_A is None else weights_A
     sums = hidden.scales if sums_AT is None else sums_AT
     launch_kernel(

@@ -159,13 +159,13 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_1x128, quantize_columns = reference.quantize_1x128, reference.quantize_columns
 
     def rows(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
-        check_columns("rows", rows_ND)
+        check_columns("rows", rows_ND=rows_ND)
         return quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
 
     def columns(
         rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
     ) -> QuantizedColumns:
-        check_columns("columns", rows_ND)
+        check_columns("columns", rows_ND=rows_ND)
         return quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
 
     monkeypatch.setattr(reference, "quantize_1x128", rows)
