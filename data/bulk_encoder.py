@@ -22,8 +22,6 @@ SPLIT_PATTERNS = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*"
     "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
-# The spelling in tokenizers that earlier versions of this project trained.
-_ESCAPED_PATTERN = SPLIT_PATTERNS[2].replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n")
 
 _CHECKED_CHARACTERS = 2**12
 # `fastokens` keeps every word that a thread has encoded until the thread ends: a thread encodes about so much.
@@ -102,8 +100,7 @@ class BulkEncoder:
 
 
 def _respelled(content: str) -> str:
-    """Returns the content of a `tokenizer.json` as `fastokens` reads it best, without gaps."""
-    content = content.replace(json.dumps(_ESCAPED_PATTERN), json.dumps(SPLIT_PATTERNS[2]))
+    """Returns the content of a `tokenizer.json` as `fastokens` reads it, without gaps."""
     values = json.loads(content)
     vocab = values["model"]["vocab"]
     if not isinstance(vocab, dict) or len(vocab) > max(vocab.values(), default=0):

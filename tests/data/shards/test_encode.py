@@ -1,6 +1,5 @@
 """Encoding in bulk: the ids of `tokenizers`, fill-in-the-middle, and documents that are compared."""
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.bulk_encoder import SPLIT_PATTERNS
 from data.corpus import DataError
 from data.registry import Document
 from data.shards.encode import DocumentEncoder, NewlineSplitter, cut_for_fim
 from data.tokenizer import Tokenizer
 from tests.data.published_tokenizers import FAMILIES, write_family
-from tests.data.released_tokenizer import edit, write_released
+from tests.data.released_tokenizer import write_released
 
 TEXTS = ["def f(x):\n\treturn x + 1\n\n", "The quick brown fox,    12345 times.\r\n", "naïve café 数字 🙂"] * 20
 _SPACES = " \t\r\n\v\f\x85\u00a0\u2028\u2029\u3000\u200b\u1680\u180e\ufeff\u001c\u001f"
@@ -38,22 +36,11 @@ def random_strings(count: int, seed: int = 0) -> Iterator[str]:
             yield "".join(chance.choice([*TEXTS[:3], "<｜fim▁hole｜>", "</s>", "<think>"]) for _ in range(length // 9))
 
 
-def write_escaped(path: Path) -> Path:
-    """Writes a tokenizer as earlier versions spelled it."""
-    Tokenizer.train(TEXTS, 400).save(path)
-    escaped = SPLIT_PATTERNS[2].replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n")
-    edit(path, lambda values: values["pre_tokenizer"]["pretokenizers"][2]["pattern"].update(Regex=escaped))
-    assert json.dumps(escaped) in path.read_text(encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize("kind", ["trained", "escaped", "released", *FAMILIES])
+@pytest.mark.parametrize("kind", ["trained", "released", *FAMILIES])
 def test_ids_in_bulk_are_those_of_tokenizers(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if kind == "released":
         write_released(path, TEXTS)
-    elif kind == "escaped":
-        write_escaped(path)
     elif kind == "trained":
         Tokenizer.train(TEXTS, 400).save(path)
     else:
