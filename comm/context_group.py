@@ -23,7 +23,7 @@ from comm.protocol import (
     Work,
     zigzag_parts,
 )
-from comm.watchdog.collective_log import group_name
+from comm.watchdog.collective_log import LoggedWork, group_name
 
 _ALIGNMENT_BYTES = 16
 
@@ -56,24 +56,6 @@ def _starts(rows: Rows) -> list[int]:
     return [0, *accumulate(_aligned(tensor.nbytes) for tensor in rows[:-1])]
 
 
-class LoggedWork:
-    """Pending communication that the collective log records as waiting."""
-
-    def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
-        self._log = link.observers.log
-        self._collective = self._log.start(link.name, link.members, name)
-        self._works = works
-        self._buffers = buffers
-
-    def wait(self) -> None:
-        """Waits for all parts; on CUDA only the current stream waits."""
-        with self._log.awaiting(self._collective):
-            for work in self._works:
-                work.wait()
-        self._works = ()
-        self._buffers = ()
-
-
 class ContextLink:
     """Process group of a context group. Used only from the compute lane."""
 
@@ -90,16 +72,14 @@ class ContextLink:
         received = [torch.empty_like(packed) for _ in self.members]
         self._count([packed.nbytes] * len(self.members))
         work = distributed.all_gather(received, packed, group=self._group, async_op=True)
-        assert work is not None
-        return LoggedWork(self, "gather of context rows", [work], (packed,)), received
+        return self._pending("gather of context rows", work, packed), received
 
     def start_exchange(self, parts: Tensor) -> tuple[Work[None], Tensor]:
         """Starts to send row r of `parts` to member r. Returns the work, and what each member sent here."""
         received = torch.empty_like(parts)
         self._count([parts[0].nbytes] * len(self.members))
         work = distributed.all_to_all_single(received, parts, group=self._group, async_op=True)
-        assert work is not None
-        return LoggedWork(self, "exchange of context gradients", [work], (parts,)), received
+        return self._pending("exchange of context gradients", work, parts), received
 
     def start_shift(self, sent: Tensor, name: str) -> "Shift":
         """Starts to send a tensor to the next member and to receive an equally large one from the one before."""
@@ -114,16 +94,18 @@ class ContextLink:
         work = distributed.all_to_all_single(
             received_B, sent_B, from_splits, to_splits, group=self._group, async_op=True
         )
-        assert work is not None
-        return Shift(LoggedWork(self, name, [work], (sent_B,)), received)
+        return Shift(self._pending(name, work, sent_B), received)
 
     def sum(self, values: Tensor) -> Tensor:
         """Implements `ContextGroup.sum`."""
         received = [torch.empty_like(values) for _ in self.members]
         work = distributed.all_gather(received, values.contiguous(), group=self._group, async_op=True)
-        assert work is not None
-        LoggedWork(self, "sum over the context group", [work], (values,)).wait()
+        self._pending("sum over the context group", work, values).wait()
         return ordered_sum(received)
+
+    def _pending(self, name: str, work: distributed.Work | None, sent: Tensor) -> Work[None]:
+        log = self.observers.log
+        return LoggedWork(log, log.start(self.name, self.members, name), work, None, sent)
 
     def _count(self, bytes_per_member: Sequence[int]) -> None:
         self.observers.traffic.add_context(Spread.of(bytes_per_member, self._nodes, self.index))

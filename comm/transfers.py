@@ -8,7 +8,7 @@ import math
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, get_args
@@ -21,8 +21,8 @@ from comm.config import LINK_CTAS
 from comm.groups import GroupKernels, make_group
 from comm.lane import ClosesOnSuccess, ThreadLane
 from comm.layout import Layout, pipeline_partition
-from comm.protocol import Work
-from comm.watchdog.collective_log import Collective, CollectiveLog
+from comm.protocol import CompletedWork, MappedWork, Work
+from comm.watchdog.collective_log import Collective, CollectiveLog, LoggedWork
 
 MessageKind = Literal["activation", "gradient", "tokens"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
@@ -121,21 +121,21 @@ class LinkLog:
     """Log of one link: one direction and message kind between two ranks, logged as a separate group."""
 
     def __init__(self, log: CollectiveLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
-        self._log = log
+        self.log = log
         self._ranks = ranks
         self._group = f"{kind} {ranks[0]}->{ranks[1]}"
 
     def start(self, key: MessageKey) -> Collective:
         """Logs the link's next message, when it is sent or its receive is posted."""
-        return self._log.start(self._group, self._ranks, "transfer", key)
+        return self.log.start(self._group, self._ranks, "transfer", key)
 
     def opening(self) -> AbstractContextManager[None]:
         """Logs the opening of the link while inside."""
-        return self._log.awaiting(self._log.start(self._group, self._ranks, "opening of the link"))
+        return self.log.awaiting(self.log.start(self._group, self._ranks, "opening of the link"))
 
     def awaiting(self, collective: Collective) -> AbstractContextManager[None]:
         """Logs that this end waits for the message while inside."""
-        return self._log.awaiting(collective)
+        return self.log.awaiting(collective)
 
 
 class _Link(Protocol):
@@ -258,8 +258,7 @@ class _DeviceLink:
         payload = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=self._device)
         collective = self._log.start(key)
         work = distributed.irecv(payload, self._peer, group=self._group)
-        assert work is not None
-        return _PendingDeviceReceive(work, payload.view(dtype).view(shape), collective, self._log)
+        return LoggedWork(self._log.log, collective, work, payload.view(dtype).view(shape))
 
     def flush(self) -> None:
         while self._sends:
@@ -272,21 +271,6 @@ class _DeviceLink:
 
     def close(self) -> None:
         return
-
-
-class _PendingDeviceReceive:
-    """Receive that is posted. After `wait`, the current stream may use the tensor."""
-
-    def __init__(self, work: distributed.Work, tensor: Tensor, collective: Collective, log: LinkLog) -> None:
-        self._work = work
-        self._tensor = tensor
-        self._collective = collective
-        self._log = log
-
-    def wait(self) -> Tensor:
-        with self._log.awaiting(self._collective):
-            self._work.wait()
-        return self._tensor
 
 
 # A payload up to this size is sent in one message with its header, which costs less than a second message.
@@ -332,7 +316,6 @@ class HostLink:
         self._header_tag = MESSAGE_KINDS.index(kind)
         self._device = device
         self._log = log
-        self._sent: list[tuple[Collective, distributed.Work]] = []
         self._lane: ThreadLane | None = None
         self._pending_sends: list[Work[None]] = []
 
@@ -342,7 +325,8 @@ class HostLink:
         collective = self._log.start(key)
         payload = as_bytes(tensor.to("cpu"))
         if len(payload) <= _INLINE_BYTES:
-            self._sent.append((collective, self._start(bytearray(header) + payload.numpy().data)))
+            work = self._start(bytearray(header) + payload.numpy().data)
+            self._pending_sends.append(LoggedWork(self._log.log, collective, work, None))
             return
         works = [self._start(bytearray(header)), self._group.send([payload], self._peer, _payload_tag(header))]
 
@@ -374,7 +358,7 @@ class HostLink:
             payload = torch.empty(size, dtype=torch.uint8)
             works.append(self._group.recv([payload], self._peer, _payload_tag(encoded)))
 
-        def finish() -> Tensor:
+        def finish(_: None) -> Tensor:
             with self._log.awaiting(collective):
                 works[0].wait()
                 if not frame.startswith(encoded):
@@ -384,32 +368,19 @@ class HostLink:
                     work.wait()
             return payload.view(dtype).view(shape).to(self._device)
 
-        return _PendingHostReceive(finish)
+        return MappedWork(CompletedWork(None), finish)
 
     def flush(self) -> None:
         """Waits until all messages have been sent."""
-        sent = self._sent
-        self._sent = []
         pending_sends = self._pending_sends
         self._pending_sends = []
-        for collective, work in sent:
-            with self._log.awaiting(collective):
-                work.wait()
-        for job in pending_sends:
-            job.wait()
+        for send in pending_sends:
+            send.wait()
 
     def close(self) -> None:
         """Ends the thread that waits for sends."""
         if self._lane is not None:
             self._lane.close()
-
-
-class _PendingHostReceive:
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish = finish
-
-    def wait(self) -> Tensor:
-        return self._finish()
 
 
 def _payload_tag(header: bytes) -> int:

@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import ClipCount, Spread, Traffic
 from comm.layout import Layout
-from comm.protocol import Label
-from comm.watchdog.collective_log import Collective, CollectiveLog, group_name
+from comm.protocol import CompletedWork, Label, Work
+from comm.watchdog.collective_log import Collective, CollectiveLog, LoggedWork, group_name
 from kernels.permute import permute, unpermute
 
 _ROW_ALIGNMENT = 16  # bytes that one load of a GPU's thread takes
@@ -128,16 +128,14 @@ class ExchangeGroup:
         self._group = group
         self._observers = observers
 
-    def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> "PendingExchange":
+    def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> Work[Tensor]:
         """Starts to send row r to member r, uncounted; the result has the row of each member, RC."""
-        log = self._observers.log
         if len(self.members) == 1:
-            return PendingExchange(None, numbers_RC, numbers_RC, None, log)
+            return CompletedWork(numbers_RC)
         received_RC = torch.empty_like(numbers_RC)
         collective = self._start("exchange of counts", label)
         work = distributed.all_to_all_single(received_RC, numbers_RC, group=self._group, async_op=True)
-        assert work is not None
-        return PendingExchange(work, numbers_RC, received_RC, collective, log)
+        return LoggedWork(self._observers.log, collective, work, received_RC, numbers_RC)
 
     def exchange_numbers(self, numbers_RC: Tensor, label: Label | None) -> Tensor:
         """Exchanges numbers like `start_numbers`, and waits for the result."""
@@ -151,7 +149,7 @@ class ExchangeGroup:
         name: str,
         label: Label | None,
         into_MB: Tensor | None = None,
-    ) -> "PendingExchange":
+    ) -> Work[Tensor]:
         """Starts to send uint8 rows in order, `sent[0]` of them to member 0, and so on. Does not block.
 
         They must not change until the exchange is complete. `into_MB` receives rows.
@@ -160,16 +158,14 @@ class ExchangeGroup:
         assert len(rows_NB) == sum(sent)
         self._count(rows_NB.shape[1], sent, received, label)
         if len(self.members) == 1:
-            arrived_MB = rows_NB if into_MB is None else into_MB.copy_(rows_NB)
-            return PendingExchange(None, rows_NB, arrived_MB, None, self._observers.log)
+            return CompletedWork(rows_NB if into_MB is None else into_MB.copy_(rows_NB))
         # One all-to-all of unequal parts: M rows arrive, by member.
         received_MB = rows_NB.new_empty(sum(received), rows_NB.shape[1]) if into_MB is None else into_MB
         collective = self._start(name, label)
         work = distributed.all_to_all_single(
             received_MB, rows_NB, list(received), list(sent), group=self._group, async_op=True
         )
-        assert work is not None
-        return PendingExchange(work, rows_NB, received_MB, collective, self._observers.log)
+        return LoggedWork(self._observers.log, collective, work, received_MB, rows_NB)
 
     def _start(self, name: str, label: Label | None) -> Collective:
         return self._observers.log.start(self._name, self.members, name, label)
@@ -183,29 +179,3 @@ class ExchangeGroup:
             rows_sent.times(bytes_per_row),
             rows_received.times(bytes_per_row),
         )
-
-
-class PendingExchange:
-    """Exchange that has started."""
-
-    def __init__(
-        self,
-        work: distributed.Work | None,
-        sent: Tensor,
-        received: Tensor,
-        collective: Collective | None,
-        log: CollectiveLog,
-    ) -> None:
-        self._work = work
-        self._sent: Tensor | None = sent  # kept until it has been sent
-        self._received = received
-        self._collective = collective
-        self._log = log
-
-    def wait(self) -> Tensor:
-        """Waits for the rows of all members and returns them by member; on CUDA only the current stream waits."""
-        if self._work is not None and self._collective is not None:
-            with self._log.awaiting(self._collective):
-                self._work.wait()
-        self._work = self._sent = None
-        return self._received

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.watchdog.ranks import MAX_LISTED, RankSet
+
+T = TypeVar("T")
 
 StreamMark = Callable[[], Callable[[], bool]]
 """Marks the current end of the current stream. The returned function says whether the stream has passed the mark."""
@@ -185,6 +188,34 @@ class CollectiveLog:
 
     def _finish(self, collective: Collective) -> None:
         self._finished[collective.group] = max(collective.number, self._finished.get(collective.group, -1))
+
+
+class LoggedWork(Generic[T]):
+    """Communication that has started; the log records the wait for it."""
+
+    def __init__(
+        self,
+        log: CollectiveLog,
+        collective: Collective,
+        work: distributed.Work | None,
+        result: T,
+        sent: Tensor | None = None,
+    ) -> None:
+        """Takes the result, which is complete after `wait`, and keeps what is sent until then."""
+        assert work is not None, "torch returns None for asynchronous work on ranks outside the group"
+        self._log = log
+        self._collective = collective
+        self._work: distributed.Work | None = work
+        self._result = result
+        self._sent = sent
+
+    def wait(self) -> T:
+        """Waits for all parts and returns the result; on CUDA only the current stream waits."""
+        if self._work is not None:
+            with self._log.awaiting(self._collective):
+                self._work.wait()
+        self._work = self._sent = None
+        return self._result
 
 
 def cuda_mark(device: torch.device) -> StreamMark:

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all import PlannedHandle, num_local_experts
 from comm.dispatch.local import ExpertOrder, dense, restore_values
-from comm.dispatch.process_group import ExchangeGroup, Observers, PendingExchange, RowFormat, RowPart
+from comm.dispatch.process_group import ExchangeGroup, Observers, RowFormat, RowPart
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.plan import CountLayout, Hop, RelayOrder, RowRouter, TwoHopCounts, TwoHopPlanner, TwoHopRoute
 from comm.groups import GroupKernels, join_one, open_communicators
@@ -291,16 +291,16 @@ class ChunkedExchange:
             rows = Spread.of(list(map(sum, zip(*sent, strict=True))), group.nodes, group.index)
             traffic.add_predicted(layer, rows, bytes_per_row, least)
 
-    def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> PendingExchange:
+    def _return_within(self, message: int, bytes_NB: Tensor, into: Sequence[Tensor]) -> Work[Tensor]:
         """Starts to return rows within the node: a chunk's to the relay, others to their tokens' ranks."""
         is_home = message == len(self._across)
         return self._start_within(message, bytes_NB, self._within[message].back, into[message] if is_home else None)
 
-    def _start_within(self, message: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> PendingExchange:
+    def _start_within(self, message: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> Work[Tensor]:
         part = "local rows" if message == len(self._across) else f"chunk {message}"
         name = f"{self._name} within the node, {part}"
         return self._node.start(bytes_NB, hop.sent, hop.received, name, self._label, into_MB)
 
-    def _start_across(self, chunk: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> PendingExchange:
+    def _start_across(self, chunk: int, bytes_NB: Tensor, hop: Hop, into_MB: Tensor | None) -> Work[Tensor]:
         name = f"{self._name} across nodes, chunk {chunk}"
         return self._rail.start(bytes_NB, hop.sent, hop.received, name, self._label, into_MB)
