@@ -1,9 +1,8 @@
 """Runs a context group's collectives, logs and counts them; sums are in rank order, so bitwise equal."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -24,6 +23,8 @@ from comm.protocol import (
     zigzag_parts,
 )
 from comm.watchdog.collective_log import LoggedWork, group_name
+
+T = TypeVar("T")
 
 _ALIGNMENT_BYTES = 16
 
@@ -67,21 +68,21 @@ class ContextLink:
         self._group = group
         self._nodes = tuple(layout.node_of(rank) for rank in self.members)
 
-    def start_gather(self, packed: Tensor) -> tuple[Work[None], list[Tensor]]:
-        """Starts to send bytes to all members; the returned bytes of each are complete after the work."""
+    def start_gather(self, packed: Tensor) -> Work[list[Tensor]]:
+        """Starts to send bytes to all members, and returns the bytes of each."""
         received = [torch.empty_like(packed) for _ in self.members]
         self._count([packed.nbytes] * len(self.members))
         work = distributed.all_gather(received, packed, group=self._group, async_op=True)
-        return self._pending("gather of context rows", work, packed), received
+        return self._pending("gather of context rows", work, received, packed)
 
-    def start_exchange(self, parts: Tensor) -> tuple[Work[None], Tensor]:
-        """Starts to send row r of `parts` to member r. Returns the work, and what each member sent here."""
+    def start_exchange(self, parts: Tensor) -> Work[Tensor]:
+        """Starts to send row r of `parts` to member r. Returns what each member sent here."""
         received = torch.empty_like(parts)
         self._count([parts[0].nbytes] * len(self.members))
         work = distributed.all_to_all_single(received, parts, group=self._group, async_op=True)
-        return self._pending("exchange of context gradients", work, parts), received
+        return self._pending("exchange of context gradients", work, received, parts)
 
-    def start_shift(self, sent: Tensor, name: str) -> "Shift":
+    def start_shift(self, sent: Tensor, name: str) -> Work[Tensor]:
         """Starts to send a tensor to the next member and to receive an equally large one from the one before."""
         received = torch.empty_like(sent)
         to_splits = [0] * len(self.members)
@@ -94,29 +95,20 @@ class ContextLink:
         work = distributed.all_to_all_single(
             received_B, sent_B, from_splits, to_splits, group=self._group, async_op=True
         )
-        return Shift(self._pending(name, work, sent_B), received)
+        return self._pending(name, work, received, sent_B)
 
     def sum(self, values: Tensor) -> Tensor:
         """Implements `ContextGroup.sum`."""
         received = [torch.empty_like(values) for _ in self.members]
         work = distributed.all_gather(received, values.contiguous(), group=self._group, async_op=True)
-        self._pending("sum over the context group", work, values).wait()
-        return ordered_sum(received)
+        return ordered_sum(self._pending("sum over the context group", work, received, values).wait())
 
-    def _pending(self, name: str, work: distributed.Work | None, sent: Tensor) -> Work[None]:
+    def _pending(self, name: str, work: distributed.Work | None, received: T, sent: Tensor) -> Work[T]:
         log = self.observers.log
-        return LoggedWork(log, log.start(self.name, self.members, name), work, None, sent)
+        return LoggedWork(log, log.start(self.name, self.members, name), work, received, sent)
 
     def _count(self, bytes_per_member: Sequence[int]) -> None:
         self.observers.traffic.add_context(Spread.of(bytes_per_member, self._nodes, self.index))
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """Tensors on their way to the next member of a ring; `received` is complete after `work`."""
-
-    work: Work[None]
-    received: Tensor
 
 
 class LinkedContext:
@@ -143,9 +135,9 @@ class GatherContext(LinkedContext):
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""
-        work, received = self._link.start_gather(to_bytes(rows))
+        work = self._link.start_gather(to_bytes(rows))
         yield self.index, rows
-        work.wait()
+        received = work.wait()
         for distance in range(1, self.size):
             index = (self.index - distance) % self.size
             yield index, from_bytes(received[index], rows)
@@ -156,8 +148,8 @@ class GatherContext(LinkedContext):
         stacked = torch.stack(parts)
         shape = stacked.shape
         dtype = stacked.dtype
-        work, received = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
-        return MappedWork(work, lambda _: ordered_sum(list(received.view(dtype).view(shape))))
+        work = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
+        return MappedWork(work, lambda received: ordered_sum(list(received.view(dtype).view(shape))))
 
 
 def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
@@ -187,8 +179,7 @@ class RingContext(LinkedContext):
         pending = None
         for distance in range(self.size):
             if pending is not None:
-                pending.work.wait()
-                message = pending.received
+                message = pending.wait()
             if distance < self.size - 1:
                 pending = self._link.start_shift(message, "context rows to the next rank")
             yield (self.index - distance) % self.size, from_bytes(message, rows) if distance else rows
@@ -196,7 +187,7 @@ class RingContext(LinkedContext):
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
         """Implements `ContextGroup.collect`; the sum travels in float32 or wider, own part last."""
         own_part: Tensor | None = None
-        pending: Shift | None = None
+        pending: Work[Tensor] | None = None
         for index, visited in self.visit(rows):
             part = contribute(index, visited)
             wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
@@ -205,13 +196,11 @@ class RingContext(LinkedContext):
                 dtype = part.dtype
                 continue
             if pending is not None:
-                pending.work.wait()
-                wide = pending.received + wide
+                wide = pending.wait() + wide
             pending = self._link.start_shift(wide, "context gradients to the next rank")
         assert own_part is not None
         assert pending is not None
-        pending.work.wait()
-        return CompletedWork((pending.received + own_part).to(dtype))
+        return CompletedWork((pending.wait() + own_part).to(dtype))
 
 
 ContextExchange = Literal["auto", "gather", "ring"]

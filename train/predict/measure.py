@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from comm.context_group import GatherContext, LinkedContext, RingContext, Shift
+from comm.context_group import GatherContext, LinkedContext, RingContext
 from comm.protocol import ALONE, Arrived, CompletedWork, ContextGroup, Dispatcher, Label, Work, sliced_parts
 from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
 from kernels.launch import without_launches
@@ -328,14 +328,14 @@ class _Link:
     def __init__(self, size: int) -> None:
         self.members = tuple(range(size))
 
-    def start_gather(self, packed: Tensor) -> tuple[Work[None], list[Tensor]]:
-        return CompletedWork(None), [torch.empty_like(packed) for _ in self.members]
+    def start_gather(self, packed: Tensor) -> Work[list[Tensor]]:
+        return CompletedWork([torch.empty_like(packed) for _ in self.members])
 
-    def start_exchange(self, parts: Tensor) -> tuple[Work[None], Tensor]:
-        return CompletedWork(None), torch.empty_like(parts)
+    def start_exchange(self, parts: Tensor) -> Work[Tensor]:
+        return CompletedWork(torch.empty_like(parts))
 
-    def start_shift(self, sent: Tensor, name: str) -> Shift:
-        return Shift(CompletedWork(None), torch.empty_like(sent))
+    def start_shift(self, sent: Tensor, name: str) -> Work[Tensor]:
+        return CompletedWork(torch.empty_like(sent))
 
     def sum(self, values: Tensor) -> Tensor:
         return torch.empty_like(values)
