@@ -241,7 +241,7 @@ class EvaluationTaskSpec:
     config: type[EvaluationTaskConfig]
     build: Callable[[Any, TaskContext], EvaluationTask]
     _: KW_ONLY
-    version: int
+    version: int = 1
     files: Callable[[Any], tuple[str, ...]] = path_of
     heads: tuple[HeadKind, ...] = ("tokens",)
     required: tuple[str, ...] = ()
