@@ -94,7 +94,7 @@ class Answerer:
 
         rollouts = self.model.generate(
             [prompt for group in prompts.values() for prompt in group],
-            Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(self.end_ids)),
+            Request(max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(self.end_ids)),
             is_stopped,
         )
         by_prompt = {rollout.prompt: rollout for rollout in rollouts.rollouts}

@@ -72,7 +72,7 @@ class Request:
         constraint: builds the constraint of a continuation; None allows every token.
     """
 
-    samples: int
+    samples: int = 1
     max_new_tokens: int
     sampling: Sampling
     step: int = 0

@@ -327,7 +327,6 @@ def encode_job(config: GenerateCommandConfig, source: WeightsSource, given: Sequ
         encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
         prompts = [Prompt(text, encode_text(text) if isinstance(text, str) else list(text)) for text in given]
     request = Request(
-        samples=1,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)}),
         stop=frozenset((*config.stop.ids, *source.end_ids)),

@@ -293,7 +293,6 @@ def _read_request(
         raise refusal("stop_token_ids", "must be a list", describe(stop_ids), [])
     ends = () if fields.get("ignore_eos", False) else served.end_ids
     return Request(
-        samples=1,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=frozenset((*(served.read_token(item, "stop_token_ids") for item in stop_ids), *ends)),

@@ -339,7 +339,6 @@ def _continue(
 ) -> Rollouts:
     """Continues each prompt once, as `samples` says. A stop token at the end is part of a rollout."""
     request = Request(
-        samples=1,
         max_new_tokens=config.samples.tokens,
         sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
         stop=frozenset([prepared.tokenizer.special.eos]),

@@ -452,7 +452,6 @@ class StudentSampler(TaskHook):
     def _generate(self, answers: Sequence[PromptAndAnswer], loader: Loader, step: int) -> dict[int, Sample]:
         """Samples an answer to each prompt, by the number of the prompt."""
         request = Request(
-            samples=1,
             max_new_tokens=self._task.max_new_tokens,
             sampling=Sampling(temperature=self._task.sampling_temperature, seed=self._seed),
             step=step,
