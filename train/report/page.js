@@ -28,7 +28,8 @@
     hours: {title: "hours of training steps", text: value => digits(value, 3)},
   };
 
-  const state = {x: "steps", log: false, smooth: 0, range: null};  // range: of x, null if the whole run is shown
+  // `range` is of x, null if the whole run is shown.
+  const state = {x: "steps", log: false, smooth: Number(element("smooth").value), range: null};
   const plots = [];
 
   // Places of a run's points on the chosen x axis, and of a step between them.
@@ -117,10 +118,12 @@
     return chart;
   }
 
-  // Series of a chart with the values to draw; while lines are smoothed, their own values are faint behind them.
+  // Series of a chart with the values to draw; while lines are smoothed, their recorded values are faint behind them,
+  // and the legend shows those.
   function seriesOf(chart) {
     const isSmooth = line => state.smooth > 0 && !line.dots && !line.edge && line.values.length > 2;
-    const lines = chart.series.map(line => isSmooth(line) ? {...line, values: smoothed(line.values, state.smooth)} : line);
+    const lines = chart.series.map(line => ({...line, recorded: line.values,
+      values: isSmooth(line) ? smoothed(line.values, state.smooth) : line.values}));
     const raw = chart.series.filter(isSmooth).map(line => ({...line, faint: true}));
     return [...lines, ...raw].map(line => state.log && chart.canBeLog ?
       {...line, values: line.values.map(value => value > 0 ? value : null)} : line);
@@ -138,20 +141,21 @@
   function reading(line, x) {
     const at = places(line.run);
     let best = null;
-    for (const [place, value] of line.values.entries())
+    for (const [place, value] of line.recorded.entries())
       if (value != null && (best == null || Math.abs(at[place] - x) < Math.abs(at[best] - x))) best = place;
-    return best == null ? null : line.values[best];
+    return best == null ? null : line.recorded[best];
   }
 
-  function series(line, format, lines) {
+  function series(line, format) {
     const stroke = color("--c" + line.color), hidden = line.edge || line.faint;
     return {
       label: line.name, class: hidden ? "edge" : undefined, width: line.faint ? 1 : 1.7, spanGaps: true,
       stroke: line.edge ? "transparent" : line.faint ? stroke + "55" : stroke, dash: DASHES[line.dash % DASHES.length],
       points: {show: line.faint || line.edge ? false : line.dots || undefined, size: 6, fill: stroke},
       value: (plot, value, number, place) => {
-        if (place == null) return "";
-        const found = value == null && RUNS.length > 1 ? reading(lines[number - 1], plot.data[0][place]) : value;
+        if (hidden) return "";
+        const last = line.recorded.findLast(each => each != null);
+        const found = place == null ? last : RUNS.length > 1 ? reading(line, plot.data[0][place]) : line.recorded[place];
         return found == null ? "none" : format(found);
       },
     };
@@ -159,7 +163,7 @@
 
   // The words for a place on the x axis: its steps, and what happened there.
   function placeText(plot, place) {
-    if (place == null) return "";
+    if (place == null) return "last";
     const x = plot.data[0][place];
     if (RUNS.length > 1) return X[state.x].text(x);
     const [from, to] = RUNS[0].spans[place];
@@ -204,7 +208,7 @@
           ...(isLog ? logTicks : {})},
       ],
       series: [{label: X[state.x].title, value: (plot, _, __, place) => placeText(plot, place)},
-        ...lines.map(line => series(line, format, lines))],
+        ...lines.map(line => series(line, format))],
       bands: chart.bands.map(([top, bottom]) => ({
         series: [top + 1, bottom + 1], fill: color("--c" + chart.series[top].color) + "2e",
       })),
