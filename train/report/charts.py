@@ -105,10 +105,16 @@ class ChartWriter:
         self.runs = runs
         self._keys = list(dict.fromkeys(key for run in runs for key in run.history.keys))
         self._shown_keys: dict[str, tuple[str, ...]] = {}
+        self._charted_keys = {"step", "tokens"}  # the x axes
 
     def figures(self, section: str) -> list[str]:
         """Returns a `<figure>` for each chart of a section; an empty text for one of which no run has numbers."""
         return [self.figure(chart) for values in _sections()[section] for chart in self._expanded(Chart(**values))]
+
+    def other_figures(self) -> list[str]:
+        """Returns a `<figure>` for each number of a step that no chart shows, as metrics of plugins."""
+        others = [key for key in self._keys if "." not in key and key not in self._charted_keys]
+        return [self.figure(Chart(title=key, lines={key: key}, y="value", hides_zeros=True)) for key in others]
 
     def figure(self, chart: Chart) -> str:
         """Returns a `<figure>`; empty text if no run has its numbers."""
@@ -118,6 +124,7 @@ class ChartWriter:
 
     def plot(self, chart: Chart) -> str:
         """Returns a chart without a figure around it; empty text if no run has its numbers."""
+        self._charted_keys |= set(chart.lines)
         chosen = chart.compared if chart.compared and len(self.runs) > 1 else list(chart.lines)
         drawn_keys = [key for key in chosen if key in self._keys]
         if (

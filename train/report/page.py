@@ -201,6 +201,8 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         _section("Pipeline", _pipeline(drawn)),
         _section("Experts", _experts(charts) + "".join(map(_balance, drawn))),
         _section("Exchange", _exchange(charts, drawn[0].source.last if len(drawn) == 1 else {})),
+        # After the other charts, because it has the numbers that none of them shows.
+        _section("Other numbers and metrics of plugins", block(charts.other_figures())),
         _section("Answers to held-out prompts", _answers(drawn)),
         _section("Checkpoints and events", _events(charts.runs)),
     ]

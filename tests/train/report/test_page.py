@@ -154,6 +154,17 @@ def test_report_draws_validation_by_position_and_evaluations_in_order(tmp_path: 
     assert [title for title in page.charts if title.startswith("Evaluation")] == ["Evaluation: choice_accuracy"]
 
 
+def test_report_charts_metrics_of_plugins(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 3))
+    with (Path(config.out_dir) / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({**next(records(range(3, 4))), "bits_per_token": 11.5}) + "\n")
+    page = Page(Report(config).write().read_text())
+    assert page.reading("bits_per_token", 3) == {"bits_per_token": 11.5}
+    assert len({line["key"] for chart in page.charts.values() for line in chart["lines"]}) == sum(
+        len(chart["lines"]) for chart in page.charts.values()
+    )
+
+
 def test_report_shows_least_and_most_of_many_steps_as_a_band(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 1001))
     page = Page(Report(config).write().read_text())
@@ -170,7 +181,10 @@ def test_report_is_drawn_by_a_browser_from_a_file(tmp_path: Path, scheme: str) -
     """Its script runs under its own content policy, draws every chart and maps, and logs no error."""
     page = Report(place_run(tmp_path, range(1, 40))).write().read_text()
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    assert browse(page, tmp_path, *dark).count("<canvas") == len(re.findall(r'class="plot"', page))
+    drawn = browse(page, tmp_path, *dark)
+    assert drawn.count("<canvas") == len(re.findall(r'class="plot"', page))
+    # The recorded value of the last step, although lines are smoothed.
+    assert "8.61" in re.findall(r'class="u-value">([^<]*)<', drawn)
 
 
 def test_report_follows_a_run_that_resumes_is_rolled_back_and_rewritten(tmp_path: Path) -> None:
