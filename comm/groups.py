@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
+    RendezvousParameters,
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
@@ -366,6 +367,9 @@ class PrivateRendezvous(RendezvousHandler):
 
 def register_private_rendezvous() -> None:
     """Registers `PRIVATE_RENDEZVOUS` with torch's launcher; `rdzv_configs` must hold `check_ranks`."""
-    rendezvous_handler_registry.register(
-        PRIVATE_RENDEZVOUS, lambda parameters: PrivateRendezvous(parameters.run_id, parameters.config["check_ranks"])
-    )
+    rendezvous_handler_registry.register(PRIVATE_RENDEZVOUS, _create)
+
+
+def _create(parameters: RendezvousParameters) -> RendezvousHandler:
+    # One function, because torch refuses a second registration with another one, and each restart registers.
+    return PrivateRendezvous(parameters.run_id, parameters.config["check_ranks"])
