@@ -15,6 +15,7 @@ from launch import unwound_by_signals
 from launch.cli.entry import check_new_folder, command, preview_of
 from launch.config.compose import compose, compose_defaults, read_option, system_errors
 from model.config import ModelConfig
+from model.hf.config import check_format
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 
 RELEASED = {
@@ -116,7 +117,9 @@ def _check(config: Conversion) -> None:
             "chat_template", "must be null in a checkpoint, which no server reads", config.chat_template, "null"
         )
     check_new_folder("to", config.to)
-    source_config(config.path, "path", drop_mtp=config.drop_mtp)
+    model = source_config(config.path, "path", drop_mtp=config.drop_mtp)
+    if config.target == "hf":
+        check_format(model)
 
 
 def _check_path(config: Conversion) -> None:

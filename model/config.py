@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from kernels.attention import ATTENTION
+from kernels.router_scores import ROUTERS
 
 BLOCK_TOKENS = 64
 """Tokens of a block, in which the cache of attention is divided among sequences."""
@@ -144,6 +145,7 @@ class ModelConfig:
     head: HeadKind
     # biased scores that add up to a group's; None: K / M for K experts per token from M groups.
     group_score_experts: PositiveInt | None = None
+    router: Annotated[str, ROUTERS] = "sigmoid"
 
     @property
     def num_group_scores(self) -> int:

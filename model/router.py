@@ -29,7 +29,7 @@ class RouteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Chosen experts of each token, int64; weights and sigmoid scores without bias are float32 or wider."""
+    """Chosen experts of each token, int64; weights and scores without bias are float32 or wider."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -140,7 +140,7 @@ class _Route(torch.autograd.Function):
         ctx.mark_non_differentiable(chosen_TK)
         scores_BTE = scores_TE.view_as(logits_BTE)
         ctx.save_for_backward(chosen_TK, weights_TK, scores_BTE)
-        ctx.factor = limits.factor
+        ctx.limits = limits
         return chosen_TK, weights_TK, scores_BTE
 
     @staticmethod
@@ -151,7 +151,7 @@ class _Route(torch.autograd.Function):
             grad_weights_TK = torch.zeros_like(weights_TK)
         grad_scores_TE = None if grad_scores_BTE is None else grad_scores_BTE.flatten(0, 1)
         saved = (chosen_TK, weights_TK, scores_BTE.flatten(0, 1))
-        grad_TE = route_backward(grad_weights_TK, *saved, grad_scores_TE, ctx.factor)
+        grad_TE = route_backward(grad_weights_TK, *saved, grad_scores_TE, ctx.limits)
         return grad_TE.view_as(scores_BTE), None, None, None, None
 
 
@@ -174,6 +174,7 @@ class Router(nn.Module):
             config.num_limited_groups,
             config.routed_scaling_factor,
             config.num_group_scores,
+            config.router,
         )
         self.weight = nn.Parameter(torch.empty(config.num_routed_experts, config.hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_routed_experts))

@@ -173,7 +173,7 @@ def _small_run(config: TrainConfig) -> TrainConfig:
 
 
 def _small_model(model: ModelConfig, length: int) -> ModelConfig:
-    """Returns a small DeepSeek-V3 with the rotation of the run."""
+    """Returns a small DeepSeek-V3 with the rotation and the router of the run."""
     return ModelConfig(
         vocab_size=320,
         hidden_size=_HIDDEN_SIZES[0],
@@ -201,6 +201,7 @@ def _small_model(model: ModelConfig, length: int) -> ModelConfig:
         mtp_hidden="post_norm",
         initializer_range=0.1,
         head="tokens",
+        router=model.router,
     )
 
 

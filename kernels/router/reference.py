@@ -1,4 +1,4 @@
-"""Router: sigmoid scores, group-limited top-k on biased scores, weights from unbiased scores.
+"""Router: scores of any kind, group-limited top-k on biased scores, weights from unbiased scores.
 
 Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1. Shape legend: T tokens in all, G groups
 of E / G consecutive experts.
@@ -11,19 +11,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.router_scores import ROUTERS
+
 # Added to the sum of chosen scores, as in the released code.
 SMALLEST_SUM = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
 class RouteLimits:
-    """Limits of a token's experts and groups, the factor of their weights, and what a group's score adds."""
+    """Limits of a token's experts and groups, the factor of weights, and how both are scored."""
 
     num_chosen: int
     num_groups: int
     num_limited_groups: int
     factor: float
     group_score_experts: int  # biased scores that add up to a group's, or as many as it has experts
+    kind: str = "sigmoid"  # of scores, a name in ROUTERS
 
     def num_per_group(self, num_experts: int) -> int:
         """Returns how many experts' scores add up to a group's."""
@@ -47,10 +50,10 @@ def route(
 ) -> Chosen:
     """Chooses each token's experts, unless `ids_TK` has them, and adds the choices to `load_E`.
 
-    A score is the sigmoid's value nearest to the exact one, so that all implementations choose the same experts. Of
-    equal scores the one with the lower number wins, in groups too.
+    A score is the number nearest to the exact one, so that all implementations choose the same experts. Of equal scores
+    the one with the lower number wins, in groups too.
     """
-    scores_TE = logits_TE.double().sigmoid().to(logits_TE.dtype)
+    scores_TE = ROUTERS.get(limits.kind).scores(logits_TE)
     if ids_TK is None:
         # Limited groups first (node limit of the paper), then the top k of what is left.
         biased_TE = scores_TE + bias_E
@@ -74,15 +77,15 @@ def route_backward(
     weights_TK: Tensor,
     scores_TE: Tensor,
     grad_scores_TE: Tensor | None,
-    factor: float,
+    limits: RouteLimits,
 ) -> Tensor:
     """Computes the gradient of the logits, TE, from those of weights and, if given, of scores."""
     # A chosen score's slope is by how much its weight's exceeds the mean, divided by the sum of the chosen: TK.
     sums_T1 = scores_TE.gather(1, ids_TK).sum(-1, keepdim=True) + SMALLEST_SUM
     means_T1 = (grad_weights_TK * weights_TK).sum(-1, keepdim=True)
-    slopes_TK = (grad_weights_TK * factor - means_T1) / sums_T1
+    slopes_TK = (grad_weights_TK * limits.factor - means_T1) / sums_T1
     grad_TE = torch.zeros_like(scores_TE) if grad_scores_TE is None else grad_scores_TE
-    return grad_TE.scatter_add(1, ids_TK, slopes_TK) * (scores_TE * (1 - scores_TE))
+    return ROUTERS.get(limits.kind).backward(grad_TE.scatter_add(1, ids_TK, slopes_TK), scores_TE)
 
 
 def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, num_per_group: int) -> Tensor:

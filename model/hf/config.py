@@ -25,7 +25,7 @@ from model.config import (
     with_released_routing,
     yarn_temperature,
 )
-from model.hf.files import ConfigValues, format_value, read_json
+from model.hf.files import ConfigValues, HfError, format_value, read_json
 from model.hf.names import BLOCK, StoredDtype
 
 CONFIG_NAME = "config.json"
@@ -47,6 +47,8 @@ _ONLY: tuple[tuple[str, Any], ...] = (
     ("moe_layer_freq", 1),
     ("rope_interleave", True),
 )
+EXPORTED: Mapping[str, Any] = {"router": "sigmoid"}
+"""Choices of a model for which the file has no key: their values in every model that the format describes."""
 _PRECISION = 1e-9
 _MOST_OF_YARN = 1e9
 
@@ -84,7 +86,11 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
 def write_config(
     config: ModelConfig, *, dtype: StoredDtype, fp8: bool, carried: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns the content of `config.json`, with keys of another checkpoint (`known_keys.carried_keys`)."""
+    """Returns the content of `config.json`, with keys of another checkpoint (`carried_keys`).
+
+    Raises the errors of `check_format`.
+    """
+    check_format(config)
     carried = carried or {}
     keys: dict[str, Any] = {
         "use_cache": True,
@@ -116,6 +122,15 @@ def write_config(
         }
         keys["quantization_config"] = carried.get("quantization_config", usual)
     return keys
+
+
+def check_format(config: ModelConfig) -> None:
+    """Raises an `HfError` if the model has a choice that `config.json` cannot state."""
+    for key, value in EXPORTED.items():
+        if getattr(config, key) != value:
+            rule = f"must be {value} in Hugging Face's form, as config.json of {MODEL_TYPES[0]} has no key for another"
+            problem = f"{rule}, is {getattr(config, key)}; nearest valid: the checkpoint itself"
+            raise HfError(f"model.{key}", "", problem)
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

@@ -196,7 +196,7 @@ ROUTER = [
             tensors.scales(TOKENS, TOP),
             tensors.scales(*SCORES),
             tensors.scales(*SCORES),
-            LIMITS.factor,
+            LIMITS,
         ),
     ),
 ]

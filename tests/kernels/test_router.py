@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels.router.reference as reference
 import kernels.router.triton as kernels
 from kernels.router.reference import RouteLimits, limit_groups, route, top_ids
+from kernels.router_scores import ROUTERS
 from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import near, randn
 
@@ -23,6 +24,12 @@ LIMITS = [
     (RouteLimits(1, 1, 1, 1.0, 1), 5),
     (RouteLimits(4, 4, 4, 1.5, 1), 4),
 ]
+
+PLAIN_SCORES = {
+    "sigmoid": lambda logits_TE: 1 / (1 + (-logits_TE).exp()),
+    "softmax": lambda logits_TE: logits_TE.exp() / logits_TE.exp().sum(-1, keepdim=True),
+}
+"""Scores by their formulas; a plugin's own are differentiated."""
 
 
 def inputs(num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,28 +65,29 @@ def test_interpreted_router_equals_the_reference() -> None:
             randn(*logits_TE.shape, seed=3, dtype=dtype),
         )
         for grad_scores in (None, grad_TE):
-            made = kernels.route_backward(grad_TK, *expected, grad_scores, limits.factor)
-            near(made, reference.route_backward(grad_TK, *expected, grad_scores, limits.factor).double(), 8)
+            made = kernels.route_backward(grad_TK, *expected, grad_scores, limits)
+            near(made, reference.route_backward(grad_TK, *expected, grad_scores, limits).double(), 8)
     nothing = kernels.route(logits_TE[:0], bias_E, limits)
-    assert kernels.route_backward(nothing.weights_TK, *nothing, None, 1.0).shape == (0, num_experts)
+    assert kernels.route_backward(nothing.weights_TK, *nothing, None, limits).shape == (0, num_experts)
     # A NaN takes no place twice.
     logits_TE.fill_(torch.nan)
     assert (kernels.route(logits_TE, bias_E, limits).ids_TK.sort().values.diff() > 0).all()
 
 
-def test_gradient_of_logits_is_that_of_the_plain_computation() -> None:
-    for limits, num_experts in LIMITS:
+@pytest.mark.parametrize("kind", ROUTERS.names())
+def test_gradient_of_logits_is_that_of_the_plain_computation(kind: str) -> None:
+    for limits, num_experts in ((replace(limits, kind=kind), num_experts) for limits, num_experts in LIMITS):
         logits_TE, bias_E = inputs(num_experts, torch.float64)
         logits_TE.requires_grad_()
         chosen = route(logits_TE.detach(), bias_E, limits)
         grad_TK, grad_TE = randn(*chosen.ids_TK.shape, seed=2), randn(*logits_TE.shape, seed=3)
-        scores_TE = logits_TE.sigmoid()
+        scores_TE = PLAIN_SCORES.get(kind, ROUTERS.get(kind).scores)(logits_TE)
         chosen_TK = scores_TE.gather(1, chosen.ids_TK)
         weights_TK = limits.factor * chosen_TK / (chosen_TK.sum(1, keepdim=True) + 1e-20)
         torch.testing.assert_close(chosen.weights_TK, weights_TK, rtol=1e-14, atol=0)
         loss = (weights_TK * grad_TK).sum() + (scores_TE * grad_TE).sum()
         (expected,) = torch.autograd.grad(loss, logits_TE)
-        actual = reference.route_backward(grad_TK.double(), *chosen, grad_TE.double(), limits.factor)
+        actual = reference.route_backward(grad_TK.double(), *chosen, grad_TE.double(), limits)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 

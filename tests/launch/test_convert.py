@@ -406,6 +406,16 @@ def test_convert_command_rejects_with_exit_code_2(sources: Path, tmp_path: Path)
     assert done.stderr.count("\n") == 1
 
 
+def test_convert_refuses_a_router_that_config_json_cannot_state(sources: Path, tmp_path: Path) -> None:
+    checkpoint = hostile.copy_of(sources / "of_plain", tmp_path / "ours")
+    hostile.edit_manifest(checkpoint, lambda held: held["model"].update(router="softmax"))
+    assert read_model(checkpoint).router == "softmax"
+    done = run_command(tmp_path, "from=checkpoint", "path=ours", "to=made")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model.router: must be sigmoid in Hugging Face's form, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
 def test_convert_rejects_broken_headers_before_torch_is_imported(sources: Path, tmp_path: Path) -> None:
     for path in (sources / "plain").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -162,6 +162,7 @@ def test_plugins_of_an_experiment_are_loaded(tmp_path: Path, monkeypatch: pytest
 TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 # The commands above that section train for minutes.
 TEXT += (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").partition("## A rule of your own")[2]
+TEXT += (ROOT / "docs" / "routers.md").read_text(encoding="utf-8").partition("## Scores of your own")[2]
 
 FILES = re.findall(r"`([\w/]+\.(?:py|yaml))`[^`]*\n\n```(?:python|yaml)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from comm.dispatch.local import SortedChoices
 from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
+from kernels.router_scores import ROUTERS
 from model.block import RoutedExperts
 from model.config import BalanceOver, Recomputed
 from model.linear import WeightSink
@@ -37,14 +38,16 @@ def make_router(**changes: Any) -> Router:
     ("groups", "limited", "given", "num_scores"),
     [(4, 2, None, 2), (1, 1, None, 4), (8, 5, None, 1), (2, 1, None, 4), (2, 1, 2, 2), (4, 3, None, 1), (4, 3, 2, 2)],
 )
-def test_router_equals_plain_reading(groups: int, limited: int, given: int | None, num_scores: int) -> None:
+@pytest.mark.parametrize("kind", ROUTERS.names())
+def test_router_equals_plain_reading(groups: int, limited: int, given: int | None, num_scores: int, kind: str) -> None:
     """A group's score adds 4 / M of its biased scores, unless the configuration has another number."""
-    router = make_router(num_expert_groups=groups, num_limited_groups=limited, group_score_experts=given)
+    limits = {"num_expert_groups": groups, "num_limited_groups": limited, "group_score_experts": given}
+    router = make_router(**limits, router=kind)
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     routing = router(x)
     bias, size = router.e_score_correction_bias.double(), 8 // groups
     for token in range(18):
-        scores = (x.view(18, 32)[token] @ router.weight.T).sigmoid().detach()
+        scores = ROUTERS.get(kind).scores(x.view(18, 32)[token] @ router.weight.T).detach()
         biased = scores + bias
         totals = [sum(sorted(biased[g * size : (g + 1) * size].tolist())[-num_scores:]) for g in range(groups)]
         kept = sorted(range(groups), key=lambda g: -totals[g])[:limited]

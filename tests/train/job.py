@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from base.registry import load_plugins
 from comm.layout import Layout
 from data.loader import Loader
 from data.shards.open import Prepared
@@ -113,6 +114,7 @@ def run_jobs(rank: int, world_size: int, jobs: list[Job], num_steps: int) -> lis
 
 def _run_one(job: Job, num_steps: int) -> list[StepValues]:
     config = job.config
+    load_plugins(config.plugins)
     whole, loader = open_job(config, job.schedule), open_loader(config)
     learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
     start_biases(whole.replica.model, job.starved)

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
+from base.registry import loaded_plugins
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.costs import Costs, uniform
@@ -17,6 +18,7 @@ from dualpipe.generate.zb1p import zb1p
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
+from kernels.router_scores import ROUTERS
 from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
@@ -154,6 +156,16 @@ def test_whole_matrices_of_many_ranks_equal_one_rank(folder: Path, pipeline: int
     """Muon; four ranks hold the same experts, so that a rank owns one or two matrices of a stack."""
     config = replace(layout_config(folder, pipeline, data, expert), optim=MUON)
     assert_starved_equal_one_rank(config, (4,), repeats=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [name for name in ROUTERS.names() if name != MODEL.router])
+def test_every_kind_of_router_on_four_ranks_equals_one_rank(folder: Path, kind: str) -> None:
+    config = layout_config(folder, 2, 2, 2)
+    plugins = tuple(map(str, loaded_plugins()))
+    config = replace(config, model=replace(config.model, router=kind), plugins=plugins)
+    results = run_ranks(4, run_jobs, [Job(config=config)], STEPS)
+    assert_equal_one_rank([rank[0] for rank in results], config, tolerance=1e-12)
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_ranks_on_wrong_devices_and_hosts_are_named() -> None:
             assert (failure.rank, failure.subject) == (1, subject)
 
 
-def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
+def test_small_runs_take_the_configured_optimizer_and_router(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     optim = replace(OPTIM, sharding="zero1", offload="torch")
     config = replace(config, optim=optim, batch=replace(config.batch, document_mask=True))
@@ -153,6 +153,8 @@ def test_small_runs_take_the_configured_optimizer(tmp_path: Path) -> None:
     muon = replace(config, optim=replace(MUON, sharding="zero1", momentum=0.8))
     configured = [trial.config.optim for trial in choose_trials(muon, 0, check_rules)]
     assert {(optim.kind, getattr(optim, "momentum", None)) for optim in configured} == {("muon", 0.8)}
+    softmax = replace(config, model=replace(config.model, router="softmax"))
+    assert {trial.config.model.router for trial in choose_trials(softmax, 0, check_rules)} == {"softmax"}
 
 
 def task_config(folder: Path, kind: str) -> TrainConfig:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from base.refusal import ConfigError
 from data.problems import ProblemMix
 from model.config import InferencePrecision, ModelConfig, with_released_routing
 from model.hf.checkpoint import LONGEST_NAME_BYTES
-from model.hf.config import parse_config, write_config
+from model.hf.config import EXPORTED, parse_config, write_config
 from model.hf.files import HfError, check_kind, format_value, read_json
 from model.size import count_parameters
 from train.config import TrainConfig
@@ -178,7 +178,10 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
 def model_record(manifest: Mapping[str, Any]) -> object:
     """Returns the values of a manifest's architecture; without a newer key, they route as before it."""
     model = manifest.get("model")
-    if isinstance(model, dict) and "group_score_experts" not in model:
+    if not isinstance(model, dict):
+        return model
+    model = {"router": "sigmoid", **model}
+    if "group_score_experts" not in model:
         with suppress(ConfigError):
             released = with_released_routing(decode(ModelConfig, model))
             return {**model, "group_score_experts": released.group_score_experts}
@@ -189,7 +192,7 @@ def architecture_of(manifest: Mapping[str, Any], place: str) -> ModelConfig:
     """Returns the architecture in a manifest, by the rules between sizes of released checkpoints."""
     try:
         model = decode(ModelConfig, model_record(manifest), "model")
-        parse_config(write_config(model, dtype="F32", fp8=False), Path("model"))
+        parse_config(write_config(replace(model, **EXPORTED), dtype="F32", fp8=False), Path("model"))
     except (ConfigError, HfError) as error:
         raise CheckpointError(f"{place} must hold an architecture: {shorten(error)}") from error
     return model
