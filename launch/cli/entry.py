@@ -297,13 +297,14 @@ _ADDRESS = re.compile(r"[\['\"]*((?:s3a?|gs|gcs|hf|az|abfss?|hdfs|https?|file):/
 _HUB_NAME = re.compile(r"(?!(outputs?|runs?|models?|checkpoints?|weights|data)/)[\w-][\w.-]*/[\w.-]+")
 """A name on the Hugging Face Hub, rather than a path."""
 _PATHS = {
-    **dict.fromkeys(("train", "submit"), "if it is text to train on; data=files data.paths=[{value}]"),
+    **dict.fromkeys(("train", "submit", "prepare"), "if it is text to train on; data=files data.paths=[{value}]"),
     **dict.fromkeys(("evaluate", "generate", "sample", "serve"), "if it is a folder with weights; ckpt={value}"),
     "convert": "if it is the folder with weights; path={value}",
     "place": "if it is the run's folder; loads={value}",
     **dict.fromkeys(("redraw", "status"), "if it is the run's folder; run={value}"),
 }
-"""For each command, the advice for a path without a key, written as in `advice.yaml`."""
+_WORDS = {"evaluate": "if it is a task; tasks=[{value}]", "generate": "if it is the prompt; prompt={value}"}
+"""For each command, the advice for a path, or for another word, without a key, written as in `advice.yaml`."""
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
@@ -408,8 +409,8 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
         joined = " ".join([before, *arguments[index:end]])
         return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(joined)}"
     is_path = re.search(r"[./\\]", text) or command in ("convert", "redraw")
-    if is_path and command in _PATHS:
-        return f"{text}: has no key; {_sentence(*fill_advice(_PATHS[command], text))}"
+    if (advised := (_PATHS if is_path else _WORDS).get(command)) is not None:
+        return f"{text}: has no key; {_sentence(*fill_advice(advised, text))}"
     return None
 
 
