@@ -30,8 +30,9 @@ from model.hf.names import BLOCK, StoredDtype
 
 CONFIG_NAME = "config.json"
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Kimi K2 has the architecture of DeepSeek-V3 under another name.
-MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+# Kimi K2 and GLM-4.7-Flash have the architecture of DeepSeek-V3 under other names.
+_GLM_FLASH = "glm4_moe_lite"
+MODEL_TYPES = ("deepseek_v3", "kimi_k2", _GLM_FLASH)
 DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ARCHITECTURES: dict[HeadKind, str] = {
     "tokens": "DeepseekV3ForCausalLM",
@@ -71,7 +72,7 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
     """Returns the architecture that the file's keys describe, as `read_config` does."""
     values = ConfigValues(path, keys)
     if values.need("model_type") not in MODEL_TYPES:
-        raise values.error("model_type", f"must be {' or '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
+        raise values.error("model_type", f"must be one of {', '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
     for key, allowed in _ONLY:
         values.only(key, allowed)
     if values.get("attention_dropout"):
@@ -92,17 +93,22 @@ def write_config(
     """
     check_format(config)
     carried = carried or {}
+    model_type = carried.get("model_type", MODEL_TYPES[0])
+    # transformers has no class for scores under GLM's name.
+    is_glm = model_type == _GLM_FLASH and config.head == "tokens"
     keys: dict[str, Any] = {
         "use_cache": True,
         **{key: value for key, value in carried.items() if key not in READ_KEYS},
-        "architectures": [_ARCHITECTURES[config.head]],
-        "model_type": carried.get("model_type", MODEL_TYPES[0]),
+        "architectures": ["Glm4MoeLiteForCausalLM" if is_glm else _ARCHITECTURES[config.head]],
+        "model_type": MODEL_TYPES[0] if model_type == _GLM_FLASH and not is_glm else model_type,
         "torch_dtype": DTYPE_NAMES[dtype],
         **_sizes(config),
         **write_rope(config.rope_theta, config.rope_scaling),
         **dict(_ONLY),
         "attention_dropout": 0.0,
     }
+    if is_glm:
+        keys["mlp_layer_types"] = _layer_types(config.num_layers, config.num_dense_layers)
     if config.head == "score":
         keys["num_labels"] = 1
         # transformers reads the score of the last token that is not padding. If the answer ends with that token, it
@@ -169,8 +175,7 @@ def _read(values: ConfigValues) -> ModelConfig:
         vocab_size=values.whole_number("vocab_size", 1),
         hidden_size=values.whole_number("hidden_size", 1),
         num_layers=num_layers,
-        # The default in transformers is 3, even for fewer layers: then all are dense.
-        num_dense_layers=min(num_layers, values.whole_number("first_k_dense_replace", 0)),
+        num_dense_layers=_num_dense_layers(values, num_layers),
         dense_intermediate_size=values.whole_number("intermediate_size", 1),
         num_heads=values.whole_number("num_attention_heads", 1),
         q_lora_rank=None if values.need("q_lora_rank") is None else values.whole_number("q_lora_rank", 1),
@@ -198,6 +203,24 @@ def _read(values: ConfigValues) -> ModelConfig:
         return with_released_routing(config)
     number = values.whole_number("group_score_experts", 1)
     return config if number == config.num_group_scores else replace(config, group_score_experts=number)
+
+
+def _num_dense_layers(values: ConfigValues, num_layers: int) -> int:
+    """Returns the number of first layers without experts; transformers lists every layer of GLM-4.7-Flash."""
+    kinds = values.get("mlp_layer_types")
+    if kinds is None or values.get("first_k_dense_replace") is not None:
+        # The default in transformers is 3, even for fewer layers: then all are dense.
+        count = min(num_layers, values.whole_number("first_k_dense_replace", 0))
+    else:
+        count = kinds.count("dense") if isinstance(kinds, list) else 0
+    if kinds is not None and kinds != _layer_types(num_layers, count):
+        rule = f"must have dense for the first layers and sparse for all others, {num_layers} in all"
+        raise values.error("mlp_layer_types", f"{rule}, is {format_value(kinds)}")
+    return count
+
+
+def _layer_types(num_layers: int, num_dense: int) -> list[str]:
+    return ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense)
 
 
 def _head(values: ConfigValues) -> HeadKind:
@@ -406,7 +429,7 @@ READ_KEYS = _words(
     max_position_embeddings original_max_position_embeddings num_nextn_predict_layers num_mtp_layers mtp_hidden
     group_score_experts initializer_range rope_theta rope_scaling rope_parameters partial_rotary_factor rope_interleave
     attention_bias attention_dropout hidden_act norm_topk_prob scoring_func topk_method moe_layer_freq
-    tie_word_embeddings
+    tie_word_embeddings mlp_layer_types
     """
 )
 """Keys that describe the architecture or the stored types: exports write them from the model, never copy them."""

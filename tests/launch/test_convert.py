@@ -13,7 +13,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from transformers import DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
@@ -31,6 +31,7 @@ from tests.model.hf_checkpoints import (
     assert_same_tensors,
     dequantized,
     edit_json,
+    glm_model,
     random_tokens,
     read_tensors,
     reference_logits,
@@ -71,6 +72,22 @@ def test_convert_round_trip_is_the_same_model_in_transformers(sources: Path, tmp
         for folder in (sources / "plain", tmp_path / "back")
     )
     assert torch.equal(before, after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_dense", [1, 2])
+def test_convert_glm_flash_has_the_logits_of_transformers_both_ways(num_dense: int, tmp_path: Path) -> None:
+    reference, tokens = glm_model(num_dense), random_tokens()
+    expected = reference_logits(reference, tokens)
+    reference.save_pretrained(tmp_path / "source")
+    assert convert(f"from=hf path={tmp_path / 'source'} to={tmp_path / 'ours'}") == 0
+    folder = locate(str(tmp_path / "ours")).folder
+    model = load_whole(read_model(folder), folder, torch.float32)
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
+    assert convert(f"from=checkpoint path={tmp_path / 'ours'} to={tmp_path / 'back'}") == 0
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    assert type(back) is type(reference)
+    assert torch.equal(reference_logits(back, tokens), expected)
 
 
 @torch.no_grad()

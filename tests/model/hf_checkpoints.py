@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from model.hf.names import is_quantized, scale_name, scale_shape
 
@@ -50,14 +50,30 @@ def reference_model(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
     """
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **changes})).float().eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
-        for name, bias in model.named_buffers():
-            if "e_score_correction_bias" in name:
-                bias.uniform_(-0.2, 0.2)
+    randomize_norms(model)
     return model
+
+
+def glm_model(num_dense: int) -> Glm4MoeLiteForCausalLM:
+    """Returns a small GLM-4.7-Flash of transformers, whose first layers are dense."""
+    torch.manual_seed(3)
+    kinds = ["dense"] * num_dense + ["sparse"] * (SIZES["num_hidden_layers"] - num_dense)
+    read = {key: SIZES[key] for key in SIZES if key not in ("first_k_dense_replace", "num_nextn_predict_layers")}
+    sizes = {**read, "n_group": 1, "topk_group": 1, "rope_theta": 1e6, "mlp_layer_types": kinds}
+    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**sizes)).float().eval()
+    randomize_norms(model)
+    return model
+
+
+@torch.no_grad()
+def randomize_norms(model: torch.nn.Module) -> None:
+    """Draws norms and correction biases."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    for name, bias in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            bias.uniform_(-0.2, 0.2)
 
 
 def random_tokens(num_sequences: int = 2, num_tokens: int = 19, seed: int = 1) -> Tensor:

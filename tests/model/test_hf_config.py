@@ -172,7 +172,11 @@ def test_what_is_written_is_what_transformers_reads(tmp_path: Path) -> None:
 
 
 CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "other model": ({"model_type": "llama"}, "model_type: must be deepseek_v3 or kimi_k2, is 'llama'"),
+    "other model": (
+        {"model_type": "llama"},
+        "model_type: must be one of deepseek_v3, kimi_k2, glm4_moe_lite, is 'llama'",
+    ),
+    "experts before a dense layer": ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types: must have dense for"),
     "grouped heads": ({"num_key_value_heads": 5}, "num_key_value_heads: must be 10"),
     "head_dim": ({"head_dim": 32}, "head_dim: must be 8"),
     "qk_head_dim": ({"qk_head_dim": 32}, "qk_head_dim: must be 16"),
