@@ -128,6 +128,11 @@ class DispatchConfig:
     kind: str  # name in `comm.dispatch.registry.DISPATCHERS`
     payload: Payload  # format of rows that are sent to experts
 
+    @property
+    def num_slots(self) -> int:
+        """Copies of other ranks' experts that a rank can hold for one micro-batch of a layer."""
+        return 0
+
     def without_copies(self) -> Self:
         """Returns the configuration of the dispatcher without copies of experts for each micro-batch."""
         return self
@@ -157,6 +162,11 @@ class BalancedDispatchConfig(CappedDispatchConfig):
     # where copies may be: nowhere, on the node of their expert, or on any node.
     balance: Literal["none", "node", "exact"] = "none"
     balance_slots: PositiveInt = 4  # copies that a rank can hold of other ranks' experts in one layer
+
+    @property
+    def num_slots(self) -> int:
+        """Implements `DispatchConfig.num_slots`."""
+        return 0 if self.balance == "none" else self.balance_slots
 
     def without_copies(self) -> Self:
         """Returns the configuration with `balance` none."""

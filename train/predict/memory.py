@@ -6,13 +6,12 @@ source files of the model.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from comm.config import BalancedDispatchConfig
 from comm.dispatch.registry import DISPATCHERS, INDEX_BYTES, RowBytes
 from comm.layout import num_kept_ranks
 from dualpipe.builder import write_if_possible
@@ -224,6 +223,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         to_experts=exchange.to_experts,
         from_experts=exchange.from_experts,
         summing=_summing_bytes(config, sequences * tokens, number_bytes),
+        slots=config.dispatch.num_slots,
         context=config.parallelism.context,
         kept_ranks=num_kept_ranks(config.parallelism.context),
     )
@@ -276,8 +276,7 @@ def rank_memory(
     replicas = count_replicas(config, schedule, rank)
     parameters = rank_parameters(config, schedule, rank, shapes)
     weights, gradients, optimizer = static_bytes(config, parameters, sizes, replicas)
-    copies = _copies_bytes(config)
-    passes, cool_down = (replace(peak, exchange=peak.exchange + copies) for peak in peaks)
+    passes, cool_down = peaks
     ends = {0, schedule.num_stages - 1}
     has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
     return RankMemory(
@@ -294,17 +293,6 @@ def rank_memory(
         reserve=config.cluster.memory_reserve_bytes,
         host=host_bytes(config, parameters, sizes, replicas),
     )
-
-
-def _copies_bytes(config: TrainConfig) -> int:
-    """Returns the bytes of copies of other ranks' experts, in slots and on their way."""
-    dispatch = config.dispatch
-    if not isinstance(dispatch, BalancedDispatchConfig) or dispatch.balance == "none":
-        return 0
-    number_bytes = value_bytes(config.precision)
-    # Slots of a forward and of a backward next to it, and weights to send. Gradients of copies, as sent and as arrived.
-    per_weight = 3 * number_bytes + 2 * max(4, number_bytes)
-    return dispatch.balance_slots * 3 * config.model.hidden_size * config.model.expert_intermediate_size * per_weight
 
 
 def _with_frozen_networks(
@@ -415,7 +403,13 @@ def stage_phases(by_slice: Sequence[Sizes], stage: StageShape, cache_dir: Path |
     parts += ["head"] if stage.is_last else []
     bare = tuple(map(_without_exchange, by_slice))
     return [
-        [_with_exchange(phase, sizes) for part in parts for phase in _measured(bare, part, cache_dir)[index]]
+        [
+            with_copies
+            for part in parts
+            for with_copies in _with_copies(
+                [_with_exchange(phase, sizes) for phase in _measured(bare, part, cache_dir)[index]], sizes
+            )
+        ]
         for index, sizes in enumerate(by_slice)
     ]
 
@@ -428,7 +422,7 @@ def hidden_bytes(sizes: Sizes, cache_dir: Path | None = None) -> int:
 
 def _without_exchange(sizes: Sizes) -> Sizes:
     """Returns sizes without a dispatcher's buffers, for which a measurement is made."""
-    return replace(sizes, routing=0, to_experts=0, from_experts=0, summing=0)
+    return replace(sizes, routing=0, to_experts=0, from_experts=0, summing=0, slots=0)
 
 
 def _with_exchange(phase: PhaseBytes, sizes: Sizes) -> PhaseBytes:
@@ -449,6 +443,28 @@ def _with_exchange(phase: PhaseBytes, sizes: Sizes) -> PhaseBytes:
             backward_peak=phase.backward_peak + num_exchanges * sizes.to_experts,
         )
     return phase
+
+
+def _with_copies(phases: Sequence[PhaseBytes], sizes: Sizes) -> Iterator[PhaseBytes]:
+    """Adds what copies of experts need: an exchange fills the slots, and the next one frees them."""
+    weights = sizes.config.hidden_size * sizes.config.expert_intermediate_size * sizes.slots
+    slots = 3 * weights * sizes.copy_bytes
+    gradients = weights * sizes.wide_bytes
+    # Gate and up, the larger weight of an expert, are sent together and down alone.
+    inside = slots + 2 * weights * sizes.copy_bytes
+    for index, phase in enumerate(phases):
+        held = replace(phase, values=phase.values + slots, gradients=phase.gradients + slots)
+        if phase.kind == "dispatch":
+            filled = replace(held, forward_peak=phase.forward_peak + inside, gradients=phase.gradients)
+            yield replace(filled, backward_peak=phase.backward_peak - slots)
+        elif phase.kind == "combine":
+            filled = replace(held, backward_peak=phase.backward_peak + inside, values=phase.values)
+            yield replace(filled, forward_peak=phase.forward_peak - slots)
+        elif index and phases[index - 1].kind == "dispatch":
+            # A gradient is sent while those of both weights of another layer have arrived and are not added yet.
+            yield replace(held, arriving=3 * gradients, weight_peak=phase.weight_peak + 4 * gradients)
+        else:
+            yield phase
 
 
 @lru_cache(maxsize=512)

@@ -40,6 +40,7 @@ class Sizes:
         to_experts: bytes inside an exchange to the experts, in addition to its input and output.
         from_experts: bytes inside an exchange from the experts, in addition to its input and output.
         summing: bytes inside a sum of the gradients of each token's rows, beyond those.
+        slots: copies of other ranks' experts that this rank can hold in a layer.
         context: ranks that share each sequence.
         kept_ranks: other ranks of these whose rows are kept, 0 if rows pass around a ring.
     """
@@ -57,6 +58,7 @@ class Sizes:
     to_experts: int = 0
     from_experts: int = 0
     summing: int = 0
+    slots: int = 0
     context: int = 1
     kept_ranks: int = 0
 
@@ -69,6 +71,11 @@ class Sizes:
     def wide_bytes(self) -> int:
         """Bytes of a number that needs at least float32."""
         return max(4, self.value_bytes)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of a number in a copy of an expert, which travels as codes in FP8."""
+        return 1 if self.is_fp8 else self.value_bytes
 
     @property
     def is_fp8(self) -> bool:
@@ -99,6 +106,7 @@ class PhaseBytes:
         forward_peak: largest allocation inside the forward, above what was allocated before.
         backward_peak: the same inside the backward.
         weight_peak: the same inside W.
+        arriving: gradients of copies of experts that have arrived, but are added in a later W or before a reduction.
     """
 
     kind: PhaseKind = "compute"
@@ -114,6 +122,7 @@ class PhaseBytes:
     forward_peak: int = 0
     backward_peak: int = 0
     weight_peak: int = 0
+    arriving: int = 0
 
     @property
     def lane(self) -> Literal["compute", "comm"]:
@@ -210,7 +219,7 @@ class RankBytes:
         self._kept_sent = kept_sent
         self._runs: dict[RunKey, _Run] = {}
         self._sent: dict[Link, deque[int]] = {}  # the last messages of each link, sent while the rank continues
-        self._activations = self._pending = self._routing = self._transfers = self._exchanging = 0
+        self._activations = self._pending = self._routing = self._transfers = self._exchanging = self._arriving = 0
         self.peak = PipelineBytes()
         self.peak_total = -1
 
@@ -218,7 +227,7 @@ class RankBytes:
         """Returns what is alive now, with the bytes inside a step."""
         return PipelineBytes(
             activations=self._activations,
-            pending=self._pending,
+            pending=self._pending + self._arriving,
             exchange=self._routing,
             transfers=self._transfers,
             inside=inside + self._exchanging,
@@ -226,7 +235,8 @@ class RankBytes:
 
     def observe(self, inside: int = 0) -> None:
         """Counts the bytes that are alive, with those inside a step, towards the peak."""
-        total = self._activations + self._pending + self._routing + self._transfers + self._exchanging + inside
+        total = self._activations + self._pending + self._arriving + self._routing + self._transfers
+        total += self._exchanging + inside
         # Most steps are no peak, and an object for each of them would take most of a prediction's time.
         if total > self.peak_total:
             self.peak_total, self.peak = total, self.alive(inside)
@@ -277,6 +287,7 @@ class RankBytes:
             case Action.WEIGHT:
                 self.observe(run.phases[step.phase].weight_peak)
                 self._finish_weight(run, run.phases[step.phase].waiting)
+                self._arriving = run.phases[step.phase].arriving or self._arriving
             case Action.RELEASE:
                 self._activations -= sum(phase.kept - phase.resident for phase in run.phases)
             case Action.RELOAD:

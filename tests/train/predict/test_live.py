@@ -1,14 +1,18 @@
 """Predicted memory against the storages that are alive in a step: 6 shapes, 3 precisions, one rank and several."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 
-from comm.config import ParallelismConfig, TwoHopDispatchConfig
+from comm.balance.rows import Ints, RowPlan
+from comm.config import AllToAllDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.runtime.program import Action
 from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
@@ -191,6 +195,45 @@ def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> No
         for index, both in enumerate(zip(results[2 * place], results[2 * place + 1], strict=True)):
             # Messages that have left may still be there.
             check(together(*both), f"pipeline rank {place}, job {index}", 0.05)
+
+
+def copy_all(counts_RE: Ints, nodes: Sequence[int], **options: Any) -> RowPlan:
+    """Copies every expert of two ranks to the other one, which takes half of its rows."""
+    experts_RS = [list(range(4, 8)), list(range(4))]
+    return RowPlan(experts_RS, np.stack([counts_RE[:, experts].T // 2 for experts in experts_RS]), [], 0)
+
+
+def compare_copies(rank: int, world_size: int, jobs: list[tuple[TrainConfig, None]]) -> list[Compared]:
+    with patch("comm.dispatch.build.plan_rows", copy_all):
+        return compare_rank(rank, world_size, [*jobs], True)
+
+
+@pytest.mark.slow
+def test_ranks_with_copies_of_experts_keep_what_is_predicted(folder: Path) -> None:
+    """Every slot is used in every layer, forward and backward; both ranks send all of their experts."""
+    wide = replace(BASE, expert_intermediate_size=192)
+    jobs = []
+    for precision, recompute in (("float32", RECOMPUTED), ("bf16", (LAYER,))):
+        config = make_config(folder, wide, recompute, PRECISIONS[precision])
+        config = replace(
+            config,
+            parallelism=ParallelismConfig(pipeline=1, data=2, expert=2),
+            dispatch=AllToAllDispatchConfig(
+                kind="all_to_all", payload="full", max_nodes=4, node_cap="verify", balance="node", balance_slots=4
+            ),
+            schedule=replace(config.schedule, pairing="sequential"),
+            batch=replace(config.batch, global_sequences=8),
+        )
+        jobs.append((config, None))
+    for index, both in enumerate(zip(*run_ranks(2, compare_copies, jobs), strict=True)):
+        # Messages that have left may still be there.
+        check(together(*both), f"job {index}", 0.05)
+        # Weights in the slots, and gradients that have arrived.
+        bytes_of_copies = 4 * 3 * BASE.hidden_size * 192 * (planning_sizes(jobs[index][0]).value_bytes + 4)
+        for rank, compared in enumerate(both):
+            predicted = max(compared.predicted_peaks)
+            assert bytes_of_copies > 0.1 * predicted
+            assert predicted == pytest.approx(max(compared.peaks), rel=0.05), f"job {index}, rank {rank}"
 
 
 @pytest.mark.long
