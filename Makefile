@@ -24,7 +24,7 @@ LONG = $(filter-out $(LONG_ALONE) $(LONG_ALONE:%=%/%),$(sort $(shell grep -rl --
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: faults wheel train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
+.PHONY: board faults wheel train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
 	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test titan-test
 
 train: .venv/installed
@@ -135,6 +135,10 @@ docker-pins: .venv/installed-dev
 # Linux and root.
 docker-test: .venv/installed-dev
 	DOCKER_WHOLE=1 $(PYTEST) tests/docker -rsP
+
+# Scores of all kinds of schedules and of the entries in bench/entries (docs/board.md).
+board: .venv/installed
+	.venv/bin/python -m bench.board $(ARGS)
 
 # The documentation as a site in site/, with API pages from docstrings. Warnings are errors.
 docs: .venv/installed

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench.board import GRID, PAGE, main, row_of
+from bench.board import ENTRIES, GRID, PAGE, main, row_of
 from dualpipe.builder import build_schedule
 from dualpipe.ir import to_json
+from dualpipe.registry import SCHEDULES
 
 
 def entry(ranks: int = 4, micro_batches: int = 8) -> dict[str, Any]:
@@ -63,7 +64,31 @@ def test_a_valid_entry_has_a_score_for_each_line_of_its_size(
     path = tmp_path / "entry.json"
     path.write_text(json.dumps(entry()))
     assert main([str(path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "4, 8, 0, 0: 33"
+    assert capsys.readouterr().out.splitlines()[1:4] == [
+        "entry.json",
+        "",
+        "- 4, 8, 1 : 1 : 1, 0, 0, 6: 33",
+    ]
+
+
+def test_a_plugin_is_scored_in_all_cells_that_it_fits_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    try:
+        assert main(["--html", str(page), str(ENTRIES / "eager_1f1b.py")]) == 0
+    finally:
+        SCHEDULES.remove(SCHEDULES.from_plugins())
+    lines = capsys.readouterr().out.splitlines()
+    # It keeps P + 2 activations: all limits but P / 2 + 1.
+    assert len([line for line in lines if line.startswith("- ")]) == len([c for c in GRID if c.cap > c.ranks])
+    assert page.read_text().count("<svg") > len(SCHEDULES.names())
+
+
+def test_a_plugin_without_a_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.py").write_text("x = 1\n")
+    assert main([str(tmp_path / "other.py")]) == 2
+    assert "registers nothing" in capsys.readouterr().err
 
 
 def test_the_page_is_current() -> None:
