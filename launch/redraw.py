@@ -38,13 +38,21 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
-def _decode(overrides: Sequence[str]) -> RedrawConfig:
-    """Decodes the configuration; `run=A`, `run=[A,B]` and `run=A,B` are all lists of folders."""
+def read_request(overrides: Sequence[str]) -> RedrawConfig:
+    """Decodes the configuration, whose runs need not exist yet.
+
+    `run=A`, `run=[A,B]` and `run=A,B` are all lists of folders.
+    """
     values = compose("redraw", with_listed_runs(overrides))
     runs = values["run"]
     chosen = decode(RedrawConfig, {**values, "run": runs if isinstance(runs, list) else [runs]})
     if not 1 <= len(chosen.run) <= _MOST_RUNS:
         raise ConfigError(f"run: must be one to {_MOST_RUNS} folders, is {len(chosen.run)} of them")
+    return chosen
+
+
+def _decode(overrides: Sequence[str]) -> RedrawConfig:
+    chosen = read_request(overrides)
     with system_errors():
         for run in chosen.run:
             if not (Path(run).expanduser() / CONFIG_NAME).is_file():

@@ -22,6 +22,7 @@ from launch import signals_handled
 from launch.cli.entry import command, preview_of
 from launch.config.compose import compose, system_errors
 from launch.grid import Grid, check_grid, write_grid
+from launch.redraw import read_request
 from launch.weights.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from score.ratings import PassRates
 
@@ -162,6 +163,9 @@ def read_workflow(overrides: Sequence[str]) -> WorkflowCommandConfig:
         raise broken("workflow.grid", rule, "null" if grid is None else "there", "workflow=ablations")
     if grid is not None:
         check_grid(grid)
+    for part in config.workflow.parts.values():
+        if part.command == "redraw":  # refused now, not after the runs that it draws
+            read_request(part.overrides)
     return config
 
 

@@ -359,14 +359,21 @@ def _broken_rule(override: Override, known: Mapping[str, Any]) -> str:
     return f"{key}: must be a value that fits here, is {text}; nearest valid: {key}={present}"
 
 
+_REFERENCE = re.compile(r"\$\{([\w./]+)(?:\[\d+\])*\}")
+"""Reference to the value of a key, perhaps to an item of it."""
+
+
 def _unresolved(key: str, known: Mapping[str, Any]) -> str:
     """Returns the error of a value that refers, perhaps over others, to a value that does not exist."""
     text = known.get(key)
-    for name in re.findall(r"\$\{([\w./]+)\}", str(text)):
-        parent = name.partition(".")[0]
-        if parent in known and known[parent] is None:
-            choices = _other_options(name) or f"{parent}=VALUE"
-            return f"{parent}: must have values, because {key} is {text}, is null; nearest valid: {choices}"
+    # The key may be one on the way to another value that cannot be resolved.
+    for place, value in {key: text, **known}.items():
+        for name in _REFERENCE.findall(value) if isinstance(value, str) else ():
+            parents = (name[: dot.start()] for dot in re.finditer(r"\.", name))
+            if (parent := next((each for each in parents if known.get(each, "") is None), None)) is not None:
+                choices = _other_options(name) or f"{parent}=VALUE"
+                return f"{parent}: must have values, because {place} has ${{{name}}}, is null; nearest valid: {choices}"
+    for name in _REFERENCE.findall(str(text)):
         if name not in known:
             return f"{key}: must refer to a key that exists, is {text}; {nearest_key(name, list(known))}"
         if "${" in str(known[name]):

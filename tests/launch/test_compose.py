@@ -142,7 +142,7 @@ def test_compose_reads_a_file_again_that_was_edited(tmp_path: Path, monkeypatch:
         ("name=${foo:bar}", ["name: must refer to a value that exists, is ${foo:bar}"]),
         (
             "name=${rollout.samples}",
-            ["rollout: must have values, because name is ${rollout.samples}, is null", "default"],
+            ["rollout: must have values, because name has ${rollout.samples}, is null", "default"],
         ),
         ("task=distill data=files", ["data.paths and task.teacher: a value is needed; write data.paths=["]),
         ("hydra.run.dir=x", ["hydra.run.dir", "no effect"]),
