@@ -247,6 +247,10 @@ def test_check_accepts_what_fits(folder_of_weights: Path) -> None:
         assert config.model == HfReader(folder_of_weights / "mtp").config
         check(config)
     assert of_checkpoint(folder_of_weights / "plain").model.mtp_depth == 0
+    # None is the number of scores that follows from other keys.
+    model = replace(config.model, group_score_experts=None)
+    for number in (None, model.num_group_scores):
+        check(replace(config, model=replace(model, group_score_experts=number)))
     for change in ("mtp_depth=0", "initializer_range=0.5", "max_position_tokens=4096"):
         check(of_checkpoint(folder_of_weights / "mtp", f"+model.{change}"))
     check(of_checkpoint(folder_of_weights / "plain", "+model.mtp_depth=1", "init_mtp=fresh"))

@@ -404,8 +404,9 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 
 def _compare_architectures(config: TrainConfig, source: ModelConfig) -> list[str]:
     """Refuses differences in architecture; returns a line for each difference that is allowed."""
-    there = asdict(source)
-    here = asdict(config.model)
+    # The number of scores by default and the same number as a value are one architecture.
+    there = {**asdict(source), "group_score_experts": source.num_group_scores}
+    here = {**asdict(config.model), "group_score_experts": config.model.num_group_scores}
     head_there = there.pop("head")
     head = here.pop("head")
     if head_there == "score" and head != "score":
