@@ -55,7 +55,6 @@ def _pattern(name: str, ground: str, line: str, opacity: float) -> str:
 
 
 STYLE = (
-    ".pipeline{max-width:100%;height:auto}"
     ".pipeline text{font-family:ui-sans-serif,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:12px;"
     "fill:#1c1e21}"
     ".pipeline .paper{fill:#fff}.pipeline .track{fill:#eef0f2}.pipeline .soft{fill:#5c6370}"

@@ -137,11 +137,15 @@ def test_page_policy_allows_its_own_script_and_style_alone(text: str) -> None:
 
 CHECKS = """
 addEventListener("load", () => {
-  const figure = document.querySelector("figure"), full = document.getElementById("full");
+  const figure = document.querySelector("figure"), fit = document.getElementById("fit");
   const fits = () => figure.scrollWidth <= figure.clientWidth, shown = ["fits " + fits()];
-  full.click();
-  shown.push("full size fits " + fits());
-  full.click();
+  const heights = [...document.querySelectorAll(".cells rect")].map(cell => cell.getBoundingClientRect().height);
+  const sizes = [...document.querySelectorAll(".pipeline text")].map(text =>
+    parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a);
+  shown.push("legible " + (Math.min(...heights) >= 14 && Math.min(...sizes) >= 10));
+  fit.click();
+  shown.push("fitted fits " + fits());
+  fit.click();
   const cell = document.querySelector(".pipeline .cells rect");
   cell.dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
   shown.push(document.getElementById("operation").textContent.split(":")[0]);
@@ -156,12 +160,12 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path) -> None:
+def test_browser_shows_legible_pictures_fits_them_on_request_and_runs_the_script(tmp_path: Path) -> None:
     page = html([time_schedule(build_schedule("dualpipe", 8, 40), UNIT), *ENTRIES])  # type: ignore[list-item]
     shown = browse(page, tmp_path, "--window-size=500,900", script=CHECKS)
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title is not None
-    assert title[1] == "fits true|full size fits false|B0.0|hidden true|ascending"
+    assert title[1] == "fits false|legible true|fitted fits true|B0.0|hidden true|ascending"
 
 
 @pytest.fixture(scope="module")

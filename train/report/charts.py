@@ -51,7 +51,7 @@ _CELL = 44
 _MARGIN = 110
 _STYLE = """
 .bar{fill:var(--c1)}.whisker{stroke:var(--ink);stroke-width:1.5}.zero{stroke:var(--line)}
-svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-width:100%;height:auto}
+svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}
 .table{border:0}.table table{width:auto}figure{margin:8px 0 18px;border:0}figcaption{font-weight:600;margin-bottom:6px}
 """
 
