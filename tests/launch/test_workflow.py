@@ -149,7 +149,9 @@ def test_workflow_rejects_invalid_values(override: str, message: str) -> None:
 def test_workflow_refuses_too_many_runs_of_a_page_and_a_missing_grid_before_it_starts() -> None:
     with pytest.raises(ConfigError, match=r"^run: must be one to 6 folders, is 7 of them"):
         read_workflow(["workflow=life", "workflow.parts.report.overrides=['run=[a,b,c,d,e,f,g]']"])
-    with pytest.raises(ConfigError, match=r"^workflow.grid: must have values, because .* is null; nearest valid: workflow=ablations"):
+    with pytest.raises(
+        ConfigError, match=r"^workflow.grid: must have values, because .* is null; nearest valid: workflow=ablations"
+    ):
         read_workflow(["workflow=ablations", "workflow.grid=null"])
 
 

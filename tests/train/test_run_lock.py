@@ -248,6 +248,20 @@ def test_status_is_written_by_one_rank_and_at_a_limited_rate(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_status_says_how_and_where_the_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(ROOT / "launch" / "train.py"), "name=a b", "track.entity=hunter2hunter2"])
+    monkeypatch.setenv("HUB_TOKEN", "hunter2hunter2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    StatusFile(tmp_path, is_writer=True).starting()
+    status = read_status(tmp_path)
+    assert status is not None
+    assert status.command == "python -m launch.train 'name=a b' track.entity=***"
+    assert (status.num_local_ranks, status.num_cores) == (8, len(os.sched_getaffinity(0)))
+    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(words, capture_output=True, text=True, check=False).stdout[:12]
+    assert status.commit.removesuffix("-dirty") == head
+
+
 def test_status_of_an_ended_run_keeps_step_and_checkpoint(tmp_path: Path) -> None:
     file = StatusFile(tmp_path, is_writer=True)
     file.running(5, "there")

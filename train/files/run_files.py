@@ -8,7 +8,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import socket
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,6 +32,7 @@ LOG_FOLDER = "log"
 
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 """Exit codes of ranks that have detected which rank is missing."""
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _LARGEST_BYTES = 2**20
 _RECENT_STEPS = 20
 _FIGURES = ("loss", "validation_loss", "reward", "tokens_per_second")
@@ -77,6 +81,7 @@ class Status:
     `state` is `stopped` by the guard, an error or the user, and `lost` if a rank ended or did not respond.
     `checkpoint` is the newest one; `exit_code` is None while the run continues; `time` and `started` are in seconds
     since 1970. Losses, reward and speed are the last ones that were measured, in this attempt or an earlier one.
+    `command` and `commit` are those of this attempt; `num_local_ranks` ranks may use the `num_cores` cores of `host`.
     """
 
     state: State
@@ -95,6 +100,10 @@ class Status:
     seconds_left: float | None = None
     host: str = ""
     started: float | None = None
+    command: str = ""
+    commit: str = ""
+    num_cores: int | None = None
+    num_local_ranks: int | None = None
 
 
 def write_status(out_dir: Path, status: Status) -> None:
@@ -129,9 +138,16 @@ def _has_types(status: Status) -> bool:
     is_step = type(status.step) is int and 0 <= status.step < 2**53
     times = (status.time, 0.0 if status.started is None else status.started)
     is_dated = all(type(seconds) in (int, float) and 0 <= seconds < 2**33 for seconds in times)
-    strings = (status.reason, status.host, "" if status.checkpoint is None else status.checkpoint)
+    strings = (
+        status.reason,
+        status.host,
+        status.command,
+        status.commit,
+        "" if status.checkpoint is None else status.checkpoint,
+    )
     is_text = all(type(text) is str for text in strings)
-    counts = [count for count in (status.num_steps, status.num_ranks, *status.missing_ranks) if count is not None]
+    sizes = (status.num_steps, status.num_ranks, status.num_cores, status.num_local_ranks)
+    counts = [count for count in (*sizes, *status.missing_ranks) if count is not None]
     is_counted = all(type(count) is int and 0 <= count < 2**53 for count in counts)
     measured = (getattr(status, name) for name in (*_FIGURES, "seconds_left"))
     is_measured = all(value is None or (type(value) in (int, float) and abs(value) < 1e300) for value in measured)
@@ -176,12 +192,21 @@ class StatusFile:
 
     def starting(self) -> None:
         """Writes that the run starts, and keeps step, checkpoint and figures of an earlier attempt."""
-        if self._is_writer:
-            with suppress(OSError):
-                (self._out_dir / LOG_FOLDER / ON_END_NAME).unlink()
+        if not self._is_writer:
+            return
+        with suppress(OSError):
+            (self._out_dir / LOG_FOLDER / ON_END_NAME).unlink()
         before = read_status(self._out_dir) or self._status
         kept = {name: getattr(before, name) for name in ("step", "checkpoint", *_FIGURES)}
-        here = replace(self._status, host=socket.gethostname(), started=time.time())
+        here = replace(
+            self._status,
+            host=socket.gethostname(),
+            started=time.time(),
+            command=_command_line(),
+            commit=_commit_of_checkout(),
+            num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
         self._write(replace(here, **kept), is_first=True)
 
     def measured(self, record: Mapping[str, Any]) -> None:
@@ -224,6 +249,25 @@ class StatusFile:
             if not self._has_failed:
                 LOGGER.warning("%s cannot be written: %s", STATUS_NAME, error)
             self._has_failed = True
+
+
+def _command_line() -> str:
+    """Returns the command of this process as it can be repeated from the checkout, without secrets."""
+    script = Path(sys.argv[0])
+    is_module = script.suffix == ".py" and script.is_relative_to(_CHECKOUT)
+    words = ["-m", ".".join(script.relative_to(_CHECKOUT).with_suffix("").parts)] if is_module else [str(script)]
+    return redact(shlex.join(["python", *words, *sys.argv[1:]]))
+
+
+def _commit_of_checkout() -> str:
+    """Returns the commit of this checkout, with `-dirty` after changes; empty without a checkout."""
+    words = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if not (_CHECKOUT / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def is_secret_name(name: str) -> bool:

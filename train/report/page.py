@@ -224,10 +224,13 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
 def _about(run: DrawnRun, number: int) -> str:
     name = f'<i class="swatch p{number}"></i><b>{escape(run.name)}</b>: ' if number else ""
     failure = _failure(run.source.folder, run.name if number else "This run")
+    lines = [name + escape(run.about)]
     status = read_status(run.source.folder)
-    started = "" if status is None or status.started is None else _date(status.started)
-    place = f"; started {started} on {status.host}" if status is not None and started else ""
-    return f"{failure}<p>{name}{escape(run.about + place)}</p>"
+    if status is not None and status.started is not None:
+        commit = f", commit {status.commit}" if status.commit else ""
+        lines[0] += escape(f"; started {_date(status.started)} on {status.host}{commit}")
+        lines += [f"<code>{escape(status.command)}</code>"] if status.command else []
+    return f"{failure}<p>{'<br>'.join(lines)}</p>"
 
 
 def _date(seconds_since_1970: float) -> str:
@@ -273,7 +276,7 @@ def _pipeline(drawn: Sequence[DrawnRun]) -> str:
         if picture := run.source.picture():
             name = escape(f"timeline of {run.name}, scrolls")
             figures.append(f'<figure tabindex="0" role="region" aria-label="{name}">{picture}</figure>')
-    size = '<p><label><input type="checkbox" id="full" autocomplete="off"> full size</label></p>'
+    size = '<p><label><input type="checkbox" id="fit" autocomplete="off"> fit to the window</label></p>'
     return size + "".join(figures) if figures else ""
 
 

@@ -17,6 +17,7 @@ from infer.cohorts import AnsweredPrompt, CohortSizes, forecast_rounds
 from infer.config import ENGINE_COUNTS
 from train.config import TrainConfig
 from train.files.json_lines import METRICS_NAME
+from train.files.run_files import read_status
 from train.predict.cut import run_placement, with_cut
 from train.predict.layer_times import LayerTimes, PartTimes
 from train.predict.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
@@ -218,6 +219,7 @@ class Comparison:
     outside_seconds: Compared
     memory_bytes: Compared | None
     memory_note: str | None
+    cores_note: str | None
     factor: float
     last_steps: LastSteps | None
 
@@ -259,8 +261,19 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
         outside_seconds=Compared.of(outside, _median(steps, "outside")),
         memory_bytes=peak,
         memory_note=_NOT_ON_CPU if peak is None else None,
+        cores_note=_shared_cores(folder) if peak is None else None,
         factor=step / timed.time.without_factor,
         last_steps=_last_steps(steps),
+    )
+
+
+def _shared_cores(folder: Path) -> str | None:
+    status = read_status(folder)
+    if status is None or not 0 < (status.num_cores or 0) < (status.num_local_ranks or 0):
+        return None
+    return (
+        f"{status.num_local_ranks} ranks share {status.num_cores} cores of {status.host}: operations take longer while "
+        f"more ranks compute, and the prediction has one time for each"
     )
 
 
@@ -321,7 +334,9 @@ def comparison_rows(compared: Mapping[str, Any]) -> Iterator[tuple[str, str, str
 
 
 def comparison_notes(compared: Mapping[str, Any]) -> Iterator[str]:
-    """Yields lines about the factor, the last steps and the memory."""
+    """Yields lines about shared cores, the memory, the factor and the last steps."""
+    if compared["cores_note"]:
+        yield compared["cores_note"]
     if compared["memory_note"]:
         yield f"peak memory: {compared['memory_note']}"
     yield f"factor that closes the gap of the step: efficiency.unexplained={compared['factor']:.4g}"

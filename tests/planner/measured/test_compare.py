@@ -25,6 +25,7 @@ from tests.dualpipe.clockwork import SECONDS, measured_run
 from tests.planner.measured.runs import TIMES, layers_of, scope_of, write_run, write_steps, write_times
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
+from train.files.run_files import Status, write_status
 from train.predict import measured as phases
 from train.predict.measured import (
     MEASURED_NAME,
@@ -131,6 +132,15 @@ def test_memory_is_compared_on_cuda_only_and_without_the_reserve(tmp_path: Path)
     assert on_cuda.memory_bytes.measured == 10**9 + 2
     assert 0 < on_cuda.memory_bytes.predicted < 10**8
     assert on_cuda.memory_note is None
+
+
+def test_ranks_that_share_cores_are_named_as_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = write_run(folder, config_of(tmp_path), [1.0, 1.0])
+    for num_cores, is_named in ((2, True), (8, False)):
+        write_status(folder, Status(state="done", host="here", num_cores=num_cores, num_local_ranks=8))
+        text = "\n".join(comparison_text(compared_run(config, folder).values()))
+        assert ("8 ranks share 2 cores of here" in text) is is_named
 
 
 def test_exchange_of_groups_in_sequence_is_not_compared(tmp_path: Path) -> None:

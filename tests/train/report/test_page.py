@@ -248,6 +248,18 @@ def test_report_of_a_failed_run_says_so_at_the_top(tmp_path: Path, state: State,
         assert page.count('class="failed"') == 1
 
 
+def test_report_shows_where_and_how_each_run_was_started(tmp_path: Path) -> None:
+    configs = [place_run(tmp_path / name, range(1, 4)) for name in ("a", "b")]
+    here = Status(
+        state="running", host="node<7>", started=1.8e9, commit="67fb3a3f5f80-dirty", command="python -m x <y>"
+    )
+    write_status(Path(configs[0].out_dir), here)
+    for path in (Report(configs[0]).write(), compare(configs)):
+        top = path.read_text().partition("</h1>")[2].partition("<dl>")[0]
+        assert "on node&lt;7&gt;, commit 67fb3a3f5f80-dirty<br><code>python -m x &lt;y&gt;</code></p>" in top
+        assert top.count("<code>") == 1
+
+
 @pytest.mark.parametrize(("state", "code"), [("running", None), ("done", 0), ("preempted", 75)])
 def test_report_of_a_run_that_did_not_fail_has_no_warning(tmp_path: Path, state: State, code: int | None) -> None:
     config = place_run(tmp_path, range(1, 4))
