@@ -393,13 +393,15 @@ def host_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas
         held: numbers of parameters on the rank.
         replicas: numbers of ranks that hold the same parameters.
     """
-    state = _state_bytes(config, held, sizes, replicas)
     weights = held.total * sizes.value_bytes
     average = 0 if config.ema.decay is None else held.total * _MASTER_BYTES
-    copied = weights + average + state
+    # Weights that are no narrower than their masters are masters, and a checkpoint has them once.
+    masters = _MASTER_BYTES if sizes.value_bytes < sizes.wide_bytes else 0
+    copied = weights + average + _state_bytes(config, held, sizes, replicas, masters)
     average += weights if average else 0  # the weights that are averaged while the next step runs
     if not config.optim.offload:
         return copied + average
+    state = _state_bytes(config, held, sizes, replicas)
     bucket = min(config.optim.bucket_elements, _shard_elements(held, replicas))
     return copied + average + state + bucket * (_MASTER_BYTES + sizes.value_bytes)
 
@@ -414,15 +416,17 @@ def state_bytes(config: TrainConfig, num_elements: int) -> int:
     return num_elements * (_MASTER_BYTES + buffers * (2 if config.optim.moments == "bf16" else 4))
 
 
-def _state_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
+def _state_bytes(
+    config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts, master_bytes: int = _MASTER_BYTES
+) -> int:
     rule = OPTIMIZERS.get(config.optim.kind).matrices
     if rule is None:
-        return _adamw_bytes(config, held, sizes, replicas)
+        return _adamw_bytes(config, held, sizes, replicas, master_bytes)
     others = replace(held, ordinary=held.ordinary - sum(stage.num_dense for stage in held.matrices), routed=0)
     buffers = len(rule.buffers) * (2 if config.optim.moments == "bf16" else sizes.wide_bytes)
     masters = sizes.wide_bytes if sizes.value_bytes < sizes.wide_bytes else 0
     owned = int(_most_owned(held, replicas, lambda rows, columns: rows * columns))
-    return owned * (buffers + masters) + _adamw_bytes(config, others, sizes, replicas)
+    return owned * (buffers + masters) + _adamw_bytes(config, others, sizes, replicas, master_bytes)
 
 
 def _most_owned(held: HeldParameters, replicas: ReplicaCounts, size: Callable[[int, int], float]) -> float:
@@ -439,11 +443,13 @@ def matrix_flops(config: TrainConfig, held: HeldParameters, replicas: ReplicaCou
     return 0.0 if rule is None else _most_owned(held, replicas, rule.flops)
 
 
-def _adamw_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
+def _adamw_bytes(
+    config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts, master_bytes: int
+) -> int:
     if config.optim.sharding == "replicated":
         return held.total * 2 * (2 if config.optim.moments == "bf16" else sizes.wide_bytes)
     moments = 2 * (2 if config.optim.moments == "bf16" else 4)
-    return _shard_elements(held, replicas) * (_MASTER_BYTES + moments)
+    return _shard_elements(held, replicas) * (master_bytes + moments)
 
 
 def host_update_seconds(config: TrainConfig, held: HeldParameters, replicas: ReplicaCounts) -> float:
