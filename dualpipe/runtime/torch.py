@@ -148,9 +148,8 @@ class DualPipeStep(PipelineScheduleMulti):
         check_torch_version()
         order = _order_of(schedule)
         self._rank, size = distributed.get_rank(group), distributed.get_world_size(group)
-        _prove(order, group, self._rank, size)
+        _prove(order, group, self._rank, size, stages)
         held = order.stages_of(self._rank)
-        check_stages(held, stages)
         self._slices = order.slices
         self._past: dict[tuple[StageKey, int], list[Tensor]] = {}
         # The order was proven with its slices. From here on, each slice is a micro-batch.
@@ -158,15 +157,13 @@ class DualPipeStep(PipelineScheduleMulti):
         self._overlap, self._sums_mirrors = overlap, sum_mirrors
         self._prepared: bool | None = None
         self._is_watched = False
-        self._splits = any(op.kind is Op.BACKWARD_WEIGHT for group_ in order.ranks[self._rank] for op in group_)
+        self._splits = _splits(order, self._rank)
         make_stage = partial(PipelineStage, num_stages=order.num_stages, device=torch.device(device), group=group)
         self._stages_held: dict[StageKey, PipelineStage] = {}
         for key in held:
             stage = stages[key]
             if not isinstance(stage, PipelineStage):
                 stage = make_stage(stage, key[1])
-            if self._splits:
-                check_module(stage.submod, key)
             self._stages_held[key] = stage
         super().__init__([*self._stages_held.values()], order.num_micro_batches, loss_fn, **options)
         for (direction, _), stage in self._stages_held.items():
@@ -425,27 +422,40 @@ def _order_of(schedule: _Built | Schedule | str) -> Schedule:
     return order
 
 
-def _prove(order: Schedule, group: distributed.ProcessGroup | None, rank: int, size: int) -> None:
-    """Validates the order on the group's first rank, and compares every rank's order with it."""
+def _splits(order: Schedule, rank: int) -> bool:
+    """Returns whether a rank runs I and W apart."""
+    return any(op.kind is Op.BACKWARD_WEIGHT for group in order.ranks[rank] for op in group)
+
+
+def _prove(
+    order: Schedule, group: distributed.ProcessGroup | None, rank: int, size: int, stages: Mapping[StageKey, Any]
+) -> None:
+    """Validates the order on the first rank, compares all ranks' with it, and checks their stages.
+
+    Raises an error on all ranks, so that none waits for one that has refused.
+    """
     if order.num_ranks != size:
         raise ScheduleError(
             f"schedule: must have the group's {size} ranks, has {order.num_ranks}; nearest: ranks={size}"
         )
     digest = hashlib.sha256(to_json(order).encode()).hexdigest()
-    problem = None
-    if rank == 0:
-        try:
+    problem = place = ""
+    try:
+        if rank == 0:
             validate_passes(order)
-        except ScheduleError as error:
-            problem = str(error)
-    message: list[Any] = [digest, problem]
-    distributed.broadcast_object_list(message, group=group, group_src=0)
-    verdicts: list[Any] = [None] * size
-    distributed.all_gather_object(verdicts, digest == message[0], group=group)
-    if message[1] is not None:
-        raise ScheduleError(message[1])
-    if not all(verdicts):
-        other = verdicts.index(False)
-        raise ScheduleError(
-            f"schedule: must be equal on all ranks, differs on rank {other}; nearest: the JSON of rank 0's"
-        )
+        place = f" (rank {rank})"
+        held = order.stages_of(rank)
+        check_stages(held, stages)
+        for key in held if _splits(order, rank) else ():
+            check_module(getattr(stages[key], "submod", stages[key]), key)
+    except ScheduleError as error:
+        problem = f"{error}{place}"
+    found: list[Any] = [None] * size
+    distributed.all_gather_object(found, (digest, problem), group=group)
+    for other, (theirs, text) in enumerate(found):
+        if theirs != found[0][0]:
+            raise ScheduleError(
+                f"schedule: must be equal on all ranks, differs on rank {other}; nearest: the JSON of rank 0's"
+            )
+        if text:
+            raise ScheduleError(text)

@@ -124,6 +124,22 @@ def test_torch_steps_refuse_what_torch_cannot_split() -> None:
     run_ranks(1, refusals)
 
 
+def one_refuses(rank: int, world_size: int) -> str:
+    """Returns the error of ranks of which the last holds a stage that torch cannot split."""
+    order = build("dualpipe_split", ranks=world_size, micro_batches=4).schedule
+    module: Any = torch.compile(Block(0)) if rank else Block(0)
+    with pytest.raises(ScheduleError) as refused:
+        DualPipeStep(order, dict.fromkeys(order.stages_of(rank), module), mse)
+    return str(refused.value)
+
+
+def test_a_stage_of_one_rank_is_refused_on_all_ranks_that_name_it() -> None:
+    first, last = run_ranks(2, one_refuses)
+    assert first == last
+    assert "compiled" in first
+    assert first.endswith("(rank 1)")
+
+
 def differing(rank: int, world_size: int) -> str:
     """Returns the error of ranks with unlike schedules, or with one that deadlocks."""
     order = build("1f1b", ranks=2, micro_batches=2 + 2 * rank).schedule
