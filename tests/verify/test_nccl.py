@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
+from comm.dispatch.build import build_dispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from dualpipe.builder import build_schedule
@@ -17,7 +19,7 @@ from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, Lane, Program, Step
-from tests.comm.backends import Setting, emulated, maker
+from tests.comm.backends import Setting, emulated, make_parts
 from tests.comm.contract import num_experts_for
 from tests.dualpipe.random_schedules import offloaded
 from tests.inline_lane import InlineLane
@@ -52,7 +54,12 @@ def logged(rank: int, world_size: int, setting: Setting) -> Calls:
     log = CallLog()
     with emulated(setting):
         lane = InlineLane()
-        dispatcher = maker(setting, num_experts_for(world_size), Observers(Traffic(), log))(lane)
+        group = distributed.group.WORLD
+        assert group is not None
+        hidden_size = setting.entry.contract.hidden_size
+        observers = Observers(Traffic(), log)
+        parts = make_parts(num_experts_for(world_size), setting.layout, group, lane, observers, hidden_size)
+        dispatcher = build_dispatcher(setting.config, parts)
         rows_TD = torch.ones(1, 256, dtype=torch.bfloat16)
         calls = log_calls(dispatcher, log, lane, torch.tensor([[0, -1]]), rows_TD)
         dispatcher.close()
@@ -61,7 +68,8 @@ def logged(rank: int, world_size: int, setting: Setting) -> Calls:
 
 @cache
 def calls_of(kind: str) -> Calls:
-    setting = Setting(kind, NODES, {"chunks": 2} if kind == "two_hop" else {})
+    fields: dict[str, dict[str, object]] = {"two_hop": {"chunks": 2}, "balanced": {"balance": "exact"}}
+    setting = Setting("all_to_all" if kind == "balanced" else kind, NODES, fields.get(kind, {}))
     calls = run_ranks(len(NODES), logged, setting)
     assert calls == calls[:1] * len(NODES)
     return calls[0]
@@ -124,7 +132,7 @@ def test_deepep_on_eight_ranks_makes_progress(kind: str) -> None:
     assert find_cycle(record_step(shape_of(scheduled(kind, 8), "deepep")), RULES) == []
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHER_KINDS)
+@pytest.mark.parametrize("dispatcher", [*DISPATCHER_KINDS, "balanced"])
 def test_offload_several_chunks_slices_and_sequential_pairing_make_progress(dispatcher: str) -> None:
     moved = offloaded(split_backwards(scheduled("dualpipe", 2)), 1, share=1.0)
     sliced = build_schedule("dualpipe_interleaved", 2, 4, replace(uniform(EQUAL, 2, 4), slices=2, link_depth=3))

@@ -354,7 +354,8 @@ class StepRecorder:
                         started[rows] = trace.start_collective(lane, lane, group, rows, tensors, [rows])
                     case "wait":
                         trace.wait(lane, started[rows])
-                        tensors = [*tensors, rows]
+                        # A method may run a collective twice: its second result is read in place of the first.
+                        tensors = list(dict.fromkeys([*tensors, rows]))
                     case "read" | "hold":
                         trace.synchronize(lane, trace.event(lane), holds_gil=call.action == "hold")
             trace.launch(lane, lane, f"unpacking of {name}", reads=tensors, writes=[result])
