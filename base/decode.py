@@ -24,7 +24,8 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
     A float may be written as a whole number, or as text such as `3e-4`, which YAML 1.1 does not read as a number.
     An int or a bool must have its own type. An instance of the dataclass may replace its mapping. A dataclass with
     `from_plain` and `to_plain` reads and writes its own form, for example one text. A field with a default may be
-    missing.
+    missing. `DECODED_BY` of a dataclass has a field and a registry: the `config` of the entry that the field names is
+    the subclass to build.
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
@@ -62,7 +63,7 @@ def describe_key(hint: Any, values: object, key: str) -> str:
     members = _members(hint)
     if name == "kind" and len(members) > 1:
         return "one of " + ", ".join(members)
-    kind = values.get("kind") if isinstance(values, Mapping) else None
+    kind = values.get(getattr(hint, "DECODED_BY", ("kind",))[0]) if isinstance(values, Mapping) else None
     every = [get_type_hints(member, include_extras=True) for member in (members.get(kind), *members.values()) if member]
     inner = next((hints[name] for hints in every if name in hints), type(value))
     return describe_key(inner, value, rest) if rest else _describe(inner)
@@ -75,6 +76,8 @@ def _members(hint: Any) -> dict[Any, Any]:
         return _members(members[0]) if len(members) == 1 else _by_kind(members)
     if get_origin(hint) is Annotated and (registry := _registry_in(get_args(hint)[1:])) is not None:
         return {name: entry.config for name, entry in registry.items()} if get_args(hint)[0] is not str else {}
+    if hasattr(hint, "DECODED_BY"):
+        return {name: entry.config for name, entry in hint.DECODED_BY[1].items()}
     return {"": hint} if is_dataclass(hint) else {}
 
 
@@ -114,6 +117,13 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from error
     values = _mapping(value, place)
+    if hasattr(cls, "DECODED_BY"):
+        selector, registry = cls.DECODED_BY
+        default = next(field.default for field in fields(cls) if field.name == selector)
+        name = _decode_choice(registry.choices(), values.get(selector, default), _join(place, selector))
+        kinds = {each: entry.config for each, entry in registry.items()}
+        _refuse_keys_of_others(kinds, name, values, place, selector)
+        cls = kinds[name]
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     optional = {field.name for field in fields(cls) if field.default is not MISSING}
@@ -155,15 +165,21 @@ def _decode_tagged(kinds: Mapping[str, Any], value: object, place: str) -> Any:
     if "kind" not in values:
         raise ConfigError(f"{_join(place, 'kind')}: missing; a value is needed (one of {', '.join(kinds)})")
     chosen = _decode_choice(tuple(kinds), values["kind"], _join(place, "kind"))
+    _refuse_keys_of_others(kinds, chosen, values, place, "kind")
+    return _decode_dataclass(kinds[chosen], values, place)
+
+
+def _refuse_keys_of_others(
+    kinds: Mapping[str, Any], chosen: str, values: Mapping[Any, object], place: str, selector: str
+) -> None:
     own_fields = {field.name for field in fields(kinds[chosen])}
     for key in values:
         owners = [kind for kind, member in kinds.items() if key in {field.name for field in fields(member)}]
         if key not in own_fields and owners:
             raise ConfigError(
-                f"{_join(place, str(key))}: unknown key when {_join(place, 'kind')} is {chosen}; "
-                f"it belongs to kind {' or '.join(owners)}"
+                f"{_join(place, str(key))}: unknown key when {_join(place, selector)} is {chosen}; "
+                f"it belongs to {selector} {' or '.join(owners)}"
             )
-    return _decode_dataclass(kinds[chosen], values, place)
 
 
 def _decode_choice(choices: tuple[Any, ...], value: object, place: str) -> Any:

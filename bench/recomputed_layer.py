@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import LAYER, RECOMPUTED, ModelConfig
+from model.config import LAYER, RECOMPUTED, MlaConfig
 from model.linear import GradientStore
 from model.objective import MicroBatch
 from tests.model.live_memory import LiveMemory
 from tests.model.test_recomputed_layer import make_model, run
 from tests.tiny import MODEL
 
-CONFIG: ModelConfig = replace(
+CONFIG: MlaConfig = replace(
     MODEL,
     hidden_size=256,
     dense_intermediate_size=2048,

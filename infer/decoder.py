@@ -180,7 +180,7 @@ class PartDecoder:
         has_experts = isinstance(model.dispatcher, RankLocalDispatcher) and not model.decodes_as_trained
         is_few = has_experts and has_few_rows_forms(weight)
         self._most_few = MOST_CHOICES // config.num_experts_per_token if is_few else 0
-        width = model.attention.values_per_token(config)
+        width = config.cached_values
         lane = 1 if num_blocks is not None else -(-capacity // BLOCK_TOKENS)
         sizes = (num_blocks or max_sequences * lane, weight.dtype, weight.device)
         self.main = KvCache(width, len(self._layers), *sizes, lane=lane)

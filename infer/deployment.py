@@ -99,9 +99,7 @@ class Deployment:
         self._config = config
         self._is_fp8 = precision == "fp8"
         self._weights = _served_weights(model, _DTYPES[precision], fp8=self._is_fp8)
-        self.token_bytes = (
-            _LATENT_BYTES * (model.kv_lora_rank + model.qk_rope_head_dim) * (model.num_layers + model.mtp_depth)
-        )
+        self.token_bytes = _LATENT_BYTES * model.cached_values * (model.num_layers + model.mtp_depth)
         self._rates = {key: float(getattr(cluster, key)) for key in _RATES}
         self.room_bytes = config.memory_share * self._rates["memory_bytes"]
 
@@ -211,9 +209,7 @@ class Deployment:
         linear = 2 * count_parameters(model).active_without_embedding
         scores = training_flops_per_token(model, context) / 3 - linear
         if role == "decoding":
-            scores = (
-                2 * model.num_layers * model.num_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim) * context
-            )
+            scores = 2 * model.num_layers * model.num_heads * model.cached_score_dim * context
         flops = linear / (2 if self._is_fp8 else 1) + scores
         across, within = self._sent_bytes(gpus, attention, routed_shared)
         return {

@@ -4,12 +4,13 @@ Imports no torch: commands read this and reject an invalid split before any proc
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from base.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from base.registry import Registry
 from kernels.attention import ATTENTION
 from kernels.router_scores import ROUTERS
 
@@ -109,13 +110,36 @@ RELEASED_GROUP_SCORES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """A DeepSeek-V3-class architecture.
+class AttentionForm:
+    """A form of attention. Its weights and widths are properties of `config`.
 
-    Source: arXiv:2412.19437, section 2; fields follow the released config.json. `q_lora_rank` None means one full query
-    projection. `mtp_hidden` selects the state of the previous depth that an MTP module reads, after or before the norm
-    that precedes the output head.
+    Attributes:
+        config: dataclass of models of this form: the keys of all models, and the form's own.
+        build: function of a model, the type of weights, the name of a kernel, and `Linears`: one layer's `Attention`.
+        small: function of a model: the form's own keys of a small model with as many choices as the given one has.
     """
+
+    summary: str
+    config: "type[ModelConfig]"
+    build: Callable[..., Any]
+    small: "Callable[[Any], Mapping[str, Any]]"
+
+
+ATTENTION_FORMS = Registry[AttentionForm]("model.attention", ("model.attention.forms",))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The keys of every architecture, and what cost, memory and files need to know of its attention.
+
+    The form of attention names the subclass that a mapping is decoded to. Source: arXiv:2412.19437, section 2; fields
+    follow the released config.json. `mtp_hidden` selects the state of the previous depth that an MTP module reads,
+    after or before the norm that precedes the output head.
+    """
+
+    DECODED_BY: ClassVar = ("attention", ATTENTION_FORMS)
+    ROTATED: ClassVar[str]
+    """Key of the number of values per head that rotate."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -123,11 +147,6 @@ class ModelConfig:
     num_dense_layers: NonNegativeInt
     dense_intermediate_size: PositiveInt
     num_heads: PositiveInt
-    q_lora_rank: PositiveInt | None
-    kv_lora_rank: PositiveInt
-    qk_nope_head_dim: PositiveInt
-    qk_rope_head_dim: PositiveInt
-    v_head_dim: PositiveInt
     num_routed_experts: PositiveInt
     num_shared_experts: NonNegativeInt
     num_experts_per_token: PositiveInt
@@ -146,6 +165,7 @@ class ModelConfig:
     # biased scores that add up to a group's; None: K / M for K experts per token from M groups.
     group_score_experts: PositiveInt | None = None
     router: Annotated[str, ROUTERS] = "sigmoid"
+    attention: Annotated[str, ATTENTION_FORMS] = "mla"
 
     @property
     def num_group_scores(self) -> int:
@@ -165,12 +185,115 @@ class ModelConfig:
         return self.vocab_size if self.head == "tokens" else 1
 
     @property
+    def rotated_dim(self) -> int:
+        """Number of values per head that rotate with the position."""
+        value: int = getattr(self, self.ROTATED)
+        return value
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Number of values per head in a query or key."""
+        raise NotImplementedError
+
+    @property
+    def value_head_dim(self) -> int:
+        """Number of values per head that are mixed."""
+        raise NotImplementedError
+
+    @property
+    def cached_values(self) -> int:
+        """Number of values that a layer caches of a token."""
+        raise NotImplementedError
+
+    @property
+    def cached_score_dim(self) -> int:
+        """Number of multiplications per head of a new token with one cached token."""
+        return self.qk_head_dim + self.value_head_dim
+
+    @property
+    def attention_weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Released names below `self_attn.`, without `.weight`, and shapes of one layer's weights."""
+        raise NotImplementedError
+
+    @property
+    def latents(self) -> dict[str, int]:
+        """Widths of latents by the weight that gives them; ranks that split heads have each of these whole."""
+        return {}
+
+    @property
+    def expanded_map(self) -> tuple[int, int] | None:
+        """Outputs and inputs of the map that ranks of a context group apply to all cached values, or None."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlaConfig(ModelConfig):
+    """A model with latent attention (arXiv:2412.19437, section 2.1.1).
+
+    `q_lora_rank` None means one full query projection.
+    """
+
+    ROTATED: ClassVar[str] = "qk_rope_head_dim"
+
+    q_lora_rank: PositiveInt | None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+
+    @property
     def qk_head_dim(self) -> int:
         """Number of values per head in a query or key: the part without position and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def value_head_dim(self) -> int:
+        """Number of values per head that are mixed."""
+        return self.v_head_dim
 
-def with_released_routing(config: ModelConfig) -> ModelConfig:
+    @property
+    def cached_values(self) -> int:
+        """Number of values that a layer caches of a token: 512 + 64 = 576 for DeepSeek-V3."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def cached_score_dim(self) -> int:
+        """Number of multiplications per head of a new token with one cached token, in the absorbed form."""
+        return 2 * self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def attention_weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Implements `ModelConfig.attention_weights`."""
+        hidden, latent, rank = self.hidden_size, self.kv_lora_rank, self.q_lora_rank
+        queries = self.num_heads * self.qk_head_dim
+        return [
+            *(
+                [("q_proj", (queries, hidden))]
+                if rank is None
+                else [("q_a_proj", (rank, hidden)), ("q_a_layernorm", (rank,)), ("q_b_proj", (queries, rank))]
+            ),
+            ("kv_a_proj_with_mqa", (self.cached_values, hidden)),
+            ("kv_a_layernorm", (latent,)),
+            ("kv_b_proj", self.expanded_map),
+            ("o_proj", (hidden, self.num_heads * self.v_head_dim)),
+        ]
+
+    @property
+    def latents(self) -> dict[str, int]:
+        """Implements `ModelConfig.latents`."""
+        queries = {} if self.q_lora_rank is None else {"q_a_proj": self.q_lora_rank}
+        return {**queries, "kv_a_proj_with_mqa": self.cached_values}
+
+    @property
+    def expanded_map(self) -> tuple[int, int]:
+        """Outputs and inputs of the map that expands latents to keys without position, and values."""
+        return self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), self.kv_lora_rank
+
+
+ModelT = TypeVar("ModelT", bound=ModelConfig)
+
+
+def with_released_routing(config: ModelT) -> ModelT:
     """Returns an architecture that chooses experts as the released code does."""
     return config if config.is_released_routing else replace(config, group_score_experts=RELEASED_GROUP_SCORES)
 
@@ -183,7 +306,7 @@ _MANY_EXPERTS = (64, 8, 8, 4)
 _LARGEST_VOCABULARY = 32768
 
 
-def ladder(size: int) -> ModelConfig:
+def ladder(size: int) -> MlaConfig:
     """Returns the model of a size of at least 1: 1 has 0.8M weights, 4 has 22M, 16 has 1B.
 
     It keeps these proportions of DeepSeek-V3 (arXiv:2412.19437, section 4.2): a head has twice as many dimensions
@@ -196,7 +319,7 @@ def ladder(size: int) -> ModelConfig:
     num_layers = size + 2
     experts, per_token, groups, limited = next((row for limit, row in _EXPERTS if size < limit), _MANY_EXPERTS)
     width = 2 * hidden // per_token
-    return ModelConfig(
+    return MlaConfig(
         vocab_size=min(4096 << size // 4, _LARGEST_VOCABULARY),
         hidden_size=hidden,
         num_layers=num_layers,

@@ -6,7 +6,7 @@ Imports no torch. Source: arXiv:2412.19437, section 4.2, and the released checkp
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import sqrt
+from math import prod, sqrt
 from typing import Literal
 
 from kernels.operation import TILE, num_tiles
@@ -103,7 +103,7 @@ class HeldParameters:
         """
         if ranks == 1:
             return self
-        latents = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim
+        latents = sum(config.latents.values())
         whole = config.hidden_size * (self.num_blocks * (latents + 2) + self.num_routers * config.num_routed_experts)
         routed_codes = min(self.code_bytes, 2 * self.routed)
         return replace(
@@ -156,23 +156,13 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Counts the weights of one layer's attention, including its latent norms."""
-    return _num_weights(attention_maps(config)) + (config.q_lora_rank or 0) + config.kv_lora_rank
+    """Counts the weights of one layer's attention, including its norms."""
+    return sum(prod(shape) for _, shape in config.attention_weights)
 
 
 def attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
     """Returns outputs and inputs of the linear maps of attention."""
-    hidden = config.hidden_size
-    heads = config.num_heads
-    rank = config.q_lora_rank
-    queries = heads * config.qk_head_dim
-    maps = [
-        (queries if rank is None else rank, hidden),
-        (config.kv_lora_rank + config.qk_rope_head_dim, hidden),
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        (hidden, heads * config.v_head_dim),
-    ]
-    return maps if rank is None else [*maps, (queries, rank)]
+    return [(shape[0], shape[1]) for _, shape in config.attention_weights if len(shape) == 2]
 
 
 def dense_maps(config: ModelConfig) -> list[tuple[int, int]]:
@@ -248,7 +238,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -
     causal.
     """
     attended = sequence_length_tokens / 2
-    per_layer = config.num_heads * (config.qk_head_dim + config.v_head_dim) * attended
+    per_layer = config.num_heads * (config.qk_head_dim + config.value_head_dim) * attended
     return 6 * count_parameters(config).active_without_embedding + 6 * config.num_layers * per_layer
 
 
@@ -299,8 +289,8 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
     hidden = config.hidden_size
     expert = _num_weights(expert_maps(config))
     products = _FP8_PRODUCTS if is_fp8 else _OWN_PRODUCTS
-    scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length_tokens / 2
-    expanded = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    scores = config.num_heads * (config.qk_head_dim + config.value_head_dim) * sequence_length_tokens / 2
+    expanded = prod(config.expanded_map or (0,))
     attention = attention_parameters(config) + (context - 1) * expanded
     active = (config.num_experts_per_token + config.num_shared_experts) * expert + hidden * config.num_routed_experts
     moe = products * (attention + active) + _SCORES * scores

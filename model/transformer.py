@@ -18,10 +18,9 @@ from torch.nn import functional
 from comm.protocol import ALONE, ContextGroup, Dispatcher
 from kernels.attention.documents import Documents
 from kernels.rms_norm import inverse_rms, normalize_backward, rms_norm
-from model.attention.form import Attention, AttentionForm
-from model.attention.mla import LATENT_ATTENTION
+from model.attention.form import Attention
 from model.block import Block, RoutedExperts, run_block
-from model.config import LAYER, Computing, ModelConfig
+from model.config import ATTENTION_FORMS, LAYER, Computing, ModelConfig
 from model.linear import Projection, WeightSink, deliver_product, widen
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
@@ -211,7 +210,6 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         part: Part | None = None,
         computing: Computing = Computing(),  # noqa: B008  frozen
-        attention: AttentionForm | None = None,
         context: ContextGroup = ALONE,
     ) -> None:
         super().__init__()
@@ -222,8 +220,8 @@ class Transformer(nn.Module):
         self.dispatcher = dispatcher
         part = part or whole(config)
         self._linears = build_linears(computing)
-        self.attention = attention or LATENT_ATTENTION
-        build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
+        form = ATTENTION_FORMS.get(config.attention)
+        build = partial(form.build, config, dtype, computing.attention, self._linears)
         self.model = Trunk(config, part, dtype, build, self._linears)
         head = Projection(config.hidden_size, config.num_head_rows, dtype) if part.head else None
         # The names of the released checkpoint, and of a sequence classifier in transformers.

@@ -86,7 +86,7 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> PartTimes:
     model = config.model
     if size == 1:
         return PartTimes()
-    width = model.kv_lora_rank + model.qk_rope_head_dim
+    width = model.cached_values
     sent = forecast_context_bytes(
         size=size,
         num_tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,

@@ -15,8 +15,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from dualpipe.ir import Schedule
-from model.attention.form import rotation_table
-from model.attention.mla import LatentAttention
+from model.attention.form import Attention, rotation_table
 from model.linear import GradientStore
 from model.transformer import Transformer
 from train.config import TrainConfig
@@ -96,7 +95,7 @@ def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
     stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     wide = torch.promote_types(weight_dtype(config.precision), torch.float32)
     table = sum(entry.nbytes for entry in rotation_table(config.model, config.batch.sequence_length_tokens, wide))
-    return stored + table * sum(isinstance(module, LatentAttention) for module in model.modules())
+    return stored + table * sum(isinstance(module, Attention) for module in model.modules())
 
 
 def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:

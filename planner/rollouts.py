@@ -195,7 +195,7 @@ class _Visit:
         for row in self.placement:
             for stage, rank in zip(self._shapes, row, strict=True):
                 held[rank] += len(stage.layers) + drafts * stage.is_last
-        width = (model.kv_lora_rank + model.qk_rope_head_dim) * value_bytes(self.config.precision)
+        width = model.cached_values * value_bytes(self.config.precision)
         blocks = -(-min(capacity, model.max_position_tokens) // BLOCK_TOKENS)
         return max(held) * forecast.cohorts * forecast.max_rows * blocks * BLOCK_TOKENS * width
 
@@ -233,7 +233,7 @@ class _Visit:
         touched_R = 1 - (1 - model.num_experts_per_token / model.num_routed_experts) ** (tokens_R * sharing)
         weights_R = held.ordinary - held.embedding * (not stage.is_last) + held.routed * touched_R
         read_R = weights_R * (1 if config.precision.kind == "fp8" else value_bytes(self.config.precision))
-        width = (model.kv_lora_rank + model.qk_rope_head_dim) * value_bytes(self.config.precision)
+        width = model.cached_values * value_bytes(self.config.precision)
         read_R = read_R * (tokens_R > 0) + rows_R * self.context * width * len(stage.layers)
         memory_R = read_R / (config.cluster.memory_bytes_per_second or REFERENCE_MEMORY_BYTES_PER_SECOND)
         least = next(time for ranks, time in _EXCHANGE_SECONDS.items() if sharing <= ranks)

@@ -259,15 +259,15 @@ class _Scale:
         """
         model = self.config.model
         reference = self.rates.reference
-        score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
+        score_width = model.num_heads * (model.qk_head_dim + model.value_head_dim)
         # Ranks that share a sequence expand the latents of all its tokens before their slice's end to keys and values.
         ranks = self.config.parallelism.context * self.sequence_tokens / self.config.batch.sequence_length_tokens
         shared = ranks * (self.before + self.part) / self.part
         # Without slices, tokens attend to half of their sequence in the mean.
         attended = ranks * self.tensor * (2 * self.before + self.part)
-        expanded = (model.num_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
-        again = products_of([expanded], self.rows * shared, uses=shared - 1, copies=0)
-        latents = {model.q_lora_rank, model.kv_lora_rank + model.qk_rope_head_dim}
+        expanded = [] if model.expanded_map is None else [model.expanded_map]
+        again = products_of(expanded, self.rows * shared, uses=shared - 1, copies=0)
+        latents = set(model.latents.values())
         maps = attention_maps(model)
         # Each tensor rank projects its rows to latents, and all rows for its heads.
         down = products_of([each for each in maps if each[0] in latents], self.rows)
@@ -279,7 +279,7 @@ class _Scale:
             others=self.width,
         )
         part = self._with_layer(self._without_recomputation(part, ("norm", "mla_up")), self._residual_again)
-        gathered = model.hidden_size if model.q_lora_rank is None else sum(filter(None, latents))
+        gathered = sum(model.latents.values()) if "q_a_proj" in model.latents else model.hidden_size
         return part + context_seconds(self.config, reference) + self._tensor_seconds(gathered)
 
     @property
@@ -422,7 +422,7 @@ class _Scale:
         if self.config.precision.kind == "fp8":
             return 0.0
         model = self.config.model
-        projection = products_of([(model.hidden_size, model.num_heads * model.v_head_dim)], self.rows)
+        projection = products_of([(model.hidden_size, model.num_heads * model.value_head_dim)], self.rows)
         return self._forward_products(self.rates.attention, projection, self.rates.reference.attention)
 
     def _forward_products(self, passes: PassTimes, products: Products, reference: Products) -> float:

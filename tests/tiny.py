@@ -9,7 +9,7 @@ from data.config import DataConfig
 from data.readers.sources import FilesSource
 from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
-from model.config import RECOMPUTED, ModelConfig, PlainRope
+from model.config import RECOMPUTED, MlaConfig, PlainRope
 from train.config import (
     BatchConfig,
     CheckpointingConfig,
@@ -28,7 +28,7 @@ from train.optim.muon import MuonConfig
 from train.optim.registry import AdamWConfig
 from train.tasks.pretrain import PretrainConfig
 
-MODEL = ModelConfig(
+MODEL = MlaConfig(
     vocab_size=320,
     hidden_size=32,
     num_layers=4,

@@ -16,7 +16,7 @@ from data.pack import PAIR, SCORE, WEIGHTS
 from dualpipe.costs import Costs
 from dualpipe.ir import MOST_LINK_DEPTH, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleConfig
-from model.config import RECOMPUTED, CutError, ModelConfig
+from model.config import ATTENTION_FORMS, RECOMPUTED, CutError, ModelConfig
 from train.config import (
     NO_EVALUATION,
     BatchConfig,
@@ -173,19 +173,15 @@ def _small_run(config: TrainConfig) -> TrainConfig:
 
 
 def _small_model(model: ModelConfig, length: int) -> ModelConfig:
-    """Returns a small DeepSeek-V3 with the rotation and the router of the run."""
-    return ModelConfig(
+    """Returns a small model with the form of attention, the rotation and the router of the run."""
+    form = ATTENTION_FORMS.get(model.attention)
+    return form.config(
         vocab_size=320,
         hidden_size=_HIDDEN_SIZES[0],
         num_layers=3,
         num_dense_layers=1,
         dense_intermediate_size=48,
         num_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
         num_routed_experts=_NUM_EXPERTS,
         num_shared_experts=1,
         num_experts_per_token=3,  # tokens take unequal numbers from their groups
@@ -202,6 +198,8 @@ def _small_model(model: ModelConfig, length: int) -> ModelConfig:
         initializer_range=0.1,
         head="tokens",
         router=model.router,
+        attention=model.attention,
+        **form.small(model),
     )
 
 

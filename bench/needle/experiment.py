@@ -11,7 +11,7 @@ from torch.nn import functional
 from bench.needle.rows import VOCAB_SIZE, Rows, is_key
 from comm.dispatch.local import LocalDispatcher
 from kernels.cross_entropy.reference import IGNORE
-from model.config import ModelConfig, PlainRope, YarnRope
+from model.config import MlaConfig, PlainRope, YarnRope
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialize_weights
 
@@ -20,7 +20,7 @@ LONG_LENGTH = BASE_LENGTH * FACTOR
 TOKENS_PER_STEP = 2048
 _BASE_RATE, _LONG_RATE = 6e-3, 2e-4
 
-PLAIN = ModelConfig(
+PLAIN = MlaConfig(
     vocab_size=VOCAB_SIZE,
     hidden_size=64,
     num_layers=2,
@@ -65,14 +65,14 @@ YARN = replace(
 )
 
 
-def build(config: ModelConfig, seed: int) -> Transformer:
+def build(config: MlaConfig, seed: int) -> Transformer:
     """Builds the network with the weights of a seed, in float32."""
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     initialize_weights(model, seed)
     return model
 
 
-def with_rope(base: Transformer, config: ModelConfig) -> Transformer:
+def with_rope(base: Transformer, config: MlaConfig) -> Transformer:
     """Returns a copy of a network with another rotary embedding."""
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     model.load_state_dict(base.state_dict())

@@ -346,10 +346,10 @@ _DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp8"
 
 def check_model(model: ModelConfig) -> None:
     """Rejects inconsistent sizes of a model."""
-    if model.qk_rope_head_dim % 2:
-        near = multiples(model.qk_rope_head_dim, 2)
+    if model.rotated_dim % 2:
+        near = multiples(model.rotated_dim, 2)
         rule = "must be even, because values rotate in pairs"
-        raise broken("model.qk_rope_head_dim", rule, model.qk_rope_head_dim, near)
+        raise broken(f"model.{model.ROTATED}", rule, model.rotated_dim, near)
     if model.num_dense_layers > model.num_layers:
         rule = f"must be at most model.num_layers={model.num_layers}"
         raise broken("model.num_dense_layers", rule, model.num_dense_layers, model.num_layers)

@@ -18,7 +18,7 @@ from evaluation.protocol import EVALUATION_TASKS, checked_file
 from launch.config.compose import MissingValueError, compose, own_keys
 from launch.config.memory import check_memory
 from launch.config.rules import check_all, check_name, check_rules
-from model.config import ModelConfig, ladder
+from model.config import ATTENTION_FORMS, ladder
 from score.reward import check_problems
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, check_compatible, locate, newest_whole, verify_sizes
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
@@ -32,7 +32,6 @@ from train.terminal import progress_on
 
 _ENDLESS_STEPS = 2**40
 _MOMENTS = Literal["auto", "float32", "bf16"]
-_MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 _LEAST_TOKENIZER_SHARE = 0.9
 
 
@@ -163,9 +162,10 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
             f"model.kind: must be one of {', '.join(kinds)}, is {kind!r}; {nearest(str(kind), list(kinds))}"
         )
     changes = {key: value for key, value in model.items() if key not in kinds[kind]}
+    known_keys = list(dict.fromkeys(field.name for _, form in ATTENTION_FORMS.items() for field in fields(form.config)))
     for key in changes:
-        if key not in _MODEL_KEYS:
-            choices = [f"model.{name}" for name in (*kinds[kind], *_MODEL_KEYS)]
+        if key not in known_keys:
+            choices = [f"model.{name}" for name in (*kinds[kind], *known_keys)]
             raise ConfigError(f"model.{key}: unknown key; {nearest_key(f'model.{key}', choices)}")
     if kind == "ladder":
         size = model.get("size")

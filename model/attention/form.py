@@ -1,15 +1,12 @@
-"""Interface of a model's attention to blocks and decoding: the form, its cache, and rotary positions.
+"""Interface of a model's attention to blocks and decoding: the layer, its cache, and rotary positions.
 
-Another form is one file with a subclass of `Attention` and an `AttentionForm`. Latent attention keeps a normalized
-latent and a rotated key for all heads in the cache (arXiv:2412.19437, section 2.1.1). Positions rotate interleaved
+Another form is one file with subclasses of `Attention` and of `ModelConfig`, and an `AttentionForm`. Positions rotate
 pairs, with YaRN (arXiv:2309.00071; 2412.19437, section 4.3). Shape legend: S new tokens of each sequence, N new tokens
 of all, T positions, C values per token and layer, P rotated pairs, R rotated values per head.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -21,7 +18,6 @@ from model.attention.cache import CacheView
 from model.config import ModelConfig, PlainRope, YarnRope, yarn_temperature
 from model.linear import WeightSink
 from model.norm import RmsNorm
-from model.precision.linears import Linears
 
 
 class Attention(nn.Module):
@@ -50,15 +46,6 @@ class Attention(nn.Module):
         """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionForm:
-    """A form of attention: how it is built, and how many values a layer's cache holds of a token."""
-
-    name: str
-    build: Callable[[ModelConfig, torch.dtype, str, Linears], Attention]
-    values_per_token: Callable[[ModelConfig], int]
-
-
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated by YaRN.
 
@@ -66,7 +53,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
     positions multiply an error in the last bit.
     """
     # Radians per position of pair k, without scaling: theta^(-2k/R).
-    size = config.qk_rope_head_dim
+    size = config.rotated_dim
     powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
     match config.rope_scaling:
         case PlainRope():
@@ -111,3 +98,21 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
     # `softmax_scale` contains the temperature of scores, so it is divided out here.
     factor = temperature / of_scores
     return angles.cos() * factor, angles.sin() * factor
+
+
+class RotationTable:
+    """Keeps the turns of one length, because the micro-batches of a run have one length."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def turns(self, x_BTD: Tensor, context: ContextGroup) -> Tensor:
+        """Returns cos + i sin of all positions of the sequences, of which this rank may hold a part."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        num_positions = context.parts(x_BTD.shape[1]).num_tokens
+        key = (num_positions, x_BTD.device, dtype)
+        if key not in self._tables:
+            table = torch.complex(*rotation_table(self._config, num_positions, dtype))
+            self._tables = {key: table.to(x_BTD.device)}
+        return self._tables[key]

@@ -2,6 +2,7 @@
 
 Source: arXiv:2412.19437, section 2.1.1. In the absorbed form, the keys' up-projection is applied to the queries and the
 values' up-projection after the mixing. Every head then reads the same cached latent (arXiv:2405.04434, section 2.1.2).
+The cache keeps a normalized latent and a rotated key of all heads. Positions rotate interleaved pairs.
 Shape legend: S new tokens of each sequence, N new tokens of all, T positions, C cached values per token, X = C plus
 queries, Q query values per head, L latent size, R rotated values.
 """
@@ -21,8 +22,8 @@ from kernels.heads import rotate_
 from model.attention.cache import CacheView, PromptView, StepView
 from model.attention.context import mix_in_context
 from model.attention.core import mix
-from model.attention.form import Attention, AttentionForm, rotation_table, softmax_scale
-from model.config import ModelConfig
+from model.attention.form import Attention, RotationTable, softmax_scale
+from model.config import MlaConfig
 from model.linear import Projection, WeightSink, join_storage, widen
 from model.norm import RmsNorm
 from model.precision.linears import LatentOptions, LatentShape, LatentWeights, Linears, rows_of_heads
@@ -42,7 +43,7 @@ class LatentAttention(Attention):
     The weights have the released checkpoint's names.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+    def __init__(self, config: MlaConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
         self._config = config
         heads = config.num_heads
@@ -74,7 +75,7 @@ class LatentAttention(Attention):
         )
         self._latent_sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
         self._options = partial(LatentOptions, shape=self._shape, kernel=kernel)
-        self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._table = RotationTable(config)
 
     def forward(
         self,
@@ -87,7 +88,7 @@ class LatentAttention(Attention):
         """Implements `Attention.forward`."""
         compressed_BTX, weights = self._compress(x_BTD, norm, sink)
         options = self._options(
-            turns_TP=self._turns(x_BTD, context),
+            turns_TP=self._table.turns(x_BTD, context),
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
@@ -216,7 +217,7 @@ class LatentAttention(Attention):
         """Decodes with the products of training, which start from latents before their norm."""
         compressed_NX, weights = self._compress(hidden_ND, norm, None)
         # The cache holds latents before their norm here, since the products of training start there.
-        rows_NC = compressed_NX[:, -values_per_token(self._config) :].clone()
+        rows_NC = compressed_NX[:, -self._config.cached_values :].clone()
         rotated_NR = rows_NC[:, self._config.kv_lora_rank :]
         rotate_(rotated_NR[:, None], view.turns_NP)
         view.write(rows_NC)
@@ -273,17 +274,6 @@ class LatentAttention(Attention):
         mixed_BHSV = functional.scaled_dot_product_attention(query, key, value, mask_B1ST, scale=shape.scale)
         return new.add(hidden_ND, rows_of_heads(mixed_BHSV, shape.value))
 
-    def _turns(self, x_BTD: Tensor, context: ContextGroup) -> Tensor:
-        """Returns cos + i sin of all positions of the sequences, of which this rank may hold a part."""
-        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        num_positions = context.parts(x_BTD.shape[1]).num_tokens
-        # One table at a time, because the micro-batches of a run have one length.
-        key = (num_positions, x_BTD.device, dtype)
-        if key not in self._tables:
-            table = torch.complex(*rotation_table(self._config, num_positions, dtype))
-            self._tables = {key: table.to(x_BTD.device)}
-        return self._tables[key]
-
 
 def _pad_tokens(values: Tensor) -> Tensor:
     """Appends tokens of zeros, so that sums over whole vectors of keys are those of longer sequences."""
@@ -300,11 +290,3 @@ def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> t
     # Flash kernels require heads of one size: values are padded with zeros, and results are cut again.
     padding = key_NHQ.shape[-1] - value
     return key_NHQ, functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
-
-
-def values_per_token(config: ModelConfig) -> int:
-    """Returns how many values a layer caches of a token: 512 + 64 = 576 for DeepSeek-V3."""
-    return config.kv_lora_rank + config.qk_rope_head_dim
-
-
-LATENT_ATTENTION = AttentionForm(name="mla", build=LatentAttention, values_per_token=values_per_token)

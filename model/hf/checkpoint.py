@@ -247,7 +247,7 @@ def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Tensor
     layers = config.num_layers + config.mtp_depth
     for name, entry in entries.items():
         if is_rotary(name) and (layer_of(name) or 0) < layers:
-            size = config.qk_rope_head_dim // 2
+            size = config.rotated_dim // 2
             if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
                 stored = f"{entry.dtype} {list(entry.shape)}"
                 raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {stored}")

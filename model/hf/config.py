@@ -12,12 +12,13 @@ unless its value is neutral. Any other unknown key is copied, and commands repor
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from model.config import (
     HeadKind,
+    MlaConfig,
     ModelConfig,
     PlainRope,
     RopeScaling,
@@ -48,7 +49,7 @@ _ONLY: tuple[tuple[str, Any], ...] = (
     ("moe_layer_freq", 1),
     ("rope_interleave", True),
 )
-EXPORTED: Mapping[str, Any] = {"router": "sigmoid"}
+_EXPORTED: Mapping[str, Any] = {"attention": "mla", "router": "sigmoid"}
 """Choices of a model for which the file has no key: their values in every model that the format describes."""
 _PRECISION = 1e-9
 _MOST_OF_YARN = 1e9
@@ -92,6 +93,7 @@ def write_config(
     Raises the errors of `check_format`.
     """
     check_format(config)
+    assert isinstance(config, MlaConfig)
     carried = carried or {}
     model_type = carried.get("model_type", MODEL_TYPES[0])
     # transformers has no class for scores under GLM's name.
@@ -132,14 +134,22 @@ def write_config(
 
 def check_format(config: ModelConfig) -> None:
     """Raises an `HfError` if the model has a choice that `config.json` cannot state."""
-    for key, value in EXPORTED.items():
+    for key, value in _EXPORTED.items():
         if getattr(config, key) != value:
             rule = f"must be {value} in Hugging Face's form, as config.json of {MODEL_TYPES[0]} has no key for another"
             problem = f"{rule}, is {getattr(config, key)}; nearest valid: the checkpoint itself"
             raise HfError(f"model.{key}", "", problem)
 
 
-def _sizes(config: ModelConfig) -> dict[str, Any]:
+def as_exported(config: ModelConfig) -> MlaConfig:
+    """Returns the model with the choices that the format describes, else with the least latents."""
+    keys = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    least = {"q_lora_rank": None, "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 2, "v_head_dim": 1}
+    least = {key: getattr(config, key, value) for key, value in least.items()}
+    return MlaConfig(**{**keys, **least, **_EXPORTED})
+
+
+def _sizes(config: MlaConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -167,11 +177,11 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read(values: ConfigValues) -> ModelConfig:
+def _read(values: ConfigValues) -> MlaConfig:
     max_position = values.whole_number("max_position_embeddings", 1)
     theta, scaling = read_rope(values, max_position)
     num_layers = values.whole_number("num_hidden_layers", 1)
-    config = ModelConfig(
+    config = MlaConfig(
         vocab_size=values.whole_number("vocab_size", 1),
         hidden_size=values.whole_number("hidden_size", 1),
         num_layers=num_layers,
@@ -252,7 +262,7 @@ def _check_token_ids(values: ConfigValues) -> None:
             raise values.error(key, f"must be a token id or null, is {format_value(value)}")
 
 
-def _check(values: ConfigValues, config: ModelConfig) -> None:
+def _check(values: ConfigValues, config: MlaConfig) -> None:
     experts = config.num_routed_experts
     groups = config.num_expert_groups
     limit = config.num_limited_groups

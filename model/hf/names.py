@@ -118,7 +118,7 @@ def _layer(config: ModelConfig, layer: int, *, moe: bool) -> Named:
     prefix = f"model.layers.{layer}."
     hidden = config.hidden_size
     yield prefix + "input_layernorm.weight", (hidden,)
-    for name, shape in _attention(config):
+    for name, shape in config.attention_weights:
         yield f"{prefix}self_attn.{name}.weight", shape
     yield prefix + "post_attention_layernorm.weight", (hidden,)
     if not moe:
@@ -130,23 +130,6 @@ def _layer(config: ModelConfig, layer: int, *, moe: bool) -> Named:
     for expert in range(config.num_routed_experts):
         yield from _feed_forward(f"{prefix}mlp.experts.{expert}.", hidden, narrow)
     yield from _feed_forward(prefix + "mlp.shared_experts.", hidden, config.num_shared_experts * narrow)
-
-
-def _attention(config: ModelConfig) -> Named:
-    hidden = config.hidden_size
-    heads = config.num_heads
-    latent = config.kv_lora_rank
-    queries = heads * config.qk_head_dim
-    if config.q_lora_rank is None:
-        yield "q_proj", (queries, hidden)
-    else:
-        yield "q_a_proj", (config.q_lora_rank, hidden)
-        yield "q_a_layernorm", (config.q_lora_rank,)
-        yield "q_b_proj", (queries, config.q_lora_rank)
-    yield "kv_a_proj_with_mqa", (latent + config.qk_rope_head_dim, hidden)
-    yield "kv_a_layernorm", (latent,)
-    yield "kv_b_proj", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
-    yield "o_proj", (hidden, heads * config.v_head_dim)
 
 
 def _feed_forward(prefix: str, hidden: int, intermediate: int) -> Named:

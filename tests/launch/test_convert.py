@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.chat.templates import CHAT_TEMPLATES, template_jinja
-from model.config import ModelConfig
+from model.config import MlaConfig
 from model.hf.checkpoint import read_header
 from model.hf.files import HfError
 from model.hf.reader import TORCH_DTYPES, HfReader
@@ -203,7 +203,7 @@ def test_convert_without_shared_experts_is_written_as_by_transformers(tmp_path: 
         replace(MODEL, num_shared_experts=2, mtp_depth=2, num_dense_layers=0),
     ],
 )
-def test_convert_a_checkpoint_holds_what_a_model_does(config: ModelConfig) -> None:
+def test_convert_a_checkpoint_holds_what_a_model_does(config: MlaConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     assert held_weights(config) == {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

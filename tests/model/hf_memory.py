@@ -6,12 +6,13 @@ are not part of it. Run as `python -m tests.model.hf_memory FOLDER`; prints JSON
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from model.config import ModelConfig, PlainRope
+from model.config import PlainRope
 from model.hf.names import stored_tensors
 from model.hf.reader import HfReader
 from model.hf.writer import write_hf
@@ -20,17 +21,15 @@ from model.transformer import Transformer, named_tensors
 from tests.tiny import MODEL
 
 SHARD_BYTES = 16 * 2**20
-CONFIG = ModelConfig(
-    **{
-        **{field: getattr(MODEL, field) for field in ModelConfig.__dataclass_fields__},
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "num_layers": 12,
-        "num_dense_layers": 12,
-        "dense_intermediate_size": 3072,
-        "mtp_depth": 0,
-        "rope_scaling": PlainRope(kind="plain"),
-    }
+CONFIG = replace(
+    MODEL,
+    vocab_size=4096,
+    hidden_size=256,
+    num_layers=12,
+    num_dense_layers=12,
+    dense_intermediate_size=3072,
+    mtp_depth=0,
+    rope_scaling=PlainRope(kind="plain"),
 )
 
 

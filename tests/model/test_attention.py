@@ -15,9 +15,9 @@ from kernels.attention import ATTENTION
 from kernels.attention.documents import Documents
 from model.attention.cache import KvCache
 from model.attention.form import rotation_table
-from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
+from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.block import Block
-from model.config import BLOCK_TOKENS, Computing, ModelConfig, Recomputed, YarnRope
+from model.config import BLOCK_TOKENS, Computing, MlaConfig, Recomputed, YarnRope
 from model.linear import WeightSink
 from model.norm import RmsNorm
 from model.transformer import build_linears
@@ -51,7 +51,7 @@ PLACES = torch.tensor([[0, 1, 2, 0, 1, 0, -1], [4, 5, 0, 1, 2, 3, 4]])
 class Attention(nn.Module):
     """A norm and the attention that reads it."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, computing: Computing) -> None:
+    def __init__(self, config: MlaConfig, dtype: torch.dtype, computing: Computing) -> None:
         super().__init__()
         self.config = config
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, dtype)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         randomize(self, 1)
 
 
-def turned(x_BTHR: Tensor, config: ModelConfig) -> Tensor:
+def turned(x_BTHR: Tensor, config: MlaConfig) -> Tensor:
     """Neighbours as complex numbers, multiplied by e^(i angle) of their place and pair."""
     pairs = x_BTHR.shape[-1] // 2
     speeds_P = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -69,7 +69,7 @@ def turned(x_BTHR: Tensor, config: ModelConfig) -> Tensor:
     return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
 
 
-def plain_attention(weights: Weights, x_BTD: Tensor, config: ModelConfig, documents: Documents | None) -> Tensor:
+def plain_attention(weights: Weights, x_BTD: Tensor, config: MlaConfig, documents: Documents | None) -> Tensor:
     """Computes x + attention(norm(x)) (arXiv:2412.19437, section 2.1.1)."""
     own = {name.removeprefix("self_attn.").removesuffix(".weight"): weight for name, weight in weights.items()}
     x = plain.rms_norm(x_BTD, own["norm"], config.norm_eps)
@@ -97,7 +97,7 @@ def plain_attention(weights: Weights, x_BTD: Tensor, config: ModelConfig, docume
 
 
 def check(
-    config: ModelConfig,
+    config: MlaConfig,
     computing: Computing,
     dtype: torch.dtype,
     documents: Documents | None,
@@ -195,7 +195,7 @@ SHAPES = {
 TOKENS = 11
 
 
-def rows(config: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Tensor]:
+def rows(config: MlaConfig, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Tensor]:
     """Returns a layer, states, their norm, and the turns of their positions."""
     block = make_model(config, dtype).block(0)
     with torch.no_grad():
@@ -255,6 +255,6 @@ def test_expanded_prompts_do_not_see_each_other() -> None:
 
 def test_cache_of_v3_holds_576_values_per_token_and_layer() -> None:
     config = replace(MODEL, kv_lora_rank=512, qk_rope_head_dim=64)
-    cache = KvCache(values_per_token(config), 61, 3, torch.bfloat16, torch.device("meta"))
-    assert values_per_token(config) == 576
+    cache = KvCache(config.cached_values, 61, 3, torch.bfloat16, torch.device("meta"))
+    assert config.cached_values == 576
     assert cache.num_bytes == 3 * BLOCK_TOKENS * 70272

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from base.decode import decode, encode
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from kernels.attention.documents import Documents
 from launch.config.run import compose_run, read_config, write_config
-from model.config import CutError, ModelConfig, cut_layers, ladder
+from model.config import CutError, MlaConfig, ModelConfig, cut_layers, ladder
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.size import count_parameters
 from model.transformer import Transformer, initialize_weights, named_tensors
@@ -46,8 +47,10 @@ def test_cut_names_the_nearest_pipeline_of_two_stages_a_rank() -> None:
 SIZES = range(1, 25)
 
 
-def chosen(*overrides: str) -> ModelConfig:
-    return compose_run(overrides).model
+def chosen(*overrides: str) -> MlaConfig:
+    config = compose_run(overrides).model
+    assert isinstance(config, MlaConfig)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ LENGTHS = [[6, 1, 9], [4, 12], [16]]
 CPU = torch.device("cpu")
 
 
-def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
+def make_model(config: MlaConfig, dtype: torch.dtype = torch.float64) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
     initialize_weights(model, 5)
     return model
@@ -169,7 +172,7 @@ def alone(batch: Batch) -> list[Batch]:
     return found
 
 
-def losses_and_gradients(config: ModelConfig, batches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def losses_and_gradients(config: MlaConfig, batches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the sums of all losses, the balance loss included, and gradients."""
     model, depths = make_model(config), config.mtp_depth + 1
     sums = LossSums(loss_names(depths - 1))
@@ -214,3 +217,24 @@ def test_initial_weights_are_the_same_on_any_number_of_threads(monkeypatch: pyte
         monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
         models.append(named_tensors(make_model(MODEL, torch.bfloat16)))
     assert all(torch.equal(models[1][name], weight) for name, weight in models[0].items())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.attention=mpa", r"^model\.attention: must be one of mla\b.*, is 'mpa'; did you mean mla\?$"),
+        ("+model.num_kv_heads=2", r"^model\.num_kv_heads: unknown key"),
+    ],
+)
+def test_keys_are_those_of_the_form_of_attention(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run(["experiment=quickstart", override])
+
+
+def test_a_model_without_a_form_has_latents() -> None:
+    values = encode(MODEL)
+    assert decode(ModelConfig, values) == MODEL
+    del values["attention"]
+    assert decode(ModelConfig, values) == MODEL
+    with pytest.raises(ConfigError, match=r"^kv_lora_rank: missing"):
+        decode(ModelConfig, {key: value for key, value in values.items() if key != "kv_lora_rank"})

@@ -18,8 +18,8 @@ from comm.protocol import ALONE, ContextGroup, sliced_parts
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
 from launch.config.run import compose_run
-from model.attention.mla import LatentAttention, values_per_token
-from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recomputed
+from model.attention.mla import LatentAttention
+from model.config import RECOMPUTED, Computing, MlaConfig, Products, Recomputed
 from model.linear import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.objective import LossSums, MicroBatch, loss_names
@@ -42,7 +42,7 @@ PLACES = [[*range(5), *range(3), *range(12), *range(4)], [*range(1), *range(20),
 class Case:
     """One model, its batch, and how its loss is computed."""
 
-    config: ModelConfig = MODEL
+    config: MlaConfig = MODEL
     recomputed: frozenset[Recomputed] = frozenset(RECOMPUTED)
     products: Products = "own"
     dtype: torch.dtype = torch.float64
@@ -174,7 +174,7 @@ FP8 = Computing(products="fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    config: ModelConfig = SMALL
+    config: MlaConfig = SMALL
     computing: Computing = Computing()  # noqa: RUF009  frozen
     dtype: torch.dtype = torch.float64
     is_packed: bool = False
@@ -326,7 +326,7 @@ def test_slices_on_several_ranks_attend_and_send_as_predicted(exchange: ContextE
             else:
                 whole = made[0][-1][name] + made[1][-1][name]
             assert_near(whole, exact, 1e-10, f"{name}, {exchange}, {case}")
-        value = case.dtype.itemsize * values_per_token(case.config)
+        value = case.dtype.itemsize * case.config.cached_values
         sizes = {"row_bytes": value, "gradient_bytes": value, "wide_gradient_bytes": value}
         predicted = forecast_context_bytes(size=2, num_tokens=2 * TOKENS, is_ring=exchange == "ring", slices=3, **sizes)
         assert [result[place][1] for result in results] == [predicted.forward + predicted.backward] * 2
@@ -358,7 +358,7 @@ def test_bytes_of_attention_are_the_values_of_every_token(exchange: ContextExcha
     ]
     results = run_ranks(size, _attend_all, cases, exchange)
     for place, case in enumerate(cases):
-        value, num_values = case.dtype.itemsize, values_per_token(case.config)
+        value, num_values = case.dtype.itemsize, case.config.cached_values
         row_bytes = num_values * value
         if case.computing.products == "fp8":
             # Codes of the latents with a scale for every 128, the norm's scale, and the shared key.

@@ -13,7 +13,7 @@ from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.attention.form import rotation_table, softmax_scale
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
-from model.config import ModelConfig
+from model.config import MlaConfig
 from model.linear import GradientStore, WeightQueue, WeightSink
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8_linears import Fp8Linears
@@ -252,7 +252,7 @@ BATCH, TOKENS = 2, 70
 class Core:
     """Queries, keys and values to what the heads mix, NV, whose backward reads that in 12 bits."""
 
-    def __init__(self, config: ModelConfig, queries: Tensor, expanded: Tensor, shared: Tensor) -> None:
+    def __init__(self, config: MlaConfig, queries: Tensor, expanded: Tensor, shared: Tensor) -> None:
         """Stores queries, [N, H Q], keys without position and values, NE, and the shared key of all heads, NR."""
         self.leaves = [each.detach().requires_grad_() for each in (queries, expanded, shared)]
         heads, nope = config.num_heads, config.qk_nope_head_dim
@@ -282,12 +282,12 @@ class Core:
         return tuple(leaf.grad for leaf in self.leaves if leaf.grad is not None)
 
 
-def _sizes(config: ModelConfig) -> tuple[int, int, int]:
+def _sizes(config: MlaConfig) -> tuple[int, int, int]:
     return config.qk_head_dim, config.qk_nope_head_dim + config.v_head_dim, config.qk_rope_head_dim
 
 
 def expected(
-    codes: InFp8, config: ModelConfig, weights: dict[str, Tensor], norm: RmsNorm, x_ND: Tensor, slope_ND: Tensor
+    codes: InFp8, config: MlaConfig, weights: dict[str, Tensor], norm: RmsNorm, x_ND: Tensor, slope_ND: Tensor
 ) -> dict[str, Tensor]:
     """Returns the output, and the gradient of x, of the norm and of every weight by name."""
     query_name = "q_proj.weight" if config.q_lora_rank is None else "q_a_proj.weight"

@@ -18,7 +18,7 @@ from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
 from model.attention.mla import LatentAttention
 from model.block import RoutedExperts
-from model.config import ModelConfig, Products
+from model.config import MlaConfig, Products
 from model.linear import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.objective import LossSums, loss_names
@@ -207,7 +207,7 @@ FP8_FUNCTIONS = """
     ids=["all features", "neither query rank nor shared experts", "narrow tiles"],
 )
 def test_model_gives_the_same_bits_whichever_way_it_is_run(
-    products: Products, config: ModelConfig, is_packed: bool
+    products: Products, config: MlaConfig, is_packed: bool
 ) -> None:
     batch = make_batch(config, is_packed=is_packed)
     loss, eager = compute_eagerly(make_model(products, config), batch)

@@ -110,7 +110,7 @@ def assert_same_rotation(config: ModelConfig, reference: DeepseekV3Config) -> No
     cos, sin = rotation_table(config, 40, torch.float64)
     positions = torch.arange(40)[None]
     expected_cos, expected_sin = DeepseekV3RotaryEmbedding(reference)(torch.empty(0), positions)
-    half = config.qk_rope_head_dim // 2
+    half = config.rotated_dim // 2
     torch.testing.assert_close(cos.float(), expected_cos[0, :, :half], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sin.float(), expected_sin[0, :, :half], rtol=1e-5, atol=1e-5)
     assert softmax_scale(config) == pytest.approx(DeepseekV3Attention(reference, 0).scaling, rel=1e-12)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import model.hf.reader
 from comm.dispatch.local import LocalDispatcher
-from model.config import ModelConfig
+from model.config import MlaConfig
 from model.hf.checkpoint import read_header
 from model.hf.files import HfError
 from model.hf.names import copied_from, is_quantized, scale_name, stored_tensors, weights
@@ -148,7 +148,7 @@ WRITER_NORM = "model.norm.weight"
 ODD = replace(MODEL, hidden_size=33, q_lora_rank=15)
 
 
-def random_model(config: ModelConfig = MODEL) -> Transformer:
+def random_model(config: MlaConfig = MODEL) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     initialize_weights(model, 0)
     return model

@@ -9,15 +9,17 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run import compose_run
-from model.config import ModelConfig
+from model.config import MlaConfig
 from model.size import count_parameters, count_work, slice_lengths, training_flops_per_token
 from model.transformer import BIAS, Transformer, named_tensors
 from tests.tiny import MODEL
 
 
 @cache
-def preset(name: str) -> ModelConfig:
-    return compose_run([f"model={name}"]).model
+def preset(name: str) -> MlaConfig:
+    config = compose_run([f"model={name}"]).model
+    assert isinstance(config, MlaConfig)
+    return config
 
 
 TINY = {
@@ -59,7 +61,7 @@ def test_flops_of_v3_match_the_reported_rate() -> None:
         replace(MODEL, mtp_depth=0, num_shared_experts=0),
     ],
 )
-def test_counts_equal_built_model(config: ModelConfig) -> None:
+def test_counts_equal_built_model(config: MlaConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
     named = {name: tensor.numel() for name, tensor in named_tensors(model).items() if not name.endswith(BIAS)}

@@ -1,7 +1,9 @@
 """Stages against the plain model, also with another form of attention, and no wait for the device."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from comm.protocol import ALONE, ContextGroup
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents
 from model.attention.cache import CacheView, PromptView
-from model.attention.form import Attention, AttentionForm
+from model.attention.form import Attention
 from model.attention.mla import LatentAttention
-from model.config import Computing, ModelConfig, Products, cut_layers
+from model.config import ATTENTION_FORMS, AttentionForm, Computing, ModelConfig, Products, cut_layers
 from model.linear import GradientStore, Projection, WeightSink
 from model.norm import RmsNorm
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
@@ -210,21 +212,41 @@ class MultiHeadAttention(Attention):
         return ATTENDED(*heads, attn_mask=seen).transpose(1, 2).flatten(2)  # type: ignore[misc]
 
 
-MULTI_HEAD = AttentionForm(
-    name="multi_head", build=MultiHeadAttention, values_per_token=lambda config: 2 * config.hidden_size
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiHeadConfig(ModelConfig):
+    head_size: int
+
+    ROTATED: ClassVar[str] = "head_size"
+
+    @property
+    def cached_values(self) -> int:
+        return 2 * self.hidden_size
+
+
+MULTI_HEAD = MultiHeadConfig(
+    **{field.name: getattr(MODEL, field.name) for field in fields(ModelConfig) if field.name != "attention"},
+    attention="multi_head",
+    head_size=MODEL.hidden_size // MODEL.num_heads,
 )
+
+
+@pytest.fixture(autouse=True)
+def _form() -> Iterator[None]:
+    form = AttentionForm(summary="", config=MultiHeadConfig, build=MultiHeadAttention, small=lambda config: {})
+    ATTENTION_FORMS.register("multi_head", form)
+    yield
+    ATTENTION_FORMS.remove(["multi_head"])
 
 
 def make_model_of_another_form(dtype: torch.dtype = torch.float64, products: Products = "own") -> Transformer:
     dispatcher, computing = LocalDispatcher(MODEL.num_routed_experts), Computing(products=products)
-    model = Transformer(MODEL, dispatcher, dtype, computing=computing, attention=MULTI_HEAD)
+    model = Transformer(MULTI_HEAD, dispatcher, dtype, computing=computing)
     initialize_weights(model, 3)
     return model
 
 
 def test_a_configuration_has_latent_attention() -> None:
     latent = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float64)
-    assert latent.attention.name == "mla"
     assert isinstance(latent.block(0).self_attn, LatentAttention)
     assert isinstance(make_model_of_another_form().block(0).self_attn, MultiHeadAttention)
 

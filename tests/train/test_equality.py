@@ -182,7 +182,14 @@ def test_other_depths_and_single_direction_equal_one_rank(
     folder: Path, kind: Literal["1f1b", "dualpipe"], pipeline: int, depth: int
 ) -> None:
     config = layout_config(folder, pipeline, 1, 1)
-    model = replace(config.model, mtp_depth=depth, mtp_hidden="pre_norm", q_lora_rank=None, num_shared_experts=0)
+    model = replace(
+        MODEL,
+        num_layers=config.model.num_layers,
+        mtp_depth=depth,
+        mtp_hidden="pre_norm",
+        q_lora_rank=None,
+        num_shared_experts=0,
+    )
     config = replace(config, schedule=replace(config.schedule, kind=kind), model=model)
     results = run_ranks(pipeline, run_jobs, [Job(config=config)], STEPS)
     assert_equal_one_rank([rank[0] for rank in results], config)

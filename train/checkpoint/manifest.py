@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from base.refusal import ConfigError
 from data.problems import ProblemMix
 from model.config import InferencePrecision, ModelConfig, with_released_routing
 from model.hf.checkpoint import LONGEST_NAME_BYTES
-from model.hf.config import EXPORTED, parse_config, write_config
+from model.hf.config import as_exported, parse_config, write_config
 from model.hf.files import HfError, check_kind, format_value, read_json
 from model.size import count_parameters
 from train.config import TrainConfig
@@ -180,7 +180,7 @@ def model_record(manifest: Mapping[str, Any]) -> object:
     model = manifest.get("model")
     if not isinstance(model, dict):
         return model
-    model = {"router": "sigmoid", **model}
+    model = {"router": "sigmoid", "attention": "mla", **model}
     if "group_score_experts" not in model:
         with suppress(ConfigError):
             released = with_released_routing(decode(ModelConfig, model))
@@ -192,7 +192,7 @@ def architecture_of(manifest: Mapping[str, Any], place: str) -> ModelConfig:
     """Returns the architecture in a manifest, by the rules between sizes of released checkpoints."""
     try:
         model = decode(ModelConfig, model_record(manifest), "model")
-        parse_config(write_config(replace(model, **EXPORTED), dtype="F32", fp8=False), Path("model"))
+        parse_config(write_config(as_exported(model), dtype="F32", fp8=False), Path("model"))
     except (ConfigError, HfError) as error:
         raise CheckpointError(f"{place} must hold an architecture: {shorten(error)}") from error
     return model

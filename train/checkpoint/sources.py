@@ -211,7 +211,7 @@ class CheckpointReader:
 
         num_layers = self.config.num_layers + self.config.mtp_depth
         named: dict[str, Tensor] = {}
-        shape = (self.config.qk_rope_head_dim // 2,)
+        shape = (self.config.rotated_dim // 2,)
         for name, entry in self._index.items():
             released = name.removeprefix(ROTARY_PREFIX)
             if released == name or (layer_of(released) or 0) >= num_layers:

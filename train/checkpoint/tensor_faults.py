@@ -175,10 +175,12 @@ def _permutation(ours: StoredValues, theirs: StoredValues, axis: int) -> Tensor 
 
 def _describe_permutation(name: str, source: Tensor, words: str, config: ModelConfig) -> str:
     moved = (source != torch.arange(len(source))).nonzero().flatten()
-    rope, head = config.qk_rope_head_dim, config.qk_head_dim
-    start = {"q_b_proj": config.qk_nope_head_dim, "q_proj": config.qk_nope_head_dim}.get(name.split(".")[-2])
+    rope, head, start = config.rotated_dim, config.qk_head_dim, None
+    if name.split(".")[-2] in ("q_b_proj", "q_proj"):
+        start = head - rope
     if "kv_a_proj_with_mqa" in name:
-        start, head = config.kv_lora_rank, config.kv_lora_rank + rope
+        head = config.cached_values
+        start = head - rope
     what = f"{len(moved)} of {len(source)} {words} are permuted: {int(moved[0])} holds {int(source[moved[0]])}"
     if words == "rows" and start is not None and (moved % head >= start).all():
         first = int(moved[0]) // head * head + start

@@ -478,7 +478,7 @@ def weight_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes) -> int
     model = sizes.config
     # Router bias in float32 and load in int64; cos and sin of each block's positions.
     routers = held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
-    tables = held.num_blocks * config.batch.sequence_length_tokens * model.qk_rope_head_dim * sizes.wide_bytes
+    tables = held.num_blocks * config.batch.sequence_length_tokens * model.rotated_dim * sizes.wide_bytes
     return held.total * sizes.value_bytes + routers + tables
 
 

@@ -20,6 +20,7 @@ from launch.config.run import compose_run
 from model.config import ModelConfig
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
+from model.size import attention_maps
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import TrainConfig
@@ -118,16 +119,11 @@ def make_bench(config: TrainConfig, device: torch.device, num_tokens: int) -> Be
 def expert_layer_operations(config: ModelConfig, num_tokens: int) -> float:
     """Returns multiplications and additions of an expert layer, forward and backward."""
     hidden, num_heads = config.hidden_size, config.num_heads
-    queries = num_heads * config.qk_head_dim
-    rank = config.q_lora_rank
-    query_map = hidden * queries if rank is None else rank * (hidden + queries)
-    latent_map = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-    value_map = config.kv_lora_rank * num_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    attention = query_map + latent_map + value_map + num_heads * config.v_head_dim * hidden
+    attention = sum(rows * columns for rows, columns in attention_maps(config))
     num_experts = config.num_experts_per_token + config.num_shared_experts
     experts = 3 * hidden * config.expert_intermediate_size * num_experts + hidden * config.num_routed_experts
     # Causal attention: a token sees half of all others on average.
-    pairs = num_heads * (config.qk_head_dim + config.v_head_dim) * num_tokens / 2
+    pairs = num_heads * (config.qk_head_dim + config.value_head_dim) * num_tokens / 2
     return 6 * num_tokens * (attention + experts + pairs)
 
 

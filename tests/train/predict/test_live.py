@@ -15,7 +15,7 @@ from comm.balance.rows import Ints, RowPlan
 from comm.config import AllToAllDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.runtime.program import Action
-from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
+from model.config import LAYER, RECOMPUTED, MlaConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
@@ -36,7 +36,7 @@ BASE = replace(
     v_head_dim=32,
     expert_intermediate_size=96,
 )
-SHAPES: dict[str, tuple[ModelConfig, tuple[Recomputed, ...]]] = {
+SHAPES: dict[str, tuple[MlaConfig, tuple[Recomputed, ...]]] = {
     "all features": (BASE, RECOMPUTED),
     "no query rank": (replace(BASE, q_lora_rank=None, num_shared_experts=2), RECOMPUTED),
     "no shared experts": (replace(BASE, num_shared_experts=0, num_dense_layers=0, mtp_depth=0), RECOMPUTED),
@@ -53,7 +53,7 @@ TOLERANCE = 0.02
 
 
 def make_config(
-    folder: Path, model: ModelConfig, recompute: tuple[Recomputed, ...], precision: Precision, **changes: Any
+    folder: Path, model: MlaConfig, recompute: tuple[Recomputed, ...], precision: Precision, **changes: Any
 ) -> TrainConfig:
     is_fp8, is_full = precision.kind == "fp8", precision.kind == "float32"
     config = tiny_config(folder, model=replace(model, max_position_tokens=256), precision=precision)

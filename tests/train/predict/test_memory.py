@@ -82,11 +82,9 @@ def _weight_bytes(learner: Learner) -> int:
     """Returns the bytes of weights, buffers and rotation tables, which each block makes in its first forward."""
     network = learner.replica.network
     tokens = learner.replica.config.batch.sequence_length_tokens // learner.world.layout.parallelism.context
-    for module in network.modules():
-        if isinstance(module, LatentAttention):
-            rows = torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision))
-            module._turns(rows, network.context)
-    tables = [table for module in network.modules() for table in getattr(module, "_tables", {}).values()]
+    rows = torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision))
+    layers = [module for module in network.modules() if isinstance(module, LatentAttention)]
+    tables = [layer._table.turns(rows, network.context) for layer in layers]
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *tables))
 
 

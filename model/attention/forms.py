@@ -1,0 +1,26 @@
+"""Registers this project's forms of attention. Imports no torch before a layer is built."""
+
+from typing import Any
+
+from model.config import ATTENTION_FORMS, AttentionForm, MlaConfig
+
+
+def _build_mla(*arguments: Any) -> Any:
+    from model.attention.mla import LatentAttention
+
+    return LatentAttention(*arguments)
+
+
+def _small_mla(config: MlaConfig) -> dict[str, Any]:
+    return {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+
+ATTENTION_FORMS.register(
+    "mla",
+    AttentionForm(
+        summary="keys and values from one latent, as in DeepSeek-V3",
+        config=MlaConfig,
+        build=_build_mla,
+        small=_small_mla,
+    ),
+)
