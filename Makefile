@@ -18,7 +18,7 @@ ALONE := tests/bench/test_bench.py $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py) $(addprefix tests/launch/test_,local.py start.py) \
 	tests/score/test_sleepers.py
 LONG_ALONE := $(addprefix tests/,bench/test_chaos.py attacks/test_network.py test_stopping.py) \
-	$(addprefix tests/cluster/test_,exchange.py failures.py overlap.py) tests/planner/measured/test_sleeping_run.py
+	$(addprefix tests/cluster/test_,balance.py exchange.py failures.py overlap.py) tests/planner/measured/test_sleeping_run.py
 # Files with long tests, so that not all are imported for them.
 LONG = $(filter-out $(LONG_ALONE) $(LONG_ALONE:%=%/%),$(sort $(shell grep -rl --include='test_*.py' mark.long tests)))
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest

@@ -22,7 +22,7 @@ from base.workers import end_with_parent
 from tests.cluster.namespaces import Cluster, enter
 from tests.ranks import RanksFailedError
 
-_PRELOADED = ("torch", "torch.distributed", "numpy", "bench.overlap")
+_PRELOADED = ("torch", "torch.distributed", "numpy", "bench.overlap", "tests.train.job")
 _GRACE_SECONDS = 0.3
 _START_DELAY_SECONDS = 0.02
 _NICENESS = -20

@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from comm.config import BalancedDispatchConfig, Cut, ParallelismConfig
+from comm.balance.rows import Ints, RowPlan, plan_rows
+from comm.config import AllToAllDispatchConfig, BalancedDispatchConfig, Cut, ParallelismConfig, TwoHopDispatchConfig
+from comm.dispatch import build
 from comm.dispatch.local import LocalDispatcher
 from data.config import BatchRamp
 from dualpipe.builder import build_schedule
@@ -22,7 +26,7 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
 from tests.train.test_command import read_metrics, run_train
-from tests.train.test_equality import assert_equal_one_rank, assert_same, assert_zero1_equal, zero1
+from tests.train.test_equality import assert_equal_one_rank, assert_none, assert_same, assert_zero1_equal, zero1
 from train.config import TokenSchedule, TrainConfig
 from train.core.learner import LearnersByBatchSize
 from train.core.replica import BatchReader
@@ -30,7 +34,7 @@ from train.core.step import rates_of
 from train.listeners.validation import validate_pass
 from train.predict.timing import nominal_costs
 from train.tasks.next_token import to_micro_batch
-from verify.steps import StepValues
+from verify.steps import StepValues, tensor_differences
 
 STEPS = 2
 
@@ -114,6 +118,41 @@ def test_zero1_shards_over_ranks_that_share_sequences(folder: Path) -> None:
     assert_zero1_equal(run_ranks(4, run_jobs, [Job(config=config, starved=1)], STEPS), config)
 
 
+ALL_TO_ALL = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify", balance="node")
+TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=4, node_cap="verify", balance="node", chunks=2, partial_sums="rows"
+)
+
+
+def train_counted(rank: int, world_size: int, jobs: list[Job]) -> tuple[list[list[StepValues]], list[int]]:
+    """Returns the results of a step of each job, and how many copies all plans had in a node and across nodes."""
+    copies = [0, 0]
+
+    def counted(counts_RE: Ints, nodes: list[int], **keys: Any) -> RowPlan:
+        plan = plan_rows(counts_RE, nodes, **keys)
+        num_local = counts_RE.shape[1] // len(nodes)
+        for place, slot in np.argwhere(plan.rows_RSR.any(2)):
+            home = plan.slot_expert_RS[place][slot] // num_local
+            copies[nodes[home] != nodes[place]] += 1
+        return plan
+
+    with patch.object(build, "plan_rows", counted):
+        return run_jobs(rank, world_size, jobs, 1), copies
+
+
+def check_copies(config: TrainConfig, dispatch: BalancedDispatchConfig) -> None:
+    """Trains with and without copies of experts: each rank's gradients are equal to 1e-12."""
+    # Copies of narrow experts on other nodes pay even for few rows.
+    config = replace(config, model=replace(config.model, expert_intermediate_size=2))
+    each = (dispatch, dispatch.without_copies())
+    jobs = [Job(config=replace(config, dispatch=one), starved=1) for one in each]
+    for rank, (steps, copies) in enumerate(run_ranks(config.parallelism.world_size, train_counted, jobs)):
+        assert [number > 0 for number in copies] == [True, dispatch.balance == "exact"], copies
+        for one, other in zip(*steps, strict=True):
+            assert one.losses == pytest.approx(other.losses, rel=1e-12)
+            assert_none(f"rank {rank}", tensor_differences("gradient", one.gradients, other.gradients, 1e-12))
+
+
 def sliced_config(
     folder: Path, sizes: tuple[int, int, int], kind: str, slices: int, *, document_mask: bool
 ) -> TrainConfig:
@@ -128,9 +167,7 @@ def sliced_config(
         slice_by="length" if slices == 2 else "work",
         link_depth=2,
     )
-    config = tiny_config(folder, parallelism=mesh, schedule=schedule)
-    assert isinstance(config.dispatch, BalancedDispatchConfig)
-    config = replace(config, dispatch=replace(config.dispatch, balance="node"))
+    config = tiny_config(folder, parallelism=mesh, schedule=schedule, dispatch=ALL_TO_ALL)
     batch = replace(
         config.batch,
         document_mask=document_mask,
@@ -188,6 +225,27 @@ def test_sequences_in_slices_equal_whole_ones(
 ) -> None:
     config = replace(sliced_config(folder, sizes, kind, slices, document_mask=document_mask), recompute=recompute)
     check_scores(config, whole(config), whole(config))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "dispatch"),
+    [
+        pytest.param((1, 1, 4), "1f1b", replace(TWO_HOP, balance="exact"), marks=pytest.mark.slow),
+        pytest.param((1, 1, 4), "1f1b", replace(ALL_TO_ALL, balance="exact"), marks=pytest.mark.long),
+        *exhaustive(
+            ((1, 1, 4), "1f1b", TWO_HOP),
+            ((1, 1, 4), "1f1b", ALL_TO_ALL),
+            ((2, 1, 4), "dualpipe_split", replace(TWO_HOP, balance="exact")),
+            ((2, 1, 4), "dualpipe_interleaved", ALL_TO_ALL),
+        ),
+    ],
+)
+def test_slices_with_copies_of_experts_equal_those_without(
+    folder: Path, sizes: tuple[int, int, int], kind: str, dispatch: BalancedDispatchConfig
+) -> None:
+    """Also with two MTP modules and recomputed layers."""
+    config = sliced_config(folder, sizes, kind, 2, document_mask=True)
+    check_copies(replace(config, recompute=("layer",)), dispatch)
 
 
 def train_and_validate(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[StepValues]], float]:
