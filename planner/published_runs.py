@@ -2,18 +2,21 @@
 
 `planner/published/NAME.yaml` has one run each: what was published, and overrides of `launch.plan` that express it. A
 hash of the name puts a run into one of two halves. The factors of `planner/published_fit.yaml` are fitted on one half
-alone.
+alone: one for all, times one each for software, hardware and precision.
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, Literal, TypeVar
 
+import numpy
 import yaml
+from numpy.typing import NDArray
 
 from base.decode import decode
 from base.figures import aligned
@@ -28,6 +31,9 @@ _HELD_OUT = "held out"
 _FITTED = "fitted"
 _NINE_OF_TEN = 1.645
 """Standard deviations on each side of the mean that contain nine of ten values of a normal distribution."""
+_PENALTIES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Penalties of ridge regression, of which the one with the least spread is taken."""
+_KINDS = ("software", "hardware", "precision")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,17 +86,19 @@ class PublishedFit:
     Attributes:
         common: overrides of all plans.
         shapes: overrides of each model.
-        factors: seconds of a step over those of the plan, by software.
-        other_factor: the same for software without a run in the fitted half.
-        spread: standard deviation of the logarithm of what the factors leave, in the fitted half.
-        other_spread: the same for software without a run there.
+        factor: seconds of a step over those of the plan.
+        factors: further factors by software, hardware and precision; one without a run in the fitted half has none.
+        penalty: penalty with which they were fitted.
+        spread: standard deviation of the logarithm of what they leave of a run that is left out of the fit.
+        other_spread: the same of a run without others of its software.
         widths: further standard deviations for what a plan does not know.
     """
 
     common: tuple[str, ...]
     shapes: Mapping[str, tuple[str, ...]]
-    factors: Mapping[str, PositiveFloat]
-    other_factor: PositiveFloat
+    factor: PositiveFloat
+    factors: Mapping[str, Mapping[str, PositiveFloat]]
+    penalty: PositiveFloat
     spread: PositiveFloat
     other_spread: PositiveFloat
     widths: Mapping[str, NonNegativeFloat]
@@ -148,16 +156,17 @@ def row_values(name: str, run: PublishedRun, fit: PublishedFit, tokens: float, s
     """Returns a run next to the plan of its step; `log_factor` is without the fitted factor."""
     published = _speed(run, tokens)
     planned = tokens / seconds / run.gpus
-    factor = fit.factors.get(run.software, fit.other_factor)
+    kinds = {"software": run.software, "hardware": run.hardware, "precision": re.split("[ ,]", run.precision)[0]}
+    factor = fit.factor * math.prod(fit.factors[kind].get(value, 1.0) for kind, value in kinds.items())
     reasons = list(_wider(run, fit))
     half = _NINE_OF_TEN * math.hypot(
-        fit.spread if run.software in fit.factors else fit.other_spread, *(width for width, _ in reasons)
+        fit.spread if run.software in fit.factors["software"] else fit.other_spread, *(width for width, _ in reasons)
     )
     predicted = planned / factor
     return {
         "name": name,
         "half": half_of(name),
-        "software": run.software,
+        **kinds,
         "found": len(run.sources),
         "unit": run.speed.unit,
         "published": published,
@@ -194,30 +203,46 @@ def _wider(run: PublishedRun, fit: PublishedFit) -> Iterator[tuple[float, str]]:
 
 
 def fitted_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fits the factors on the fitted half alone.
+    """Fits the factors on the fitted half alone, by ridge regression of logarithms.
 
-    A factor is the geometric mean over the runs of its software. The spread is that of each run against the others of
-    its software.
+    The penalty and the spread are those of runs that are left out one by one.
     """
-    logs: dict[str, list[float]] = {}
-    for row in rows:
-        if row["half"] == _FITTED:
-            logs.setdefault(row["software"], []).append(row["log_factor"])
-    left = [
-        value - (sum(group) - value) / (len(group) - 1) for group in logs.values() if len(group) > 1 for value in group
-    ]
-    centers = [mean(group) for group in logs.values()]
-    middle = mean(centers)
+    half = [row for row in rows if row["half"] == _FITTED]
+    names = sorted({(kind, row[kind]) for row in half for kind in _KINDS})
+    features = numpy.array([[1.0, *(row[kind] == value for kind, value in names)] for row in half])
+    logs = numpy.array([row["log_factor"] for row in half])
+    alone = [numpy.arange(len(half)) == index for index in range(len(half))]
+    others = [numpy.array([row["software"] == name for row in half]) for name in {row["software"] for row in half}]
+    spread, penalty = min((_spread(features, logs, alone, penalty), penalty) for penalty in _PENALTIES)
+    factor, *factors = numpy.exp(_ridge(features, logs, penalty)).round(3).tolist()
+    by_kind: dict[str, dict[str, float]] = {kind: {} for kind in _KINDS}
+    for (kind, value), one in zip(names, factors, strict=True):
+        by_kind[kind][value] = one
     return {
-        "factors": {name: round(math.exp(mean(group)), 3) for name, group in sorted(logs.items())},
-        "other_factor": round(math.exp(middle), 3),
-        "spread": round(_rms(left), 3),
-        "other_spread": round(math.hypot(_rms(left), _rms([center - middle for center in centers])), 3),
+        "factor": factor,
+        "factors": by_kind,
+        "penalty": penalty,
+        "spread": round(spread, 3),
+        "other_spread": round(_spread(features, logs, others, penalty), 3),
     }
 
 
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(mean(value * value for value in values))
+def _ridge(features: NDArray[numpy.float64], values: NDArray[numpy.float64], penalty: float) -> NDArray[numpy.float64]:
+    """Returns the weights of features; the penalty is on the squares of all but the first."""
+    penalties = penalty * numpy.eye(features.shape[1])
+    penalties[0, 0] = 0.0
+    return numpy.linalg.solve(features.T @ features + penalties, features.T @ values).astype(numpy.float64)
+
+
+def _spread(
+    features: NDArray[numpy.float64],
+    values: NDArray[numpy.float64],
+    parts: Sequence[NDArray[numpy.bool_]],
+    penalty: float,
+) -> float:
+    """Returns the root mean square of what a fit to the others leaves of each part."""
+    left = [values[part] - features[part] @ _ridge(features[~part], values[~part], penalty) for part in parts]
+    return float(numpy.sqrt(numpy.mean(numpy.concatenate(left) ** 2)))
 
 
 def halves(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

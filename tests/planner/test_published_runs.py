@@ -29,7 +29,7 @@ def test_files_have_known_software_and_shapes_and_two_halves_of_enough_runs() ->
     assert len(runs) >= 25
     assert {run.shape for run in runs.values()} == {*fit.shapes}
     fitted = {run.software for name, run in runs.items() if half_of(name) == "fitted"}
-    assert {*fit.factors} == fitted
+    assert {*fit.factors["software"]} == fitted
     assert 0.35 < sum(half_of(name) == "fitted" for name in runs) / len(runs) < 0.65
 
 
@@ -76,12 +76,22 @@ def test_published_run_is_planned_within_its_bar() -> None:
 
 
 def test_factors_are_fitted_on_one_half_alone() -> None:
-    def row(half: str, software: str, factor: float) -> dict[str, Any]:
-        return {"half": half, "software": software, "log_factor": math.log(factor)}
+    def row(half: str, software: str, hardware: str, precision: str) -> dict[str, Any]:
+        factor = 2.0 * {"a": 1.2, "b": 1.0}[software] * {"H100": 1.5, "B200": 1.0}[hardware]
+        return {
+            "half": half,
+            "software": software,
+            "hardware": hardware,
+            "precision": precision,
+            "log_factor": math.log(factor * (half == "fitted" or 9.0)),
+        }
 
-    rows = [row("fitted", "a", 1.0), row("fitted", "a", 4.0), row("fitted", "b", 2.0)]
+    rows = [row("fitted", software, hardware, "bf16") for software in "ab" for hardware in ("H100", "B200")] * 5
     fitted = fitted_values(rows)
-    assert fitted["factors"] == {"a": 2.0, "b": 2.0}
-    assert fitted["other_factor"] == 2.0
-    assert fitted["spread"] == pytest.approx(math.log(4), abs=1e-3)
-    assert fitted_values([*rows, row("held out", "a", 9.0), row("held out", "c", 9.0)]) == fitted
+    # A small penalty suits values that factors explain; what remains is shared by levels of a kind.
+    assert fitted["penalty"] == 0.25
+    assert fitted["factors"]["hardware"]["H100"] / fitted["factors"]["hardware"]["B200"] == pytest.approx(1.5, rel=0.02)
+    assert fitted["factors"]["software"]["a"] / fitted["factors"]["software"]["b"] == pytest.approx(1.2, rel=0.02)
+    assert fitted["factors"]["precision"] == {"bf16": 1.0}
+    assert fitted["spread"] < 0.02 < fitted["other_spread"]
+    assert fitted_values([*rows, row("held out", "a", "H100", "bf16")]) == fitted
