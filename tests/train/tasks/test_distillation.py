@@ -13,6 +13,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.corpus import DataError
 from data.prepare import prepare
 from data.progress import NO_PROGRESS
+from model.attention.form import RotationTable
 from model.objectives.distillation import DIVERGENCE, KeepStates
 from model.transformer import Transformer, initialize_weights
 from tests.covering import exhaustive
@@ -156,8 +157,8 @@ def measure_teacher(rank: int, world_size: int, config: TrainConfig) -> tuple[in
     network = learner.comparison.replica.network
     held = [*network.parameters(), *network.buffers()]
     for module in network.modules():
-        for table in getattr(module, "_tables", {}).values():
-            held += table
+        for turns in (value for value in vars(module).values() if isinstance(value, RotationTable)):
+            held += turns._tables.values()
     close_job(learner)
     return sum(each.nbytes for each in held), sum(each.nbytes for each in states.values())
 
