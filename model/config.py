@@ -117,12 +117,16 @@ class AttentionForm:
         config: dataclass of models of this form: the keys of all models, and the form's own.
         build: function of a model, the type of weights, the name of a kernel, and `Linears`: one layer's `Attention`.
         small: function of a model: the form's own keys of a small model with as many choices as the given one has.
+        takes_parts: whether ranks may share sequences, or slices divide them.
+        has_fp8: whether its products can be in FP8.
     """
 
     summary: str
     config: "type[ModelConfig]"
     build: Callable[..., Any]
     small: "Callable[[Any], Mapping[str, Any]]"
+    takes_parts: bool = False
+    has_fp8: bool = False
 
 
 ATTENTION_FORMS = Registry[AttentionForm]("model.attention", ("model.attention.forms",))
@@ -288,6 +292,41 @@ class MlaConfig(ModelConfig):
     def expanded_map(self) -> tuple[int, int]:
         """Outputs and inputs of the map that expands latents to keys without position, and values."""
         return self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), self.kv_lora_rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GqaConfig(ModelConfig):
+    """A model with grouped-query attention (arXiv:2305.13245), which rotates whole heads by halves, as Qwen3 does."""
+
+    ROTATED: ClassVar[str] = "head_dim"
+
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    qk_norm: bool
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Number of values per head in a query or key."""
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Number of values per head that are mixed."""
+        return self.head_dim
+
+    @property
+    def cached_values(self) -> int:
+        """Number of values that a layer caches of a token: keys and values of all their heads."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Implements `ModelConfig.attention_weights`."""
+        hidden, shared = self.hidden_size, self.num_kv_heads * self.head_dim
+        queries = self.num_heads * self.head_dim
+        maps = [("q_proj", (queries, hidden)), ("k_proj", (shared, hidden)), ("v_proj", (shared, hidden))]
+        norms = [("q_norm", (self.head_dim,)), ("k_norm", (self.head_dim,))] if self.qk_norm else []
+        return [*maps, ("o_proj", (hidden, queries)), *norms]
 
 
 ModelT = TypeVar("ModelT", bound=ModelConfig)

@@ -9,7 +9,7 @@ from data.config import DataConfig
 from data.readers.sources import FilesSource
 from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
-from model.config import RECOMPUTED, MlaConfig, PlainRope
+from model.config import RECOMPUTED, GqaConfig, MlaConfig, ModelConfig, PlainRope
 from train.config import (
     BatchConfig,
     CheckpointingConfig,
@@ -55,6 +55,13 @@ MODEL = MlaConfig(
     mtp_hidden="post_norm",
     initializer_range=0.1,
     head="tokens",
+)
+GQA = GqaConfig(
+    **{field.name: getattr(MODEL, field.name) for field in fields(ModelConfig) if field.name != "attention"},
+    attention="gqa",
+    num_kv_heads=1,
+    head_dim=8,
+    qk_norm=True,
 )
 
 OPTIM = AdamWConfig(

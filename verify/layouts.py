@@ -221,7 +221,9 @@ def _axes(base: TrainConfig) -> tuple[Trial, ...]:
         ("slices", size, _sliced(_staged(alone, size, 1, 1, "1f1b"))),
         ("context", size, replace(alone, parallelism=context)),
     )
-    return tuple(Trial(name=f"{axis} axis", axis=axis, config=run) for axis, ranks, run in rungs if ranks > 1)
+    parts = () if ATTENTION_FORMS.get(base.model.attention).takes_parts else ("slices", "context")
+    chosen = [rung for rung in rungs if rung[1] > 1 and rung[0] not in parts]
+    return tuple(Trial(name=f"{axis} axis", axis=axis, config=run) for axis, _, run in chosen)
 
 
 def _sliced(run: TrainConfig) -> TrainConfig:

@@ -15,7 +15,7 @@ from dualpipe.builder import build_schedule, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from kernels.attention import ATTENTION, AUTO, DETERMINISTIC, AttentionKernel
-from model.config import RECOMPUTED, CutError, ModelConfig, YarnRope, all_recomputed
+from model.config import ATTENTION_FORMS, RECOMPUTED, CutError, GqaConfig, ModelConfig, YarnRope, all_recomputed
 from score.scorers import JUDGE, JudgeConfig
 from train.config import TrainConfig
 from train.config.tasks import TASKS
@@ -350,6 +350,10 @@ def check_model(model: ModelConfig) -> None:
         near = multiples(model.rotated_dim, 2)
         rule = "must be even, because values rotate in pairs"
         raise broken(f"model.{model.ROTATED}", rule, model.rotated_dim, near)
+    if isinstance(model, GqaConfig) and model.num_heads % model.num_kv_heads:
+        near = divisors(model.num_heads, model.num_kv_heads)
+        rule = f"must divide model.num_heads={model.num_heads}"
+        raise broken("model.num_kv_heads", rule, model.num_kv_heads, near)
     if model.num_dense_layers > model.num_layers:
         rule = f"must be at most model.num_layers={model.num_layers}"
         raise broken("model.num_dense_layers", rule, model.num_dense_layers, model.num_layers)
@@ -359,6 +363,19 @@ def check_model(model: ModelConfig) -> None:
             f"model.rope_scaling: must have factor of at least 1 and beta_fast of at least beta_slow, "
             f"is factor={rope.factor}, beta_fast={rope.beta_fast}, beta_slow={rope.beta_slow}"
         )
+
+
+def _check_form(config: TrainConfig) -> None:
+    """Rejects a form of attention that does not support the layout or the precision."""
+    name = config.model.attention
+    form = ATTENTION_FORMS.get(name)
+    if config.precision.kind == "fp8" and not form.has_fp8:
+        raise broken("precision", f"must not be fp8 with model.attention={name}", "fp8", "bf16")
+    parts = {"parallelism.context": config.parallelism.context, _SLICES: config.schedule.slices}
+    for key, number in parts.items():
+        if number > 1 and not form.takes_parts:
+            rule = f"must be 1 with model.attention={name}, which needs whole sequences"
+            raise broken(key, rule, number, 1)
 
 
 def check_experts(model: ModelConfig, expert: int) -> None:
@@ -471,6 +488,7 @@ _SIZE_RULES: tuple[Callable[[TrainConfig], None], ...] = (
     _check_batch,
     lambda config: check_model(config.model),
     _check_task,
+    _check_form,
     _check_schedule,
     _check_ramp,
     _check_ranks,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from model.config import ATTENTION_FORMS, AttentionForm, MlaConfig
+from model.config import ATTENTION_FORMS, AttentionForm, GqaConfig, MlaConfig
 
 
 def _build_mla(*arguments: Any) -> Any:
@@ -22,5 +22,28 @@ ATTENTION_FORMS.register(
         config=MlaConfig,
         build=_build_mla,
         small=_small_mla,
+        takes_parts=True,
+        has_fp8=True,
+    ),
+)
+
+
+def _build_gqa(*arguments: Any) -> Any:
+    from model.attention.gqa import GroupedAttention
+
+    return GroupedAttention(*arguments)
+
+
+def _small_gqa(config: GqaConfig) -> dict[str, Any]:
+    return {"num_kv_heads": 1, "head_dim": 8, "qk_norm": config.qk_norm}
+
+
+ATTENTION_FORMS.register(
+    "gqa",
+    AttentionForm(
+        summary="heads of keys and values for groups of heads of queries, as in Qwen3",
+        config=GqaConfig,
+        build=_build_gqa,
+        small=_small_gqa,
     ),
 )

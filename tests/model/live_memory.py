@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.attention.gqa import GroupedAttention
+from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
@@ -109,7 +111,8 @@ def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
         run.forward(phase)
         if lane == "comm":
             run.wait()
-    tables = [table for block in model.modules() for pair in getattr(block, "_tables", {}).values() for table in pair]
+    layers = [module for module in model.modules() if isinstance(module, GroupedAttention | LatentAttention)]
+    tables = [table for layer in layers for table in layer._table._tables.values()]
     others = (*model.parameters(), *model.buffers(), *batch.inputs_BT, *batch.targets_BT, *tables)
     ignored = {tensor.untyped_storage()._cdata for tensor in others}
     kept = [tensor for phase in run._phases if isinstance(phase, ComputePhase) for tensor in phase.kept()]

@@ -26,7 +26,7 @@ from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import counted_bytes, kept_bytes, make_sizes
 from tests.model.test_phases import phases_of
-from tests.tiny import MODEL
+from tests.tiny import GQA, MODEL
 from train.predict.memory import stage_phases
 
 ALL = frozenset(RECOMPUTED)
@@ -83,6 +83,7 @@ def test_phases_keep_what_is_counted(recomputed: frozenset[Recomputed], dtype: t
     "config",
     [
         replace(MODEL, q_lora_rank=None, v_head_dim=24, mtp_depth=2),
+        GQA,
         replace(MODEL, num_shared_experts=2, num_dense_layers=0),
         replace(MODEL, num_shared_experts=0, num_dense_layers=4, mtp_depth=0),
     ],

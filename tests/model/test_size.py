@@ -35,6 +35,7 @@ RELEASED = {
     "v2_lite_16b": (15_706_484_224, 2_661_150_208, 2_451_435_008, 13_763_072, 8_650_752),
     "moonlight_16b": (15_960_108_544, 2_914_774_528, 2_579_230_208, 13_763_072, 8_650_752),
     "glm_flash_30b": (29_943_390_976, 3_896_763_136, 3_579_568_896, 21_759_232, 9_437_184, 643_706_112),
+    "qwen3_30b": (30_532_122_624, 3_353_032_704, 3_041_867_776, 18_874_624, 4_718_592),
     "quickstart": (11_546_816, 5_648_576, 4_600_000, 112_800, 98_304, 1_920_416),
 }
 """Weights in the order of `ParameterAccount`'s fields: of checkpoints, and of a tiny model with `TINY`."""
@@ -42,7 +43,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_counts_equal_released_ones(name: str) -> None:
-    config, expected = preset(name), RELEASED[name]
+    config, expected = compose_run([f"model={name}"]).model, RELEASED[name]
     counts = count_parameters(replace(config, **TINY) if name == "quickstart" else config)  # type: ignore[arg-type]
     assert astuple(counts)[: len(expected)] == expected
 

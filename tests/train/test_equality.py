@@ -23,7 +23,7 @@ from model.config import cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, MUON, OPTIM, tiny_config
+from tests.tiny import BATCH, GQA, MODEL, MUON, OPTIM, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 from train.predict.cut import with_cut
@@ -164,6 +164,14 @@ def test_every_kind_of_router_on_four_ranks_equals_one_rank(folder: Path, kind: 
     config = layout_config(folder, 2, 2, 2)
     plugins = tuple(map(str, loaded_plugins()))
     config = replace(config, model=replace(config.model, router=kind), plugins=plugins)
+    results = run_ranks(4, run_jobs, [Job(config=config)], STEPS)
+    assert_equal_one_rank([rank[0] for rank in results], config, tolerance=1e-12)
+
+
+@pytest.mark.slow
+def test_grouped_queries_on_four_ranks_equal_one_rank(folder: Path) -> None:
+    config = layout_config(folder, 2, 2, 2)
+    config = replace(config, model=replace(GQA, num_layers=config.model.num_layers))
     results = run_ranks(4, run_jobs, [Job(config=config)], STEPS)
     assert_equal_one_rank([rank[0] for rank in results], config, tolerance=1e-12)
 

@@ -14,10 +14,11 @@ from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.registry import ScheduleConfig
 from launch.config.rules import check_rules
+from model.config import GqaConfig
 from tests.covering import exhaustive
 from tests.ranks import run_ranks
 from tests.rollouts import GRPO
-from tests.tiny import MUON, OPTIM, tiny_config
+from tests.tiny import GQA, MUON, OPTIM, tiny_config
 from tests.verify.edited_faults import EDITS
 from tests.verify.planted_faults import PLANTED, TASK_FAULTS
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
@@ -155,6 +156,9 @@ def test_small_runs_take_the_configured_optimizer_and_router(tmp_path: Path) -> 
     assert {(optim.kind, getattr(optim, "momentum", None)) for optim in configured} == {("muon", 0.8)}
     softmax = replace(config, model=replace(config.model, router="softmax"))
     assert {trial.config.model.router for trial in choose_trials(softmax, 0, check_rules)} == {"softmax"}
+    grouped = choose_trials(replace(config, model=GQA), 0, check_rules)
+    assert {type(trial.config.model) for trial in grouped} == {GqaConfig}
+    assert not {"slices", "context"} & {trial.axis for trial in grouped}
 
 
 def task_config(folder: Path, kind: str) -> TrainConfig:
