@@ -11,8 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.attention.gqa import GroupedAttention
-from model.attention.mla import LatentAttention
+from model.attention.form import RotationTable
 from model.config import Computing, ModelConfig
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
@@ -98,6 +97,14 @@ def saved_memory() -> Iterator[Saved]:
         yield saved
 
 
+def rotation_tables(model: Transformer) -> list[Tensor]:
+    """Returns the tables of rotation that the layers keep, of which a model that has run has one each."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tables = [turns for value in attributes if isinstance(value, RotationTable) for turns in value._tables.values()]
+    assert tables, "no layer keeps a table of rotation"
+    return tables
+
+
 def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
     """Returns the bytes that the phases of a whole model keep after their forward, each storage once.
 
@@ -111,9 +118,7 @@ def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
         run.forward(phase)
         if lane == "comm":
             run.wait()
-    layers = [module for module in model.modules() if isinstance(module, GroupedAttention | LatentAttention)]
-    tables = [table for layer in layers for table in layer._table._tables.values()]
-    others = (*model.parameters(), *model.buffers(), *batch.inputs_BT, *batch.targets_BT, *tables)
+    others = (*model.parameters(), *model.buffers(), *batch.inputs_BT, *batch.targets_BT, *rotation_tables(model))
     ignored = {tensor.untyped_storage()._cdata for tensor in others}
     kept = [tensor for phase in run._phases if isinstance(phase, ComputePhase) for tensor in phase.kept()]
     sizes = {

@@ -14,7 +14,7 @@ from dualpipe.runtime.program import Action
 from model.objective import LossSums
 from model.size import stage_shapes
 from tests.inline_lane import InlineLane
-from tests.model.live_memory import LiveMemory
+from tests.model.live_memory import LiveMemory, rotation_tables
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.core.learner import Learner
@@ -155,9 +155,7 @@ def _static_bytes(learner: Learner) -> int:
         tensors += [value for group in inner.param_groups for value in group["params"]]
         tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
         tensors += getattr(optimizer, "single_partition_of_fp32_groups", [])
-    for module in learner.replica.model.modules():
-        for table in getattr(module, "_tables", {}).values():
-            tensors += table
+    tensors += rotation_tables(learner.replica.model)
     for tensor in tensors:
         held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
     return sum(held.values())

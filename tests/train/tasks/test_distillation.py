@@ -13,12 +13,12 @@ from comm.dispatch.local import LocalDispatcher
 from data.corpus import DataError
 from data.prepare import prepare
 from data.progress import NO_PROGRESS
-from model.attention.form import RotationTable
 from model.objectives.distillation import DIVERGENCE, KeepStates
 from model.transformer import Transformer, initialize_weights
 from tests.covering import exhaustive
 from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import sft_config
+from tests.model.live_memory import rotation_tables
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
 from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, task_of
@@ -155,10 +155,7 @@ def measure_teacher(rank: int, world_size: int, config: TrainConfig) -> tuple[in
     assert isinstance(learner.comparison, Teacher)
     states = learner.comparison.replica.record(batches, KeepStates())
     network = learner.comparison.replica.network
-    held = [*network.parameters(), *network.buffers()]
-    for module in network.modules():
-        for turns in (value for value in vars(module).values() if isinstance(value, RotationTable)):
-            held += turns._tables.values()
+    held = [*network.parameters(), *network.buffers(), *rotation_tables(network)]
     close_job(learner)
     return sum(each.nbytes for each in held), sum(each.nbytes for each in states.values())
 
