@@ -296,7 +296,10 @@ class MlaConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GqaConfig(ModelConfig):
-    """A model with grouped-query attention (arXiv:2305.13245), which rotates whole heads by halves, as Qwen3 does."""
+    """A model with grouped-query attention (arXiv:2305.13245).
+
+    Rotates whole heads by halves, as Qwen3 does.
+    """
 
     ROTATED: ClassVar[str] = "head_dim"
 

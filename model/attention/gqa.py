@@ -22,7 +22,10 @@ from model.precision.linears import Linears
 
 
 class GroupedAttention(Attention):
-    """Attention with fewer heads of keys and values than of queries. The weights have the names of Qwen3's files."""
+    """Attention with fewer heads of keys and values than of queries.
+
+    The weights have the names of Qwen3's files.
+    """
 
     def __init__(self, config: GqaConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
