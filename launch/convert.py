@@ -23,6 +23,8 @@ RELEASED = {
     "deepseek_v3_1": "v3_671b",
     "deepseek_r1": "v3_671b",
     "moonlight_16b": "moonlight_16b",
+    "glm_4_7_flash": "glm_flash_30b",
+    "qwen3_30b": "qwen3_30b",
 }
 """Models that `like` may name, and the options of `model` with their sizes."""
 _CHECK_KEYS = ("check", "like", "ids", "tolerance", "dtype", "mtp")

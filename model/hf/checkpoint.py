@@ -19,10 +19,12 @@ from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME, DTYPE_NAMES, carried_keys, parse_config, unknown_keys
 from model.hf.files import HfError, check_kind, format_value, nearest, parse_json, read_json
 from model.hf.names import (
+    BIAS_SUFFIX,
     BLOCK,
     Stored,
     StoredDtype,
     copied_from,
+    file_weights,
     is_quantized,
     is_rotary,
     layer_of,
@@ -44,7 +46,10 @@ LONGEST_NAME_BYTES = 255
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Position of a tensor in a file: `num_bytes` from `offset`, counted from the start of the file."""
+    """Position of a tensor in a file: `num_bytes` from `offset`, counted from the start of the file.
+
+    A tensor without bytes is zero: the correction biases of a format whose files hold none.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -171,9 +176,12 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False, checks_tensors: boo
     if checks_tensors:
         _check_names(folder, config, entries)
         allowed = _allowed_dtypes(keys, path)
-        for name, shape in weights(config):
+        for name, shape in file_weights(config):
             if name in entries:
                 _check_tensor(name, shape, entries, allowed, is_fp8=is_fp8)
+    if config.attention != "mla":
+        biases = ((name, shape) for name, shape in weights(config) if name.endswith(BIAS_SUFFIX))
+        entries = {name: TensorEntry(path, shape, "F32", 0, 0) for name, shape in biases} | entries
     return Checkpoint(
         folder=folder, config=config, entries=entries, carried=carried_keys(keys), unknown=unknown_keys(keys)
     )
@@ -235,13 +243,13 @@ def _is_plain(file: str) -> bool:
 def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
     """Raises an error for the first missing or superfluous tensor, for any size that `config` claims."""
     known_names = set()
-    for name, shape in weights(config):
+    for name, shape in file_weights(config):
         known_names.add(name)
         if name in entries:
             if entries[name].dtype == "F8_E4M3":
                 known_names.add(scale_name(name))
         elif 0 not in shape:
-            config_names = {config_name for config_name, _ in islice(weights(config), 2 * len(entries))}
+            config_names = {config_name for config_name, _ in islice(file_weights(config), 2 * len(entries))}
             renamed = _nearest_in_layer(name, entries.keys() - config_names)
             raise HfError(folder, name, f"must be in the checkpoint, is missing{renamed}")
     layers = config.num_layers + config.mtp_depth

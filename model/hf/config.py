@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from model.config import (
+    GqaConfig,
     HeadKind,
     MlaConfig,
     ModelConfig,
@@ -33,24 +34,64 @@ CONFIG_NAME = "config.json"
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Kimi K2 and GLM-4.7-Flash have the architecture of DeepSeek-V3 under other names.
 _GLM_FLASH = "glm4_moe_lite"
-MODEL_TYPES = ("deepseek_v3", "kimi_k2", _GLM_FLASH)
+_FORMS = {"deepseek_v3": "mla", "kimi_k2": "mla", _GLM_FLASH: "mla", "qwen3_moe": "gqa"}
+MODEL_TYPES = tuple(_FORMS)
 DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_ARCHITECTURES: dict[HeadKind, str] = {
-    "tokens": "DeepseekV3ForCausalLM",
-    "score": "DeepseekV3ForSequenceClassification",
+_DEEPSEEK = "DeepseekV3"
+_CLASSES = {_GLM_FLASH: "Glm4MoeLite", "qwen3_moe": "Qwen3Moe"}
+_HEADS: dict[HeadKind, str] = {"tokens": "ForCausalLM", "score": "ForSequenceClassification"}
+_ONLY: Mapping[str, Any] = {
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
 }
-_ONLY: tuple[tuple[str, Any], ...] = (
-    ("tie_word_embeddings", False),
-    ("attention_bias", False),
-    ("hidden_act", "silu"),
-    ("norm_topk_prob", True),
-    ("scoring_func", "sigmoid"),
-    ("topk_method", "noaux_tc"),
-    ("moe_layer_freq", 1),
-    ("rope_interleave", True),
+_ONLY_OF: Mapping[str, Mapping[str, Any]] = {
+    "mla": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_interleave": True},
+    "gqa": {"decoder_sparse_step": 1, "use_sliding_window": False},
+}
+_EXPORTED: Mapping[str, Mapping[str, Any]] = {
+    "mla": {"router": "sigmoid"},
+    "gqa": {
+        "router": "softmax",
+        "qk_norm": True,
+        "num_shared_experts": 0,
+        "num_expert_groups": 1,
+        "num_limited_groups": 1,
+        "routed_scaling_factor": 1.0,
+        "mtp_depth": 0,
+        "mtp_hidden": "post_norm",
+    },
+}
+"""Choices for which files of a form of attention have no key: their values in every model that the files describe."""
+_SIZES = (
+    ("vocab_size", "vocab_size", 1),
+    ("hidden_size", "hidden_size", 1),
+    ("num_layers", "num_hidden_layers", 1),
+    ("dense_intermediate_size", "intermediate_size", 1),
+    ("num_heads", "num_attention_heads", 1),
+    ("num_experts_per_token", "num_experts_per_tok", 1),
+    ("expert_intermediate_size", "moe_intermediate_size", 1),
+    ("max_position_tokens", "max_position_embeddings", 1),
 )
-_EXPORTED: Mapping[str, Any] = {"attention": "mla", "router": "sigmoid"}
-"""Choices of a model for which the file has no key: their values in every model that the format describes."""
+"""Sizes in every form: the model's key, the file's, and the least value."""
+_SIZES_OF = {
+    "mla": (
+        ("kv_lora_rank", "kv_lora_rank", 1),
+        ("qk_nope_head_dim", "qk_nope_head_dim", 1),
+        ("qk_rope_head_dim", "qk_rope_head_dim", 2),
+        ("v_head_dim", "v_head_dim", 1),
+        ("num_routed_experts", "n_routed_experts", 1),
+        ("num_shared_experts", "n_shared_experts", 0),
+        ("num_expert_groups", "n_group", 1),
+        ("num_limited_groups", "topk_group", 1),
+    ),
+    "gqa": (
+        ("num_kv_heads", "num_key_value_heads", 1),
+        ("head_dim", "head_dim", 2),
+        ("num_routed_experts", "num_experts", 1),
+    ),
+}
 _PRECISION = 1e-9
 _MOST_OF_YARN = 1e9
 
@@ -74,12 +115,14 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
     values = ConfigValues(path, keys)
     if values.need("model_type") not in MODEL_TYPES:
         raise values.error("model_type", f"must be one of {', '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
-    for key, allowed in _ONLY:
+    form = _FORMS[values.get("model_type")]
+    if form == "gqa":
+        values = ConfigValues(path, _with_sizes(values, keys))
+    for key, allowed in {**_ONLY, **_ONLY_OF[form]}.items():
         values.only(key, allowed)
     if values.get("attention_dropout"):
         raise values.error("attention_dropout", f"must be 0, is {values.get('attention_dropout')!r}")
-    config = _read(values)
-    _check(values, config)
+    config = _READERS[form](values)
     check_unknown_keys(values, keys)
     _check_token_ids(values)
     return config
@@ -93,24 +136,37 @@ def write_config(
     Raises the errors of `check_format`.
     """
     check_format(config)
-    assert isinstance(config, MlaConfig)
     carried = carried or {}
-    model_type = carried.get("model_type", MODEL_TYPES[0])
+    model_type = str(carried.get("model_type"))
     # transformers has no class for scores under GLM's name.
-    is_glm = model_type == _GLM_FLASH and config.head == "tokens"
+    if _FORMS.get(model_type) != config.attention or (model_type == _GLM_FLASH and config.head != "tokens"):
+        model_type = next(name for name, form in _FORMS.items() if form == config.attention)
     keys: dict[str, Any] = {
         "use_cache": True,
         **{key: value for key, value in carried.items() if key not in READ_KEYS},
-        "architectures": ["Glm4MoeLiteForCausalLM" if is_glm else _ARCHITECTURES[config.head]],
-        "model_type": MODEL_TYPES[0] if model_type == _GLM_FLASH and not is_glm else model_type,
+        "architectures": [_CLASSES.get(model_type, _DEEPSEEK) + _HEADS[config.head]],
+        "model_type": model_type,
         "torch_dtype": DTYPE_NAMES[dtype],
-        **_sizes(config),
+        **{theirs: getattr(config, ours) for ours, theirs, _ in (*_SIZES, *_SIZES_OF[config.attention])},
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.initializer_range,
         **write_rope(config.rope_theta, config.rope_scaling),
-        **dict(_ONLY),
+        **_ONLY,
+        **_ONLY_OF[config.attention],
         "attention_dropout": 0.0,
     }
-    if is_glm:
-        keys["mlp_layer_types"] = _layer_types(config.num_layers, config.num_dense_layers)
+    if isinstance(config, MlaConfig):
+        keys |= {
+            "first_k_dense_replace": config.num_dense_layers,
+            "num_key_value_heads": config.num_heads,
+            "q_lora_rank": config.q_lora_rank,
+            "routed_scaling_factor": config.routed_scaling_factor,
+            "num_nextn_predict_layers": config.mtp_depth,
+        }
+        if model_type == _GLM_FLASH:
+            keys["mlp_layer_types"] = _layer_types(config.num_layers, config.num_dense_layers)
+    else:
+        keys["mlp_only_layers"] = list(range(config.num_dense_layers))
     if config.head == "score":
         keys["num_labels"] = 1
         # transformers reads the score of the last token that is not padding. If the answer ends with that token, it
@@ -134,85 +190,104 @@ def write_config(
 
 def check_format(config: ModelConfig) -> None:
     """Raises an `HfError` if the model has a choice that `config.json` cannot state."""
-    for key, value in _EXPORTED.items():
+    choices = _EXPORTED.get(config.attention)
+    if choices is None:
+        raise _no_key("attention", "mla or gqa", config.attention)
+    for key, value in choices.items():
         if getattr(config, key) != value:
-            rule = f"must be {value} in Hugging Face's form, as config.json of {MODEL_TYPES[0]} has no key for another"
-            problem = f"{rule}, is {getattr(config, key)}; nearest valid: the checkpoint itself"
-            raise HfError(f"model.{key}", "", problem)
+            raise _no_key(key, value, getattr(config, key), f" with attention {config.attention}")
+    scaling = config.rope_scaling
+    if isinstance(config, GqaConfig) and isinstance(scaling, YarnRope) and scaling.mscale_all_dim:
+        raise _no_key("rope_scaling.mscale_all_dim", 0, scaling.mscale_all_dim, f" with attention {config.attention}")
 
 
-def as_exported(config: ModelConfig) -> MlaConfig:
-    """Returns the model with the choices that the format describes, else with the least latents."""
+def _no_key(key: str, valid: object, value: object, condition: str = "") -> HfError:
+    rule = f"must be {valid} in Hugging Face's form{condition}, as config.json has no key for another"
+    return HfError(f"model.{key}", "", f"{rule}, is {value}; nearest valid: the checkpoint itself")
+
+
+def as_exported(config: ModelConfig) -> ModelConfig:
+    """Returns the model with the choices that its form's files describe; of other forms, with the least latents."""
+    if config.attention in _EXPORTED:
+        return replace(config, **_EXPORTED[config.attention])
     keys = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     least = {"q_lora_rank": None, "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 2, "v_head_dim": 1}
-    least = {key: getattr(config, key, value) for key, value in least.items()}
-    return MlaConfig(**{**keys, **least, **_EXPORTED})
+    return MlaConfig(**{**keys, **least, **_EXPORTED["mla"], "attention": "mla"})
 
 
-def _sizes(config: MlaConfig) -> dict[str, Any]:
+def _shared(values: ConfigValues, form: str) -> dict[str, Any]:
+    """Returns the model's keys that files of all forms state, and the sizes of one form."""
+    theta, scaling = read_rope(values, values.whole_number("max_position_embeddings", 1))
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "first_k_dense_replace": config.num_dense_layers,
-        "intermediate_size": config.dense_intermediate_size,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_heads,
-        "q_lora_rank": config.q_lora_rank,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_nope_head_dim": config.qk_nope_head_dim,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
-        "n_routed_experts": config.num_routed_experts,
-        "n_shared_experts": config.num_shared_experts,
-        "num_experts_per_tok": config.num_experts_per_token,
-        "moe_intermediate_size": config.expert_intermediate_size,
-        "n_group": config.num_expert_groups,
-        "topk_group": config.num_limited_groups,
-        "routed_scaling_factor": config.routed_scaling_factor,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_position_tokens,
-        "num_nextn_predict_layers": config.mtp_depth,
-        "initializer_range": config.initializer_range,
+        **{ours: values.whole_number(theirs, least) for ours, theirs, least in (*_SIZES, *_SIZES_OF[form])},
+        "norm_eps": values.number("rms_norm_eps"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "head": _head(values),
+        "initializer_range": 0.02 if values.get("initializer_range") is None else values.number("initializer_range"),
+        "attention": form,
     }
 
 
-def _read(values: ConfigValues) -> MlaConfig:
-    max_position = values.whole_number("max_position_embeddings", 1)
-    theta, scaling = read_rope(values, max_position)
-    num_layers = values.whole_number("num_hidden_layers", 1)
+def _read_mla(values: ConfigValues) -> MlaConfig:
     config = MlaConfig(
-        vocab_size=values.whole_number("vocab_size", 1),
-        hidden_size=values.whole_number("hidden_size", 1),
-        num_layers=num_layers,
-        num_dense_layers=_num_dense_layers(values, num_layers),
-        dense_intermediate_size=values.whole_number("intermediate_size", 1),
-        num_heads=values.whole_number("num_attention_heads", 1),
+        **_shared(values, "mla"),
+        num_dense_layers=_num_dense_layers(values, values.whole_number("num_hidden_layers", 1)),
         q_lora_rank=None if values.need("q_lora_rank") is None else values.whole_number("q_lora_rank", 1),
-        kv_lora_rank=values.whole_number("kv_lora_rank", 1),
-        qk_nope_head_dim=values.whole_number("qk_nope_head_dim", 1),
-        qk_rope_head_dim=values.whole_number("qk_rope_head_dim", 2),
-        v_head_dim=values.whole_number("v_head_dim", 1),
-        num_routed_experts=values.whole_number("n_routed_experts", 1),
-        num_shared_experts=values.whole_number("n_shared_experts", 0),
-        num_experts_per_token=values.whole_number("num_experts_per_tok", 1),
-        expert_intermediate_size=values.whole_number("moe_intermediate_size", 1),
-        num_expert_groups=values.whole_number("n_group", 1),
-        num_limited_groups=values.whole_number("topk_group", 1),
         routed_scaling_factor=values.number("routed_scaling_factor"),
-        norm_eps=values.number("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_tokens=max_position,
         mtp_depth=_mtp_depth(values),
         mtp_hidden=_mtp_hidden(values),
-        head=_head(values),
-        initializer_range=0.02 if values.get("initializer_range") is None else values.number("initializer_range"),
     )
+    _check_groups(values, config)
     if values.get("group_score_experts") is None:
         return with_released_routing(config)
     number = values.whole_number("group_score_experts", 1)
     return config if number == config.num_group_scores else replace(config, group_score_experts=number)
+
+
+def _with_sizes(values: ConfigValues, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a Qwen3-MoE with the sizes that transformers derives or writes under another name."""
+    sizes = dict(keys)
+    if keys.get("head_dim") is None:
+        heads = values.whole_number("num_attention_heads", 1)
+        sizes["head_dim"] = max(1, values.whole_number("hidden_size", 1) // heads)
+    if keys.get("num_experts") is None and "num_local_experts" in keys:
+        sizes["num_experts"] = keys["num_local_experts"]
+    return sizes
+
+
+def _read_gqa(values: ConfigValues) -> GqaConfig:
+    values.need("norm_topk_prob")  # false in transformers if it is missing
+    config = GqaConfig(
+        **_shared(values, "gqa"),
+        num_dense_layers=_num_first(values, values.whole_number("num_hidden_layers", 1)),
+        **_EXPORTED["gqa"],
+    )
+    _check_equal(values, {"num_local_experts": config.num_routed_experts})
+    _check_even(values, "head_dim", config.head_dim)
+    _check_chosen(values, config.num_experts_per_token, config.num_routed_experts, "num_experts")
+    if config.num_heads % config.num_kv_heads:
+        raise values.error(
+            "num_key_value_heads", f"must divide num_attention_heads {config.num_heads}, is {config.num_kv_heads}"
+        )
+    if isinstance(config.rope_scaling, YarnRope) and config.rope_scaling.mscale_all_dim:
+        spelling = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+        rule = "must be absent or 0, as this type scales cos and sin alone"
+        raise values.error(f"{spelling}.mscale_all_dim", f"{rule}, is {config.rope_scaling.mscale_all_dim}")
+    return config
+
+
+def _num_first(values: ConfigValues, num_layers: int) -> int:
+    """Returns the number of first layers without experts, which must be all layers that the file lists as dense."""
+    listed = values.get("mlp_only_layers") or []
+    count = len(listed) if isinstance(listed, list) else 0
+    if listed != list(range(count)) or count > num_layers:
+        rule = f"must list the first layers in order, at most {num_layers}"
+        raise values.error("mlp_only_layers", f"{rule}, is {format_value(listed)}; nearest: {list(range(count))}")
+    return count
+
+
+_READERS = {"mla": _read_mla, "gqa": _read_gqa}
 
 
 def _num_dense_layers(values: ConfigValues, num_layers: int) -> int:
@@ -234,7 +309,8 @@ def _layer_types(num_layers: int, num_dense: int) -> list[str]:
 
 
 def _head(values: ConfigValues) -> HeadKind:
-    return "score" if values.get("architectures") == [_ARCHITECTURES["score"]] else "tokens"
+    scores = [[name + _HEADS["score"]] for name in (_DEEPSEEK, *_CLASSES.values())]
+    return "score" if values.get("architectures") in scores else "tokens"
 
 
 def _mtp_depth(values: ConfigValues) -> int:
@@ -262,32 +338,44 @@ def _check_token_ids(values: ConfigValues) -> None:
             raise values.error(key, f"must be a token id or null, is {format_value(value)}")
 
 
-def _check(values: ConfigValues, config: MlaConfig) -> None:
+def _check_groups(values: ConfigValues, config: MlaConfig) -> None:
     experts = config.num_routed_experts
     groups = config.num_expert_groups
     limit = config.num_limited_groups
-    for key, size in (
-        ("num_key_value_heads", config.num_heads),
-        ("qk_head_dim", config.qk_head_dim),
-        ("head_dim", config.qk_rope_head_dim),
-        ("num_local_experts", experts),
-        ("num_experts", experts),
-    ):
-        if values.get(key) is not None and values.whole_number(key, 1) != size:
-            raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")
-    if config.qk_rope_head_dim % 2:
-        raise values.error("qk_rope_head_dim", f"must be even, is {config.qk_rope_head_dim}")
+    _check_equal(
+        values,
+        {
+            "num_key_value_heads": config.num_heads,
+            "qk_head_dim": config.qk_head_dim,
+            "head_dim": config.qk_rope_head_dim,
+            "num_local_experts": experts,
+            "num_experts": experts,
+        },
+    )
+    _check_even(values, "qk_rope_head_dim", config.qk_rope_head_dim)
     if experts % groups:
         raise values.error("n_group", f"must divide n_routed_experts {experts}, is {groups}")
     if limit > groups:
         raise values.error("topk_group", f"must be at most n_group {groups}, is {limit}; nearest: {groups}")
     within = limit * (experts // groups)
-    if config.num_experts_per_token > within:
-        raise values.error(
-            "num_experts_per_tok",
-            f"must be at most {within}, the experts of topk_group {limit} groups, is {config.num_experts_per_token}; "
-            f"nearest: {within}",
-        )
+    _check_chosen(values, config.num_experts_per_token, within, f"the experts of topk_group {limit} groups")
+
+
+def _check_equal(values: ConfigValues, sizes: Mapping[str, int]) -> None:
+    for key, size in sizes.items():
+        if values.get(key) is not None and values.whole_number(key, 1) != size:
+            raise values.error(key, f"must be {size} with the other sizes, is {values.get(key)}; nearest: {size}")
+
+
+def _check_even(values: ConfigValues, key: str, size: int) -> None:
+    if size % 2:
+        raise values.error(key, f"must be even, is {size}")
+
+
+def _check_chosen(values: ConfigValues, number: int, most: int, words: str) -> None:
+    if number > most:
+        rule = f"must be at most {most}, {words}, is {number}; nearest: {most}"
+        raise values.error("num_experts_per_tok", rule)
 
 
 def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScaling]:
@@ -430,19 +518,28 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-READ_KEYS = _words(
+_SHARED_KEYS = _words(
     """
     model_type architectures torch_dtype dtype quantization_config vocab_size hidden_size num_hidden_layers
-    first_k_dense_replace intermediate_size num_attention_heads num_key_value_heads q_lora_rank kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim head_dim n_routed_experts num_local_experts num_experts
-    n_shared_experts num_experts_per_tok moe_intermediate_size n_group topk_group routed_scaling_factor rms_norm_eps
-    max_position_embeddings original_max_position_embeddings num_nextn_predict_layers num_mtp_layers mtp_hidden
-    group_score_experts initializer_range rope_theta rope_scaling rope_parameters partial_rotary_factor rope_interleave
-    attention_bias attention_dropout hidden_act norm_topk_prob scoring_func topk_method moe_layer_freq
-    tie_word_embeddings mlp_layer_types
+    intermediate_size num_attention_heads num_key_value_heads head_dim num_local_experts num_experts num_experts_per_tok
+    moe_intermediate_size rms_norm_eps max_position_embeddings original_max_position_embeddings initializer_range
+    rope_theta rope_scaling rope_parameters partial_rotary_factor attention_bias attention_dropout hidden_act
+    norm_topk_prob tie_word_embeddings
     """
 )
-"""Keys that describe the architecture or the stored types: exports write them from the model, never copy them."""
+_KEYS_OF = {
+    "mla": _words(
+        """
+        first_k_dense_replace q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim
+        n_routed_experts n_shared_experts n_group topk_group routed_scaling_factor num_nextn_predict_layers
+        num_mtp_layers mtp_hidden group_score_experts rope_interleave scoring_func topk_method moe_layer_freq
+        mlp_layer_types
+        """
+    ),
+    "gqa": _words("mlp_only_layers decoder_sparse_step use_sliding_window sliding_window max_window_layers"),
+}
+READ_KEYS = _SHARED_KEYS.union(*_KEYS_OF.values())
+"""Keys that describe an architecture or the stored types: exports write them from the model, never copy them."""
 
 HARMLESS_KEYS = _words(
     """
@@ -492,8 +589,9 @@ def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
 
 
 def unknown_keys(keys: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the keys that are neither read nor known to be harmless, sorted."""
-    known_keys = READ_KEYS | HARMLESS_KEYS
+    """Returns the keys that are neither read in files of this type nor known to be harmless, sorted."""
+    form = _FORMS.get(str(keys.get("model_type")))
+    known_keys = HARMLESS_KEYS | (_SHARED_KEYS | _KEYS_OF[form] if form else READ_KEYS)
     return tuple(sorted(key for key in keys if key not in known_keys and not key.startswith("_")))
 
 

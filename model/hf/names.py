@@ -23,7 +23,7 @@ BIAS_SUFFIX = ".mlp.gate.e_score_correction_bias"
 _ROTARY = re.compile(r"model\.(layers\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\.inv_freq")
 _MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
 _QUANTIZED = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.(q|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
+    r"model\.layers\.\d+\.(self_attn\.(q|k|v|q_a|q_b|kv_b|o)_proj|self_attn\.kv_a_proj_with_mqa"
     r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate|up|down)_proj)\.weight"
 )
 
@@ -49,7 +49,7 @@ def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dic
     Biases and scales are float32. Shared experts have no rows if there are none, as `transformers` writes them.
     """
     stored: dict[str, Stored] = {}
-    for name, shape in weights(config):
+    for name, shape in file_weights(config):
         if fp8 and is_quantized(name) and 0 not in shape:
             stored |= with_scales(name, shape)
         else:
@@ -75,6 +75,14 @@ def weights(config: ModelConfig) -> Named:
         yield prefix + "embed_tokens.weight", (vocab, hidden)
         yield prefix + "shared_head.norm.weight", (hidden,)
         yield prefix + "shared_head.head.weight", (vocab, hidden)
+
+
+def file_weights(config: ModelConfig) -> Named:
+    """Yields those of `weights` that files hold; Qwen3's hold no correction biases and nothing without elements."""
+    holds_all = config.attention == "mla"
+    return (
+        (name, shape) for name, shape in weights(config) if holds_all or not (0 in shape or name.endswith(BIAS_SUFFIX))
+    )
 
 
 def is_quantized(name: str) -> bool:

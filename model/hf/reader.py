@@ -135,6 +135,8 @@ class HfReader:
     def _fill_one(self, file: BinaryIO, name: str, target: Tensor) -> None:
         entry = self._entry(name)
         scales = self._scales(name) if entry.dtype == "F8_E4M3" else None
+        if not entry.num_bytes:
+            target.zero_()
         for first, rows in _read_runs(file, entry, name):
             if scales is None:
                 values = rows.to(target.dtype)
@@ -182,7 +184,7 @@ def read_tensor(entry: TensorEntry, name: str) -> Tensor:
     """Returns a whole tensor in the type in which it is stored."""
     with _open(entry.file) as file:
         runs = [rows for _, rows in _read_runs(file, entry, name)]
-    return torch.cat(runs) if runs else torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+    return torch.cat(runs) if runs else torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
 
 
 def all_finite(values: Tensor) -> bool:

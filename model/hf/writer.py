@@ -22,6 +22,7 @@ from model.hf.checkpoint import INDEX_NAME, ITEM_BYTES, SINGLE_NAME, lay_out
 from model.hf.config import CONFIG_NAME, write_config
 from model.hf.files import HfError, create_folder_atomically
 from model.hf.names import (
+    BIAS_SUFFIX,
     EMBEDDING,
     SCALE_SUFFIX,
     Stored,
@@ -29,6 +30,7 @@ from model.hf.names import (
     copied_from,
     scale_name,
     scale_shape,
+    weights,
 )
 from model.hf.reader import TORCH_DTYPES, all_finite, stored_dtype
 
@@ -87,8 +89,12 @@ def write_hf(
 
     Raises:
         HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in the
-            stored type), or writing fails. Nothing is left behind.
+            stored type), a correction bias that the plan lacks is not 0, or writing fails. Nothing is left behind.
     """
+    for name, _ in weights(config):
+        if name.endswith(BIAS_SUFFIX) and name not in plan and tensor(name).any():
+            rule = "must be 0, as files of this form of attention hold no correction biases, is not"
+            raise HfError(path, name, f"{rule}; nearest valid: the checkpoint itself, or a run with bias_update_rate 0")
     shards = split_into_shards(plan, max_shard_bytes)
     if len(shards) == 1:
         names = [SINGLE_NAME]

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, PreTrainedModel
 
 from base.refusal import ConfigError
 from comm.dispatch.local import LocalDispatcher
@@ -32,6 +32,7 @@ from tests.model.hf_checkpoints import (
     dequantized,
     edit_json,
     glm_model,
+    qwen3_model,
     random_tokens,
     read_tensors,
     reference_logits,
@@ -75,9 +76,12 @@ def test_convert_round_trip_is_the_same_model_in_transformers(sources: Path, tmp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_dense", [1, 2])
-def test_convert_glm_flash_has_the_logits_of_transformers_both_ways(num_dense: int, tmp_path: Path) -> None:
-    reference, tokens = glm_model(num_dense), random_tokens()
+@pytest.mark.parametrize("num_dense", [0, 1, 2])
+@pytest.mark.parametrize("build", [glm_model, qwen3_model])
+def test_convert_models_of_others_have_the_logits_of_transformers_both_ways(
+    build: Callable[[int], PreTrainedModel], num_dense: int, tmp_path: Path
+) -> None:
+    reference, tokens = build(num_dense), random_tokens()
     expected = reference_logits(reference, tokens)
     reference.save_pretrained(tmp_path / "source")
     assert convert(f"from=hf path={tmp_path / 'source'} to={tmp_path / 'ours'}") == 0
@@ -85,6 +89,8 @@ def test_convert_glm_flash_has_the_logits_of_transformers_both_ways(num_dense: i
     model = load_whole(read_model(folder), folder, torch.float32)
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
     assert convert(f"from=checkpoint path={tmp_path / 'ours'} to={tmp_path / 'back'}") == 0
+    assert convert(f"check={tmp_path / 'back'} like={tmp_path / 'source'}") == 0
+    assert convert(f"check={tmp_path / 'ours'} like={tmp_path / 'back'}") == 0
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
     assert type(back) is type(reference)
     assert torch.equal(reference_logits(back, tokens), expected)
@@ -429,7 +435,7 @@ def test_convert_refuses_a_router_that_config_json_cannot_state(sources: Path, t
     assert read_model(checkpoint).router == "softmax"
     done = run_command(tmp_path, "from=checkpoint", "path=ours", "to=made")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: model.router: must be sigmoid in Hugging Face's form, ")
+    assert done.stderr.startswith("error: model.router: must be sigmoid in Hugging Face's form with attention mla, ")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 

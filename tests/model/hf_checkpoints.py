@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from model.hf.names import is_quantized, scale_name, scale_shape
 
@@ -65,6 +73,26 @@ def glm_model(num_dense: int) -> Glm4MoeLiteForCausalLM:
     return model
 
 
+def qwen3_model(num_dense: int, **changes: Any) -> Qwen3MoeForCausalLM:
+    """Returns a small Qwen3-MoE of transformers, whose first layers are dense."""
+    torch.manual_seed(4)
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers")
+    sizes = {
+        **{key: SIZES[key] for key in (*shared, "max_position_embeddings", "initializer_range", "num_experts_per_tok")},
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "norm_topk_prob": True,
+        "mlp_only_layers": list(range(num_dense)),
+        "rope_theta": 1e6,
+        **changes,
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).float().eval()
+    randomize_norms(model)
+    return model
+
+
 @torch.no_grad()
 def randomize_norms(model: torch.nn.Module) -> None:
     """Draws norms and correction biases."""
@@ -83,7 +111,7 @@ def random_tokens(num_sequences: int = 2, num_tokens: int = 19, seed: int = 1) -
 
 
 @torch.no_grad()
-def reference_logits(model: DeepseekV3ForCausalLM, tokens_BT: Tensor) -> Tensor:
+def reference_logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     logits: Tensor = model(tokens_BT).logits
     return logits
 

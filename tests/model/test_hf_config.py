@@ -174,7 +174,7 @@ def test_what_is_written_is_what_transformers_reads(tmp_path: Path) -> None:
 CONFIG_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "other model": (
         {"model_type": "llama"},
-        "model_type: must be one of deepseek_v3, kimi_k2, glm4_moe_lite, is 'llama'",
+        "model_type: must be one of deepseek_v3, kimi_k2, glm4_moe_lite, qwen3_moe, is 'llama'",
     ),
     "experts before a dense layer": ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types: must have dense for"),
     "grouped heads": ({"num_key_value_heads": 5}, "num_key_value_heads: must be 10"),
