@@ -207,7 +207,7 @@ def _no_key(key: str, valid: object, value: object, condition: str = "") -> HfEr
 
 
 def as_exported(config: ModelConfig) -> ModelConfig:
-    """Returns the model with the choices that its form's files describe; of other forms, with the least latents."""
+    """Returns the model with choices that files describe; of other forms, with the least latents."""
     if config.attention in _EXPORTED:
         return replace(config, **_EXPORTED[config.attention])
     keys = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
@@ -246,7 +246,7 @@ def _read_mla(values: ConfigValues) -> MlaConfig:
 
 
 def _with_sizes(values: ConfigValues, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a Qwen3-MoE with the sizes that transformers derives or writes under another name."""
+    """Returns keys of a Qwen3-MoE with sizes that transformers derives or names otherwise."""
     sizes = dict(keys)
     if keys.get("head_dim") is None:
         heads = values.whole_number("num_attention_heads", 1)
@@ -278,7 +278,7 @@ def _read_gqa(values: ConfigValues) -> GqaConfig:
 
 
 def _num_first(values: ConfigValues, num_layers: int) -> int:
-    """Returns the number of first layers without experts, which must be all layers that the file lists as dense."""
+    """Returns the number of first layers without experts: all that the file lists as dense."""
     listed = values.get("mlp_only_layers") or []
     count = len(listed) if isinstance(listed, list) else 0
     if listed != list(range(count)) or count > num_layers:

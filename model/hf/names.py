@@ -78,7 +78,7 @@ def weights(config: ModelConfig) -> Named:
 
 
 def file_weights(config: ModelConfig) -> Named:
-    """Yields those of `weights` that files hold; Qwen3's hold no correction biases and nothing without elements."""
+    """Yields `weights` that files hold. Qwen3's hold no correction biases and nothing empty."""
     holds_all = config.attention == "mla"
     return (
         (name, shape) for name, shape in weights(config) if holds_all or not (0 in shape or name.endswith(BIAS_SUFFIX))
