@@ -4,6 +4,7 @@ All ranks decide the same.
 """
 
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ from train.errors import RefusedStepError, StepRefusal, StoppedError, UnscoredEr
 from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.files.run_files import StatusFile
 from train.listeners.evaluation import Evaluator
-from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunParts
+from train.listeners.listener import Checkpoints, Listener, MissingVerdicts, Moment, Pictures, RunEnd, RunParts
 from train.listeners.validation import Samples, Validator, open_by_source
 from train.records.reporter import Reporter
 from train.records.step_record import PipelineTimeline, StepProfiler, record_of
@@ -70,6 +71,7 @@ class TrainingLoop:
         self._by_source = open_by_source(config, prepared, world.device)
         self._micro_batch_loads = MicroBatchLoads(config, world.rank, first_step)
         self._profiler = StepProfiler(config.profile, out_dir, world.rank, world.device)
+        self._end = RunEnd(config.task.steps)
         parts = RunParts(
             config=config,
             learner=learners.last,
@@ -78,6 +80,7 @@ class TrainingLoop:
             reporter=reporter,
             status=status,
             callbacks=self._callbacks,
+            end=self._end,
         )
         with world.phase("creation of process groups"):
             self._timeline = PipelineTimeline(world, config.name, out_dir)
@@ -100,7 +103,7 @@ class TrainingLoop:
         self._status.running(self.num_done)
         with self._checkpoints.saved_at_exit(), ends_of_sampling():
             self._validate_if_missing()
-            while self.num_done < self._config.task.steps:
+            while self.num_done < self._end.num_steps:
                 self._checkpoints.preempt_if_folder_lost()
                 outcome = self._train(self.num_done)
                 if isinstance(outcome, RolledBack):
@@ -186,15 +189,20 @@ class TrainingLoop:
             self._status.measured(record)
 
     def _validate_if_missing(self) -> None:
-        """Repeats the validation of the last step if it was interrupted before this run resumed."""
+        """Repeats the validation of the last step if it was interrupted before this run resumed.
+
+        A run that had reached its target trains no further.
+        """
         last = self._reporter.last()
-        is_missing = [False]
-        if last is not None and self._validator.is_due(self.num_done):
+        shared: list[Any] = [False, math.inf]
+        if last is not None and last["step"] == self.num_done and self._validator.is_due(self.num_done):
             is_validated = any(name.startswith("validation_") for name in last)
-            is_missing = [last["step"] == self.num_done and not is_validated]
+            shared = [not is_validated, last.get("validation_loss", math.inf)]
         with self._world.phase("broadcast of the run's history"):
-            dist.broadcast_object_list(is_missing, src=0, group=self._world.groups.world)
-        if is_missing[0]:
+            dist.broadcast_object_list(shared, src=0, group=self._world.groups.world)
+        is_missing, loss = shared
+        self._validator.end_if_reached(self.num_done, loss)
+        if is_missing:
             values = self._validator.measure(self.num_done)
             if last is not None:
                 self._reporter.amend({**last, **values})

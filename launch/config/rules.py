@@ -91,6 +91,9 @@ def _check_batch(config: TrainConfig) -> None:
     if sequences % batch.global_sequences:
         rule = f"must be 0 or a multiple of {_BATCH}={batch.global_sequences}, because validation runs whole batches"
         raise broken("validation.sequences", rule, sequences, multiples(sequences, batch.global_sequences))
+    target = config.validation.target_loss
+    if target is not None and (not sequences or config.rollout is not None):
+        raise broken("validation.target_loss", "must be null without a loss of held-out sequences", target, "null")
 
 
 def _micro_batch_sequences(config: TrainConfig) -> int:

@@ -173,6 +173,27 @@ def test_run_writes_the_documented_files(folder: Path, four_ranks: str) -> None:
 
 
 @pytest.mark.slow
+def test_run_ends_at_its_target_with_a_checkpoint_and_trains_no_further(folder: Path) -> None:
+    few = ("parallelism=one_rank", "parallelism.data=2", "schedule=1f1b", "samples.prompt=a1")
+    choices = (*few, "task.steps=9", "validation.every_steps=1", "optim.schedule.warmup=1 steps")
+    targets = (5.6, 1000)
+    for target in targets:
+        name = f"target_{target:g}"
+        done = run_train(folder, name, *choices, f"validation.target_loss={target:g}")
+        assert done.returncode == 0, done.stderr
+        metrics = read_metrics(folder, name)
+        reached = [line["validation_loss"] <= target for line in metrics]
+        assert reached == [False] * (len(metrics) - 1) + [True], metrics
+        assert len(metrics) < 9
+        steps = [path.name for path in (folder / name / "checkpoints").iterdir()]
+        assert steps == [f"step-{len(metrics):08d}"]
+        assert "continuation of 'a1'" in done.stdout
+    again = run_train(folder, "target_1000", *choices, "validation.target_loss=1000", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert len(read_metrics(folder, "target_1000")) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("four_ranks")
 def test_same_seed_gives_the_same_first_loss_on_one_rank_and_no_tokens_are_not_generated(folder: Path) -> None:
     layout = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")

@@ -290,10 +290,14 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """The interval of validations (0: only after the last step), and the number of sequences read."""
+    """The interval of validations (0: only after the last step), and the number of sequences read.
+
+    A validation loss of at most `target_loss` ends the run.
+    """
 
     every_steps: NonNegativeInt
     sequences: NonNegativeInt
+    target_loss: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

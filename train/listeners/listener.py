@@ -23,6 +23,13 @@ from train.records.reporter import Reporter
 from train.records.step_record import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 
 
+@dataclass(slots=True)
+class RunEnd:
+    """The number of steps after which a run ends: `task.steps`, or fewer once it has reached its target."""
+
+    num_steps: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunParts:
     """What the parts of a training loop share; rank 0 calls the callbacks."""
@@ -34,10 +41,11 @@ class RunParts:
     reporter: Reporter
     status: StatusFile
     callbacks: Callbacks
+    end: RunEnd
 
     def is_due(self, num_done: int, every_steps: int) -> bool:
         """Returns whether the number of steps done is a multiple of `every_steps`, or all steps are done."""
-        return num_done == self.config.task.steps or (every_steps > 0 and num_done % every_steps == 0)
+        return num_done == self.end.num_steps or (every_steps > 0 and num_done % every_steps == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,12 +89,20 @@ class Validator(Listener):
             line += f", {bits_per_byte:.3f} bits per byte  (unigram entropy {entropy:.4f})"
         parts.reporter.say(line + "".join(f"  {name} {mean:.4f}" for name, mean in means.reported.items()))
         self._call(num_done, means.loss)
+        self.end_if_reached(num_done, means.loss)
         positions = {} if means.by_position is None else means.by_position.record()
         sources: dict[str, object] = {}
         if means.by_source is not None:
             sources = means.by_source.record()
             parts.reporter.add_loads({"validation_by_source": means.by_source.loads})
         return {"loss": means.loss, **means.reported, **positions, **sources}
+
+    def end_if_reached(self, num_done: int, loss: float) -> None:
+        """Ends the run after this step if the loss is at most the target. All ranks have the same loss."""
+        target = self._parts.config.validation.target_loss
+        if target is not None and loss <= target:
+            self._parts.end.num_steps = num_done
+            self._parts.reporter.say(f"step {num_done:>5}  validation.target_loss={target:g} is reached; the run ends")
 
     def _report_answers(self, num_done: int, measured: Mapping[str, float]) -> Mapping[str, float]:
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
@@ -295,16 +303,16 @@ class Samples(Listener):
 
     def is_due(self, num_done: int) -> bool:
         """Implements `Listener.is_due`."""
-        is_over = num_done >= self._parts.config.task.steps
+        is_over = num_done >= self._parts.end.num_steps
         return is_over and self._parts.learner.world.rank == 0 and self._parts.config.model.head == "tokens"
 
     def run(self, moment: Moment) -> Mapping[str, Any]:
         """Implements `Listener.run`."""
-        report_samples(self._parts.config, self._parts.prepared, self._parts.reporter.show)
+        report_samples(self._parts.config, self._parts.prepared, moment.num_done, self._parts.reporter.show)
         return {}
 
 
-def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str], None]) -> None:
+def report_samples(config: TrainConfig, prepared: Prepared, num_done: int, say: Callable[[str], None]) -> None:
     """Generates and reports samples with the run's last checkpoint, which this process alone loads whole."""
     samples = config.samples
     has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation.tokens_NL) > 0
@@ -312,7 +320,7 @@ def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str],
     continues = samples.prompt and config.data.source.chat_template is None
     if not samples.tokens or not (continues or (samples.held_out and has_answers)):
         return
-    folder = step_folder(Path(config.out_dir), config.task.steps)
+    folder = step_folder(Path(config.out_dir), num_done)
     products = config.computing.products
     model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision), products=products)
     if continues:
