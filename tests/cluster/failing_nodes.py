@@ -40,8 +40,7 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     """Runs one case and returns the exit code and message of the ranks that are still connected."""
     from tests.cluster import failing_nodes
 
-    overrides = [*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}", *case.overrides.split()]
-    config = compose_run(overrides)
+    config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
     out_dir = Path(write_run_folder(config, datetime.now()).out_dir)
     write_case(case, out_dir)
     context = multiprocessing.get_context("forkserver")

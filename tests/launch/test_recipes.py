@@ -27,6 +27,7 @@ from tests.data.released_tokenizer import write_released
 from tests.docs.pages import write_prepared
 from tests.launch.checkpoints import write_stand_in
 from tests.launch.test_submit import place_sbatch
+from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import scoring_runs
 from train.config import TrainConfig
 from train.core.step import rates_of
@@ -40,18 +41,10 @@ from train.tasks.grpo import GrpoConfig
 LAPTOP = ("quickstart", "quickstart_muon", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
 ON_PAIRS = ("arithmetic_rm", "arithmetic_dpo")
 ON_REWARDS = ("arithmetic_grpo", "arithmetic_self_reward")
-GIVEN = {
-    "v3_671b": 129_280,
-    "moonlight_16b": 163_840,
-    "v2_lite_16b": 102_400,
-    "glm_flash_30b": 154_880,
-    "qwen3_30b": 151_936,
-}
+GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400, "mlperf_v3": 128_256}
 SIZES = {
     "v3_671b": (2048, 256, 14_800 * 10**9),
     "moonlight_16b": (8, 1, 100 * 10**9),
-    "glm_flash_30b": (8, 1, 100 * 10**9),
-    "qwen3_30b": (8, 1, 100 * 10**9),
     "v2_lite_16b": (16, 2, 200 * 10**9),
     "ladder_1b": (8, 1, 20 * 10**9),
     "ladder_100m": (1, 1, 2 * 10**9),
@@ -175,7 +168,7 @@ def test_recipe_for_gpus_is_a_real_run(folder: Path, name: str) -> None:
     assert ranks // config.cluster.ranks_per_node == nodes
     before, after = (config.batch_sizes.tokens_before(steps) for steps in (task.steps - 1, task.steps))
     assert before < tokens <= after
-    assert task.bias_update_rate.at(0) == (0 if name == "qwen3_30b" else 1e-3)  # its files hold no biases
+    assert task.bias_update_rate.at(0) == 1e-3
     assert config.validation.every_steps >= 500
     assert config.checkpointing.every_steps >= 500
     assert config.batch.sequence_length_tokens >= 2048
@@ -332,7 +325,7 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         overrides.append(f"init_from={weights_before(folder, name)}")
     if name == "arithmetic_distill":
         overrides.append(f"task.teacher={folder / 'teacher'}")
-    if name in (*ON_PAIRS, *ON_REWARDS):
+    if name in (*ON_PAIRS, *ON_REWARDS, "mlperf_v3"):
         overrides.append("init_from=random")
     return overrides
 
@@ -399,6 +392,24 @@ def test_tokenizer_of_the_initial_weights_may_be_small(tmp_path: Path) -> None:
     check_text(config, check_data(config))
     with pytest.raises(ConfigError, match=r"accept=.small_tokenizer.$"):
         check_text(replace(config, init_from=None), 701)
+
+
+def test_recipe_mlperf_v3_has_the_rules_of_a_closed_entry(folder: Path) -> None:
+    """The values equal those of mlcommons/logging at 7bbf792, training_6.0.0/closed_deepseekv3_671b.yaml."""
+    config = build(folder, "mlperf_v3", "init_from=random")
+    check(config)
+    batch, optim, validation = config.batch, config.optim, config.validation
+    assert batch.sequence_length_tokens == 4096
+    assert batch.global_sequences >= 15_360
+    assert optim.learning_rate == round(2.4e-5 * (batch.global_sequences / 16_384) ** 0.5, 9)
+    adam = (optim.kind, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_norm)
+    assert adam == ("adamw", 0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert (validation.every_steps, validation.target_loss) == (1, 3.6)
+    rates = [rates_of(config.task, optim, config.batch_sizes, step).learning_rate for step in (0, 3, 4, 11_996)]
+    peak = optim.learning_rate
+    assert rates == pytest.approx([peak / 4, peak, peak, 1e-8], rel=1e-4)
+    with pytest.raises(CheckpointError, match=r"^init_from: .*mlperf_weights"):
+        check(build(folder, "mlperf_v3"))
 
 
 @pytest.mark.slow
