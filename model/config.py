@@ -116,7 +116,7 @@ class AttentionForm:
     Attributes:
         config: dataclass of models of this form: the keys of all models, and the form's own.
         build: function of a model, the type of weights, the name of a kernel, and `Linears`: one layer's `Attention`.
-        small: function of a model: the form's own keys of a small model with as many choices as the given one has.
+        small: the form's own keys in small models of tests and of `launch.verify`.
         takes_parts: whether ranks may share sequences, or slices divide them.
         has_fp8: whether its products can be in FP8.
     """
@@ -124,7 +124,7 @@ class AttentionForm:
     summary: str
     config: "type[ModelConfig]"
     build: Callable[..., Any]
-    small: "Callable[[Any], Mapping[str, Any]]"
+    small: Mapping[str, Any]
     takes_parts: bool = False
     has_fp8: bool = False
 

@@ -2,14 +2,14 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig
 from data.readers.sources import FilesSource
 from dualpipe.costs import Costs
 from dualpipe.registry import ScheduleConfig
-from model.config import RECOMPUTED, GqaConfig, MlaConfig, ModelConfig, PlainRope
+from model.config import ATTENTION_FORMS, RECOMPUTED, GqaConfig, MlaConfig, ModelConfig, PlainRope
 from train.config import (
     BatchConfig,
     CheckpointingConfig,
@@ -25,7 +25,7 @@ from train.config import (
 )
 from train.optim.learning_rate import DecayedRate, Duration, OptimConfig
 from train.optim.muon import MuonConfig
-from train.optim.registry import AdamWConfig
+from train.optim.registry import OPTIMIZERS, AdamWConfig
 from train.tasks.pretrain import PretrainConfig
 
 MODEL = MlaConfig(
@@ -56,13 +56,16 @@ MODEL = MlaConfig(
     initializer_range=0.1,
     head="tokens",
 )
-GQA = GqaConfig(
-    **{field.name: getattr(MODEL, field.name) for field in fields(ModelConfig) if field.name != "attention"},
-    attention="gqa",
-    num_kv_heads=1,
-    head_dim=8,
-    qk_norm=True,
-)
+
+
+def small_model(form: str) -> ModelConfig:
+    """Returns `MODEL` with another form of attention, which has the keys of its small models."""
+    spec = ATTENTION_FORMS.get(form)
+    shared = {field.name: getattr(MODEL, field.name) for field in fields(ModelConfig)}
+    return spec.config(**{**shared, **spec.small, "attention": form})
+
+
+GQA = cast("GqaConfig", small_model("gqa"))
 
 OPTIM = AdamWConfig(
     kind="adamw",
@@ -84,12 +87,15 @@ OPTIM = AdamWConfig(
     bucket_elements=50_000_000,
 )
 
-MUON = MuonConfig(
-    kind="muon",
-    momentum=0.95,
-    update_rms=0.2,
-    **{field.name: getattr(OPTIM, field.name) for field in fields(OptimConfig) if field.name != "kind"},
-)
+
+def small_optimizer(kind: str) -> OptimConfig:
+    """Returns `OPTIM` with another kind, which has the keys of its example."""
+    spec = OPTIMIZERS.get(kind)
+    shared = {field.name: getattr(OPTIM, field.name) for field in fields(OptimConfig)}
+    return spec.config(**{**shared, **spec.example, "kind": kind})
+
+
+MUON = cast("MuonConfig", small_optimizer("muon"))
 
 TASK = PretrainConfig(
     kind="pretrain",

@@ -173,8 +173,11 @@ def _small_run(config: TrainConfig) -> TrainConfig:
 
 
 def _small_model(model: ModelConfig, length: int) -> ModelConfig:
-    """Returns a small model with the form of attention, the rotation and the router of the run."""
+    """Returns a small model with the form of attention, its choices, rotation and router of the run."""
     form = ATTENTION_FORMS.get(model.attention)
+    configured = {key: getattr(model, key) for key in form.small}
+    # Numbers are sizes. Others are choices: true, false, a name or None.
+    choices = {key: value for key, value in configured.items() if value is None or isinstance(value, bool | str)}
     return form.config(
         vocab_size=320,
         hidden_size=_HIDDEN_SIZES[0],
@@ -199,7 +202,7 @@ def _small_model(model: ModelConfig, length: int) -> ModelConfig:
         head="tokens",
         router=model.router,
         attention=model.attention,
-        **form.small(model),
+        **{**form.small, **choices},
     )
 
 

@@ -11,17 +11,13 @@ def _build_mla(*arguments: Any) -> Any:
     return LatentAttention(*arguments)
 
 
-def _small_mla(config: MlaConfig) -> dict[str, Any]:
-    return {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-
-
 ATTENTION_FORMS.register(
     "mla",
     AttentionForm(
         summary="keys and values from one latent, as in DeepSeek-V3",
         config=MlaConfig,
         build=_build_mla,
-        small=_small_mla,
+        small={"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
         takes_parts=True,
         has_fp8=True,
     ),
@@ -34,16 +30,12 @@ def _build_gqa(*arguments: Any) -> Any:
     return GroupedAttention(*arguments)
 
 
-def _small_gqa(config: GqaConfig) -> dict[str, Any]:
-    return {"num_kv_heads": 1, "head_dim": 8, "qk_norm": config.qk_norm}
-
-
 ATTENTION_FORMS.register(
     "gqa",
     AttentionForm(
         summary="heads of keys and values for groups of heads of queries, as in Qwen3",
         config=GqaConfig,
         build=_build_gqa,
-        small=_small_gqa,
+        small={"num_kv_heads": 1, "head_dim": 8, "qk_norm": True},
     ),
 )

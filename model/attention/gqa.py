@@ -60,8 +60,7 @@ class GroupedAttention(Attention):
         query_BHTQ, key_BHTQ, value_BHTQ = (each.transpose(1, 2) for each in heads)
         kernel = choose_attention(self._kernel, x_BTD.device, x_BTD.dtype, is_packed=documents is not None)
         mixed_BHTQ = kernel.attend(query_BHTQ, key_BHTQ, value_BHTQ, self._scale, documents)
-        out: Tensor = x_BTD + self.o_proj(mixed_BHTQ.transpose(1, 2).flatten(2), sink)
-        return out
+        return self.output(mixed_BHTQ.transpose(1, 2).flatten(2), x_BTD, norm, sink)
 
     def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
         """Implements `Attention.decode`."""
@@ -80,7 +79,12 @@ class GroupedAttention(Attention):
             if future_BST is None:
                 future_BST = torch.zeros((), dtype=torch.bool, device=query_BSHQ.device).expand(1, 1, 1)
             mixed_NV = self._mix(query_BSHQ, key_BTGQ, value_BTGQ, ~future_BST)
-        return hidden_ND + functional.linear(mixed_NV, self.o_proj.weight)
+        return self.output(mixed_NV, hidden_ND, norm, None)
+
+    def output(self, mixed: Tensor, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
+        """Returns x, [..., D], plus the output map of mixed values, [..., V], in training and decoding."""
+        out: Tensor = x + self.o_proj(mixed, sink)
+        return out
 
     def _project(
         self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, turns_TP: Tensor

@@ -163,6 +163,8 @@ TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 # The commands above that section train for minutes.
 TEXT += (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").partition("## A rule of your own")[2]
 TEXT += (ROOT / "docs" / "routers.md").read_text(encoding="utf-8").partition("## Scores of your own")[2]
+TEXT += (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8").partition("## A scorer of your own")[2]
+TEXT += (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 FILES = re.findall(r"`([\w/]+\.(?:py|yaml))`[^`]*\n\n```(?:python|yaml)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
@@ -191,7 +193,7 @@ def run_in_folder(command: str, cwd: Path) -> str:
 
 def test_extend_has_an_example_of_each_kind() -> None:
     names = {name for name, _ in FILES}
-    assert names >= {"sawtooth.py", "gpipe.py", "counting.py"}
+    assert names >= {"sawtooth.py", "gpipe.py", "counting.py", "signs.py", "rooted.py", "gated.py", "evens.py"}
     assert all(any(f"plugins=[{name}]" in command for command in LAUNCHES) for name in names if name.endswith(".py"))
 
 

@@ -1,27 +1,15 @@
 """Stages against the plain model, also with another form of attention, and no wait for the device."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from comm.dispatch.local import LocalDispatcher
-from comm.protocol import ALONE, ContextGroup
-from infer.decoder import Decoder
 from kernels.attention.documents import Documents
-from model.attention.cache import CacheView, PromptView
-from model.attention.form import Attention
-from model.attention.mla import LatentAttention
-from model.config import ATTENTION_FORMS, AttentionForm, Computing, ModelConfig, Products, cut_layers
-from model.linear import GradientStore, Projection, WeightSink
-from model.norm import RmsNorm
+from model.config import ModelConfig, cut_layers
+from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
-from model.precision.linears import Linears
 from model.stage import Stage, StageRun
 from model.transformer import Transformer, initialize_weights, routers, whole
 from tests.host_reads import Reads
@@ -156,153 +144,6 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(parameter, expected), name
     other = make_model(config, seed=6)
     assert not torch.equal(other.head_weight, full.head_weight)
-
-
-ATTENDED = partial(functional.scaled_dot_product_attention, dropout_p=0.0)
-
-
-class MultiHeadAttention(Attention):
-    """Plain multi-head attention without positions: every head has its own queries, keys and values."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
-        super().__init__()
-        self._linears, self._heads = linears, config.num_heads
-        hidden = config.hidden_size
-        self.q_proj = Projection(hidden, hidden, dtype)
-        self.k_proj = Projection(hidden, hidden, dtype)
-        self.v_proj = Projection(hidden, hidden, dtype)
-        self.o_proj = Projection(hidden, hidden, dtype)
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        norm: RmsNorm,
-        sink: WeightSink | None,
-        documents: Documents | None = None,
-        context: ContextGroup = ALONE,
-    ) -> Tensor:
-        assert context.size == 1
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        projected = self._linears.normed_linear(x_BTD, norm, weights, sink)
-        size = x_BTD.shape[1]
-        seen = torch.ones(size, size, dtype=torch.bool).tril()
-        if documents is not None:
-            seen = seen & (documents.ids_BT[:, None, :, None] == documents.ids_BT[:, None, None, :])
-        out: Tensor = x_BTD + self.o_proj(self._mix(*projected.chunk(3, -1), seen), sink)  # type: ignore[call-arg]
-        return out
-
-    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
-        x_ND = norm(hidden_ND)
-        query_ND, key_ND, value_ND = (layer(x_ND, None) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        view.write(torch.cat((key_ND, value_ND), -1))
-        if isinstance(view, PromptView):
-            parts = [each.split(list(view.counts)) for each in (query_ND, key_ND, value_ND)]
-            mixed = []
-            for query, key, value in zip(*parts, strict=True):
-                seen = torch.ones(len(query), len(query), dtype=torch.bool).tril()
-                mixed.append(self._mix(query[None], key[None], value[None], seen)[0])
-            return hidden_ND + self.o_proj(torch.cat(mixed), None)
-        seen = None if view.future_BST is None else ~view.future_BST[:, None]  # type: ignore[assignment]
-        key, value = view.read().chunk(2, -1)
-        mixed_BSD = self._mix(query_ND.view(*view.positions_BS.shape, -1), key, value, seen)
-        return hidden_ND + self.o_proj(mixed_BSD.flatten(0, 1), None)
-
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-        heads = (each.unflatten(-1, (self._heads, -1)).transpose(1, 2) for each in (query, key, value))
-        return ATTENDED(*heads, attn_mask=seen).transpose(1, 2).flatten(2)  # type: ignore[misc]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MultiHeadConfig(ModelConfig):
-    head_size: int
-
-    ROTATED: ClassVar[str] = "head_size"
-
-    @property
-    def cached_values(self) -> int:
-        return 2 * self.hidden_size
-
-
-MULTI_HEAD = MultiHeadConfig(
-    **{field.name: getattr(MODEL, field.name) for field in fields(ModelConfig) if field.name != "attention"},
-    attention="multi_head",
-    head_size=MODEL.hidden_size // MODEL.num_heads,
-)
-
-
-@pytest.fixture(autouse=True)
-def _form() -> Iterator[None]:
-    form = AttentionForm(summary="", config=MultiHeadConfig, build=MultiHeadAttention, small=lambda config: {})
-    ATTENTION_FORMS.register("multi_head", form)
-    yield
-    ATTENTION_FORMS.remove(["multi_head"])
-
-
-def make_model_of_another_form(dtype: torch.dtype = torch.float64, products: Products = "own") -> Transformer:
-    dispatcher, computing = LocalDispatcher(MODEL.num_routed_experts), Computing(products=products)
-    model = Transformer(MULTI_HEAD, dispatcher, dtype, computing=computing)
-    initialize_weights(model, 3)
-    return model
-
-
-def test_a_configuration_has_latent_attention() -> None:
-    latent = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float64)
-    assert isinstance(latent.block(0).self_attn, LatentAttention)
-    assert isinstance(make_model_of_another_form().block(0).self_attn, MultiHeadAttention)
-
-
-@pytest.mark.parametrize(("num_stages", "is_packed"), [(1, False), (4, True)])
-def test_phased_equals_plain_of_another_form(num_stages: int, is_packed: bool) -> None:
-    documents = Documents.from_positions(torch.arange(12).remainder(5).expand(2, 12)) if is_packed else None
-    batch = replace(make_batch(MODEL, 1), documents=documents)
-    plain, cut = make_model_of_another_form(), make_model_of_another_form()
-    sums = LossSums(loss_names(MODEL.mtp_depth))
-    plain.loss(batch, make_objective(MODEL), sums).backward()
-    store = GradientStore(cut.parameters())
-    made = phased(cut, num_stages, batch, store)
-    torch.testing.assert_close(made.settle(), sums.settle(), rtol=1e-12, atol=0)
-    ours = dict(cut.named_parameters())
-    assert sum("self_attn" in name for name in ours) == 4 * (MODEL.num_layers + MODEL.mtp_depth)
-    for name, parameter in plain.named_parameters():
-        assert parameter.grad is not None, name
-        torch.testing.assert_close(store.gradient(ours[name]), parameter.grad, rtol=1e-10, atol=1e-14, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("products", ["own", "fp8"])
-def test_it_trains_in_stages(products: Products) -> None:
-    """Its input projections are the model's own linear layers, in both precisions."""
-    model, batch, losses = make_model_of_another_form(torch.float32, products), make_batch(MODEL, 1), []
-    store = GradientStore(model.parameters())
-    for _ in range(8):
-        store.clear()
-        losses.append(float(phased(model, 2, batch, store).settle()[0]))
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight -= 0.1 * store.gradient(weight).clamp(-0.3, 0.3)  # type: ignore[misc]
-    assert losses[-1] < 0.9 * losses[0], losses
-    assert all(store.gradient(weight).any() for name, weight in model.named_parameters() if "self_attn" in name)
-
-
-@torch.no_grad()
-def test_cached_decoding_equals_whole_passes() -> None:
-    model = make_model_of_another_form()
-    generator = torch.Generator().manual_seed(2)
-    tokens = [torch.randint(MODEL.vocab_size, (size,), generator=generator).tolist() for size in (7, 9)]
-    expected = [model(torch.tensor([each]))[0] for each in tokens]
-    decoder = Decoder(model, 2, 12, with_mtp=False)
-    rows, lengths = [decoder.main.add() for _ in tokens], [3, 5]
-    read = decoder.read(rows, [each[:size] for each, size in zip(tokens, lengths, strict=True)])
-    for row, size in enumerate(lengths):
-        torch.testing.assert_close(decoder.logits(read[row][1]), expected[row][:size], rtol=0, atol=1e-10)
-    for width in (2, 1, 1):
-        for row, size in enumerate(lengths):
-            decoder.main.resize(row, size)
-        new = torch.tensor([each[size : size + width] for each, size in zip(tokens, lengths, strict=True)])
-        _, logits_BSV = decoder.step(new)
-        for row, size in enumerate(lengths):
-            torch.testing.assert_close(logits_BSV[row], expected[row][size : size + width], rtol=0, atol=1e-10)
-        lengths = [size + width for size in lengths]
 
 
 def test_computations_of_a_step_read_nothing_from_the_device() -> None:

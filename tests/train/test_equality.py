@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from base.registry import loaded_plugins
+from base.registry import load_plugins, loaded_plugins
 from comm.config import Cut, ParallelismConfig
 from dualpipe.builder import build_schedule
 from dualpipe.costs import Costs, uniform
@@ -19,13 +19,14 @@ from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES, ScheduleConfig
 from kernels.router_scores import ROUTERS
-from model.config import cut_at
+from model.config import ATTENTION_FORMS, cut_at
 from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, GQA, MODEL, MUON, OPTIM, tiny_config
+from tests.tiny import BATCH, MODEL, MUON, OPTIM, small_model, small_optimizer, tiny_config
 from tests.train.job import Job, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
+from train.optim.registry import OPTIMIZERS
 from train.predict.cut import with_cut
 from verify.equality import keeps_sums
 from verify.steps import Difference, StepValues, rank_differences, tensor_differences
@@ -158,22 +159,35 @@ def test_whole_matrices_of_many_ranks_equal_one_rank(folder: Path, pipeline: int
     assert_starved_equal_one_rank(config, (4,), repeats=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [name for name in ROUTERS.names() if name != MODEL.router])
-def test_every_kind_of_router_on_four_ranks_equals_one_rank(folder: Path, kind: str) -> None:
+KINDS = [
+    *(("router", name) for name in ROUTERS.names() if name != MODEL.router),
+    *(("attention", name) for name in ATTENTION_FORMS.names() if name != MODEL.attention),
+    *(("optim", name) for name in OPTIMIZERS.names() if name != OPTIM.kind),
+]
+
+
+def kind_config(folder: Path, key: str, kind: str) -> TrainConfig:
+    """Returns a run on four ranks with a router, a form of attention or an optimizer."""
     config = layout_config(folder, 2, 2, 2)
-    plugins = tuple(map(str, loaded_plugins()))
-    config = replace(config, model=replace(config.model, router=kind), plugins=plugins)
-    results = run_ranks(4, run_jobs, [Job(config=config)], STEPS)
-    assert_equal_one_rank([rank[0] for rank in results], config, tolerance=1e-12)
+    if key == "optim":
+        return replace(config, optim=small_optimizer(kind))
+    model = replace(MODEL, router=kind) if key == "router" else small_model(kind)
+    return replace(config, model=replace(model, num_layers=config.model.num_layers))
+
+
+def run_kind(
+    rank: int, world_size: int, plugins: tuple[Path, ...], folder: Path, key: str, kind: str
+) -> list[list[StepValues]]:
+    """Loads plugins, whose classes the configuration may have, and runs the steps of one rank."""
+    load_plugins(plugins)
+    return run_jobs(rank, world_size, [Job(config=kind_config(folder, key, kind))], STEPS)
 
 
 @pytest.mark.slow
-def test_grouped_queries_on_four_ranks_equal_one_rank(folder: Path) -> None:
-    config = layout_config(folder, 2, 2, 2)
-    config = replace(config, model=replace(GQA, num_layers=config.model.num_layers))
-    results = run_ranks(4, run_jobs, [Job(config=config)], STEPS)
-    assert_equal_one_rank([rank[0] for rank in results], config, tolerance=1e-12)
+@pytest.mark.parametrize(("key", "kind"), KINDS)
+def test_every_registered_kind_on_four_ranks_equals_one_rank(folder: Path, key: str, kind: str) -> None:
+    results = run_ranks(4, run_kind, loaded_plugins(), folder, key, kind)
+    assert_equal_one_rank([rank[0] for rank in results], kind_config(folder, key, kind), tolerance=1e-12)
 
 
 @pytest.mark.slow

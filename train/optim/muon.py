@@ -75,5 +75,6 @@ OPTIMIZERS.register(
         summary="Muon for matrices of attention, MLPs and experts, AdamW for embeddings, heads, routers and norms",
         config=MuonConfig,
         matrices=MatrixRule(buffers=("momentum",), update=muon_update, flops=newton_schulz_flops),
+        example={"momentum": 0.95, "update_rms": 0.2},
     ),
 )

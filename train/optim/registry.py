@@ -7,7 +7,7 @@ register one more (docs/extend.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.registry import Registry
@@ -37,11 +37,15 @@ class MatrixRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSpec:
-    """An optimizer that `optim.kind` can name: its keys, and its rule for matrices, if any."""
+    """An optimizer that `optim.kind` can name: its keys, and its rule for matrices, if any.
+
+    The test suites run it with the keys of `example`, which are those that `config` adds.
+    """
 
     summary: str
     config: type[OptimConfig]
     matrices: MatrixRule | None = None
+    example: Mapping[str, object] = field(default_factory=dict)
 
 
 OPTIMIZERS = Registry[OptimizerSpec]("optim.kind", (__name__, "train.optim.muon"))
