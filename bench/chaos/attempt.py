@@ -31,8 +31,9 @@ LONGEST_SECONDS = 150.0
 LAYOUTS: dict[str, list[str]] = {
     "DualPipe 2 x 2, experts over 2": ["parallelism=four_ranks"],
     "DualPipeV 2 x 1": ["parallelism=two_ranks", "schedule=dualpipe_v"],
-    "1F1B 1 x 2, experts over 2": [
+    "1F1B 1 x 2, experts over 2 with copies": [
         *("parallelism.pipeline=1", "parallelism.data=2", "parallelism.expert=2", "schedule=1f1b"),
+        "dispatch.balance=exact",
     ],
 }
 

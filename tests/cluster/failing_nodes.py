@@ -40,7 +40,8 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
     """Runs one case and returns the exit code and message of the ranks that are still connected."""
     from tests.cluster import failing_nodes
 
-    config = compose_run([*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}"])
+    overrides = [*choices(folder), "cluster.ranks_per_node=1", f"out_dir={folder / str(case)}", *case.overrides.split()]
+    config = compose_run(overrides)
     out_dir = Path(write_run_folder(config, datetime.now()).out_dir)
     write_case(case, out_dir)
     context = multiprocessing.get_context("forkserver")

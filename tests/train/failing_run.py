@@ -35,7 +35,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
     # Ranks import this module by its full name, and here it runs as __main__.
     from tests.train import failing_run
 
-    config = compose_run([*choices(folder), f"out_dir={folder / str(case)}"])
+    config = compose_run([*choices(folder), f"out_dir={folder / str(case)}", *case.overrides.split()])
     config = write_run_folder(config, datetime.now())
     out_dir = Path(config.out_dir)
     write_case(case, out_dir)

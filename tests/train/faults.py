@@ -27,6 +27,7 @@ class Case:
 
     Attributes:
         after: name of an operation after which the others are counted.
+        overrides: overrides of this run, separated by spaces.
     """
 
     how: How
@@ -36,11 +37,14 @@ class Case:
     count: int = 1
     of: str = ""
     after: str = ""
+    overrides: str = ""
 
     def __str__(self) -> str:
         return f"{self.how}-{self.rank}-{self.phase}".replace(" ", "-")
 
 
+# With a node for each rank and long sequences, copies of experts across nodes pay.
+ACROSS = "dispatch.balance=exact cluster.ranks_per_node=1 batch.sequence_length_tokens=512"
 CASES = (
     Case("killed", 0, "start of the job", "start of the job"),
     Case("killed", 3, "creation of process groups", "creation of process groups"),
@@ -64,6 +68,11 @@ CASES = (
     Case("disconnected", 0, "pipeline transfer", "transfer", of="activation 0->1"),
     Case("disconnected", 3, "optimizer step", "update of the weights", 2),
     Case("disconnected", 2, "validation", "exchange of counts", after="the step's record"),
+    Case("killed", 2, "copies of experts", "weights of copies", 3, overrides=ACROSS),
+    Case("killed", 1, "combine after copies", "combine", after="weights of copies", overrides=ACROSS),
+    Case("stopped", 0, "combine after copies", "combine", 2, after="weights of copies", overrides=ACROSS),
+    Case("disconnected", 3, "combine after copies", "combine", 3, after="weights of copies", overrides=ACROSS),
+    Case("killed", 3, "gradients of copies", "gradients of copies", 2, overrides=ACROSS),
 )
 
 
