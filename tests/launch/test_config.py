@@ -34,6 +34,9 @@ RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"
 
 # What an option cannot be chosen without.
 NEEDS = {
+    "parallelism=mlperf_256_ranks": ["model=v3_671b", "cluster=gb300", "batch.global_sequences=1024",
+                                     "validation.sequences=1024", "cluster.memory_bytes=null",
+                                     "dispatch.max_nodes=8"],
     "parallelism=v3_2048_ranks": ["model=v3_671b", "cluster=h800", "batch.global_sequences=8192",
                                   "validation.sequences=8192", "cluster.memory_bytes=null"],
     "parallelism=eight_ranks": ["batch.global_sequences=32"],
