@@ -4,7 +4,6 @@ All ranks decide the same.
 """
 
 import logging
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -194,18 +193,19 @@ class TrainingLoop:
         A run that had reached its target trains no further.
         """
         last = self._reporter.last()
-        shared: list[Any] = [False, math.inf]
+        shared: list[Any] = [False, None]
         if last is not None and last["step"] == self.num_done and self._validator.is_due(self.num_done):
             is_validated = any(name.startswith("validation_") for name in last)
-            shared = [not is_validated, last.get("validation_loss", math.inf)]
+            shared = [not is_validated, last.get("validation_loss")]
         with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(shared, src=0, group=self._world.groups.world)
         is_missing, loss = shared
-        self._validator.end_if_reached(self.num_done, loss)
         if is_missing:
             values = self._validator.measure(self.num_done)
             if last is not None:
                 self._reporter.amend({**last, **values})
+        elif loss is not None:
+            self._validator.end_if_reached(self.num_done, loss)
 
 
 _ROLLED_BACK = "rolled_back"

@@ -91,9 +91,10 @@ def _check_batch(config: TrainConfig) -> None:
     if sequences % batch.global_sequences:
         rule = f"must be 0 or a multiple of {_BATCH}={batch.global_sequences}, because validation runs whole batches"
         raise broken("validation.sequences", rule, sequences, multiples(sequences, batch.global_sequences))
-    target = config.validation.target_loss
-    if target is not None and (not sequences or config.rollout is not None):
-        raise broken("validation.target_loss", "must be null without a loss of held-out sequences", target, "null")
+    target, is_measured = config.validation.target_loss, sequences and config.validation.every_steps
+    if target is not None and (not is_measured or config.rollout is not None):
+        rule = "must be null if no loss of held-out sequences is measured before the last step"
+        raise broken("validation.target_loss", rule, target, "null")
 
 
 def _micro_batch_sequences(config: TrainConfig) -> int:

@@ -277,6 +277,7 @@ def test_config_every_number_has_a_range_or_is_checked_where_it_belongs() -> Non
         (["batch.sequence_length_tokens=1"], ["batch.sequence_length_tokens", "model.mtp_depth=1", "valid: 2"]),
         (["validation.sequences=20"], ["validation.sequences", "=16", "is 20", "16 or 32"]),
         (["validation.sequences=0", "validation.target_loss=3.6"], ["validation.target_loss", "is 3.6", "valid: null"]),
+        (["validation.every_steps=0", "validation.target_loss=3.6"], ["validation.target_loss", "valid: null"]),
         (["optim.schedule.final_ratio=1.5"], ["optim.schedule.final_ratio", "between 0 and 1", "is 1.5"]),
         (["optim=adamw_v3", "optim.schedule.final_learning_rate=1"],
             ["optim.schedule.final_learning_rate", "optim.learning_rate=0.00022", "is 1.0"]),

@@ -173,7 +173,7 @@ def test_run_writes_the_documented_files(folder: Path, four_ranks: str) -> None:
 
 
 @pytest.mark.slow
-def test_run_ends_at_its_target_with_a_checkpoint_and_trains_no_further(folder: Path) -> None:
+def test_run_ends_at_its_target_with_a_checkpoint_and_says_if_it_misses_it(folder: Path) -> None:
     few = ("parallelism=one_rank", "parallelism.data=2", "schedule=1f1b", "samples.prompt=a1")
     choices = (*few, "task.steps=9", "validation.every_steps=1", "optim.schedule.warmup=1 steps")
     targets = (5.6, 1000)
@@ -191,6 +191,9 @@ def test_run_ends_at_its_target_with_a_checkpoint_and_trains_no_further(folder: 
     again = run_train(folder, "target_1000", *choices, "validation.target_loss=1000", "resume=auto")
     assert again.returncode == 0, again.stderr
     assert len(read_metrics(folder, "target_1000")) == 1
+    missed = run_train(folder, "target_missed", *choices, "task.steps=2", "validation.target_loss=0.1")
+    assert missed.returncode == 0, missed.stderr
+    assert missed.stdout.count("validation.target_loss=0.1 is not reached") == 1
 
 
 @pytest.mark.slow

@@ -98,11 +98,18 @@ class Validator(Listener):
         return {"loss": means.loss, **means.reported, **positions, **sources}
 
     def end_if_reached(self, num_done: int, loss: float) -> None:
-        """Ends the run after this step if the loss is at most the target. All ranks have the same loss."""
-        target = self._parts.config.validation.target_loss
-        if target is not None and loss <= target:
-            self._parts.end.num_steps = num_done
+        """Ends the run after this step if the loss is at most the target, and says so if it ends without that.
+
+        All ranks have the same loss.
+        """
+        target, end = self._parts.config.validation.target_loss, self._parts.end
+        if target is None:
+            return
+        if loss <= target:
+            end.num_steps = num_done
             self._parts.reporter.say(f"step {num_done:>5}  validation.target_loss={target:g} is reached; the run ends")
+        elif num_done == end.num_steps:
+            self._parts.reporter.say(f"step {num_done:>5}  validation.target_loss={target:g} is not reached")
 
     def _report_answers(self, num_done: int, measured: Mapping[str, float]) -> Mapping[str, float]:
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
