@@ -190,12 +190,24 @@ def _compose_options(command: str, choices: tuple[str, ...], folders: tuple[Path
     first, *others = folders
     paths = ",".join(f"'file://{folder}'" for folder in others)
     search = [f"hydra.searchpath=[{paths}]"] if others else []
-    with initialize_config_dir(str(first), version_base="1.3", job_name=command):
+    with initialize_config_dir(str(first), version_base="1.3", job_name=command), _fast_yaml():
         config = hydra_compose(command, [*search, *choices], return_hydra_config=True)
     chosen = {group: str(option) for group, option in config.hydra.runtime.choices.items()}
     with open_dict(config):
         del config["hydra"]
     return _Composed(config, chosen)
+
+
+@contextmanager
+def _fast_yaml() -> Iterator[None]:
+    """Lets OmegaConf, whose loader of files derives from `yaml.SafeLoader`, parse with libyaml if it is installed."""
+    names = vars(yaml)
+    slow = names["SafeLoader"]
+    names["SafeLoader"] = names.get("CSafeLoader", slow)
+    try:
+        yield
+    finally:
+        names["SafeLoader"] = slow
 
 
 def _set_value(config: DictConfig, override: Override) -> None:

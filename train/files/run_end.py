@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from base.refusal import ConfigError
 from train.files.run_files import LOG_FOLDER, ON_END_NAME, Status, read_status, redact, write_end
@@ -82,6 +81,8 @@ def _call(words: list[str], out_dir: Path, status: Status) -> None:
     text = f"{out_dir}: {status.state} with exit code {status.exit_code} after step {status.step}{reason}"
     body = json.dumps({"text": text, "folder": str(out_dir), **asdict(status)}).encode()
     if _URL.fullmatch(words[0]):
+        from urllib.request import Request, urlopen  # takes a hundredth of the start of a command
+
         request = Request(words[0], body, {"Content-Type": "application/json"}, method="POST")
         with urlopen(request, timeout=_MOST_SECONDS):
             return
