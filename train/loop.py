@@ -97,8 +97,12 @@ class TrainingLoop:
             self._measuring.append(Evaluator(parts))
         self._listeners: list[Listener] = [Pictures(parts, self._timeline), self._checkpoints]
 
-    def run(self) -> None:
-        """Runs the remaining steps: each trains, and is recorded with what listeners measure."""
+    def run(self) -> str:
+        """Runs the remaining steps: each trains, and is recorded with what listeners measure.
+
+        Returns:
+            What came of `validation.target_loss`; empty without one.
+        """
         self._status.running(self.num_done)
         with self._checkpoints.saved_at_exit(), ends_of_sampling():
             self._validate_if_missing()
@@ -127,6 +131,7 @@ class TrainingLoop:
         if self._samples.is_due(self.num_done):  # they come from the last checkpoint, which is complete now
             replica = self._learners.last.replica
             self._samples.run(Moment(num_done=self.num_done, outcome=Skipped(), replica=replica))
+        return self._end.reason
 
     def _train(self, step: int) -> Done | Skipped | RolledBack:
         """Trains on one batch, unless it is skipped after a rollback or the guard refuses the step."""

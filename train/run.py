@@ -226,7 +226,6 @@ class _TrainingRank:
         with self._phase("creation of process groups"):
             depth = config.model.mtp_depth
             world = open_world(layout, planned.schedule, depth, config.cluster, device, self._log, self._preemption)
-        end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(world)
             with self._lines.timed("preparation of the data"):
@@ -239,7 +238,7 @@ class _TrainingRank:
                 comparison = open_comparison(config, replica)
                 hook = open_hook(config, replica, prepared, comparison, self._lines.say)
                 self._learner = open_learner(replica, config.optim, config.ema, comparison, hook)
-            self._train(config, self._learner, prepared, planned, status)
+            end = _RunOutcome("done", 0, self._train(config, self._learner, prepared, planned, status))
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _RunOutcome.of_error(error)
         self._close(world)
@@ -300,7 +299,7 @@ class _TrainingRank:
 
     def _train(
         self, config: TrainConfig, learner: Learner, prepared: Prepared, planned: Plan, status: StatusFile
-    ) -> None:
+    ) -> str:
         with self._lines.timed("loading of the weights"):
             first_step = load_resumed(config, learner, prepared.fingerprint)
             started_from = load_initial_weights(config, learner, prepared)
@@ -314,7 +313,7 @@ class _TrainingRank:
             if started_from:
                 reporter.say(started_from)
             learners = LearnersByBatchSize(learner, config.batch_sizes, planned.ramp, is_proven=True)
-            TrainingLoop(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
+            return TrainingLoop(config, learners, prepared, reporter, status, first_step, self._callbacks).run()
         except PreemptedError as error:
             reporter.say(f"preempted: {error}; exit code {EXIT_PREEMPTED}")
             raise

@@ -15,6 +15,7 @@ from tests.commands import run_command
 from tests.covering import exhaustive
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, TrainConfig
+from train.files.run_files import read_status
 from train.report.micro_batches import read_micro_batch_loads
 
 SMALL = (
@@ -188,12 +189,20 @@ def test_run_ends_at_its_target_with_a_checkpoint_and_says_if_it_misses_it(folde
         steps = [path.name for path in (folder / name / "checkpoints").iterdir()]
         assert steps == [f"step-{len(metrics):08d}"]
         assert "continuation of 'a1'" in done.stdout
+        reason = f"validation.target_loss={target:g} is reached; the run ends"
+        status = read_status(folder / name)
+        assert status is not None
+        assert (status.exit_code, status.reason) == (0, reason)
+        assert reason in (folder / name / "report.html").read_text()
     again = run_train(folder, "target_1000", *choices, "validation.target_loss=1000", "resume=auto")
     assert again.returncode == 0, again.stderr
     assert len(read_metrics(folder, "target_1000")) == 1
     missed = run_train(folder, "target_missed", *choices, "task.steps=2", "validation.target_loss=0.1")
     assert missed.returncode == 0, missed.stderr
     assert missed.stdout.count("validation.target_loss=0.1 is not reached") == 1
+    status = read_status(folder / "target_missed")
+    assert status is not None
+    assert (status.exit_code, status.reason) == (0, "validation.target_loss=0.1 is not reached")
 
 
 @pytest.mark.slow

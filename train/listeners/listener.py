@@ -25,9 +25,13 @@ from train.records.step_record import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineT
 
 @dataclass(slots=True)
 class RunEnd:
-    """The number of steps after which a run ends: `task.steps`, or fewer once it has reached its target."""
+    """The number of steps after which a run ends: `task.steps`, or fewer once it has reached its target.
+
+    `reason` says what came of the target, if there is one.
+    """
 
     num_steps: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ from train.core.learner import NetworkComparison
 from train.core.replica import BatchReader, Read, Replica
 from train.core.step import Losses, is_reported, reduce_losses
 from train.core.world import World, weight_dtype
+from train.files.json_lines import try_append_event
 from train.files.run_files import redact
 from train.listeners.listener import Listener, Moment
 from train.post.sample import PASS_AT_1
@@ -107,9 +108,12 @@ class Validator(Listener):
             return
         if loss <= target:
             end.num_steps = num_done
-            self._parts.reporter.say(f"step {num_done:>5}  validation.target_loss={target:g} is reached; the run ends")
-        elif num_done == end.num_steps:
-            self._parts.reporter.say(f"step {num_done:>5}  validation.target_loss={target:g} is not reached")
+        if num_done == end.num_steps:
+            word = "is reached; the run ends" if loss <= target else "is not reached"
+            end.reason = f"validation.target_loss={target:g} {word}"
+            self._parts.reporter.say(f"step {num_done:>5}  {end.reason}")
+            if self._parts.learner.world.rank == 0:
+                try_append_event(Path(self._parts.config.out_dir), "target_loss", num_done, end.reason)
 
     def _report_answers(self, num_done: int, measured: Mapping[str, float]) -> Mapping[str, float]:
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
