@@ -200,7 +200,7 @@ def _compose_options(command: str, choices: tuple[str, ...], folders: tuple[Path
 
 @contextmanager
 def _fast_yaml() -> Iterator[None]:
-    """Lets OmegaConf, whose loader of files derives from `yaml.SafeLoader`, parse with libyaml if it is installed."""
+    """Lets OmegaConf's loader, which derives from `yaml.SafeLoader`, parse with libyaml if installed."""
     names = vars(yaml)
     slow = names["SafeLoader"]
     names["SafeLoader"] = names.get("CSafeLoader", slow)
